@@ -1,0 +1,47 @@
+# make demo            environment, dependencies, then example.py on the shipped model
+# make demo MODEL=dir  the same on a checkpoint of yours
+# make test            dependencies, then lint, types and tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?=
+# torch from the default index brings gigabytes of CUDA libraries. Without an NVIDIA driver, the
+# CPU wheels are taken instead if their index can be reached.
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test lint types unit bench clean
+
+demo: $(VENV)/.run
+	$(BIN)/python example.py $(if $(MODEL),--model $(MODEL))
+
+bench: $(VENV)/.run
+	$(BIN)/python bench.py
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy .
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+$(VENV)/.run: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@if ! command -v nvidia-smi >/dev/null && curl -fsI --max-time 5 $(CPU_WHEELS)/torch/ >/dev/null 2>&1; then \
+		echo "no NVIDIA driver: taking CPU wheels of torch from $(CPU_WHEELS)"; \
+		$(BIN)/pip install -q --index-url $(CPU_WHEELS) "$$(grep '^torch' requirements.txt)"; \
+	fi
+	$(BIN)/pip install -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

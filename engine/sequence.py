@@ -1,0 +1,92 @@
+"""One request's state, as scheduler and engine see it."""
+
+from __future__ import annotations
+
+from sampling_params import SamplingParams
+
+
+class Sequence:
+    """A request from arrival to finish.
+
+    Attributes:
+        request_id: unique in its engine, rising with arrival.
+        token_ids: prompt and committed output.
+        num_prompt_tokens: how many of them are the prompt.
+        sampling: as given by the user.
+        seed: key of the sampling noise.
+        max_total_tokens: length (prompt and output) at which it stops.
+        stop_token_ids: tokens that end it.
+        finish_reason: None while unfinished, else "stop", "length", "abort" or "error".
+
+    The rest belongs to the scheduler:
+        slot: row in the runner's tables while running, else None.
+        num_scheduled: leading positions whose KV is written or being written in flight.
+        num_prefill: positions computed as prefill: the tokens known when it was admitted.
+        num_pending: tokens being sampled in flight, not yet in `token_ids`.
+        num_in_flight: plans in flight that have a row of it.
+        num_committed: leading positions whose KV is known to be written.
+        capacity: tokens that its block table holds.
+        num_preemptions: times it was thrown out and will be or was recomputed.
+    """
+
+    __slots__ = (
+        "capacity",
+        "finish_reason",
+        "max_total_tokens",
+        "num_committed",
+        "num_in_flight",
+        "num_pending",
+        "num_preemptions",
+        "num_prefill",
+        "num_prompt_tokens",
+        "num_scheduled",
+        "request_id",
+        "sampling",
+        "seed",
+        "slot",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        max_total_tokens: int,
+        stop_token_ids: frozenset[int] = frozenset(),
+        seed: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.sampling = sampling
+        self.seed = seed
+        self.max_total_tokens = max_total_tokens
+        self.stop_token_ids = stop_token_ids
+        self.finish_reason: str | None = None
+        self.num_preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was computed, as on arrival or preemption."""
+        self.slot: int | None = None
+        self.num_scheduled = 0
+        self.num_prefill = 0
+        self.num_pending = 0
+        self.num_in_flight = 0
+        self.num_committed = 0
+        self.capacity = 0
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The committed output."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence(request_id={self.request_id}, prompt={self.num_prompt_tokens}, "
+            f"tokens={len(self.token_ids)}/{self.max_total_tokens}, slot={self.slot}, "
+            f"finish_reason={self.finish_reason!r})"
+        )

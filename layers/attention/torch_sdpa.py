@@ -1,0 +1,121 @@
+"""The reference backend: torch's scaled_dot_product_attention over gathered pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
+from memory.kv_cache import KVLayer
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """One request's query rows [first, last), its cache rows [L] and the mask [n, L]."""
+
+    first: int
+    last: int
+    rows: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """The decode requests: query rows from `first`, cache rows [B * L], mask [B, 1, 1, L]."""
+
+    first: int
+    rows: Tensor
+    mask: Tensor | None
+
+
+class TorchAttention(AttentionBackend):
+    """Gathers each request's K and V from its pages and calls SDPA; any device and dtype.
+
+    Prefill runs one request at a time. Decodes run together, padded to the longest context,
+    with the query heads of one KV head as the rows of one product.
+    """
+
+    name = "torch"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self._group = spec.num_heads // spec.num_kv_heads
+        self._offsets = torch.arange(spec.block_size, device=spec.device)
+        self._columns = torch.arange(spec.max_model_len, device=spec.device)
+
+    def prepare(self, batch: AttentionBatch) -> tuple[list[_Prefill], _Decodes | None]:
+        context_lens = batch.context_lens.tolist()
+        starts = batch.query_start.tolist()
+        prefills = []
+        for i in range(batch.num_prefills):
+            context = context_lens[i]
+            rows = self._cache_rows(batch.block_tables[batch.slots[i : i + 1]], context)[0]
+            n = starts[i + 1] - starts[i]
+            mask = None
+            if n != context:
+                positions = self._columns[context - n : context]
+                mask = self._columns[:context] <= positions.unsqueeze(1)
+            prefills.append(_Prefill(starts[i], starts[i + 1], rows, mask))
+        if len(context_lens) == batch.num_prefills:
+            return prefills, None
+        return prefills, self._decodes(batch, context_lens[batch.num_prefills :], starts[-1])
+
+    def _decodes(self, batch: AttentionBatch, context_lens: list[int], first: int) -> _Decodes:
+        longest = max(context_lens)
+        rows = self._cache_rows(batch.block_tables[batch.slots[batch.num_prefills :]], longest)
+        if min(context_lens) == longest:
+            return _Decodes(first, rows.flatten(), None)
+        lens = batch.context_lens[batch.num_prefills :].unsqueeze(1)
+        visible = self._columns[:longest] < lens
+        # Padding reads the request's own first row: other rows may hold anything, even NaN,
+        # and a zero weight would not stop that.
+        rows = torch.where(visible, rows, rows[:, :1])
+        mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
+        mask.masked_fill_(~visible, float("-inf"))
+        return _Decodes(first, rows.flatten(), mask[:, None, None])
+
+    def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
+        """Flat cache rows [B, length] of the first `length` positions behind `tables` [B, N]."""
+        size = self._spec.block_size
+        blocks = tables[:, : -(-length // size)].long()
+        return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
+
+    def attend(
+        self, q: Tensor, kv: KVLayer, prepared: tuple[list[_Prefill], _Decodes | None]
+    ) -> Tensor:
+        prefills, decodes = prepared
+        parts = [self._prefill(q[p.first : p.last], kv, p) for p in prefills]
+        if decodes is not None:
+            parts.append(self._decode(q[decodes.first :], kv, decodes))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _prefill(self, q: Tensor, kv: KVLayer, prefill: _Prefill) -> Tensor:
+        k, v = kv.flat.index_select(0, prefill.rows).transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),
+            k,
+            v,
+            attn_mask=prefill.mask,
+            is_causal=prefill.mask is None,
+            scale=self._spec.scale,
+            enable_gqa=self._group > 1,
+        )
+        return out[0].transpose(0, 1).reshape(q.shape[0], -1)
+
+    def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
+        spec = self._spec
+        n = q.shape[0]
+        gathered = kv.flat.index_select(0, decodes.rows)
+        pages = gathered.view(n, -1, 2 * spec.num_kv_heads, spec.head_dim).transpose(1, 2)
+        k, v = pages.chunk(2, dim=1)
+        out = F.scaled_dot_product_attention(
+            q.reshape(n, spec.num_kv_heads, self._group, spec.head_dim),
+            k,
+            v,
+            attn_mask=decodes.mask,
+            scale=spec.scale,
+        )
+        return out.reshape(n, -1)

@@ -1,0 +1,78 @@
+"""How a layer is divided over ranks, and where its weights come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from utils.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelContext:
+    """One rank's place in a tensor-parallel group; this class itself is the group of one.
+
+    Layers receive it in their constructor. A group of several ranks subclasses it and
+    implements the collectives.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of `x` over the ranks; may reuse its storage."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The ranks' `x` [..., n], joined along the last dimension to [..., n * size]."""
+        return x
+
+    def share(self, what: str, count: int) -> int:
+        """This rank's part of `count` equal units.
+
+        Raises:
+            ConfigError: they do not divide.
+        """
+        if count % self.size:
+            raise ConfigError(
+                "tensor_parallel_size",
+                self.size,
+                f"does not divide the model's {count} {what}",
+                f"Use a divisor of {count}.",
+            )
+        return count // self.size
+
+    def kv_heads(self, num_kv_heads: int) -> tuple[int, int]:
+        """First KV head and number of KV heads of this rank.
+
+        Where ranks outnumber the KV heads, each head is replicated on several ranks.
+        """
+        if self.size > num_kv_heads and self.size % num_kv_heads == 0:
+            return self.rank // (self.size // num_kv_heads), 1
+        count = self.share("KV heads", num_kv_heads)
+        return self.rank * count, count
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """Where one checkpoint tensor goes.
+
+    Attributes:
+        target: view of a parameter that receives this rank's part; a smaller part broadcasts.
+        shape: full shape of the checkpoint's tensor.
+        dim: dimension along which ranks take parts, None to take all of it.
+        start: first index taken along `dim`.
+        length: indices taken along `dim`.
+    """
+
+    target: Tensor
+    shape: tuple[int, ...]
+    dim: int | None = None
+    start: int = 0
+    length: int = 0
+
+
+def frozen(data: Tensor) -> nn.Parameter:
+    """A parameter that is never trained."""
+    return nn.Parameter(data, requires_grad=False)

@@ -1,0 +1,106 @@
+"""Rotary position embedding (Su et al., RoFormer, 2021), scaled as the checkpoint asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from layers.layernorm import rms_normalize
+from layers.parallel import WeightSlot, frozen
+from memory.kv_cache import KVLayer
+from utils.errors import UnsupportedModelError
+
+
+def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.device) -> Tensor:
+    """Cosines and signed sines of every position.
+
+    The frequencies are the ones transformers uses for a sequence of `max_len` tokens. For the
+    scalings that depend on the current length ("dynamic", "longrope"), transformers changes
+    them while a sequence grows, which invalidates keys already in the cache; here they are
+    those of the longest sequence, for all positions.
+
+    Returns:
+        [2, max_len, head_dim] float32. With x = [x1 | x2] in halves, rotation is
+        x * table[0] + [x2 | x1] * table[1].
+
+    Raises:
+        UnsupportedModelError: transformers has no such rope type for a single set of layers.
+    """
+    parameters = dict(hf_config.rope_parameters)
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    elif rope_type in ROPE_INIT_FUNCTIONS:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](
+            hf_config, torch.device("cpu"), seq_len=max_len
+        )
+    else:
+        raise UnsupportedModelError(
+            f"rope type {rope_type!r} is unknown to the installed transformers, which knows "
+            f"default, {', '.join(ROPE_INIT_FUNCTIONS)}"
+        )
+    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float().cpu())
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+    return table.to(device)
+
+
+class QKNormRopeStore(nn.Module):
+    """Between projection and attention: normalise Q and K, rotate them, write K and V to pages.
+
+    Args:
+        num_heads, num_kv_heads: this rank's heads.
+        eps: of the Q and K normalisation; None if the model has none.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self._num_heads = num_heads
+        self._num_qk = num_heads + num_kv_heads
+        self._num_all = num_heads + 2 * num_kv_heads
+        self._head_dim = head_dim
+        self._eps = eps
+        self.qk_weight: nn.Parameter | None = None
+        if eps is not None:
+            # One row per head, so that Q and K are normalised in one call.
+            shape = (self._num_qk, head_dim)
+            self.qk_weight = frozen(torch.empty(shape, dtype=dtype, device=device))
+
+    def forward(self, qkv: Tensor, rotary: Tensor, slot_mapping: Tensor, kv: KVLayer) -> Tensor:
+        """Rotated queries [T, num_heads, head_dim]; overwrites `qkv`, writes into `kv`.
+
+        Args:
+            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous.
+            rotary: [2, T, head_dim] float32, see `rotary_table`.
+            slot_mapping: [T] int64 rows of `kv.flat`.
+        """
+        heads = qkv.view(-1, self._num_all, self._head_dim)
+        qk = heads[:, : self._num_qk]
+        x = qk.float()
+        if self.qk_weight is not None and self._eps is not None:
+            x = rms_normalize(x, self._eps).to(qk.dtype) * self.qk_weight
+        cos, sin = rotary.unsqueeze(2)
+        qk.copy_(torch.addcmul(x * cos, x.roll(self._head_dim // 2, -1), sin))
+        kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
+        return heads[:, : self._num_heads]
+
+    def weight_slots(self, q_name: str, k_name: str) -> dict[str, WeightSlot]:
+        """Slots of the checkpoint's normalisation weights, [head_dim] each."""
+        if self.qk_weight is None:
+            return {}
+        q, k = self.qk_weight.data[: self._num_heads], self.qk_weight.data[self._num_heads :]
+        shape = (self._head_dim,)
+        return {f"{q_name}.weight": WeightSlot(q, shape), f"{k_name}.weight": WeightSlot(k, shape)}

@@ -1,0 +1,69 @@
+"""Paged KV blocks with reference counts."""
+
+from __future__ import annotations
+
+from config import Config
+from engine.types import BlockManager, KVGeometry
+
+
+class PagedBlockManager(BlockManager):
+    """Hands out blocks from a free list; every request owns its blocks alone.
+
+    Paging of the KV cache is from vLLM (Kwon et al., SOSP 2023).
+
+    Args:
+        config: unused; the contract's constructor takes it.
+        geometry: for block_size and num_blocks.
+    """
+
+    name = "paged"
+
+    def __init__(self, config: Config, geometry: KVGeometry) -> None:
+        del config
+        self._block_size = geometry.block_size
+        self._num_blocks = geometry.num_blocks
+        # A stack, lowest id on top: recently used blocks come back first.
+        self._free = list(range(geometry.num_blocks - 1, -1, -1))
+        self._references = [0] * geometry.num_blocks
+        self._tables: dict[int, list[int]] = {}
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free)
+
+    def begin(self, request_id: int, token_ids: list[int]) -> int:
+        assert request_id not in self._tables, "begin() of a request that has begun"
+        self._tables[request_id] = []
+        return 0
+
+    def grow(self, request_id: int, num_tokens: int) -> bool:
+        table = self._tables[request_id]
+        wanted = -(-num_tokens // self._block_size) - len(table)
+        if wanted > len(self._free):
+            return False
+        for _ in range(wanted):
+            block = self._free.pop()
+            self._references[block] = 1
+            table.append(block)
+        return True
+
+    def table(self, request_id: int) -> list[int]:
+        return self._tables[request_id]
+
+    def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
+        """Nothing to publish without prefix caching."""
+
+    def release(self, request_id: int) -> None:
+        for block in reversed(self._tables.pop(request_id)):
+            assert self._references[block] > 0, "release of a free block"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free.append(block)

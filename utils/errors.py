@@ -1,0 +1,90 @@
+"""Every error a user can cause, as a type to catch.
+
+AllmosError
+├── FieldError                 something given was wrong: has .field, .value and .fix
+│   ├── ConfigError            an engine option (also a ValueError)
+│   └── RequestError           a prompt or its sampling parameters (also a ValueError)
+│       └── RequestTooLongError    it can never fit the context window or the KV cache
+├── CheckpointError            the model folder
+│   ├── CheckpointNotFoundError    (also a FileNotFoundError)
+│   ├── UnsupportedModelError      an architecture or feature without an implementation here
+│   └── WeightsError               missing, unexpected or misshapen tensors
+├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
+├── StepError                  a step failed on the device; the requests in it were ended
+└── EngineClosedError          use after close() (also a RuntimeError)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AllmosError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class FieldError(AllmosError):
+    """A named input has an unusable value.
+
+    Attributes:
+        field: name of the option, parameter or argument.
+        value: what was given.
+        fix: what to write instead.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field}={shown}: {problem}. {fix}")
+        self.field = field
+        self.value = value
+        self.fix = fix
+
+
+class ConfigError(FieldError, ValueError):
+    """An engine option is unknown, out of range or contradicts another."""
+
+
+class RequestError(FieldError, ValueError):
+    """A prompt or its sampling parameters cannot be served."""
+
+
+class RequestTooLongError(RequestError):
+    """The request exceeds the context window or the whole KV cache."""
+
+
+class CheckpointError(AllmosError):
+    """The model folder cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint under that path or name."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The architecture, or a feature its config asks for, has no implementation here."""
+
+
+class WeightsError(CheckpointError):
+    """The weight files do not match the architecture."""
+
+
+class OutOfMemoryError(AllmosError, MemoryError):
+    """Weights or KV cache do not fit the device."""
+
+
+class StepError(AllmosError):
+    """A step failed on the device; the requests in it were ended."""
+
+
+class EngineClosedError(AllmosError, RuntimeError):
+    """The engine was used after close()."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the closest known name, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

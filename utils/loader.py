@@ -1,0 +1,110 @@
+"""Reading safetensors into parameters, strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from layers.parallel import WeightSlot
+from utils.errors import WeightsError
+
+# Not weights: inverse rotary frequencies that older exports stored.
+_DERIVED = ".rotary_emb.inv_freq"
+_LISTED = 8
+
+
+def load_weights(path: Path, slots: Mapping[str, WeightSlot], *, tied: bool) -> None:
+    """Fill `slots` from the folder's safetensors files; every byte is read at most once.
+
+    Args:
+        path: checkpoint folder with model.safetensors, or shards and their index.
+        slots: where each tensor goes, by its name in the checkpoint.
+        tied: the head is the embedding; a stored head must then equal it.
+
+    Raises:
+        WeightsError: tensors are missing, unexpected or misshapen (all are listed), or a file
+            is damaged.
+    """
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in _weight_files(path):
+            try:
+                reader = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise WeightsError(f"{file} is not a readable safetensors file: {error}") from error
+            for name in reader.keys():  # noqa: SIM118 (the reader is not iterable)
+                if name in where:
+                    raise WeightsError(f"{name} is stored twice, the second time in {file}")
+                where[name] = reader
+        where = {name: reader for name, reader in where.items() if not name.endswith(_DERIVED)}
+        duplicate = where.pop("lm_head.weight", None) if tied else None
+        _check(path, slots, where)
+        for name, slot in slots.items():
+            _fill(slot, where[name].get_slice(name))
+        if duplicate is not None:
+            _check_tied(path, where, duplicate)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise WeightsError(f"{index} is unusable: {error}") from error
+        files = [path / name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise WeightsError(f"{path} lacks the shards {', '.join(missing)} named in its index")
+    if not files:
+        raise WeightsError(f"{path} has no *.safetensors file (other formats are not read)")
+    return files
+
+
+def _check(path: Path, slots: Mapping[str, WeightSlot], where: Mapping[str, Any]) -> None:
+    problems = []
+    for kind, names in (
+        ("missing", sorted(slots.keys() - where.keys())),
+        ("unexpected", sorted(where.keys() - slots.keys())),
+    ):
+        if names:
+            problems.append(f"{len(names)} {kind}: {_listed(names)}")
+    misshapen = []
+    for name in sorted(slots.keys() & where.keys()):
+        stored = tuple(where[name].get_slice(name).get_shape())
+        if stored != slots[name].shape:
+            misshapen.append(f"{name} is {list(stored)}, expected {list(slots[name].shape)}")
+    if misshapen:
+        problems.append(f"{len(misshapen)} misshapen: {_listed(misshapen)}")
+    if problems:
+        raise WeightsError(f"the weights in {path} do not fit its config; " + "; ".join(problems))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _fill(slot: WeightSlot, stored: Any) -> None:
+    if slot.dim is None:
+        part = stored[:]
+    else:
+        part = stored[(slice(None),) * slot.dim + (slice(slot.start, slot.start + slot.length),)]
+    slot.target.copy_(part)
+
+
+def _check_tied(path: Path, where: Mapping[str, Any], head: Any) -> None:
+    name = "model.embed_tokens.weight"
+    if not torch.equal(where[name].get_tensor(name), head.get_tensor("lm_head.weight")):
+        raise WeightsError(
+            f"{path} ties head and embedding (tie_word_embeddings) but stores an lm_head.weight "
+            f"that differs from {name}"
+        )
