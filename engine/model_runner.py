@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import Config
 from engine.batch import SlotTables
@@ -18,6 +18,7 @@ from layers.forward_batch import ForwardBatch
 from layers.parallel import ParallelContext
 from layers.sampler import sample
 from memory.kv_cache import KVCache, kv_blocks
+from models.base import CausalLM
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError, EngineClosedError, StepError, UnsupportedModelError
 from utils.loader import load_weights
@@ -75,7 +76,7 @@ class LocalRunner(ModelRunner):
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         architecture = find_architecture(checkpoint)
-        spec = architecture.decoder_spec(checkpoint.hf_config)
+        spec = architecture.model_shape(checkpoint.hf_config)
         num_kv_heads = parallel.kv_heads(spec.num_kv_heads)[1]
         attention = AttentionSpec(
             num_heads=parallel.share("query heads", spec.num_heads),
@@ -90,7 +91,7 @@ class LocalRunner(ModelRunner):
         )
         with torch.inference_mode():
             self._backend = make_backend(config, attention)
-            self._model: nn.Module = architecture.MODEL(
+            self._model: CausalLM = architecture.MODEL(
                 spec,
                 checkpoint.hf_config,
                 parallel=parallel,
@@ -100,6 +101,7 @@ class LocalRunner(ModelRunner):
                 device=self._device,
             )
             load_weights(checkpoint.path, self._model.weight_slots(), tied=spec.tied)
+            self._model.finish()
             self._geometry = KVGeometry(
                 spec.num_layers,
                 num_kv_heads,
@@ -145,23 +147,23 @@ class LocalRunner(ModelRunner):
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> Tensor:
         inputs = self._tables.stage(plan)
+        cos, sin = self._model.rotary_table
         batch = ForwardBatch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
             slot_mapping=inputs.slot_mapping,
-            rotary=self._model.rotary_table[:, inputs.positions],  # type: ignore[index]
+            rotary=(cos[inputs.positions], sin[inputs.positions]),
             attention=self._backend.prepare(inputs.attention),
             kv=self._kv,
             sampled_rows=inputs.sampled_rows,
         )
         logits = self._model(batch)
-        tokens = sample(
-            logits,
-            self._tables.temperatures[inputs.sampled_slots],
-            self._tables.seeds[inputs.sampled_slots],
-            inputs.sampled_positions,
-            all_greedy=inputs.all_greedy,
-        )
+        if inputs.all_greedy:
+            tokens = logits.argmax(-1)
+        else:
+            slots = inputs.sampled_slots
+            temperatures, seeds = self._tables.temperatures[slots], self._tables.seeds[slots]
+            tokens = sample(logits, temperatures, seeds, inputs.sampled_positions)
         self._tables.write_back(inputs, tokens)
         return tokens
 

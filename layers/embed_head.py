@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from layers.parallel import ParallelContext, WeightSlot, frozen
+from layers.linear import Product
+from layers.parallel import ParallelContext, WeightSlot
 
 
-class VocabEmbedding(nn.Module):
-    """One row per token; each rank holds an equal part of the vocabulary, zero-padded to fit.
-
-    It serves as embedding (`forward`) and as output head (`logits`), so that a tied checkpoint
-    uses one instance for both.
-    """
+class VocabTable:
+    """One row per token: [this rank's rows, hidden_size], zero past the end of the vocabulary."""
 
     def __init__(
         self,
@@ -25,32 +22,52 @@ class VocabEmbedding(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
-        self._full = (vocab_size, hidden_size)
-        self._parallel = parallel
+        self.vocab_size = vocab_size
         rows = -(-vocab_size // parallel.size)
-        self._start = parallel.rank * rows
-        # A rank's rows past the vocabulary stay zero.
-        self.weight = frozen(torch.zeros(rows, hidden_size, dtype=dtype, device=device))
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Token ids [T] -> embeddings [T, hidden_size]."""
-        if self._parallel.size == 1:
-            return F.embedding(token_ids, self.weight)
-        local = token_ids - self._start
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        rows = F.embedding(local * mine, self.weight)
-        return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [R, hidden_size] -> logits [R, vocab_size]."""
-        part = F.linear(hidden, self.weight)
-        if self._parallel.size == 1:
-            return part
-        return self._parallel.all_gather(part)[:, : self._full[0]]
+        self.start = parallel.rank * rows
+        self.weight = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slot of the checkpoint's tensor `name`.weight."""
-        length = max(0, min(self.weight.shape[0], self._full[0] - self._start))
-        target = self.weight.data[:length]
-        return {f"{name}.weight": WeightSlot(target, self._full, 0, self._start, length)}
+        rows, hidden_size = self.weight.shape
+        length = max(0, min(rows, self.vocab_size - self.start))
+        shape = (self.vocab_size, hidden_size)
+        return {f"{name}.weight": WeightSlot(self.weight[:length], shape, 0, self.start, length)}
+
+
+class VocabEmbedding:
+    """Token ids to vectors."""
+
+    def __init__(self, table: VocabTable, parallel: ParallelContext) -> None:
+        self._table = table
+        self._parallel = parallel
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, hidden_size]."""
+        weight = self._table.weight
+        if self._parallel.size == 1:
+            return F.embedding(token_ids, weight)
+        local = token_ids - self._table.start
+        mine = (local >= 0) & (local < weight.shape[0])
+        rows = F.embedding(local * mine, weight)
+        return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
+
+
+class VocabHead:
+    """Hidden states to logits; a tied checkpoint gives it the embedding's table."""
+
+    def __init__(self, table: VocabTable, parallel: ParallelContext) -> None:
+        self._table = table
+        self._parallel = parallel
+        self._product: Product
+
+    def finish(self) -> None:
+        """The weights are loaded: lay them out for use."""
+        self._product = Product(self._table.weight, None)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[R, hidden_size] -> [R, vocab_size]."""
+        part = self._product(hidden)
+        if self._parallel.size == 1:
+            return part
+        return self._parallel.all_gather(part)[:, : self._table.vocab_size]

@@ -19,7 +19,7 @@ class ForwardBatch:
         positions: [T] int64 position of each token in its request.
         slot_mapping: [T] int64 row of the flat KV cache that each token's K and V go to:
             block * block_size + offset.
-        rotary: [2, T, head_dim] float32 cosines and signed sines at `positions`.
+        rotary: cosines and signed sines at `positions`, each [T, 1, head_dim] float32.
         attention: what the attention backend's `prepare` returned for this step.
         kv: the KV cache of each layer.
         sampled_rows: [R] int64 rows of the T whose logits are wanted; None for all of them.
@@ -28,7 +28,7 @@ class ForwardBatch:
     input_ids: Tensor
     positions: Tensor
     slot_mapping: Tensor
-    rotary: Tensor
+    rotary: tuple[Tensor, Tensor]
     attention: Any
     kv: list[KVLayer]
     sampled_rows: Tensor | None

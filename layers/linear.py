@@ -9,12 +9,51 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from layers.parallel import ParallelContext, WeightSlot, frozen
+from layers.parallel import ParallelContext, WeightSlot
+
+# Rows that oneDNN is told to expect when it lays out a weight. Measured on two AVX-512 cores
+# over the shipped model's weights: 16, 64 and 256 are equally fast at any batch; against the
+# plain layout 1.2 times at 1 row, 2.4 at 8, 2.9 at 32 and 3.0 at 1,000.
+_PACK_ROWS = 64
 
 
-class MergedColumnLinear(nn.Module):
+class Product:
+    """x W^T + b, optionally added to a residual, by the fastest exact means of W's device.
+
+    In float32 on a CPU the weight is copied into oneDNN's blocked layout.
+
+    Args:
+        weight: [N, K].
+        bias: [N] or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias = bias
+        self._packed = (
+            weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn
+        )
+        if self._packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+            self._multiply = torch.ops.mkldnn._linear_pointwise.default
+            self._multiply_add = torch.ops.mkldnn._linear_pointwise.binary
+        self._weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        if self._packed:
+            return self._multiply(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        return F.linear(x, self._weight, self._bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [T, N] + the product of x [T, K]."""
+        if self._packed:
+            return self._multiply_add(x, residual, self._weight, self._bias, "add")  # type: ignore[no-any-return]
+        return residual + F.linear(x, self._weight, self._bias)
+
+
+class MergedColumnLinear:
     """Several column-parallel projections of one input: y = x W^T + b, parts side by side.
 
     Args:
@@ -35,23 +74,28 @@ class MergedColumnLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         self.input_size = input_size
         self.sizes = sizes
         self._parallel = parallel
         # (start, length) of the outputs of each part that this rank computes.
         self._parts = self._divide()
         rows = sum(length for _, length in self._parts)
-        self.weight = frozen(torch.empty(rows, input_size, dtype=dtype, device=device))
-        self.bias = frozen(torch.empty(rows, dtype=dtype, device=device)) if bias else None
+        self.weight: Tensor | None = torch.empty(rows, input_size, dtype=dtype, device=device)
+        self.bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        self._product: Product
 
     def _divide(self) -> list[tuple[int, int]]:
         lengths = [self._parallel.share("output features", size) for size in self.sizes]
         return [(self._parallel.rank * length, length) for length in lengths]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., input_size] -> [..., sum of this rank's parts]."""
-        return F.linear(x, self.weight, self.bias)
+    def finish(self) -> None:
+        """The weights are loaded: lay them out for use, and keep only that copy."""
+        assert self.weight is not None
+        self._product, self.weight = Product(self.weight, self.bias), None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, input_size] -> [T, sum of this rank's parts]."""
+        return self._product(x)
 
     def weight_slots(self, *names: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layers `names`, one per part, in order."""
@@ -61,7 +105,7 @@ class MergedColumnLinear(nn.Module):
             for kind, full in (("weight", (size, self.input_size)), ("bias", (size,))):
                 param = getattr(self, kind)
                 if param is not None:
-                    target = param.data[row : row + length]
+                    target = param[row : row + length]
                     slots[f"{name}.{kind}"] = WeightSlot(target, full, 0, start, length)
             row += length
         return slots
@@ -106,8 +150,8 @@ class QKVLinear(MergedColumnLinear):
         return [(self._parallel.rank * q, q), kv, kv]
 
 
-class RowLinear(nn.Module):
-    """A projection whose inputs are divided over the ranks; the results are summed."""
+class RowLinear:
+    """A projection whose inputs are divided over the ranks, added to the residual stream."""
 
     def __init__(
         self,
@@ -119,26 +163,33 @@ class RowLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         self._full = (output_size, input_size)
         self._parallel = parallel
         self._columns = parallel.share("input features", input_size)
-        weight = torch.empty(output_size, self._columns, dtype=dtype, device=device)
-        self.weight = frozen(weight)
-        self.bias = frozen(torch.empty(output_size, dtype=dtype, device=device)) if bias else None
+        self.weight: Tensor | None = torch.empty(
+            output_size, self._columns, dtype=dtype, device=device
+        )
+        self.bias = torch.empty(output_size, dtype=dtype, device=device) if bias else None
+        self._product: Product
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., this rank's inputs] -> [..., output_size]."""
-        # The bias enters the sum once.
+    def finish(self) -> None:
+        """The weights are loaded: lay them out for use, and keep only that copy."""
+        assert self.weight is not None
+        # The bias enters the sum over ranks once.
         bias = self.bias if self._parallel.rank == 0 else None
-        return self._parallel.all_reduce(F.linear(x, self.weight, bias))
+        self._product, self.weight = Product(self.weight, bias), None
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [T, output_size] + projection of x [T, this rank's inputs]."""
+        if self._parallel.size == 1:
+            return self._product.add_to(residual, x)
+        return residual + self._parallel.all_reduce(self._product(x))
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layer `name`."""
+        assert self.weight is not None
         start = self._parallel.rank * self._columns
-        slots = {
-            f"{name}.weight": WeightSlot(self.weight.data, self._full, 1, start, self._columns)
-        }
+        slots = {f"{name}.weight": WeightSlot(self.weight, self._full, 1, start, self._columns)}
         if self.bias is not None:
-            slots[f"{name}.bias"] = WeightSlot(self.bias.data, self._full[:1])
+            slots[f"{name}.bias"] = WeightSlot(self.bias, self._full[:1])
         return slots

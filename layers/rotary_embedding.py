@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from layers.layernorm import rms_normalize
-from layers.parallel import WeightSlot, frozen
+from layers.layernorm import RMSNormalizer
+from layers.parallel import WeightSlot
 from memory.kv_cache import KVLayer
 from utils.errors import UnsupportedModelError
 
@@ -23,7 +23,7 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
     those of the longest sequence, for all positions.
 
     Returns:
-        [2, max_len, head_dim] float32. With x = [x1 | x2] in halves, rotation is
+        [2, max_len, 1, head_dim] float32. With x = [x1 | x2] in halves, rotation is
         x * table[0] + [x2 | x1] * table[1].
 
     Raises:
@@ -46,10 +46,10 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float().cpu())
     cos, sin = angles.cos() * scaling, angles.sin() * scaling
     table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-    return table.to(device)
+    return table.unsqueeze(2).to(device)
 
 
-class QKNormRopeStore(nn.Module):
+class QKNormRopeStore:
     """Between projection and attention: normalise Q and K, rotate them, write K and V to pages.
 
     Args:
@@ -67,33 +67,37 @@ class QKNormRopeStore(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         self._num_heads = num_heads
         self._num_qk = num_heads + num_kv_heads
         self._num_all = num_heads + 2 * num_kv_heads
         self._head_dim = head_dim
-        self._eps = eps
-        self.qk_weight: nn.Parameter | None = None
+        self.qk_weight: Tensor | None = None
+        self._scale: Tensor
         if eps is not None:
             # One row per head, so that Q and K are normalised in one call.
-            shape = (self._num_qk, head_dim)
-            self.qk_weight = frozen(torch.empty(shape, dtype=dtype, device=device))
+            self.qk_weight = torch.empty(self._num_qk, head_dim, dtype=dtype, device=device)
+            self._normalize = RMSNormalizer(head_dim, eps, device)
 
-    def forward(self, qkv: Tensor, rotary: Tensor, slot_mapping: Tensor, kv: KVLayer) -> Tensor:
+    def finish(self) -> None:
+        """The weights are loaded."""
+        if self.qk_weight is not None:
+            self._scale = self.qk_weight.float() * self._head_dim**0.5
+
+    def __call__(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor], slot_mapping: Tensor, kv: KVLayer
+    ) -> Tensor:
         """Rotated queries [T, num_heads, head_dim]; overwrites `qkv`, writes into `kv`.
 
         Args:
             qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous.
-            rotary: [2, T, head_dim] float32, see `rotary_table`.
+            rotary: cosines and signed sines, each [T, 1, head_dim] float32, see `rotary_table`.
             slot_mapping: [T] int64 rows of `kv.flat`.
         """
         heads = qkv.view(-1, self._num_all, self._head_dim)
         qk = heads[:, : self._num_qk]
-        x = qk.float()
-        if self.qk_weight is not None and self._eps is not None:
-            x = rms_normalize(x, self._eps).to(qk.dtype) * self.qk_weight
-        cos, sin = rotary.unsqueeze(2)
-        qk.copy_(torch.addcmul(x * cos, x.roll(self._head_dim // 2, -1), sin))
+        x = qk.float() if self.qk_weight is None else self._normalize(qk) * self._scale
+        cos, sin = rotary
+        qk.copy_((x * cos).addcmul_(x.roll(self._head_dim // 2, -1), sin))
         kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
         return heads[:, : self._num_heads]
 
@@ -101,6 +105,6 @@ class QKNormRopeStore(nn.Module):
         """Slots of the checkpoint's normalisation weights, [head_dim] each."""
         if self.qk_weight is None:
             return {}
-        q, k = self.qk_weight.data[: self._num_heads], self.qk_weight.data[self._num_heads :]
+        q, k = self.qk_weight[: self._num_heads], self.qk_weight[self._num_heads :]
         shape = (self._head_dim,)
         return {f"{q_name}.weight": WeightSlot(q, shape), f"{k_name}.weight": WeightSlot(k, shape)}

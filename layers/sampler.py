@@ -50,26 +50,21 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log(uniform)).flatten(1)[:, :vocab_size]
 
 
-def sample(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, *, all_greedy: bool
-) -> Tensor:
-    """One token per row: the argmax of logits / temperature + Gumbel noise, which is a draw
+def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """One token per row: the argmax of logits / temperature + Gumbel noise.
 
-    from softmax(logits / temperature) (the Gumbel-max trick); of the logits alone where the
-    temperature is 0.
+    That is a draw from softmax(logits / temperature) (the Gumbel-max trick). Where the
+    temperature is 0 it is the argmax of the logits alone.
 
     Args:
         logits: [R, vocab_size].
         temperatures: [R] float32, >= 0.
         seeds: [R] int64 key of each row's noise.
         positions: [R] int64 position of the token to be sampled.
-        all_greedy: the host knows that every temperature is 0.
 
     Returns:
         [R] int64 token ids.
     """
-    if all_greedy:
-        return logits.argmax(-1)
     greedy = (temperatures == 0).unsqueeze(1)
     noise = gumbel_noise(seeds, positions, logits.shape[-1]).masked_fill(greedy, 0.0)
     scale = temperatures.unsqueeze(1).masked_fill(greedy, 1.0)

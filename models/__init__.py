@@ -2,7 +2,6 @@
 
 A file `models/<model_type>.py` (dashes as underscores) defines two names:
 
-    decoder_spec(hf_config) -> DecoderSpec    the shape, or UnsupportedModelError
-    MODEL                                     a module constructed as `DecoderLM` is, with
-                                              `forward(ForwardBatch) -> logits` and `weight_slots()`
+    model_shape(hf_config) -> ModelShape    or UnsupportedModelError
+    MODEL                                   a subclass of `models.base.CausalLM`
 """

@@ -6,42 +6,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.activation import silu_mul
 from layers.attention.base import AttentionBackend
-from layers.embed_head import VocabEmbedding
+from layers.embed_head import VocabEmbedding, VocabHead, VocabTable
 from layers.forward_batch import ForwardBatch
 from layers.layernorm import RMSNorm
 from layers.linear import MergedColumnLinear, QKVLinear, RowLinear
 from layers.parallel import ParallelContext, WeightSlot
 from layers.rotary_embedding import QKNormRopeStore, rotary_table
 from memory.kv_cache import KVLayer
+from models.base import CausalLM, ModelShape
 from utils.errors import UnsupportedModelError
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderSpec:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec(ModelShape):
     """The shape of a decoder, over all ranks.
 
     Attributes:
         qkv_bias, o_bias: whether these projections have a bias.
         qk_norm: whether Q and K are normalised per head.
-        tied: the output head is the embedding.
     """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rms_norm_eps: float
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
-    tied: bool
 
 
 def check_supported(hf_config: Any) -> None:
@@ -62,13 +57,12 @@ def check_supported(hf_config: Any) -> None:
         raise UnsupportedModelError("quantization_config: quantised checkpoints are not built")
 
 
-class Attention(nn.Module):
+class Attention:
     """Self-attention over the paged KV cache."""
 
     def __init__(
         self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
     ) -> None:
-        super().__init__()
         self._backend = backend
         self.qkv_proj = QKVLinear(
             spec.hidden_size,
@@ -94,45 +88,50 @@ class Attention(nn.Module):
             **where,
         )
 
-    def forward(self, x: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
+        """residual + attention of the normalised x, both [T, hidden_size]."""
         q = self.store(self.qkv_proj(x), batch.rotary, batch.slot_mapping, kv)
-        return self.o_proj(self._backend.attend(q, kv, batch.attention))  # type: ignore[no-any-return]
+        return self.o_proj(self._backend.attend(q, kv, batch.attention), residual)
 
 
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+class MLP:
+    """residual + down(silu(gate(x)) * up(x))."""
 
     def __init__(self, spec: DecoderSpec, parallel: ParallelContext, **where: Any) -> None:
-        super().__init__()
         hidden, inner = spec.hidden_size, spec.intermediate_size
         self.gate_up_proj = MergedColumnLinear(
             hidden, (inner, inner), bias=False, parallel=parallel, **where
         )
         self.down_proj = RowLinear(inner, hidden, bias=False, parallel=parallel, **where)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.down_proj(silu_mul(self.gate_up_proj(x)), residual)
 
 
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each on the normalised sum of all that came before."""
+class DecoderLayer:
+    """Attention and MLP, each added to the residual stream that it reads normalised."""
 
     def __init__(
         self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
     ) -> None:
-        super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
         self.self_attn = Attention(spec, parallel, backend, **where)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
         self.mlp = MLP(spec, parallel, **where)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, batch, kv)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+    def __call__(self, x: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
+        x = self.self_attn(self.input_layernorm(x), x, batch, kv)
+        return self.mlp(self.post_attention_layernorm(x), x)
+
+    def finish(self) -> None:
+        attn, mlp = self.self_attn, self.mlp
+        self.input_layernorm.finish()
+        attn.qkv_proj.finish()
+        attn.store.finish()
+        attn.o_proj.finish()
+        self.post_attention_layernorm.finish()
+        mlp.gate_up_proj.finish()
+        mlp.down_proj.finish()
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         attn, mlp, names = self.self_attn, self.mlp, f"{name}.self_attn"
@@ -147,11 +146,11 @@ class DecoderLayer(nn.Module):
         }
 
 
-class DecoderLM(nn.Module):
+class DecoderLM(CausalLM):
     """Embedding, layers, final norm and head.
 
     Args:
-        spec: shape of the model.
+        shape: of the model.
         hf_config: the checkpoint's config, for the rotary frequencies.
         parallel: this rank's place.
         backend: attention, shared by all layers.
@@ -160,7 +159,7 @@ class DecoderLM(nn.Module):
 
     def __init__(
         self,
-        spec: DecoderSpec,
+        shape: DecoderSpec,
         hf_config: Any,
         *,
         parallel: ParallelContext,
@@ -169,38 +168,45 @@ class DecoderLM(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__()
         where: dict[str, Any] = {"dtype": dtype, "device": device}
-        embedding_args = (spec.vocab_size, spec.hidden_size)
-        self.spec = spec
-        self.embed_tokens = VocabEmbedding(*embedding_args, parallel=parallel, **where)
-        self.layers = nn.ModuleList(
-            DecoderLayer(spec, parallel, backend, **where) for _ in range(spec.num_layers)
-        )
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
-        self.lm_head = (
-            self.embed_tokens
+        spec = shape
+        self._tied = spec.tied
+        self._embedding = VocabTable(spec.vocab_size, spec.hidden_size, parallel=parallel, **where)
+        self._head = (
+            self._embedding
             if spec.tied
-            else VocabEmbedding(*embedding_args, parallel=parallel, **where)
+            else VocabTable(spec.vocab_size, spec.hidden_size, parallel=parallel, **where)
         )
+        self.embed_tokens = VocabEmbedding(self._embedding, parallel)
+        self.layers = [
+            DecoderLayer(spec, parallel, backend, **where) for _ in range(spec.num_layers)
+        ]
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
+        self.lm_head = VocabHead(self._head, parallel)
         self.rotary_table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def __call__(self, batch: ForwardBatch) -> Tensor:
         """Logits [R, vocab_size] of the batch's sampled rows."""
-        x, residual = self.embed_tokens(batch.input_ids), None
+        x = self.embed_tokens(batch.input_ids)
         for layer, kv in zip(self.layers, batch.kv, strict=True):
-            x, residual = layer(x, residual, batch, kv)
+            x = layer(x, batch, kv)
         if batch.sampled_rows is not None:
-            x, residual = x[batch.sampled_rows], residual[batch.sampled_rows]  # type: ignore[index]
-        return self.lm_head.logits(self.norm(x, residual)[0])
+            x = x[batch.sampled_rows]
+        return self.lm_head(self.norm(x))
+
+    def finish(self) -> None:
+        """The weights are loaded: prepare every layer for use."""
+        for layer in self.layers:
+            layer.finish()
+        self.norm.finish()
+        self.lm_head.finish()
 
     def weight_slots(self) -> dict[str, WeightSlot]:
-        """Where each tensor of a Hugging Face checkpoint goes."""
-        slots = self.embed_tokens.weight_slots("model.embed_tokens")
+        """Where each tensor of a Hugging Face checkpoint goes; before `finish`."""
+        slots = self._embedding.weight_slots("model.embed_tokens")
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
             slots |= layer.weight_slots(f"model.layers.{i}")
         slots |= self.norm.weight_slots("model.norm")
-        if not self.spec.tied:
-            slots |= self.lm_head.weight_slots("lm_head")
+        if not self._tied:
+            slots |= self._head.weight_slots("lm_head")
         return slots

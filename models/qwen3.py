@@ -7,7 +7,7 @@ from typing import Any
 from models.decoder import DecoderLM, DecoderSpec, check_supported
 
 
-def decoder_spec(hf_config: Any) -> DecoderSpec:
+def model_shape(hf_config: Any) -> DecoderSpec:
     """The decoder that a `Qwen3Config` describes."""
     check_supported(hf_config)
     return DecoderSpec(

@@ -14,20 +14,20 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class _Prefill:
-    """One request's query rows [first, last), its cache rows [L] and the mask [n, L]."""
+    """One request's query rows [first, last), its L cache rows and the mask [n, L]."""
 
     first: int
     last: int
-    rows: Tensor
+    rows: Tensor | slice
     mask: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """The decode requests: query rows from `first`, cache rows [B * L], mask [B, 1, 1, L]."""
+    """The decode requests: query rows from `first`, B * L cache rows, mask [B, 1, 1, L]."""
 
     first: int
-    rows: Tensor
+    rows: Tensor | slice
     mask: Tensor | None
 
 
@@ -35,7 +35,8 @@ class TorchAttention(AttentionBackend):
     """Gathers each request's K and V from its pages and calls SDPA; any device and dtype.
 
     Prefill runs one request at a time. Decodes run together, padded to the longest context,
-    with the query heads of one KV head as the rows of one product.
+    with the query heads of one KV head as the rows of one product. A single request whose
+    blocks lie in order is read in place.
     """
 
     name = "torch"
@@ -52,7 +53,7 @@ class TorchAttention(AttentionBackend):
         prefills = []
         for i in range(batch.num_prefills):
             context = context_lens[i]
-            rows = self._cache_rows(batch.block_tables[batch.slots[i : i + 1]], context)[0]
+            rows = self._request_rows(batch, i, context)
             n = starts[i + 1] - starts[i]
             mask = None
             if n != context:
@@ -65,6 +66,9 @@ class TorchAttention(AttentionBackend):
 
     def _decodes(self, batch: AttentionBatch, context_lens: list[int], first: int) -> _Decodes:
         longest = max(context_lens)
+        if len(context_lens) == 1:
+            rows = self._request_rows(batch, batch.num_prefills, longest)
+            return _Decodes(first, rows, None)
         rows = self._cache_rows(batch.block_tables[batch.slots[batch.num_prefills :]], longest)
         if min(context_lens) == longest:
             return _Decodes(first, rows.flatten(), None)
@@ -76,6 +80,16 @@ class TorchAttention(AttentionBackend):
         mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
         mask.masked_fill_(~visible, float("-inf"))
         return _Decodes(first, rows.flatten(), mask[:, None, None])
+
+    def _request_rows(self, batch: AttentionBatch, index: int, length: int) -> Tensor | slice:
+        """Flat cache rows of one request's first `length` positions."""
+        tables = batch.block_tables[batch.slots[index : index + 1]]
+        blocks = tables[0, : -(-length // self._spec.block_size)].tolist()
+        first = blocks[0]
+        if blocks == list(range(first, first + len(blocks))):
+            start = first * self._spec.block_size
+            return slice(start, start + length)
+        return self._cache_rows(tables, length)[0]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
         """Flat cache rows [B, length] of the first `length` positions behind `tables` [B, N]."""
@@ -93,7 +107,7 @@ class TorchAttention(AttentionBackend):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _prefill(self, q: Tensor, kv: KVLayer, prefill: _Prefill) -> Tensor:
-        k, v = kv.flat.index_select(0, prefill.rows).transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+        k, v = _gather(kv, prefill.rows).transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1).unsqueeze(0),
             k,
@@ -108,8 +122,11 @@ class TorchAttention(AttentionBackend):
     def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
         spec = self._spec
         n = q.shape[0]
-        gathered = kv.flat.index_select(0, decodes.rows)
-        pages = gathered.view(n, -1, 2 * spec.num_kv_heads, spec.head_dim).transpose(1, 2)
+        pages = (
+            _gather(kv, decodes.rows)
+            .view(n, -1, 2 * spec.num_kv_heads, spec.head_dim)
+            .transpose(1, 2)
+        )
         k, v = pages.chunk(2, dim=1)
         out = F.scaled_dot_product_attention(
             q.reshape(n, spec.num_kv_heads, self._group, spec.head_dim),
@@ -119,3 +136,7 @@ class TorchAttention(AttentionBackend):
             scale=spec.scale,
         )
         return out.reshape(n, -1)
+
+
+def _gather(kv: KVLayer, rows: Tensor | slice) -> Tensor:
+    return kv.flat[rows] if isinstance(rows, slice) else kv.flat.index_select(0, rows)

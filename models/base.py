@@ -1,0 +1,65 @@
+"""The contract of a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layers.attention.base import AttentionBackend
+from layers.forward_batch import ForwardBatch
+from layers.parallel import ParallelContext, WeightSlot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What attention and KV cache need to know of a model, over all ranks.
+
+    Attributes:
+        tied: the output head is the embedding.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+
+
+class CausalLM(ABC):
+    """A model's weights and forward pass on one rank.
+
+    Attributes:
+        rotary_table: see `layers.rotary_embedding.rotary_table`.
+    """
+
+    rotary_table: Tensor
+
+    @abstractmethod
+    def __init__(
+        self,
+        shape: Any,
+        hf_config: Any,
+        *,
+        parallel: ParallelContext,
+        backend: AttentionBackend,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate the weights of what the architecture's `model_shape` returned."""
+
+    @abstractmethod
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        """Where each tensor of a Hugging Face checkpoint goes; before `finish`."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The weights are loaded: prepare every layer for use."""
+
+    @abstractmethod
+    def __call__(self, batch: ForwardBatch) -> Tensor:
+        """Logits [R, vocab_size] of the batch's sampled rows."""
