@@ -1,4 +1,19 @@
-"""Choosing tokens from logits, with noise that depends on the request alone."""
+"""Choosing tokens from logits, with noise that depends on the request alone.
+
+The generator is Philox4x32-10 (Salmon et al., SC 2011), a counter-based one: the noise of a
+token is a function of (request seed, position, token id), so a seeded request draws the same
+noise whatever it is batched with, however the vocabulary is split and on whatever device:
+
+    key      = (low 32 bits of the seed, high 32 bits of the seed)
+    counter  = (token // 4, position, 0, 0)
+    word     = output lane token % 4
+    u        = ((word >> 9) + 1/2) / 2^23
+    noise    = -log(-log(u))
+
+u keeps 23 bits, not 24, so that float32 holds it exactly: with 24 the largest value would round
+to 1 and its noise to infinity, once in 2^24 draws, and so a random token once in a hundred
+samples from a vocabulary of 150,000.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +24,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10, a counter-based generator (Salmon et al., SC 2011).
+    """Philox4x32-10.
 
     Args:
         counter: four int64 tensors of 32-bit words that broadcast together.
@@ -21,51 +36,61 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # A product of two 32-bit words overflows int64 into the sign; the masks undo that.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        hi0, hi1 = (p0 >> 32) & _MASK32, (p1 >> 32) & _MASK32
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, p1 & _MASK32, hi0 ^ c3 ^ k1, p0 & _MASK32
+        # The product of two 32-bit words may wrap into int64's sign; its 64 bits are right.
+        even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        hi_even, hi_odd = (even >> 32) & _MASK32, (odd >> 32) & _MASK32
+        c0, c1, c2, c3 = hi_odd ^ c1 ^ k0, odd & _MASK32, hi_even ^ c3 ^ k1, even & _MASK32
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
     return c0, c1, c2, c3
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(
+    seeds: Tensor, positions: Tensor, vocab_size: int, vocab_offset: int = 0
+) -> Tensor:
     """Standard Gumbel noise for each vocabulary entry of each row.
-
-    Entry i of a row comes from lane i % 4 of Philox with key (seed low word, seed high word)
-    and counter (i // 4, position, 0, 0): u = (word / 2^8 + 1/2) / 2^24, noise = -log(-log u).
 
     Args:
         seeds: [R] int64, >= 0.
-        positions: [R] int64 position of the token to be sampled.
+        positions: [R] integer position of the token to be sampled.
+        vocab_size: entries wanted.
+        vocab_offset: token id of the first one, a multiple of 4.
 
     Returns:
         [R, vocab_size] float32.
     """
-    index = torch.arange(-(-vocab_size // 4), device=seeds.device).unsqueeze(0)
-    zero = torch.zeros_like(index)
+    first = vocab_offset // 4
+    groups = torch.arange(first, first + -(-vocab_size // 4), device=seeds.device).unsqueeze(0)
+    zero = torch.zeros_like(groups)
     key = ((seeds & _MASK32).unsqueeze(1), (seeds >> 32).unsqueeze(1))
-    words = torch.stack(philox4x32((index, positions.unsqueeze(1), zero, zero), key), dim=-1)
-    uniform = ((words >> 8).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log(uniform)).flatten(1)[:, :vocab_size]
+    counter = (groups, positions.long().unsqueeze(1), zero, zero)
+    words = torch.stack(philox4x32(counter, key), dim=-1).flatten(1)[:, :vocab_size]
+    uniform = ((words >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
 
 
-def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token per row: the argmax of logits / temperature + Gumbel noise.
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    vocab_offset: int = 0,
+) -> Tensor:
+    """One token per row: the argmax of logits + temperature * noise.
 
-    That is a draw from softmax(logits / temperature) (the Gumbel-max trick). Where the
-    temperature is 0 it is the argmax of the logits alone.
+    That is a draw from softmax(logits / temperature) (the Gumbel-max trick), and the argmax of
+    the logits where the temperature is 0.
 
     Args:
-        logits: [R, vocab_size].
+        logits: [R, vocab_size] of any float dtype.
         temperatures: [R] float32, >= 0.
         seeds: [R] int64 key of each row's noise.
-        positions: [R] int64 position of the token to be sampled.
+        positions: [R] integer position of the token to be sampled.
+        vocab_offset: token id of the first column, a multiple of 4.
 
     Returns:
-        [R] int64 token ids.
+        [R] int64 token ids; the lowest of equally good ones.
     """
-    greedy = (temperatures == 0).unsqueeze(1)
-    noise = gumbel_noise(seeds, positions, logits.shape[-1]).masked_fill(greedy, 0.0)
-    scale = temperatures.unsqueeze(1).masked_fill(greedy, 1.0)
-    return (logits.float() / scale + noise).argmax(-1)
+    noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
+    scores = torch.addcmul(logits.float(), noise, temperatures.unsqueeze(1))
+    return scores.argmax(dim=1) + vocab_offset
