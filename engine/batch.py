@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.types import NewRequest, StepPlan
+from engine.staging import Staging
+from engine.types import BlockUpdate, NewRequest, StepPlan
 from layers.attention.base import AttentionBatch
 
 
@@ -21,7 +24,6 @@ class StepInputs:
         sampled_rows: [R] int64 rows of the T to sample from; None if all of them are.
         sampled_slots: [R] int64 slot of each new token.
         sampled_positions: [R] int64 position of each new token.
-        all_greedy: every new token is taken greedily.
     """
 
     input_ids: Tensor
@@ -31,52 +33,74 @@ class StepInputs:
     sampled_rows: Tensor | None
     sampled_slots: Tensor
     sampled_positions: Tensor
-    all_greedy: bool
 
 
 class SlotTables:
     """What the runner knows of each running request, one row per slot.
 
     Plans bring only changes; tokens that the runner sampled never leave the device to come
-    back. A row is valid from its `NewRequest` to the next one.
+    back. A row is valid from its `NewRequest` to the next one. There is one row more than
+    slots, for the padding of captured batches.
 
     Attributes:
-        tokens: [slots, max_model_len] int32 prompt and sampled tokens.
-        block_tables: [slots, max_blocks] int32.
-        num_computed: [slots] int64 positions computed so far.
-        temperatures: [slots] float32.
-        seeds: [slots] int64.
+        tokens: [slots + 1, max_model_len] int32 prompt and sampled tokens.
+        block_tables: [slots + 1, max_blocks] int32.
+        num_computed: [slots + 1] int64 positions computed so far.
+        temperatures: [slots + 1] float32.
+        seeds: [slots + 1] int64.
     """
 
     def __init__(
         self, num_slots: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
-        max_blocks = -(-max_model_len // block_size)
+        rows = num_slots + 1
         self._block_size = block_size
-        self._device = device
-        self.tokens = torch.zeros(num_slots, max_model_len, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
-        self.num_computed = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.temperatures = torch.zeros(num_slots, dtype=torch.float32, device=device)
-        self.seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._staging = Staging(device)
+        shape = (rows, -(-max_model_len // block_size))
+        self.tokens = torch.zeros(rows, max_model_len, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.num_computed = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.temperatures = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._random_slots: set[int] = set()
-        self._last_decode: tuple[tuple[int, ...], Tensor] = ((), self._int64([]))
+        self._decode: tuple[int, ...] = ()
+        self._decode_slots = torch.zeros(0, dtype=torch.int64, device=device)
+
+    @property
+    def padding_slot(self) -> int:
+        """The row that belongs to no request."""
+        return self.num_computed.shape[0] - 1
 
     def stage(self, plan: StepPlan) -> StepInputs:
-        """Take in the plan's changes and gather its rows; positions count as computed."""
-        for request in plan.new_requests:
-            self._enter(request)
-        for update in plan.block_updates:
-            last = update.first_index + len(update.block_ids)
-            ids = torch.tensor(update.block_ids, dtype=torch.int32, device=self._device)
-            self.block_tables[update.slot, update.first_index : last] = ids
-        decode_slots = self._decode_slots(plan.decode)
-        if plan.prefill:
-            return self._mixed(plan, decode_slots)
-        positions = self.num_computed[decode_slots]
-        context_lens = positions + 1
-        self.num_computed[decode_slots] = context_lens
-        return self._inputs(plan, decode_slots, positions, decode_slots, context_lens, [0], None)
+        """Take in the plan's changes and gather its rows; their positions count as computed."""
+        self._staging.begin()
+        self._apply(plan)
+        if plan.decode != self._decode:
+            # Most steps decode the same requests as the one before.
+            self._decode, self._decode_slots = plan.decode, self._int64(plan.decode)
+        inputs = self._mixed(plan) if plan.prefill else self._pure_decode()
+        self._staging.end()
+        return inputs
+
+    def stage_changes(self, plan: StepPlan, slots: Tensor) -> None:
+        """Take in a decode plan's changes and write its slots, padded, to `slots` [>= B]."""
+        self._staging.begin()
+        self._apply(plan)
+        padded = np.full(slots.shape[0], self.padding_slot, dtype=np.int64)
+        padded[: len(plan.decode)] = plan.decode
+        slots.copy_(self._staging.upload(padded))
+        self._staging.end()
+
+    def apply_changes(self, plan: StepPlan) -> None:
+        """Take in the plan's changes alone."""
+        if plan.new_requests or plan.block_updates:
+            self._staging.begin()
+            self._apply(plan)
+            self._staging.end()
+
+    def all_greedy(self, plan: StepPlan) -> bool:
+        """Whether every token that the plan samples is taken greedily."""
+        return self._random_slots.isdisjoint(plan.sampled_slots)
 
     def write_back(self, inputs: StepInputs, sampled: Tensor) -> None:
         """Store the new tokens [R] where the next step reads them."""
@@ -84,77 +108,119 @@ class SlotTables:
         self.tokens[inputs.sampled_slots, inputs.sampled_positions] = tokens
 
     def _int64(self, values: list[int] | tuple[int, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return self._staging.upload(np.array(values, dtype=np.int64))
 
-    def _enter(self, request: NewRequest) -> None:
-        slot, ids = request.slot, request.token_ids
-        self.tokens[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32, device=self._device)
-        self.temperatures[slot] = request.sampling.temperature
-        self.seeds[slot] = request.seed
-        if request.sampling.temperature > 0:
-            self._random_slots.add(slot)
-        else:
-            self._random_slots.discard(slot)
+    def _apply(self, plan: StepPlan) -> None:
+        if plan.new_requests:
+            self._enter(plan.new_requests)
+        if plan.block_updates:
+            self._extend(plan.block_updates)
 
-    def _decode_slots(self, decode: tuple[int, ...]) -> Tensor:
-        # Most steps decode the same requests as the one before.
-        if decode != self._last_decode[0]:
-            self._last_decode = (decode, self._int64(decode))
-        return self._last_decode[1]
+    def _enter(self, requests: tuple[NewRequest, ...]) -> None:
+        upload = self._staging.upload
+        slots = [request.slot for request in requests]
+        width = self.tokens.shape[1]
+        at = [np.arange(len(r.token_ids), dtype=np.int64) + r.slot * width for r in requests]
+        ids = [np.array(r.token_ids, dtype=np.int32) for r in requests]
+        self._scatter(self.tokens, np.concatenate(at), np.concatenate(ids))
+        temperatures = [request.sampling.temperature for request in requests]
+        where = self._int64(slots)
+        self.temperatures[where] = upload(np.array(temperatures, dtype=np.float32))
+        self.seeds[where] = self._int64([request.seed for request in requests])
+        for slot, temperature in zip(slots, temperatures, strict=True):
+            if temperature > 0:
+                self._random_slots.add(slot)
+            else:
+                self._random_slots.discard(slot)
 
-    def _mixed(self, plan: StepPlan, decode_slots: Tensor) -> StepInputs:
-        chunks = plan.prefill
-        counts = self._int64([chunk.num_tokens for chunk in chunks])
-        chunk_slots = self._int64([chunk.slot for chunk in chunks])
-        ends = self._int64([chunk.start + chunk.num_tokens for chunk in chunks])
-        positions = torch.cat(
-            [torch.arange(c.start, c.start + c.num_tokens, device=self._device) for c in chunks]
-            + [self.num_computed[decode_slots]]
+    def _extend(self, updates: tuple[BlockUpdate, ...]) -> None:
+        width = self.block_tables.shape[1]
+        at = [u.slot * width + u.first_index + i for u in updates for i in range(len(u.block_ids))]
+        ids = [block for update in updates for block in update.block_ids]
+        self._scatter(
+            self.block_tables, np.array(at, dtype=np.int64), np.array(ids, dtype=np.int32)
         )
-        context_lens = torch.cat((ends, self.num_computed[decode_slots] + 1))
-        slots = torch.cat((chunk_slots, decode_slots))
+
+    def _scatter(
+        self, table: Tensor, at: np.ndarray[Any, Any], values: np.ndarray[Any, Any]
+    ) -> None:
+        upload = self._staging.upload
+        table.view(-1).index_copy_(0, upload(at), upload(values))
+
+    def _pure_decode(self) -> StepInputs:
+        slots = self._decode_slots
+        positions = self.num_computed[slots]
+        context_lens = positions + 1
         self.num_computed[slots] = context_lens
-        token_slots = torch.cat((chunk_slots.repeat_interleave(counts), decode_slots))
-        query_start = [0]
-        for chunk in chunks:
-            query_start.append(query_start[-1] + chunk.num_tokens)
-        rows = [last - 1 for c, last in zip(chunks, query_start[1:], strict=True) if c.samples]
-        rows += range(query_start[-1], query_start[-1] + len(plan.decode))
-        return self._inputs(plan, token_slots, positions, slots, context_lens, query_start, rows)
+        attention = AttentionBatch(
+            block_tables=self.block_tables,
+            slots=slots,
+            context_lens=context_lens,
+            query_start=slots[:0],
+            num_prefills=0,
+            num_prefill_tokens=0,
+            max_query_len=0,
+            max_context_len=0,
+        )
+        return self._inputs(slots, positions, attention, None, slots, context_lens)
+
+    def _mixed(self, plan: StepPlan) -> StepInputs:
+        chunks, decode_slots = plan.prefill, self._decode_slots
+        counts = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int64)
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        chunk_slots = np.array([chunk.slot for chunk in chunks], dtype=np.int64)
+        query_start = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(counts)))
+        num_rows = int(query_start[-1])
+        shift = np.repeat(starts - query_start[:-1], counts)
+        decoding = self.num_computed[decode_slots]
+        positions = torch.cat((self._staging.upload(np.arange(num_rows) + shift), decoding))
+        token_slots = self._staging.upload(np.repeat(chunk_slots, counts))
+        context_lens = torch.cat((self._staging.upload(starts + counts), decoding + 1))
+        slots = torch.cat((self._staging.upload(chunk_slots), decode_slots))
+        self.num_computed[slots] = context_lens
+        samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
+        num_decodes = len(plan.decode)
+        rows = np.concatenate(
+            (query_start[1:][samples] - 1, np.arange(num_rows, num_rows + num_decodes))
+        )
+        sampled_slots, sampled_positions = slots, context_lens
+        if not samples.all():
+            decodes = np.arange(len(chunks), len(chunks) + num_decodes)
+            kept = self._staging.upload(np.concatenate((np.flatnonzero(samples), decodes)))
+            sampled_slots, sampled_positions = slots[kept], context_lens[kept]
+        attention = AttentionBatch(
+            block_tables=self.block_tables,
+            slots=slots,
+            context_lens=context_lens,
+            query_start=self._staging.upload(query_start),
+            num_prefills=len(chunks),
+            num_prefill_tokens=num_rows,
+            max_query_len=int(counts.max()),
+            max_context_len=int((starts + counts).max()),
+        )
+        token_slots = torch.cat((token_slots, decode_slots))
+        sampled_rows = self._staging.upload(rows)
+        return self._inputs(
+            token_slots, positions, attention, sampled_rows, sampled_slots, sampled_positions
+        )
 
     def _inputs(
         self,
-        plan: StepPlan,
         token_slots: Tensor,
         positions: Tensor,
-        slots: Tensor,
-        context_lens: Tensor,
-        query_start: list[int],
-        rows: list[int] | None,
+        attention: AttentionBatch,
+        sampled_rows: Tensor | None,
+        sampled_slots: Tensor,
+        sampled_positions: Tensor,
     ) -> StepInputs:
         size = self._block_size
         blocks = self.block_tables[token_slots, positions // size].long()
-        sampled_slots, sampled_positions = slots, context_lens
-        if not all(chunk.samples for chunk in plan.prefill):
-            keep = [i for i, chunk in enumerate(plan.prefill) if chunk.samples]
-            keep += range(len(plan.prefill), len(slots))
-            kept = self._int64(keep)
-            sampled_slots, sampled_positions = slots[kept], context_lens[kept]
         return StepInputs(
             input_ids=self.tokens[token_slots, positions].long(),
             positions=positions,
             slot_mapping=blocks * size + positions % size,
-            attention=AttentionBatch(
-                block_tables=self.block_tables,
-                slots=slots,
-                context_lens=context_lens,
-                query_start=self._int64(query_start),
-                num_prefills=len(plan.prefill),
-                max_query_len=max((c.num_tokens for c in plan.prefill), default=0),
-                max_context_len=max((c.start + c.num_tokens for c in plan.prefill), default=0),
-            ),
-            sampled_rows=None if rows is None else self._int64(rows),
+            attention=attention,
+            sampled_rows=sampled_rows,
             sampled_slots=sampled_slots,
             sampled_positions=sampled_positions,
-            all_greedy=self._random_slots.isdisjoint(plan.sampled_slots),
         )

@@ -147,18 +147,16 @@ class LocalRunner(ModelRunner):
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> Tensor:
         inputs = self._tables.stage(plan)
-        cos, sin = self._model.rotary_table
         batch = ForwardBatch(
             input_ids=inputs.input_ids,
-            positions=inputs.positions,
             slot_mapping=inputs.slot_mapping,
-            rotary=(cos[inputs.positions], sin[inputs.positions]),
+            rotation=self._model.rotary.prepare(inputs.positions),
             attention=self._backend.prepare(inputs.attention),
             kv=self._kv,
             sampled_rows=inputs.sampled_rows,
         )
         logits = self._model(batch)
-        if inputs.all_greedy:
+        if self._tables.all_greedy(plan):
             tokens = logits.argmax(-1)
         else:
             slots = inputs.sampled_slots

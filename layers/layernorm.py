@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from layers.kernels.launch import dependent_launch, fused
 from layers.parallel import WeightSlot
 
 
@@ -26,12 +27,15 @@ class RMSNormalizer:
 
 
 class RMSNorm:
-    """y = x / sqrt(mean(x^2) + eps) * weight."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, after adding x to the residual stream."""
 
     def __init__(
         self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self._eps = eps
         self._normalize = RMSNormalizer(hidden_size, eps, device)
+        self._fused = fused(device, dtype)
+        self._pdl = self._fused and dependent_launch(device)
         self.weight = torch.empty(hidden_size, dtype=dtype, device=device)
         self._scale: Tensor
 
@@ -39,9 +43,19 @@ class RMSNorm:
         """The weight is loaded."""
         self._scale = self.weight.float() * self.weight.shape[0] ** 0.5
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden_size] -> the same."""
-        return (self._normalize(x) * self._scale).to(x.dtype)
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and residual [T, hidden_size] -> (normalised sum, sum)."""
+        if self._fused:
+            return self._call_fused(x, residual)
+        total = x if residual is None else x + residual
+        return (self._normalize(total) * self._scale).to(x.dtype), total
+
+    def _call_fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        from layers.kernels.norm import add_rms_norm, rms_norm
+
+        if residual is None:
+            return rms_norm(x, self.weight, self._eps, pdl=self._pdl), x
+        return add_rms_norm(x, residual, self.weight, self._eps, pdl=self._pdl)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slot of the checkpoint's tensor `name`.weight."""

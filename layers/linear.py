@@ -20,7 +20,7 @@ _PACK_ROWS = 64
 
 
 class Product:
-    """x W^T + b, optionally added to a residual, by the fastest exact means of W's device.
+    """x W^T + b by the fastest exact means of W's device.
 
     In float32 on a CPU the weight is copied into oneDNN's blocked layout.
 
@@ -37,7 +37,6 @@ class Product:
         if self._packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
             self._multiply = torch.ops.mkldnn._linear_pointwise.default
-            self._multiply_add = torch.ops.mkldnn._linear_pointwise.binary
         self._weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,12 +44,6 @@ class Product:
         if self._packed:
             return self._multiply(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
         return F.linear(x, self._weight, self._bias)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [T, N] + the product of x [T, K]."""
-        if self._packed:
-            return self._multiply_add(x, residual, self._weight, self._bias, "add")  # type: ignore[no-any-return]
-        return residual + F.linear(x, self._weight, self._bias)
 
 
 class MergedColumnLinear:
@@ -151,7 +144,7 @@ class QKVLinear(MergedColumnLinear):
 
 
 class RowLinear:
-    """A projection whose inputs are divided over the ranks, added to the residual stream."""
+    """A projection whose inputs are divided over the ranks; the results are summed."""
 
     def __init__(
         self,
@@ -179,11 +172,9 @@ class RowLinear:
         bias = self.bias if self._parallel.rank == 0 else None
         self._product, self.weight = Product(self.weight, bias), None
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual [T, output_size] + projection of x [T, this rank's inputs]."""
-        if self._parallel.size == 1:
-            return self._product.add_to(residual, x)
-        return residual + self._parallel.all_reduce(self._product(x))
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, this rank's inputs] -> [T, output_size]."""
+        return self._parallel.all_reduce(self._product(x))
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layer `name`."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from layers.forward_batch import Rotation
+from layers.kernels.launch import dependent_launch, fused
 from layers.layernorm import RMSNormalizer
 from layers.parallel import WeightSlot
 from memory.kv_cache import KVLayer
@@ -49,6 +51,30 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
     return table.unsqueeze(2).to(device)
 
 
+class RotaryEmbedding:
+    """The rotations of one model, shared by its layers.
+
+    Args:
+        table: see `rotary_table`.
+        gather: look a step's positions up once for all layers; else a fused kernel reads the
+            table itself.
+    """
+
+    def __init__(self, table: Tensor, *, gather: bool) -> None:
+        half = table.shape[-1] // 2
+        self._gather = gather
+        self._cos, self._sin = table
+        # The sine of the second half has the plain sign.
+        self._half_cos = table[0, :, 0, :half].contiguous()
+        self._half_sin = table[1, :, 0, half:].contiguous()
+
+    def prepare(self, positions: Tensor) -> Rotation:
+        """What the layers of one step need for tokens at `positions` [T]."""
+        if self._gather:
+            return Rotation(positions, self._cos[positions], self._sin[positions])
+        return Rotation(positions, self._half_cos, self._half_sin)
+
+
 class QKNormRopeStore:
     """Between projection and attention: normalise Q and K, rotate them, write K and V to pages.
 
@@ -71,6 +97,9 @@ class QKNormRopeStore:
         self._num_qk = num_heads + num_kv_heads
         self._num_all = num_heads + 2 * num_kv_heads
         self._head_dim = head_dim
+        self._eps = eps
+        self._fused = fused(device, dtype)
+        self._pdl = self._fused and dependent_launch(device)
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
@@ -84,22 +113,44 @@ class QKNormRopeStore:
             self._scale = self.qk_weight.float() * self._head_dim**0.5
 
     def __call__(
-        self, qkv: Tensor, rotary: tuple[Tensor, Tensor], slot_mapping: Tensor, kv: KVLayer
+        self, qkv: Tensor, rotation: Rotation, slot_mapping: Tensor, kv: KVLayer
     ) -> Tensor:
-        """Rotated queries [T, num_heads, head_dim]; overwrites `qkv`, writes into `kv`.
+        """Rotated queries [T, num_heads, head_dim]; may overwrite `qkv`, writes into `kv`.
 
         Args:
             qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous.
-            rotary: cosines and signed sines, each [T, 1, head_dim] float32, see `rotary_table`.
-            slot_mapping: [T] int64 rows of `kv.flat`.
+            slot_mapping: [T] rows of `kv.flat`; negative ones, which only the fused kernel
+                takes, store nothing.
         """
+        if self._fused:
+            return self._call_fused(qkv, rotation, slot_mapping, kv)
         heads = qkv.view(-1, self._num_all, self._head_dim)
         qk = heads[:, : self._num_qk]
         x = qk.float() if self.qk_weight is None else self._normalize(qk) * self._scale
-        cos, sin = rotary
-        qk.copy_((x * cos).addcmul_(x.roll(self._head_dim // 2, -1), sin))
+        turned = x.roll(self._head_dim // 2, -1)
+        qk.copy_((x * rotation.cos).addcmul_(turned, rotation.sin))
         kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
         return heads[:, : self._num_heads]
+
+    def _call_fused(
+        self, qkv: Tensor, rotation: Rotation, slot_mapping: Tensor, kv: KVLayer
+    ) -> Tensor:
+        from layers.kernels.qkv import qk_norm_rope_store
+
+        weight = self.qk_weight
+        return qk_norm_rope_store(
+            qkv,
+            None if weight is None else weight[0],
+            None if weight is None else weight[-1],
+            self._eps or 0.0,
+            rotation.cos,
+            rotation.sin,
+            rotation.positions,
+            slot_mapping,
+            kv.k,
+            kv.v,
+            pdl=self._pdl,
+        )
 
     def weight_slots(self, q_name: str, k_name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's normalisation weights, [head_dim] each."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from layers.attention.base import AttentionBackend
 from layers.forward_batch import ForwardBatch
 from layers.parallel import ParallelContext, WeightSlot
+from layers.rotary_embedding import RotaryEmbedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +34,10 @@ class CausalLM(ABC):
     """A model's weights and forward pass on one rank.
 
     Attributes:
-        rotary_table: see `layers.rotary_embedding.rotary_table`.
+        rotary: the rotations of the model's positions.
     """
 
-    rotary_table: Tensor
+    rotary: RotaryEmbedding
 
     @abstractmethod
     def __init__(

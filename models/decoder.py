@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers.activation import silu_mul
+from layers.activation import SiluMul
 from layers.attention.base import AttentionBackend
 from layers.embed_head import VocabEmbedding, VocabHead, VocabTable
 from layers.forward_batch import ForwardBatch
+from layers.kernels.launch import fused
 from layers.layernorm import RMSNorm
 from layers.linear import MergedColumnLinear, QKVLinear, RowLinear
 from layers.parallel import ParallelContext, WeightSlot
-from layers.rotary_embedding import QKNormRopeStore, rotary_table
+from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ModelShape
 from utils.errors import UnsupportedModelError
@@ -88,28 +89,28 @@ class Attention:
             **where,
         )
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
-        """residual + attention of the normalised x, both [T, hidden_size]."""
-        q = self.store(self.qkv_proj(x), batch.rotary, batch.slot_mapping, kv)
-        return self.o_proj(self._backend.attend(q, kv, batch.attention), residual)
+    def __call__(self, x: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
+        q = self.store(self.qkv_proj(x), batch.rotation, batch.slot_mapping, kv)
+        return self.o_proj(self._backend.attend(q, kv, batch.attention))
 
 
 class MLP:
-    """residual + down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, spec: DecoderSpec, parallel: ParallelContext, **where: Any) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
         self.gate_up_proj = MergedColumnLinear(
             hidden, (inner, inner), bias=False, parallel=parallel, **where
         )
+        self.activation = SiluMul(**where)
         self.down_proj = RowLinear(inner, hidden, bias=False, parallel=parallel, **where)
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.down_proj(silu_mul(self.gate_up_proj(x)), residual)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_up_proj(x)))
 
 
 class DecoderLayer:
-    """Attention and MLP, each added to the residual stream that it reads normalised."""
+    """Attention and MLP, each on the normalised sum of all that came before."""
 
     def __init__(
         self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
@@ -119,9 +120,13 @@ class DecoderLayer:
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
         self.mlp = MLP(spec, parallel, **where)
 
-    def __call__(self, x: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
-        x = self.self_attn(self.input_layernorm(x), x, batch, kv)
-        return self.mlp(self.post_attention_layernorm(x), x)
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, batch, kv)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
 
     def finish(self) -> None:
         attn, mlp = self.self_attn, self.mlp
@@ -183,16 +188,18 @@ class DecoderLM(CausalLM):
         ]
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
         self.lm_head = VocabHead(self._head, parallel)
-        self.rotary_table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
+        table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
+        self.rotary = RotaryEmbedding(table, gather=not fused(device, dtype))
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """Logits [R, vocab_size] of the batch's sampled rows."""
-        x = self.embed_tokens(batch.input_ids)
+        x, residual = self.embed_tokens(batch.input_ids), None
         for layer, kv in zip(self.layers, batch.kv, strict=True):
-            x = layer(x, batch, kv)
+            x, residual = layer(x, residual, batch, kv)
         if batch.sampled_rows is not None:
-            x = x[batch.sampled_rows]
-        return self.lm_head(self.norm(x))
+            assert residual is not None
+            x, residual = x[batch.sampled_rows], residual[batch.sampled_rows]
+        return self.lm_head(self.norm(x, residual)[0])
 
     def finish(self) -> None:
         """The weights are loaded: prepare every layer for use."""

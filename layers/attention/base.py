@@ -35,17 +35,20 @@ class AttentionSpec:
 class AttentionBatch:
     """Which request each query row belongs to; prefill requests first, then decodes.
 
+    The index tensors are int64, or int32 where a captured graph prepares them.
+
     Attributes:
         block_tables: [slots, max_blocks] int32, one row per *slot*; entries past a request's
             blocks are stale.
-        slots: [B] int64 row in block_tables of each request.
-        context_lens: [B] int64 visible tokens of each request, this step's included.
-        query_start: [num_prefills + 1] int64 first query row of each prefill request, then the
-            number of prefill rows.
+        slots: [B] row in block_tables of each request.
+        context_lens: [B] visible tokens of each request, this step's included.
+        query_start: [num_prefills + 1] first query row of each prefill request, then
+            num_prefill_tokens; unused without prefills.
         num_prefills: leading requests with any number of query rows; the other B - num_prefills
             have one each.
+        num_prefill_tokens: query rows of the prefill requests; the decodes' rows follow.
         max_query_len: largest number of query rows of a prefill request, 0 without any.
-        max_context_len: upper bound of context_lens.
+        max_context_len: largest context of a prefill request, 0 without any.
     """
 
     block_tables: Tensor
@@ -53,6 +56,7 @@ class AttentionBatch:
     context_lens: Tensor
     query_start: Tensor
     num_prefills: int
+    num_prefill_tokens: int
     max_query_len: int
     max_context_len: int
 

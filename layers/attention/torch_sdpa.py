@@ -49,7 +49,7 @@ class TorchAttention(AttentionBackend):
 
     def prepare(self, batch: AttentionBatch) -> tuple[list[_Prefill], _Decodes | None]:
         context_lens = batch.context_lens.tolist()
-        starts = batch.query_start.tolist()
+        starts = batch.query_start.tolist() if batch.num_prefills else []
         prefills = []
         for i in range(batch.num_prefills):
             context = context_lens[i]
@@ -62,9 +62,10 @@ class TorchAttention(AttentionBackend):
             prefills.append(_Prefill(starts[i], starts[i + 1], rows, mask))
         if len(context_lens) == batch.num_prefills:
             return prefills, None
-        return prefills, self._decodes(batch, context_lens[batch.num_prefills :], starts[-1])
+        return prefills, self._decodes(batch, context_lens[batch.num_prefills :])
 
-    def _decodes(self, batch: AttentionBatch, context_lens: list[int], first: int) -> _Decodes:
+    def _decodes(self, batch: AttentionBatch, context_lens: list[int]) -> _Decodes:
+        first = batch.num_prefill_tokens
         longest = max(context_lens)
         if len(context_lens) == 1:
             rows = self._request_rows(batch, batch.num_prefills, longest)
