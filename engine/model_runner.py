@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,15 +14,29 @@ from torch import Tensor
 
 from config import Config
 from engine.batch import SlotTables
-from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
+from engine.cuda_graph import capture_sizes
+from engine.decode_step import DecodeStep
+from engine.launchers import InlineLauncher, Launcher, StreamLauncher, ThreadLauncher
+from engine.types import (
+    BlockUpdate,
+    KVGeometry,
+    ModelRunner,
+    NewRequest,
+    PrefillChunk,
+    StepHandle,
+    StepPlan,
+)
 from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.forward_batch import ForwardBatch
+from layers.kernels.launch import fused
 from layers.parallel import ParallelContext
 from layers.sampler import sample
-from memory.kv_cache import KVCache, kv_blocks
-from models.base import CausalLM
+from memory.kv_cache import KVCache, KVLayer, kv_blocks
+from memory.sizing import fit_blocks, free_bytes, measure_usage, release_device
+from models.base import CausalLM, ModelShape
+from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
-from utils.errors import ConfigError, EngineClosedError, StepError, UnsupportedModelError
+from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from utils.loader import load_weights
 from utils.registry import find_part, parts_in
 
@@ -28,26 +44,12 @@ from utils.registry import find_part, parts_in
 _AUTO_BACKENDS = ("triton", "flash_attn", "torch")
 
 
-class _Handle(StepHandle):
-    """A step that runs in a worker thread, or ran already."""
-
-    def __init__(self, step_id: int, tokens: Future[Tensor]) -> None:
-        self._step_id = step_id
-        self._tokens = tokens
-
-    def result(self) -> StepResult:
-        try:
-            tokens = self._tokens.result()
-        except Exception as error:
-            raise StepError(f"step {self._step_id} failed: {error}") from error
-        return StepResult(self._step_id, tokens.unsqueeze(1).tolist())
-
-
 class LocalRunner(ModelRunner):
     """Model, KV cache and per-slot tables on one device.
 
-    With pipeline_depth 0 a step runs inside `execute`; above it, in one worker thread, so that
-    the caller plans the next step meanwhile.
+    On CUDA steps are enqueued on a stream, decode steps as captured graphs. On a CPU a step
+    runs inside `execute` at pipeline_depth 0, above it in one worker thread, so that the caller
+    plans the next step meanwhile.
 
     Args:
         config: resolved (no None or "auto" left that depends on machine or checkpoint).
@@ -73,26 +75,19 @@ class LocalRunner(ModelRunner):
                 "Use 1.",
             )
         assert config.max_model_len is not None
+        self._config = config
         self._device = torch.device(config.device)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._closed = False
+        self._launcher = self._make_launcher(config)
+        before = free_bytes(self._device)
         architecture = find_architecture(checkpoint)
-        spec = architecture.model_shape(checkpoint.hf_config)
-        num_kv_heads = parallel.kv_heads(spec.num_kv_heads)[1]
-        attention = AttentionSpec(
-            num_heads=parallel.share("query heads", spec.num_heads),
-            num_kv_heads=num_kv_heads,
-            head_dim=spec.head_dim,
-            scale=spec.head_dim**-0.5,
-            block_size=config.kvcache_block_size,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            dtype=self._dtype,
-            device=self._device,
-        )
-        with torch.inference_mode():
-            self._backend = make_backend(config, attention)
+        shape = architecture.model_shape(checkpoint.hf_config)
+        spec = self._attention_spec(config, shape, parallel)
+        with torch.inference_mode(), self._on_device():
+            self._backend = make_backend(config, spec)
             self._model: CausalLM = architecture.MODEL(
-                spec,
+                shape,
                 checkpoint.hf_config,
                 parallel=parallel,
                 backend=self._backend,
@@ -100,23 +95,26 @@ class LocalRunner(ModelRunner):
                 dtype=self._dtype,
                 device=self._device,
             )
-            load_weights(checkpoint.path, self._model.weight_slots(), tied=spec.tied)
+            load_weights(checkpoint.path, self._model.weight_slots(), tied=shape.tied)
             self._model.finish()
-            self._geometry = KVGeometry(
-                spec.num_layers,
-                num_kv_heads,
-                spec.head_dim,
-                config.kvcache_block_size,
-                num_blocks=0,
-                dtype_bytes=self._dtype.itemsize,
-            )
-            self._geometry = kv_blocks(config, self._geometry)
-            self._kv = KVCache(self._geometry, self._dtype, self._device).layers()
             self._tables = SlotTables(
                 config.max_num_seqs, config.max_model_len, config.kvcache_block_size, self._device
             )
-        self._worker = ThreadPoolExecutor(1, "step") if config.pipeline_depth else None
-        self._closed = False
+            self._kv: list[KVLayer] = []
+            self._decode_step: DecodeStep | None = None
+            self._captures = captures_graphs(config, self._backend, self._dtype)
+            one_block = KVGeometry(
+                num_layers=shape.num_layers,
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                block_size=spec.block_size,
+                num_blocks=1,
+                dtype_bytes=self._dtype.itemsize,
+            )
+            self._geometry = self._sized(one_block, before)
+            self._allocate(self._geometry)
+            if self._decode_step is not None:
+                self._decode_step.capture(capture_sizes(config.max_num_seqs))
 
     @property
     def kv_geometry(self) -> KVGeometry:
@@ -125,28 +123,91 @@ class LocalRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
             raise EngineClosedError("execute() after close()")
-        if self._worker is not None:
-            return _Handle(plan.step_id, self._worker.submit(self._run, plan))
-        done: Future[Tensor] = Future()
-        try:
-            done.set_result(self._run(plan))
-        except Exception as error:
-            done.set_exception(error)
-        return _Handle(plan.step_id, done)
+        return self._launcher.launch(plan.step_id, lambda: self._run(plan))
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        if self._worker is not None:
-            self._worker.shutdown()
+        self._launcher.close()
+        self._decode_step = None
         del self._model, self._backend, self._kv, self._tables
+        release_device(self._device)
+
+    def _make_launcher(self, config: Config) -> Launcher:
+        depth = config.pipeline_depth or 0
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            return StreamLauncher(self._device, config.max_num_seqs, depth + 2)
+        return ThreadLauncher() if depth else InlineLauncher()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        if isinstance(self._launcher, StreamLauncher):
+            return torch.cuda.stream(self._launcher.stream)
+        return nullcontext()
+
+    def _attention_spec(
+        self, config: Config, shape: ModelShape, parallel: ParallelContext
+    ) -> AttentionSpec:
+        assert config.max_model_len is not None
+        return AttentionSpec(
+            num_heads=parallel.share("query heads", shape.num_heads),
+            num_kv_heads=parallel.kv_heads(shape.num_kv_heads)[1],
+            head_dim=shape.head_dim,
+            scale=shape.head_dim**-0.5,
+            block_size=config.kvcache_block_size,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def _allocate(self, geometry: KVGeometry) -> None:
+        self._kv = KVCache(geometry, self._dtype, self._device).layers()
+        if self._captures:
+            self._decode_step = DecodeStep(
+                self._model, self._backend, self._tables, self._kv, geometry.block_size
+            )
+
+    def _sized(self, one_block: KVGeometry, free_before: int) -> KVGeometry:
+        """The geometry with the number of blocks that the config asks for or memory allows."""
+        config = self._config
+        explicit = config.num_kvcache_blocks or config.kvcache_memory_bytes
+        if self._device.type != "cuda" or explicit:
+            return kv_blocks(config, one_block)
+        self._allocate(replace(one_block, num_blocks=self._tables.block_tables.shape[1]))
+        usage = measure_usage(self._device, free_before, self._heaviest_steps())
+        self._kv, self._decode_step = [], None
+        torch.cuda.empty_cache()
+        return fit_blocks(config.gpu_memory_utilization, one_block, usage)
+
+    def _heaviest_steps(self) -> list[Callable[[], object]]:
+        """The steps that need the most memory: the largest prefill and the largest decode."""
+        config = self._config
+        assert config.max_model_len is not None
+        longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
+        count = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // longest))
+        table = tuple(range(self._tables.block_tables.shape[1]))
+        params = SamplingParams()
+        prefill = StepPlan(
+            step_id=0,
+            new_requests=tuple(
+                NewRequest(slot, slot, (0,) * longest, params, 0) for slot in range(count)
+            ),
+            block_updates=tuple(BlockUpdate(slot, 0, table) for slot in range(count)),
+            prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
+        )
+        steps: list[Callable[[], object]] = [lambda: self._run(prefill)]
+        decode = self._decode_step
+        if decode is not None:
+            steps.append(decode.run_padding)
+        return steps
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> Tensor:
-        inputs = self._tables.stage(plan)
+        if self._decode_step is not None and not plan.prefill:
+            return self._decode_step.run(plan)
+        tables = self._tables
+        inputs = tables.stage(plan)
         batch = ForwardBatch(
             input_ids=inputs.input_ids,
             slot_mapping=inputs.slot_mapping,
@@ -156,13 +217,13 @@ class LocalRunner(ModelRunner):
             sampled_rows=inputs.sampled_rows,
         )
         logits = self._model(batch)
-        if self._tables.all_greedy(plan):
+        if tables.all_greedy(plan):
             tokens = logits.argmax(-1)
         else:
             slots = inputs.sampled_slots
-            temperatures, seeds = self._tables.temperatures[slots], self._tables.seeds[slots]
+            temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
             tokens = sample(logits, temperatures, seeds, inputs.sampled_positions)
-        self._tables.write_back(inputs, tokens)
+        tables.write_back(inputs, tokens)
         return tokens
 
 
@@ -205,3 +266,22 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
     if reason is not None:
         raise ConfigError("attention_backend", config.attention_backend, reason, 'Use "auto".')
     return part(spec)  # type: ignore[no-any-return]
+
+
+def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
+    """Whether decode steps are captured.
+
+    Raises:
+        ConfigError: graphs were asked for and cannot be had.
+    """
+    if config.device != "cuda" or config.enforce_eager or config.enable_cuda_graphs is False:
+        return False
+    possible = backend.captures and fused(torch.device(config.device), dtype)
+    if config.enable_cuda_graphs and not possible:
+        raise ConfigError(
+            "enable_cuda_graphs",
+            True,
+            f"attention_backend={backend.name!r} with dtype={config.dtype!r} cannot be captured",
+            "Leave it at None, or use the triton backend and half precision.",
+        )
+    return possible

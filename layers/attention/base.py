@@ -69,6 +69,7 @@ class AttentionBackend(ABC):
     """
 
     name: ClassVar[str]
+    captures: ClassVar[bool] = False
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:

@@ -1,0 +1,79 @@
+"""Our own Triton kernels over pages: the default on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
+from layers.kernels.launch import dependent_launch, has_triton
+from memory.kv_cache import KVLayer
+
+
+class TritonAttention(AttentionBackend):
+    """Varlen causal prefill and split-KV decode, both reading K and V from the pages.
+
+    The kernels, their sources and their measurements are in `layers/kernels/paged_prefill.py`
+    and `layers/kernels/paged_decode.py`.
+    """
+
+    name = "triton"
+    captures = True
+
+    @staticmethod
+    def unsupported(spec: AttentionSpec) -> str | None:
+        if spec.device.type != "cuda":
+            return "it needs a CUDA device"
+        if not has_triton():
+            return "the package triton is not installed"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in bfloat16 and float16, not {spec.dtype}"
+        return None
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        from layers.kernels.paged_decode import decode_workspace
+
+        self._spec = spec
+        self._pdl = dependent_launch(spec.device)
+        self._workspace = decode_workspace(
+            spec.device, spec.num_heads, spec.num_kv_heads, spec.head_dim
+        )
+
+    def prepare(self, batch: AttentionBatch) -> AttentionBatch:
+        return batch
+
+    def attend(self, q: Tensor, kv: KVLayer, prepared: AttentionBatch) -> Tensor:
+        from layers.kernels.paged_decode import paged_decode
+        from layers.kernels.paged_prefill import paged_prefill
+
+        batch, spec = prepared, self._spec
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        prefills, rows = batch.num_prefills, batch.num_prefill_tokens
+        if prefills:
+            paged_prefill(
+                q[:rows],
+                kv.k,
+                kv.v,
+                batch.block_tables,
+                batch.slots[:prefills],
+                batch.query_start,
+                batch.context_lens[:prefills],
+                scale=spec.scale,
+                max_query_len=batch.max_query_len,
+                out=out[:rows],
+            )
+        if rows < q.shape[0]:
+            paged_decode(
+                q[rows:],
+                kv.k,
+                kv.v,
+                batch.block_tables,
+                batch.slots[prefills:],
+                batch.context_lens[prefills:],
+                scale=spec.scale,
+                max_context_len=spec.max_model_len,
+                out=out[rows:],
+                workspace=self._workspace,
+                launch_pdl=self._pdl and not prefills,
+            )
+        return out.flatten(1)
