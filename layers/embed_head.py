@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.linear import Product
+from layers.layernorm import RMSNorm
 from layers.parallel import ParallelContext, WeightSlot
+from layers.product import Product, make_product
 
 
 class VocabTable:
@@ -54,20 +55,26 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """Hidden states to logits; a tied checkpoint gives it the embedding's table."""
+    """The final norm and the projection to logits; the table may be the embedding's.
 
-    def __init__(self, table: VocabTable, parallel: ParallelContext) -> None:
+    Args:
+        norm: of the hidden states.
+    """
+
+    def __init__(self, norm: RMSNorm, table: VocabTable, parallel: ParallelContext) -> None:
+        self.norm = norm
         self._table = table
         self._parallel = parallel
         self._product: Product
 
     def finish(self) -> None:
         """The weights are loaded: lay them out for use."""
-        self._product = Product(self._table.weight, None)
+        self.norm.finish()
+        self._product = make_product(self._table.weight, None, self.norm)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[R, hidden_size] -> [R, vocab_size]."""
-        part = self._product(hidden)
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The stream [R, hidden_size] -> logits [R, vocab_size]; see `Product` for its form."""
+        part = self._product.normed(x, residual, self.norm)[0]
         if self._parallel.size == 1:
             return part
         return self._parallel.all_gather(part)[:, : self._table.vocab_size]

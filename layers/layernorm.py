@@ -22,40 +22,62 @@ class RMSNormalizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., n] of any float dtype -> the same in float32, without the factor sqrt(n)."""
-        x = x.float()
+        if x.dtype != torch.float32:
+            x = x.float()
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor)
 
 
 class RMSNorm:
-    """y = x / sqrt(mean(x^2) + eps) * weight, after adding x to the residual stream."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, of the residual stream.
+
+    Attributes:
+        weight: [hidden_size].
+        eps: see above.
+    """
 
     def __init__(
         self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._eps = eps
+        self.eps = eps
+        self.weight = torch.empty(hidden_size, dtype=dtype, device=device)
         self._normalize = RMSNormalizer(hidden_size, eps, device)
         self._fused = fused(device, dtype)
         self._pdl = self._fused and dependent_launch(device)
-        self.weight = torch.empty(hidden_size, dtype=dtype, device=device)
-        self._scale: Tensor
+        self._scale: Tensor | None = None
 
     def finish(self) -> None:
         """The weight is loaded."""
-        self._scale = self.weight.float() * self.weight.shape[0] ** 0.5
+        width: float = self.weight.shape[0] ** 0.5
+        self._scale = self.weight.float() * width
+
+    def take_scale(self) -> Tensor:
+        """Hand the factors [hidden_size] float32 to the one product that reads this norm.
+
+        From then on a call leaves them out.
+        """
+        assert self._scale is not None
+        scale, self._scale = self._scale, None
+        return scale
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x and residual [T, hidden_size] -> (normalised sum, sum)."""
+        """The stream -> (normalised, its sum), both [T, hidden_size].
+
+        x may be float32 partial sums [S, T, hidden_size] on CUDA; see `Product` for the form.
+        """
         if self._fused:
             return self._call_fused(x, residual)
         total = x if residual is None else x + residual
-        return (self._normalize(total) * self._scale).to(x.dtype), total
+        normalized = self._normalize(total)
+        if self._scale is not None:
+            normalized = (normalized * self._scale).to(x.dtype)
+        return normalized, total
 
     def _call_fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         from layers.kernels.norm import add_rms_norm, rms_norm
 
         if residual is None:
-            return rms_norm(x, self.weight, self._eps, pdl=self._pdl), x
-        return add_rms_norm(x, residual, self.weight, self._eps, pdl=self._pdl)
+            return rms_norm(x, self.weight, self.eps, pdl=self._pdl), x
+        return add_rms_norm(x, residual, self.weight, self.eps, pdl=self._pdl)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slot of the checkpoint's tensor `name`.weight."""

@@ -8,48 +8,18 @@ matrix, so that one product serves them all.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from layers.layernorm import RMSNorm
 from layers.parallel import ParallelContext, WeightSlot
-
-# Rows that oneDNN is told to expect when it lays out a weight. Measured on two AVX-512 cores
-# over the shipped model's weights: 16, 64 and 256 are equally fast at any batch; against the
-# plain layout 1.2 times at 1 row, 2.4 at 8, 2.9 at 32 and 3.0 at 1,000.
-_PACK_ROWS = 64
-
-
-class Product:
-    """x W^T + b by the fastest exact means of W's device.
-
-    In float32 on a CPU the weight is copied into oneDNN's blocked layout.
-
-    Args:
-        weight: [N, K].
-        bias: [N] or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._bias = bias
-        self._packed = (
-            weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn
-        )
-        if self._packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-            self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._weight = weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, K] -> [T, N]."""
-        if self._packed:
-            return self._multiply(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
-        return F.linear(x, self._weight, self._bias)
+from layers.product import Product, make_product
 
 
 class MergedColumnLinear:
-    """Several column-parallel projections of one input: y = x W^T + b, parts side by side.
+    """Several column-parallel projections of one normalised input, parts side by side.
 
     Args:
+        norm: of the input.
         input_size: features of the input.
         sizes: output features of each part, over all ranks.
         bias: whether there is a bias.
@@ -59,6 +29,7 @@ class MergedColumnLinear:
 
     def __init__(
         self,
+        norm: RMSNorm,
         input_size: int,
         sizes: tuple[int, ...],
         *,
@@ -67,6 +38,7 @@ class MergedColumnLinear:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.norm = norm
         self.input_size = input_size
         self.sizes = sizes
         self._parallel = parallel
@@ -84,11 +56,19 @@ class MergedColumnLinear:
     def finish(self) -> None:
         """The weights are loaded: lay them out for use, and keep only that copy."""
         assert self.weight is not None
-        self._product, self.weight = Product(self.weight, self.bias), None
+        self.norm.finish()
+        self._product, self.weight = make_product(self.weight, self.bias, self.norm), None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, input_size] -> [T, sum of this rank's parts]."""
-        return self._product(x)
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream [T, input_size] -> ([T, sum of this rank's parts], the stream's sum).
+
+        For the stream's form see `Product`.
+        """
+        return self._product.normed(x, residual, self.norm)
+
+    def gated(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As a call, with silu(first part) * second part in the parts' place."""
+        return self._product.gated(x, residual, self.norm)
 
     def weight_slots(self, *names: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layers `names`, one per part, in order."""
@@ -108,12 +88,14 @@ class QKVLinear(MergedColumnLinear):
     """Query, key and value projections; KV heads are replicated where ranks outnumber them.
 
     Args:
+        norm: of the input.
         num_heads: query heads over all ranks.
         num_kv_heads: KV heads over all ranks.
     """
 
     def __init__(
         self,
+        norm: RMSNorm,
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
@@ -127,6 +109,7 @@ class QKVLinear(MergedColumnLinear):
         self._heads = (num_heads, num_kv_heads, head_dim)
         kv_size = num_kv_heads * head_dim
         super().__init__(
+            norm,
             hidden_size,
             (num_heads * head_dim, kv_size, kv_size),
             bias=bias,
@@ -144,7 +127,7 @@ class QKVLinear(MergedColumnLinear):
 
 
 class RowLinear:
-    """A projection whose inputs are divided over the ranks; the results are summed."""
+    """A projection onto the residual stream, its inputs divided over the ranks."""
 
     def __init__(
         self,
@@ -170,11 +153,16 @@ class RowLinear:
         assert self.weight is not None
         # The bias enters the sum over ranks once.
         bias = self.bias if self._parallel.rank == 0 else None
-        self._product, self.weight = Product(self.weight, bias), None
+        self._product, self.weight = make_product(self.weight, bias), None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, this rank's inputs] -> [T, output_size]."""
-        return self._parallel.all_reduce(self._product(x))
+    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [T, this rank's inputs] and the stream's sum [T, output_size] -> the stream after it.
+
+        For the stream's form see `Product`.
+        """
+        if self._parallel.size == 1:
+            return self._product.added(x, residual)
+        return self._parallel.all_reduce(self._product(x)), residual
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layer `name`."""

@@ -128,7 +128,10 @@ class QKNormRopeStore:
         qk = heads[:, : self._num_qk]
         x = qk.float() if self.qk_weight is None else self._normalize(qk) * self._scale
         turned = x.roll(self._head_dim // 2, -1)
-        qk.copy_((x * rotation.cos).addcmul_(turned, rotation.sin))
+        if qk.dtype == torch.float32:
+            torch.addcmul(x * rotation.cos, turned, rotation.sin, out=qk)
+        else:
+            qk.copy_((x * rotation.cos).addcmul_(turned, rotation.sin))
         kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
         return heads[:, : self._num_heads]
 

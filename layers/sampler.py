@@ -50,7 +50,7 @@ def gumbel_noise(
     """Standard Gumbel noise for each vocabulary entry of each row.
 
     Args:
-        seeds: [R] int64, >= 0.
+        seeds: [R] int64.
         positions: [R] integer position of the token to be sampled.
         vocab_size: entries wanted.
         vocab_offset: token id of the first one, a multiple of 4.
@@ -61,7 +61,7 @@ def gumbel_noise(
     first = vocab_offset // 4
     groups = torch.arange(first, first + -(-vocab_size // 4), device=seeds.device).unsqueeze(0)
     zero = torch.zeros_like(groups)
-    key = ((seeds & _MASK32).unsqueeze(1), (seeds >> 32).unsqueeze(1))
+    key = ((seeds & _MASK32).unsqueeze(1), ((seeds >> 32) & _MASK32).unsqueeze(1))
     counter = (groups, positions.long().unsqueeze(1), zero, zero)
     words = torch.stack(philox4x32(counter, key), dim=-1).flatten(1)[:, :vocab_size]
     uniform = ((words >> 9).float() + 0.5) * 2.0**-23

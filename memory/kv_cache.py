@@ -17,17 +17,25 @@ _DEFAULT_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's pages; three views of the same storage.
+    """One layer's pages; views of the same storage.
 
     Attributes:
         k, v: [num_blocks, block_size, num_kv_heads, head_dim].
         flat: [num_blocks * block_size, 2 * num_kv_heads, head_dim]: the K heads of a position,
             then its V heads.
+        heads: the same as [1, 2 * num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
     v: Tensor
     flat: Tensor
+    heads: Tensor
+
+    @staticmethod
+    def of(pages: Tensor) -> KVLayer:
+        """The views of `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        flat = pages.view(-1, 2 * pages.shape[3], pages.shape[4])
+        return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, flat.transpose(0, 1).unsqueeze(0))
 
 
 class KVCache:
@@ -55,12 +63,7 @@ class KVCache:
 
     def layers(self) -> list[KVLayer]:
         """The view of each layer."""
-        return [
-            KVLayer(
-                layer[:, :, 0], layer[:, :, 1], layer.view(-1, 2 * layer.shape[3], layer.shape[4])
-            )
-            for layer in self.data
-        ]
+        return [KVLayer.of(pages) for pages in self.data]
 
 
 def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers.activation import SiluMul
 from layers.attention.base import AttentionBackend
 from layers.embed_head import VocabEmbedding, VocabHead, VocabTable
 from layers.forward_batch import ForwardBatch
@@ -59,13 +58,15 @@ def check_supported(hf_config: Any) -> None:
 
 
 class Attention:
-    """Self-attention over the paged KV cache."""
+    """Norm and self-attention over the paged KV cache."""
 
     def __init__(
         self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
     ) -> None:
         self._backend = backend
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
         self.qkv_proj = QKVLinear(
+            self.norm,
             spec.hidden_size,
             spec.num_heads,
             spec.num_kv_heads,
@@ -89,63 +90,64 @@ class Attention:
             **where,
         )
 
-    def __call__(self, x: Tensor, batch: ForwardBatch, kv: KVLayer) -> Tensor:
-        q = self.store(self.qkv_proj(x), batch.rotation, batch.slot_mapping, kv)
-        return self.o_proj(self._backend.attend(q, kv, batch.attention))
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream before and after; see `layers.product.Product` for its form."""
+        qkv, total = self.qkv_proj(x, residual)
+        q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
+        return self.o_proj(self._backend.attend(q, kv, batch.attention), total)
+
+    def finish(self) -> None:
+        self.qkv_proj.finish()
+        self.store.finish()
+        self.o_proj.finish()
 
 
 class MLP:
-    """down(silu(gate(x)) * up(x))."""
+    """Norm and gated feed-forward: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, spec: DecoderSpec, parallel: ParallelContext, **where: Any) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
+        self.norm = RMSNorm(hidden, spec.rms_norm_eps, **where)
         self.gate_up_proj = MergedColumnLinear(
-            hidden, (inner, inner), bias=False, parallel=parallel, **where
+            self.norm, hidden, (inner, inner), bias=False, parallel=parallel, **where
         )
-        self.activation = SiluMul(**where)
         self.down_proj = RowLinear(inner, hidden, bias=False, parallel=parallel, **where)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_up_proj(x)))
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The residual stream before and after; see `layers.product.Product` for its form."""
+        y, total = self.gate_up_proj.gated(x, residual)
+        return self.down_proj(y, total)
+
+    def finish(self) -> None:
+        self.gate_up_proj.finish()
+        self.down_proj.finish()
 
 
 class DecoderLayer:
-    """Attention and MLP, each on the normalised sum of all that came before."""
+    """Attention and MLP."""
 
     def __init__(
         self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
     ) -> None:
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
         self.self_attn = Attention(spec, parallel, backend, **where)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
         self.mlp = MLP(spec, parallel, **where)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, batch, kv)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
-
-    def finish(self) -> None:
-        attn, mlp = self.self_attn, self.mlp
-        self.input_layernorm.finish()
-        attn.qkv_proj.finish()
-        attn.store.finish()
-        attn.o_proj.finish()
-        self.post_attention_layernorm.finish()
-        mlp.gate_up_proj.finish()
-        mlp.down_proj.finish()
+    ) -> tuple[Tensor, Tensor | None]:
+        x, residual = self.self_attn(x, residual, batch, kv)
+        return self.mlp(x, residual)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         attn, mlp, names = self.self_attn, self.mlp, f"{name}.self_attn"
         return {
-            **self.input_layernorm.weight_slots(f"{name}.input_layernorm"),
+            **attn.norm.weight_slots(f"{name}.input_layernorm"),
             **attn.qkv_proj.weight_slots(*(f"{names}.{p}_proj" for p in "qkv")),
             **attn.store.weight_slots(f"{names}.q_norm", f"{names}.k_norm"),
             **attn.o_proj.weight_slots(f"{names}.o_proj"),
-            **self.post_attention_layernorm.weight_slots(f"{name}.post_attention_layernorm"),
+            **mlp.norm.weight_slots(f"{name}.post_attention_layernorm"),
             **mlp.gate_up_proj.weight_slots(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
             **mlp.down_proj.weight_slots(f"{name}.mlp.down_proj"),
         }
@@ -187,25 +189,27 @@ class DecoderLM(CausalLM):
             DecoderLayer(spec, parallel, backend, **where) for _ in range(spec.num_layers)
         ]
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
-        self.lm_head = VocabHead(self._head, parallel)
+        self.lm_head = VocabHead(self.norm, self._head, parallel)
         table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
         self.rotary = RotaryEmbedding(table, gather=not fused(device, dtype))
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """Logits [R, vocab_size] of the batch's sampled rows."""
-        x, residual = self.embed_tokens(batch.input_ids), None
+        x: Tensor = self.embed_tokens(batch.input_ids)
+        residual: Tensor | None = None
         for layer, kv in zip(self.layers, batch.kv, strict=True):
             x, residual = layer(x, residual, batch, kv)
-        if batch.sampled_rows is not None:
-            assert residual is not None
-            x, residual = x[batch.sampled_rows], residual[batch.sampled_rows]
-        return self.lm_head(self.norm(x, residual)[0])
+        rows = batch.sampled_rows
+        if rows is not None:
+            # x may be partial sums, [S, T, hidden_size].
+            x = x.index_select(-2, rows)
+            residual = None if residual is None else residual[rows]
+        return self.lm_head(x, residual)
 
     def finish(self) -> None:
-        """The weights are loaded: prepare every layer for use."""
         for layer in self.layers:
-            layer.finish()
-        self.norm.finish()
+            layer.self_attn.finish()
+            layer.mlp.finish()
         self.lm_head.finish()
 
     def weight_slots(self) -> dict[str, WeightSlot]:

@@ -102,13 +102,15 @@ class TorchAttention(AttentionBackend):
         self, q: Tensor, kv: KVLayer, prepared: tuple[list[_Prefill], _Decodes | None]
     ) -> Tensor:
         prefills, decodes = prepared
+        if not prefills and decodes is not None:
+            return self._decode(q, kv, decodes)
         parts = [self._prefill(q[p.first : p.last], kv, p) for p in prefills]
         if decodes is not None:
             parts.append(self._decode(q[decodes.first :], kv, decodes))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _prefill(self, q: Tensor, kv: KVLayer, prefill: _Prefill) -> Tensor:
-        k, v = _gather(kv, prefill.rows).transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+        k, v = self._gather(kv, prefill.rows, 1).chunk(2, dim=1)
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1).unsqueeze(0),
             k,
@@ -123,12 +125,7 @@ class TorchAttention(AttentionBackend):
     def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
         spec = self._spec
         n = q.shape[0]
-        pages = (
-            _gather(kv, decodes.rows)
-            .view(n, -1, 2 * spec.num_kv_heads, spec.head_dim)
-            .transpose(1, 2)
-        )
-        k, v = pages.chunk(2, dim=1)
+        k, v = self._gather(kv, decodes.rows, n).chunk(2, dim=1)
         out = F.scaled_dot_product_attention(
             q.reshape(n, spec.num_kv_heads, self._group, spec.head_dim),
             k,
@@ -138,6 +135,9 @@ class TorchAttention(AttentionBackend):
         )
         return out.reshape(n, -1)
 
-
-def _gather(kv: KVLayer, rows: Tensor | slice) -> Tensor:
-    return kv.flat[rows] if isinstance(rows, slice) else kv.flat.index_select(0, rows)
+    def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> Tensor:
+        """K heads, then V heads of n requests' cache rows: [n, 2 * num_kv_heads, L, head_dim]."""
+        if isinstance(rows, slice):
+            return kv.heads[:, :, rows]
+        heads, dim = kv.flat.shape[1:]
+        return kv.flat.index_select(0, rows).view(n, -1, heads, dim).transpose(1, 2)

@@ -75,5 +75,6 @@ class TritonAttention(AttentionBackend):
                 out=out[rows:],
                 workspace=self._workspace,
                 launch_pdl=self._pdl and not prefills,
+                early_reads=self._pdl and not prefills,
             )
         return out.flatten(1)

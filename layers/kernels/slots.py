@@ -3,7 +3,7 @@
 A captured step is replayed without the host touching its inputs, so it reads what it needs
 from the tables of `engine.batch.SlotTables` by slot, and leaves them ready for its next replay.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -178,9 +178,7 @@ def gather_decode_reference(
     out.seeds.copy_(torch.where(live, seeds[slots], 0))
 
 
-def scatter_tokens(
-    sampled: Tensor, rows: DecodeRows, tokens: Tensor, num_computed: Tensor
-) -> None:
+def scatter_tokens(sampled: Tensor, rows: DecodeRows, tokens: Tensor, num_computed: Tensor) -> None:
     """Store sampled tokens [B] behind the rows they came from; the rows count as computed."""
     size = sampled.shape[0]
     _scatter_kernel[(triton.cdiv(size, _BLOCK),)](

@@ -1,0 +1,474 @@
+"""Attention of one new token per sequence over a paged KV cache (the decode step).
+
+The work is cut the way Stream-K (Osama et al. 2023) cuts a matrix product: the KV tiles of all
+(sequence, KV head) pairs form one line, and every program takes an equal stretch of it.  Lengths
+are read on the device, so one launch shape serves every mix of lengths and can live in a CUDA
+graph; the bound on the context length costs nothing.  A pair that several programs share leaves
+partial softmax sums (Flash-Decoding, Dao et al. 2023); the last program to arrive adds them up,
+so there is no second kernel.  The query heads that share a KV head are the rows of one small
+matrix product: K and V are read once.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch shape of `paged_decode`.
+
+    tile: tokens per tile.
+    warps, stages, max_registers: compiler options.
+    per_sm: programs per multiprocessor, at most 4.
+    unroll: parts that the combination loads at once.
+    pair_cost: what beginning a (sequence, KV head) pair costs, in tiles, where programs take
+        several pairs.
+    """
+
+    tile: int
+    warps: int
+    stages: int
+    per_sm: int
+    max_registers: int | None = None
+    unroll: int = 4
+    pair_cost: int = 0
+
+
+# One H200, bf16, head_dim 128, in CUDA graphs with `early_reads`.  Few pairs: latency.  Context
+# 400, 16/8 heads, batch 1: 4.2 us against 6.1 us with LARGE; 12/2 heads, batch 8: 5.1 against 9.8.
+# Tiles of 64 were level at batch 1 and slower from batch 2 on (5.2 us against 4.4 us); L2
+# prefetches before the wait, instead of loads, cost 0.1 to 2.5 us.
+SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
+# Batch 256, context 850: 1.00 of the rate of a large sum with 16/8 heads, 0.91 with 12/2.  Tiles
+# of 64 with 2 programs per multiprocessor: 0.985 and 0.854.  The pair cost takes contexts mixed
+# from 100 to 2000 from 0.970 to 1.014 (16/8) and from 0.836 to 0.860 (12/2).
+LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
+# 32 pairs (batch 4, 16/8 heads): 6.7 us against 7.3 us with LARGE; 64 pairs: 8.9 against 8.4.
+SMALL_PAIRS = 32
+MAX_PER_SM = 4
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Scratch of `paged_decode`; one serves all batch sizes, and all layers of one stream.
+
+    values: float32 [programs, 2, group, head_dim] (both padded to powers of two), results of
+        the parts of shared pairs.
+    lse: float32 [programs, 2, group], their log-sum-exp in base 2.
+    arrived: int32 [programs], zero between calls.
+    """
+
+    values: Tensor
+    lse: Tensor
+    arrived: Tensor
+
+    @property
+    def programs(self) -> int:
+        return self.arrived.numel()
+
+
+def decode_workspace(
+    device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, programs: int = 0
+) -> DecodeWorkspace:
+    """Allocate the scratch for at most `programs` programs (default: what fills the device).
+
+    Its size, about `programs * 2 * group * head_dim * 4` bytes, depends neither on the batch nor
+    on the context length: 1.1 MB for two query heads of 128 per KV head.
+    """
+    if not programs:
+        programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    group = triton.next_power_of_2(num_heads // num_kv_heads)
+    head_dim = triton.next_power_of_2(head_dim)
+    return DecodeWorkspace(
+        values=torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=device),
+        lse=torch.empty(programs, 2, group, dtype=torch.float32, device=device),
+        arrived=torch.zeros(programs, dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _accumulate(s, v, top, norm, acc):
+    """One online-softmax step with scores `s` [G, N] in base 2 and values `v` [N, D].
+
+    `norm` [G, N] is summed over its columns by the caller, once: a sum across warps per tile
+    would cost a barrier.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - new_top[:, None])
+    keep = tl.exp2(top - new_top)[:, None]
+    return new_top, norm * keep + p, tl.dot(p.to(v.dtype), v, acc * keep)
+
+
+@triton.jit
+def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Page ids of tile `t`: a scalar if a page holds whole tiles, else one id per token."""
+    if PAGE % TILE == 0:
+        pages = tl.load(table + t * TILE // PAGE, mask=t * TILE < num_tokens, other=0)
+    else:
+        tokens = t * TILE + tl.arange(0, TILE)
+        pages = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
+    return pages.to(tl.int64)
+
+
+@triton.jit
+def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Offsets of the cache rows of tile `t`: a base, and [TILE, 1] beside it."""
+    offsets = tl.arange(0, TILE)
+    if PAGE % TILE == 0:
+        base = page * page_stride + t * TILE % PAGE * token_stride
+        rows = offsets[:, None] * token_stride
+    else:
+        base = 0
+        rows = (page * page_stride + (t * TILE + offsets) % PAGE * token_stride)[:, None]
+    return base, rows
+
+
+@triton.jit
+def _combine(
+    values_ptr,
+    lse_ptr,
+    owner,
+    final,
+    out_at,
+    out_head,
+    GROUP: tl.constexpr,
+    PART_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Add up the parts that programs `owner`..`final` left, and store the result [GROUP, DIM].
+
+    Every column keeps its own copy of its row's statistics, so that nothing crosses threads.
+    """
+    COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
+    columns = tl.arange(0, COLUMNS)
+    row = columns // DIM_PAD
+    dim = columns % DIM_PAD
+    top = tl.full([COLUMNS], float("-inf"), tl.float32)
+    norm = tl.zeros([COLUMNS], tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(owner, final + 1, UNROLL):
+        for i in tl.static_range(UNROLL):
+            who = start + i
+            part = who * 2 + (who == owner).to(tl.int32)
+            # .cg: other programs wrote these, and L1 is not coherent.
+            lse = tl.load(
+                lse_ptr + part * PART_ROWS + row,
+                mask=who <= final,
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            value = tl.load(
+                values_ptr + part * COLUMNS + columns,
+                mask=who <= final,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_top = tl.maximum(top, lse)
+            keep = tl.exp2(top - new_top)
+            weight = tl.exp2(lse - new_top)
+            norm = norm * keep + weight
+            total = total * keep + value * weight
+            top = new_top
+    tl.store(
+        out_at + row * out_head + dim,
+        (total / norm).to(out_at.dtype.element_ty),
+        mask=(row < GROUP) & (dim < DIM),
+    )
+
+
+@triton.jit(
+    do_not_specialize=["batch", "room", "pair_cost"],
+    do_not_specialize_on_alignment=["table_ptr", "slot_ptr", "len_ptr"],
+)
+def _paged_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    slot_ptr,
+    len_ptr,
+    out_ptr,
+    values_ptr,
+    lse_ptr,
+    arrived_ptr,
+    scale,
+    batch,
+    room,
+    pair_cost,
+    q_row,
+    q_head,
+    page_stride,
+    token_stride,
+    head_stride,
+    table_row,
+    out_row,
+    out_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if PDL:
+        gdc_launch_dependents()
+        if not EARLY:
+            gdc_wait()
+
+    lane = tl.arange(0, BATCH_PAD)
+    lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)
+    slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
+    # The line of work: sequence by sequence, head by head, tile by tile.  An empty sequence
+    # counts one tile, so that some program writes its zeros.
+    tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
+    cost = tl.sum(tiles, 0) * KV_HEADS + batch * KV_HEADS * pair_cost
+    share = tl.cdiv(cost, tl.where(room > 0, room, programs))
+    # Few pairs (room > 0): latency counts.  Each is padded to whole shares, so that no program
+    # works on two; with more than 32 parts, adding them up takes longer than they save.
+    share = tl.where(room > 0, tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32)), share)
+    quantum = tl.where(room > 0, share, 1)
+    spans = tl.cdiv(tiles + pair_cost, quantum) * quantum * KV_HEADS
+    spans = tl.where(lane < batch, spans, 0)
+    ends = tl.cumsum(spans, 0)
+    at = pid * share
+    stop = tl.minimum(at + share, tl.sum(spans, 0))
+    seq = tl.sum((ends <= at).to(tl.int32), 0)
+    seq_begin = tl.sum(tl.where(ends <= at, spans, 0), 0)
+
+    dims = tl.arange(0, DIM_PAD)
+    dim_ok = dims < DIM
+    rows = tl.arange(0, ROWS)
+    row_ok = (rows < GROUP)[:, None] & dim_ok[None, :]
+    offsets = tl.arange(0, TILE)
+
+    while at < stop:
+        num_tokens = tl.sum(tl.where(lane == seq, lens, 0), 0)
+        slot = tl.sum(tl.where(lane == seq, slots, 0), 0).to(tl.int64)
+        seq_span = tl.sum(tl.where(lane == seq, spans, 0), 0)
+        span = seq_span // KV_HEADS
+        head = (at - seq_begin) // span
+        first = at - seq_begin - head * span
+        last = tl.minimum(span, first + stop - at)
+        begin = tl.maximum(first - pair_cost, 0)
+        table = table_ptr + slot * table_row
+        k_head = k_ptr + head * head_stride + dims[None, :]
+        v_head = v_ptr + head * head_stride + dims[None, :]
+        q_at = q_ptr + seq.to(tl.int64) * q_row + (head * GROUP + rows[:, None]) * q_head
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        norm = tl.zeros([ROWS, TILE], tl.float32)
+        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        if EARLY:
+            # Only q and the current token's K and V come from the kernel before this one.  The
+            # first tile is read before the wait, without that token, which is added apart.
+            seen_tokens = num_tokens - 1
+            loop_from = begin + 1
+            page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
+            base, more = _tile_rows(page, begin, page_stride, token_stride, PAGE, TILE)
+            seen = begin * TILE + offsets < seen_tokens
+            ok = seen[:, None] & dim_ok[None, :]
+            k = tl.load(k_head + base + more, mask=ok, other=0.0)
+            v = tl.load(v_head + base + more, mask=ok, other=0.0)
+            has_current = (last == span) & (num_tokens > 0)
+            last_page = tl.load(table + seen_tokens // PAGE, mask=has_current, other=0)
+            now = last_page.to(tl.int64) * page_stride + seen_tokens % PAGE * token_stride
+            if PDL:
+                gdc_wait()
+            q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
+            if has_current:
+                k_now = tl.load(k_head + now, mask=dim_ok[None, :], other=0.0).to(tl.float32)
+                v_now = tl.load(v_head + now, mask=dim_ok[None, :], other=0.0).to(tl.float32)
+                top = tl.sum(q.to(tl.float32) * k_now, 1) * scale
+                norm += tl.where(offsets == 0, 1.0, 0.0)[None, :]
+                acc += v_now
+            if begin * TILE < seen_tokens:
+                s = tl.dot(q, tl.trans(k)) * scale
+                s = tl.where(seen[None, :], s, float("-inf"))
+                top, norm, acc = _accumulate(s, v, top, norm, acc)
+        else:
+            seen_tokens = num_tokens
+            loop_from = begin
+            q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
+
+        # The page id is loaded one tile ahead by hand: left to the pipeliner, it takes a stage.
+        page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
+        for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
+            base, more = _tile_rows(page, t, page_stride, token_stride, PAGE, TILE)
+            seen = t * TILE + offsets < seen_tokens
+            ok = seen[:, None] & dim_ok[None, :]
+            k = tl.load(k_head + base + more, mask=ok, other=0.0)
+            s = tl.dot(q, tl.trans(k)) * scale
+            s = tl.where(seen[None, :], s, float("-inf"))
+            v = tl.load(v_head + base + more, mask=ok, other=0.0)
+            page = _tile_pages(table, t + 1, seen_tokens, PAGE, TILE)
+            top, norm, acc = _accumulate(s, v, top, norm, acc)
+
+        norm_sum = tl.sum(norm, 1)
+        result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
+        out_at = out_ptr + seq.to(tl.int64) * out_row + head * GROUP * out_head
+        if (first == 0) & (last == span):
+            tl.store(
+                out_at + rows[:, None] * out_head + dims[None, :],
+                result.to(out_ptr.dtype.element_ty),
+                mask=row_ok,
+            )
+        else:
+            # A program has at most one pair that began before it (part 0) and one that
+            # outlasts it (part 1); the counter is that of the program where the pair begins.
+            part = pid * 2 + (first == 0).to(tl.int32)
+            owner = (at - first) // share
+            final = (at - first + span - 1) // share
+            used = rows < PART_ROWS
+            # A part may hold nothing but the pair cost; -inf would give NaN when combined.
+            lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
+            tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
+            tl.store(
+                values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :],
+                result,
+                mask=used[:, None],
+            )
+            # All threads' stores come before the one thread that announces them.
+            tl.debug_barrier()
+            before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
+            if before == final - owner:
+                tl.store(arrived_ptr + owner, 0)
+                _combine(
+                    values_ptr,
+                    lse_ptr,
+                    owner,
+                    final,
+                    out_at,
+                    out_head,
+                    GROUP,
+                    PART_ROWS,
+                    DIM,
+                    DIM_PAD,
+                    UNROLL,
+                )
+
+        at += last - first
+        if at >= seq_begin + seq_span:
+            seq_begin += seq_span
+            seq += 1
+
+
+def paged_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    max_context_len: int,
+    out: Tensor,
+    workspace: DecodeWorkspace | None = None,
+    launch_pdl: bool = False,
+    early_reads: bool = False,
+    config: DecodeConfig | None = None,
+) -> Tensor:
+    """Attend from one query token per batch entry to its cached context; returns `out`.
+
+    Args:
+        q: [B, Hq, D], bfloat16 or float16; strides are free but for a contiguous last one.
+        k_cache, v_cache: [pages, page_size, Hkv, D], with equal strides, the last one contiguous.
+        block_tables: int32 [S, max_pages], page ids; only those that a context needs are read.
+        slots: int32 [B], the row of `block_tables` of each batch entry.
+        context_lens: int32 [B], visible tokens, the current one included, whose K and V are
+            already in the pages.  0 marks padding: zeros come out, nothing is read.
+        scale: factor of the scores, usually D ** -0.5.
+        max_context_len: host-side bound on `context_lens`, for the launch shape alone.
+        out: [B, Hq, D], last dimension contiguous.
+        workspace: from `decode_workspace`; required under graph capture.
+        launch_pdl: launch with programmatic dependent launch.
+        early_reads: with `launch_pdl`, read tables, lengths and older K and V while earlier
+            kernels still run.  The caller promises that none of the kernels in the current
+            chain of such launches writes them, as in a graph of one decode step.
+    """
+    batch, num_heads, dim = q.shape
+    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    group = num_heads // kv_heads
+    if k_cache.stride() != v_cache.stride():
+        raise ValueError(f"strides of K {k_cache.stride()} and V {v_cache.stride()} differ")
+    if workspace is None:
+        workspace = decode_workspace(q.device, num_heads, kv_heads, dim)
+    pairs = batch * kv_heads
+    if config is None:
+        config = SMALL if pairs <= SMALL_PAIRS else LARGE
+    tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
+    programs = max(1, workspace.programs * config.per_sm // MAX_PER_SM)
+    programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
+    # With enough programs, none takes more than one pair: `room` is what they can split further.
+    room = programs - pairs if 2 * pairs <= programs else 0
+    part_rows = triton.next_power_of_2(group)
+    options = {"launch_pdl": True} if launch_pdl else {}
+    _paged_decode_kernel[(programs,)](
+        *(q, k_cache, v_cache, block_tables, slots, context_lens, out),
+        *(workspace.values, workspace.lse, workspace.arrived),
+        *(scale * LOG2_E, batch, room, 0 if room else config.pair_cost),
+        *(q.stride(0), q.stride(1), *k_cache.stride()[:3]),
+        *(block_tables.stride(0), out.stride(0), out.stride(1)),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        ROWS=max(16, part_rows),
+        PART_ROWS=part_rows,
+        DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim),
+        PAGE=page,
+        TILE=tile,
+        BATCH_PAD=16 if batch <= 16 else max(256, triton.next_power_of_2(batch)),
+        UNROLL=config.unroll,
+        PDL=launch_pdl,
+        EARLY=early_reads and room > 0,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        maxnreg=config.max_registers,
+        **options,
+    )
+    return out
+
+
+def paged_decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    max_context_len: int,
+    out: Tensor,
+    workspace: DecodeWorkspace | None = None,
+) -> Tensor:
+    """`paged_decode` in plain torch and float32, one sequence at a time."""
+    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    group = q.shape[1] // kv_heads
+    for row, (slot, length) in enumerate(zip(slots.tolist(), context_lens.tolist(), strict=True)):
+        if length == 0:
+            out[row] = 0
+            continue
+        pages = block_tables[slot, : -(-length // page)].long()
+        keys = k_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+        values = v_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+        scores = torch.einsum("hd,thd->ht", q[row].float(), keys) * scale
+        out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values).to(out.dtype)
+    return out

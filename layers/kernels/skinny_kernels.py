@@ -1,0 +1,254 @@
+"""The Gluon kernels behind skinny_linear.py, which says what they are for.
+
+Gluon is Triton's lower-level dialect: layouts and shared memory are explicit. Plain Triton offers
+no way to keep a copy into shared memory in flight across the wait for the preceding kernel.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@gluon.jit
+def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
+    """arange(size) along one axis of a three-dimensional layout, shaped to broadcast."""
+    if axis == 0:
+        line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+        line = line.expand_dims(1).expand_dims(2)
+    elif axis == 1:
+        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+        line = line.expand_dims(0).expand_dims(2)
+    else:
+        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+        line = line.expand_dims(0).expand_dims(1)
+    return line
+
+
+@gluon.jit(do_not_specialize=["M"])
+def rows_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    out_ptr,
+    x_stride,
+    residual_stride,
+    out_stride,
+    M,
+    N,
+    K,
+    eps,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    KC: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    EVEN: gl.constexpr,
+    NORM: gl.constexpr,
+    BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:
+    """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (N / BN).
+
+    The accumulator is [warp, n, m]: weight rows are the MMA's 16 rows, tokens its 8 columns. Chunk
+    c of warp w covers KC inputs from (c * WARPS + w) * KC on; each warp reads what it copied.
+    """
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
+    )
+    LW: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    LX: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    COPY: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 8], [1, 256 // KC, KC // 8], [WARPS, 1, 1], [2, 1, 0]
+    )
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    # A thread of the epilogue holds the partial sums of all warps.
+    EPILOGUE: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 16, 2], [1, 1, WARPS], [1, 2, 0])
+    TILE: gl.constexpr = gl.SliceLayout(0, EPILOGUE)
+    PARTS: gl.constexpr = 2 if SWIGLU else 1
+    dtype: gl.constexpr = w_ptr.dtype.element_ty
+    if PDL:
+        gdc_launch_dependents()
+    start = gl.program_id(0) * BN
+    ws = gl.allocate_shared_memory(dtype, [STAGES * PARTS, WARPS, BN, KC], SHARED)
+    xs = gl.allocate_shared_memory(dtype, [STAGES, WARPS, BM, KC], SHARED)
+    row = start + _index(1, BN, COPY)
+    token = _index(1, BM, COPY)
+    k0 = _index(0, WARPS, COPY) * KC + _index(2, KC, COPY)
+    for c in gl.static_range(STAGES):
+        k = c * WARPS * KC + k0
+        w_mask = None if EVEN else (row < N) & (k < K)
+        for p in gl.static_range(PARTS):
+            source = w_ptr + (row + p * N) * K + k
+            async_copy.async_copy_global_to_shared(ws.index(c * PARTS + p), source, mask=w_mask)
+        async_copy.commit_group()
+    n = start + gl.arange(0, BN, gl.SliceLayout(1, TILE))[:, None]
+    m = gl.arange(0, BM, gl.SliceLayout(0, TILE))[None, :]
+    if BIAS:
+        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+    gains = ()
+    if NORM:
+        xk = _index(0, WARPS, LX) * KC + _index(1, KC, LX)
+        for c in gl.static_range(CHUNKS):
+            k = c * WARPS * KC + xk
+            gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    if PDL:
+        # Nothing above this line reads what another kernel of the step writes.
+        gdc_wait()
+    for c in gl.static_range(STAGES):
+        k = c * WARPS * KC + k0
+        x_mask = token < M if EVEN else (token < M) & (k < K)
+        async_copy.async_copy_global_to_shared(
+            xs.index(c), x_ptr + token * x_stride + k, mask=x_mask
+        )
+        async_copy.commit_group()
+    mask = (n < N) & (m < M)
+    if RESIDUAL:
+        residual = gl.load(residual_ptr + m * residual_stride + n, mask=mask, other=0.0)
+    acc = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
+    up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
+    square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
+    for c in gl.static_range(CHUNKS):
+        # With a ring every step commits one group, so that STAGES - 1 younger ones stay in flight.
+        async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
+        x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)
+        if NORM:
+            # The norm's row scale commutes with the product and is applied at the end.
+            x32 = x.to(gl.float32)
+            square += x32 * x32
+            x = (x32 * gains[c].to(gl.float32)).to(dtype)
+        acc = mma_v2(ws.index(c % STAGES * PARTS).load(LW), x, acc)
+        if SWIGLU:
+            up = mma_v2(ws.index(c % STAGES * PARTS + 1).load(LW), x, up)
+        if CHUNKS > STAGES:
+            if c + STAGES < CHUNKS:
+                gl.thread_barrier()
+                k = (c + STAGES) * WARPS * KC + k0
+                w_mask = None if EVEN else (row < N) & (k < K)
+                x_mask = token < M if EVEN else (token < M) & (k < K)
+                for p in gl.static_range(PARTS):
+                    source = w_ptr + (row + p * N) * K + k
+                    async_copy.async_copy_global_to_shared(
+                        ws.index(c % STAGES * PARTS + p), source, mask=w_mask
+                    )
+                async_copy.async_copy_global_to_shared(
+                    xs.index(c % STAGES), x_ptr + token * x_stride + k, mask=x_mask
+                )
+            async_copy.commit_group()
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    sums = gl.allocate_shared_memory(gl.float32, [PARTS, WARPS, BN, BM], PLAIN)
+    sums.index(0).store(acc)
+    if SWIGLU:
+        sums.index(1).store(up)
+    if NORM:
+        squares = gl.allocate_shared_memory(
+            gl.float32, [WARPS, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        )
+        squares.store(gl.sum(square, 1))
+    gl.thread_barrier()
+    out = gl.sum(sums.index(0).load(EPILOGUE), 0)
+    if NORM:
+        total = gl.sum(squares.load(gl.SliceLayout(1, EPILOGUE)), 0)
+        scale = gl.convert_layout(gl.rsqrt(total / K + eps), gl.SliceLayout(0, TILE))[None, :]
+        out *= scale
+    if BIAS:
+        out += bias
+    if SWIGLU:
+        other = gl.sum(sums.index(1).load(EPILOGUE), 0)
+        if NORM:
+            other *= scale
+        out = out / (1.0 + gl.exp(-out)) * other
+    if RESIDUAL:
+        out += residual.to(gl.float32)
+    gl.store(out_ptr + m * out_stride + n, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def tile_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    x_stride,
+    out_stride,
+    split_stride,
+    M,
+    N,
+    K,
+    BN: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BIAS: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:
+    """out[split, m, n] = x[m, ks] @ w[n, ks].T; grid (N / BN, splits), one warpgroup each."""
+    BM: gl.constexpr = 64
+    KC: gl.constexpr = 128
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
+    )
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BN, BN // 4], [4, 1], [1, 0])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    PARTS: gl.constexpr = 2 if SWIGLU else 1
+    dtype: gl.constexpr = w_ptr.dtype.element_ty
+    if PDL:
+        gdc_launch_dependents()
+    start = gl.program_id(0) * BN
+    ws = gl.allocate_shared_memory(dtype, [CHUNKS * PARTS, BN, KC], SHARED)
+    xs = gl.allocate_shared_memory(dtype, [STAGES, BM, KC], SHARED)
+    row = start + gl.arange(0, BN, gl.SliceLayout(1, COPY))[:, None]
+    m = gl.arange(0, BM, gl.SliceLayout(1, COPY))[:, None]
+    k = gl.program_id(1) * (CHUNKS * KC) + gl.arange(0, KC, gl.SliceLayout(0, COPY))[None, :]
+    for c in gl.static_range(CHUNKS):
+        for p in gl.static_range(PARTS):
+            source = w_ptr + (row + p * N) * K + (k + c * KC)
+            async_copy.async_copy_global_to_shared(ws.index(c * PARTS + p), source)
+    if PDL:
+        # Nothing above this line reads what another kernel of the step writes.
+        gdc_wait()
+    for c in gl.static_range(STAGES):
+        source = x_ptr + m * x_stride + (k + c * KC)
+        async_copy.async_copy_global_to_shared(xs.index(c), source, mask=m < M)
+        async_copy.commit_group()
+    acc = gl.zeros((BM, BN), gl.float32, MMA)
+    up = gl.zeros((BM, BN), gl.float32, MMA)
+    for c in gl.static_range(CHUNKS):
+        async_copy.wait_group(STAGES - 1 if c <= CHUNKS - STAGES else CHUNKS - 1 - c)
+        # The copies are made visible to the tensor cores before the barrier publishes them.
+        fence_async_shared()
+        gl.thread_barrier()
+        w = ws.index(c * PARTS).permute([1, 0])
+        acc = warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
+        if SWIGLU:
+            w = ws.index(c * PARTS + 1).permute([1, 0])
+            up = warpgroup_mma(xs.index(c % STAGES), w, up, is_async=True)
+        if c + STAGES < CHUNKS:
+            acc, up = warpgroup_mma_wait(0, [acc, up])
+            gl.thread_barrier()
+            source = x_ptr + m * x_stride + (k + (c + STAGES) * KC)
+            async_copy.async_copy_global_to_shared(xs.index(c % STAGES), source, mask=m < M)
+            async_copy.commit_group()
+    acc, up = warpgroup_mma_wait(0, [acc, up])
+    out = gl.convert_layout(acc, OUT)
+    om = gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]
+    on = start + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]
+    if BIAS:
+        out += gl.load(bias_ptr + on).to(gl.float32)
+    if SWIGLU:
+        out = out / (1.0 + gl.exp(-out)) * gl.convert_layout(up, OUT)
+    target = out_ptr + gl.program_id(1) * split_stride + om * out_stride + on
+    gl.store(target, out.to(out_ptr.dtype.element_ty), mask=om < M)

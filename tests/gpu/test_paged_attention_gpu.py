@@ -1,0 +1,133 @@
+"""Paged attention on a CUDA device: random shapes, poisoned caches and outputs, graph replay."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from layers.kernels.paged_decode import decode_workspace, paged_decode, paged_decode_reference
+from layers.kernels.paged_prefill import paged_prefill, paged_prefill_reference
+from tests.kernels.test_paged_attention import make_case, relative_error
+
+pytestmark = pytest.mark.gpu
+
+PDL = torch.cuda.get_device_capability() >= (9, 0)
+# Probabilities and outputs rounded to 16 bits, against float32: 3e-3 seen in bfloat16.
+LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+CASES = [
+    ((16, 8), 128, 256, torch.bfloat16),
+    ((16, 8), 128, 16, torch.bfloat16),
+    ((12, 2), 128, 256, torch.bfloat16),
+    ((12, 2), 128, 64, torch.float16),
+    ((14, 2), 64, 16, torch.bfloat16),
+    ((8, 8), 64, 256, torch.float16),
+    ((4, 1), 80, 64, torch.bfloat16),
+    ((4, 2), 256, 64, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("heads", "dim", "page", "dtype"), CASES)
+def test_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype) -> None:
+    for batch, longest in ((1, 4000), (3, 700), (19, 1500), (200, 300)):
+        lens = [random.choice((0, 1, page, random.randint(1, longest))) for _ in range(batch)]
+        lens[-1] = longest
+        case = make_case(lens, heads[1], dim, page, dtype, "cuda")
+        q = torch.randn(batch, heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
+        q = q[:, : heads[0]]
+        arguments = (
+            q,
+            case.k_cache,
+            case.v_cache,
+            case.block_tables,
+            case.slots,
+            case.context_lens,
+        )
+        want = torch.full(q.shape, float("nan"), device="cuda")
+        paged_decode_reference(*arguments, scale=dim**-0.5, max_context_len=4096, out=want)
+        workspace = decode_workspace(q.device, *heads, dim)
+        for pdl, early in ((False, False), (PDL, False), (PDL, True)):
+            out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
+            paged_decode(
+                *arguments,
+                scale=dim**-0.5,
+                max_context_len=4096,
+                out=out,
+                workspace=workspace,
+                launch_pdl=pdl,
+                early_reads=early,
+            )
+            assert relative_error(out, want) < LIMIT[dtype], (lens, pdl, early)
+            assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_decode_graph(batch: int) -> None:
+    """A captured chain follows lengths and K/V that change between replays."""
+    heads, dim, page = (16, 8), 128, 256
+    case = make_case([1024] * batch, heads[1], dim, page, torch.bfloat16, "cuda")
+    q = torch.randn(batch, heads[0], dim, device="cuda").bfloat16()
+    out = torch.empty_like(q)
+    workspace = decode_workspace(q.device, *heads, dim)
+    arguments = (q, case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+
+    def chain() -> None:
+        for _ in range(3):  # each call reads what the one before it wrote
+            paged_decode(
+                *arguments,
+                scale=dim**-0.5,
+                max_context_len=4096,
+                out=out,
+                workspace=workspace,
+                launch_pdl=PDL,
+                early_reads=PDL,
+            )
+            q.copy_(out)
+
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for longest in (1024, 1, 700):
+        lens = torch.randint(0, longest + 1, (batch,), device="cuda", dtype=torch.int32)
+        case.context_lens.copy_(lens)
+        start = torch.randn_like(q)
+        q.copy_(start)
+        graph.replay()
+        want = start.float()
+        for _ in range(3):
+            step = (want.bfloat16(), *arguments[1:])
+            want = torch.empty_like(want)
+            paged_decode_reference(*step, scale=dim**-0.5, max_context_len=4096, out=want)
+        if lens.any():
+            assert relative_error(out, want) < 3 * LIMIT[torch.bfloat16]
+        assert not out[lens == 0].any()
+
+
+@pytest.mark.parametrize(("heads", "dim", "page", "dtype"), CASES)
+def test_prefill(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype) -> None:
+    for count, longest in ((1, 128), (3, 700), (40, 300)):
+        queries = [random.choice((0, 1, random.randint(1, longest))) for _ in range(count)]
+        queries[-1] = longest
+        lens = [new + random.choice((0, page, random.randint(1, 600))) for new in queries]
+        case = make_case(lens, heads[1], dim, page, dtype, "cuda")
+        q = torch.randn(sum(queries), heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
+        q = q[:, : heads[0]]
+        start = torch.tensor([0, *queries]).cumsum(0).int().cuda()
+        arguments = (
+            q,
+            case.k_cache,
+            case.v_cache,
+            case.block_tables,
+            case.slots,
+            start,
+            case.context_lens,
+        )
+        out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
+        want = torch.full(q.shape, float("nan"), device="cuda")
+        paged_prefill(*arguments, scale=dim**-0.5, max_query_len=longest, out=out)
+        paged_prefill_reference(*arguments, scale=dim**-0.5, max_query_len=longest, out=want)
+        assert relative_error(out, want) < LIMIT[dtype], (queries, lens)

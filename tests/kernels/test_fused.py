@@ -1,0 +1,219 @@
+"""The fused Triton kernels against their torch references, on a CPU through Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so these tests run in a process of their own:
+collected normally, this file offers one test that starts pytest on itself with TRITON_INTERPRET=1.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layers.sampler import gumbel_noise, philox4x32
+from layers.sampler import sample as sample_reference
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter's own process")
+
+if INTERPRET and HAS_TRITON:
+    from triton.runtime import interpreter
+
+    from layers.kernels.activation import silu_mul, silu_mul_reference
+    from layers.kernels.norm import (
+        add_rms_norm,
+        add_rms_norm_reference,
+        rms_norm,
+        rms_norm_reference,
+    )
+    from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
+    from layers.kernels.sampling import sample, sample_shard
+    from layers.kernels.skinny_linear import (
+        skinny_linear,
+        skinny_linear_reference,
+        skinny_splits,
+        supports_skinny_linear,
+    )
+
+    # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+@pytest.mark.skipif(INTERPRET, reason="already in the interpreter's process")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_in_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _words(*values: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(value) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            (0xFFFFFFFF,) * 4,
+            (0xFFFFFFFF,) * 2,
+            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        ),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    """The known-answer vectors that Random123 publishes for philox4x32, 10 rounds."""
+    c, k = _words(*counter), _words(*key)
+    words = philox4x32((c[0], c[1], c[2], c[3]), (k[0], k[1]))
+    assert tuple(int(word) for word in words) == expected
+
+
+def test_noise_is_gumbel_and_splits() -> None:
+    seed, position = torch.tensor([7, -3, 2**40]), torch.tensor([0, 5, 9])
+    noise = gumbel_noise(seed, position, 40_000)
+    assert noise.isfinite().all()
+    # Mean: Euler's constant; variance: pi**2 / 6. Five standard errors of 40,000 draws.
+    assert (noise.mean(1) - 0.5772).abs().max() < 5 * (1.645 / 40_000) ** 0.5
+    assert (noise.var(1) - 1.645).abs().max() < 0.1
+    assert torch.equal(noise[:, 20_000:], gumbel_noise(seed, position, 20_000, 20_000))
+    assert len({float(row[0]) for row in noise}) == 3
+
+
+def test_reference_sampler_follows_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]]).expand(20_000, 5)
+    seeds = torch.arange(20_000)
+    drawn = sample_reference(logits, torch.full((20_000,), 0.7), seeds, torch.zeros_like(seeds))
+    share = drawn.bincount(minlength=5) / 20_000
+    assert (share - torch.softmax(logits[0] / 0.7, 0)).abs().max() < 0.02
+    ties = torch.tensor([[1.0, 3.0, 3.0]])
+    one = torch.zeros(1)
+    assert sample_reference(ties, one, one.long(), one.long()).tolist() == [1]
+
+
+@interpreted
+@pytest.mark.parametrize("size", [64, 1024, 1536])
+def test_norm(size: int) -> None:
+    x, residual = torch.randn(2, 3, size, dtype=torch.float32)
+    weight = torch.randn(size)
+    out, total = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    rms_norm(x, weight, 1e-6, out=out)
+    torch.testing.assert_close(out, rms_norm_reference(x, weight, 1e-6))
+    out.fill_(float("nan"))
+    add_rms_norm(x, residual, weight, 1e-6, out=out, residual_out=total)
+    for got, want in zip(
+        (out, total), add_rms_norm_reference(x, residual, weight, 1e-6), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    partial = torch.randn(4, 3, size)
+    torch.testing.assert_close(
+        add_rms_norm(partial, residual, weight, 1e-6),
+        add_rms_norm_reference(partial, residual, weight, 1e-6),
+    )
+
+
+@interpreted
+def test_silu_mul() -> None:
+    x = torch.randn(3, 2 * 1500)
+    torch.testing.assert_close(silu_mul(x), silu_mul_reference(x))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "norm"),
+    [(4, 2, 32, True), (6, 1, 16, False), (3, 3, 24, True), (8, 4, 128, True)],
+)
+def test_qk_norm_rope_store(heads: int, kv_heads: int, dim: int, norm: bool) -> None:
+    tokens, block_size, blocks = 5, 4, 6
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
+    q_weight, k_weight = (torch.randn(dim), torch.randn(dim)) if norm else (None, None)
+    cos, sin = torch.randn(2, 50, dim // 2).unbind()
+    positions = torch.randint(0, 50, (tokens,), dtype=torch.int32)
+    slots = torch.randperm(block_size * blocks)[:tokens]
+    slots[2] = -1
+    # One tensor for both caches, head-major: neither view is contiguous.
+    caches = torch.full((blocks, 2, kv_heads, block_size, dim), float("nan"))
+    k_cache, v_cache = (caches[:, i].transpose(1, 2) for i in (0, 1))
+    expected_caches = caches.clone()
+    expected = qk_norm_rope_store_reference(
+        qkv,
+        q_weight,
+        k_weight,
+        1e-6,
+        cos.contiguous(),
+        sin.contiguous(),
+        positions,
+        slots,
+        expected_caches[:, 0].transpose(1, 2),
+        expected_caches[:, 1].transpose(1, 2),
+    )
+    got = qk_norm_rope_store(
+        qkv, q_weight, k_weight, 1e-6, cos, sin, positions, slots, k_cache, v_cache
+    )
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(caches, expected_caches, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("vocab", [7, 1024, 5003])
+def test_sample(vocab: int) -> None:
+    rows = 6
+    logits = torch.randn(rows, vocab, dtype=torch.bfloat16)
+    temperature = torch.tensor([0.0, 0.6, 1.0, 0.0, 2.5, 0.1])
+    seed = torch.randint(-(2**62), 2**62, (rows,))
+    position = torch.randint(0, 10_000, (rows,), dtype=torch.int32)
+    expected = sample_reference(logits, temperature, seed, position)
+    assert torch.equal(sample(logits, temperature, seed, position), expected)
+    cut = vocab // 2 // 4 * 4
+    if cut:
+        left = sample_shard(logits[:, :cut], temperature, seed, position)
+        right = sample_shard(logits[:, cut:], temperature, seed, position, vocab_offset=cut)
+        assert torch.equal(torch.where(right[0] > left[0], right[1], left[1]), expected)
+
+
+@interpreted
+def test_sample_takes_the_lowest_of_equals() -> None:
+    logits = torch.zeros(2, 3000)
+    logits[0, [1500, 2900]] = 1.0
+    zero = torch.zeros(2)
+    assert sample(logits, zero, zero.long(), zero.long()).tolist() == [1500, 0]
+
+
+@interpreted
+def test_skinny_linear_shapes_and_refusals() -> None:
+    """The interpreter does not know Gluon, so the kernels themselves are tested on a GPU."""
+    assert [skinny_splits(1024, k) for k in (2048, 3072, 1000)] == [4, 6, 1]
+    assert supports_skinny_linear(16, 48, 80)
+    assert not supports_skinny_linear(17, 48, 80)
+    assert not supports_skinny_linear(65, 1024, 1024)
+    assert supports_skinny_linear(64, 3072, 1024, swiglu=True)
+    x, weight = torch.randn(17, 1024), torch.randn(1024, 1024)
+    with pytest.raises(ValueError, match="up to 16 tokens"):
+        skinny_linear(x, weight, residual=x)
+    with pytest.raises(ValueError, match="splits"):
+        skinny_linear(x[:4], weight, splits=4)
+    with pytest.raises(ValueError, match="aligned"):
+        skinny_linear(x[:, 1:], weight[:, 1:].contiguous())
+    expected = torch.nn.functional.linear(x, weight, x[0]) + x
+    got = skinny_linear_reference(x, weight, x[0], residual=x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,196 @@
+"""Paged attention against its torch reference, on a CPU through Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so these tests run in a process of their own:
+collected normally, this file offers one test that starts pytest on itself with TRITON_INTERPRET=1.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter's own process")
+
+if INTERPRET and HAS_TRITON:
+    from triton.runtime import interpreter
+
+    from layers.kernels.paged_decode import (
+        DecodeConfig,
+        decode_workspace,
+        paged_decode,
+        paged_decode_reference,
+    )
+    from layers.kernels.paged_prefill import (
+        PrefillConfig,
+        paged_prefill,
+        paged_prefill_reference,
+    )
+
+    # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A paged cache in random order, with poison wherever attention must not look."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    slots: Tensor
+    context_lens: Tensor
+
+
+def make_case(
+    lens: Sequence[int], kv_heads: int, dim: int, page: int, dtype: torch.dtype, device: str
+) -> Case:
+    """K and V are views of one cache; free pages and tails are NaN, unused table entries huge."""
+    need = [-(-length // page) for length in lens]
+    pages = sum(need) + 3
+    cache = torch.full((pages, 2, page, kv_heads, dim), float("nan"), dtype=dtype, device=device)
+    tables = torch.full((len(lens) + 2, max(need) + 2), 1 << 30, dtype=torch.int32)
+    slots = torch.randperm(len(tables))[: len(lens)].int()
+    free = torch.randperm(pages).tolist()
+    for slot, length in zip(slots.tolist(), lens, strict=True):
+        for index, start in enumerate(range(0, length, page)):
+            tables[slot, index] = free.pop()
+            filled = min(page, length - start)
+            values = torch.randn(2, filled, kv_heads, dim, device=device)
+            cache[tables[slot, index], :, :filled] = values.to(dtype)
+    lengths = torch.tensor(lens, dtype=torch.int32, device=device)
+    return Case(cache[:, 0], cache[:, 1], tables.to(device), slots.to(device), lengths)
+
+
+def relative_error(out: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm; NaN if an element was not written."""
+    return float((out.float() - want).norm() / want.norm())
+
+
+@pytest.mark.skipif(INTERPRET, reason="already in the interpreter's process")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_in_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("lens", "heads", "dim", "page", "tile", "programs", "early"),
+    [
+        ([5], (2, 1), 64, 16, 16, 4, False),
+        ([1], (1, 1), 64, 16, 16, 4, True),
+        # Several pairs per program, padded rows, one long sequence among short ones.
+        ([37, 0, 1, 64, 200], (4, 2), 64, 16, 32, 8, False),
+        ([200, 3, 0, 17, 90], (12, 2), 64, 64, 32, 12, False),
+        ([0, 0], (2, 2), 64, 16, 16, 4, False),
+        # Programs to spare: pairs in parts, the current token added apart.
+        ([33, 0, 1, 64], (4, 2), 64, 64, 32, 48, True),
+        ([33, 0, 17], (6, 1), 80, 16, 16, 32, True),
+        ([700], (2, 1), 64, 32, 16, 40, True),
+        ([90, 129], (7, 1), 64, 16, 32, 24, False),
+        # A program with a stretch inside one pair.
+        ([150, 40], (8, 1), 64, 32, 16, 3, False),
+    ],
+)
+def test_decode(
+    lens: list[int],
+    heads: tuple[int, int],
+    dim: int,
+    page: int,
+    tile: int,
+    programs: int,
+    early: bool,
+) -> None:
+    torch.manual_seed(0)
+    case = make_case(lens, heads[1], dim, page, torch.float16, "cpu")
+    # q as the engine has it: a slice of the fused projection.
+    q = torch.randn(len(lens), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
+    arguments = (q, case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+    workspace = decode_workspace(torch.device("cpu"), *heads, dim, programs)
+    for pair_cost in (0, 2):
+        config = DecodeConfig(tile, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost)
+        out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+        want = torch.full(q.shape, float("nan"))
+        paged_decode(
+            *arguments,
+            scale=dim**-0.5,
+            max_context_len=1024,
+            out=out,
+            workspace=workspace,
+            early_reads=early,
+            config=config,
+        )
+        paged_decode_reference(*arguments, scale=dim**-0.5, max_context_len=1024, out=want)
+        if any(lens):
+            # float16 probabilities against float32 ones: 3e-4 seen.
+            assert relative_error(out, want) < 1e-3
+        assert not out[case.context_lens == 0].any()
+        assert not workspace.arrived.any()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("queries", "before", "heads", "dim", "page", "tile", "rows"),
+    [
+        ([5, 1], [0, 3], (2, 1), 64, 16, 16, 16),
+        # Chunks after a prefix, a sequence without queries, a bound that is not reached.
+        ([5, 40, 0, 1], [0, 17, 3, 60], (4, 2), 64, 32, 16, 32),
+        # Groups that are no power of two; pages smaller than a tile.
+        ([37, 40], [0, 17], (6, 1), 64, 16, 32, 32),
+        ([37, 40], [11, 0], (7, 1), 80, 32, 16, 32),
+        ([50], [14], (1, 1), 64, 64, 32, 16),
+    ],
+)
+def test_prefill(
+    queries: list[int],
+    before: list[int],
+    heads: tuple[int, int],
+    dim: int,
+    page: int,
+    tile: int,
+    rows: int,
+) -> None:
+    torch.manual_seed(0)
+    lens = [new + old for new, old in zip(queries, before, strict=True)]
+    case = make_case(lens, heads[1], dim, page, torch.float16, "cpu")
+    q = torch.randn(sum(queries), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
+    start = torch.tensor([0, *queries]).cumsum(0).int()
+    arguments = (
+        q,
+        case.k_cache,
+        case.v_cache,
+        case.block_tables,
+        case.slots,
+        start,
+        case.context_lens,
+    )
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    want = torch.full(q.shape, float("nan"))
+    paged_prefill(
+        *arguments,
+        scale=dim**-0.5,
+        max_query_len=max(queries) + 9,
+        out=out,
+        config=PrefillConfig(rows, tile, 4, 2),
+    )
+    paged_prefill_reference(*arguments, scale=dim**-0.5, max_query_len=max(queries), out=want)
+    assert relative_error(out, want) < 1e-3
