@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from config import Config
-from engine.batch import SlotTables
+from engine.batch import SlotTables, StepInputs
 from engine.cuda_graph import capture_sizes
 from engine.decode_step import DecodeStep
 from engine.launchers import InlineLauncher, Launcher, StreamLauncher, ThreadLauncher
+from engine.prefill_step import PrefillStep
 from engine.types import (
     BlockUpdate,
     KVGeometry,
@@ -102,6 +103,7 @@ class LocalRunner(ModelRunner):
             )
             self._kv: list[KVLayer] = []
             self._decode_step: DecodeStep | None = None
+            self._prefill_step: PrefillStep | None = None
             self._captures = captures_graphs(config, self._backend, self._dtype)
             one_block = KVGeometry(
                 num_layers=shape.num_layers,
@@ -113,8 +115,9 @@ class LocalRunner(ModelRunner):
             )
             self._geometry = self._sized(one_block, before)
             self._allocate(self._geometry)
-            if self._decode_step is not None:
+            if self._decode_step is not None and self._prefill_step is not None:
                 self._decode_step.capture(capture_sizes(config.max_num_seqs))
+                self._prefill_step.capture()
 
     @property
     def kv_geometry(self) -> KVGeometry:
@@ -130,7 +133,7 @@ class LocalRunner(ModelRunner):
             return
         self._closed = True
         self._launcher.close()
-        self._decode_step = None
+        self._decode_step = self._prefill_step = None
         del self._model, self._backend, self._kv, self._tables
         release_device(self._device)
 
@@ -164,8 +167,17 @@ class LocalRunner(ModelRunner):
     def _allocate(self, geometry: KVGeometry) -> None:
         self._kv = KVCache(geometry, self._dtype, self._device).layers()
         if self._captures:
+            tables = self._tables
             self._decode_step = DecodeStep(
-                self._model, self._backend, self._tables, self._kv, geometry.block_size
+                self._model, self._backend, tables, self._kv, geometry.block_size
+            )
+            self._prefill_step = PrefillStep(
+                self._model,
+                self._backend,
+                self._kv,
+                tables.block_tables,
+                tables.padding_slot,
+                self._config.max_num_batched_tokens,
             )
 
     def _sized(self, one_block: KVGeometry, free_before: int) -> KVGeometry:
@@ -176,7 +188,7 @@ class LocalRunner(ModelRunner):
             return kv_blocks(config, one_block)
         self._allocate(replace(one_block, num_blocks=self._tables.block_tables.shape[1]))
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
-        self._kv, self._decode_step = [], None
+        self._kv, self._decode_step, self._prefill_step = [], None, None
         torch.cuda.empty_cache()
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
@@ -197,9 +209,8 @@ class LocalRunner(ModelRunner):
             prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
         )
         steps: list[Callable[[], object]] = [lambda: self._run(prefill)]
-        decode = self._decode_step
-        if decode is not None:
-            steps.append(decode.run_padding)
+        if self._decode_step is not None and self._prefill_step is not None:
+            steps += [self._decode_step.run_padding, self._prefill_step.run_padding]
         return steps
 
     @torch.inference_mode()
@@ -208,15 +219,10 @@ class LocalRunner(ModelRunner):
             return self._decode_step.run(plan)
         tables = self._tables
         inputs = tables.stage(plan)
-        batch = ForwardBatch(
-            input_ids=inputs.input_ids,
-            slot_mapping=inputs.slot_mapping,
-            rotation=self._model.rotary.prepare(inputs.positions),
-            attention=self._backend.prepare(inputs.attention),
-            kv=self._kv,
-            sampled_rows=inputs.sampled_rows,
-        )
-        logits = self._model(batch)
+        if self._prefill_step is not None and self._prefill_step.fits(plan):
+            logits = self._prefill_step.run(inputs)
+        else:
+            logits = self._forward(inputs)
         if tables.all_greedy(plan):
             tokens = logits.argmax(-1)
         else:
@@ -225,6 +231,17 @@ class LocalRunner(ModelRunner):
             tokens = sample(logits, temperatures, seeds, inputs.sampled_positions)
         tables.write_back(inputs, tokens)
         return tokens
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        batch = ForwardBatch(
+            input_ids=inputs.input_ids,
+            slot_mapping=inputs.slot_mapping,
+            rotation=self._model.rotary.prepare(inputs.positions),
+            attention=self._backend.prepare(inputs.attention),
+            kv=self._kv,
+            sampled_rows=inputs.sampled_rows,
+        )
+        return self._model(batch)
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,14 @@ class TritonAttention(AttentionBackend):
         )
 
     def prepare(self, batch: AttentionBatch) -> AttentionBatch:
-        return batch
+        if batch.slots.dtype == torch.int32:
+            return batch
+        return replace(
+            batch,
+            slots=batch.slots.int(),
+            context_lens=batch.context_lens.int(),
+            query_start=batch.query_start.int(),
+        )
 
     def attend(self, q: Tensor, kv: KVLayer, prepared: AttentionBatch) -> Tensor:
         from layers.kernels.paged_decode import paged_decode

@@ -1,0 +1,136 @@
+"""The whole engine on a CUDA device: backends, graphs, memory."""
+
+from __future__ import annotations
+
+import gc
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm import LLM, SamplingParams
+from utils.errors import ConfigError, OutOfMemoryError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+TINY = Path(__file__).parents[2] / "assets" / "qwen3-tiny-python"
+# Two roundings to bf16 of nearly equal logits may change their order; in units of the logits'
+# standard deviation.
+TIE = 0.1
+SMALL: dict[str, Any] = {"num_kvcache_blocks": 64, "max_num_seqs": 16}
+
+
+def random_prompts(count: int, longest: int) -> list[list[int]]:
+    rng = random.Random()
+    return [[rng.randrange(3, 4096) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def greedy(llm: LLM, prompts: list[list[int]], count: int) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).cuda().eval()
+
+
+@torch.inference_mode()
+def worst_gap(reference: Any, prompts: list[list[int]], outputs: list[list[int]]) -> float:
+    """How far a token is from the reference's best after the same tokens, in deviations."""
+    worst = 0.0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([prompt + output[:-1]], device="cuda")
+        logits = reference(ids).logits[0, len(prompt) - 1 :].float()
+        chosen = logits.gather(1, torch.tensor(output, device="cuda")[:, None])[:, 0]
+        worst = max(worst, float(((logits.amax(1) - chosen) / logits.std(1)).max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_backend": "torch", "enforce_eager": True},
+        {"enforce_eager": True},
+        {},
+        {"pipeline_depth": 0},
+        {"kvcache_block_size": 16, "num_kvcache_blocks": 1024},
+        {"max_num_seqs": 3, "num_kvcache_blocks": 5},
+        {"max_num_batched_tokens": 48},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_transformers(reference: Any, options: dict[str, Any]) -> None:
+    prompts = random_prompts(12, 500)
+    with LLM(TINY, **{**SMALL, **options}) as llm:
+        outputs = greedy(llm, prompts, 48)
+    assert worst_gap(reference, prompts, outputs) < TIE
+
+
+def test_graphs_give_the_tokens_of_eager_steps_bar_ties(reference: Any) -> None:
+    prompts = random_prompts(16, 60)
+    outputs = []
+    for eager in (True, False):
+        with LLM(TINY, enforce_eager=eager, **SMALL) as llm:
+            outputs.append(greedy(llm, prompts, 32))
+    for prompt, a, b in zip(prompts, *outputs, strict=True):
+        if a != b:
+            assert worst_gap(reference, [prompt, prompt], [a, b]) < TIE
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch() -> None:
+    prompts = random_prompts(16, 100)
+    params = SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True, seed=11)
+    with LLM(TINY, dtype="float32", attention_backend="torch", **SMALL) as llm:
+        together = llm.generate(prompts, params, use_tqdm=False)
+        alone = llm.generate(prompts[5], params, use_tqdm=False)
+    assert together[5]["token_ids"] == alone[0]["token_ids"]
+
+
+def test_two_engines_share_one_device(reference: Any) -> None:
+    prompts = random_prompts(4, 100)
+    with LLM(TINY, **SMALL) as one, LLM(TINY, enforce_eager=True, **SMALL) as two:
+        for llm in (one, two, one):
+            assert worst_gap(reference, prompts, greedy(llm, prompts, 16)) < TIE
+
+
+def test_close_returns_the_memory() -> None:
+    with LLM(TINY, **SMALL) as llm:
+        greedy(llm, random_prompts(4, 50), 4)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    llm = LLM(TINY, gpu_memory_utilization=0.3)
+    greedy(llm, random_prompts(20, 300), 20)
+    assert before - torch.cuda.mem_get_info()[0] > 1 << 30
+    llm.close()
+    assert before - torch.cuda.mem_get_info()[0] <= 50 << 20
+
+
+def test_gpu_memory_utilization_is_honoured() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, total = torch.cuda.mem_get_info()
+    with LLM(TINY, gpu_memory_utilization=0.5) as llm:
+        greedy(llm, random_prompts(200, 300), 8)
+        used = before - torch.cuda.mem_get_info()[0]
+    assert abs(used / total - 0.5) < 0.02
+
+
+def test_too_little_memory_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(OutOfMemoryError, match="GiB"):
+        LLM(TINY, gpu_memory_utilization=0.001)
+    with pytest.raises(OutOfMemoryError, match="blocks"):
+        LLM(TINY, num_kvcache_blocks=10**8)
+
+
+def test_graphs_that_cannot_be_captured_are_refused() -> None:
+    with pytest.raises(ConfigError, match="enable_cuda_graphs"):
+        LLM(TINY, attention_backend="torch", enable_cuda_graphs=True)
