@@ -31,7 +31,7 @@ from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.forward_batch import ForwardBatch
 from layers.kernels.launch import fused
 from layers.parallel import ParallelContext
-from layers.sampler import sample
+from layers.sampler import sampler_for
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
 from memory.sizing import fit_blocks, free_bytes, measure_usage, release_device
 from models.base import CausalLM, ModelShape
@@ -81,6 +81,7 @@ class LocalRunner(ModelRunner):
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
         self._launcher = self._make_launcher(config)
+        self._sample = sampler_for(self._device, self._dtype)
         before = free_bytes(self._device)
         architecture = find_architecture(checkpoint)
         shape = architecture.model_shape(checkpoint.hf_config)
@@ -228,7 +229,7 @@ class LocalRunner(ModelRunner):
         else:
             slots = inputs.sampled_slots
             temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
-            tokens = sample(logits, temperatures, seeds, inputs.sampled_positions)
+            tokens = self._sample(logits, temperatures, seeds, inputs.sampled_positions)
         tables.write_back(inputs, tokens)
         return tokens
 

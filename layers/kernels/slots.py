@@ -48,7 +48,7 @@ class DecodeRows:
         return DecodeRows(*(getattr(self, name)[:size] for name in self.__slots__))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _gather_kernel(
     slots_ptr,
     tokens_ptr,
@@ -88,7 +88,7 @@ def _gather_kernel(
     tl.store(seed_out + row, tl.load(seed_ptr + slot, mask=live, other=0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _scatter_kernel(
     sampled_ptr,
     slots_ptr,
