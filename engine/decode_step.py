@@ -78,9 +78,9 @@ class DecodeStep:
         scatter_tokens(tokens, rows, tables.tokens, tables.num_computed)
         return tokens
 
-    def run_padding(self) -> Tensor:
-        """Enqueue the largest step with padding rows alone, uncaptured."""
-        return self(self._slots)
+    def run_padding(self, size: int | None = None) -> Tensor:
+        """Enqueue a step of `size` padding rows, the most there can be if None; uncaptured."""
+        return self(self._slots[:size])
 
     def capture(self, sizes: list[int]) -> None:
         """Capture the step for each batch size, with padding rows alone."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -117,6 +119,7 @@ class LocalRunner(ModelRunner):
             self._geometry = self._sized(one_block, before)
             self._allocate(self._geometry)
             if self._decode_step is not None and self._prefill_step is not None:
+                self._compile(self._decode_step, self._prefill_step)
                 self._decode_step.capture(capture_sizes(config.max_num_seqs))
                 self._prefill_step.capture()
 
@@ -188,10 +191,32 @@ class LocalRunner(ModelRunner):
         if self._device.type != "cuda" or explicit:
             return kv_blocks(config, one_block)
         self._allocate(replace(one_block, num_blocks=self._tables.block_tables.shape[1]))
+        if self._decode_step is not None and self._prefill_step is not None:
+            self._compile(self._decode_step, self._prefill_step)
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
         self._kv, self._decode_step, self._prefill_step = [], None, None
         torch.cuda.empty_cache()
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
+
+    def _compile(self, decode: DecodeStep, prefill: PrefillStep) -> None:
+        """Run steps that need different kernels side by side, so that these compile in parallel.
+
+        All are padding, which reads the same and writes nothing that counts.
+        """
+        # One batch size for each kind of product, and the largest.
+        sizes = {n for n in (1, 16, 24, 128) if n < self._config.max_num_seqs}
+        steps: list[Callable[[], object]] = [partial(decode.run_padding, n) for n in sizes]
+        steps += [decode.run_padding, prefill.run_padding]
+
+        def run(step: Callable[[], object]) -> None:
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                step()
+                stream.synchronize()
+
+        torch.cuda.synchronize(self._device)
+        with ThreadPoolExecutor(len(steps), "compile") as threads:
+            list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
         """The steps that need the most memory: the largest prefill and the largest decode."""

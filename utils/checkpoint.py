@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from config import Config
 from utils.errors import (
@@ -35,8 +36,6 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Any | None:
         """The tokenizer, or None if the folder has none (prompts must then be token ids)."""
-        from transformers import AutoTokenizer
-
         names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
         if not any((self.path / name).exists() for name in names):
             return None
@@ -69,8 +68,6 @@ def open_checkpoint(model: str) -> Checkpoint:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
-    from transformers import AutoConfig
-
     try:
         model_type = json.loads(config_file.read_text()).get("model_type")
         hf_config = AutoConfig.from_pretrained(path)
