@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from engine.launchers import InlineLauncher, Launcher, ThreadLauncher
+from engine.types import StepResult
+from utils.errors import StepError
+
+LAUNCHERS = [InlineLauncher, ThreadLauncher]
+
+
+@pytest.mark.parametrize("make", LAUNCHERS)
+def test_the_result_has_one_token_per_row(make: type[Launcher]) -> None:
+    launcher = make()
+    handle = launcher.launch(5, lambda: torch.tensor([7, 8]))
+    assert handle.result() == StepResult(5, [[7], [8]])
+    assert handle.result() == StepResult(5, [[7], [8]])
+    launcher.close()
+
+
+@pytest.mark.parametrize("make", LAUNCHERS)
+def test_a_failure_comes_with_the_result(make: type[Launcher]) -> None:
+    def fails() -> torch.Tensor:
+        raise RuntimeError("planted")
+
+    launcher = make()
+    handle = launcher.launch(5, fails)
+    for _ in range(2):
+        with pytest.raises(StepError, match="step 5 failed: planted"):
+            handle.result()
+    assert launcher.launch(6, lambda: torch.tensor([1])).result().tokens == [[1]]
+    launcher.close()
+
+
+def test_a_thread_returns_at_once_and_keeps_the_order() -> None:
+    launcher = ThreadLauncher()
+    gate = threading.Event()
+    order: list[int] = []
+
+    def step(number: int) -> torch.Tensor:
+        gate.wait(10)
+        order.append(number)
+        return torch.tensor([number])
+
+    handles = [launcher.launch(i, lambda i=i: step(i)) for i in range(5)]  # type: ignore[misc]
+    assert order == []
+    gate.set()
+    assert [handle.result().tokens for handle in handles] == [[[i]] for i in range(5)]
+    assert order == list(range(5))
+    launcher.close()
+
+
+def test_closing_a_thread_waits_for_what_was_started() -> None:
+    launcher = ThreadLauncher()
+    done: list[bool] = []
+
+    def step() -> torch.Tensor:
+        done.append(True)
+        return torch.tensor([1])
+
+    for i in range(3):
+        launcher.launch(i, step)
+    launcher.close()
+    assert done == [True] * 3

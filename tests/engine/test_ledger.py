@@ -1,0 +1,230 @@
+"""Slots, blocks and plans as a scheduler author meets them; no torch."""
+
+from __future__ import annotations
+
+import pytest
+
+from config import Config
+from engine.ledger import Ledger
+from engine.sequence import Sequence
+from engine.types import BlockUpdate, KVGeometry, NewRequest, PrefillChunk, StepPlan, StepResult
+from memory.block_manager import PagedBlockManager
+from sampling_params import SamplingParams
+
+PARAMS = SamplingParams(temperature=0.5)
+
+
+class PublishingBlocks(PagedBlockManager):
+    """Remembers what was published, and finds the first `cached` tokens of any prompt cached."""
+
+    def __init__(self, num_blocks: int, cached: int = 0) -> None:
+        super().__init__(Config(model="none"), KVGeometry(1, 1, 1, 16, num_blocks, 4))
+        self.published: list[tuple[int, int, int]] = []
+        self.cached = cached
+
+    def begin(self, request_id: int, token_ids: list[int]) -> int:
+        super().begin(request_id, token_ids)
+        super().grow(request_id, self.cached)
+        return self.cached
+
+    def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
+        self.published.append((request_id, len(token_ids), num_computed))
+
+
+def _ledger(
+    num_blocks: int = 8, slots: int = 2, cached: int = 0
+) -> tuple[Ledger, PublishingBlocks]:
+    blocks = PublishingBlocks(num_blocks, cached)
+    return Ledger(blocks, slots), blocks
+
+
+def _seq(num_prompt: int, request_id: int = 0, max_total: int = 100, stop: int = -1) -> Sequence:
+    return Sequence(
+        request_id,
+        list(range(num_prompt)),
+        PARAMS,
+        max_total_tokens=max_total,
+        stop_token_ids=frozenset({stop}),
+        seed=9,
+    )
+
+
+def _built(ledger: Ledger) -> StepPlan:
+    plan = ledger.build()
+    assert plan is not None
+    return plan
+
+
+def test_the_plan_of_an_admission_carries_prompt_blocks_and_chunk() -> None:
+    ledger, _ = _ledger()
+    seq = _seq(20)
+    assert ledger.admit(seq)
+    ledger.prefill(seq, 20)
+    assert _built(ledger) == StepPlan(
+        0,
+        (NewRequest(0, 0, tuple(range(20)), PARAMS, 9),),
+        (BlockUpdate(0, 0, (0, 1)),),
+        (PrefillChunk(0, 0, 20, True),),
+        (),
+    )
+
+
+def test_nothing_to_compute_builds_no_plan() -> None:
+    ledger, _ = _ledger()
+    assert ledger.build() is None
+    assert ledger.num_in_flight == 0
+
+
+def test_an_admission_without_rows_waits_for_the_next_plan() -> None:
+    ledger, _ = _ledger()
+    seq = _seq(5)
+    ledger.admit(seq)
+    assert ledger.build() is None
+    ledger.prefill(seq, 5)
+    assert len(_built(ledger).new_requests) == 1
+
+
+@pytest.mark.parametrize(("num_tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (33, 3)])
+def test_blocks_for(num_tokens: int, blocks: int) -> None:
+    assert _ledger()[0].blocks_for(num_tokens) == blocks
+
+
+def test_admission_without_a_free_slot_changes_nothing() -> None:
+    ledger, blocks = _ledger(slots=1)
+    ledger.admit(_seq(5))
+    free = blocks.num_free_blocks
+    other = _seq(5, request_id=1)
+    assert not ledger.admit(other)
+    assert (blocks.num_free_blocks, other.slot, ledger.num_running) == (free, None, 1)
+
+
+def test_admission_without_enough_blocks_changes_nothing() -> None:
+    ledger, blocks = _ledger(num_blocks=2)
+    seq = _seq(33)
+    assert not ledger.admit(seq)
+    assert (blocks.num_free_blocks, seq.slot, ledger.num_running) == (2, None, 0)
+    assert ledger.admit(_seq(32))
+
+
+def test_cached_tokens_are_neither_computed_nor_published_again() -> None:
+    ledger, blocks = _ledger(cached=32)
+    seq = _seq(40)
+    ledger.admit(seq)
+    assert (seq.num_scheduled, seq.num_committed) == (32, 32)
+    ledger.prefill(seq, 8)
+    plan = _built(ledger)
+    assert plan.prefill == (PrefillChunk(0, 32, 8, True),)
+    assert plan.block_updates == (BlockUpdate(0, 0, (0, 1, 2)),)
+    ledger.commit(plan, StepResult(0, [[5]]))
+    assert blocks.published == []
+
+
+def test_reserve_takes_a_block_only_at_a_border() -> None:
+    ledger, blocks = _ledger()
+    seq = _seq(15)
+    ledger.admit(seq)
+    ledger.prefill(seq, 15)
+    assert ledger.reserve(seq)
+    assert blocks.num_free_blocks == 7
+    ledger.decode([seq])
+    ledger.build()
+    assert ledger.reserve(seq)
+    assert blocks.num_free_blocks == 6
+    ledger.decode([seq])
+    assert _built(ledger).block_updates == (BlockUpdate(0, 1, (1,)),)
+
+
+def test_reserve_without_blocks_changes_nothing() -> None:
+    ledger, _ = _ledger(num_blocks=1)
+    seq = _seq(16)
+    ledger.admit(seq)
+    ledger.prefill(seq, 16)
+    assert not ledger.reserve(seq)
+    assert (seq.capacity, seq.num_scheduled) == (16, 16)
+
+
+def test_a_reservation_is_sent_with_the_next_plan_even_if_planning_was_given_up() -> None:
+    ledger, _ = _ledger()
+    seq = _seq(16)
+    ledger.admit(seq)
+    ledger.prefill(seq, 16)
+    ledger.build()
+    assert ledger.reserve(seq)
+    assert ledger.build() is None
+    ledger.decode([seq])
+    assert _built(ledger).block_updates == (BlockUpdate(0, 1, (1,)),)
+
+
+def test_full_blocks_are_published_once_they_are_committed() -> None:
+    ledger, blocks = _ledger()
+    seq = _seq(30)
+    ledger.admit(seq)
+    ledger.prefill(seq, 10)
+    first = _built(ledger)
+    ledger.prefill(seq, 20)
+    second = _built(ledger)
+    assert blocks.published == []
+    ledger.commit(first, StepResult(0, []))
+    assert blocks.published == []
+    ledger.commit(second, StepResult(1, [[7]]))
+    assert blocks.published == [(0, 31, 30)]
+    for step in range(2, 4):
+        ledger.decode([seq])
+        ledger.commit(_built(ledger), StepResult(step, [[7]]))
+    assert blocks.published == [(0, 31, 30), (0, 33, 32)]
+
+
+def test_several_tokens_of_one_step_stop_at_the_first_end() -> None:
+    ledger, _ = _ledger()
+    seq = _seq(4, stop=50)
+    ledger.admit(seq)
+    ledger.prefill(seq, 4)
+    assert ledger.commit(_built(ledger), StepResult(0, [[7, 50, 8]])) == [seq]
+    assert (seq.output_token_ids, seq.finish_reason) == ([7, 50], "stop")
+
+
+def test_a_finished_request_keeps_slot_and_blocks_while_in_flight() -> None:
+    ledger, blocks = _ledger()
+    seq = _seq(4)
+    ledger.admit(seq)
+    ledger.prefill(seq, 4)
+    plan = _built(ledger)
+    ledger.finish(seq, "abort")
+    assert (seq.slot, ledger.num_running, blocks.num_free_blocks) == (0, 1, 7)
+    assert ledger.commit(plan, StepResult(0, [[1]])) == []
+    assert (seq.slot, ledger.num_running, blocks.num_free_blocks) == (None, 0, 8)
+
+
+def test_a_request_in_flight_cannot_be_preempted() -> None:
+    ledger, _ = _ledger()
+    seq = _seq(4)
+    ledger.admit(seq)
+    ledger.prefill(seq, 4)
+    with pytest.raises(AssertionError, match="in flight"):
+        ledger.preempt(seq)
+
+
+def test_preemption_forgets_what_was_computed_and_keeps_the_output() -> None:
+    ledger, blocks = _ledger()
+    seq = _seq(4)
+    ledger.admit(seq)
+    ledger.prefill(seq, 4)
+    ledger.commit(_built(ledger), StepResult(0, [[42]]))
+    ledger.preempt(seq)
+    assert (seq.slot, seq.num_scheduled, seq.num_committed, seq.capacity) == (None, 0, 0, 0)
+    assert (seq.num_preemptions, seq.token_ids) == (1, [0, 1, 2, 3, 42])
+    assert blocks.num_free_blocks == 8
+    assert ledger.admit(seq)
+    assert seq.num_prefill == 5
+
+
+def test_a_request_admitted_and_ended_before_the_plan_leaves_no_trace_in_it() -> None:
+    ledger, _ = _ledger()
+    gone, stays = _seq(20), _seq(5, request_id=1)
+    ledger.admit(gone)
+    ledger.finish(gone, "abort")
+    ledger.admit(stays)
+    ledger.prefill(stays, 5)
+    plan = _built(ledger)
+    assert [new.request_id for new in plan.new_requests] == [1]
+    assert len(plan.block_updates) == 1

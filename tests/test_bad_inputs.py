@@ -1,0 +1,346 @@
+"""Everything that can be given wrongly, and the error that says so.
+
+After each refusal the same engine serves a normal request with the same tokens as before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm import LLM, SamplingParams
+from tests.custom_parts import OneAtATime
+from utils.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    FieldError,
+    OutOfMemoryError,
+    RequestError,
+    RequestTooLongError,
+    UnsupportedModelError,
+)
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+MAX_MODEL_LEN = 64
+# A checkpoint's own vocabulary.
+VOCAB_SIZE = 4096
+
+
+@pytest.fixture(scope="module")
+def llm(shipped: Path) -> Iterator[LLM]:
+    with LLM(
+        shipped,
+        device="cpu",
+        max_num_seqs=4,
+        max_model_len=MAX_MODEL_LEN,
+        kvcache_block_size=16,
+        num_kvcache_blocks=3,
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def _serves_afterwards(llm: LLM) -> Iterator[None]:
+    def serve() -> list[int]:
+        (out,) = llm.generate(["import"], GREEDY, use_tqdm=False)
+        tokens: list[int] = out["token_ids"]
+        return tokens
+
+    before = serve()
+    yield
+    assert not llm._engine.has_unfinished
+    assert llm._engine.num_free_blocks == 3
+    assert serve() == before
+
+
+def _check_field(error: FieldError, field: str, value: object) -> None:
+    assert error.field == field
+    assert repr(error.value) == repr(value)
+    shown = repr(value)
+    assert f"{field}={shown if len(shown) <= 80 else shown[:77] + '...'}: " in str(error)
+    assert error.fix
+    assert error.fix in str(error)
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
+    # Options, the field that is named, and a part of the message.
+    ({"max_num_seq": 3}, "max_num_seq", "Did you mean 'max_num_seqs'?"),
+    ({"tensor_parallel": 2}, "tensor_parallel", "Did you mean 'tensor_parallel_size'?"),
+    ({"xyzzy": 1}, "xyzzy", "unknown option. Known: attention_backend, block_manager"),
+    ({"dtype": "bf16"}, "dtype", "Did you mean 'bfloat16'?"),
+    ({"dtype": None}, "dtype", "Known: auto, bfloat16, float16, float32"),
+    ({"dtype": torch.float32}, "dtype", "Did you mean 'float32'?"),
+    ({"device": "gpu"}, "device", "unknown choice"),
+    ({"device": "cuda:0"}, "device", "Did you mean 'cuda'?"),
+    ({"max_model_len": 1}, "max_model_len", ">= 2"),
+    ({"max_model_len": 2049}, "max_model_len", "2048 positions"),
+    ({"max_model_len": 64.0}, "max_model_len", "integer"),
+    ({"max_model_len": "64"}, "max_model_len", "integer"),
+    ({"max_num_seqs": 0}, "max_num_seqs", ">= 1"),
+    ({"max_num_seqs": True}, "max_num_seqs", "integer"),
+    ({"max_num_batched_tokens": 0}, "max_num_batched_tokens", ">= 1"),
+    ({"max_num_batched_tokens": 3}, "max_num_batched_tokens", "below max_num_seqs=4"),
+    ({"gpu_memory_utilization": 0}, "gpu_memory_utilization", "(0, 1]"),
+    ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization", "(0, 1]"),
+    ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization", "(0, 1]"),
+    ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization", "(0, 1]"),
+    ({"kvcache_block_size": 8}, "kvcache_block_size", ">= 16"),
+    ({"kvcache_block_size": 20}, "kvcache_block_size", "multiple of 16. Use 32."),
+    ({"num_kvcache_blocks": 0}, "num_kvcache_blocks", ">= 1"),
+    ({"kvcache_memory_bytes": 0}, "kvcache_memory_bytes", ">= 1"),
+    (
+        {"num_kvcache_blocks": 4, "kvcache_memory_bytes": 10**7},
+        "num_kvcache_blocks",
+        "contradicts kvcache_memory_bytes=10000000",
+    ),
+    ({"enforce_eager": True, "enable_cuda_graphs": True}, "enforce_eager", "contradicts"),
+    ({"enforce_eager": 1}, "enforce_eager", "bool"),
+    ({"enable_cuda_graphs": True}, "enable_cuda_graphs", 'contradicts device="cpu"'),
+    ({"enable_prefix_caching": "yes"}, "enable_prefix_caching", "bool"),
+    (
+        {"enable_prefix_caching": True, "block_manager": "paged"},
+        "enable_prefix_caching",
+        "does not cache prefixes",
+    ),
+    ({"tensor_parallel_size": 0}, "tensor_parallel_size", ">= 1"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size", ""),
+    ({"pipeline_depth": 2}, "pipeline_depth", "0 or 1"),
+    ({"pipeline_depth": -1}, "pipeline_depth", ">= 0"),
+    ({"seed": -1}, "seed", ">= 0"),
+    ({"seed": None}, "seed", "integer"),
+    ({"attention_backend": "torsch"}, "attention_backend", "Did you mean 'torch'?"),
+    ({"attention_backend": None}, "attention_backend", "neither a name"),
+    ({"attention_backend": "triton"}, "attention_backend", "CUDA"),
+    ({"scheduler": "continous"}, "scheduler", "Did you mean 'continuous'?"),
+    ({"scheduler": ""}, "scheduler", "neither a name"),
+    ({"scheduler": dict}, "scheduler", "is no Scheduler"),
+    ({"scheduler": "nowhere:Scheduler"}, "scheduler", "cannot be imported"),
+    ({"scheduler": "json:nothing"}, "scheduler", "cannot be imported"),
+    ({"scheduler": ":Scheduler"}, "scheduler", "cannot be imported"),
+    ({"block_manager": "page"}, "block_manager", "Did you mean 'paged'?"),
+    ({"block_manager": OneAtATime}, "block_manager", "is no BlockManager"),
+    ({"model_runner": "remote"}, "model_runner", "no ModelRunner of that name"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "message"),
+    [pytest.param(*case, id=f"{case[1]}-{i}") for i, case in enumerate(BAD_OPTIONS)],
+)
+def test_bad_options(shipped: Path, options: dict[str, Any], field: str, message: str) -> None:
+    defaults = {"device": "cpu", "max_num_seqs": 4, "max_model_len": MAX_MODEL_LEN}
+    with pytest.raises(ConfigError) as caught:
+        LLM(shipped, **{**defaults, **options})
+    _check_field(caught.value, field, options[field])
+    assert message in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device(shipped: Path) -> None:
+    with pytest.raises(ConfigError, match="no usable CUDA device") as caught:
+        LLM(shipped, device="cuda")
+    _check_field(caught.value, "device", "cuda")
+
+
+@pytest.mark.parametrize(
+    "options", [{"kvcache_memory_bytes": 100}, {"num_kvcache_blocks": 10**12}], ids=str
+)
+def test_kv_caches_that_cannot_be_had(shipped: Path, options: dict[str, int]) -> None:
+    with pytest.raises(OutOfMemoryError, match=next(iter(options))) as caught:
+        LLM(shipped, device="cpu", max_model_len=MAX_MODEL_LEN, **options)
+    assert isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.parametrize(
+    "model", ["/nowhere/at/all", "no-such-model", "a/b/c", "./here", "~/nothing-there"]
+)
+def test_folders_that_do_not_exist(model: str) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="there is no such folder") as caught:
+        LLM(model)
+    assert repr(model) in str(caught.value)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+def test_an_empty_model_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM("")
+    _check_field(caught.value, "model", "")
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        LLM(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3_moe", "t5", "mamba", "qwen2_vl"])
+def test_architectures_without_an_implementation(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UnsupportedModelError, match=model_type):
+        LLM(tmp_path, device="cpu")
+
+
+def test_a_checkpoint_without_weights(shipped: Path, tmp_path: Path) -> None:
+    shutil.copy(shipped / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        LLM(tmp_path, device="cpu")
+
+
+# Prompts, and the value that is named where it is not the whole.
+BAD_PROMPTS: list[tuple[str, Any]] = [
+    ("empty-text", ""),
+    ("empty-text-in-list", ["import", ""]),
+    ("empty-tokens", [[]]),
+    ("empty-tokens-after-good", [[1, 2], []]),
+    ("token-out-of-range", [[1, VOCAB_SIZE]]),
+    ("token-negative", [[-1]]),
+    ("token-huge", [[2**70]]),
+    ("token-bool", [[True]]),
+    ("token-bool-flat", [True, 2]),
+    ("token-float", [[1.0]]),
+    ("token-float-flat", [1.0, 2]),
+    ("token-text", [["a"]]),
+    ("token-text-flat", [1, "a"]),
+    ("token-numpy", [[np.int64(3)]]),
+    ("token-list", [[[1]]]),
+    ("none-in-list", [None]),
+    ("bytes", b"import"),
+    ("bytes-in-list", [b"import"]),
+    ("array-in-list", [np.array([1, 2])]),
+    ("tensor-in-list", [torch.tensor([1, 2])]),
+    ("int-after-text", ["import", 5]),
+    ("range", range(3)),
+    ("int", 5),
+    ("float", 1.5),
+    ("bool", True),
+    ("none", None),
+    ("dict", {"prompt": "import"}),
+    ("set", {"import"}),
+    ("iterator", iter(["import"])),
+    ("array", np.array([1, 2])),
+    ("tensor", torch.tensor([1, 2])),
+    ("lone-surrogate", "\ud800"),
+]
+
+
+@pytest.mark.parametrize(
+    "prompts", [pytest.param(prompts, id=name) for name, prompts in BAD_PROMPTS]
+)
+def test_bad_prompts(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    error = caught.value
+    assert error.field in ("prompt", "prompts")
+    assert not isinstance(error, RequestTooLongError)
+    assert isinstance(error, ValueError)
+    assert error.fix
+
+
+@pytest.mark.parametrize("token", [VOCAB_SIZE, -1, 2**70, 1.0, "a"])
+def test_the_offending_token_is_named(llm: LLM, token: Any) -> None:
+    with pytest.raises(RequestError, match=f"from 0 to {VOCAB_SIZE - 1}") as caught:
+        llm.generate([[1, 2, token, 3]], GREEDY, use_tqdm=False)
+    _check_field(caught.value, "prompt", token)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens", "limit"),
+    [
+        pytest.param(MAX_MODEL_LEN + 1, 1, "max_model_len=64", id="prompt"),
+        pytest.param(MAX_MODEL_LEN, 1, "max_model_len=64", id="prompt-and-one"),
+        pytest.param(MAX_MODEL_LEN, None, "max_model_len=64", id="prompt-and-none"),
+        pytest.param(40, 25, "max_model_len=64", id="prompt-and-output"),
+        pytest.param(1, MAX_MODEL_LEN, "max_model_len=64", id="output"),
+        pytest.param(1000, 1, "max_model_len=64", id="long-prompt"),
+        pytest.param(40, 10, "KV blocks", id="cache"),
+    ],
+)
+def test_requests_that_never_fit(
+    llm: LLM, num_prompt: int, max_tokens: int | None, limit: str
+) -> None:
+    params = [GREEDY, SamplingParams(temperature=0, max_tokens=max_tokens)]
+    with pytest.raises(RequestTooLongError, match=limit) as caught:
+        llm.generate([[1, 2], [1] * num_prompt], params, use_tqdm=False)
+    assert caught.value.field == "prompt"
+    assert f"{num_prompt} tokens" in str(caught.value)
+
+
+def test_a_bad_prompt_at_the_end_starts_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm._engine, "step", lambda: pytest.fail("a step was made"))
+    with pytest.raises(RequestError):
+        llm.generate([[1, 2], [3, 4], [VOCAB_SIZE]], GREEDY, use_tqdm=False)
+
+
+BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -1}, "finite number >= 0"),
+    ({"temperature": -1e-9}, "finite number >= 0"),
+    ({"temperature": float("nan")}, "finite number >= 0"),
+    ({"temperature": float("inf")}, "finite number >= 0"),
+    ({"temperature": "1"}, "finite number >= 0"),
+    ({"temperature": True}, "finite number >= 0"),
+    ({"temperature": None}, "finite number >= 0"),
+    ({"temperature": 1j}, "finite number >= 0"),
+    ({"temperature": 10**400}, ""),
+    ({"max_tokens": 0}, "integer >= 1"),
+    ({"max_tokens": -3}, "integer >= 1"),
+    ({"max_tokens": 1.5}, "integer >= 1"),
+    ({"max_tokens": True}, "integer >= 1"),
+    ({"max_tokens": "3"}, "integer >= 1"),
+    ({"ignore_eos": 1}, "bool"),
+    ({"ignore_eos": None}, "bool"),
+    ({"seed": -1}, "[0, 2**63)"),
+    ({"seed": 2**63}, "[0, 2**63)"),
+    ({"seed": 1.0}, "[0, 2**63)"),
+    ({"seed": True}, "[0, 2**63)"),
+    ({"seed": "7"}, "[0, 2**63)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [pytest.param(*case, id=f"{next(iter(case[0]))}-{i}") for i, case in enumerate(BAD_SAMPLING)],
+)
+def test_bad_sampling_parameters(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**values)
+    ((field, value),) = values.items()
+    _check_field(caught.value, field, value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        pytest.param([GREEDY], id="too-few"),
+        pytest.param([GREEDY] * 3, id="too-many"),
+        pytest.param([], id="none-of-them"),
+        pytest.param(5, id="int"),
+        pytest.param("greedy", id="text"),
+        pytest.param({"temperature": 0}, id="dict"),
+        pytest.param([GREEDY, None], id="none-in-list"),
+        pytest.param([GREEDY, {}], id="dict-in-list"),
+        pytest.param(SamplingParams, id="class"),
+    ],
+)
+def test_bad_lists_of_sampling_parameters(llm: LLM, params: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.generate([[1], [2]], params, use_tqdm=False)
+    assert caught.value.field == "sampling_params"
+
+
+def test_text_for_a_checkpoint_without_a_tokenizer(shipped: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(shipped / name, tmp_path)
+    with LLM(tmp_path, device="cpu", max_num_seqs=1, max_model_len=MAX_MODEL_LEN) as llm:
+        with pytest.raises(RequestError, match="no tokenizer") as caught:
+            llm.generate(["import"], GREEDY, use_tqdm=False)
+        _check_field(caught.value, "prompt", "import")
+        assert len(llm.generate([[5]], GREEDY, use_tqdm=False)[0]["token_ids"]) == 4

@@ -1,0 +1,646 @@
+"""The user's entry, from prompts to outputs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from engine.sequence import Sequence
+from engine.types import StepHandle, StepPlan, StepResult
+from llm import LLM, SamplingParams
+from tests.checkpoints import Checkpoints, random_prompts
+from tests.custom_parts import OneAtATime, ShuffledBlocks, make_one_at_a_time
+from utils.errors import CheckpointError, EngineClosedError, StepError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+RANDOM = SamplingParams(temperature=1.0, max_tokens=12, seed=5, ignore_eos=True)
+PROMPTS = random_prompts([3, 20, 1, 33], seed=21)
+DEPTHS = [0, 1]
+
+
+@pytest.fixture(scope="module")
+def small(checkpoints: Checkpoints) -> Path:
+    """A random checkpoint without a tokenizer."""
+    return checkpoints["qwen3-gqa2-wide-heads"]
+
+
+@pytest.fixture(scope="module")
+def python_llm(shipped: Path) -> Iterator[LLM]:
+    """An engine of the shipped model, which has a tokenizer."""
+    with LLM(shipped, device="cpu", max_num_seqs=8) as llm:
+        yield llm
+
+
+def _small_llm(path: Path, **options: Any) -> LLM:
+    defaults = {"device": "cpu", "kvcache_block_size": 16, "max_num_seqs": 4, "max_model_len": 128}
+    return LLM(path, **{**defaults, **options})
+
+
+def _tokens(outputs: list[dict[str, Any]]) -> list[list[int]]:
+    return [out["token_ids"] for out in outputs]
+
+
+def _generate(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[list[int]]:
+    return _tokens(llm.generate(prompts, params, use_tqdm=False))
+
+
+def _assert_idle(llm: LLM) -> None:
+    engine = llm._engine
+    assert not engine.has_unfinished
+    assert not engine._live
+    assert engine.num_free_blocks == engine._blocks.num_blocks
+
+
+class TestOutputs:
+    def test_have_text_tokens_reason_and_prompt(self, python_llm: LLM) -> None:
+        (out,) = python_llm.generate(["import os\n"], GREEDY, use_tqdm=False)
+        assert set(out) == {"text", "token_ids", "finish_reason", "prompt_token_ids"}
+        tokenizer = python_llm.tokenizer
+        assert tokenizer is not None
+        assert out["prompt_token_ids"] == tokenizer.encode("import os\n")
+        assert len(out["token_ids"]) == 12
+        assert out["text"] == tokenizer.decode(out["token_ids"], skip_special_tokens=True)
+        assert out["finish_reason"] == "length"
+
+    def test_come_in_the_order_of_the_prompts(self, small: Path) -> None:
+        prompts = random_prompts([40, 1, 30, 2, 20, 3], seed=22)
+        params = [
+            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
+            for n in (9, 1, 30, 2, 5, 7)
+        ]
+        with _small_llm(small, max_num_seqs=2) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [out["prompt_token_ids"] for out in outputs] == prompts
+        assert [len(out["token_ids"]) for out in outputs] == [9, 1, 30, 2, 5, 7]
+
+    def test_texts_and_token_lists_may_be_mixed(self, python_llm: LLM) -> None:
+        tokenizer = python_llm.tokenizer
+        assert tokenizer is not None
+        tokens = tokenizer.encode("def f(x):")
+        first, second = _generate(python_llm, ["def f(x):", tokens])
+        assert first == second
+
+    def test_a_single_prompt_counts_as_a_list(self, python_llm: LLM) -> None:
+        (from_text,) = _generate(python_llm, "def f(x):")
+        (from_list,) = _generate(python_llm, ["def f(x):"])
+        assert from_text == from_list
+
+    def test_a_single_token_list_counts_as_a_list(self, python_llm: LLM) -> None:
+        assert _generate(python_llm, [5, 6, 7]) == _generate(python_llm, [[5, 6, 7]])
+
+    def test_no_prompts_give_no_outputs(self, python_llm: LLM) -> None:
+        assert python_llm.generate([], GREEDY, use_tqdm=False) == []
+
+    def test_default_parameters_are_used_without_any(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            (out,) = llm.generate([PROMPTS[0]], use_tqdm=False)
+        assert len(out["token_ids"]) == SamplingParams().max_tokens
+
+    def test_one_parameter_set_serves_all_or_each_its_own(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            together = _generate(llm, PROMPTS, GREEDY)
+            apart = _generate(llm, PROMPTS, [GREEDY] * len(PROMPTS))
+        assert together == apart
+
+    def test_the_callers_lists_are_left_alone(self, small: Path) -> None:
+        prompt = [1, 2, 3]
+        with _small_llm(small) as llm:
+            (out,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+        out["prompt_token_ids"].append(99)
+        assert prompt == [1, 2, 3]
+
+    def test_are_the_same_again(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            assert _generate(llm, PROMPTS) == _generate(llm, PROMPTS)
+
+    def test_max_tokens_none_runs_to_the_end_of_the_context(self, small: Path) -> None:
+        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        with _small_llm(small, max_model_len=60) as llm:
+            outputs = llm.generate([PROMPTS[0], random_prompts([59], seed=3)[0]], params)
+        assert [len(out["token_ids"]) for out in outputs] == [57, 1]
+        assert [out["finish_reason"] for out in outputs] == ["length", "length"]
+
+    def test_a_request_may_fill_the_context_exactly(self, small: Path) -> None:
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+        with _small_llm(small, max_model_len=128) as llm:
+            (out,) = llm.generate(random_prompts([64], seed=3), params, use_tqdm=False)
+        assert len(out["token_ids"]) == 64
+
+    def test_a_progress_bar_counts_requests(
+        self, small: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with _small_llm(small) as llm:
+            llm.generate(PROMPTS, GREEDY, use_tqdm=True)
+            assert f"{len(PROMPTS)}/{len(PROMPTS)}" in capsys.readouterr().err
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert capsys.readouterr().err == ""
+
+
+def _with_eos(path: Path, target: Path, *, config: Any, generation: Any) -> Path:
+    """A copy of a checkpoint that declares these end-of-sequence tokens."""
+    shutil.copytree(path, target)
+    data = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**data, "eos_token_id": config}))
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    return target
+
+
+def _distinct_ends(outputs: list[list[int]]) -> list[int]:
+    """One token from each output, so that no other one of them occurs there earlier."""
+    for ends in product(*(tokens[2:12] for tokens in outputs)):
+        firsts = [next(t for t in tokens if t in ends) for tokens in outputs]
+        if firsts == list(ends) and len(set(ends)) == len(ends):
+            return firsts
+    raise AssertionError("choose other prompts")
+
+
+class TestEnds:
+    @pytest.mark.parametrize("depth", DEPTHS)
+    def test_every_declared_end_token_ends_a_request(
+        self, small: Path, tmp_path: Path, depth: int
+    ) -> None:
+        """One is in config.json, two are in generation_config.json."""
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        with _small_llm(small) as llm:
+            free = _generate(llm, PROMPTS[:3], params)
+        ends = _distinct_ends(free)
+        path = _with_eos(small, tmp_path / "eos", config=ends[0], generation=ends[1:])
+        honouring = SamplingParams(temperature=0, max_tokens=40)
+        with _small_llm(path, pipeline_depth=depth) as llm:
+            outputs = llm.generate(PROMPTS[:3], honouring, use_tqdm=False)
+            assert _generate(llm, PROMPTS[:3], params) == free
+            _assert_idle(llm)
+        for out, tokens in zip(outputs, free, strict=True):
+            first = next(i for i, token in enumerate(tokens) if token in ends)
+            assert out["token_ids"] == tokens[: first + 1]
+            assert out["finish_reason"] == "stop"
+        assert [out["token_ids"][-1] for out in outputs] == ends
+
+    def test_special_tokens_are_in_token_ids_and_not_in_text(self, python_llm: LLM) -> None:
+        prompt = "<|im_start|>user\nWrite a function that adds.<|im_end|>\n<|im_start|>assistant\n"
+        params = SamplingParams(temperature=0, max_tokens=400)
+        (out,) = python_llm.generate(prompt, params, use_tqdm=False)
+        assert out["finish_reason"] == "stop"
+        assert out["token_ids"][-1] in (0, 2)
+        assert "<|" not in out["text"]
+
+
+class TestSeeds:
+    """Equal seeds give equal tokens, whatever happens around the request."""
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    @pytest.mark.parametrize("max_num_seqs", [1, 4])
+    def test_alone_and_in_a_batch(self, small: Path, depth: int, max_num_seqs: int) -> None:
+        with _small_llm(small) as llm:
+            (alone,) = _generate(llm, [PROMPTS[1]], RANDOM)
+        others = SamplingParams(temperature=0.7, max_tokens=20, ignore_eos=True)
+        with _small_llm(small, pipeline_depth=depth, max_num_seqs=max_num_seqs) as llm:
+            params = [others, others, RANDOM, GREEDY]
+            prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[3]]
+            assert _generate(llm, prompts, params)[2] == alone
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    def test_after_preemption(self, small: Path, depth: int) -> None:
+        prompts = random_prompts([15, 14, 13], seed=23)
+        params = [
+            SamplingParams(temperature=0.8, max_tokens=40, seed=i, ignore_eos=True)
+            for i in range(3)
+        ]
+        with _small_llm(small) as llm:
+            alone = [_generate(llm, [p], s)[0] for p, s in zip(prompts, params, strict=True)]
+        with _small_llm(small, num_kvcache_blocks=5, pipeline_depth=depth) as llm:
+            seqs = [llm._engine.add_request(p, s) for p, s in zip(prompts, params, strict=True)]
+            while llm._engine.has_unfinished:
+                llm._engine.step()
+            _assert_idle(llm)
+        assert sum(seq.num_preemptions for seq in seqs) > 0
+        assert [seq.output_token_ids for seq in seqs] == alone
+
+    def test_other_seeds_give_other_tokens(self, small: Path) -> None:
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=20, seed=seed, ignore_eos=True)
+            for seed in (0, 1, 2**63 - 1)
+        ]
+        with _small_llm(small) as llm:
+            outputs = _generate(llm, [PROMPTS[1]] * 3, params)
+        assert len({tuple(tokens) for tokens in outputs}) == 3
+
+    def test_requests_without_a_seed_differ_from_each_other(self, small: Path) -> None:
+        params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+        with _small_llm(small) as llm:
+            outputs = _generate(llm, [PROMPTS[1]] * 4, params)
+        assert len({tuple(tokens) for tokens in outputs}) == 4
+
+    def test_the_engines_seed_decides_where_a_request_has_none(self, small: Path) -> None:
+        params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+        outputs = []
+        for seed in (7, 7, 8):
+            with _small_llm(small, seed=seed) as llm:
+                outputs.append(_generate(llm, PROMPTS, params))
+        assert outputs[0] == outputs[1]
+        assert outputs[0] != outputs[2]
+
+    def test_temperature_zero_ignores_seeds(self, small: Path) -> None:
+        params = [
+            SamplingParams(temperature=0, max_tokens=12, seed=seed, ignore_eos=True)
+            for seed in (1, 2)
+        ]
+        with _small_llm(small) as llm:
+            first, second = _generate(llm, [PROMPTS[1]] * 2, params)
+            assert first == second == _generate(llm, [PROMPTS[1]])[0]
+
+    @pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-39, 1e-45, 1e-300])
+    def test_a_tiny_temperature_is_greedy(self, small: Path, temperature: float) -> None:
+        params = SamplingParams(temperature=temperature, max_tokens=12, ignore_eos=True)
+        with _small_llm(small) as llm:
+            assert _generate(llm, PROMPTS, params) == _generate(llm, PROMPTS)
+
+    @pytest.mark.parametrize("temperature", [1e4, 1e38, 1e39, 1e300])
+    def test_a_huge_temperature_is_served(self, small: Path, temperature: float) -> None:
+        params = SamplingParams(temperature=temperature, max_tokens=30, ignore_eos=True)
+        with _small_llm(small) as llm:
+            assert len(set(_generate(llm, PROMPTS[0], params)[0])) > 20
+
+
+class TestLife:
+    def test_the_context_manager_closes(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            pass
+        with pytest.raises(EngineClosedError):
+            llm.generate([[1]], GREEDY)
+
+    def test_close_twice(self, small: Path) -> None:
+        llm = _small_llm(small)
+        llm.close()
+        llm.close()
+
+    def test_close_after_an_error_inside_the_context(self, small: Path) -> None:
+        with pytest.raises(ZeroDivisionError), _small_llm(small) as llm:
+            _ = 1 // 0
+        with pytest.raises(EngineClosedError):
+            llm.generate([[1]], GREEDY)
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    def test_the_engine_refuses_work_after_close(self, small: Path, depth: int) -> None:
+        llm = _small_llm(small, pipeline_depth=depth)
+        llm.close()
+        with pytest.raises(EngineClosedError):
+            llm._engine.add_request([1], GREEDY)
+        with pytest.raises(EngineClosedError):
+            llm._engine.step()
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    def test_close_with_requests_in_flight_ends_them(self, small: Path, depth: int) -> None:
+        llm = _small_llm(small, pipeline_depth=depth, max_num_seqs=2)
+        seqs = [llm._engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
+        for _ in range(3):
+            llm._engine.step()
+        llm.close()
+        assert [seq.finish_reason for seq in seqs] == ["abort"] * 4
+        _assert_idle(llm)
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    def test_close_gives_the_memory_back(self, small: Path, depth: int) -> None:
+        llm = _small_llm(small, pipeline_depth=depth)
+        _generate(llm, PROMPTS)
+        runner: Any = llm._engine._runner
+        storage = weakref.ref(runner._kv[0].flat.untyped_storage())
+        model = weakref.ref(runner._model)
+        assert storage() is not None
+        llm.close()
+        gc.collect()
+        assert (storage(), model()) == (None, None)
+
+    def test_close_ends_its_threads(self, small: Path) -> None:
+        before = threading.active_count()
+        llm = _small_llm(small, pipeline_depth=1)
+        _generate(llm, PROMPTS)
+        assert threading.active_count() == before + 1
+        llm.close()
+        assert threading.active_count() == before
+
+    def test_a_collected_engine_leaves_no_memory_behind(self, small: Path) -> None:
+        llm = _small_llm(small)
+        _generate(llm, PROMPTS)
+        runner: Any = llm._engine._runner
+        storage = weakref.ref(runner._kv[0].flat.untyped_storage())
+        assert storage() is not None
+        del llm, runner
+        gc.collect()
+        assert storage() is None
+
+    def test_one_device_needs_no_process_group(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            _generate(llm, PROMPTS)
+            assert not torch.distributed.is_initialized()
+
+    def test_config_is_resolved(self, small: Path) -> None:
+        with LLM(small, device="cpu") as llm:
+            config = llm.config
+        assert (config.device, config.dtype, config.max_model_len) == ("cpu", "float32", 512)
+        assert config.pipeline_depth == 0
+
+    def test_without_a_tokenizer_there_are_tokens_but_no_text(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            assert llm.tokenizer is None
+            (out,) = llm.generate([PROMPTS[0]], GREEDY, use_tqdm=False)
+        assert out["text"] == ""
+        assert len(out["token_ids"]) == 12
+
+    def test_an_unusable_tokenizer_is_a_checkpoint_error(
+        self, shipped: Path, tmp_path: Path
+    ) -> None:
+        path = shutil.copytree(shipped, tmp_path / "model")
+        (path / "tokenizer.json").write_text('{"version": ')
+        with pytest.raises(CheckpointError, match="tokenizer"):
+            LLM(path, device="cpu", max_num_seqs=1, max_model_len=32)
+
+
+def _step_all(llms: list[LLM], seqs: list[list[Sequence]]) -> None:
+    """One step of each engine in turn, until all requests have finished."""
+    while any(seq.finish_reason is None for group in seqs for seq in group):
+        for llm in llms:
+            if llm._engine.has_unfinished:
+                llm._engine.step()
+    for llm in llms:
+        while llm._engine.has_unfinished:
+            llm._engine.step()
+
+
+class TestTwoEngines:
+    OPTIONS = (
+        {"kvcache_block_size": 16, "max_num_seqs": 3, "pipeline_depth": 1, "seed": 1},
+        {"kvcache_block_size": 64, "max_num_seqs": 2, "max_num_batched_tokens": 9, "seed": 2},
+    )
+
+    def test_interleaved_they_do_what_each_does_alone(
+        self, small: Path, checkpoints: Checkpoints
+    ) -> None:
+        paths = (small, checkpoints["qwen2-gqa6"])
+        params = [GREEDY, RANDOM, SamplingParams(max_tokens=9), GREEDY]
+        alone = []
+        for path, options in zip(paths, self.OPTIONS, strict=True):
+            with _small_llm(path, **options) as llm:
+                alone.append(_generate(llm, PROMPTS, params))
+        llms = [_small_llm(p, **o) for p, o in zip(paths, self.OPTIONS, strict=True)]
+        seqs = [
+            [llm._engine.add_request(p, s) for p, s in zip(PROMPTS, params, strict=True)]
+            for llm in llms
+        ]
+        _step_all(llms, seqs)
+        assert [[seq.output_token_ids for seq in group] for group in seqs] == alone
+        for llm in llms:
+            llm.close()
+
+    def test_closing_one_leaves_the_other(self, small: Path) -> None:
+        first, second = _small_llm(small), _small_llm(small)
+        expected = _generate(first, PROMPTS)
+        first.close()
+        assert _generate(second, PROMPTS) == expected
+        second.close()
+
+    def test_in_threads(self, small: Path) -> None:
+        outputs: dict[int, list[list[int]]] = {}
+
+        def work(index: int) -> None:
+            with _small_llm(small, **self.OPTIONS[index % 2]) as llm:
+                outputs[index] = _generate(llm, PROMPTS)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outputs[0] == outputs[1]
+
+
+class TestParts:
+    @pytest.mark.parametrize(
+        "scheduler",
+        [OneAtATime, "tests.custom_parts:OneAtATime", make_one_at_a_time],
+        ids=["class", "path", "factory"],
+    )
+    def test_a_scheduler_of_ones_own(self, small: Path, scheduler: Any) -> None:
+        with _small_llm(small) as llm:
+            expected = _generate(llm, PROMPTS)
+        with _small_llm(small, scheduler=scheduler) as llm:
+            assert _generate(llm, PROMPTS) == expected
+            used = llm._engine._scheduler
+            _assert_idle(llm)
+        assert isinstance(used, OneAtATime)
+        assert used.num_plans == 12 * len(PROMPTS)
+
+    @pytest.mark.parametrize("block_manager", [ShuffledBlocks, "tests.custom_parts:ShuffledBlocks"])
+    def test_a_block_manager_of_ones_own(self, small: Path, block_manager: Any) -> None:
+        with _small_llm(small) as llm:
+            expected = _generate(llm, PROMPTS)
+        with _small_llm(small, block_manager=block_manager) as llm:
+            assert isinstance(llm._engine._blocks, ShuffledBlocks)
+            assert _generate(llm, PROMPTS) == expected
+            _assert_idle(llm)
+
+    def test_the_runner_is_closed_if_another_part_cannot_be_made(self, small: Path) -> None:
+        closed: list[bool] = []
+
+        def make_runner(config: Any, checkpoint: Any) -> Any:
+            from engine.model_runner import LocalRunner
+
+            class Watched(LocalRunner):
+                def close(self) -> None:
+                    closed.append(True)
+                    super().close()
+
+            return Watched(config, checkpoint)
+
+        def fails(config: Any, blocks: Any) -> Any:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            _small_llm(small, model_runner=make_runner, scheduler=fails)
+        assert closed == [True]
+
+
+class _Raises:
+    """Calls a function, but raises the `step`-th time; `before` or after the call."""
+
+    def __init__(
+        self, call: Callable[..., Any], step: int, error: BaseException, *, before: bool = True
+    ) -> None:
+        self._call = call
+        self._left = step
+        self._error = error
+        self._before = before
+
+    def __call__(self, *args: Any) -> Any:
+        self._left -= 1
+        raises = self._left == -1
+        if raises and self._before:
+            raise self._error
+        value = self._call(*args)
+        if raises:
+            raise self._error
+        return value
+
+
+class _InterruptedOnce(StepHandle):
+    """A handle whose first wait is interrupted."""
+
+    def __init__(self, handle: StepHandle, error: BaseException) -> None:
+        self._handle = handle
+        self._errors = [error]
+
+    def result(self) -> StepResult:
+        if self._errors:
+            raise self._errors.pop()
+        return self._handle.result()
+
+
+ERRORS = [RuntimeError("planted"), KeyboardInterrupt()]
+
+
+class TestErrorsInside:
+    """Whatever goes wrong, no request stays behind and the next one is served."""
+
+    @pytest.fixture(params=DEPTHS, ids=["depth0", "depth1"])
+    def llm(self, small: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+        with _small_llm(small, pipeline_depth=request.param, max_num_seqs=2) as llm:
+            yield llm
+
+    @staticmethod
+    def _check(llm: LLM, error: type[BaseException]) -> None:
+        with pytest.raises(error):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        for part in (llm._engine._scheduler, llm._engine._runner):
+            for name in ("schedule", "execute", "commit", "_run"):
+                vars(part).pop(name, None)
+        _assert_idle(llm)
+        with _small_llm(llm._engine.checkpoint.path) as fresh:
+            assert _generate(llm, PROMPTS) == _generate(fresh, PROMPTS)
+        _assert_idle(llm)
+
+    @pytest.mark.parametrize("step", [0, 1, 5])
+    @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+    @pytest.mark.parametrize("part", ["_scheduler.schedule", "_runner.execute"])
+    def test_a_call_that_raises(self, llm: LLM, part: str, step: int, error: BaseException) -> None:
+        owner_name, method = part.split(".")
+        owner = getattr(llm._engine, owner_name)
+        setattr(owner, method, _Raises(getattr(owner, method), step, error))
+        self._check(llm, type(error))
+
+    @pytest.mark.parametrize("before", [True, False])
+    @pytest.mark.parametrize("step", [0, 1, 5])
+    def test_a_commit_that_raises(self, llm: LLM, step: int, before: bool) -> None:
+        scheduler: Any = llm._engine._scheduler
+        error = RuntimeError("planted")
+        scheduler.commit = _Raises(scheduler.commit, step, error, before=before)
+        self._check(llm, RuntimeError)
+
+    @pytest.mark.parametrize("step", [0, 1, 5])
+    def test_a_step_that_fails_on_the_device(self, llm: LLM, step: int) -> None:
+        runner: Any = llm._engine._runner
+        runner._run = _Raises(runner._run, step, RuntimeError("planted"))
+        self._check(llm, StepError)
+
+    @pytest.mark.parametrize("step", [0, 1, 5])
+    def test_a_wait_that_is_interrupted(self, llm: LLM, step: int) -> None:
+        runner: Any = llm._engine._runner
+        execute = runner.execute
+
+        def wrapped(plan: StepPlan) -> StepHandle:
+            handle: StepHandle = execute(plan)
+            return _InterruptedOnce(handle, KeyboardInterrupt()) if plan.step_id == step else handle
+
+        runner.execute = wrapped
+        self._check(llm, KeyboardInterrupt)
+
+    def test_the_message_of_a_failed_step_names_the_cause(self, llm: LLM) -> None:
+        runner: Any = llm._engine._runner
+        runner._run = _Raises(runner._run, 0, RuntimeError("planted"))
+        with pytest.raises(StepError, match="planted"):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+
+    def test_a_scheduler_that_plans_nothing_is_an_error(self, llm: LLM) -> None:
+        scheduler: Any = llm._engine._scheduler
+        scheduler.schedule = lambda: None
+        self._check(llm, StepError)
+
+
+class _Interrupt:
+    """Raises KeyboardInterrupt at the `line`-th line that a step runs of the planning code."""
+
+    FILES = ("llm_engine", "scheduler", "ledger")
+
+    def __init__(self, line: int) -> None:
+        root = Path(__file__).parents[1] / "engine"
+        self._files = {str(root / f"{name}.py") for name in self.FILES}
+        self._line = line
+        self.num_lines = 0
+        self.where = ""
+
+    def generate(self, llm: LLM) -> None:
+        step = llm._engine.step
+
+        def traced() -> Any:
+            sys.settrace(self._call)
+            try:
+                return step()
+            finally:
+                sys.settrace(None)
+
+        llm._engine.step = traced  # type: ignore[method-assign]
+        try:
+            llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
+        finally:
+            llm._engine.step = step  # type: ignore[method-assign]
+
+    def _call(self, frame: FrameType, event: str, arg: object) -> Any:
+        return self._count if frame.f_code.co_filename in self._files else None
+
+    def _count(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            self.num_lines += 1
+            if self.num_lines == self._line:
+                sys.settrace(None)
+                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._count
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_an_interrupt_at_any_line_of_a_step_leaves_the_engine_usable(
+    small: Path, depth: int
+) -> None:
+    """Ctrl-C arrives wherever the interpreter happens to be."""
+    with _small_llm(small, pipeline_depth=depth) as llm:
+        expected = _generate(llm, PROMPTS[:2])
+        dry_run = _Interrupt(line=-1)
+        dry_run.generate(llm)
+    assert dry_run.num_lines > 200
+    broken = set()
+    llm = _small_llm(small, pipeline_depth=depth)
+    # A stride that meets every kind of line at one step or another.
+    for line in range(1, dry_run.num_lines, 7):
+        interrupt = _Interrupt(line)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                interrupt.generate(llm)
+            assert not llm._engine._live
+            assert _generate(llm, PROMPTS[:2]) == expected
+            _assert_idle(llm)
+        except Exception as error:
+            broken.add(f"{interrupt.where} {type(error).__name__}")
+            llm = _small_llm(small, pipeline_depth=depth)
+    llm.close()
+    assert broken == set()

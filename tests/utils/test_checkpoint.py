@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config import Config
+from utils.checkpoint import Checkpoint, open_checkpoint, resolve
+from utils.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "max_position_embeddings": 1000,
+}
+
+
+def _folder(path: Path, generation: Any = None, **fields: Any) -> Path:
+    (path / "config.json").write_text(json.dumps({**QWEN3, **fields}))
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def _open(path: Path, generation: Any = None, **fields: Any) -> Checkpoint:
+    return open_checkpoint(str(_folder(path, generation, **fields)))
+
+
+def test_a_folder_is_opened(tmp_path: Path) -> None:
+    checkpoint = _open(tmp_path)
+    assert checkpoint.path == tmp_path
+    assert checkpoint.hf_config.vocab_size == 100
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    assert _open(tmp_path).load_tokenizer() is None
+
+
+def test_the_home_folder_may_be_abbreviated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    _folder(tmp_path / "model")
+    assert open_checkpoint("~/model").path == tmp_path / "model"
+
+
+def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no such folder"):
+        open_checkpoint(str(tmp_path / "nothing"))
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(str(_folder(tmp_path) / "config.json"))
+
+
+def test_a_hub_name_that_cannot_be_had_is_not_found() -> None:
+    """Offline, as the tests run, the hub gives nothing."""
+    with pytest.raises(CheckpointNotFoundError, match="no-such-organisation/no-such-model"):
+        open_checkpoint("no-such-organisation/no-such-model")
+
+
+def test_a_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"qwen3"', '{"model_type": 3}'])
+def test_a_broken_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("fields", [{"model_type": "no_such_type"}, {"model_type": None}])
+def test_a_model_type_that_nobody_knows_is_refused(tmp_path: Path, fields: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        _open(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (None, None, set()),
+        (5, None, {5}),
+        ([5, 6], None, {5, 6}),
+        (None, {"eos_token_id": 7}, {7}),
+        (5, {"eos_token_id": [7, 8, 9]}, {5, 7, 8, 9}),
+        (5, {"eos_token_id": None}, {5}),
+        (5, {}, {5}),
+        (0, {"eos_token_id": 0}, {0}),
+    ],
+)
+def test_all_end_tokens_are_honoured(
+    tmp_path: Path, config: Any, generation: Any, expected: set[int]
+) -> None:
+    assert _open(tmp_path, generation, eos_token_id=config).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_a_broken_generation_config_is_named(tmp_path: Path, text: str) -> None:
+    _folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 1000),
+        ({"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}, 3000),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 2000),
+        # The way Qwen's documentation extends its models.
+        ({**YARN, "original_max_position_embeddings": 1000}, 4000),
+        # The way checkpoints whose config counts the extension already say so.
+        ({**YARN, "original_max_position_embeddings": 250}, 1000),
+    ],
+)
+def test_the_context_counts_rope_scaling(tmp_path: Path, rope: dict[str, Any], limit: int) -> None:
+    assert _open(tmp_path, rope_parameters=rope).max_position == limit
+
+
+def test_the_older_names_of_rope_fields_are_understood(tmp_path: Path) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
+    checkpoint = _open(tmp_path, rope_theta=5e5, rope_scaling=scaling)
+    assert checkpoint.max_position == 4000
+    assert checkpoint.hf_config.rope_parameters["rope_theta"] == 5e5
+
+
+class TestResolve:
+    @staticmethod
+    def _resolve(path: Path, *, cuda: bool = False, **options: Any) -> Config:
+        config = Config(model=str(path), max_num_seqs=4, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: cuda)
+            return resolve(config, _open(path, dtype="bfloat16"))
+
+    def test_on_a_cpu(self, tmp_path: Path) -> None:
+        config = self._resolve(tmp_path)
+        assert (config.device, config.dtype, config.pipeline_depth) == ("cpu", "float32", 0)
+
+    def test_on_cuda(self, tmp_path: Path) -> None:
+        config = self._resolve(tmp_path, cuda=True)
+        assert (config.device, config.dtype, config.pipeline_depth) == ("cuda", "bfloat16", 1)
+
+    def test_a_cpu_may_be_asked_for_beside_cuda(self, tmp_path: Path) -> None:
+        assert self._resolve(tmp_path, cuda=True, device="cpu").dtype == "float32"
+
+    def test_what_was_given_stays(self, tmp_path: Path) -> None:
+        config = self._resolve(tmp_path, dtype="bfloat16", pipeline_depth=1, max_model_len=17)
+        assert (config.dtype, config.pipeline_depth, config.max_model_len) == ("bfloat16", 1, 17)
+
+    def test_the_context_is_the_checkpoints_if_that_is_short(self, tmp_path: Path) -> None:
+        assert self._resolve(tmp_path).max_model_len == 1000
+
+    def test_the_context_is_4096_if_the_checkpoints_is_longer(self, tmp_path: Path) -> None:
+        checkpoint = _open(tmp_path, max_position_embeddings=32768)
+        config = resolve(Config(model="x", device="cpu"), checkpoint)
+        assert config.max_model_len == 4096
+
+    def test_a_context_beyond_the_checkpoints_is_refused(self, tmp_path: Path) -> None:
+        assert self._resolve(tmp_path, max_model_len=1000).max_model_len == 1000
+        with pytest.raises(ConfigError, match="1000 positions"):
+            self._resolve(tmp_path, max_model_len=1001)
+
+    def test_cuda_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="no usable CUDA device"):
+            self._resolve(tmp_path, device="cuda")
+
+    def test_graphs_without_cuda_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="enable_cuda_graphs"):
+            self._resolve(tmp_path, enable_cuda_graphs=True)
