@@ -36,7 +36,11 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         self._closed = False
         self._engine = LLMEngine(Config.from_options(model, **options))
-        self._tokenizer = self._engine.checkpoint.load_tokenizer()
+        try:
+            self._tokenizer = self._engine.checkpoint.load_tokenizer()
+        except BaseException:
+            self._engine.close()
+            raise
 
     @property
     def config(self) -> Config:
@@ -80,9 +84,13 @@ class LLM:
             for tokens, one in zip(token_lists, params, strict=True):
                 seqs.append(self._engine.add_request(tokens, one))
             self._run(seqs, use_tqdm)
-        finally:
+        except RequestError:
             for seq in seqs:
                 self._engine.abort(seq.request_id)
+            raise
+        except BaseException:
+            self._engine.reset()
+            raise
         return [self._output(seq) for seq in seqs]
 
     def close(self) -> None:
@@ -113,25 +121,36 @@ class LLM:
     def _tokenized(
         self, prompts: Prompt | list[str] | list[list[int]] | list[Prompt]
     ) -> list[list[int]]:
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, (list, tuple)):
+            raise RequestError(
+                "prompts", prompts, "is no list of prompts", "Give a list of texts or token ids."
+            )
+        if prompts and isinstance(prompts[0], int):
             prompts = [prompts]
         return [self._tokenize(prompt) for prompt in prompts]  # type: ignore[arg-type]
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise RequestError(
-                    "prompt",
-                    prompt,
-                    "the checkpoint has no tokenizer",
-                    "Give token ids, or add the tokenizer's files to the folder.",
-                )
-            return list(self._tokenizer.encode(prompt))
-        if not isinstance(prompt, (list, tuple)):
+        if isinstance(prompt, (list, tuple)):
+            return list(prompt)
+        if not isinstance(prompt, str):
             raise RequestError(
                 "prompt", prompt, "is neither text nor token ids", "Give a str or a list of int."
             )
-        return list(prompt)
+        if self._tokenizer is None:
+            raise RequestError(
+                "prompt",
+                prompt,
+                "the checkpoint has no tokenizer",
+                "Give token ids, or add the tokenizer's files to the folder.",
+            )
+        try:
+            return list(self._tokenizer.encode(prompt))
+        except (TypeError, ValueError) as error:
+            raise RequestError(
+                "prompt", prompt, f"the tokenizer refuses it ({error})", "Give valid Unicode."
+            ) from error
 
     @staticmethod
     def _params_per_prompt(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from utils.errors import RequestError
+
+# Scores are logits + temperature * noise in float32, and noise reaches 16: beyond this the
+# rounding of the product (1e-2) begins to blur the logits.
+MAX_TEMPERATURE = 1e4
 
 
 def _is_int(value: object) -> bool:
@@ -17,7 +20,8 @@ class SamplingParams:
     """Sampling parameters of one request; immutable and validated on construction.
 
     Attributes:
-        temperature: 0 takes the most likely token (greedy); above 0 divides the logits.
+        temperature: 0 takes the most likely token (greedy); above 0, up to 10,000, it divides
+            the logits.
         max_tokens: most tokens to generate. None generates up to the engine's
             `max_model_len`; it is the only value that is fitted to the context window.
         ignore_eos: go on after an end-of-sequence token.
@@ -36,9 +40,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         t = self.temperature
-        if not isinstance(t, (int, float)) or isinstance(t, bool) or not math.isfinite(t) or t < 0:
+        number = isinstance(t, (int, float)) and not isinstance(t, bool)
+        if not number or not 0 <= t <= MAX_TEMPERATURE:
             raise RequestError(
-                "temperature", t, "must be a finite number >= 0", "Use 0 for greedy decoding."
+                "temperature",
+                t,
+                f"must be a number from 0 to {MAX_TEMPERATURE:.0f}",
+                "Use 0 for greedy decoding.",
             )
         if self.max_tokens is not None and (not _is_int(self.max_tokens) or self.max_tokens < 1):
             raise RequestError(

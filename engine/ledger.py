@@ -135,35 +135,18 @@ class Ledger:
             self._commit_row(slot, 1, next(tokens), finished)
         return finished
 
-    def fail(self, plan: StepPlan) -> list[Sequence]:
-        """End the requests of a plan that has no result."""
-        self.num_in_flight -= 1
-        failed = []
-        for slot in [chunk.slot for chunk in plan.prefill] + list(plan.decode):
-            seq = self._landed(slot)
-            if seq.finish_reason is None:
-                self.finish(seq, "error")
-                failed.append(seq)
-            elif seq.num_in_flight == 0:
-                self._release(seq)
-        return failed
-
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a request; slot and blocks are kept until nothing in flight uses them."""
         seq.finish_reason = reason
         if seq.num_in_flight == 0 and seq.slot is not None:
             self._release(seq)
 
-    def _landed(self, slot: int) -> Sequence:
-        seq = self._holder[slot]
-        assert seq is not None
-        seq.num_in_flight -= 1
-        return seq
-
     def _commit_row(
         self, slot: int, num_computed: int, new: list[int], finished: list[Sequence]
     ) -> None:
-        seq = self._landed(slot)
+        seq = self._holder[slot]
+        assert seq is not None
+        seq.num_in_flight -= 1
         if seq.finish_reason is not None:
             # A row planned before its request's end was seen: what it produced is dropped.
             if seq.num_in_flight == 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 
 from config import Config
 from engine.sequence import Sequence
-from engine.types import BlockManager, ModelRunner, Scheduler, StepHandle, StepPlan, StepResult
+from engine.types import BlockManager, ModelRunner, Scheduler, StepHandle, StepPlan
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint, resolve
 from utils.errors import (
@@ -16,20 +17,10 @@ from utils.errors import (
     RequestTooLongError,
     StepError,
 )
-from utils.registry import find_part
+from utils.registry import construct, find_part
 
 # Odd, so that the seeds of successive requests never repeat (it is 2^64 / golden ratio).
 _SEED_STRIDE = 0x9E3779B97F4A7C15
-
-
-class _FailedHandle(StepHandle):
-    """A step that never started."""
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def result(self) -> StepResult:
-        raise StepError(f"the step did not start: {self._error}") from self._error
 
 
 class LLMEngine:
@@ -47,27 +38,28 @@ class LLMEngine:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
         self.config = config = resolve(config, self.checkpoint)
         self.vocab_size = int(self.checkpoint.hf_config.vocab_size)
-        make_scheduler = find_part("scheduler", config.scheduler, Scheduler, "engine")
-        make_blocks = find_part("block_manager", config.block_manager, BlockManager, "memory")
+        self._make_scheduler = find_part("scheduler", config.scheduler, Scheduler, "engine")
+        self._make_blocks = find_part("block_manager", config.block_manager, BlockManager, "memory")
         make_runner = find_part("model_runner", config.model_runner, ModelRunner, "engine")
-        if config.enable_prefix_caching and not getattr(make_blocks, "caches_prefixes", True):
+        if config.enable_prefix_caching and not getattr(self._make_blocks, "caches_prefixes", True):
             raise ConfigError(
                 "enable_prefix_caching",
                 True,
                 f"block_manager={config.block_manager!r} does not cache prefixes",
                 "Leave it at None or choose another block_manager.",
             )
-        self._runner: ModelRunner = make_runner(config, self.checkpoint)
-        try:
-            self._blocks: BlockManager = make_blocks(config, self._runner.kv_geometry)
-            self._scheduler: Scheduler = make_scheduler(config, self._blocks)
-        except BaseException:
-            self._runner.close()
-            raise
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}
         self._next_request_id = 0
         self._closed = False
+        self._runner: ModelRunner = construct(
+            "model_runner", ModelRunner, make_runner, config, self.checkpoint
+        )
+        try:
+            self.reset()
+        except BaseException:
+            self._runner.close()
+            raise
 
     @property
     def has_unfinished(self) -> bool:
@@ -82,7 +74,7 @@ class LLMEngine:
             RequestTooLongError: it exceeds max_model_len or the KV cache.
             EngineClosedError: after close().
         """
-        self._check_open()
+        self._check_usable()
         total = self._checked_length(prompt_token_ids, params)
         request_id = self._next_request_id
         seed = params.seed
@@ -96,9 +88,13 @@ class LLMEngine:
             stop_token_ids=frozenset() if params.ignore_eos else self.checkpoint.eos_token_ids,
             seed=seed,
         )
-        self._scheduler.add(seq)
         self._next_request_id += 1
         self._live[request_id] = seq
+        try:
+            self._scheduler.add(seq)
+        except BaseException:
+            del self._live[request_id]
+            raise
         return seq
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
@@ -109,35 +105,30 @@ class LLMEngine:
             finished with it.
 
         Raises:
-            StepError: the step failed; all unfinished requests were ended.
+            StepError: the step failed. As after any other exception (a part's mistake, Ctrl-C)
+                all unfinished requests have ended then, and the next ones are served.
         """
-        self._check_open()
+        self._check_usable()
+        self._stale = True
         try:
             while len(self._pipeline) <= self._depth and (plan := self._scheduler.schedule()):
-                self._launch(plan)
+                self._pipeline.append((plan, self._runner.execute(plan)))
             if not self._pipeline:
-                return self._nothing_planned()
-            plan, handle = self._pipeline[0]
-            result = handle.result()
-            self._pipeline.popleft()
-            finished = self._scheduler.commit(plan, result)
+                outcome = self._nothing_planned()
+            else:
+                plan, handle = self._pipeline[0]
+                finished = self._scheduler.commit(plan, handle.result())
+                self._pipeline.popleft()
+                for seq in finished:
+                    del self._live[seq.request_id]
+                outcome = plan, finished
         except BaseException:
-            self.abort_all()
+            self.reset("error")
             raise
-        for seq in finished:
-            del self._live[seq.request_id]
-        return plan, finished
+        self._stale = False
+        return outcome
 
-    def _launch(self, plan: StepPlan) -> None:
-        try:
-            handle = self._runner.execute(plan)
-        except BaseException as error:
-            # The scheduler counts the plan as in flight, so it has to come back.
-            self._pipeline.append((plan, _FailedHandle(error)))
-            raise
-        self._pipeline.append((plan, handle))
-
-    def _nothing_planned(self) -> tuple[None, list[Sequence]]:
+    def _nothing_planned(self) -> tuple[StepPlan | None, list[Sequence]]:
         if self._scheduler.has_unfinished:
             raise StepError(
                 f"{type(self._scheduler).__name__} planned nothing although requests are "
@@ -150,26 +141,40 @@ class LLMEngine:
         self._scheduler.abort(request_id)
         self._live.pop(request_id, None)
 
-    def abort_all(self) -> None:
-        """End every request and wait until nothing is in flight."""
-        for request_id in list(self._live):
-            self.abort(request_id)
-        while self._pipeline:
-            plan, handle = self._pipeline.popleft()
-            try:
-                result = handle.result()
-            except Exception:
-                self._scheduler.fail(plan)
-            else:
-                self._scheduler.commit(plan, result)
+    def reset(self, reason: str = "abort") -> None:
+        """End every request, wait for what is in flight, and go on with fresh parts.
+
+        Scheduler and block manager are made anew: an exception may have struck them anywhere.
+        """
+        # Interrupted in here, the next use of the engine comes back.
+        self._stale = True
+        self._drain()
+        for seq in self._live.values():
+            seq.finish_reason = seq.finish_reason or reason
+        self._live.clear()
+        geometry, config = self._runner.kv_geometry, self.config
+        self._blocks: BlockManager = construct(
+            "block_manager", BlockManager, self._make_blocks, config, geometry
+        )
+        self._scheduler: Scheduler = construct(
+            "scheduler", Scheduler, self._make_scheduler, config, self._blocks
+        )
+        self._stale = False
 
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""
         if self._closed:
             return
-        self.abort_all()
+        self.reset()
         self._closed = True
         self._runner.close()
+
+    def _drain(self) -> None:
+        """Wait until no step is in flight, whatever becomes of it."""
+        while self._pipeline:
+            with suppress(Exception):
+                self._pipeline[0][1].result()
+            self._pipeline.popleft()
 
     @property
     def num_free_blocks(self) -> int:
@@ -180,9 +185,11 @@ class LLMEngine:
     def _depth(self) -> int:
         return self.config.pipeline_depth or 0
 
-    def _check_open(self) -> None:
+    def _check_usable(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
+        if self._stale:
+            self.reset()
 
     def _checked_length(self, prompt: list[int], params: SamplingParams) -> int:
         """Most tokens the request may come to, prompt and output."""
@@ -190,7 +197,8 @@ class LLMEngine:
         assert limit is not None
         if not prompt:
             raise RequestError("prompt", prompt, "is empty", "Give at least one token.")
-        bad = [t for t in prompt if not isinstance(t, int) or not 0 <= t < self.vocab_size]
+        # Not isinstance: True and False are no token ids.
+        bad = [t for t in prompt if type(t) is not int or not 0 <= t < self.vocab_size]
         if bad:
             raise RequestError(
                 "prompt",

@@ -73,10 +73,10 @@ class ContinuousScheduler(Scheduler):
         return self._ledger.build()
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        return self._forget(self._ledger.commit(plan, result))
-
-    def fail(self, plan: StepPlan) -> list[Sequence]:
-        return self._forget(self._ledger.fail(plan))
+        finished = self._ledger.commit(plan, result)
+        for seq in finished:
+            del self._running[seq.request_id]
+        return finished
 
     def abort(self, request_id: int) -> Sequence | None:
         seq = self._running.pop(request_id, None)
@@ -87,11 +87,6 @@ class ContinuousScheduler(Scheduler):
             self._waiting.remove(seq)
         self._ledger.finish(seq, "abort")
         return seq
-
-    def _forget(self, ended: list[Sequence]) -> list[Sequence]:
-        for seq in ended:
-            del self._running[seq.request_id]
-        return ended
 
     def _prefill(self, seq: Sequence, budget: int) -> int:
         num_tokens = min(budget, seq.num_prefill - seq.num_scheduled)

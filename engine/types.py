@@ -198,6 +198,7 @@ class Scheduler(ABC):
 
     Between `schedule` and `commit` of a plan its requests are *in flight*: they may be planned
     again, but neither preempted nor released. Plans are committed in the order of planning.
+    After an exception the engine makes a new scheduler and a new block manager.
     """
 
     name: ClassVar[str]
@@ -222,10 +223,6 @@ class Scheduler(ABC):
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Take in the oldest plan's result; returns the requests that finished with it."""
-
-    @abstractmethod
-    def fail(self, plan: StepPlan) -> list[Sequence]:
-        """The oldest plan has no result: end its requests with finish_reason "error"."""
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:

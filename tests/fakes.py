@@ -168,11 +168,6 @@ class Bench:
         plan, result = self.pipeline.popleft()
         return self.scheduler.commit(plan, result)
 
-    def fail(self) -> list[Sequence]:
-        """The oldest step has no result."""
-        plan, _ = self.pipeline.popleft()
-        return self.scheduler.fail(plan)
-
     def step(self) -> list[Sequence]:
         """One round of the engine's loop; the requests that finished."""
         while len(self.pipeline) <= self.depth and self.launch() is not None:

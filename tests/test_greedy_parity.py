@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine.sequence import Sequence
 from llm import LLM, SamplingParams
@@ -29,7 +30,12 @@ def _reference(path: Path) -> Greedy:
 
 @cache
 def _shipped_reference(path: Path) -> Greedy:
-    prompts = random_prompts([1, 40, 200, 16, 33], seed=12, vocab_size=4096)
+    """Prompts of noise, and questions whose answers end by themselves."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = random_prompts([1, 40, 200, 16], seed=12, vocab_size=4096)
+    for task in ("Return x plus one.", "Return the name of the file.", "Return the length."):
+        question = f'<|im_start|>user\ndef f(x):\n    """{task}"""<|im_end|>\n'
+        prompts.append(tokenizer.encode(question + "<|im_start|>assistant\n"))
     return reference_greedy(path, prompts, MAX_TOKENS)
 
 
@@ -124,8 +130,10 @@ def test_greedy_tokens_with_budgets_of_a_few_tokens(
     )
 
 
-def test_no_token_of_the_shipped_reference_is_a_tie(shipped: Path) -> None:
-    assert _shipped_reference(shipped).smallest_lead > 1e-4
+def test_the_shipped_reference_has_no_ties_and_both_kinds_of_ends(shipped: Path) -> None:
+    expected = _shipped_reference(shipped)
+    assert expected.smallest_lead > 1e-4
+    assert [len(tokens) < MAX_TOKENS for tokens in expected.outputs] == [False] * 4 + [True] * 3
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

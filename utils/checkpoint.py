@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from config import Config
 from utils.errors import (
@@ -47,8 +48,13 @@ class Checkpoint:
     @property
     def max_position(self) -> int:
         """Longest context the checkpoint was made for, its rope scaling included."""
-        limit = int(self.hf_config.max_position_embeddings)
-        rope = self.hf_config.rope_parameters or {}
+        limit = getattr(self.hf_config, "max_position_embeddings", None)
+        if not isinstance(limit, int):
+            raise UnsupportedModelError(
+                f"{self.path} is a {self.hf_config.model_type!r} model whose config has no "
+                "max_position_embeddings"
+            )
+        rope = getattr(self.hf_config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
             original = rope.get("original_max_position_embeddings") or limit
             limit = max(limit, int(original * rope.get("factor", 1.0)))
@@ -70,11 +76,15 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
     try:
         model_type = json.loads(config_file.read_text()).get("model_type")
-        hf_config = AutoConfig.from_pretrained(path)
+        known = model_type in CONFIG_MAPPING_NAMES
+        hf_config = AutoConfig.from_pretrained(path) if known else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{config_file} is unusable: {error}") from error
-    if model_type is None:
-        raise UnsupportedModelError(f"{config_file} names no model_type")
+    if hf_config is None:
+        raise UnsupportedModelError(
+            f"{config_file} has model_type={model_type!r}, which the installed transformers does "
+            "not know"
+        )
     return Checkpoint(path, hf_config, _eos_token_ids(path, hf_config))
 
 

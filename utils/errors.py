@@ -30,6 +30,7 @@ class FieldError(AllmosError):
     Attributes:
         field: name of the option, parameter or argument.
         value: what was given.
+        problem: what is wrong with it.
         fix: what to write instead.
     """
 
@@ -40,7 +41,11 @@ class FieldError(AllmosError):
         super().__init__(f"{field}={shown}: {problem}. {fix}")
         self.field = field
         self.value = value
+        self.problem = problem
         self.fix = fix
+
+    def __reduce__(self) -> tuple[type[FieldError], tuple[str, object, str, str]]:
+        return type(self), (self.field, self.value, self.problem, self.fix)
 
 
 class ConfigError(FieldError, ValueError):

@@ -66,6 +66,20 @@ def find_part(field: str, spec: PartSpec, base: type, package: str) -> Callable[
     return part
 
 
+def construct(field: str, base: type, make: Callable[..., Any], *args: Any) -> Any:
+    """Call a part's constructor or factory.
+
+    Raises:
+        ConfigError: what comes out does not implement the contract.
+    """
+    part = make(*args)
+    if not isinstance(part, base):
+        raise ConfigError(
+            field, make, f"made {part!r}, no {base.__name__}", f"Return a {base.__name__}."
+        )
+    return part
+
+
 def _import(field: str, path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:

@@ -398,56 +398,6 @@ class TestAbort:
         bench.assert_clean()
 
 
-class TestFail:
-    def test_ends_the_requests_of_the_plan_and_no_others(self) -> None:
-        bench = Bench(max_num_seqs=2)
-        first, second, waiting = bench.add(5), bench.add(5), bench.add(5)
-        bench.launch()
-        assert bench.fail() == [first, second]
-        assert [s.finish_reason for s in (first, second, waiting)] == ["error", "error", None]
-        bench.run()
-        assert waiting.finish_reason == "length"
-        bench.assert_outputs()
-        bench.assert_clean()
-
-    def test_of_two_plans_in_flight(self) -> None:
-        bench = Bench(depth=1)
-        seq = bench.add(5)
-        bench.launch()
-        bench.launch()
-        assert bench.fail() == [seq]
-        assert bench.scheduler.has_unfinished
-        assert bench.fail() == []
-        bench.assert_clean()
-
-    def test_of_the_first_plan_and_a_result_of_the_second(self) -> None:
-        bench = Bench(depth=1)
-        seq = bench.add(5)
-        bench.launch()
-        bench.launch()
-        assert bench.fail() == [seq]
-        assert bench.land() == []
-        assert seq.output_token_ids == []
-        bench.assert_clean()
-
-    def test_of_an_aborted_request(self) -> None:
-        bench = Bench()
-        seq = bench.add(5)
-        bench.launch()
-        bench.scheduler.abort(0)
-        assert bench.fail() == []
-        assert seq.finish_reason == "abort"
-        bench.assert_clean()
-
-    def test_in_the_middle_of_a_prefill(self) -> None:
-        bench = Bench(budget=4)
-        seq = bench.add(20)
-        bench.step()
-        bench.launch()
-        assert bench.fail() == [seq]
-        bench.assert_clean()
-
-
 def test_plans_survive_pickling() -> None:
     bench = Bench(num_blocks=5, budget=20)
     for n in (3, 30, 18):
@@ -490,7 +440,7 @@ def _scenario(draw: st.DrawFn) -> Callable[[], Bench]:
     events = draw(
         st.lists(
             st.tuples(
-                st.sampled_from(["add"] * 6 + ["abort"] * 2 + ["fail"]),
+                st.sampled_from(["add"] * 6 + ["abort"] * 2),
                 st.integers(1, 30),
                 st.integers(1, 30),
                 st.integers(0, 4),
@@ -518,9 +468,6 @@ def _scenario(draw: st.DrawFn) -> Callable[[], Bench]:
                     assert first + second - 1 <= num_blocks * block_size
             elif kind == "abort" and bench.seqs:
                 bench.scheduler.abort(bench.seqs[first % len(bench.seqs)].request_id)
-            elif kind == "fail" and bench.launch() is not None:
-                while bench.pipeline:
-                    bench.fail()
             for _ in range(steps):
                 bench.step()
         bench.run()

@@ -71,7 +71,7 @@ class Unfinished(Scheduler):
         (PagedBlockManager, "is no Scheduler"),
         ("memory.block_manager:PagedBlockManager", "is no Scheduler"),
         (dict, "is no Scheduler"),
-        (Unfinished, "does not implement abort, add, commit, fail, has_unfinished, schedule"),
+        (Unfinished, "does not implement abort, add, commit, has_unfinished, schedule"),
         (Scheduler, "does not implement"),
     ],
 )
