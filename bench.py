@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Row:
-    """One engine on one workload: wall seconds of each repeat, after warm-up."""
+    """One engine on one workload: wall seconds of each repeat, after warm-up.
+
+    `speedups` are against another engine's run right after, repeat by repeat: a slow phase of
+    the machine hits both.
+    """
 
     workload: str
     engine: str
     output_tokens: int
     seconds: list[float]
     limit_seconds: float | None = None
+    speedups: list[float] | None = None
 
     @property
     def rates(self) -> list[float]:
@@ -161,7 +166,7 @@ def timed(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
 
 
 def compare(llm: LLM, model: Any, work: Workload, repeats: int) -> list[Row]:
-    """Both engines in turn, so that a slow phase of the machine hits both."""
+    """Both engines in turn."""
     runs: dict[str, Callable[[], list[list[int]]]] = {
         "allmos_v2": lambda: run_ours(llm, work),
         "transformers": lambda: run_transformers(model, work),
@@ -172,7 +177,10 @@ def compare(llm: LLM, model: Any, work: Workload, repeats: int) -> list[Row]:
     for _ in range(repeats):
         for name, run in runs.items():
             seconds[name].append(timed(run)[0])
-    return [Row(work.name, name, work.num_output_tokens, s) for name, s in seconds.items()]
+    ours, theirs = seconds.values()
+    speedups = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    first, second = (Row(work.name, name, work.num_output_tokens, s) for name, s in seconds.items())
+    return [replace(first, speedups=speedups), second]
 
 
 def measure(llm: LLM, work: Workload, repeats: int, limit: float | None) -> Row:
@@ -189,15 +197,15 @@ def measure(llm: LLM, work: Workload, repeats: int, limit: float | None) -> Row:
 
 def report(rows: list[Row]) -> None:
     """Print one workload's rows."""
-    slowest = rows[-1].median
     for row in rows:
         rates = row.rates
         line = (
             f"{row.workload:<26}{row.engine:<14}{row.median:>9.1f} tok/s "
             f"({rates[0]:.1f} to {rates[-1]:.1f} in {len(rates)})"
         )
-        if len(rows) > 1:
-            line += f"{row.median / slowest:>7.2f}x"
+        if row.speedups is not None:
+            ratio, low, high = statistics.median(row.speedups), row.speedups[0], row.speedups[-1]
+            line += f"  {ratio:.2f} times ({low:.2f} to {high:.2f})"
         if row.limit_seconds is not None:
             limit = row.output_tokens / row.limit_seconds
             line += f"  {row.median / limit:.3f} of the limit {limit:.0f}"
@@ -258,7 +266,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=None, help="checkpoint folder")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs after a warm-up")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs after a warm-up")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (CPU)")
     parser.add_argument("--json", type=Path, default=None, help="write all figures here")
     return parser.parse_args()

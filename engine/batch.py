@@ -100,7 +100,7 @@ class SlotTables:
 
     def all_greedy(self, plan: StepPlan) -> bool:
         """Whether every token that the plan samples is taken greedily."""
-        return self._random_slots.isdisjoint(plan.sampled_slots)
+        return not self._random_slots or self._random_slots.isdisjoint(plan.sampled_slots)
 
     def write_back(self, inputs: StepInputs, sampled: Tensor) -> None:
         """Store the new tokens [R] where the next step reads them."""
@@ -149,9 +149,9 @@ class SlotTables:
 
     def _pure_decode(self) -> StepInputs:
         slots = self._decode_slots
-        positions = self.num_computed[slots]
+        positions = self.num_computed.index_select(0, slots)
         context_lens = positions + 1
-        self.num_computed[slots] = context_lens
+        self.num_computed.index_copy_(0, slots, context_lens)
         attention = AttentionBatch(
             block_tables=self.block_tables,
             slots=slots,

@@ -25,8 +25,22 @@ class Launcher(ABC):
         """Wait for what was started."""
 
 
+class _Ended(StepHandle):
+    """A step that has run, or failed."""
+
+    def __init__(self, step_id: int, tokens: Tensor | None, error: Exception | None) -> None:
+        self._step_id = step_id
+        self._tokens = tokens
+        self._error = error
+
+    def result(self) -> StepResult:
+        if self._tokens is None:
+            raise StepError(f"step {self._step_id} failed: {self._error}") from self._error
+        return StepResult(self._step_id, self._tokens.unsqueeze(1).tolist())
+
+
 class _Future(StepHandle):
-    """A step that runs in a worker thread, or ran already."""
+    """A step that runs in a worker thread."""
 
     def __init__(self, step_id: int, tokens: Future[Tensor]) -> None:
         self._step_id = step_id
@@ -44,12 +58,10 @@ class InlineLauncher(Launcher):
     """Runs a step inside `launch`."""
 
     def launch(self, step_id: int, step: Callable[[], Tensor]) -> StepHandle:
-        done: Future[Tensor] = Future()
         try:
-            done.set_result(step())
+            return _Ended(step_id, step(), None)
         except Exception as error:
-            done.set_exception(error)
-        return _Future(step_id, done)
+            return _Ended(step_id, None, error)
 
     def close(self) -> None:
         """Every step has ended already."""
@@ -113,9 +125,7 @@ class StreamLauncher(Launcher):
                 pinned.copy_(tokens, non_blocking=True)
                 done.record(self.stream)
         except Exception as error:
-            failed: Future[Tensor] = Future()
-            failed.set_exception(error)
-            return _Future(step_id, failed)
+            return _Ended(step_id, None, error)
         return _Copy(step_id, pinned, done)
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from layers.layernorm import RMSNorm
@@ -47,10 +46,10 @@ class VocabEmbedding:
         """[T] int64 -> [T, hidden_size]."""
         weight = self._table.weight
         if self._parallel.size == 1:
-            return F.embedding(token_ids, weight)
+            return weight.index_select(0, token_ids)
         local = token_ids - self._table.start
         mine = (local >= 0) & (local < weight.shape[0])
-        rows = F.embedding(local * mine, weight)
+        rows = weight.index_select(0, local * mine)
         return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
 
 

@@ -71,7 +71,10 @@ class RotaryEmbedding:
     def prepare(self, positions: Tensor) -> Rotation:
         """What the layers of one step need for tokens at `positions` [T]."""
         if self._gather:
-            return Rotation(positions, self._cos[positions], self._sin[positions])
+            cos, sin = self._cos, self._sin
+            return Rotation(
+                positions, cos.index_select(0, positions), sin.index_select(0, positions)
+            )
         return Rotation(positions, self._half_cos, self._half_sin)
 
 

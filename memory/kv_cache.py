@@ -23,19 +23,21 @@ class KVLayer:
         k, v: [num_blocks, block_size, num_kv_heads, head_dim].
         flat: [num_blocks * block_size, 2 * num_kv_heads, head_dim]: the K heads of a position,
             then its V heads.
-        heads: the same as [1, 2 * num_kv_heads, num_blocks * block_size, head_dim].
+        keys, values: [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
     v: Tensor
     flat: Tensor
-    heads: Tensor
+    keys: Tensor
+    values: Tensor
 
     @staticmethod
     def of(pages: Tensor) -> KVLayer:
         """The views of `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
         flat = pages.view(-1, 2 * pages.shape[3], pages.shape[4])
-        return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, flat.transpose(0, 1).unsqueeze(0))
+        keys, values = flat.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+        return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, keys, values)
 
 
 class KVCache:

@@ -110,7 +110,7 @@ class TorchAttention(AttentionBackend):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _prefill(self, q: Tensor, kv: KVLayer, prefill: _Prefill) -> Tensor:
-        k, v = self._gather(kv, prefill.rows, 1).chunk(2, dim=1)
+        k, v = self._gather(kv, prefill.rows, 1)
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1).unsqueeze(0),
             k,
@@ -125,7 +125,7 @@ class TorchAttention(AttentionBackend):
     def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
         spec = self._spec
         n = q.shape[0]
-        k, v = self._gather(kv, decodes.rows, n).chunk(2, dim=1)
+        k, v = self._gather(kv, decodes.rows, n)
         out = F.scaled_dot_product_attention(
             q.reshape(n, spec.num_kv_heads, self._group, spec.head_dim),
             k,
@@ -135,9 +135,12 @@ class TorchAttention(AttentionBackend):
         )
         return out.reshape(n, -1)
 
-    def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> Tensor:
-        """K heads, then V heads of n requests' cache rows: [n, 2 * num_kv_heads, L, head_dim]."""
+    def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, Tensor]:
+        """K and V at n requests' cache rows: [n, num_kv_heads, L, head_dim] each."""
         if isinstance(rows, slice):
-            return kv.heads[:, :, rows]
+            start, length = rows.start, rows.stop - rows.start
+            return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         heads, dim = kv.flat.shape[1:]
-        return kv.flat.index_select(0, rows).view(n, -1, heads, dim).transpose(1, 2)
+        pages = kv.flat.index_select(0, rows).view(n, -1, heads, dim).transpose(1, 2)
+        k, v = pages.chunk(2, dim=1)
+        return k, v
