@@ -1,4 +1,8 @@
-"""The whole engine on a CUDA device: backends, graphs, memory."""
+"""The whole engine on a CUDA device: backends, graphs, memory.
+
+The memory tests read the whole device's use: run them while nothing else allocates on it, so not
+in several test processes at once.
+"""
 
 from __future__ import annotations
 
