@@ -28,6 +28,11 @@ class SamplingParams:
         seed: key of the request's noise, 0 <= seed < 2**63. Equal seeds give equal noise at
             equal positions, whatever the request is batched with. None takes one from the
             engine's own `seed` and the order of arrival.
+        priority: higher runs first and is preempted last, under policies that ask for it.
+        user: whose request it is, for policies that share the engine between users.
+        cache_salt: requests share cached prefixes only with those of an equal salt.
+        predicted_tokens: a guess of the output's length, for policies that order or admit by
+            it; it never ends the request. None stands for `max_tokens`.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
@@ -37,6 +42,10 @@ class SamplingParams:
     max_tokens: int | None = 64
     ignore_eos: bool = False
     seed: int | None = None
+    priority: int = 0
+    user: str = ""
+    cache_salt: str = ""
+    predicted_tokens: int | None = None
 
     def __post_init__(self) -> None:
         t = self.temperature
@@ -62,4 +71,23 @@ class SamplingParams:
         if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
             raise RequestError(
                 "seed", self.seed, "must be an integer in [0, 2**63) or None", "Use e.g. seed=0."
+            )
+        self._check_scheduling()
+
+    def _check_scheduling(self) -> None:
+        if not _is_int(self.priority):
+            raise RequestError(
+                "priority", self.priority, "must be an integer", "Use 0, or more to run earlier."
+            )
+        for name in ("user", "cache_salt"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise RequestError(name, value, "must be a str", 'Use "" for none.')
+        guess = self.predicted_tokens
+        if guess is not None and (not _is_int(guess) or guess < 1):
+            raise RequestError(
+                "predicted_tokens",
+                guess,
+                "must be an integer >= 1 or None",
+                "Use None if there is no guess.",
             )

@@ -303,6 +303,12 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.0}, "[0, 2**63)"),
     ({"seed": True}, "[0, 2**63)"),
     ({"seed": "7"}, "[0, 2**63)"),
+    ({"priority": 1.5}, "integer"),
+    ({"priority": True}, "integer"),
+    ({"user": None}, "str"),
+    ({"cache_salt": b"x"}, "str"),
+    ({"predicted_tokens": 0}, "integer >= 1"),
+    ({"predicted_tokens": 2.0}, "integer >= 1"),
 ]
 
 

@@ -26,6 +26,11 @@ def test_frozen() -> None:
         {"seed": 0},
         {"seed": 2**63 - 1},
         {"seed": None},
+        {"priority": -(2**40)},
+        {"user": "someone"},
+        {"cache_salt": "tenant"},
+        {"predicted_tokens": 1},
+        {"predicted_tokens": None},
     ],
 )
 def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
