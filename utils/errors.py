@@ -11,6 +11,7 @@ AllmosError
 │   └── WeightsError               missing, unexpected or misshapen tensors
 ├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
 ├── StepError                  a step failed on the device; the requests in it were ended
+├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
 └── EngineClosedError          use after close() (also a RuntimeError)
 """
 
@@ -82,6 +83,10 @@ class OutOfMemoryError(AllmosError, MemoryError):
 
 class StepError(AllmosError):
     """A step failed on the device; the requests in it were ended."""
+
+
+class ContractError(AllmosError):
+    """A part broke a rule of its contract; the message says which."""
 
 
 class EngineClosedError(AllmosError, RuntimeError):

@@ -19,6 +19,7 @@ TREE = {
     "WeightsError": ("CheckpointError",),
     "OutOfMemoryError": ("AllmosError", "MemoryError"),
     "StepError": ("AllmosError",),
+    "ContractError": ("AllmosError",),
     "EngineClosedError": ("AllmosError", "RuntimeError"),
 }
 

@@ -1,0 +1,1 @@
+"""What every part must pass, shipped or not; see docs/testing-your-part.md."""

@@ -1,0 +1,135 @@
+"""A block manager under audit: every call is compared with what the contract promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from engine.types import BlockManager
+from utils.errors import ContractError
+
+
+def require(holds: bool, rule: str) -> None:
+    """Raise ContractError with `rule` unless it holds."""
+    if not holds:
+        raise ContractError(rule)
+
+
+class AuditedBlocks:
+    """Passes calls on to a block manager and checks arguments and answers.
+
+    It keeps its own account, from the answers alone: which request holds which block, and what
+    a block is known to hold. What it does not know, it passes on unchecked.
+
+    Attributes:
+        in_flight: steps in flight of each request; kept by whoever drives.
+        written: leading positions of each request whose KV a committed step wrote; likewise.
+        num_hit_tokens: leading tokens that `begin` found in the cache, over all calls.
+    """
+
+    def __init__(self, inner: BlockManager) -> None:
+        self.inner = inner
+        self.in_flight: Counter[int] = Counter()
+        self.written: dict[int, int] = {}
+        self.num_hit_tokens = 0
+        self._size = inner.block_size
+        self._tables: dict[int, list[int]] = {}
+        self._keys: dict[int, list[int]] = {}
+        self._holders: Counter[int] = Counter()
+        self._content: dict[int, int] = {}
+        self._check_count("a new manager")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def begin(self, request_id: int, token_ids: list[int], *salt: str, **named: str) -> int:
+        """Hits must be whole blocks, fewer than all tokens, and hold what the request needs."""
+        require(request_id not in self._tables, f"begin({request_id}) of a request that has begun")
+        cached = self.inner.begin(request_id, token_ids, *salt, **named)
+        table = self.inner.table(request_id)
+        require(
+            cached % self._size == 0 and 0 <= cached < max(len(token_ids), 1),
+            f"begin({request_id}) found {cached} of {len(token_ids)} tokens",
+        )
+        require(
+            len(table) == cached // self._size,
+            f"begin({request_id}) found {cached} tokens and made a table of {len(table)} blocks",
+        )
+        keys = self._chain([hash((*salt, *named.values()))], token_ids, cached)
+        for index, block in enumerate(table):
+            require(
+                self._content.get(block) == keys[index + 1],
+                f"begin({request_id}): block {block} is not known to hold the tokens before "
+                f"position {(index + 1) * self._size}",
+            )
+        self._tables[request_id] = list(table)
+        self._keys[request_id] = keys
+        self._holders.update(table)
+        self.written[request_id] = cached
+        self.num_hit_tokens += cached
+        self._check_count(f"begin({request_id})")
+        return cached
+
+    def grow(self, request_id: int, num_tokens: int) -> bool:
+        """As many new blocks as needed, held by no one else; or False and no change."""
+        mine = self._tables[request_id]
+        wanted = max(0, -(-num_tokens // self._size) - len(mine))
+        free = self.inner.num_free_blocks
+        grown = self.inner.grow(request_id, num_tokens)
+        what = f"grow({request_id}, {num_tokens})"
+        require(grown == (wanted <= free), f"{what} is {grown} with {free} free, {wanted} needed")
+        table = self.inner.table(request_id)
+        expected = len(mine) + (wanted if grown else 0)
+        require(len(table) == expected, f"{what} made a table of {len(table)} blocks")
+        require(table[: len(mine)] == mine, f"{what} changed the blocks there were")
+        for block in table[len(mine) :]:
+            require(0 <= block < self.inner.num_blocks, f"{what}: there is no block {block}")
+            require(not self._holders[block], f"{what}: block {block} is held already")
+            self._holders[block] = 1
+            self._content.pop(block, None)
+            mine.append(block)
+        self._check_count(what)
+        return grown
+
+    def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
+        """Only what a committed step wrote may be published."""
+        require(
+            num_computed <= min(self.written[request_id], len(token_ids)),
+            f"commit({request_id}) of {num_computed} positions, {self.written[request_id]} written",
+        )
+        self.inner.commit(request_id, token_ids, num_computed)
+        keys = self._chain(self._keys[request_id], token_ids, num_computed)
+        mine = self._tables[request_id]
+        for block, key in zip(mine, keys[1:], strict=False):
+            self._content[block] = key
+        self._check_count(f"commit({request_id})")
+
+    def release(self, request_id: int) -> None:
+        """Not while a step in flight uses the blocks."""
+        require(not self.in_flight[request_id], f"release({request_id}) with a step in flight")
+        require(request_id in self._tables, f"release({request_id}) of a request without a table")
+        for block in self._tables.pop(request_id):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                del self._holders[block]
+        del self._keys[request_id], self.written[request_id]
+        self.inner.release(request_id)
+        self._check_count(f"release({request_id})")
+
+    def check_idle(self) -> None:
+        """No request holds a block, and every block is free."""
+        require(not self._tables, f"requests {sorted(self._tables)} still hold block tables")
+        self._check_count("at the end")
+
+    def _chain(self, keys: list[int], token_ids: list[int], num_tokens: int) -> list[int]:
+        """`keys`, the key of each prefix of whole blocks, extended to `num_tokens`; in place."""
+        for end in range(len(keys) * self._size, num_tokens + 1, self._size):
+            keys.append(hash((keys[-1], *token_ids[end - self._size : end])))
+        return keys
+
+    def _check_count(self, what: str) -> None:
+        free, held = self.inner.num_free_blocks, len(self._holders)
+        require(
+            free + held == self.inner.num_blocks,
+            f"{what}: {free} blocks are free and {held} held, of {self.inner.num_blocks}",
+        )
