@@ -1,6 +1,7 @@
 # make demo            environment, dependencies, then example.py on the shipped model
 # make demo MODEL=dir  the same on a checkpoint of yours
 # make test            dependencies, then lint, types and tests
+# make fuzz            100,000 random serving traces through every scheduler and block manager
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ MODEL ?=
 # CPU wheels are taken instead if their index can be reached.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit fuzz bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/python example.py $(if $(MODEL),--model $(MODEL))
@@ -28,6 +29,9 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.contracts.fuzz
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'

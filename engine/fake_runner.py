@@ -214,9 +214,7 @@ class FakeRunner(ModelRunner):
         for update in plan.block_updates:
             slot = self._running(update.slot)
             first, end = update.first_index, update.first_index + len(update.block_ids)
-            _require(
-                0 <= first <= len(slot.table), f"slot {update.slot}: a gap in the block table"
-            )
+            _require(0 <= first <= len(slot.table), f"slot {update.slot}: a gap in the block table")
             valid = all(0 <= block < self._geometry.num_blocks for block in update.block_ids)
             _require(valid, f"there are no such blocks as {update.block_ids}")
             slot.table[first:end] = update.block_ids

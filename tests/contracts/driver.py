@@ -78,8 +78,12 @@ class Driver:
         params: SamplingParams,
         *,
         stop_token_ids: frozenset[int] = frozenset(),
-    ) -> Sequence | None:
-        """Queue a request; None if it was refused because it can never fit."""
+    ) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            RequestTooLongError: it can never fit, and the scheduler says so.
+        """
         assert params.max_tokens is not None
         total = len(prompt) + params.max_tokens
         # The last token is only sampled, never computed.
@@ -96,20 +100,21 @@ class Driver:
             self.scheduler.add(seq)
         except RequestTooLongError:
             require(not fits, f"{seq} was refused although the cache can hold it")
-            return None
+            raise
         require(fits, f"{seq} was not refused although it can never fit the cache")
         self.seqs.append(seq)
         self._unfinished[seq.request_id] = seq
         return seq
 
-    def abort(self, request_id: int) -> None:
-        """Abort a request, whatever it is doing; all must be as if it had never been there."""
+    def abort(self, request_id: int) -> Sequence | None:
+        """Abort a request, whatever it is doing; None if it is unknown or has ended."""
         expected = self._unfinished.pop(request_id, None)
         aborted = self.scheduler.abort(request_id)
         require(aborted is expected, f"abort({request_id}) returned {aborted}, not {expected}")
         if aborted is not None:
             require(aborted.finish_reason == "abort", f"{aborted} was aborted")
-            self._check_output(aborted)
+            self.check_output(aborted)
+        return aborted
 
     def launch(self) -> StepPlan | None:
         """Plan a step and start it."""
@@ -158,6 +163,11 @@ class Driver:
     def finish(self) -> None:
         """Step to the end; nothing may be left over."""
         self.run()
+        self.check_idle()
+
+    def check_idle(self) -> None:
+        """All requests have ended, and every slot and block came back."""
+        require(not self.pipeline and not self._unfinished, "requests are unfinished")
         require(not self.scheduler.has_unfinished, "has_unfinished is true when all have ended")
         require(self.scheduler.schedule() is None, "a plan without a request")
         self.blocks.check_idle()
@@ -174,6 +184,24 @@ class Driver:
             limit += _ROW_BYTES * (len(_rows(plan)) + len(plan.block_updates))
             limit += 4 * sum(len(update.block_ids) for update in plan.block_updates)
             require(len(data) <= limit, f"a plan of {len(data)} bytes: {plan}")
+
+    def check_output(self, seq: Sequence) -> None:
+        """Its tokens are those it would have alone."""
+        params, output = seq.sampling, seq.output_token_ids
+        assert params.max_tokens is not None
+        alone = self.model.alone(
+            seq.token_ids[: seq.num_prompt_tokens],
+            params.max_tokens,
+            stop_token_ids=seq.stop_token_ids,
+            seed=seq.seed,
+        )
+        ended = seq.finish_reason in ("stop", "length")
+        if not ended:
+            alone = alone[: len(output)]
+        require(output == alone, f"{seq} has tokens {output}, alone it has {alone}")
+        stopped = bool(alone) and alone[-1] in seq.stop_token_ids
+        right = not ended or stopped == (seq.finish_reason == "stop")
+        require(right, f"{seq}: a wrong reason")
 
     def _take_off(self, plan: StepPlan) -> None:
         flying = self.blocks.in_flight
@@ -192,24 +220,7 @@ class Driver:
             self._unfinished.pop(seq.request_id, None) is seq, f"{seq} finishes, and is not running"
         )
         require(seq.finish_reason in ("stop", "length"), f"{seq} has finished")
-        self._check_output(seq)
-
-    def _check_output(self, seq: Sequence) -> None:
-        """Its tokens are those it would have alone."""
-        params, output = seq.sampling, seq.output_token_ids
-        assert params.max_tokens is not None
-        alone = self.model.alone(
-            seq.token_ids[: seq.num_prompt_tokens],
-            params.max_tokens,
-            stop_token_ids=seq.stop_token_ids,
-            seed=seq.seed,
-        )
-        if seq.finish_reason == "abort":
-            alone = alone[: len(output)]
-        require(output == alone, f"{seq} has tokens {output}, alone it has {alone}")
-        stopped = bool(alone) and alone[-1] in seq.stop_token_ids
-        if seq.finish_reason != "abort":
-            require(stopped == (seq.finish_reason == "stop"), f"{seq}: a wrong reason")
+        self.check_output(seq)
 
     def _check_progress(self, grew: bool) -> None:
         """Without new tokens, prefills and recomputations must come to an end."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from engine.types import BlockManager, Scheduler
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting
+from utils.errors import RequestTooLongError
 from utils.registry import parts_in
 
 _BLOCK_SIZES = (1, 2, 3, 4, 8)
@@ -74,11 +75,8 @@ class Trace:
         """Play the trace to its end; raises ContractError at the first broken rule."""
         rng, driver = self._rng, self.driver
         for _ in range(rng.randint(1, 16)):
-            driver.submit(
-                self._prompt(),
-                self._params(),
-                stop_token_ids=rng.choice(_STOPS),
-            )
+            with suppress(RequestTooLongError):
+                driver.submit(self._prompt(), self._params(), stop_token_ids=rng.choice(_STOPS))
             if driver.seqs and rng.random() < self._aborts:
                 driver.abort(rng.choice(driver.seqs).request_id)
             for _ in range(int(rng.expovariate(0.5))):
