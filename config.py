@@ -14,6 +14,16 @@ PartSpec = str | type | Callable[..., Any]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEVICES = ("auto", "cpu", "cuda")
+_PARTS = (
+    "scheduler",
+    "block_manager",
+    "model_runner",
+    "attention_backend",
+    "queue_policy",
+    "admission_policy",
+    "preemption_policy",
+    "step_policy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,12 @@ class Config:
             previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
         seed: base of the noise of requests without a seed of their own.
         scheduler, block_manager, model_runner: the parts, as for attention_backend.
+        queue_policy: who runs next: "fcfs", "priority", "shortest_prompt", "shortest_job",
+            "fair_share", or one of your own, as for attention_backend.
+        admission_policy: how many run at once: "optimistic", "reserve", "lookahead".
+        preemption_policy: who gives up its blocks: "latest", "lowest_priority",
+            "fewest_computed".
+        step_policy: what a step computes first: "decode_first", "prefill_first".
 
     Raises:
         ConfigError: an option is out of range or contradicts another.
@@ -72,6 +88,10 @@ class Config:
     scheduler: PartSpec = "continuous"
     block_manager: PartSpec = "paged"
     model_runner: PartSpec = "local"
+    queue_policy: PartSpec = "fcfs"
+    admission_policy: PartSpec = "optimistic"
+    preemption_policy: PartSpec = "latest"
+    step_policy: PartSpec = "decode_first"
 
     @staticmethod
     def from_options(model: str | Path, **options: Any) -> Config:
@@ -99,7 +119,7 @@ class Config:
             optional = name != "enforce_eager"
             if not isinstance(value, bool) and not (optional and value is None):
                 raise ConfigError(name, value, "must be a bool", "Use True or False.")
-        for name in ("scheduler", "block_manager", "model_runner", "attention_backend"):
+        for name in _PARTS:
             value = getattr(self, name)
             if not callable(value) and not (isinstance(value, str) and value):
                 raise ConfigError(

@@ -7,8 +7,11 @@ A scheduler decides; the ledger keeps the decisions consistent with the step con
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from engine.sequence import Sequence
 from engine.types import BlockManager, BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepResult
+from utils.errors import RequestTooLongError
 
 
 class Ledger:
@@ -17,6 +20,13 @@ class Ledger:
     Args:
         block_manager: where KV blocks come from.
         max_num_seqs: slots in all.
+
+    Attributes:
+        running: the requests that hold a slot and have not finished, by id, in order of
+            admission.
+        prefilling: those of them with known tokens left to plan.
+        decoding: those past that and short of their length limit.
+        num_in_flight: plans that have not been committed.
     """
 
     def __init__(self, block_manager: BlockManager, max_num_seqs: int) -> None:
@@ -28,16 +38,60 @@ class Ledger:
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
         self._next_step_id = 0
+        self.running: dict[int, Sequence] = {}
+        self.prefilling: dict[int, Sequence] = {}
+        self.decoding: dict[int, Sequence] = {}
         self.num_in_flight = 0
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that no request holds."""
+        return len(self._free_slots)
 
     @property
     def num_running(self) -> int:
         """Requests that hold a slot, finished ones with a step in flight included."""
         return len(self._holder) - len(self._free_slots)
 
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self._blocks.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all."""
+        return self._blocks.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that could be handed out now."""
+        return self._blocks.num_free_blocks
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self._blocks.block_size)
+
+    def most_blocks(self, seq: Sequence) -> int:
+        """Blocks that the request holds at its length limit."""
+        # The last token is only sampled, never computed, so it needs no place in the cache.
+        return self.blocks_for(seq.max_total_tokens - 1)
+
+    def check_fits(self, seq: Sequence) -> None:
+        """Refuse a request that could never run.
+
+        Raises:
+            RequestTooLongError: at its length limit it exceeds the whole cache.
+        """
+        needed, there = self.most_blocks(seq), self._blocks.num_blocks
+        if needed > there:
+            raise RequestTooLongError(
+                "prompt",
+                f"{seq.num_prompt_tokens} tokens",
+                f"with its output it needs {needed} KV blocks and the whole cache has {there}",
+                "Lower max_tokens, or give the engine more num_kvcache_blocks, "
+                "kvcache_memory_bytes or gpu_memory_utilization.",
+            )
 
     def admit(self, seq: Sequence) -> bool:
         """Give a request a slot and blocks for all its tokens; False, unchanged, if none are free.
@@ -60,6 +114,7 @@ class Ledger:
             slot, seq.request_id, tuple(seq.token_ids), seq.sampling, seq.seed
         )
         self._grown[slot] = 0
+        self.running[seq.request_id] = self.prefilling[seq.request_id] = seq
         return True
 
     def reserve(self, seq: Sequence) -> bool:
@@ -74,29 +129,40 @@ class Ledger:
         seq.capacity = len(self._blocks.table(seq.request_id)) * block_size
         return True
 
-    def prefill(self, seq: Sequence, num_tokens: int) -> None:
-        """Plan the next `num_tokens` of a request's known tokens."""
+    def prefill(self, seq: Sequence, max_tokens: int) -> int:
+        """Plan up to `max_tokens` of a request's known tokens; returns how many."""
         assert seq.slot is not None
         start = seq.num_scheduled
+        num_tokens = min(max_tokens, seq.num_prefill - start)
         seq.num_scheduled = start + num_tokens
         samples = seq.num_scheduled == seq.num_prefill
         self._chunks.append(PrefillChunk(seq.slot, start, num_tokens, samples))
         seq.num_in_flight += 1
         if samples:
             seq.num_pending += 1
+            del self.prefilling[seq.request_id]
+            if _goes_on(seq):
+                self.decoding[seq.request_id] = seq
+        return num_tokens
 
-    def decode(self, seqs: list[Sequence]) -> None:
-        """Plan one more token for each of `seqs`, which all have a reserved position."""
+    def decode(self, seqs: Iterable[Sequence]) -> None:
+        """Plan one more token for each of `seqs`, all of `decoding` and with a reserved place."""
+        ended = []
         for seq in seqs:
             assert seq.slot is not None
             seq.num_scheduled += 1
             seq.num_pending += 1
             seq.num_in_flight += 1
             self._decode.append(seq.slot)
+            if not _goes_on(seq):
+                ended.append(seq.request_id)
+        for request_id in ended:
+            del self.decoding[request_id]
 
     def preempt(self, seq: Sequence) -> None:
         """Take slot and blocks away; the request starts over from all its tokens, later."""
         assert seq.num_in_flight == 0, "a request in flight cannot be preempted"
+        self._drop(seq)
         self._release(seq)
         seq.reset()
         seq.num_preemptions += 1
@@ -126,50 +192,53 @@ class Ledger:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Append the step's tokens, find stops, publish blocks; returns the finished requests."""
         self.num_in_flight -= 1
-        finished: list[Sequence] = []
         tokens = iter(result.tokens)
-        for chunk in plan.prefill:
-            new = next(tokens) if chunk.samples else []
-            self._commit_row(chunk.slot, chunk.num_tokens, new, finished)
-        for slot in plan.decode:
-            self._commit_row(slot, 1, next(tokens), finished)
+        new_tokens = [next(tokens) if chunk.samples else [] for chunk in plan.prefill]
+        new_tokens += tokens
+        slots = [chunk.slot for chunk in plan.prefill] + list(plan.decode)
+        counts = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
+        holder, block_size = self._holder, self._blocks.block_size
+        finished: list[Sequence] = []
+        # One loop without calls: this is most of what the host does per token.
+        for slot, num_computed, new in zip(slots, counts, new_tokens, strict=True):
+            seq = holder[slot]
+            assert seq is not None
+            seq.num_in_flight -= 1
+            if seq.finish_reason is not None:
+                # Planned before the request's end was seen: what the row produced is dropped.
+                if seq.num_in_flight == 0:
+                    self._release(seq)
+                continue
+            before = seq.num_committed
+            seq.num_committed = committed = before + num_computed
+            seq.num_pending -= len(new)
+            reason = None
+            token_ids = seq.token_ids
+            for token in new:
+                token_ids.append(token)
+                if token in seq.stop_token_ids:
+                    reason = "stop"
+                    break
+                if len(token_ids) >= seq.max_total_tokens:
+                    reason = "length"
+                    break
+            if committed // block_size != before // block_size:
+                self._blocks.commit(seq.request_id, token_ids, committed)
+            if reason is not None:
+                finished.append(seq)
+                self.finish(seq, reason)
         return finished
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a request; slot and blocks are kept until nothing in flight uses them."""
         seq.finish_reason = reason
+        self._drop(seq)
         if seq.num_in_flight == 0 and seq.slot is not None:
             self._release(seq)
 
-    def _commit_row(
-        self, slot: int, num_computed: int, new: list[int], finished: list[Sequence]
-    ) -> None:
-        seq = self._holder[slot]
-        assert seq is not None
-        seq.num_in_flight -= 1
-        if seq.finish_reason is not None:
-            # A row planned before its request's end was seen: what it produced is dropped.
-            if seq.num_in_flight == 0:
-                self._release(seq)
-            return
-        before = seq.num_committed
-        seq.num_committed = before + num_computed
-        seq.num_pending -= len(new)
-        reason = None
-        for token in new:
-            seq.token_ids.append(token)
-            if token in seq.stop_token_ids:
-                reason = "stop"
-                break
-            if len(seq.token_ids) >= seq.max_total_tokens:
-                reason = "length"
-                break
-        block_size = self._blocks.block_size
-        if seq.num_committed // block_size != before // block_size:
-            self._blocks.commit(seq.request_id, seq.token_ids, seq.num_committed)
-        if reason is not None:
-            finished.append(seq)
-            self.finish(seq, reason)
+    def _drop(self, seq: Sequence) -> None:
+        for group in (self.running, self.prefilling, self.decoding):
+            group.pop(seq.request_id, None)
 
     def _release(self, seq: Sequence) -> None:
         assert seq.slot is not None
@@ -179,3 +248,8 @@ class Ledger:
         self._holder[seq.slot] = None
         self._free_slots.append(seq.slot)
         seq.slot = None
+
+
+def _goes_on(seq: Sequence) -> bool:
+    """Whether it samples another token after those planned, of which the newest is not computed."""
+    return seq.num_scheduled + 1 < seq.max_total_tokens

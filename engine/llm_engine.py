@@ -6,6 +6,7 @@ from collections import deque
 from contextlib import suppress
 
 from config import Config
+from engine.policies.base import check_policies
 from engine.sequence import Sequence
 from engine.types import BlockManager, ModelRunner, Scheduler, StepHandle, StepPlan
 from sampling_params import SamplingParams
@@ -39,6 +40,7 @@ class LLMEngine:
         self.config = config = resolve(config, self.checkpoint)
         self.vocab_size = int(self.checkpoint.hf_config.vocab_size)
         self._make_scheduler = find_part("scheduler", config.scheduler, Scheduler, "engine")
+        check_policies(config, self._make_scheduler)
         self._make_blocks = find_part("block_manager", config.block_manager, BlockManager, "memory")
         make_runner = find_part("model_runner", config.model_runner, ModelRunner, "engine")
         if config.enable_prefix_caching and not getattr(self._make_blocks, "caches_prefixes", True):

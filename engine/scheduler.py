@@ -1,117 +1,86 @@
-"""Continuous batching: first come, first served, preemption by recomputation."""
+"""Continuous batching by policies, with chunked prefill and preemption by recomputation."""
 
 from __future__ import annotations
 
-from collections import deque
-
 from config import Config
-from engine.ledger import Ledger
+from engine.policies.base import (
+    POLICIES,
+    AdmissionPolicy,
+    PreemptionPolicy,
+    StepPolicy,
+    make_policy,
+)
+from engine.queued_scheduler import QueuedScheduler
 from engine.sequence import Sequence
-from engine.types import BlockManager, Scheduler, StepPlan, StepResult
-from utils.errors import RequestTooLongError
+from engine.types import BlockManager, StepPlan
 
 
-class ContinuousScheduler(Scheduler):
-    """Each step decodes every running request and fills the token budget with prefill.
+class ContinuousScheduler(QueuedScheduler):
+    """Each step decodes the running requests and fills its token budget with prefill.
 
-    Requests are admitted in order of arrival, as long as slots, blocks and budget last. When a
-    running request needs a block and none is free, the latest arrival gives up its blocks and
-    is computed again later. Iteration-level scheduling is from Orca (Yu et al., OSDI 2022),
-    preemption by recomputation from vLLM (Kwon et al., SOSP 2023), prefill in chunks beside
-    decodes from Sarathi-Serve (Agrawal et al., OSDI 2024).
-
-    Args:
-        config: for max_num_seqs and max_num_batched_tokens.
-        block_manager: where KV blocks come from; used by this scheduler alone.
+    Requests join in the order of the queue policy as long as slots, blocks, budget and the
+    admission policy allow. When a running request needs a block and none is free, the victim of
+    the preemption policy gives up its blocks and is computed again later. Iteration-level
+    scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from vLLM (Kwon
+    et al., SOSP 2023), prefill in chunks beside decodes from Sarathi-Serve (Agrawal et al.,
+    OSDI 2024).
     """
 
     name = "continuous"
+    policies = tuple(POLICIES)
 
     def __init__(self, config: Config, block_manager: BlockManager) -> None:
-        self._max_num_batched_tokens = config.max_num_batched_tokens
-        self._num_blocks = block_manager.num_blocks
-        self._ledger = Ledger(block_manager, config.max_num_seqs)
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}
-
-    @property
-    def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._ledger.num_running)
-
-    def add(self, seq: Sequence) -> None:
-        # The last token is only sampled, never computed, so it needs no place in the cache.
-        needed = self._ledger.blocks_for(seq.max_total_tokens - 1)
-        if needed > self._num_blocks:
-            raise RequestTooLongError(
-                "prompt",
-                f"{seq.num_prompt_tokens} tokens",
-                f"with its output it needs {needed} KV blocks and the whole cache has "
-                f"{self._num_blocks}",
-                "Lower max_tokens, or give the engine more num_kvcache_blocks, "
-                "kvcache_memory_bytes or gpu_memory_utilization.",
-            )
-        self._waiting.append(seq)
+        super().__init__(config, block_manager)
+        self._admission: AdmissionPolicy = make_policy("admission_policy", config)
+        self._preemption: PreemptionPolicy = make_policy("preemption_policy", config)
+        self._step: StepPolicy = make_policy("step_policy", config)
+        self._gap = 0
 
     def schedule(self) -> StepPlan | None:
         num_preemptions = self._reserve_decodes()
         if num_preemptions is None:
             return None
-        decodes = [seq for seq in self._running.values() if _decodes(seq)]
-        self._ledger.decode(decodes)
-        budget = self._max_num_batched_tokens - len(decodes)
-        for seq in self._running.values():
-            if seq.num_scheduled < seq.num_prefill:
-                budget -= self._prefill(seq, budget)
+        # Those whose prefill ends in this step decode from the next one on.
+        decodes = list(self.ledger.decoding.values())
+        budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
         # Admitting right after a preemption would hand the blocks back to the victim.
-        while budget > 0 and self._waiting and not num_preemptions:
-            seq = self._waiting[0]
-            if not self._ledger.admit(seq):
-                break
-            self._waiting.popleft()
-            self._running[seq.request_id] = seq
-            budget -= self._prefill(seq, budget)
-        return self._ledger.build()
+        planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
+        if planned + len(decodes) <= self.budget:
+            self.ledger.decode(decodes)
+            self._gap = 0
+        else:
+            self._gap += 1
+        return self.ledger.build()
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        finished = self._ledger.commit(plan, result)
-        for seq in finished:
-            del self._running[seq.request_id]
-        return finished
+    def _prefill(self, budget: int, may_admit: bool) -> int:
+        """Plan prompts, begun ones first; returns the number of tokens."""
+        left = budget
+        for seq in list(self.ledger.prefilling.values()):
+            if left > 0:
+                left -= self.ledger.prefill(seq, left)
+        while left > 0 and may_admit and (admitted := self._admit_first()):
+            left -= self.ledger.prefill(admitted, left)
+        return budget - left
 
-    def abort(self, request_id: int) -> Sequence | None:
-        seq = self._running.pop(request_id, None)
+    def _admit_first(self) -> Sequence | None:
+        seq = self.queue.first() if self.ledger.num_free_slots else None
         if seq is None:
-            seq = next((s for s in self._waiting if s.request_id == request_id), None)
-            if seq is None:
-                return None
-            self._waiting.remove(seq)
-        self._ledger.finish(seq, "abort")
-        return seq
-
-    def _prefill(self, seq: Sequence, budget: int) -> int:
-        num_tokens = min(budget, seq.num_prefill - seq.num_scheduled)
-        if num_tokens > 0:
-            self._ledger.prefill(seq, num_tokens)
-        return num_tokens
+            return None
+        # Alone, every request fits: no policy may keep the engine from going on.
+        if self.ledger.running and not self._admission.admits(seq, self.ledger):
+            return None
+        return seq if self.admit(seq) else None
 
     def _reserve_decodes(self) -> int | None:
         """A block for each next decode position; the number of preemptions, None to drain."""
         num_preemptions = 0
-        full = [s for s in self._running.values() if s.num_scheduled == s.capacity and _decodes(s)]
+        full = [s for s in self.ledger.decoding.values() if s.num_scheduled == s.capacity]
         for seq in full:
-            while seq.slot is not None and not self._ledger.reserve(seq):
-                if self._ledger.num_in_flight:
+            while seq.slot is not None and not self.ledger.reserve(seq):
+                if self.ledger.num_in_flight:
                     return None
-                _, victim = self._running.popitem()
-                self._ledger.preempt(victim)
-                self._waiting.appendleft(victim)
+                victim = self._preemption.victim(self.ledger.running.values())
+                self.ledger.preempt(victim)
+                self.wait(victim)
                 num_preemptions += 1
         return num_preemptions
-
-
-def _decodes(seq: Sequence) -> bool:
-    """Whether the request is past its prefill and short of its length limit."""
-    return (
-        seq.num_scheduled >= seq.num_prefill
-        and len(seq.token_ids) + seq.num_pending < seq.max_total_tokens
-    )

@@ -84,6 +84,15 @@ class Sequence:
         """The committed output."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def num_expected_tokens(self) -> int:
+        """Length, prompt and output, that it is guessed to reach; above its present one."""
+        guess = self.sampling.predicted_tokens
+        if guess is None:
+            return self.max_total_tokens
+        expected = max(self.num_prompt_tokens + guess, len(self.token_ids) + 1)
+        return min(expected, self.max_total_tokens)
+
     def __repr__(self) -> str:
         return (
             f"Sequence(request_id={self.request_id}, prompt={self.num_prompt_tokens}, "

@@ -12,6 +12,7 @@ request runs. A *position* is a token's index in its request (prompt first). A *
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -199,9 +200,13 @@ class Scheduler(ABC):
     Between `schedule` and `commit` of a plan its requests are *in flight*: they may be planned
     again, but neither preempted nor released. Plans are committed in the order of planning.
     After an exception the engine makes a new scheduler and a new block manager.
+
+    Attributes:
+        policies: the options of `Config` for policies that it uses; the engine refuses others.
     """
 
     name: ClassVar[str]
+    policies: ClassVar[Collection[str]] = ()
 
     @property
     @abstractmethod

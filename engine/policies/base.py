@@ -1,0 +1,130 @@
+"""The contracts of scheduling policies. Pure CPU work, called between steps from one thread."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+from config import Config
+from engine.ledger import Ledger
+from engine.sequence import Sequence
+from utils.errors import ConfigError
+from utils.registry import construct, find_part
+
+
+class Policy(ABC):
+    """One decision of a scheduler.
+
+    Args:
+        config: the engine's options, for policies that need them.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: Config) -> None:
+        del config
+
+
+class QueuePolicy(Policy):
+    """Holds the waiting requests and says which runs next.
+
+    A step asks a few times whatever the number that waits, so no method may look at all of them.
+    `engine.policies.queue.KeyedQueue` does the work for every order given by a key.
+    """
+
+    @abstractmethod
+    def push(self, seq: Sequence) -> None:
+        """A request waits: new, or back after `pop`, preempted (`seq.num_preemptions`) or not."""
+
+    @abstractmethod
+    def first(self) -> Sequence | None:
+        """The request to run next; None if none waits."""
+
+    @abstractmethod
+    def pop(self) -> Sequence:
+        """Take out what `first` returned."""
+
+    @abstractmethod
+    def discard(self, seq: Sequence) -> None:
+        """A waiting request was aborted: its `finish_reason` is set, `first` must not return it."""
+
+    def ended(self, seq: Sequence) -> None:
+        """A request that had been popped has finished or was aborted."""
+        del seq
+
+
+class AdmissionPolicy(Policy):
+    """Whether a waiting request may join the running ones."""
+
+    @abstractmethod
+    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
+        """Whether `seq` may start now.
+
+        Asked only while other requests run, for the first of the queue; blocks for the tokens
+        known so far are checked after it. The ledger must not be changed.
+        """
+
+
+class PreemptionPolicy(Policy):
+    """Who gives up its blocks when a running request needs one and none is free."""
+
+    @abstractmethod
+    def victim(self, running: Collection[Sequence]) -> Sequence:
+        """One of `running`, which is in order of admission and never empty."""
+
+
+class StepPolicy(Policy):
+    """How a step's token budget is split between prompts and running decodes."""
+
+    @abstractmethod
+    def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
+        """Tokens, 1 to `budget`, that prompts may take; the decodes run if the rest holds them all.
+
+        Args:
+            budget: tokens of the whole step, not less than the requests that can run.
+            num_decodes: running requests that could each compute one token.
+            gap: steps in a row, up to now, in which they had to wait.
+        """
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "queue_policy": QueuePolicy,
+    "admission_policy": AdmissionPolicy,
+    "preemption_policy": PreemptionPolicy,
+    "step_policy": StepPolicy,
+}
+
+
+def make_policy(option: str, config: Config) -> Any:
+    """The policy that an option names.
+
+    Raises:
+        ConfigError: there is none, or it does not implement the contract.
+    """
+    base = POLICIES[option]
+    make = find_part(option, getattr(config, option), base, "engine.policies")
+    return construct(option, base, make, config)
+
+
+def check_policies(config: Config, scheduler: object) -> None:
+    """Refuse a policy that cannot be found, or that the scheduler would ignore.
+
+    Args:
+        scheduler: its class or factory; what a factory's product uses is not known before.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    used = getattr(scheduler, "policies", POLICIES)
+    for option, base in POLICIES.items():
+        value = getattr(config, option)
+        if option in used:
+            find_part(option, value, base, "engine.policies")
+        elif value != getattr(Config, option):
+            raise ConfigError(
+                option,
+                value,
+                f"scheduler={config.scheduler!r} does not use it",
+                f"Leave it at {getattr(Config, option)!r} or choose another scheduler.",
+            )

@@ -1,0 +1,71 @@
+"""What schedulers have in common: a queue of the waiting and a ledger of the running."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar
+
+from config import Config
+from engine.ledger import Ledger
+from engine.policies.base import QueuePolicy, make_policy
+from engine.sequence import Sequence
+from engine.types import BlockManager, Scheduler, StepPlan, StepResult
+
+
+class QueuedScheduler(Scheduler):
+    """A scheduler that lacks only `schedule`.
+
+    Args:
+        config: the engine's options.
+        block_manager: where KV blocks come from; used by this scheduler alone.
+
+    Attributes:
+        budget: most tokens of one step.
+        ledger: slots, blocks and the plan under construction.
+        queue: the waiting requests.
+    """
+
+    policies: ClassVar[Collection[str]] = ("queue_policy",)
+
+    def __init__(self, config: Config, block_manager: BlockManager) -> None:
+        self.budget = config.max_num_batched_tokens
+        self.ledger = Ledger(block_manager, config.max_num_seqs)
+        self.queue: QueuePolicy = make_policy("queue_policy", config)
+        self._waiting: dict[int, Sequence] = {}
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._waiting or self.ledger.num_running)
+
+    def add(self, seq: Sequence) -> None:
+        self.ledger.check_fits(seq)
+        self.wait(seq)
+
+    def wait(self, seq: Sequence) -> None:
+        """Put a request into the queue."""
+        self._waiting[seq.request_id] = seq
+        self.queue.push(seq)
+
+    def admit(self, seq: Sequence) -> bool:
+        """Start the first of the queue; False, unchanged, if slots or blocks do not suffice."""
+        if not self.ledger.admit(seq):
+            return False
+        self.queue.pop()
+        del self._waiting[seq.request_id]
+        return True
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+        finished = self.ledger.commit(plan, result)
+        for seq in finished:
+            self.queue.ended(seq)
+        return finished
+
+    def abort(self, request_id: int) -> Sequence | None:
+        seq = self._waiting.pop(request_id, None)
+        if seq is not None:
+            self.ledger.finish(seq, "abort")
+            self.queue.discard(seq)
+        elif seq := self.ledger.running.get(request_id):
+            self.ledger.finish(seq, "abort")
+            self.queue.ended(seq)
+        return seq
