@@ -103,7 +103,8 @@ def random_workload(
 
 
 def run_ours(llm: LLM, work: Workload) -> list[list[int]]:
-    """Tokens of every request, through this engine."""
+    """Tokens of every request, through this engine; no prompt is cached from an earlier run."""
+    llm.reset_prefix_cache()
     params = [
         SamplingParams(temperature=work.temperature, max_tokens=n, ignore_eos=True)
         for n in work.lengths

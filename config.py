@@ -17,6 +17,7 @@ _DEVICES = ("auto", "cpu", "cuda")
 _PARTS = (
     "scheduler",
     "block_manager",
+    "eviction_policy",
     "model_runner",
     "attention_backend",
     "queue_policy",
@@ -48,15 +49,19 @@ class Config:
             is given on a CPU: enough for max_num_seqs full contexts, at most 1 GiB.
         enable_cuda_graphs: replay captured graphs for decode steps. None: wherever possible.
         enforce_eager: never capture graphs.
-        enable_prefix_caching: share KV blocks between equal prefixes. None: if the block manager
-            can.
+        enable_prefix_caching: share KV blocks between equal prefixes. None: on, unless the block
+            manager cannot.
+        eviction_policy: which cached block is given up first: "lru" the least recently used,
+            "lfu" the least often found, "cost" the cheapest to compute again; or as for
+            attention_backend.
         tensor_parallel_size: devices that share one model.
         attention_backend: name, "package.module:Class", class or factory; "auto" takes the
             fastest that works here.
         pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
             previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
         seed: base of the noise of requests without a seed of their own.
-        scheduler, block_manager, model_runner: the parts, as for attention_backend.
+        scheduler, block_manager, model_runner: the parts, as for attention_backend. The block
+            manager "auto" is "prefix", or "paged" with enable_prefix_caching=False.
         queue_policy: who runs next: "fcfs", "priority", "shortest_prompt", "shortest_job",
             "fair_share", or one of your own, as for attention_backend.
         admission_policy: how many run at once: "optimistic", "reserve", "lookahead".
@@ -81,12 +86,13 @@ class Config:
     enable_cuda_graphs: bool | None = None
     enforce_eager: bool = False
     enable_prefix_caching: bool | None = None
+    eviction_policy: PartSpec = "lru"
     tensor_parallel_size: int = 1
     attention_backend: PartSpec = "auto"
     pipeline_depth: int | None = None
     seed: int = 0
     scheduler: PartSpec = "continuous"
-    block_manager: PartSpec = "paged"
+    block_manager: PartSpec = "auto"
     model_runner: PartSpec = "local"
     queue_policy: PartSpec = "fcfs"
     admission_policy: PartSpec = "optimistic"

@@ -9,6 +9,7 @@ from typing import Any
 from config import Config
 from engine.llm_engine import LLMEngine
 from engine.sequence import Sequence
+from engine.types import CacheStats
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
 from utils.progress import Progress
@@ -92,6 +93,18 @@ class LLM:
             self._engine.reset()
             raise
         return [self._output(seq) for seq in seqs]
+
+    def cache_stats(self) -> CacheStats:
+        """How much of the prompts was found in the prefix cache so far, and what was given up."""
+        return self._engine.cache_stats
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes.
+
+        Raises:
+            EngineClosedError: after close().
+        """
+        self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""

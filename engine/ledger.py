@@ -100,7 +100,7 @@ class Ledger:
         """
         if not self._free_slots:
             return False
-        cached = self._blocks.begin(seq.request_id, seq.token_ids)
+        cached = self._blocks.begin(seq.request_id, seq.token_ids, seq.sampling.cache_salt)
         if not self._blocks.grow(seq.request_id, len(seq.token_ids)):
             self._blocks.release(seq.request_id)
             return False

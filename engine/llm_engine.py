@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from config import Config
 from engine.policies.base import check_policies
 from engine.sequence import Sequence
-from engine.types import BlockManager, ModelRunner, Scheduler, StepHandle, StepPlan
+from engine.types import BlockManager, CacheStats, ModelRunner, Scheduler, StepHandle, StepPlan
+from memory.eviction import EvictionPolicy
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint, resolve
 from utils.errors import (
@@ -37,19 +41,13 @@ class LLMEngine:
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
-        self.config = config = resolve(config, self.checkpoint)
+        config = resolve(config, self.checkpoint)
         self.vocab_size = int(self.checkpoint.hf_config.vocab_size)
         self._make_scheduler = find_part("scheduler", config.scheduler, Scheduler, "engine")
         check_policies(config, self._make_scheduler)
-        self._make_blocks = find_part("block_manager", config.block_manager, BlockManager, "memory")
+        config, self._make_blocks = with_block_manager(config)
+        self.config = config
         make_runner = find_part("model_runner", config.model_runner, ModelRunner, "engine")
-        if config.enable_prefix_caching and not getattr(self._make_blocks, "caches_prefixes", True):
-            raise ConfigError(
-                "enable_prefix_caching",
-                True,
-                f"block_manager={config.block_manager!r} does not cache prefixes",
-                "Leave it at None or choose another block_manager.",
-            )
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}
         self._next_request_id = 0
@@ -184,6 +182,16 @@ class LLMEngine:
         return self._blocks.num_free_blocks
 
     @property
+    def cache_stats(self) -> CacheStats:
+        """Counters of the prefix cache."""
+        return self._blocks.stats
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, those that running requests would leave included."""
+        self._check_usable()
+        self._blocks.reset_prefix_cache()
+
+    @property
     def _depth(self) -> int:
         return self.config.pipeline_depth or 0
 
@@ -217,3 +225,33 @@ class LLMEngine:
                 "Shorten the prompt, lower max_tokens, or raise max_model_len.",
             )
         return limit if params.max_tokens is None else len(prompt) + params.max_tokens
+
+
+def with_block_manager(config: Config) -> tuple[Config, Callable[..., BlockManager]]:
+    """The config with the choice of block manager made, and what constructs it.
+
+    Raises:
+        ConfigError: there is no such part, or it contradicts the options for prefix caching.
+    """
+    name, wanted = config.block_manager, config.enable_prefix_caching
+    if name == "auto":
+        name = "paged" if wanted is False else "prefix"
+    make: Any = find_part("block_manager", name, BlockManager, "memory")
+    caches = getattr(make, "caches_prefixes", wanted)
+    if wanted is not None and caches != wanted:
+        raise ConfigError(
+            "enable_prefix_caching",
+            wanted,
+            f"block_manager={name!r} {'always caches' if caches else 'does not cache'} prefixes",
+            "Leave it at None or choose another block_manager.",
+        )
+    if caches:
+        find_part("eviction_policy", config.eviction_policy, EvictionPolicy, "memory")
+    elif config.eviction_policy != Config.eviction_policy:
+        raise ConfigError(
+            "eviction_policy",
+            config.eviction_policy,
+            f"block_manager={name!r} does not cache prefixes",
+            "Leave it at its default or choose another block_manager.",
+        )
+    return replace(config, block_manager=name, enable_prefix_caching=caches), make

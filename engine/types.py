@@ -129,6 +129,36 @@ class StepResult:
     tokens: list[list[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counters of a prefix cache since its engine started (or started again after an error).
+
+    Attributes:
+        queried_tokens: tokens of requests when they were admitted, again after a preemption.
+        hit_tokens: those of them that were in the cache.
+        evicted_blocks: cached blocks given up for their space.
+        cached_blocks: blocks that are cached now.
+    """
+
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    evicted_blocks: int = 0
+    cached_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPrefix:
+    """Leading tokens that a running request is about to compute.
+
+    Attributes:
+        request_id: that request.
+        num_tokens: leading tokens that will be in the cache when it has committed as many.
+    """
+
+    request_id: int
+    num_tokens: int
+
+
 class StepHandle(ABC):
     """A step under way."""
 
@@ -167,11 +197,13 @@ class BlockManager(ABC):
         """Blocks that `grow` could hand out now, reusable cached ones included."""
 
     @abstractmethod
-    def begin(self, request_id: int, token_ids: list[int]) -> int:
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         """Start a block table and return how many leading tokens are in the cache already.
 
         The returned number is a multiple of `block_size` below `len(token_ids)` (at least one
         token is always computed, to have logits to sample from); 0 without prefix caching.
+        Only requests with the same `cache_salt` share blocks. Until `release` the caller only
+        appends to `token_ids`; the manager may go on reading it.
         """
 
     @abstractmethod
@@ -192,6 +224,22 @@ class BlockManager(ABC):
     @abstractmethod
     def release(self, request_id: int) -> None:
         """Drop the request's references. The caller knows that no step in flight uses them."""
+
+    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+        """A longer cached prefix than `begin` would find now, if it is about to come.
+
+        None if no request that has begun is computing it. It comes when that request has
+        committed so many tokens, and does not if it is released before.
+        """
+        return None
+
+    def reset_prefix_cache(self) -> None:  # noqa: B027  (nothing to forget without caching)
+        """Forget what is cached; what running requests compute is not cached either."""
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counters of the prefix cache; zeros without one."""
+        return CacheStats()
 
 
 class Scheduler(ABC):

@@ -39,7 +39,7 @@ class PagedBlockManager(BlockManager):
     def num_free_blocks(self) -> int:
         return len(self._free)
 
-    def begin(self, request_id: int, token_ids: list[int]) -> int:
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         assert request_id not in self._tables, "begin() of a request that has begun"
         self._tables[request_id] = []
         return 0
@@ -47,10 +47,10 @@ class PagedBlockManager(BlockManager):
     def grow(self, request_id: int, num_tokens: int) -> bool:
         table = self._tables[request_id]
         wanted = -(-num_tokens // self._block_size) - len(table)
-        if wanted > len(self._free):
+        if wanted > self.num_free_blocks:
             return False
         for _ in range(wanted):
-            block = self._free.pop()
+            block = self._take()
             self._references[block] = 1
             table.append(block)
         return True
@@ -66,4 +66,12 @@ class PagedBlockManager(BlockManager):
             assert self._references[block] > 0, "release of a free block"
             self._references[block] -= 1
             if self._references[block] == 0:
-                self._free.append(block)
+                self._give(block)
+
+    def _take(self) -> int:
+        """A block that nobody holds; there is one."""
+        return self._free.pop()
+
+    def _give(self, block: int) -> None:
+        """The last reference to a block is gone."""
+        self._free.append(block)

@@ -22,7 +22,7 @@ class PublishingBlocks(PagedBlockManager):
         self.published: list[tuple[int, int, int]] = []
         self.cached = cached
 
-    def begin(self, request_id: int, token_ids: list[int]) -> int:
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         super().begin(request_id, token_ids)
         super().grow(request_id, self.cached)
         return self.cached

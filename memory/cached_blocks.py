@@ -1,0 +1,237 @@
+"""What every manager that reuses prefixes does, whatever it finds them by."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from dataclasses import dataclass, field
+
+from config import Config
+from engine.types import CacheStats, KVGeometry, PendingPrefix
+from memory.block_manager import PagedBlockManager
+from memory.eviction import CachedBlock, EvictionPolicy
+from utils.registry import construct, find_part
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request that has begun.
+
+    Attributes:
+        tokens: the caller's own list, which grows.
+        last: the cached block that stands for its last published one; its salt before the first.
+        num_published: leading blocks that can be found by others.
+        twins: cached blocks that stand for equal ones of this request, which does not hold them.
+        num_hits: leading blocks that it found itself.
+        next_block: key of its first unpublished block among the pending ones.
+        admitted: it has got the blocks that it asked for.
+        publishes: False from a reset of the cache on.
+    """
+
+    tokens: list[int]
+    salt: str
+    last: CachedBlock | str
+    num_published: int
+    num_hits: int
+    twins: list[CachedBlock] = field(default_factory=list)
+    next_block: tuple[CachedBlock | str, bytes] | None = None
+    admitted: bool = False
+    publishes: bool = True
+
+
+class CachingBlockManager(PagedBlockManager):
+    """Shares full blocks between requests that start with the same tokens and cache salt.
+
+    A block is published when it is committed, generated tokens included, and found as long as
+    it has not been given up for its space. Of equal blocks computed side by side only the first
+    is published. A block is found through the one before it, so every hit is exact: the tokens
+    of all blocks up to it were compared.
+
+    Subclasses keep the index: `_find`, `_link` and `_unlink`.
+
+    Args:
+        config: for eviction_policy.
+        geometry: for block_size and num_blocks.
+    """
+
+    caches_prefixes = True
+
+    def __init__(self, config: Config, geometry: KVGeometry) -> None:
+        super().__init__(config, geometry)
+        make = find_part("eviction_policy", config.eviction_policy, EvictionPolicy, "memory")
+        self._idle: EvictionPolicy = construct(
+            "eviction_policy", EvictionPolicy, make, config, geometry
+        )
+        self._cached: dict[int, CachedBlock] = {}
+        self._requests: dict[int, _Request] = {}
+        self._pending: dict[tuple[CachedBlock | str, bytes], int] = {}
+        self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
+
+    @abstractmethod
+    def _find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
+        """The cached block of `tokens` behind `parent`."""
+
+    @abstractmethod
+    def _link(self, node: CachedBlock) -> CachedBlock | None:
+        """Add a block that was not found; returns the one that cannot be found any more for it."""
+
+    @abstractmethod
+    def _unlink(self, node: CachedBlock) -> None:
+        """Remove a block; what is behind it need not be found any more."""
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free) + len(self._idle)
+
+    @property
+    def stats(self) -> CacheStats:
+        return CacheStats(
+            queried_tokens=self._queried_tokens,
+            hit_tokens=self._hit_tokens,
+            evicted_blocks=self._evicted_blocks,
+            cached_blocks=len(self._cached),
+        )
+
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+        super().begin(request_id, token_ids, cache_salt)
+        hits = self._match(token_ids, cache_salt)
+        table = self._tables[request_id]
+        for node in hits:
+            if self._references[node.block] == 0:
+                self._idle.remove(node)
+            self._references[node.block] += 1
+            table.append(node.block)
+        last = hits[-1] if hits else cache_salt
+        self._requests[request_id] = _Request(token_ids, cache_salt, last, len(hits), len(hits))
+        return len(hits) * self._block_size
+
+    def grow(self, request_id: int, num_tokens: int) -> bool:
+        if not super().grow(request_id, num_tokens):
+            return False
+        request = self._requests[request_id]
+        if not request.admitted:
+            # Not in `begin`: a request that finds no space begins again and again.
+            request.admitted = True
+            for block in self._tables[request_id][: request.num_hits]:
+                self._cached[block].hits += 1
+            self._queried_tokens += len(request.tokens)
+            self._hit_tokens += request.num_hits * self._block_size
+            self._announce(request_id, request)
+        return True
+
+    def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
+        request = self._requests[request_id]
+        if not request.publishes:
+            return
+        self._withdraw(request)
+        if any(twin.block < 0 for twin in request.twins):
+            # What this request published behind it cannot be found any more.
+            request.last, request.num_published, request.twins = request.salt, 0, []
+        table = self._tables[request_id]
+        for i in range(request.num_published, num_computed // self._block_size):
+            tokens = self._block_tokens(token_ids, i)
+            node = self._find(request.last, tokens)
+            if node is None:
+                node = self._publish(CachedBlock(table[i], request.last, tokens))
+            elif node.block != table[i]:
+                request.twins.append(node)
+            request.last, request.num_published = node, i + 1
+        self._announce(request_id, request)
+
+    def release(self, request_id: int) -> None:
+        super().release(request_id)
+        self._withdraw(self._requests.pop(request_id))
+
+    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+        if not self._pending:
+            return None
+        hits = self._match(token_ids, cache_salt)
+        size, end = self._block_size, (len(hits) + 1) * self._block_size
+        if end >= len(token_ids):
+            return None
+        key = hits[-1] if hits else cache_salt, self._block_tokens(token_ids, len(hits))
+        request_id = self._pending.get(key)
+        if request_id is None:
+            return None
+        theirs = self._requests[request_id].tokens
+        while end + size < len(token_ids):
+            if token_ids[end : end + size] != theirs[end : end + size]:
+                break
+            end += size
+        return PendingPrefix(request_id, end)
+
+    def reset_prefix_cache(self) -> None:
+        for node in list(self._cached.values()):
+            self._unlink(node)
+            self._forget(node)
+        self._pending.clear()
+        for request in self._requests.values():
+            request.publishes, request.next_block = False, None
+
+    def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
+        """The cached blocks that the tokens start with, all but the last token's."""
+        hits: list[CachedBlock] = []
+        parent: CachedBlock | str = salt
+        for i in range((len(token_ids) - 1) // self._block_size):
+            node = self._find(parent, self._block_tokens(token_ids, i))
+            if node is None:
+                break
+            hits.append(node)
+            parent = node
+        return hits
+
+    def _block_tokens(self, token_ids: list[int], index: int) -> bytes:
+        start = index * self._block_size
+        return array("i", token_ids[start : start + self._block_size]).tobytes()
+
+    def _publish(self, node: CachedBlock) -> CachedBlock:
+        stale = self._cached.get(node.block)
+        if stale is not None:
+            # Published before, behind a block that was given up since.
+            self._unlink(stale)
+            self._forget(stale)
+        displaced = self._link(node)
+        if displaced is not None:
+            self._forget(displaced)
+        self._cached[node.block] = node
+        return node
+
+    def _announce(self, request_id: int, request: _Request) -> None:
+        """Let others know the next block that this request will publish, if its tokens are known.
+
+        One is enough: who shares the blocks before it and waits for this one asks again then.
+        """
+        if len(request.tokens) >= (request.num_published + 1) * self._block_size:
+            key = request.last, self._block_tokens(request.tokens, request.num_published)
+            if self._pending.setdefault(key, request_id) == request_id:
+                request.next_block = key
+
+    def _withdraw(self, request: _Request) -> None:
+        if request.next_block is not None:
+            self._pending.pop(request.next_block, None)
+            request.next_block = None
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        node = self._idle.pop()
+        self._unlink(node)
+        del self._cached[node.block]
+        block, node.block = node.block, -1
+        self._evicted_blocks += 1
+        return block
+
+    def _give(self, block: int) -> None:
+        node = self._cached.get(block)
+        if node is None:
+            self._free.append(block)
+        else:
+            self._idle.add(node)
+
+    def _forget(self, node: CachedBlock) -> None:
+        """A block without its place in the index is an ordinary one."""
+        del self._cached[node.block]
+        if self._references[node.block] == 0:
+            self._idle.remove(node)
+            self._free.append(node.block)
+        node.block = -1
