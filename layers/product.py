@@ -85,10 +85,10 @@ class PackedProduct(Product):
 
 
 class SkinnyProduct(Product):
-    """Our own kernels for up to 64 tokens on Hopper, cuBLAS beyond (layers/kernels/skinny_linear).
+    """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond (layers/kernels/skinny_linear).
 
-    Up to 16 tokens norm, gate and residual are part of the kernel; up to 64 the gate is, and a
-    narrow product leaves partial sums [S, T, N] for the next norm to add up.
+    Up to 16 tokens norm, gate and residual are part of the kernel; beyond, the gate is, and a
+    narrow product may leave partial sums [S, T, N] for the next norm to add up.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -96,8 +96,7 @@ class SkinnyProduct(Product):
 
         super().__init__(weight, bias)
         self._kernels = kernels
-        self._n, self._k = weight.shape
-        self._splits = kernels.skinny_splits(self._n, self._k)
+        self._shape = self._n, self._k = weight.shape
 
     def _fits(self, tokens: int, *, swiglu: bool = False, splits: int = 1) -> bool:
         n = self._n // 2 if swiglu else self._n
@@ -131,8 +130,9 @@ class SkinnyProduct(Product):
         tokens, run = x.shape[0], self._kernels.skinny_linear
         if self._fuses(x) and self._fits(tokens):
             return run(x, self._weight, self._bias, residual=residual, pdl=True), None
-        if self._bias is None and self._splits > 1 and self._fits(tokens, splits=self._splits):
-            return run(x, self._weight, splits=self._splits, pdl=True), residual
+        splits = 1 if self._bias is not None else self._kernels.skinny_splits(tokens, *self._shape)
+        if splits > 1 and self._fits(tokens, splits=splits):
+            return run(x, self._weight, splits=splits, pdl=True), residual
         return self(x), residual
 
     def _fuses(self, x: Tensor) -> bool:

@@ -11,6 +11,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -177,78 +179,89 @@ def rows_kernel(
 
 @gluon.jit(do_not_specialize=["M"])
 def tile_kernel(
-    x_ptr,
-    w_ptr,
+    x_desc,
+    w_desc,
     bias_ptr,
     out_ptr,
-    x_stride,
     out_stride,
     split_stride,
     M,
     N,
-    K,
+    BM: gl.constexpr,
     BN: gl.constexpr,
+    BK: gl.constexpr,
     CHUNKS: gl.constexpr,
     STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
     BIAS: gl.constexpr,
     SWIGLU: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
-    """out[split, m, n] = x[m, ks] @ w[n, ks].T; grid (N / BN, splits), one warpgroup each."""
-    BM: gl.constexpr = 64
-    KC: gl.constexpr = 128
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
-    )
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    OUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BN, BN // 4], [4, 1], [1, 0])
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    """out[split, m, n] = x[m, ks] @ w[n, ks].T; grid (N / BN, ceil(M / BM), splits).
+
+    Both operands come through a ring of STAGES stages by TMA, each stage with a barrier of its
+    own. With SWIGLU a stage's weight tile is BN rows of the gate above BN rows of the up part.
+    """
     PARTS: gl.constexpr = 2 if SWIGLU else 1
-    dtype: gl.constexpr = w_ptr.dtype.element_ty
+    WIDTH: gl.constexpr = BN * PARTS
+    STAGE_BYTES: gl.constexpr = (BM + WIDTH) * BK * 2
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDTH, 16]
+    )
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
     if PDL:
         gdc_launch_dependents()
-    start = gl.program_id(0) * BN
-    ws = gl.allocate_shared_memory(dtype, [CHUNKS * PARTS, BN, KC], SHARED)
-    xs = gl.allocate_shared_memory(dtype, [STAGES, BM, KC], SHARED)
-    row = start + gl.arange(0, BN, gl.SliceLayout(1, COPY))[:, None]
-    m = gl.arange(0, BM, gl.SliceLayout(1, COPY))[:, None]
-    k = gl.program_id(1) * (CHUNKS * KC) + gl.arange(0, KC, gl.SliceLayout(0, COPY))[None, :]
-    for c in gl.static_range(CHUNKS):
+    n0 = gl.program_id(0) * BN
+    m0 = gl.program_id(1) * BM
+    k0 = gl.program_id(2) * (CHUNKS * BK)
+    ws = gl.allocate_shared_memory(w_desc.dtype, [STAGES, WIDTH, BK], w_desc.layout)
+    xs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BM, BK], x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    for s in gl.static_range(STAGES):
+        mbarrier.expect(ready.index(s), STAGE_BYTES)
         for p in gl.static_range(PARTS):
-            source = w_ptr + (row + p * N) * K + (k + c * KC)
-            async_copy.async_copy_global_to_shared(ws.index(c * PARTS + p), source)
+            tma.async_copy_global_to_shared(
+                w_desc,
+                [n0 + p * N, k0 + s * BK],
+                ready.index(s),
+                ws.index(s).slice(p * BN, BN),
+            )
     if PDL:
         # Nothing above this line reads what another kernel of the step writes.
         gdc_wait()
-    for c in gl.static_range(STAGES):
-        source = x_ptr + m * x_stride + (k + c * KC)
-        async_copy.async_copy_global_to_shared(xs.index(c), source, mask=m < M)
-        async_copy.commit_group()
-    acc = gl.zeros((BM, BN), gl.float32, MMA)
-    up = gl.zeros((BM, BN), gl.float32, MMA)
+    for s in gl.static_range(STAGES):
+        tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
+    acc = gl.zeros((BM, WIDTH), gl.float32, MMA)
     for c in gl.static_range(CHUNKS):
-        async_copy.wait_group(STAGES - 1 if c <= CHUNKS - STAGES else CHUNKS - 1 - c)
-        # The copies are made visible to the tensor cores before the barrier publishes them.
-        fence_async_shared()
-        gl.thread_barrier()
-        w = ws.index(c * PARTS).permute([1, 0])
+        mbarrier.wait(ready.index(c % STAGES), (c // STAGES) & 1)
+        w = ws.index(c % STAGES).permute([1, 0])
         acc = warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
-        if SWIGLU:
-            w = ws.index(c * PARTS + 1).permute([1, 0])
-            up = warpgroup_mma(xs.index(c % STAGES), w, up, is_async=True)
-        if c + STAGES < CHUNKS:
-            acc, up = warpgroup_mma_wait(0, [acc, up])
+        if c > 0 and c - 1 + STAGES < CHUNKS:
+            # The chunk before this one has been used by all warps: its stage is filled again.
+            acc = warpgroup_mma_wait(1, [acc])
             gl.thread_barrier()
-            source = x_ptr + m * x_stride + (k + (c + STAGES) * KC)
-            async_copy.async_copy_global_to_shared(xs.index(c % STAGES), source, mask=m < M)
-            async_copy.commit_group()
-    acc, up = warpgroup_mma_wait(0, [acc, up])
-    out = gl.convert_layout(acc, OUT)
-    om = gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]
-    on = start + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]
-    if BIAS:
-        out += gl.load(bias_ptr + on).to(gl.float32)
+            s = (c - 1) % STAGES
+            k = k0 + (c - 1 + STAGES) * BK
+            mbarrier.expect(ready.index(s), STAGE_BYTES)
+            for p in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    w_desc, [n0 + p * N, k], ready.index(s), ws.index(s).slice(p * BN, BN)
+                )
+            tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), xs.index(s))
+    acc = warpgroup_mma_wait(0, [acc])
+    m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]
     if SWIGLU:
-        out = out / (1.0 + gl.exp(-out)) * gl.convert_layout(up, OUT)
-    target = out_ptr + gl.program_id(1) * split_stride + om * out_stride + on
-    gl.store(target, out.to(out_ptr.dtype.element_ty), mask=om < M)
+        # A thread's accumulators hold column n of the gate and of the up part both.
+        gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()
+        out = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, OUT)
+    else:
+        out = gl.convert_layout(acc, OUT)
+    if BIAS:
+        out += gl.load(bias_ptr + n).to(gl.float32)
+    target = out_ptr + gl.program_id(2) * split_stride + m * out_stride + n
+    gl.store(target, out.to(out_ptr.dtype.element_ty), mask=m < M)

@@ -1,4 +1,4 @@
-"""Linear layers for decode batches of 1 to 64 tokens, where reading the weight is all the work.
+"""Linear layers for decode batches of 1 to 256 tokens, which end before a launch pays off.
 
 A step of a small model at such batches is a chain of a hundred short kernels. What costs time is
 not bandwidth but the gap between one kernel and the next, so these kernels are built for
@@ -11,13 +11,17 @@ Two kernels share the idea:
 * up to 16 tokens, ``rows_kernel``: a program computes 16 or 32 outputs of all tokens with
   mma.sync, its warps splitting the input dimension, and so can normalise its input and add a
   residual on the way;
-* up to 64 tokens, ``tile_kernel``: a program computes a [64, 32 or 64] tile with wgmma. Where the
+* beyond, ``tile_kernel``: a program computes a tile of 64 or 128 tokens with wgmma. Where the
   output is narrow the input dimension is split over programs, and the float32 partial sums are
   added up by the norm that follows (``add_rms_norm``): no atomics, the same bits every time.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from layers.kernels.skinny_kernels import rows_kernel, tile_kernel
 
@@ -31,11 +35,9 @@ __all__ = [
 ]
 
 MAX_FUSED_TOKENS = 16
-MAX_TOKENS = 64
-# Shared memory of one multiprocessor of an H100 or H200, less what the driver keeps.
-_SHARED_BYTES = 227 * 1024
-# The largest weight, in elements, with which the tile kernel beat cuBLAS.
-_TILE_WEIGHTS = 8 * 1024 * 1024
+MAX_TOKENS = 256
+# Of an H100 or H200.
+_MULTIPROCESSORS = 132
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
@@ -74,35 +76,77 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
     return {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
 
 
-def _tile_config(n: int, k: int, swiglu: bool, splits: int) -> dict[str, int] | None:
-    """Tile of the wgmma kernel, or None where the weight slice does not fit.
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Tile of the wgmma kernel: BM tokens, BN outputs, BK inputs a stage."""
 
-    Measured as above with Qwen3-0.6B at batch 24 / 32 / 48 / 64, norms counted in: 526 / 543 / 542
-    / 559 against cuBLAS's 714 / 707 / 745 / 725 for the linears alone. Of the constants, 16
-    outputs a tile instead of 32 cost qkv 22, four stages instead of eight there 47; 64 outputs a
-    tile cost the o projection 13. Gate, up and down of Qwen2-1.5B lost to cuBLAS (batch 32, small
-    kernels counted in: 1,507 with all four linears here, 1,265 with qkv and o, 1,456 with none):
-    hence the limit on the weight. So did Qwen3-8B at batch 64 and Qwen3-0.6B at batch 128.
+    BM: int
+    BN: int
+    BK: int
+    STAGES: int
+    SPLITS: int = 1
+
+    def programs(self, tokens: int, n: int) -> int:
+        return -(-tokens // self.BM) * (n // self.BN) * self.SPLITS
+
+
+def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
+    """The tile for a product, or None where cuBLAS is as fast.
+
+    From a search over 20 to 150 tiles a shape on an H200, each kernel chained with itself over 28
+    layers' weights in a graph; us a kernel, cuBLAS's with its SwiGLU kernel in brackets:
+
+    ===================  ===========  ===========  ===========  ============
+    batch                64           128          192          256
+    ===================  ===========  ===========  ===========  ============
+    [4096, 1024]         3.9 (5.4)    4.8 (5.3)    6.3 (5.9)    6.2 (6.3)
+    [1024, 2048]         3.0 (5.8)    3.8 (6.2)    4.3 (6.3)    4.8 (6.6)
+    2 x [3072, 1024]     4.7 (8.3)    5.9 (8.5)    8.8 (9.4)    8.5 (10.2)
+    [1024, 3072]         3.6 (8.0)    4.4 (8.1)    5.7 (7.8)    6.2 (7.8)
+    [2048, 1536]         3.4 (5.6)    4.3 (5.8)                 5.7 (5.9)
+    [1536, 1536]         2.9 (5.4)    4.1 (5.6)                 5.1 (6.0)
+    2 x [8960, 1536]     19.7 (21.2)  20.2 (22.5)               33.4 (26.4)
+    [1536, 8960]         9.1 (12.4)   11.7 (12.8)               18.1 (18.6)
+    ===================  ===========  ===========  ===========  ============
+
+    What the search says: one wave of programs on at least half of the multiprocessors, the ring in
+    all of the shared memory, and at most 1,024 inputs a program where the output is narrow. With
+    more than 2,560 inputs a program cuBLAS was ahead.
     """
-    parts = 2 if swiglu else 1
-    if k % (128 * splits) or n % 64 or n * k * parts > _TILE_WEIGHTS:
+    chunks = k // 128
+    if n % 64 or k % 128:
         return None
-    chunks = k // splits // 128
-    wide = splits > 1 and n // 32 * splits > 160
-    for bn in (64, 32, 16) if wide else (32, 16):
-        stages = min(chunks, 8, (_SHARED_BYTES - chunks * parts * bn * 256) // (64 * 256))
-        if stages >= min(3, chunks) and chunks <= 16:
-            return {"BN": bn, "CHUNKS": chunks, "STAGES": stages}
+    if swiglu:
+        return _gated_tile(tokens, n) if chunks <= 20 else None
+    for tile in (_Tile(64, 64, 128, 6), _Tile(128, 64, 128, 4)):
+        programs = tile.programs(tokens, n)
+        ways = [s for s in range(1, 9) if chunks % s == 0 and programs * s <= _MULTIPROCESSORS]
+        if not splittable:
+            ways = ways[:1]
+        enough = (s for s in ways if chunks // s <= 8 and programs * s >= 64)
+        splits = next(enough, max(ways, default=0))
+        if splits and chunks // splits <= 20 and (tile.BM == 64 or tokens > 64):
+            return replace(tile, SPLITS=splits)
     return None
 
 
-def skinny_splits(n: int, k: int) -> int:
-    """How many ways to split the input of a narrow [n, k] weight above MAX_FUSED_TOKENS tokens.
+def _gated_tile(tokens: int, n: int) -> _Tile | None:
+    """As `_tile_config`, for the gate and up projections in one."""
+    if tokens <= 128:
+        narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
+        if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
+            return narrow
+        # Small rings: two programs a multiprocessor, where one wave of them is not enough.
+        wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
+        return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
+    wide = _Tile(128, 64, 64, 6)
+    return wide if wide.programs(tokens, n) <= _MULTIPROCESSORS else None
 
-    Slices of 512 where they divide k, more where that would give more than 8 partial sums.
-    """
-    chunks = k // 128
-    return next((chunks // c for c in range(4, 17) if chunks % c == 0 and chunks // c <= 8), 1)
+
+def skinny_splits(tokens: int, n: int, k: int) -> int:
+    """How many ways to split the input of an [n, k] weight if a norm adds up what comes out."""
+    tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
+    return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
 
 def supports_skinny_linear(
@@ -116,7 +160,8 @@ def supports_skinny_linear(
         return False
     if tokens <= MAX_FUSED_TOKENS:
         return splits == 1 and k <= 16 * 1024
-    return _tile_config(n, k, swiglu, splits) is not None
+    tile = _tile_config(tokens, n, k, swiglu, splittable=splits > 1)
+    return tile is not None and splits == tile.SPLITS
 
 
 def skinny_linear(
@@ -132,7 +177,7 @@ def skinny_linear(
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 64 tokens, each part optional.
+    """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens, each part optional.
 
     Args:
         x: [M, K] bf16 or fp16; rows may be strided by a multiple of 16.
@@ -199,27 +244,50 @@ def skinny_linear(
             launch_pdl=pdl,
         )
         return out
-    tile = _tile_config(n, k, swiglu, splits)
+    _launch_tile(x, weight, bias, out, swiglu, splits, pdl)
+    return out
+
+
+def _launch_tile(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    swiglu: bool,
+    splits: int,
+    pdl: bool,
+) -> None:
+    (tokens, k), n = x.shape, out.shape[-1]
+    tile = _tile_config(tokens, n, k, swiglu, splittable=splits > 1)
     assert tile is not None
-    tile_kernel[(n // tile["BN"], splits)](
-        x,
-        weight,
+    warps = 8 if tile.BM * tile.BN * (2 if swiglu else 1) > 128 * 64 else 4
+    tile_kernel[(n // tile.BN, triton.cdiv(tokens, tile.BM), splits)](
+        _descriptor(x, tile.BM, tile.BK),
+        _descriptor(weight, tile.BN, tile.BK),
         x if bias is None else bias,
         out,
-        x.stride(0),
         out.stride(-2),
         out.stride(0) if splits > 1 else 0,
         tokens,
         n,
-        k,
-        **tile,
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        CHUNKS=k // tile.BK // splits,
+        STAGES=min(tile.STAGES, k // tile.BK // splits),
+        WARPS=warps,
         BIAS=bias is not None,
         SWIGLU=swiglu,
         PDL=pdl,
-        num_warps=4,
+        num_warps=warps,
         launch_pdl=pdl,
     )
-    return out
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
+    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
+    return TensorDescriptor.from_tensor(tensor, [rows, cols], layout)
 
 
 def skinny_linear_reference(

@@ -234,7 +234,7 @@ def test_skinny_linear_few_tokens(n: int, k: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("n", "k", "dtype"), GATED)
 def test_skinny_linear_swiglu(n: int, k: int, dtype: torch.dtype) -> None:
     weight, gain = _weight(2 * n, k, dtype), _randn(k, dtype=dtype)
-    for tokens in (1, 7, 16, 17, 40, 64):
+    for tokens in (1, 7, 16, 17, 64, 65, random.randint(66, 255), 256):
         if not supports_skinny_linear(tokens, n, k, swiglu=True):
             assert tokens > 16
             continue
@@ -249,9 +249,9 @@ def test_skinny_linear_swiglu(n: int, k: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("n", "k", "dtype"), WIDE + NARROW)
 def test_skinny_linear_many_tokens(n: int, k: int, dtype: torch.dtype) -> None:
     weight, bias = _weight(n, k, dtype), _randn(n, dtype=dtype)
-    splits = skinny_splits(n, k)
-    for tokens in (17, random.randint(18, 63), 64):
+    for tokens in (17, 64, 65, 128, random.randint(129, 255), 256):
         x = _randn(tokens, k, dtype=dtype)
+        splits = skinny_splits(tokens, n, k)
         if supports_skinny_linear(tokens, n, k):
             out = _poisoned(tokens, n, dtype=dtype)
             skinny_linear(x, weight, bias, out=out, pdl=True)
@@ -263,7 +263,7 @@ def test_skinny_linear_many_tokens(n: int, k: int, dtype: torch.dtype) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 128, 256])
 def test_dependent_launch_changes_nothing(tokens: int) -> None:
     """A chain that overwrites its own buffers gives the same bits with and without early launch."""
     hidden, inner, layers = 1024, 3072, 12
@@ -271,7 +271,7 @@ def test_dependent_launch_changes_nothing(tokens: int) -> None:
     down = [_weight(hidden, inner, torch.bfloat16) for _ in range(layers)]
     gain = _randn(hidden).abs()
     start = _randn(tokens, hidden)
-    splits = skinny_splits(hidden, inner)
+    splits = skinny_splits(tokens, hidden, inner)
     states = [torch.empty_like(start) for _ in range(2)]
     normed, act = torch.empty_like(start), _poisoned(tokens, inner)
     sums = _poisoned(splits, tokens, hidden, dtype=torch.float32)

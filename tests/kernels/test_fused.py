@@ -202,10 +202,12 @@ def test_sample_takes_the_lowest_of_equals() -> None:
 @interpreted
 def test_skinny_linear_shapes_and_refusals() -> None:
     """The interpreter does not know Gluon, so the kernels themselves are tested on a GPU."""
-    assert [skinny_splits(1024, k) for k in (2048, 3072, 1000)] == [4, 6, 1]
+    assert [skinny_splits(64, 1024, k) for k in (2048, 3072, 1000)] == [4, 4, 1]
+    assert [skinny_splits(tokens, 1024, 3072) for tokens in (8, 128, 256)] == [1, 3, 2]
     assert supports_skinny_linear(16, 48, 80)
     assert not supports_skinny_linear(17, 48, 80)
-    assert not supports_skinny_linear(65, 1024, 1024)
+    assert supports_skinny_linear(256, 1024, 1024)
+    assert not supports_skinny_linear(257, 1024, 1024)
     assert supports_skinny_linear(64, 3072, 1024, swiglu=True)
     x, weight = torch.randn(17, 1024), torch.randn(1024, 1024)
     with pytest.raises(ValueError, match="up to 16 tokens"):
