@@ -1,0 +1,167 @@
+"""The contract of a block manager: subclass BlockManagerContract and pytest does the rest."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from config import Config
+from engine.scheduler import ContinuousScheduler
+from engine.types import KVGeometry
+from tests.contracts.audit import AuditedBlocks
+from tests.contracts.driver import MakeBlocks, MakeScheduler
+from tests.contracts.scheduler import TogetherContract, run_machine
+from tests.contracts.traces import Combination
+
+
+def audited(
+    make_blocks: MakeBlocks, num_blocks: int, block_size: int, options: dict[str, Any]
+) -> AuditedBlocks:
+    """A manager of so many blocks."""
+    geometry = KVGeometry(1, 1, 1, block_size, num_blocks, dtype_bytes=4)
+    return AuditedBlocks(make_blocks(Config(model="none", **options), geometry))
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    """Any order of calls that the contract allows; the audit compares each answer."""
+
+    def __init__(self, make_blocks: MakeBlocks, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.make_blocks = make_blocks
+        self.options = options
+        self.tokens: dict[int, list[int]] = {}
+        self.past: list[list[int]] = []
+        self.next_id = 0
+
+    @initialize(num_blocks=st.integers(1, 12), block_size=st.sampled_from([1, 2, 4]))
+    def start(self, num_blocks: int, block_size: int) -> None:
+        self.blocks = audited(self.make_blocks, num_blocks, block_size, self.options)
+
+    @rule(
+        words=st.lists(st.integers(0, 1), max_size=6),
+        tail=st.lists(st.integers(0, 3), min_size=1, max_size=2),
+        salt=st.sampled_from(["", "", "salt"]),
+    )
+    def begin(self, words: list[int], tail: list[int], salt: str) -> None:
+        tokens = [word for word in words for _ in range(self.blocks.block_size)] + tail
+        self._begin(tokens, salt)
+
+    @precondition(lambda self: self.past)
+    @rule(which=st.integers(0), tail=st.lists(st.integers(0, 3), min_size=1, max_size=2))
+    def begin_again(self, which: int, tail: list[int]) -> None:
+        self._begin([*self.past[which % len(self.past)], *tail], "")
+
+    @precondition(lambda self: self.tokens)
+    @rule(which=st.integers(0), generated=st.lists(st.integers(0, 3), min_size=1, max_size=9))
+    def generate(self, which: int, generated: list[int]) -> None:
+        request_id = self._pick(which)
+        if self.blocks.grow(request_id, len(self.tokens[request_id]) + len(generated) - 1):
+            self.tokens[request_id] += generated
+
+    @precondition(lambda self: self.tokens)
+    @rule(which=st.integers(0), short=st.integers(1, 5))
+    def commit(self, which: int, short: int) -> None:
+        request_id = self._pick(which)
+        tokens, written = self.tokens[request_id], self.blocks.written
+        written[request_id] = max(written[request_id], len(tokens) - short)
+        self.blocks.commit(request_id, tokens, written[request_id])
+
+    @precondition(lambda self: self.tokens)
+    @rule(which=st.integers(0))
+    def release(self, which: int) -> None:
+        request_id = self._pick(which)
+        self.past.append(self.tokens.pop(request_id))
+        self.blocks.release(request_id)
+
+    def teardown(self) -> None:
+        if hasattr(self, "blocks"):
+            for request_id in self.tokens:
+                self.blocks.release(request_id)
+            self.blocks.check_idle()
+
+    def _begin(self, tokens: list[int], salt: str) -> None:
+        self.blocks.begin(self.next_id, tokens, salt)
+        if self.blocks.grow(self.next_id, len(tokens)):
+            self.tokens[self.next_id] = tokens
+        else:
+            self.blocks.release(self.next_id)
+        self.next_id += 1
+
+    def _pick(self, which: int) -> int:
+        return [*self.tokens][which % len(self.tokens)]
+
+
+class BlockManagerContract(TogetherContract):
+    """What a block manager must do, alone and under a scheduler.
+
+        class TestMyBlocks(BlockManagerContract):
+            make_blocks = MyBlockManager
+
+    Attributes:
+        make_blocks: the class or a factory.
+        make_scheduler: what it is driven by in the traces.
+    """
+
+    make_blocks: ClassVar[MakeBlocks]
+    make_scheduler: ClassVar[MakeScheduler] = ContinuousScheduler
+
+    def combinations(self, depth: int) -> list[Combination]:
+        make: Any = type(self)
+        return [Combination(make.make_scheduler, make.make_blocks, depth, self.options)]
+
+    def test_no_order_of_calls_breaks_a_rule(self) -> None:
+        make: Any = type(self).make_blocks
+        run_machine(partial(BlockManagerMachine, make, self.options), 5 * self.num_examples)
+
+    def test_an_empty_cache_finds_nothing(self) -> None:
+        blocks = self._blocks()
+        assert blocks.begin(0, [*range(20)]) == 0
+        blocks.release(0)
+        blocks.check_idle()
+
+    def test_a_prefix_is_found_again_whole_blocks_of_it_and_not_its_last_token(self) -> None:
+        blocks = self._caching()
+        tokens = [*range(22)]
+        self._serve(blocks, tokens)
+        for found, prompt in [(20, tokens), (16, tokens[:20]), (4, tokens[:5]), (0, tokens[:4])]:
+            assert blocks.begin(1, prompt) == found
+            blocks.release(1)
+        assert blocks.begin(1, [*tokens[:4], 77, *tokens[5:]]) == 4
+        blocks.release(1)
+        assert blocks.begin(1, tokens[4:]) == 0
+        blocks.release(1)
+        blocks.check_idle()
+
+    def test_salts_do_not_share(self) -> None:
+        blocks = self._caching()
+        self._serve(blocks, [*range(20)])
+        assert blocks.begin(1, [*range(20)], "salt") == 0
+
+    def test_a_reset_forgets(self) -> None:
+        blocks = self._caching()
+        self._serve(blocks, [*range(20)])
+        blocks.reset_prefix_cache()
+        assert blocks.begin(1, [*range(20)]) == 0
+
+    def _blocks(self) -> AuditedBlocks:
+        make: Any = type(self).make_blocks
+        return audited(make, 8, 4, self.options)
+
+    def _caching(self) -> AuditedBlocks:
+        blocks = self._blocks()
+        if not blocks.caches_prefixes:
+            pytest.skip("it caches no prefixes")
+        return blocks
+
+    @staticmethod
+    def _serve(blocks: AuditedBlocks, tokens: list[int]) -> None:
+        """The whole life of a request, with which it leaves its blocks behind."""
+        blocks.begin(0, tokens)
+        assert blocks.grow(0, len(tokens))
+        blocks.written[0] = len(tokens)
+        blocks.commit(0, tokens, len(tokens))
+        blocks.release(0)
