@@ -15,7 +15,7 @@ from engine.types import KVGeometry
 from tests.contracts.audit import AuditedBlocks
 from tests.contracts.driver import MakeBlocks, MakeScheduler
 from tests.contracts.scheduler import TogetherContract, run_machine
-from tests.contracts.traces import Combination
+from tests.contracts.traces import Combination, shipped_policies
 
 
 def audited(
@@ -110,8 +110,11 @@ class BlockManagerContract(TogetherContract):
     make_scheduler: ClassVar[MakeScheduler] = ContinuousScheduler
 
     def combinations(self, depth: int) -> list[Combination]:
-        make: Any = type(self)
-        return [Combination(make.make_scheduler, make.make_blocks, depth, self.options)]
+        cls: Any = type(self)
+        policies = shipped_policies(cls.make_scheduler, cls.make_blocks)
+        return [
+            Combination(cls.make_scheduler, cls.make_blocks, depth, self.options, policies),
+        ]
 
     def test_no_order_of_calls_breaks_a_rule(self) -> None:
         make: Any = type(self).make_blocks

@@ -39,7 +39,9 @@ def run_chunk(seed: int, indices: range) -> Tally:
             if index // len(combinations) % _PICKLED == 0:
                 driver.check_pickles()
         except Exception as error:
-            tally.failures.append((index, str(parts), f"{type(error).__name__}: {error}"))
+            tally.failures.append(
+                (index, f"{parts}, {trace.options}", f"{type(error).__name__}: {error}")
+            )
             continue
         seqs = driver.seqs
         tally.counts.update(
@@ -95,7 +97,7 @@ def main() -> int:
     print(", ".join(f"{count:,} {name}" for name, count in tally.counts.items()))
     print(f"{len(tally.failures)} violations in {time.monotonic() - begin:.1f} s")
     for index, parts, what in tally.failures[:3]:
-        print(f"\ntrace {index} ({parts}): {what}")
+        print(f"\ntrace {index}, {parts}: {what}")
         print(f"again: python -m tests.contracts.fuzz --seed {args.seed} --only {index}")
     return bool(tally.failures)
 

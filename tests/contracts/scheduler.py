@@ -17,12 +17,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine.types import BlockManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting
-from tests.contracts.traces import Combination, Trace
+from tests.contracts.traces import Combination, Trace, shipped_managers, shipped_policies
 from utils.errors import RequestTooLongError
-from utils.registry import parts_in
 
 _ENDS = [frozenset[int](), frozenset({0}), frozenset(range(12))]
 
@@ -193,8 +191,10 @@ class SchedulerContract(TogetherContract):
 
     def combinations(self, depth: int) -> list[Combination]:
         make: Any = type(self).make_scheduler
-        managers: Any = type(self).make_blocks or parts_in("memory", BlockManager).values()
-        return [Combination(make, blocks, depth, self.options) for blocks in managers]
+        return [
+            Combination(make, blocks, depth, self.options, shipped_policies(make, blocks))
+            for blocks in type(self).make_blocks or shipped_managers()
+        ]
 
     @pytest.mark.parametrize("depth", [0, 1])
     def test_no_running_request_starves(self, depth: int) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.types import BlockManager, Scheduler
 from tests.contracts.block_manager import BlockManagerContract
 from tests.contracts.scheduler import SchedulerContract
-from utils.registry import parts_in
+from tests.contracts.traces import shipped_managers, shipped_schedulers
 
 
 def _subclass(contract: type, field: str, part: Any) -> type:
@@ -15,8 +14,7 @@ def _subclass(contract: type, field: str, part: Any) -> type:
     return type(name, (contract,), {field: part, "__module__": __name__})
 
 
-# Found, not listed: a new part in these packages is tested from its first day on.
-for _part in parts_in("engine", Scheduler).values():
+for _part in shipped_schedulers():
     globals()[f"Test{_part.__name__}"] = _subclass(SchedulerContract, "make_scheduler", _part)
-for _part in parts_in("memory", BlockManager).values():
+for _part in shipped_managers():
     globals()[f"Test{_part.__name__}"] = _subclass(BlockManagerContract, "make_blocks", _part)

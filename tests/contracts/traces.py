@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from engine.policies.base import POLICIES
 from engine.types import BlockManager, Scheduler
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting
@@ -22,25 +23,46 @@ _STOPS = (frozenset({0}), frozenset({0, 3, 17}), frozenset[int]())
 
 @dataclass(frozen=True)
 class Combination:
-    """Parts that run together."""
+    """Parts that run together.
+
+    Attributes:
+        options: options of `Config`.
+        policies: what else may be chosen for an option; a trace draws one of each.
+    """
 
     scheduler: MakeScheduler
     blocks: MakeBlocks
     depth: int
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    policies: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         names = [getattr(part, "__name__", str(part)) for part in (self.scheduler, self.blocks)]
-        return f"{names[0]} x {names[1]}, depth {self.depth}, {self.options}"
+        return f"{names[0]} x {names[1]}, depth {self.depth}"
+
+
+def shipped_schedulers() -> list[Any]:
+    """Found, not listed: a new one is tested from its first day on."""
+    return list(parts_in("engine", Scheduler).values())
+
+
+def shipped_managers() -> list[Any]:
+    """Likewise."""
+    return list(parts_in("memory", BlockManager).values())
+
+
+def shipped_policies(scheduler: Any, blocks: Any) -> dict[str, list[str]]:
+    """For each option for a policy that these parts use, the names that the engine knows."""
+    del blocks
+    used = getattr(scheduler, "policies", ())
+    return {name: sorted(parts_in("engine.policies", POLICIES[name])) for name in used}
 
 
 def shipped() -> list[Combination]:
-    """Every scheduler with every block manager, depth and policy that the engine has."""
-    schedulers: list[Any] = [*parts_in("engine", Scheduler).values()]
-    managers: list[Any] = [*parts_in("memory", BlockManager).values()]
+    """Every scheduler with every block manager and depth that the engine has, and all policies."""
     return [
-        Combination(scheduler, blocks, depth, {})
-        for scheduler, blocks, depth in product(schedulers, managers, (0, 1))
+        Combination(scheduler, blocks, depth, policies=shipped_policies(scheduler, blocks))
+        for scheduler, blocks, depth in product(shipped_schedulers(), shipped_managers(), (0, 1))
     ]
 
 
@@ -55,6 +77,8 @@ class Trace:
         self._rng = rng = random.Random(seed)
         size = rng.choice(_BLOCK_SIZES)
         max_num_seqs = rng.randint(1, 6)
+        self.options = {name: rng.choice(names) for name, names in parts.policies.items()}
+        self.options |= parts.options
         self._setting = Setting(
             num_blocks=rng.randint(2, 24) if rng.random() < 0.8 else 200,
             block_size=size,
@@ -62,7 +86,7 @@ class Trace:
             budget=max_num_seqs + int(rng.expovariate(1 / 12)),
             depth=parts.depth,
             eos_chance=rng.choice((0.0, 0.05, 0.3)),
-            options=parts.options,
+            options=self.options,
         )
         self.driver = Driver(self._setting, parts.scheduler, parts.blocks)
         # Prompts are made of few words as long as a block, so that equal blocks appear behind
