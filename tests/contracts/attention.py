@@ -1,0 +1,219 @@
+"""The contract of an attention backend: subclass AttentionContract and pytest does the rest.
+
+The reference is attention written out in float64, over shuffled pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.types import KVGeometry
+from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
+from memory.kv_cache import KVCache, KVLayer
+
+MAX_LEN = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """Visible tokens, and how many of the last ones are queries."""
+
+    context: int
+    queries: int = 1
+
+
+@dataclass
+class Case:
+    """Requests with pages all over a cache in which everything else is NaN."""
+
+    spec: AttentionSpec
+    batch: AttentionBatch
+    kv: KVLayer
+    q: Tensor
+    expected: Tensor
+
+
+def make_case(
+    prefills: list[Request],
+    decodes: list[Request],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_order: bool = False,
+    seed: int = 0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    requests = prefills + decodes
+    max_blocks = -(-MAX_LEN // block_size)
+    num_slots = len(requests) + 2
+    num_blocks = num_slots * max_blocks
+    spec = AttentionSpec(
+        heads, kv_heads, head_dim, 0.11, block_size, MAX_LEN, num_slots, dtype, device
+    )
+    geometry = KVGeometry(1, kv_heads, head_dim, block_size, num_blocks, dtype.itemsize)
+    (kv,) = KVCache(geometry, dtype, device).layers()
+    kv.flat.fill_(float("nan"))
+    order = (
+        torch.arange(num_blocks) if in_order else torch.randperm(num_blocks, generator=generator)
+    )
+    # Whatever is not written below is stale: blocks of other requests, or of none.
+    tables = order.view(num_slots, max_blocks).int().to(device)
+    slots = torch.randperm(num_slots, generator=generator)[: len(requests)]
+    queries, outputs = [], []
+    for request, slot in zip(requests, slots.tolist(), strict=True):
+        n, length = request.queries, request.context
+        keys, values = (
+            torch.randn(length, kv_heads, head_dim, generator=generator).to(device, dtype)
+            for _ in "kv"
+        )
+        for position in range(length):
+            block = int(tables[slot, position // block_size])
+            kv.k[block, position % block_size] = keys[position]
+            kv.v[block, position % block_size] = values[position]
+        q = torch.randn(n, heads, head_dim, generator=generator).to(device, dtype)
+        queries.append(q)
+        outputs.append(_naive(q, keys, values, spec.scale))
+    counts = [request.queries for request in prefills]
+    batch = AttentionBatch(
+        block_tables=tables,
+        slots=slots.to(device),
+        context_lens=torch.tensor([request.context for request in requests], device=device),
+        query_start=torch.tensor([0, *counts], device=device).cumsum(0),
+        num_prefills=len(prefills),
+        num_prefill_tokens=sum(counts),
+        max_query_len=max(counts, default=0),
+        max_context_len=max((request.context for request in prefills), default=0),
+    )
+    return Case(spec, batch, kv, torch.cat(queries), torch.cat(outputs).to(dtype))
+
+
+def _naive(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last len(q) positions, one head at a time, in float64."""
+    n, heads, _ = q.shape
+    length, kv_heads, _ = keys.shape
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for head in range(heads):
+        kv_head = head // (heads // kv_heads)
+        scores = q[:, head].double() @ keys[:, kv_head].double().T * scale
+        for row in range(n):
+            visible = length - n + row + 1
+            weights = torch.softmax(scores[row, :visible], dim=0)
+            out[row, head] = weights @ values[:visible, kv_head].double()
+    return out.flatten(1)
+
+
+PREFILLS = [Request(40, 40), Request(1, 1), Request(50, 7), Request(33, 1), Request(17, 16)]
+DECODES = [Request(1), Request(16), Request(17), Request(150), Request(64)]
+MIXTURES = {
+    "prefill": ([Request(40, 40)], []),
+    "prefill-with-prefix": ([Request(70, 9)], []),
+    "prefills": (PREFILLS, []),
+    "decode": ([], [Request(45)]),
+    "decodes": ([], DECODES),
+    "decodes-of-one-length": ([], [Request(35)] * 3),
+    "one-of-each": ([Request(20, 20)], [Request(31)]),
+    "mixed": (PREFILLS, DECODES),
+}
+
+
+class AttentionContract:
+    """What an attention backend must compute.
+
+        class TestMyAttention(AttentionContract):
+            make_backend = MyAttention
+
+    What `unsupported` refuses is skipped, with the reason.
+
+    Attributes:
+        make_backend: the class.
+        device: where.
+        dtypes: of queries and cache.
+    """
+
+    make_backend: ClassVar[type[AttentionBackend]]
+    device: ClassVar[str] = "cpu"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
+
+    @pytest.mark.parametrize("in_order", [False, True], ids=["shuffled", "in-order"])
+    @pytest.mark.parametrize("name", MIXTURES)
+    def test_mixtures_of_prefills_and_decodes(self, name: str, in_order: bool) -> None:
+        for dtype in self.dtypes:
+            self.check(self.case(*MIXTURES[name], in_order=in_order, dtype=dtype))
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (2, 1), (8, 2), (6, 1), (12, 2)])
+    def test_group_sizes(self, heads: int, kv_heads: int, head_dim: int) -> None:
+        self.check(self.case(heads=heads, kv_heads=kv_heads, head_dim=head_dim))
+
+    @pytest.mark.parametrize("block_size", [16, 32, 64, 256])
+    def test_block_sizes(self, block_size: int) -> None:
+        self.check(self.case(block_size=block_size))
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_random_mixtures(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def below(limit: int) -> int:
+            return int(torch.randint(1, limit, (1,), generator=generator))
+
+        prefills = []
+        for _ in range(below(4)):
+            context = below(MAX_LEN)
+            prefills.append(Request(context, below(context + 1)))
+        decodes = [Request(below(MAX_LEN)) for _ in range(below(6))]
+        self.check(self.case(prefills, decodes, seed=seed))
+
+    def test_rows_of_queries_may_be_strided(self) -> None:
+        """They are a part of each row of the QKV projection."""
+        case = self.case()
+        shape = (case.q.shape[0], 9, case.q.shape[2])
+        wide = torch.full(shape, float("nan"), dtype=case.q.dtype, device=case.q.device)
+        wide[:, :4] = case.q
+        self.check(case, wide[:, :4])
+
+    def test_the_pages_are_left_as_they_were(self) -> None:
+        case = self.case()
+        before = case.kv.flat.clone()
+        self.check(case)
+        assert torch.equal(case.kv.flat.nan_to_num(7.0), before.nan_to_num(7.0))
+
+    def test_what_is_prepared_serves_every_layer(self) -> None:
+        case = self.case()
+        backend = type(self).make_backend(case.spec)
+        prepared: Any = backend.prepare(case.batch)
+        first = backend.attend(case.q, case.kv, prepared).clone()
+        assert torch.equal(backend.attend(case.q, case.kv, prepared), first)
+
+    def case(
+        self,
+        prefills: list[Request] | None = None,
+        decodes: list[Request] | None = None,
+        **options: Any,
+    ) -> Case:
+        """Requests, a mixture if none are given, on this device."""
+        if prefills is None or decodes is None:
+            prefills, decodes = MIXTURES["mixed"]
+        options = {"dtype": self.dtypes[0], "device": torch.device(self.device), **options}
+        made = make_case(prefills, decodes, **options)
+        reason = type(self).make_backend.unsupported(made.spec)
+        if reason is not None:
+            pytest.skip(reason)
+        return made
+
+    def check(self, case: Case, q: Tensor | None = None) -> None:
+        """Compare with the reference."""
+        backend = type(self).make_backend(case.spec)
+        out = backend.attend(case.q if q is None else q, case.kv, backend.prepare(case.batch))
+        # Sums of hundreds of products in float32; probabilities and outputs rounded to 16 bits.
+        tolerance = 1e-5 if case.spec.dtype == torch.float32 else 2e-2
+        assert out.shape == case.expected.shape
+        torch.testing.assert_close(out, case.expected, rtol=tolerance, atol=tolerance)
