@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from engine.types import BlockManager
+from engine.types import BlockManager, PendingPrefix
 from utils.errors import ContractError
 
 
@@ -42,10 +42,10 @@ class AuditedBlocks:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def begin(self, request_id: int, token_ids: list[int], *salt: str, **named: str) -> int:
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         """Hits must be whole blocks, fewer than all tokens, and hold what the request needs."""
         require(request_id not in self._tables, f"begin({request_id}) of a request that has begun")
-        cached = self.inner.begin(request_id, token_ids, *salt, **named)
+        cached = self.inner.begin(request_id, token_ids, cache_salt)
         table = self.inner.table(request_id)
         require(
             cached % self._size == 0 and 0 <= cached < max(len(token_ids), 1),
@@ -55,7 +55,7 @@ class AuditedBlocks:
             len(table) == cached // self._size,
             f"begin({request_id}) found {cached} tokens and made a table of {len(table)} blocks",
         )
-        keys = self._chain([hash((*salt, *named.values()))], token_ids, cached)
+        keys = self._chain([hash(cache_salt)], token_ids, cached)
         for index, block in enumerate(table):
             require(
                 self._content.get(block) == keys[index + 1],
@@ -115,6 +115,15 @@ class AuditedBlocks:
         del self._keys[request_id], self.written[request_id]
         self.inner.release(request_id)
         self._check_count(f"release({request_id})")
+
+    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+        """Whole blocks, fewer than all tokens, that a request which has begun will compute."""
+        prefix: PendingPrefix | None = self.inner.pending(token_ids, cache_salt)
+        if prefix is not None:
+            size, what = self._size, f"pending({token_ids}) is {prefix}"
+            require(prefix.request_id in self._tables, f"{what}: that request has not begun")
+            require(prefix.num_tokens % size == 0 < prefix.num_tokens < len(token_ids), what)
+        return prefix
 
     def check_idle(self) -> None:
         """No request holds a block, and every block is free."""

@@ -52,6 +52,7 @@ def run_chunk(seed: int, indices: range) -> Tally:
             stopped=sum(seq.finish_reason == "stop" for seq in seqs),
             preemptions=sum(seq.num_preemptions for seq in seqs),
             hit_tokens=driver.blocks.num_hit_tokens,
+            evicted_blocks=driver.blocks.stats.evicted_blocks,
         )
     return tally
 
@@ -94,7 +95,7 @@ def main() -> int:
         Trace(f"{args.seed}-{args.only}", shipped()[args.only % len(shipped())]).run()
         return 0
     tally = fuzz(args.traces, seed=args.seed, jobs=args.jobs, seconds=args.seconds)
-    print(", ".join(f"{count:,} {name}" for name, count in tally.counts.items()))
+    print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in tally.counts.items()))
     print(f"{len(tally.failures)} violations in {time.monotonic() - begin:.1f} s")
     for index, parts, what in tally.failures[:3]:
         print(f"\ntrace {index}, {parts}: {what}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.policies.base import POLICIES
 from engine.types import BlockManager, Scheduler
+from memory.eviction import EvictionPolicy
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting
 from utils.errors import RequestTooLongError
@@ -53,9 +54,11 @@ def shipped_managers() -> list[Any]:
 
 def shipped_policies(scheduler: Any, blocks: Any) -> dict[str, list[str]]:
     """For each option for a policy that these parts use, the names that the engine knows."""
-    del blocks
     used = getattr(scheduler, "policies", ())
-    return {name: sorted(parts_in("engine.policies", POLICIES[name])) for name in used}
+    names = {option: sorted(parts_in("engine.policies", POLICIES[option])) for option in used}
+    if getattr(blocks, "caches_prefixes", False):
+        names["eviction_policy"] = sorted(parts_in("memory", EvictionPolicy))
+    return names
 
 
 def shipped() -> list[Combination]:
