@@ -9,7 +9,7 @@ from typing import Any
 from config import Config
 from engine.llm_engine import LLMEngine
 from engine.sequence import Sequence
-from engine.types import CacheStats
+from engine.types import CacheStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
 from utils.progress import Progress
@@ -37,6 +37,9 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         self._closed = False
         self._engine = LLMEngine(Config.from_options(model, **options))
+        # Requests of add_request: unfinished, and ended but not yet returned by step.
+        self._added: dict[int, Sequence] = {}
+        self._ended: list[Sequence] = []
         try:
             self._tokenizer = self._engine.checkpoint.load_tokenizer()
         except BaseException:
@@ -69,15 +72,15 @@ class LLM:
         Returns:
             One dictionary per prompt, in order: `text` (without special tokens; empty if the
             checkpoint has no tokenizer), `token_ids` (of the output, an end-of-sequence token
-            included), `finish_reason` ("stop" or "length") and `prompt_token_ids`.
+            included), `finish_reason` ("stop", "length" or "abort") and
+            `prompt_token_ids`.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; then nothing was started.
             StepError: the device failed.
             EngineClosedError: after close().
         """
-        if self._closed:
-            raise EngineClosedError("generate() after close(); construct a new LLM")
+        self._check_open()
         token_lists = self._tokenized(prompts)
         params = self._params_per_prompt(sampling_params, len(token_lists))
         seqs: list[Sequence] = []
@@ -86,8 +89,7 @@ class LLM:
                 seqs.append(self._engine.add_request(tokens, one))
             self._run(seqs, use_tqdm)
         except RequestError:
-            for seq in seqs:
-                self._engine.abort(seq.request_id)
+            self._engine.withdraw(seqs)
             raise
         except BaseException:
             self._engine.reset()
@@ -106,6 +108,54 @@ class LLM:
         """
         self._engine.reset_prefix_cache()
 
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue one request, to be run by `step` (or beside those of `generate`).
+
+        Returns:
+            Its id: for `abort`, and in the output that `step` returns.
+
+        Raises:
+            RequestError, EngineClosedError: as `generate`.
+        """
+        self._check_open()
+        (params,) = self._params_per_prompt(sampling_params, 1)
+        seq = self._engine.add_request(self._tokenize(prompt), params)
+        self._added[seq.request_id] = seq
+        return seq.request_id
+
+    def step(self) -> list[dict[str, Any]]:
+        """Run one step of all requests.
+
+        Returns:
+            The outputs, as of `generate` and with `request_id`, of the requests of `add_request`
+            that have ended.
+
+        Raises:
+            StepError: the device failed; the next `step` returns the requests that it ended.
+            EngineClosedError: after close().
+        """
+        self._check_open()
+        self._advance()
+        if not self._engine.has_unfinished:
+            # What is left here was ended by an exception.
+            self._ended += self._added.values()
+            self._added.clear()
+        ended, self._ended = self._ended, []
+        return [{"request_id": seq.request_id, **self._output(seq)} for seq in ended]
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do or to return."""
+        return bool(self._added or self._ended) or self._engine.has_unfinished
+
+    def abort(self, request_id: int) -> None:
+        """End a request at the next step, with finish_reason "abort" and the tokens it has.
+
+        May be called at any time and from any thread, while `generate` or `step` runs as well;
+        unknown and finished requests are passed over.
+        """
+        self._engine.abort(request_id)
+
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""
         self._closed = True
@@ -123,13 +173,25 @@ class LLM:
         self.close()
 
     def _run(self, seqs: list[Sequence], use_tqdm: bool) -> None:
+        left = {seq.request_id for seq in seqs}
         with Progress(len(seqs), enabled=use_tqdm) as progress:
-            while any_left(seqs):
-                plan, finished = self._engine.step()
-                progress.update(plan, len(finished))
+            while left and self._engine.has_unfinished:
+                plan, finished = self._advance()
+                before = len(left)
+                left.difference_update(seq.request_id for seq in finished)
+                progress.update(plan, before - len(left))
         # Requests that ended by a stop token may have a last step in flight.
-        while self._engine.has_unfinished:
-            self._engine.step()
+        while not self._added and self._engine.has_unfinished:
+            self._advance()
+
+    def _advance(self) -> tuple[StepPlan | None, list[Sequence]]:
+        plan, finished = self._engine.step()
+        self._ended += [seq for seq in finished if self._added.pop(seq.request_id, None)]
+        return plan, finished
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the LLM was closed; construct a new one")
 
     def _tokenized(
         self, prompts: Prompt | list[str] | list[list[int]] | list[Prompt]
@@ -197,8 +259,3 @@ class LLM:
             "finish_reason": seq.finish_reason,
             "prompt_token_ids": seq.token_ids[: seq.num_prompt_tokens],
         }
-
-
-def any_left(seqs: list[Sequence]) -> bool:
-    """Whether one of `seqs` has not finished."""
-    return any(seq.finish_reason is None for seq in seqs)

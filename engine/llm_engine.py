@@ -50,6 +50,7 @@ class LLMEngine:
         make_runner = find_part("model_runner", config.model_runner, ModelRunner, "engine")
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}
+        self._aborts: deque[int] = deque()
         self._next_request_id = 0
         self._closed = False
         self._runner: ModelRunner = construct(
@@ -102,7 +103,7 @@ class LLMEngine:
 
         Returns:
             The step that was committed (None if there was nothing to do) and the requests that
-            finished with it.
+            finished with it or were aborted before it.
 
         Raises:
             StepError: the step failed. As after any other exception (a part's mistake, Ctrl-C)
@@ -111,35 +112,52 @@ class LLMEngine:
         self._check_usable()
         self._stale = True
         try:
+            aborted = self._abort_asked()
             while len(self._pipeline) <= self._depth and (plan := self._scheduler.schedule()):
                 self._pipeline.append((plan, self._runner.execute(plan)))
-            if not self._pipeline:
-                outcome = self._nothing_planned()
-            else:
-                plan, handle = self._pipeline[0]
-                finished = self._scheduler.commit(plan, handle.result())
-                self._pipeline.popleft()
-                for seq in finished:
-                    del self._live[seq.request_id]
-                outcome = plan, finished
+            committed, finished = self._commit_oldest()
         except BaseException:
             self.reset("error")
             raise
         self._stale = False
-        return outcome
+        return committed, aborted + finished
 
-    def _nothing_planned(self) -> tuple[StepPlan | None, list[Sequence]]:
-        if self._scheduler.has_unfinished:
-            raise StepError(
-                f"{type(self._scheduler).__name__} planned nothing although requests are "
-                "unfinished and nothing is in flight"
-            )
-        return None, []
+    def _commit_oldest(self) -> tuple[StepPlan | None, list[Sequence]]:
+        if not self._pipeline:
+            if self._scheduler.has_unfinished:
+                raise StepError(
+                    f"{type(self._scheduler).__name__} planned nothing although requests are "
+                    "unfinished and nothing is in flight"
+                )
+            return None, []
+        plan, handle = self._pipeline[0]
+        finished = self._scheduler.commit(plan, handle.result())
+        self._pipeline.popleft()
+        for seq in finished:
+            del self._live[seq.request_id]
+        return plan, finished
 
     def abort(self, request_id: int) -> None:
-        """End a request early; unknown and finished ones are passed over."""
-        self._scheduler.abort(request_id)
-        self._live.pop(request_id, None)
+        """End a request at the next `step`; may be called from any thread at any time.
+
+        Unknown and finished requests are passed over.
+        """
+        # Appending is atomic, so that no step ever sees half of it.
+        self._aborts.append(request_id)
+
+    def withdraw(self, seqs: list[Sequence]) -> None:
+        """End requests at once, between steps."""
+        for seq in seqs:
+            if self._scheduler.abort(seq.request_id):
+                del self._live[seq.request_id]
+
+    def _abort_asked(self) -> list[Sequence]:
+        aborted = []
+        while self._aborts:
+            if seq := self._scheduler.abort(self._aborts.popleft()):
+                del self._live[seq.request_id]
+                aborted.append(seq)
+        return aborted
 
     def reset(self, reason: str = "abort") -> None:
         """End every request, wait for what is in flight, and go on with fresh parts.

@@ -22,7 +22,7 @@ from engine.types import StepHandle, StepPlan, StepResult
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
 from tests.custom_parts import OneAtATime, ShuffledBlocks, make_one_at_a_time
-from utils.errors import CheckpointError, EngineClosedError, StepError
+from utils.errors import CheckpointError, EngineClosedError, RequestError, StepError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 RANDOM = SamplingParams(temperature=1.0, max_tokens=12, seed=5, ignore_eos=True)
@@ -377,6 +377,99 @@ def _step_all(llms: list[LLM], seqs: list[list[Sequence]]) -> None:
     for llm in llms:
         while llm._engine.has_unfinished:
             llm._engine.step()
+
+
+class TestRequestsOneByOne:
+    """add_request, step and abort."""
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    def test_outputs_are_those_of_generate(self, small: Path, depth: int) -> None:
+        with _small_llm(small, pipeline_depth=depth, max_num_seqs=2) as llm:
+            expected = dict(enumerate(_generate(llm, PROMPTS)))
+            first = llm.add_request(PROMPTS[0], GREEDY)
+            ids = [first] + [llm.add_request(prompt, GREEDY) for prompt in PROMPTS[1:]]
+            outputs = _step_to_the_end(llm)
+            _assert_idle(llm)
+        assert sorted(outputs) == ids
+        assert {i: outputs[ids[i]]["token_ids"] for i in expected} == expected
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
+    def test_abort_after_any_step(self, small: Path, depth: int, num_steps: int) -> None:
+        with _small_llm(small, pipeline_depth=depth, max_num_seqs=2) as llm:
+            alone = _generate(llm, PROMPTS)
+            ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+            outputs: dict[int, dict[str, Any]] = {}
+            for _ in range(num_steps):
+                outputs |= {out["request_id"]: out for out in llm.step()}
+            llm.abort(ids[0])
+            llm.abort(ids[2])
+            llm.abort(ids[0])
+            llm.abort(10**6)
+            outputs |= _step_to_the_end(llm)
+            _assert_idle(llm)
+        reasons = [outputs[i]["finish_reason"] for i in ids]
+        assert reasons == ["abort", "length", "abort", "length"]
+        for i, tokens in zip(ids, alone, strict=True):
+            part = outputs[i]["token_ids"]
+            assert part == (
+                tokens if outputs[i]["finish_reason"] == "length" else tokens[: len(part)]
+            )
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    def test_abort_from_another_thread_ends_a_request_of_generate(
+        self, small: Path, depth: int
+    ) -> None:
+        with _small_llm(small, pipeline_depth=depth) as llm:
+            request_id = llm.add_request(PROMPTS[0], GREEDY)
+            stop = threading.Event()
+
+            def abort_all() -> None:
+                while not stop.wait(1e-3):
+                    llm.abort(request_id + 1)
+
+            thread = threading.Thread(target=abort_all)
+            thread.start()
+            long = SamplingParams(temperature=0, max_tokens=125, ignore_eos=True)
+            outputs = llm.generate([[1], [2]], [long, GREEDY], use_tqdm=False)
+            stop.set()
+            thread.join()
+            (beside,) = _step_to_the_end(llm).values()
+            _assert_idle(llm)
+        assert [out["finish_reason"] for out in outputs] == ["abort", "length"]
+        assert len(outputs[0]["token_ids"]) < 125
+        assert (beside["request_id"], beside["finish_reason"]) == (request_id, "length")
+
+    def test_a_failed_step_ends_all_and_tells_the_next(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            llm.add_request(PROMPTS[0], GREEDY)
+            llm.step()
+            scheduler: Any = llm._engine._scheduler
+            scheduler.schedule = lambda: None
+            with pytest.raises(StepError, match="planned nothing"):
+                llm.step()
+            (out,) = _step_to_the_end(llm).values()
+            assert out["finish_reason"] == "error"
+            assert len(out["token_ids"]) == 1
+            assert not llm.has_unfinished
+
+    def test_requests_are_checked(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            with pytest.raises(RequestError, match="is empty"):
+                llm.add_request([])
+            assert not llm.has_unfinished
+            assert llm.step() == []
+        with pytest.raises(EngineClosedError):
+            llm.add_request([1])
+        with pytest.raises(EngineClosedError):
+            llm.step()
+
+
+def _step_to_the_end(llm: LLM) -> dict[int, dict[str, Any]]:
+    outputs: dict[int, dict[str, Any]] = {}
+    while llm.has_unfinished:
+        outputs |= {out["request_id"]: out for out in llm.step()}
+    return outputs
 
 
 class TestTwoEngines:
