@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.sequence import Sequence
-from engine.types import BlockManager, BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepResult
+from engine.types import (
+    BlockManager,
+    BlockUpdate,
+    NewRequest,
+    PendingPrefix,
+    PrefillChunk,
+    StepPlan,
+    StepResult,
+)
 from utils.errors import RequestTooLongError
 
 
@@ -42,6 +50,9 @@ class Ledger:
         self.prefilling: dict[int, Sequence] = {}
         self.decoding: dict[int, Sequence] = {}
         self.num_in_flight = 0
+        # By the running request whose prefix they wait for: (tokens it has to commit, request).
+        self._followers: dict[int, list[tuple[int, Sequence]]] = {}
+        self._woken: list[Sequence] = []
 
     @property
     def num_free_slots(self) -> int:
@@ -116,6 +127,37 @@ class Ledger:
         self._grown[slot] = 0
         self.running[seq.request_id] = self.prefilling[seq.request_id] = seq
         return True
+
+    def pending(self, seq: Sequence) -> PendingPrefix | None:
+        """A prefix of the request that a running one is about to compute: worth waiting for."""
+        return self._blocks.pending(seq.token_ids, seq.sampling.cache_salt)
+
+    def follow(self, seq: Sequence, prefix: PendingPrefix) -> bool:
+        """Let a request wait until `woken` returns it: its prefix has come, or never will.
+
+        False if as many wait as could ever run: a step's cost must not grow with the queue.
+        """
+        if sum(map(len, self._followers.values())) >= len(self._holder):
+            return False
+        self._followers.setdefault(prefix.request_id, []).append((prefix.num_tokens, seq))
+        return True
+
+    def unfollow(self, seq: Sequence) -> bool:
+        """Forget a request that waits for a prefix; False if it does not."""
+        for followers in self._followers.values():
+            for i, (_, follower) in enumerate(followers):
+                if follower is seq:
+                    del followers[i]
+                    return True
+        if seq in self._woken:
+            self._woken.remove(seq)
+            return True
+        return False
+
+    def woken(self) -> list[Sequence]:
+        """Requests that need not wait for a prefix any longer; each is returned once."""
+        woken, self._woken = self._woken, []
+        return woken
 
     def reserve(self, seq: Sequence) -> bool:
         """Make sure that the next position has a block; False, unchanged, if none is free."""
@@ -224,6 +266,8 @@ class Ledger:
                     break
             if committed // block_size != before // block_size:
                 self._blocks.commit(seq.request_id, token_ids, committed)
+                if seq.request_id in self._followers:
+                    self._wake(seq.request_id, committed)
             if reason is not None:
                 finished.append(seq)
                 self.finish(seq, reason)
@@ -240,9 +284,20 @@ class Ledger:
         for group in (self.running, self.prefilling, self.decoding):
             group.pop(seq.request_id, None)
 
+    def _wake(self, request_id: int, num_committed: int | None) -> None:
+        """End the wait of those whose prefix has been committed; of all if nothing more comes."""
+        followers = self._followers.pop(request_id)
+        for num_tokens, seq in followers:
+            if num_committed is None or num_tokens <= num_committed:
+                self._woken.append(seq)
+            else:
+                self._followers.setdefault(request_id, []).append((num_tokens, seq))
+
     def _release(self, seq: Sequence) -> None:
         assert seq.slot is not None
         self._blocks.release(seq.request_id)
+        if seq.request_id in self._followers:
+            self._wake(seq.request_id, None)
         self._new.pop(seq.slot, None)
         self._grown.pop(seq.slot, None)
         self._holder[seq.slot] = None

@@ -9,7 +9,7 @@ from config import Config
 from engine.ledger import Ledger
 from engine.policies.base import QueuePolicy, make_policy
 from engine.sequence import Sequence
-from engine.types import BlockManager, Scheduler, StepPlan, StepResult
+from engine.types import BlockManager, PendingPrefix, Scheduler, StepPlan, StepResult
 
 
 class QueuedScheduler(Scheduler):
@@ -54,6 +54,18 @@ class QueuedScheduler(Scheduler):
         del self._waiting[seq.request_id]
         return True
 
+    def defer(self, seq: Sequence, prefix: PendingPrefix) -> bool:
+        """Let the first of the queue wait for a prefix, and others pass; False if too many wait."""
+        if not self.ledger.follow(seq, prefix):
+            return False
+        self.queue.pop()
+        return True
+
+    def rejoin(self) -> None:
+        """Put those that waited for a prefix back into the queue."""
+        for seq in self.ledger.woken():
+            self.wait(seq)
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         finished = self.ledger.commit(plan, result)
         for seq in finished:
@@ -64,7 +76,10 @@ class QueuedScheduler(Scheduler):
         seq = self._waiting.pop(request_id, None)
         if seq is not None:
             self.ledger.finish(seq, "abort")
-            self.queue.discard(seq)
+            if self.ledger.unfollow(seq):
+                self.queue.ended(seq)
+            else:
+                self.queue.discard(seq)
         elif seq := self.ledger.running.get(request_id):
             self.ledger.finish(seq, "abort")
             self.queue.ended(seq)

@@ -63,13 +63,18 @@ class ContinuousScheduler(QueuedScheduler):
         return budget - left
 
     def _admit_first(self) -> Sequence | None:
-        seq = self.queue.first() if self.ledger.num_free_slots else None
-        if seq is None:
-            return None
-        # Alone, every request fits: no policy may keep the engine from going on.
-        if self.ledger.running and not self._admission.admits(seq, self.ledger):
-            return None
-        return seq if self.admit(seq) else None
+        self.rejoin()
+        while self.ledger.num_free_slots and (seq := self.queue.first()):
+            # Alone, every request fits: no policy may keep the engine from going on.
+            if self.ledger.running and not self._admission.admits(seq, self.ledger):
+                break
+            prefix = self.ledger.pending(seq)
+            if prefix is None:
+                return seq if self.admit(seq) else None
+            # What a running request is about to compute is not computed twice.
+            if not self.defer(seq, prefix):
+                break
+        return None
 
     def _reserve_decodes(self) -> int | None:
         """A block for each next decode position; the number of preemptions, None to drain."""
