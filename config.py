@@ -25,6 +25,7 @@ _PARTS = (
     "preemption_policy",
     "step_policy",
 )
+_MAX_RANKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,9 @@ class Config:
         kvcache_block_size: tokens per KV block, a multiple of 16.
         num_kvcache_blocks: KV blocks; None derives them from kvcache_memory_bytes or, on CUDA,
             from gpu_memory_utilization.
-        kvcache_memory_bytes: bytes for the KV cache, instead of num_kvcache_blocks. If neither
-            is given on a CPU: enough for max_num_seqs full contexts, at most 1 GiB.
+        kvcache_memory_bytes: bytes for the KV cache of one device, instead of
+            num_kvcache_blocks. If neither is given on a CPU: enough for max_num_seqs full
+            contexts, at most 1 GiB.
         enable_cuda_graphs: replay captured graphs for decode steps. None: wherever possible.
         enforce_eager: never capture graphs.
         enable_prefix_caching: share KV blocks between equal prefixes. None: on, unless the block
@@ -54,7 +56,7 @@ class Config:
         eviction_policy: which cached block is given up first: "lru" the least recently used,
             "lfu" the least often found, "cost" the cheapest to compute again; or as for
             attention_backend.
-        tensor_parallel_size: devices that share one model.
+        tensor_parallel_size: devices that share one model, 1 to 8; each has a process of its own.
         attention_backend: name, "package.module:Class", class or factory; "auto" takes the
             fastest that works here.
         pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
@@ -166,6 +168,13 @@ class Config:
         use = self.gpu_memory_utilization
         if not isinstance(use, (int, float)) or isinstance(use, bool) or not 0 < use <= 1:
             raise ConfigError("gpu_memory_utilization", use, "must be in (0, 1]", "Use e.g. 0.9.")
+        if self.tensor_parallel_size > _MAX_RANKS:
+            raise ConfigError(
+                "tensor_parallel_size",
+                self.tensor_parallel_size,
+                f"must be at most {_MAX_RANKS}, the devices of one host",
+                f"Use {_MAX_RANKS} or fewer.",
+            )
         if self.pipeline_depth is not None and self.pipeline_depth > 1:
             raise ConfigError(
                 "pipeline_depth", self.pipeline_depth, "must be 0 or 1", "Use 1 to overlap."

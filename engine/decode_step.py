@@ -10,6 +10,7 @@ from engine.cuda_graph import DecodeGraphs
 from engine.types import StepPlan
 from layers.attention.base import AttentionBackend, AttentionBatch
 from layers.forward_batch import ForwardBatch
+from layers.sampler import Sampler
 from memory.kv_cache import KVLayer
 from models.base import CausalLM
 
@@ -21,6 +22,7 @@ class DecodeStep:
         self,
         model: CausalLM,
         backend: AttentionBackend,
+        sampler: Sampler,
         tables: SlotTables,
         kv: list[KVLayer],
         block_size: int,
@@ -29,6 +31,7 @@ class DecodeStep:
 
         self._model = model
         self._backend = backend
+        self._sampler = sampler
         self._tables = tables
         self._kv = kv
         self._block_size = block_size
@@ -41,7 +44,6 @@ class DecodeStep:
 
     def __call__(self, slots: Tensor) -> Tensor:
         """Enqueue a step for `slots` [B] int64; returns the sampled tokens [B]."""
-        from layers.kernels.sampling import sample
         from layers.kernels.slots import gather_decode, scatter_tokens
 
         tables, rows = self._tables, self._rows.first(slots.shape[0])
@@ -74,7 +76,8 @@ class DecodeStep:
             sampled_rows=None,
         )
         # A new token's position is the number of tokens before it.
-        tokens = sample(self._model(batch), rows.temperatures, rows.seeds, rows.context_lens)
+        logits = self._model(batch)
+        tokens = self._sampler(logits, rows.temperatures, rows.seeds, rows.context_lens)
         scatter_tokens(tokens, rows, tables.tokens, tables.num_computed)
         return tokens
 

@@ -53,6 +53,9 @@ class _Future(StepHandle):
             raise StepError(f"step {self._step_id} failed: {error}") from error
         return StepResult(self._step_id, tokens.unsqueeze(1).tolist())
 
+    def done(self) -> bool:
+        return self._tokens.done()
+
 
 class InlineLauncher(Launcher):
     """Runs a step inside `launch`."""
@@ -94,6 +97,12 @@ class _Copy(StepHandle):
         except RuntimeError as error:
             raise StepError(f"step {self._step_id} failed: {error}") from error
         return StepResult(self._step_id, self._tokens.unsqueeze(1).tolist())
+
+    def done(self) -> bool:
+        try:
+            return bool(self._done.query())  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return True  # the device failed, as `result` will say
 
 
 class StreamLauncher(Launcher):

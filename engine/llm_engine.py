@@ -47,7 +47,9 @@ class LLMEngine:
         check_policies(config, self._make_scheduler)
         config, self._make_blocks = with_block_manager(config)
         self.config = config
-        make_runner = find_part("model_runner", config.model_runner, ModelRunner, "engine")
+        divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
+        runner = "tensor_parallel" if divided else config.model_runner
+        make_runner = find_part("model_runner", runner, ModelRunner, "engine")
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}
         self._aborts: deque[int] = deque()

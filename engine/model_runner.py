@@ -33,7 +33,7 @@ from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.forward_batch import ForwardBatch
 from layers.kernels.launch import fused
 from layers.parallel import ParallelContext
-from layers.sampler import sampler_for
+from layers.sampler import Sampler
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
 from memory.sizing import fit_blocks, free_bytes, measure_usage, release_device
 from models.base import CausalLM, ModelShape
@@ -74,8 +74,8 @@ class LocalRunner(ModelRunner):
             raise ConfigError(
                 "tensor_parallel_size",
                 config.tensor_parallel_size,
-                "this runner drives one device",
-                "Use 1.",
+                f"this runner is one of {parallel.size}",
+                'Leave model_runner at "local": every rank then gets a runner of its own.',
             )
         assert config.max_model_len is not None
         self._config = config
@@ -83,7 +83,8 @@ class LocalRunner(ModelRunner):
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
         self._launcher = self._make_launcher(config)
-        self._sample = sampler_for(self._device, self._dtype)
+        self._parallel = parallel
+        self._sampler = Sampler(parallel, self._device, self._dtype)
         before = free_bytes(self._device)
         architecture = find_architecture(checkpoint)
         shape = architecture.model_shape(checkpoint.hf_config)
@@ -116,7 +117,7 @@ class LocalRunner(ModelRunner):
                 num_blocks=1,
                 dtype_bytes=self._dtype.itemsize,
             )
-            self._geometry = self._sized(one_block, before)
+            self._geometry = self._smallest(self._sized(one_block, before))
             self._allocate(self._geometry)
             if self._decode_step is not None and self._prefill_step is not None:
                 self._compile(self._decode_step, self._prefill_step)
@@ -173,7 +174,12 @@ class LocalRunner(ModelRunner):
         if self._captures:
             tables = self._tables
             self._decode_step = DecodeStep(
-                self._model, self._backend, tables, self._kv, geometry.block_size
+                self._model,
+                self._backend,
+                self._sampler,
+                tables,
+                self._kv,
+                geometry.block_size,
             )
             self._prefill_step = PrefillStep(
                 self._model,
@@ -198,6 +204,11 @@ class LocalRunner(ModelRunner):
         torch.cuda.empty_cache()
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
+    def _smallest(self, geometry: KVGeometry) -> KVGeometry:
+        """The geometry with the blocks of the rank that has the fewest."""
+        count = torch.tensor([-geometry.num_blocks], device=self._device)
+        return replace(geometry, num_blocks=-int(self._parallel.all_max(count)))
+
     def _compile(self, decode: DecodeStep, prefill: PrefillStep) -> None:
         """Run steps that need different kernels side by side, so that these compile in parallel.
 
@@ -215,7 +226,9 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        with ThreadPoolExecutor(len(steps), "compile") as threads:
+        # Ranks must meet in the same collectives in the same order, so there one after the other.
+        side_by_side = len(steps) if self._parallel.size == 1 else 1
+        with ThreadPoolExecutor(side_by_side, "compile") as threads:
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
@@ -250,11 +263,11 @@ class LocalRunner(ModelRunner):
         else:
             logits = self._forward(inputs)
         if tables.all_greedy(plan):
-            tokens = logits.argmax(-1)
+            tokens = self._sampler.greedy(logits)
         else:
             slots = inputs.sampled_slots
             temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
-            tokens = self._sample(logits, temperatures, seeds, inputs.sampled_positions)
+            tokens = self._sampler(logits, temperatures, seeds, inputs.sampled_positions)
         tables.write_back(inputs, tokens)
         return tokens
 

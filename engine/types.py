@@ -168,7 +168,12 @@ class StepHandle(ABC):
 
         Raises:
             StepError: the step failed.
+            WorkerDiedError: a process that took part in it has ended.
         """
+
+    def done(self) -> bool:
+        """Whether `result` would return at once; runners that cannot tell may say yes."""
+        return True
 
 
 class BlockManager(ABC):

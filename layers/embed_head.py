@@ -9,9 +9,20 @@ from layers.layernorm import RMSNorm
 from layers.parallel import ParallelContext, WeightSlot
 from layers.product import Product, make_product
 
+# The kernels for small batches (layers/kernels) make outputs in multiples of this, and the noise
+# (layers/sampler.py) comes in groups of 4 tokens.
+_ROWS = 16
+
 
 class VocabTable:
-    """One row per token: [this rank's rows, hidden_size], zero past the end of the vocabulary."""
+    """One row per token: [this rank's rows, hidden_size], zero past the end of the vocabulary.
+
+    Every rank has as many rows; those past the end are padding.
+
+    Attributes:
+        start: token id of the first row.
+        length: rows that belong to tokens.
+    """
 
     def __init__(
         self,
@@ -23,16 +34,18 @@ class VocabTable:
         device: torch.device,
     ) -> None:
         self.vocab_size = vocab_size
-        rows = -(-vocab_size // parallel.size)
+        rows = vocab_size
+        if parallel.size > 1:
+            rows = -(-vocab_size // (parallel.size * _ROWS)) * _ROWS
         self.start = parallel.rank * rows
+        self.length = max(0, min(rows, vocab_size - self.start))
         self.weight = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slot of the checkpoint's tensor `name`.weight."""
-        rows, hidden_size = self.weight.shape
-        length = max(0, min(rows, self.vocab_size - self.start))
-        shape = (self.vocab_size, hidden_size)
-        return {f"{name}.weight": WeightSlot(self.weight[:length], shape, 0, self.start, length)}
+        shape = (self.vocab_size, self.weight.shape[1])
+        start, length = min(self.start, self.vocab_size), self.length
+        return {f"{name}.weight": WeightSlot(self.weight[:length], shape, 0, start, length)}
 
 
 class VocabEmbedding:
@@ -60,10 +73,9 @@ class VocabHead:
         norm: of the hidden states.
     """
 
-    def __init__(self, norm: RMSNorm, table: VocabTable, parallel: ParallelContext) -> None:
+    def __init__(self, norm: RMSNorm, table: VocabTable) -> None:
         self.norm = norm
         self._table = table
-        self._parallel = parallel
         self._product: Product
 
     def finish(self) -> None:
@@ -72,8 +84,12 @@ class VocabHead:
         self._product = make_product(self._table.weight, None, self.norm)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """The stream [R, hidden_size] -> logits [R, vocab_size]; see `Product` for its form."""
-        part = self._product.normed(x, residual, self.norm)[0]
-        if self._parallel.size == 1:
-            return part
-        return self._parallel.all_gather(part)[:, : self._table.vocab_size]
+        """The stream [R, hidden_size] -> logits [R, this rank's rows]; see `Product` for its form.
+
+        Those of padding are -inf.
+        """
+        logits = self._product.normed(x, residual, self.norm)[0]
+        length = self._table.length
+        if length < logits.shape[1]:
+            logits[:, length:] = float("-inf")
+        return logits

@@ -30,8 +30,8 @@ class ParallelContext:
         """Sum of `x` over the ranks; may reuse its storage."""
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """The ranks' `x` [..., n], joined along the last dimension to [..., n * size]."""
+    def all_max(self, x: Tensor) -> Tensor:
+        """Largest `x` of any rank, element by element, int64; may reuse its storage."""
         return x
 
     def share(self, what: str, count: int) -> int:

@@ -63,4 +63,7 @@ class CausalLM(ABC):
 
     @abstractmethod
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Logits [R, vocab_size] of the batch's sampled rows."""
+        """Logits of the batch's sampled rows, [R, this rank's share of the vocabulary].
+
+        Rank r's first column is token r * columns; columns past the vocabulary's end are -inf.
+        """

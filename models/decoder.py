@@ -189,12 +189,11 @@ class DecoderLM(CausalLM):
             DecoderLayer(spec, parallel, backend, **where) for _ in range(spec.num_layers)
         ]
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
-        self.lm_head = VocabHead(self.norm, self._head, parallel)
+        self.lm_head = VocabHead(self.norm, self._head)
         table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
         self.rotary = RotaryEmbedding(table, gather=not fused(device, dtype))
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Logits [R, vocab_size] of the batch's sampled rows."""
         x: Tensor = self.embed_tokens(batch.input_ids)
         residual: Tensor | None = None
         for layer, kv in zip(self.layers, batch.kv, strict=True):

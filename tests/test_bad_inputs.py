@@ -111,7 +111,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
         "does not cache prefixes",
     ),
     ({"tensor_parallel_size": 0}, "tensor_parallel_size", ">= 1"),
-    ({"tensor_parallel_size": 2}, "tensor_parallel_size", ""),
+    ({"tensor_parallel_size": 9}, "tensor_parallel_size", "at most 8"),
     ({"pipeline_depth": 2}, "pipeline_depth", "0 or 1"),
     ({"pipeline_depth": -1}, "pipeline_depth", ">= 0"),
     ({"seed": -1}, "seed", ">= 0"),

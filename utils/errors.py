@@ -12,6 +12,7 @@ AllmosError
 ├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
 ├── StepError                  a step failed on the device; the requests in it were ended
 ├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
+├── WorkerDiedError            the process of a tensor-parallel rank has ended by itself
 └── EngineClosedError          use after close() (also a RuntimeError)
 """
 
@@ -87,6 +88,8 @@ class StepError(AllmosError):
 
 class ContractError(AllmosError):
     """A part broke a rule of its contract; the message says which."""
+class WorkerDiedError(AllmosError):
+    """The process of a tensor-parallel rank was killed or crashed; the engine cannot go on."""
 
 
 class EngineClosedError(AllmosError, RuntimeError):

@@ -2,112 +2,94 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from config import Config
-from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from engine.sequence import Sequence
 from layers.parallel import ParallelContext
-from sampling_params import SamplingParams
-from tests.checkpoints import Checkpoints, random_prompts
+from llm import LLM, SamplingParams
+from tests.checkpoints import VOCAB_SIZE, Checkpoints, random_prompts
+from tests.ranks import ThreadedRanks
 from tests.recording import Logits, RecordingRunner
 from utils.checkpoint import open_checkpoint, resolve
 from utils.errors import ConfigError
 
-PROMPTS = random_prompts([20, 3, 37], seed=31)
+TOLERANCE = 1e-5
+PROMPTS = random_prompts([20, 3, 37, 9], seed=31)
+# Greedy and sampled requests in one batch; the second is alone among the greedy ones for a while.
+PARAMS = [
+    SamplingParams(temperature=temperature, max_tokens=12, ignore_eos=True, seed=i)
+    for i, temperature in enumerate([0.0, 0.0, 0.8, 1.5])
+]
+# 7 blocks for four requests of up to 49 tokens: some are thrown out and recomputed.
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "kvcache_block_size": 16,
+    "num_kvcache_blocks": 7,
+}
 
 
-@dataclass(frozen=True)
-class _Rank(ParallelContext):
-    """Collectives through a list that all ranks see."""
+def _run(path: Any, make_runner: Any, depth: int) -> tuple[list[list[int]], Logits, int]:
+    """Tokens, logits of every position, and preemptions."""
+    with LLM(path, model_runner=make_runner, pipeline_depth=depth, **OPTIONS) as llm:
+        seqs: list[Sequence] = []
+        add = llm._engine.add_request
 
-    shared: list[Tensor | None] = field(default_factory=list)
-    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+        def watched(*args: Any) -> Sequence:
+            seqs.append(add(*args))
+            return seqs[-1]
 
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self.shared[self.rank] = x
-        self.barrier.wait(60)
-        parts = [part for part in self.shared if part is not None]
-        self.barrier.wait(60)
-        return parts
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._exchange(x), -1)
+        llm._engine.add_request = watched  # type: ignore[method-assign, assignment]
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        runner: Any = llm._engine._runner
+        logits: Logits = runner.logits
+    return [o["token_ids"] for o in outputs], logits, sum(s.num_preemptions for s in seqs)
 
 
-def _plans() -> list[StepPlan]:
-    """Prefill of three requests, the last one in two chunks, then decodes."""
-    greedy = SamplingParams(temperature=0)
-    new = tuple(NewRequest(i, i, tuple(p), greedy, 0) for i, p in enumerate(PROMPTS))
-    blocks = tuple(BlockUpdate(i, 0, (3 * i + 2, 3 * i, 3 * i + 1)) for i in range(3))
-    first = (
-        PrefillChunk(0, 0, 20, True),
-        PrefillChunk(1, 0, 3, True),
-        PrefillChunk(2, 0, 30, False),
-    )
-    second = (PrefillChunk(2, 30, 7, True),)
-    decodes = [StepPlan(2 + i, decode=(2, 0, 1)) for i in range(4)]
-    return [StepPlan(0, new, blocks, first), StepPlan(1, prefill=second, decode=(0, 1)), *decodes]
+@cache
+def _whole(path: Any) -> tuple[list[list[int]], Logits, int]:
+    return _run(path, RecordingRunner, 0)
 
 
-def _run(checkpoint_name: str, checkpoints: Checkpoints, size: int) -> list[Logits]:
-    checkpoint = open_checkpoint(str(checkpoints[checkpoint_name]))
-    config = Config(
-        model=str(checkpoint.path),
-        device="cpu",
-        max_num_seqs=3,
-        max_model_len=48,
-        kvcache_block_size=16,
-        tensor_parallel_size=size,
-    )
-    config = resolve(config, checkpoint)
-    shared: list[Tensor | None] = [None] * size
-    barrier = threading.Barrier(size)
-
-    def work(rank: int) -> Logits:
-        runner = RecordingRunner(config, checkpoint, _Rank(rank, size, shared, barrier))
-        try:
-            for plan in _plans():
-                runner.execute(plan).result()
-        except BaseException:
-            barrier.abort()
-            raise
-        finally:
-            runner.close()
-        return runner.logits
-
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(work, range(size)))
-
-
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize(
     ("name", "size"),
     [
+        # KV heads replicated twice and four times.
         ("qwen3-gqa4-bias-tied", 2),
         ("qwen3-gqa4-bias-tied", 4),
-        ("qwen2-gqa2-wide-heads-tied", 2),
-        ("qwen3-square-tied", 2),
         ("qwen3-gqa6", 4),
+        ("qwen3-gqa2-wide-heads", 2),
+        # KV heads divided.
+        ("qwen2-gqa2-wide-heads-tied", 2),
+        ("qwen2-linear", 4),
+        ("qwen3-mha-bias", 2),
+        ("qwen3-sharded", 2),
         ("qwen2-bfloat16", 4),
     ],
 )
-def test_shards_compute_the_logits_of_the_whole(
-    checkpoints: Checkpoints, name: str, size: int
+def test_shards_compute_the_logits_and_tokens_of_the_whole(
+    checkpoints: Checkpoints, name: str, size: int, depth: int
 ) -> None:
-    """The vocabulary of 259 divides by none of the sizes; KV heads are replicated in some."""
-    (whole,) = _run(name, checkpoints, 1)
-    for logits in _run(name, checkpoints, size):
-        assert logits.keys() == whole.keys()
-        for place, row in logits.items():
-            torch.testing.assert_close(row, whole[place], rtol=1e-3, atol=1e-4)
+    """The vocabulary of 259 divides by none of the sizes, nor is any share of it full of tokens."""
+    path = checkpoints[name]
+    tokens, logits, num_preemptions = _run(path, partial(ThreadedRanks, size=size), depth)
+    whole_tokens, whole_logits, _ = _whole(path)
+    assert num_preemptions
+    assert logits.keys() == whole_logits.keys()
+    for place, row in whole_logits.items():
+        assert row.shape == (VOCAB_SIZE,)
+        assert (logits[place] - row).abs().max() <= TOLERANCE * row.abs().max()
+    assert tokens == whole_tokens
 
 
 def test_a_model_that_does_not_divide_is_refused(checkpoints: Checkpoints) -> None:
@@ -115,13 +97,13 @@ def test_a_model_that_does_not_divide_is_refused(checkpoints: Checkpoints) -> No
     config = Config(model="x", device="cpu", max_num_seqs=1, max_model_len=48)
     config = replace(resolve(config, checkpoint), tensor_parallel_size=4)
     with pytest.raises(ConfigError, match="6 query heads") as caught:
-        RecordingRunner(config, checkpoint, _Rank(0, 4))
+        RecordingRunner(config, checkpoint, ParallelContext(0, 4))
     assert caught.value.field == "tensor_parallel_size"
 
 
 def test_the_group_of_one_needs_no_partners() -> None:
     alone = ParallelContext()
-    x = torch.ones(2, 3)
+    x: Tensor = torch.ones(2, 3)
     assert alone.all_reduce(x) is x
-    assert alone.all_gather(x) is x
+    assert alone.all_max(x) is x
     assert alone.kv_heads(4) == (0, 4)

@@ -20,6 +20,7 @@ TREE = {
     "OutOfMemoryError": ("AllmosError", "MemoryError"),
     "StepError": ("AllmosError",),
     "ContractError": ("AllmosError",),
+    "WorkerDiedError": ("AllmosError",),
     "EngineClosedError": ("AllmosError", "RuntimeError"),
 }
 
