@@ -14,15 +14,16 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-
-import torch
+from typing import TYPE_CHECKING
 
 from config import Config
 from engine.transport import Close, PlanEncoder, Ring, shared_file
 from engine.types import KVGeometry, StepPlan, StepResult
 from engine.worker import Done, Failure, MakeRunner, Rank, Ready, Start
-from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, StepError, WorkerDiedError
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
 
 # After the report of a rank that lost another one: how long that one's own may take to come.
 _CAUSE_SECONDS = 2.0
@@ -46,6 +47,7 @@ class Workers:
 
     Args:
         config, checkpoint, make_runner: what every rank runs.
+        num_threads: CPU threads of each.
 
     Attributes:
         geometry: of each rank's KV cache.
@@ -56,7 +58,9 @@ class Workers:
         Exception: whatever a rank raised while it loaded.
     """
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, make_runner: MakeRunner) -> None:
+    def __init__(
+        self, config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, num_threads: int = 1
+    ) -> None:
         self.geometry: KVGeometry
         self._encode = PlanEncoder()
         self._num_sent = 0
@@ -73,14 +77,13 @@ class Workers:
             held = (self._processes, self._pipes, self._selector, self._ring)
             # Also when this object is forgotten, and when the interpreter ends.
             self._end = weakref.finalize(self, _end, *held)
-            threads = max(1, torch.get_num_threads() // size)
             # The parts that stay here need not be fit for sending.
             config = replace(config, scheduler="continuous", block_manager="paged")
             try:
                 for index in range(size):
                     self._spawn(index, ring.fileno(), store.fileno())
                 for index, pipe in enumerate(self._pipes):
-                    rank = Rank(index, size, f"/dev/fd/{store.fileno()}", threads)
+                    rank = Rank(index, size, f"/dev/fd/{store.fileno()}", num_threads)
                     self._send_start(pipe, Start(rank, config, checkpoint, make_runner))
                 self._await_ready()
             except BaseException:
@@ -99,6 +102,7 @@ class Workers:
             WorkerDiedError, StepError: a rank failed.
         """
         self._check()
+        self._take_in(0)
         try:
             self._ring.send(self._encode(message), wake=self._wake, wait=self._wait_for_room)
             self._num_sent += 1

@@ -40,7 +40,8 @@ class TensorParallelRunner(ModelRunner):
         if make_runner is local_rank:
             check_divides(config, checkpoint)
         self._closed = False
-        self._workers = Workers(config, checkpoint, make_runner)
+        num_threads = max(1, torch.get_num_threads() // config.tensor_parallel_size)
+        self._workers = Workers(config, checkpoint, make_runner, num_threads)
 
     @property
     def kv_geometry(self) -> KVGeometry:

@@ -6,6 +6,7 @@ Nothing here imports torch: the runner that `Start` asks for does.
 from __future__ import annotations
 
 import os
+import pickle
 import select
 import signal
 import sys
@@ -102,6 +103,10 @@ class Failure:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # whatever a class of unknown make may raise
+            error = StepError(f"{type(error).__name__}: {error}")
         return Failure(error, text, any(isinstance(cause, LostPeerError) for cause in causes))
 
 
@@ -197,21 +202,11 @@ def main() -> None:
         serve(runner, inbox, _forget if rank.index else parent.send)
         status = 0
     except Exception as error:
-        _report_failure(parent, Failure.of(error))
+        with suppress(OSError):  # the parent is gone
+            parent.send(Failure.of(error))
     # Not sys.exit: destructors of a group whose other ranks have ended may wait for ever.
     os._exit(status)
 
 
 def _forget(message: Done) -> None:
     del message
-
-
-def _report_failure(parent: Connection, failure: Failure) -> None:
-    with suppress(OSError):  # the parent is gone
-        try:
-            parent.send(failure)
-        except OSError:
-            raise
-        except Exception:  # whatever an exception's own pickling may raise
-            error = StepError(f"{type(failure.error).__name__}: {failure.error}")
-            parent.send(Failure(error, failure.traceback, failure.lost_peer))

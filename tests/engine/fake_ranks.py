@@ -1,0 +1,115 @@
+"""Ranks without a model, some of which come to grief; nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from config import Config
+from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
+from engine.worker import LostPeerError, Rank
+
+GEOMETRY = KVGeometry(1, 1, 1, 16, 8, 4)
+
+
+class UnsendableError(Exception):
+    """An exception that pickles, and cannot be put together again."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens to one rank, and what the others do meanwhile.
+
+    Attributes:
+        phase: "load", "step" (the one with id 2) or "close".
+        kind: "raise", "raise-unsendable", "kill", "hang" or "exit".
+        others: "hang", as in a collective of NCCL; or "lose", as in one of gloo.
+    """
+
+    phase: str
+    rank: int
+    kind: str
+    others: str = "hang"
+
+    def strike(self, phase: str, rank: Rank) -> None:
+        """Called by every rank in every phase."""
+        if phase != self.phase:
+            return
+        if rank.index != self.rank:
+            if self.others == "lose":
+                raise LostPeerError("connection closed by peer")
+            time.sleep(3600)
+        if self.others == "lose":
+            # Those who only lost a peer tell first.
+            time.sleep(0.3)
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "exit":
+            os._exit(7)
+        if self.kind == "hang":
+            time.sleep(3600)
+        if self.kind == "raise-unsendable":
+            raise UnsendableError(1, 2)
+        raise ValueError(f"trouble in {phase} of rank {rank.index}")
+
+
+@dataclass(frozen=True)
+class FakeRank:
+    """Makes a rank's runner; see `Trouble`."""
+
+    trouble: Trouble | None = None
+    step_seconds: float = 0.0
+
+    def __call__(self, config: Config, checkpoint: Any, rank: Rank) -> ModelRunner:
+        self.strike("load", rank)
+        return _Runner(self, rank)
+
+    def strike(self, phase: str, rank: Rank) -> None:
+        if self.trouble is not None:
+            self.trouble.strike(phase, rank)
+
+
+def answer(plan: StepPlan) -> StepResult:
+    """What a rank makes of a plan; depends on all that the plan says."""
+    known = sum(sum(new.token_ids) for new in plan.new_requests)
+    blocks = sum(sum(update.block_ids) for update in plan.block_updates)
+    return StepResult(plan.step_id, [[slot + known + blocks] for slot in plan.sampled_slots])
+
+
+class _Handle(StepHandle):
+    def __init__(self, plan: StepPlan, seconds: float) -> None:
+        self._plan = plan
+        self._end = time.monotonic() + seconds
+
+    def result(self) -> StepResult:
+        time.sleep(max(0.0, self._end - time.monotonic()))
+        return answer(self._plan)
+
+    def done(self) -> bool:
+        return time.monotonic() >= self._end
+
+
+class _Runner(ModelRunner):
+    name = "fake_rank"
+
+    def __init__(self, spec: FakeRank, rank: Rank) -> None:
+        self._spec = spec
+        self._rank = rank
+
+    @property
+    def kv_geometry(self) -> KVGeometry:
+        return GEOMETRY
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        if plan.step_id == 2:
+            self._spec.strike("step", self._rank)
+        return _Handle(plan, self._spec.step_seconds)
+
+    def close(self) -> None:
+        self._spec.strike("close", self._rank)

@@ -1,0 +1,269 @@
+"""The processes of the ranks: that they answer, and how they end. No models here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import Config
+from engine import processes
+from engine.tensor_parallel import TensorParallelRunner
+from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from sampling_params import SamplingParams
+from tests.engine.fake_ranks import GEOMETRY, FakeRank, Trouble, answer
+from utils.errors import ConfigError, EngineClosedError, StepError, WorkerDiedError
+
+ROOT = Path(__file__).parents[2]
+# How soon a death must be noticed.
+LIMIT = 5.0
+
+
+def _config(size: int = 2, **options: Any) -> Config:
+    return Config(model="none", device="cpu", tensor_parallel_size=size, **options)
+
+
+def _runner(spec: FakeRank | None = None, size: int = 2) -> TensorParallelRunner:
+    checkpoint: Any = None
+    return TensorParallelRunner(_config(size), checkpoint, spec or FakeRank())
+
+
+def _plan(step_id: int) -> StepPlan:
+    return StepPlan(step_id, decode=(3, 1, 2))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A zombie has ended; whoever is init here will take it away.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _assert_all_end(pids: list[int], seconds: float = LIMIT) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(_alive, pids)):
+        assert time.monotonic() < deadline, "workers outlive their engine"
+        time.sleep(0.02)
+
+
+@contextmanager
+def _soon(seconds: float = LIMIT) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < seconds
+
+
+def _shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sem.", "torch_"))}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    before = _shared_memory(), set(os.listdir("/proc/self/fd"))
+    yield
+    assert _shared_memory() <= before[0]
+    assert set(os.listdir("/proc/self/fd")) <= before[1]
+
+
+class TestSteps:
+    def test_results_are_those_of_the_plans_however_they_are_asked_for(self) -> None:
+        prompt = tuple(range(50_000)) * 8
+        new = NewRequest(0, 0, prompt, SamplingParams(temperature=0.5, seed=2), 11)
+        plans = [
+            _plan(0),
+            _plan(1),
+            # Larger than the ring.
+            StepPlan(3, (new,), (BlockUpdate(0, 0, (5, 6)),), (PrefillChunk(0, 0, 9, True),), (1,)),
+            StepPlan(4, decode=(3, 1)),
+            StepPlan(5, decode=(3, 1)),
+        ]
+        runner = _runner(FakeRank(step_seconds=0.01), size=3)
+        assert runner.kv_geometry == GEOMETRY
+        handles = [runner.execute(plan) for plan in plans]
+        assert [handles[i].result() for i in (4, 0, 0, 3, 2, 1)] == [
+            answer(plans[i]) for i in (4, 0, 0, 3, 2, 1)
+        ]
+        time.sleep(0.3)  # the workers have gone to sleep
+        assert runner.execute(_plan(6)).result() == answer(_plan(6))
+        pids = runner._workers.pids
+        assert len(set(pids)) == 3
+        runner.close()
+        runner.close()
+        _assert_all_end(pids, 0)
+        with pytest.raises(EngineClosedError):
+            runner.execute(_plan(7))
+
+    def test_close_waits_for_what_is_under_way(self) -> None:
+        runner = _runner(FakeRank(step_seconds=0.2))
+        for i in range(3):
+            runner.execute(_plan(10 + i))
+        runner.close()
+
+    def test_an_engine_that_is_forgotten_takes_its_workers_with_it(self) -> None:
+        runner = _runner()
+        pids = runner._workers.pids
+        del runner
+        _assert_all_end(pids, 0)
+
+
+RANKS = [0, 1]
+OTHERS = ["hang", "lose"]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("others", OTHERS)
+class TestFailure:
+    def test_an_error_in_a_step_reaches_the_caller(self, rank: int, others: str) -> None:
+        runner = _runner(FakeRank(Trouble("step", rank, "raise", others)))
+        pids = runner._workers.pids
+        assert runner.execute(_plan(0)).result() == answer(_plan(0))
+        handle = runner.execute(_plan(2))
+        with _soon(), pytest.raises(StepError, match=f"trouble in step of rank {rank}") as caught:
+            handle.result()
+        assert "fake_ranks.py" in str(caught.value.__cause__)
+        assert f"rank {rank}" in str(caught.value.__cause__)
+        _assert_all_end(pids, 0)
+        for use in (handle.result, lambda: runner.execute(_plan(3))):
+            with _soon(1), pytest.raises(StepError, match="construct a new one"):
+                use()
+        runner.close()
+        again = _runner()
+        assert again.execute(_plan(0)).result() == answer(_plan(0))
+        again.close()
+
+    def test_a_death_in_a_step_is_noticed(self, rank: int, others: str) -> None:
+        runner = _runner(FakeRank(Trouble("step", rank, "kill", others)))
+        pids = runner._workers.pids
+        handle = runner.execute(_plan(2))
+        with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+            handle.result()
+        _assert_all_end(pids, 0)
+        with _soon(1), pytest.raises(WorkerDiedError, match="construct a new one"):
+            runner.execute(_plan(3))
+        runner.close()
+
+    def test_an_error_while_loading_is_raised_as_it_is(self, rank: int, others: str) -> None:
+        with _soon(), pytest.raises(ValueError, match=f"trouble in load of rank {rank}") as caught:
+            _runner(FakeRank(Trouble("load", rank, "raise", others)))
+        assert "fake_ranks.py" in str(caught.value.__cause__)
+
+    def test_a_death_while_loading_is_noticed(self, rank: int, others: str) -> None:
+        with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+            _runner(FakeRank(Trouble("load", rank, "kill", others)))
+
+    def test_a_death_while_closing_is_noticed(self, rank: int, others: str) -> None:
+        runner = _runner(FakeRank(Trouble("close", rank, "kill", others)))
+        pids = runner._workers.pids
+        with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+            runner.close()
+        _assert_all_end(pids, 0)
+        runner.close()
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_worker_killed_from_outside_while_idle(rank: int) -> None:
+    runner = _runner()
+    os.kill(runner._workers.pids[rank], signal.SIGKILL)
+
+    def run_on() -> None:
+        # Ranks without collectives do not miss each other, so the first steps may still succeed.
+        while True:
+            runner.execute(_plan(0)).result()
+
+    with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+        run_on()
+    runner.close()
+
+
+def test_a_death_while_the_ring_is_full() -> None:
+    """Rank 1 reads no more, so rank 0's share of a long message cannot be written either."""
+    runner = _runner(FakeRank(Trouble("step", 1, "kill")))
+    runner.execute(_plan(2))
+    prompt = NewRequest(0, 0, tuple(range(100_000)) * 10, SamplingParams(), 0)
+    long = StepPlan(3, (prompt,), (), (PrefillChunk(0, 0, 1, False),))
+    with _soon(), pytest.raises(WorkerDiedError):
+        runner.execute(long).result()
+    runner.close()
+
+
+def test_a_process_that_ends_before_it_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_CODE", "import sys; sys.exit(3)")
+    with _soon(), pytest.raises(WorkerDiedError, match="exited with 3"):
+        _runner()
+
+
+def test_an_error_that_cannot_be_sent_still_brings_its_text() -> None:
+    with _soon(), pytest.raises(Exception, match="1 and 2"):
+        _runner(FakeRank(Trouble("load", 1, "raise-unsendable")))
+
+
+def test_parts_that_cannot_be_sent_are_refused() -> None:
+    config = _config(attention_backend=lambda spec: None, scheduler=lambda *a: None)
+    checkpoint: Any = None
+    with pytest.raises(ConfigError, match="attention_backend") as caught:
+        TensorParallelRunner(config, checkpoint, FakeRank())
+    assert caught.value.field == "attention_backend"
+
+
+SCRIPT = """
+import sys
+from config import Config
+from engine.processes import Workers
+from engine.types import StepPlan
+from tests.engine.fake_ranks import FakeRank, Trouble
+
+phase = sys.argv[1]
+if phase == "load":
+    import subprocess
+    popen = subprocess.Popen.__init__
+    def watched(self, *args, **options):
+        popen(self, *args, **options)
+        print("pid", self.pid, flush=True)
+    subprocess.Popen.__init__ = watched
+config = Config(model="none", device="cpu", tensor_parallel_size=2)
+workers = Workers(config, None, FakeRank(Trouble(phase, 0, "hang")))
+for pid in workers.pids:
+    print("pid", pid, flush=True)
+print("ready", flush=True)
+if phase == "step":
+    workers.result(workers.send(StepPlan(2, decode=(1,))))
+elif phase == "close":
+    workers.close()
+else:
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", ["load", "idle", "step", "close"])
+def test_workers_end_with_their_parent(phase: str, how: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), phase],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(parent.stdout.readline().split()[1]) for _ in range(2)]
+        if phase != "load":
+            assert parent.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # into the phase
+        assert all(map(_alive, pids))
+        parent.send_signal(how)
+        with _soon():
+            parent.wait(LIMIT)
+        _assert_all_end(pids)

@@ -1,0 +1,116 @@
+"""The whole engine over processes, with models."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.types import StepPlan
+from llm import LLM, SamplingParams
+from tests.checkpoints import Checkpoints, random_prompts
+from utils.errors import ConfigError, StepError, WorkerDiedError
+
+PROMPTS = random_prompts([20, 3, 37, 9], seed=31)
+PARAMS = [
+    SamplingParams(temperature=temperature, max_tokens=12, ignore_eos=True, seed=i)
+    for i, temperature in enumerate([0.0, 0.0, 0.8, 1.5])
+]
+# Few blocks, so that requests are thrown out and recomputed.
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "kvcache_block_size": 16,
+    "num_kvcache_blocks": 7,
+}
+
+
+def _tokens(llm: LLM) -> list[list[int]]:
+    return [out["token_ids"] for out in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+
+def _run_on(llm: LLM) -> None:
+    while True:
+        llm._engine.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "depth"),
+    [("qwen3-gqa4-bias-tied", 4, 1), ("qwen2-gqa2-wide-heads-tied", 2, 0)],
+)
+def test_tokens_are_those_of_one_process(
+    checkpoints: Checkpoints, name: str, size: int, depth: int
+) -> None:
+    path = checkpoints[name]
+    with LLM(path, **OPTIONS) as llm:
+        expected = _tokens(llm)
+    with LLM(path, tensor_parallel_size=size, pipeline_depth=depth, **OPTIONS) as llm:
+        assert _tokens(llm) == expected
+        assert _tokens(llm) == expected
+
+
+def test_an_engine_whose_rank_is_killed_can_be_closed_and_built_again(
+    checkpoints: Checkpoints,
+) -> None:
+    """Two engines at once, of which one loses a rank in the middle of its collectives."""
+    path = checkpoints["qwen3-square-tied"]
+    options = {**OPTIONS, "num_kvcache_blocks": 32, "tensor_parallel_size": 2, "pipeline_depth": 1}
+    long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    with LLM(path, **options) as other:
+        expected = _tokens(other)
+        llm = LLM(path, **options)
+        runner: Any = llm._engine._runner
+        seq = llm._engine.add_request(PROMPTS[0], long)
+        while len(seq.token_ids) < 30:
+            llm._engine.step()
+        os.kill(runner._workers.pids[1], signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(WorkerDiedError, match=r"rank 1 .*SIGKILL"):
+            _run_on(llm)
+        assert time.monotonic() - start < 5
+        with pytest.raises(WorkerDiedError, match="construct a new one"):
+            _tokens(llm)
+        llm.close()
+        assert _tokens(other) == expected
+    with LLM(path, **options) as again:
+        assert _tokens(again) == expected
+
+
+def test_what_a_rank_cannot_load_is_the_error_of_one_process(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in checkpoints["qwen3-square-tied"].iterdir():
+        (folder / file.name).write_bytes(
+            file.read_bytes()[: 10_000 if "safe" in file.name else None]
+        )
+    with pytest.raises(Exception, match="not a readable safetensors file") as one:
+        LLM(folder, **OPTIONS)
+    with pytest.raises(type(one.value), match="not a readable safetensors file"):
+        LLM(folder, tensor_parallel_size=2, **OPTIONS)
+
+
+@pytest.mark.parametrize(("name", "problem"), [("qwen2-gqa6", "6 query heads")])
+def test_heads_that_do_not_divide_are_refused_at_once(
+    checkpoints: Checkpoints, name: str, problem: str
+) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=problem) as caught:
+        LLM(checkpoints[name], tensor_parallel_size=4, **OPTIONS)
+    assert caught.value.field == "tensor_parallel_size"
+    assert time.monotonic() - start < 1
+
+
+def test_a_step_that_fails_on_the_ranks_is_a_step_error(checkpoints: Checkpoints) -> None:
+    with LLM(checkpoints["qwen3-square-tied"], tensor_parallel_size=2, **OPTIONS) as llm:
+        handle = llm._engine._runner.execute(StepPlan(0, decode=(99,)))
+        with pytest.raises(StepError, match="step 0 failed: .*index") as caught:
+            handle.result()
+        assert "engine/batch.py" in str(caught.value.__cause__)
