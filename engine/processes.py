@@ -11,10 +11,10 @@ import sys
 import time
 import weakref
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import Config
 from engine.transport import Close, PlanEncoder, Ring, shared_file
@@ -77,8 +77,7 @@ class Workers:
             held = (self._processes, self._pipes, self._selector, self._ring)
             # Also when this object is forgotten, and when the interpreter ends.
             self._end = weakref.finalize(self, _end, *held)
-            # The parts that stay here need not be fit for sending.
-            config = replace(config, scheduler="continuous", block_manager="paged")
+            config = _of_a_rank(config)
             try:
                 for index in range(size):
                     self._spawn(index, ring.fileno(), store.fileno())
@@ -271,6 +270,16 @@ class Workers:
                 f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
             )
         return WorkerDiedError(f"the process of rank {index} (pid {process.pid}) {how}")
+
+
+def _of_a_rank(config: Config) -> Config:
+    """The config without parts that stay here, which need not be fit for sending."""
+    kept: dict[str, Any] = {
+        field.name: field.default
+        for field in fields(config)
+        if callable(getattr(config, field.name)) and field.name != "attention_backend"
+    }
+    return replace(config, **kept)
 
 
 def _end(

@@ -88,6 +88,8 @@ class StepError(AllmosError):
 
 class ContractError(AllmosError):
     """A part broke a rule of its contract; the message says which."""
+
+
 class WorkerDiedError(AllmosError):
     """The process of a tensor-parallel rank was killed or crashed; the engine cannot go on."""
 

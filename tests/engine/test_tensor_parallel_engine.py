@@ -111,6 +111,6 @@ def test_heads_that_do_not_divide_are_refused_at_once(
 def test_a_step_that_fails_on_the_ranks_is_a_step_error(checkpoints: Checkpoints) -> None:
     with LLM(checkpoints["qwen3-square-tied"], tensor_parallel_size=2, **OPTIONS) as llm:
         handle = llm._engine._runner.execute(StepPlan(0, decode=(99,)))
-        with pytest.raises(StepError, match="step 0 failed: .*index") as caught:
+        with pytest.raises(StepError, match=r"step 0 failed: .*index") as caught:
             handle.result()
         assert "engine/batch.py" in str(caught.value.__cause__)
