@@ -10,6 +10,7 @@ seeds     256 requests of 100 to 1,024 tokens in and out, temperature 0.6
 latency   1, 8 and 64 requests of 128 tokens in and 512 out
 ttft      time to the first token after 128, 1,024 and 3,800 tokens
 startup   construction to ready in a new process, with a cold and a warm kernel cache
+scheduler schedule and commit alone, for 256 running and up to 100,000 waiting requests; no model
 
 On CUDA the run also measures the machine's read bandwidth and matmul rate and prints the
 fraction of the workload's roofline that was reached (utils/roofline.py).
@@ -38,6 +39,7 @@ import transformers
 from llm import LLM, SamplingParams
 from utils.random_weights import SHAPES, make_checkpoint
 from utils.roofline import Ceilings, ModelCosts, fastest_seconds, measure_ceilings
+from utils.scheduling_cost import Cost, measure_scheduling
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "qwen3-tiny-python"
 # A greedy token may miss the reference's largest logit by rounding, in units of the logits'
@@ -263,7 +265,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("compare", "seeds", "latency", "ttft", "startup")
+    names = ("compare", "seeds", "latency", "ttft", "startup", "scheduler")
     parser.add_argument("--workload", nargs="+", choices=names, default=None)
     parser.add_argument("--model", type=Path, default=None, help="checkpoint folder")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
@@ -330,13 +332,18 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    rows: list[Row | Cost] = []
+    if args.workload and "scheduler" in args.workload:
+        rows += measure_scheduling(num_steps=300 * args.repeats)
+        args.workload.remove("scheduler")
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         path = args.model or DEFAULT_MODEL
         if args.shape:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             path = make_checkpoint(args.shape, Path(scratch), device)
-        rows = run(args, path)
+        if args.workload != []:
+            rows += run(args, path)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

@@ -15,7 +15,8 @@ from utils.errors import ConfigError, did_you_mean
 def parts_in(package: str, base: type) -> dict[str, type]:
     """The concrete subclasses of `base` defined in the modules of `package`, by their `name`.
 
-    A module whose optional dependency is missing is passed over.
+    A class without a name is only there to be subclassed. A module whose optional dependency is
+    missing is passed over.
     """
     found: dict[str, type] = {}
     root = importlib.import_module(package)
@@ -30,8 +31,9 @@ def parts_in(package: str, base: type) -> dict[str, type]:
                 and issubclass(value, base)
                 and value.__module__ == module.__name__
                 and not inspect.isabstract(value)
+                and hasattr(value, "name")
             ):
-                found[value.name] = value  # type: ignore[attr-defined]
+                found[value.name] = value
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from abc import abstractmethod
-from collections import defaultdict
 from typing import Any
 
 from config import Config
@@ -82,64 +81,3 @@ class ShortestJob(KeyedQueue):
 
     def key(self, seq: Sequence) -> int:
         return seq.num_expected_tokens - len(seq.token_ids)
-
-
-class FairShare(QueuePolicy):
-    """The user who was served the fewest tokens first; a user's own requests in order of arrival.
-
-    The virtual token counter of Sheng et al. (Fairness in Serving Large Language Models, OSDI
-    2024): a user who comes back is lifted to the level of those served now, so that idle time
-    gives no credit. A request is charged its expected tokens when it starts, and settled to
-    what it took when it ends; a preempted one, computed again, is charged once.
-    """
-
-    name = "fair_share"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self._queues: defaultdict[str, FirstCome] = defaultdict(lambda: FirstCome(config))
-        self._served: dict[str, int] = {}
-        self._charged: dict[int, int] = {}
-        # Every waiting user's present count is here, among outdated ones.
-        self._order: list[tuple[int, str]] = []
-        self._level = 0
-
-    def push(self, seq: Sequence) -> None:
-        user = seq.sampling.user
-        if seq.request_id in self._charged:
-            self._settle(seq, 0)
-        if user not in self._queues:
-            self._served[user] = max(self._served.get(user, 0), self._level)
-            heapq.heappush(self._order, (self._served[user], user))
-        self._queues[user].push(seq)
-
-    def first(self) -> Sequence | None:
-        while self._order:
-            served, user = self._order[0]
-            if user in self._queues and served == self._served[user]:
-                if seq := self._queues[user].first():
-                    return seq
-                del self._queues[user]
-            heapq.heappop(self._order)
-        return None
-
-    def pop(self) -> Sequence:
-        self._level, user = self._order[0]
-        seq = self._queues[user].pop()
-        self._charged[seq.request_id] = seq.num_expected_tokens
-        self._charge(user, seq.num_expected_tokens)
-        return seq
-
-    def discard(self, seq: Sequence) -> None:
-        self._queues[seq.sampling.user].discard(seq)
-
-    def ended(self, seq: Sequence) -> None:
-        self._settle(seq, len(seq.token_ids))
-
-    def _settle(self, seq: Sequence, tokens: int) -> None:
-        self._charge(seq.sampling.user, tokens - self._charged.pop(seq.request_id))
-
-    def _charge(self, user: str, tokens: int) -> None:
-        self._served[user] += tokens
-        if user in self._queues:
-            heapq.heappush(self._order, (self._served[user], user))

@@ -1,0 +1,383 @@
+"""What each policy decides, seen in the plans; that all give the right tokens is in contracts/."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import engine.policies
+from config import Config
+from engine.ledger import Ledger
+from engine.policies.admission import LookAhead
+from engine.policies.base import AdmissionPolicy, PreemptionPolicy
+from engine.policies.queue import KeyedQueue
+from engine.policies.step import PrefillFirst
+from engine.scheduler import ContinuousScheduler
+from engine.sequence import Sequence
+from engine.types import KVGeometry
+from memory.block_manager import PagedBlockManager
+from sampling_params import SamplingParams
+from tests.contracts.driver import Driver, Setting
+
+DEPTHS = [0, 1]
+
+
+class Bench(Driver):
+    """A driver of the continuous scheduler, with requests that are made up."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        max_num_seqs: int = 4,
+        budget: int = 64,
+        depth: int = 0,
+        **options: Any,
+    ) -> None:
+        setting = Setting(num_blocks, 16, max_num_seqs, budget, depth, options=options)
+        super().__init__(setting, ContinuousScheduler, PagedBlockManager)
+
+    def add(
+        self,
+        num_prompt: int = 4,
+        max_tokens: int = 4,
+        *,
+        stops_at_once: bool = False,
+        **values: Any,
+    ) -> Sequence:
+        """Queue a request; `values` are further sampling parameters."""
+        prompt = [(len(self.seqs) * 7 + i * 3) % 50 for i in range(num_prompt)]
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, **values)
+        stop = frozenset(range(50)) if stops_at_once else frozenset[int]()
+        return self.submit(prompt, params, stop_token_ids=stop)
+
+    @property
+    def admitted(self) -> list[int]:
+        return [new.request_id for plan in self.plans for new in plan.new_requests]
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(seq.num_preemptions for seq in self.seqs)
+
+
+def test_every_policy_is_short() -> None:
+    for path in Path(engine.policies.__path__[0]).glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 40, node.name
+
+
+class TestQueue:
+    @pytest.mark.parametrize(
+        ("policy", "expected"),
+        [
+            ("fcfs", [0, 1, 2, 3, 4]),
+            ("priority", [2, 4, 0, 3, 1]),
+            ("shortest_prompt", [4, 1, 0, 3, 2]),
+            ("shortest_job", [3, 0, 2, 4, 1]),
+        ],
+    )
+    def test_order(self, policy: str, expected: list[int]) -> None:
+        bench = Bench(max_num_seqs=1, queue_policy=policy)
+        bench.add(8, 9, priority=0, predicted_tokens=5)
+        bench.add(5, 9, priority=-1)
+        bench.add(9, 6, priority=7)
+        bench.add(8, 4, priority=0)
+        bench.add(3, 8, priority=7)
+        bench.run()
+        assert bench.admitted == expected
+
+    def test_a_prediction_beyond_max_tokens_is_not_believed(self) -> None:
+        bench = Bench(max_num_seqs=1, queue_policy="shortest_job")
+        bench.add(4, 9)
+        bench.add(4, 8, predicted_tokens=30)
+        bench.run()
+        assert bench.admitted == [1, 0]
+
+    @pytest.mark.parametrize(
+        ("policy", "expected"), [("fcfs", [0, 1, 1, 2]), ("priority", [0, 1, 2, 1])]
+    )
+    def test_the_policy_places_the_preempted(self, policy: str, expected: list[int]) -> None:
+        bench = Bench(num_blocks=4, max_num_seqs=2, queue_policy=policy)
+        bench.add(15, 40, priority=1)
+        victim = bench.add(15, 40)
+        bench.run(until=lambda: victim.num_preemptions > 0)
+        bench.add(1, priority=1)
+        bench.run()
+        assert bench.admitted == expected
+
+    @pytest.mark.parametrize("policy", ["fcfs", "priority", "fair_share"])
+    def test_the_aborted_never_run(self, policy: str) -> None:
+        bench = Bench(max_num_seqs=1, queue_policy=policy)
+        for i in range(10):
+            bench.add(user=str(i % 3))
+        for i in (0, 3, 4, 9):
+            bench.abort(i)
+        bench.run()
+        assert sorted(bench.admitted) == [1, 2, 5, 6, 7, 8]
+
+
+class TestFairShare:
+    def test_users_take_turns_whatever_their_number_of_requests(self) -> None:
+        bench = Bench(max_num_seqs=1, queue_policy="fair_share")
+        for _ in range(8):
+            bench.add(user="many")
+        for _ in range(3):
+            bench.add(user="few")
+        bench.run()
+        assert bench.admitted == [8, 0, 9, 1, 10, 2, 3, 4, 5, 6, 7]
+
+    def test_turns_are_counted_in_tokens(self) -> None:
+        bench = Bench(max_num_seqs=1, queue_policy="fair_share")
+        for _ in range(3):
+            bench.add(10, 30, user="long")
+        for _ in range(12):
+            bench.add(2, 8, user="short")
+        bench.run()
+        # Forty tokens for one request of "long" are four of "short".
+        assert [i < 3 for i in bench.admitted] == ([True] + [False] * 4) * 3
+
+    def test_idle_time_gives_no_credit(self) -> None:
+        bench = Bench(max_num_seqs=1, queue_policy="fair_share")
+        for _ in range(8):
+            bench.add(user="a")
+        bench.run(until=lambda: len(bench.admitted) == 5)
+        for _ in range(4):
+            bench.add(user="b")
+        bench.run()
+        assert [i >= 8 for i in bench.admitted[5:]] == [True, False, True, False, True, False, True]
+
+    def test_tokens_that_never_came_are_not_charged(self) -> None:
+        bench = Bench(max_num_seqs=1, queue_policy="fair_share")
+        for _ in range(4):
+            bench.add(4, 60, stops_at_once=True, user="stops")
+            bench.add(4, 1, user="short")
+        bench.run()
+        # Both users' requests take five tokens, though one asks for 64.
+        assert bench.admitted == [1, 0, 3, 2, 5, 4, 7, 6]
+
+    def test_a_preempted_request_is_charged_once(self) -> None:
+        bench = Bench(num_blocks=4, max_num_seqs=2, queue_policy="fair_share")
+        bench.add(15, 40, user="a")
+        bench.add(15, 40, user="b")
+        bench.run()
+        queue: Any = bench.scheduler
+        assert bench.num_preemptions > 0
+        assert dict(queue.queue._levels) == {"a": 55, "b": 55}
+        assert not queue.queue._charged
+
+    def test_an_aborted_request_is_charged_what_it_took(self) -> None:
+        bench = Bench(queue_policy="fair_share")
+        seq = bench.add(5, 40, user="a")
+        bench.run(until=lambda: len(seq.output_token_ids) == 3)
+        bench.abort(0)
+        scheduler: Any = bench.scheduler
+        assert dict(scheduler.queue._levels) == {"a": 8}
+
+
+class TestAdmission:
+    def _load(self, policy: str, **values: Any) -> Bench:
+        bench = Bench(num_blocks=6, max_num_seqs=6, budget=128, admission_policy=policy)
+        for _ in range(6):
+            bench.add(16, 33, **values)
+        bench.run()
+        bench.check_idle()
+        return bench
+
+    def test_optimistic_fills_the_cache_and_preempts(self) -> None:
+        bench = self._load("optimistic")
+        assert bench.plans[0].new_requests[-1].request_id == 5
+        assert bench.num_preemptions > 0
+
+    def test_reserve_admits_what_fits_at_its_longest(self) -> None:
+        bench = self._load("reserve")
+        # Each may come to 48 positions, which are three blocks.
+        assert [len(plan.new_requests) for plan in bench.plans if plan.new_requests] == [2, 2, 2]
+        assert bench.num_preemptions == 0
+
+    @pytest.mark.parametrize(("max_tokens", "fits"), [(3, True), (30, False)])
+    def test_lookahead_admits_what_fits_at_every_moment(self, max_tokens: int, fits: bool) -> None:
+        bench = Bench(num_blocks=5, max_num_seqs=3, admission_policy="lookahead")
+        bench.add(16, 33)
+        bench.add(16, 17)
+        bench.step()
+        assert bench.admitted == [0, 1]
+        # One block for three steps, or a second one while the others have two and two.
+        bench.add(14, max_tokens)
+        bench.step()
+        assert (2 in bench.admitted) == fits
+        bench.run()
+        assert bench.num_preemptions == 0
+
+    def test_lookahead_trusts_predictions(self) -> None:
+        assert len(self._load("lookahead").plans[0].new_requests) == 2
+        assert len(self._load("lookahead", predicted_tokens=17).plans[0].new_requests) == 3
+
+    def test_a_lone_request_runs_whatever_the_policy_says(self) -> None:
+        bench = Bench(admission_policy=Never)
+        for _ in range(3):
+            bench.add()
+        bench.run()
+        assert bench.admitted == [0, 1, 2]
+        assert max(len(plan.decode) for plan in bench.plans) == 1
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6),
+        st.integers(1, 30),
+        st.sampled_from([1, 4, 16]),
+    )
+    def test_lookahead_is_the_simulation_step_by_step(
+        self, requests: list[tuple[int, int]], num_blocks: int, block_size: int
+    ) -> None:
+        config = Config(model="none")
+        geometry = KVGeometry(1, 1, 1, block_size, num_blocks, 4)
+        ledger = Ledger(PagedBlockManager(config, geometry), 8)
+        seqs = [
+            Sequence(i, [1] * prompt, SamplingParams(), max_total_tokens=prompt + output)
+            for i, (prompt, output) in enumerate(requests)
+        ]
+        ledger.running = {seq.request_id: seq for seq in seqs[:-1]}
+        most = max(
+            sum(ledger.blocks_for(p + step) for p, output in requests if step < output)
+            for step in range(40)
+        )
+        assert LookAhead(config).admits(seqs[-1], ledger) == (most <= num_blocks)
+
+
+class Never(AdmissionPolicy):
+    """A policy that would stop the engine if it were asked alone."""
+
+    name = "never"
+
+    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
+        assert ledger.running
+        return False
+
+
+class TestPreemption:
+    @pytest.mark.parametrize(
+        ("policy", "victim"), [("latest", 2), ("lowest_priority", 1), ("fewest_computed", 2)]
+    )
+    def test_victim(self, policy: str, victim: int) -> None:
+        bench = Bench(num_blocks=6, max_num_seqs=3, preemption_policy=policy)
+        for priority, num_prompt in ((1, 20), (0, 18), (1, 17)):
+            bench.add(num_prompt, 40, priority=priority)
+        bench.run(until=lambda: bench.num_preemptions > 0)
+        assert [seq.num_preemptions for seq in bench.seqs].index(1) == victim
+
+    @pytest.mark.parametrize("policy", ["latest", "lowest_priority"])
+    def test_the_last_admitted_among_equals(self, policy: str) -> None:
+        bench = Bench(num_blocks=6, max_num_seqs=3, preemption_policy=policy)
+        for _ in range(3):
+            bench.add(20, 40)
+        bench.run(until=lambda: bench.num_preemptions > 0)
+        assert bench.seqs[2].num_preemptions == 1
+
+    def test_the_least_computed_need_not_be_the_latest(self) -> None:
+        bench = Bench(num_blocks=6, max_num_seqs=2, preemption_policy="fewest_computed")
+        bench.add(17, 60)
+        bench.step()
+        bench.add(40, 40)
+        bench.run(until=lambda: bench.num_preemptions > 0)
+        assert [seq.num_preemptions for seq in bench.seqs] == [1, 0]
+
+
+class TestStep:
+    """Between two tokens of a running request lie few steps and few computed tokens."""
+
+    @pytest.mark.parametrize("depth", DEPTHS)
+    @pytest.mark.parametrize(
+        ("policy", "most_steps"), [("decode_first", 1), ("prefill_first", PrefillFirst.max_gap + 1)]
+    )
+    @pytest.mark.parametrize("budget", [8, 20])
+    def test_no_decode_starves(self, policy: str, most_steps: int, budget: int, depth: int) -> None:
+        bench = Bench(max_num_seqs=8, budget=budget, depth=depth, step_policy=policy)
+        running = [bench.add(3, 60) for _ in range(2)]
+        bench.run(until=lambda: all(len(seq.output_token_ids) for seq in running))
+        for _ in range(30):
+            bench.add(50, 3)
+        gaps = self._gaps(bench, running[0])
+        assert max(steps for steps, _ in gaps) == most_steps
+        assert max(tokens for _, tokens in gaps) <= most_steps * budget
+        bench.check_idle()
+
+    @staticmethod
+    def _gaps(bench: Bench, seq: Sequence) -> list[tuple[int, int]]:
+        """Steps and computed tokens from each token of `seq` to the next one."""
+        slot = seq.slot
+        bench.run()
+        gaps, steps, tokens = [], 0, 0
+        for plan in bench.plans[1:]:
+            steps += 1
+            tokens += plan.num_tokens
+            if slot in plan.decode:
+                gaps.append((steps, tokens))
+                steps = tokens = 0
+        # Later the slot is another's.
+        return gaps[: len(seq.output_token_ids) - 1]
+
+    def test_prefill_first_brings_first_tokens_sooner(self) -> None:
+        assert self._steps_to_first_token("prefill_first") == 9
+        assert self._steps_to_first_token("decode_first") == 11
+
+    @staticmethod
+    def _steps_to_first_token(policy: str) -> int:
+        """Until a prompt of 30 that came after the fifth has its first token, 8 in a step."""
+        bench = Bench(max_num_seqs=4, budget=8, step_policy=policy)
+        for _ in range(3):
+            bench.add(3, 60)
+        bench.run(until=lambda: len(bench.plans) == 5)
+        late = bench.add(30, 2)
+        bench.run(until=lambda: bool(late.output_token_ids))
+        return len(bench.plans)
+
+    def test_decodes_run_beside_prompts_that_leave_them_room(self) -> None:
+        bench = Bench(budget=64, step_policy="prefill_first")
+        bench.add(3, 20)
+        bench.step()
+        bench.add(30)
+        plan = bench.launch()
+        assert plan is not None
+        assert (plan.num_prefill_tokens, plan.decode) == (30, (0,))
+
+
+class LongestFirst(KeyedQueue):
+    """A user's own: all there is to write."""
+
+    name = "longest_first"
+
+    def key(self, seq: Sequence) -> int:
+        return -len(seq.token_ids)
+
+
+class OldestVictim(PreemptionPolicy):
+    name = "oldest"
+
+    def victim(self, running: Collection[Sequence]) -> Sequence:
+        return next(iter(running))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("queue", [LongestFirst, f"{__name__}:LongestFirst"])
+def test_policies_of_ones_own(queue: object, depth: int) -> None:
+    bench = Bench(
+        num_blocks=5,
+        max_num_seqs=2,
+        depth=depth,
+        queue_policy=queue,
+        preemption_policy=lambda config: OldestVictim(config),
+    )
+    for n in (3, 9, 5):
+        bench.add(n, 50)
+    bench.run()
+    bench.check_idle()
+    assert bench.admitted[:2] == [1, 2]
+    assert bench.seqs[1].num_preemptions > 0

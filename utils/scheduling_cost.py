@@ -1,0 +1,139 @@
+"""What a step costs on the CPU beside the model: `schedule` and `commit`, with no model at all."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+from config import Config
+from engine.policies.base import QueuePolicy
+from engine.scheduler import ContinuousScheduler
+from engine.sequence import Sequence
+from engine.types import KVGeometry, StepResult
+from memory.prefix_cache import PrefixCacheManager
+from sampling_params import SamplingParams
+from utils.registry import parts_in
+
+NUM_RUNNING = 256
+NUM_WAITING = (1_000, 10_000, 100_000)
+_VOCAB_SIZE = 151_936
+_NUM_USERS = 1_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall seconds of each step with a queue policy and so many requests waiting."""
+
+    policy: str
+    num_waiting: int
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class Load:
+    """A scheduler with 256 running requests, one of which ends in most steps.
+
+    Requests are alike in length, so that a policy which prefers short ones finds as much work
+    in a long queue as in a short one.
+
+    Args:
+        policy: name of a queue policy.
+        num_waiting: requests that are kept waiting.
+    """
+
+    def __init__(self, policy: str, num_waiting: int) -> None:
+        self.policy, self.num_waiting = policy, num_waiting
+        self.seconds: list[float] = []
+        config = Config(model="none", max_num_seqs=NUM_RUNNING, queue_policy=policy)
+        geometry = KVGeometry(1, 1, 1, config.kvcache_block_size, 4 * NUM_RUNNING, 2)
+        self._scheduler = ContinuousScheduler(config, PrefixCacheManager(config, geometry))
+        self._rng = random.Random(0)
+        self._num_requests = 0
+        self._waiting: set[int] = set()
+        self._ids: list[int] = []
+        # The first ones have 1 to 256 tokens to go, so that they do not end together.
+        first = [self._request(1 + i) for i in range(NUM_RUNNING)]
+        self._step([], first)
+        self._step([], [self._request() for _ in range(num_waiting)])
+        self.seconds.clear()
+
+    def step(self) -> None:
+        """One step: an abort, arrivals in place of those who left the queue, schedule, commit."""
+        aborts = [self._some_waiting()] if self.num_waiting else []
+        missing = self.num_waiting - len(self._waiting) if self.num_waiting else self._num_free()
+        self._step(aborts, [self._request() for _ in range(missing)])
+
+    def _step(self, aborts: list[int], arrivals: list[Sequence]) -> None:
+        begin = time.perf_counter()
+        for request_id in aborts:
+            self._scheduler.abort(request_id)
+        for seq in arrivals:
+            self._scheduler.add(seq)
+        plan = self._scheduler.schedule()
+        planned = time.perf_counter()
+        assert plan is not None
+        result = StepResult(plan.step_id, [[7] for _ in plan.sampled_slots])
+        executed = time.perf_counter()
+        self._scheduler.commit(plan, result)
+        self.seconds.append(time.perf_counter() - executed + planned - begin)
+        self._waiting.update(seq.request_id for seq in arrivals)
+        self._waiting.difference_update(new.request_id for new in plan.new_requests)
+        self._ids += [seq.request_id for seq in arrivals]
+
+    def _num_free(self) -> int:
+        return NUM_RUNNING - self._scheduler.ledger.num_running
+
+    def _some_waiting(self) -> int:
+        while True:
+            place = self._rng.randrange(len(self._ids))
+            request_id = self._ids[place]
+            self._ids[place] = self._ids[-1]
+            self._ids.pop()
+            if request_id in self._waiting:
+                self._waiting.remove(request_id)
+                return request_id
+
+    def _request(self, num_output: int | None = None) -> Sequence:
+        rng, request_id = self._rng, self._num_requests
+        self._num_requests += 1
+        prompt = [rng.randrange(_VOCAB_SIZE) for _ in range(rng.randint(48, 64))]
+        num_output = num_output or rng.randint(250, 256)
+        user, priority = str(rng.randrange(_NUM_USERS)), rng.randrange(10)
+        params = SamplingParams(max_tokens=num_output, user=user, priority=priority)
+        return Sequence(
+            request_id,
+            prompt,
+            params,
+            max_total_tokens=len(prompt) + num_output,
+            stop_token_ids=frozenset({0}),
+        )
+
+
+def measure_scheduling(num_steps: int) -> list[Cost]:
+    """Median step for 256 running requests, then for long queues under every queue policy.
+
+    Prefix caching is on. The queues of one policy take turns, so that a slow phase of the
+    machine hits all of them.
+    """
+    costs = _measure([Load("fcfs", 0)], num_steps)
+    print(f"{NUM_RUNNING} running, none waiting: {1e3 * costs[0].median:.3f} ms per step")
+    for policy in sorted(parts_in("engine.policies", QueuePolicy)):
+        new = _measure([Load(policy, n) for n in NUM_WAITING], num_steps)
+        times = " / ".join(f"{1e3 * cost.median:.3f}" for cost in new)
+        queues = " / ".join(f"{cost.num_waiting:,}" for cost in new)
+        flat = new[-1].median / new[0].median
+        print(f"{policy:<16}{times} ms with {queues} waiting: {flat:.3f} times", flush=True)
+        costs += new
+    return costs
+
+
+def _measure(loads: list[Load], num_steps: int) -> list[Cost]:
+    for _ in range(num_steps):
+        for load in loads:
+            load.step()
+    return [Cost(load.policy, load.num_waiting, load.seconds) for load in loads]
