@@ -77,9 +77,9 @@ class QueuedScheduler(Scheduler):
         if seq is not None:
             self.ledger.finish(seq, "abort")
             if self.ledger.unfollow(seq):
-                self.queue.ended(seq)
-            else:
-                self.queue.discard(seq)
+                # Popped and never run: it has to cost its user nothing.
+                self.queue.push(seq)
+            self.queue.discard(seq)
         elif seq := self.ledger.running.get(request_id):
             self.ledger.finish(seq, "abort")
             self.queue.ended(seq)

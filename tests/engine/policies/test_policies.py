@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.types import KVGeometry
 from memory.block_manager import PagedBlockManager
+from memory.prefix_cache import PrefixCacheManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 
@@ -180,6 +182,19 @@ class TestFairShare:
         bench.abort(0)
         scheduler: Any = bench.scheduler
         assert dict(scheduler.queue._levels) == {"a": 8}
+
+    def test_an_aborted_request_that_waited_for_a_prefix_is_charged_nothing(self) -> None:
+        setting = Setting(options={"queue_policy": "fair_share"})
+        driver = Driver(setting, ContinuousScheduler, PrefixCacheManager)
+        prompt, params = list(range(40)), SamplingParams(temperature=0, user="a")
+        driver.submit(prompt, params)
+        driver.submit(prompt, replace(params, user="b"))
+        driver.launch()
+        driver.abort(1)
+        scheduler: Any = driver.scheduler
+        assert scheduler.queue._levels["b"] == 0
+        assert list(scheduler.queue._charged) == [0]
+        driver.finish()
 
 
 class TestAdmission:
