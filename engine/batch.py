@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.staging import Staging
-from engine.types import BlockUpdate, NewRequest, StepPlan
+from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers.attention.base import AttentionBatch
+from layers.kernels.launch import has_triton
+
+if TYPE_CHECKING:
+    from layers.kernels.slots import StepRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class SlotTables:
         rows = num_slots + 1
         self._block_size = block_size
         self._staging = Staging(device)
+        self._kernels = device.type == "cuda" and has_triton()
         shape = (rows, -(-max_model_len // block_size))
         self.tokens = torch.zeros(rows, max_model_len, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -75,12 +80,34 @@ class SlotTables:
         """Take in the plan's changes and gather its rows; their positions count as computed."""
         self._staging.begin()
         self._apply(plan)
-        if plan.decode != self._decode:
-            # Most steps decode the same requests as the one before.
-            self._decode, self._decode_slots = plan.decode, self._int64(plan.decode)
-        inputs = self._mixed(plan) if plan.prefill else self._pure_decode()
+        if plan.prefill and self._kernels:
+            inputs = self._mixed_by_kernel(plan)
+        else:
+            if plan.decode != self._decode:
+                # Most steps decode the same requests as the one before.
+                self._decode, self._decode_slots = plan.decode, self._int64(plan.decode)
+            inputs = self._mixed(plan) if plan.prefill else self._pure_decode()
         self._staging.end()
         return inputs
+
+    def stage_prefill(self, plan: StepPlan, rows: StepRows) -> None:
+        """Take in a plan without decodes and fill `rows`, those that it does not need as padding.
+
+        Chunk i is sampled at place i, if it samples. Needs Triton, and one request more in
+        `rows` than the plan has, for the padding behind the last token.
+        """
+        self._staging.begin()
+        self._apply(plan)
+        header = np.zeros((6, rows.slots.shape[0]), dtype=np.int64)
+        header[0] = self.padding_slot
+        header[3] = plan.num_prefill_tokens
+        header[4] = range(header.shape[1])
+        self._describe(header, plan.prefill)
+        # The last request is the padding behind the last token.
+        header[2, -1] = rows.input_ids.shape[0] - plan.num_prefill_tokens
+        header[4, -1] = -1
+        self._gather(header, rows)
+        self._staging.end()
 
     def stage_changes(self, plan: StepPlan, slots: Tensor) -> None:
         """Take in a decode plan's changes and write its slots, padded, to `slots` [>= B]."""
@@ -117,21 +144,48 @@ class SlotTables:
             self._extend(plan.block_updates)
 
     def _enter(self, requests: tuple[NewRequest, ...]) -> None:
-        upload = self._staging.upload
         slots = [request.slot for request in requests]
-        width = self.tokens.shape[1]
-        at = [np.arange(len(r.token_ids), dtype=np.int64) + r.slot * width for r in requests]
         ids = [np.array(r.token_ids, dtype=np.int32) for r in requests]
-        self._scatter(self.tokens, np.concatenate(at), np.concatenate(ids))
         temperatures = [request.sampling.temperature for request in requests]
-        where = self._int64(slots)
-        self.temperatures[where] = upload(np.array(temperatures, dtype=np.float32))
-        self.seeds[where] = self._int64([request.seed for request in requests])
+        seeds = [request.seed for request in requests]
+        temperature_array = np.array(temperatures, dtype=np.float32)
+        if self._kernels:
+            self._enter_by_kernel(slots, ids, temperature_array, seeds)
+        else:
+            width = self.tokens.shape[1]
+            pairs = zip(slots, ids, strict=True)
+            at = [np.arange(len(i), dtype=np.int64) + slot * width for slot, i in pairs]
+            self._scatter(self.tokens, np.concatenate(at), np.concatenate(ids))
+            where = self._int64(slots)
+            self.temperatures[where] = self._staging.upload(temperature_array)
+            self.seeds[where] = self._int64(seeds)
         for slot, temperature in zip(slots, temperatures, strict=True):
             if temperature > 0:
                 self._random_slots.add(slot)
             else:
                 self._random_slots.discard(slot)
+
+    def _enter_by_kernel(
+        self,
+        slots: list[int],
+        ids: list[np.ndarray[Any, Any]],
+        temperatures: np.ndarray[Any, Any],
+        seeds: list[int],
+    ) -> None:
+        from layers.kernels.slots import enter_requests
+
+        upload = self._staging.upload
+        counts = [len(i) for i in ids]
+        firsts = np.cumsum([0, *counts[:-1]])
+        enter_requests(
+            upload(np.array([slots, firsts, counts, seeds], dtype=np.int64)),
+            upload(temperatures),
+            upload(np.concatenate(ids)),
+            longest=max(counts),
+            tokens=self.tokens,
+            out_temperatures=self.temperatures,
+            out_seeds=self.seeds,
+        )
 
     def _extend(self, updates: tuple[BlockUpdate, ...]) -> None:
         width = self.block_tables.shape[1]
@@ -163,6 +217,70 @@ class SlotTables:
             max_context_len=0,
         )
         return self._inputs(slots, positions, attention, None, slots, context_lens)
+
+    def _mixed_by_kernel(self, plan: StepPlan) -> StepInputs:
+        """As `_mixed`, the reference, in one kernel."""
+        from layers.kernels.slots import StepRows
+
+        chunks, num_decodes = plan.prefill, len(plan.decode)
+        num_tokens = plan.num_prefill_tokens
+        header = np.empty((6, len(chunks) + num_decodes), dtype=np.int64)
+        samples = self._describe(header, chunks)
+        header[0, len(chunks) :] = plan.decode
+        header[1, len(chunks) :] = -1
+        header[2, len(chunks) :] = 1
+        header[3, len(chunks) :] = range(num_tokens, num_tokens + num_decodes)
+        header[5, len(chunks) :] = 1
+        header[4] = np.where(header[5], np.cumsum(header[5]) - 1, -1)
+        rows = StepRows.empty(
+            num_tokens + num_decodes,
+            header.shape[1],
+            samples + num_decodes,
+            self.tokens.device,
+        )
+        self._gather(header, rows)
+        attention = AttentionBatch(
+            block_tables=self.block_tables,
+            slots=rows.slots,
+            context_lens=rows.context_lens,
+            query_start=rows.query_start[: len(chunks) + 1],
+            num_prefills=len(chunks),
+            num_prefill_tokens=num_tokens,
+            max_query_len=max(chunk.num_tokens for chunk in chunks),
+            max_context_len=max(chunk.start + chunk.num_tokens for chunk in chunks),
+        )
+        return StepInputs(
+            input_ids=rows.input_ids,
+            positions=rows.positions,
+            slot_mapping=rows.slot_mapping,
+            attention=attention,
+            sampled_rows=rows.sampled_rows,
+            sampled_slots=rows.sampled_slots,
+            sampled_positions=rows.sampled_positions,
+        )
+
+    @staticmethod
+    def _describe(header: np.ndarray[Any, Any], chunks: tuple[PrefillChunk, ...]) -> int:
+        """Fill in the chunks' columns, all but row 4; returns how many chunks sample."""
+        first = 0
+        for i, chunk in enumerate(chunks):
+            header[:4, i] = chunk.slot, chunk.start, chunk.num_tokens, first
+            header[5, i] = chunk.samples
+            first += chunk.num_tokens
+        return int(header[5, : len(chunks)].sum())
+
+    def _gather(self, header: np.ndarray[Any, Any], rows: StepRows) -> None:
+        from layers.kernels.slots import gather_rows
+
+        gather_rows(
+            self._staging.upload(header),
+            self.tokens,
+            self.block_tables,
+            self.num_computed,
+            block_size=self._block_size,
+            longest=int(header[2].max()),
+            out=rows,
+        )
 
     def _mixed(self, plan: StepPlan) -> StepInputs:
         chunks, decode_slots = plan.prefill, self._decode_slots

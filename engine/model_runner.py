@@ -184,9 +184,8 @@ class LocalRunner(ModelRunner):
             self._prefill_step = PrefillStep(
                 self._model,
                 self._backend,
+                tables,
                 self._kv,
-                tables.block_tables,
-                tables.padding_slot,
                 self._config.max_num_batched_tokens,
             )
 
@@ -256,12 +255,11 @@ class LocalRunner(ModelRunner):
     def _run(self, plan: StepPlan) -> Tensor:
         if self._decode_step is not None and not plan.prefill:
             return self._decode_step.run(plan)
+        if self._prefill_step is not None and self._prefill_step.fits(plan):
+            return self._prefill_step.run(plan)
         tables = self._tables
         inputs = tables.stage(plan)
-        if self._prefill_step is not None and self._prefill_step.fits(plan):
-            logits = self._prefill_step.run(inputs)
-        else:
-            logits = self._forward(inputs)
+        logits = self._forward(inputs)
         if tables.all_greedy(plan):
             tokens = self._sampler.greedy(logits)
         else:

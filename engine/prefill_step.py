@@ -12,7 +12,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from engine.batch import StepInputs
+from engine.batch import SlotTables
 from engine.types import StepPlan
 from layers.attention.base import AttentionBackend, AttentionBatch
 from layers.forward_batch import ForwardBatch
@@ -29,8 +29,7 @@ class PrefillStep:
     """The forward pass of pure prefill steps of up to 8 requests and 4,096 tokens, captured.
 
     Args:
-        block_tables: the static per-slot block tables.
-        padding_slot: the row of them that belongs to no request.
+        tables: the per-slot tables.
         max_tokens: most tokens that a step may have at all.
     """
 
@@ -38,25 +37,20 @@ class PrefillStep:
         self,
         model: CausalLM,
         backend: AttentionBackend,
+        tables: SlotTables,
         kv: list[KVLayer],
-        block_tables: Tensor,
-        padding_slot: int,
         max_tokens: int,
     ) -> None:
+        from layers.kernels.slots import StepRows
+
         self._model = model
         self._backend = backend
         self._kv = kv
-        self._block_tables = block_tables
-        self._padding_slot = padding_slot
+        self._tables = tables
         self._sizes = [size for size in _SIZES if size <= max_tokens]
-        tokens, device = max(self._sizes, default=0), block_tables.device
-        # Rows: token id, position, cache row; and rows to sample, of requests.
-        self._tokens = torch.zeros(3, tokens, dtype=torch.int64, device=device)
-        self._rows = torch.zeros(_MAX_REQUESTS, dtype=torch.int64, device=device)
-        self._slots, self._lens = torch.zeros(2, _MAX_REQUESTS, dtype=torch.int32, device=device)
-        self._starts = torch.zeros(_MAX_REQUESTS + 1, dtype=torch.int32, device=device)
+        most, device = max(self._sizes, default=0), tables.tokens.device
+        self._rows = StepRows.empty(most, _MAX_REQUESTS + 1, _MAX_REQUESTS, device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._clear(tokens)
 
     def fits(self, plan: StepPlan) -> bool:
         """Whether there is a captured step for the plan."""
@@ -70,69 +64,62 @@ class PrefillStep:
     def run_padding(self) -> None:
         """Enqueue the largest step with padding alone, uncaptured."""
         if self._sizes:
-            self._forward(self._sizes[-1])
+            self._stage_padding()
+            self._step(self._sizes[-1])
 
     def capture(self) -> None:
         """Capture the step for each token count, with padding alone."""
         pool = None
+        self._stage_padding()
         for size in reversed(self._sizes):
-            self._forward(size)
+            self._step(size)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                logits = self._forward(size)
+                tokens = self._step(size)
             pool = graph.pool()
-            self._graphs[size] = (graph, logits)
+            self._graphs[size] = (graph, tokens)
 
-    def run(self, inputs: StepInputs) -> Tensor:
-        """Enqueue the forward pass of a plan that fits; logits of its sampled rows.
+    def _stage_padding(self) -> None:
+        """Rows that read nothing and write nothing that counts."""
+        self._tables.stage_prefill(StepPlan(0), self._rows)
 
-        They are overwritten by the next run.
-        """
-        tokens = inputs.input_ids.shape[0]
-        size = self._sizes[bisect_left(self._sizes, tokens)]
-        self._clear(size)
-        self._tokens[0, :tokens] = inputs.input_ids
-        self._tokens[1, :tokens] = inputs.positions
-        self._tokens[2, :tokens] = inputs.slot_mapping
-        attention, count = inputs.attention, inputs.attention.num_prefills
-        self._slots[:count] = attention.slots
-        self._lens[:count] = attention.context_lens
-        # Requests of padding begin and end behind the last token.
-        self._starts.fill_(tokens)
-        self._starts[: count + 1] = attention.query_start
-        rows = inputs.sampled_rows
-        assert rows is not None
-        self._rows[: rows.shape[0]] = rows
-        graph, logits = self._graphs[size]
+    def run(self, plan: StepPlan) -> Tensor:
+        """Enqueue a plan that fits; returns its tokens."""
+        size = self._sizes[bisect_left(self._sizes, plan.num_prefill_tokens)]
+        self._tables.stage_prefill(plan, self._rows.first(size))
+        graph, tokens = self._graphs[size]
         graph.replay()
-        return logits[: rows.shape[0]]
+        samples = [i for i, chunk in enumerate(plan.prefill) if chunk.samples]
+        if samples == list(range(len(samples))):
+            return tokens[: len(samples)]
+        return tokens[samples]
 
-    def _clear(self, size: int) -> None:
-        self._tokens[:2, :size] = 0
-        self._tokens[2, :size] = -1
-        self._slots.fill_(self._padding_slot)
-        self._lens.zero_()
-        self._rows.zero_()
+    def _step(self, size: int) -> Tensor:
+        """Enqueue the forward pass and sampling of the rows that are staged."""
+        from layers.kernels.sampling import sample
 
-    def _forward(self, size: int) -> Tensor:
-        input_ids, positions, slot_mapping = self._tokens[:, :size]
+        rows, tables = self._rows.first(size), self._tables
         attention = AttentionBatch(
-            block_tables=self._block_tables,
-            slots=self._slots,
-            context_lens=self._lens,
-            query_start=self._starts,
+            block_tables=tables.block_tables,
+            slots=rows.slots[:-1],
+            context_lens=rows.context_lens[:-1],
+            query_start=rows.query_start[:-1],
             num_prefills=_MAX_REQUESTS,
             num_prefill_tokens=size,
             max_query_len=size,
             max_context_len=size,
         )
         batch = ForwardBatch(
-            input_ids=input_ids,
-            slot_mapping=slot_mapping,
-            rotation=self._model.rotary.prepare(positions),
+            input_ids=rows.input_ids,
+            slot_mapping=rows.slot_mapping,
+            rotation=self._model.rotary.prepare(rows.positions),
             attention=self._backend.prepare(attention),
             kv=self._kv,
-            sampled_rows=self._rows,
+            sampled_rows=rows.sampled_rows,
         )
-        return self._model(batch)
+        slots, positions = rows.sampled_slots, rows.sampled_positions
+        temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
+        tokens = sample(self._model(batch), temperatures, seeds, positions)
+        tables.tokens[slots, positions] = tokens.to(tables.tokens.dtype)
+        return tokens

@@ -224,13 +224,14 @@ def _paged_decode_kernel(
     BATCH_PAD: tl.constexpr,
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
-        if not EARLY:
+        if not AHEAD:
             gdc_wait()
 
     lane = tl.arange(0, BATCH_PAD)
@@ -259,6 +260,8 @@ def _paged_decode_kernel(
     row_ok = (rows < GROUP)[:, None] & dim_ok[None, :]
     offsets = tl.arange(0, TILE)
 
+    if PDL and AHEAD and not EARLY:
+        gdc_wait()
     while at < stop:
         num_tokens = tl.sum(tl.where(lane == seq, lens, 0), 0)
         slot = tl.sum(tl.where(lane == seq, slots, 0), 0).to(tl.int64)
@@ -437,6 +440,7 @@ def paged_decode(
         BATCH_PAD=16 if batch <= 16 else max(256, triton.next_power_of_2(batch)),
         UNROLL=config.unroll,
         PDL=launch_pdl,
+        AHEAD=early_reads,
         EARLY=early_reads and room > 0,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.batch import SlotTables
+from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
+
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.gpu,
@@ -47,3 +50,19 @@ def test_gather_and_scatter(size: int) -> None:
         results.append([*(getattr(out, name) for name in DecodeRows.__slots__), tokens, computed])
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
+
+
+def _tables(device: str, slots: int) -> SlotTables:
+    return SlotTables(slots, 3000, BLOCK_SIZE, torch.device(device))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_staging_of_mixed_steps(seed: int) -> None:
+    plans = random_plans(seed, 40, 2990, decodes=True)
+    check_staging(_tables("cuda", 40), _tables("cpu", 40), plans)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_staging_of_a_padded_prefill(seed: int) -> None:
+    plans = [p for p in random_plans(seed, 4, 2990, decodes=False) if p.prefill]
+    check_prefill(_tables("cuda", 4), _tables("cpu", 4), plans, 12_000)
