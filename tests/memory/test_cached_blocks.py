@@ -12,6 +12,7 @@ from engine.types import CacheStats, KVGeometry, PendingPrefix
 from memory.cached_blocks import CachingBlockManager
 from memory.eviction import CachedBlock
 from memory.prefix_cache import PrefixCacheManager
+from memory.radix_cache import RadixCacheManager
 
 SIZE = 16
 Make = Callable[..., CachingBlockManager]
@@ -27,7 +28,7 @@ class _CollidingManager(PrefixCacheManager):
         return b"same"
 
 
-@pytest.fixture(params=[PrefixCacheManager], ids=lambda made: made.name)
+@pytest.fixture(params=[PrefixCacheManager, RadixCacheManager], ids=lambda made: made.name)
 def make(request: pytest.FixtureRequest) -> Make:
     def construct(num_blocks: int = 8, policy: str = "lru") -> CachingBlockManager:
         config = Config(model="none", eviction_policy=policy)
