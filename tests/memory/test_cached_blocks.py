@@ -233,11 +233,12 @@ class TestReset:
         assert _serve(blocks, 1, _tokens(1, 2, 3)) == 0
         assert _serve(blocks, 2, _tokens(1, 2, 3)) == 2 * SIZE
 
-    def test_what_runs_is_not_published_any_more(self, make: Make) -> None:
+    @pytest.mark.parametrize("num_committed", [0, SIZE])
+    def test_what_runs_is_not_published_any_more(self, make: Make, num_committed: int) -> None:
         blocks = make()
         tokens = _tokens(1, 2, 3)
         _start(blocks, 0, tokens)
-        blocks.commit(0, tokens, SIZE)
+        blocks.commit(0, tokens, num_committed)
         blocks.reset_prefix_cache()
         assert blocks.pending([*tokens, 0]) is None
         blocks.commit(0, tokens, 2 * SIZE)
@@ -356,3 +357,10 @@ def test_any_order_of_calls_gives_true_hits_and_keeps_the_count(
         held = {block for request_id in running for block in blocks.table(request_id)}
         assert len(held) + blocks.num_free_blocks == num_blocks
     assert blocks.stats.hit_tokens > (0 if kind == "colliding" else 5000)
+    for request_id in running:
+        blocks.release(request_id)
+    assert not blocks._pending
+    blocks.reset_prefix_cache()
+    assert not blocks._cached
+    assert not getattr(blocks, "_table", None)
+    assert not getattr(blocks, "_children", None)
