@@ -52,7 +52,7 @@ class Staging:
             # memory back until they end.
             buffer = self._buffers[self._turn] = self._pinned(2 * (self._used + size))
             self._used = 0
-        pinned = buffer[self._used : self._used + size].view(source.dtype)
+        pinned = buffer[self._used : self._used + size].view(source.dtype).view(source.shape)
         pinned.copy_(source)
         # Every array starts on a multiple of 16 bytes, whatever its type.
         self._used += -(-size // 16) * 16
