@@ -10,6 +10,8 @@ seeds     256 requests of 100 to 1,024 tokens in and out, temperature 0.6
 latency   1, 8 and 64 requests of 128 tokens in and 512 out
 ttft      time to the first token after 128, 1,024 and 3,800 tokens
 startup   construction to ready in a new process, with a cold and a warm kernel cache
+kernels   attention and the linears alone, against the machine's limits; CUDA
+overlap   what the host does for a decode step of 256 requests while the device works; CUDA
 scheduler schedule and commit alone, for 256 running and up to 100,000 waiting requests; no model
 
 On CUDA the run also measures the machine's read bandwidth and matmul rate and prints the
@@ -37,6 +39,8 @@ import torch
 import transformers
 
 from llm import LLM, SamplingParams
+from utils.kernel_speed import KernelTime, measure_kernels
+from utils.overlap import Overlap, draw, measure_overlap
 from utils.random_weights import SHAPES, make_checkpoint
 from utils.roofline import Ceilings, ModelCosts, fastest_seconds, measure_ceilings
 from utils.scheduling_cost import Cost, measure_scheduling
@@ -265,13 +269,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("compare", "seeds", "latency", "ttft", "startup", "scheduler")
+    names = (
+        *("compare", "seeds", "latency", "ttft", "startup"),
+        *("kernels", "overlap", "scheduler"),
+    )
     parser.add_argument("--workload", nargs="+", choices=names, default=None)
     parser.add_argument("--model", type=Path, default=None, help="checkpoint folder")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs after a warm-up")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (CPU)")
+    parser.add_argument("--timeline", type=Path, help="draw the steps of `overlap` here, as SVG")
     parser.add_argument("--json", type=Path, default=None, help="write all figures here")
     return parser.parse_args()
 
@@ -286,14 +294,46 @@ def describe(llm: LLM, ready: float, ceilings: Ceilings | None) -> None:
         f"{transformers.__version__}; ready after {ready:.1f} s"
     )
     if ceilings is not None:
+        print(describe_ceilings(ceilings))
+
+
+def describe_ceilings(ceilings: Ceilings) -> str:
+    """The machine's limits in words."""
+    return (
+        f"ceilings: {ceilings.read_bandwidth / 1e12:.2f} TB/s read, "
+        f"{ceilings.matmul_rate / 1e12:.0f} TFLOP/s bf16 matmul"
+    )
+
+
+def kernels(shape: str, repeats: int) -> list[KernelTime]:
+    """Measure and print the kernels of a named shape."""
+    ceilings = measure_ceilings(torch.device("cuda"))
+    print(describe_ceilings(ceilings))
+    times = measure_kernels(SHAPES[shape], ceilings, repeats)
+    for time_ in times:
+        low, high = min(time_.seconds), max(time_.seconds)
         print(
-            f"ceilings: {ceilings.read_bandwidth / 1e12:.2f} TB/s read, "
-            f"{ceilings.matmul_rate / 1e12:.0f} TFLOP/s bf16 matmul"
+            f"{shape} {time_.name:<36}{1e6 * time_.median:>9.1f} us ({1e6 * low:.1f} to "
+            f"{1e6 * high:.1f} in {len(time_.seconds)})  {time_.fraction:.3f} of the limit"
         )
+    return times
+
+
+def overlap(path: Path, timeline: Path | None) -> Overlap:
+    """Measure, print and draw what host and device do at once."""
+    found = measure_overlap(path)
+    phases = ", ".join(f"{name} {1e3 * t:.3f}" for name, t in found.phases.items())
+    print(
+        f"overlap: {found.num_requests} requests, a decode step every {1e3 * found.period:.3f} ms, "
+        f"host work {1e3 * found.host:.3f} ms ({phases})"
+    )
+    if timeline:
+        draw(found, timeline)
+    return found
 
 
 def run(args: argparse.Namespace, path: Path) -> list[Row]:
-    """All workloads on one checkpoint."""
+    """All workloads that need an engine on one checkpoint."""
     cuda = torch.cuda.is_available()
     ceilings = measure_ceilings(torch.device("cuda")) if cuda else None
     start = time.perf_counter()
@@ -332,10 +372,14 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows: list[Row | Cost] = []
-    if args.workload and "scheduler" in args.workload:
+    rows: list[Row | Cost | KernelTime | Overlap] = []
+    alone = {n for n in ("scheduler", "kernels", "overlap") if n in (args.workload or ())}
+    if alone:
+        args.workload = [name for name in args.workload if name not in alone]
+    if "scheduler" in alone:
         rows += measure_scheduling(num_steps=300 * args.repeats)
-        args.workload.remove("scheduler")
+    if "kernels" in alone:
+        rows += kernels(args.shape or "qwen3-0.6b", args.repeats)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         path = args.model or DEFAULT_MODEL
@@ -344,6 +388,8 @@ def main() -> None:
             path = make_checkpoint(args.shape, Path(scratch), device)
         if args.workload != []:
             rows += run(args, path)
+        if "overlap" in alone:
+            rows.append(overlap(path, args.timeline))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
