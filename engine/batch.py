@@ -214,7 +214,6 @@ class SlotTables:
             num_prefills=0,
             num_prefill_tokens=0,
             max_query_len=0,
-            max_context_len=0,
         )
         return self._inputs(slots, positions, attention, None, slots, context_lens)
 
@@ -247,7 +246,6 @@ class SlotTables:
             num_prefills=len(chunks),
             num_prefill_tokens=num_tokens,
             max_query_len=max(chunk.num_tokens for chunk in chunks),
-            max_context_len=max(chunk.start + chunk.num_tokens for chunk in chunks),
         )
         return StepInputs(
             input_ids=rows.input_ids,
@@ -314,7 +312,6 @@ class SlotTables:
             num_prefills=len(chunks),
             num_prefill_tokens=num_rows,
             max_query_len=int(counts.max()),
-            max_context_len=int((starts + counts).max()),
         )
         token_slots = torch.cat((token_slots, decode_slots))
         sampled_rows = self._staging.upload(rows)

@@ -65,7 +65,6 @@ class DecodeStep:
             num_prefills=0,
             num_prefill_tokens=0,
             max_query_len=0,
-            max_context_len=0,
         )
         batch = ForwardBatch(
             input_ids=rows.input_ids,

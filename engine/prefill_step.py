@@ -108,7 +108,6 @@ class PrefillStep:
             num_prefills=_MAX_REQUESTS,
             num_prefill_tokens=size,
             max_query_len=size,
-            max_context_len=size,
         )
         batch = ForwardBatch(
             input_ids=rows.input_ids,

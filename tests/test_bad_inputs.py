@@ -119,6 +119,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"attention_backend": "torsch"}, "attention_backend", "Did you mean 'torch'?"),
     ({"attention_backend": None}, "attention_backend", "neither a name"),
     ({"attention_backend": "triton"}, "attention_backend", "CUDA"),
+    ({"attention_backend": "flash_attn"}, "attention_backend", "CUDA"),
     ({"scheduler": "continous"}, "scheduler", "Did you mean 'continuous'?"),
     ({"scheduler": ""}, "scheduler", "neither a name"),
     ({"scheduler": dict}, "scheduler", "is no Scheduler"),

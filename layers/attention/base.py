@@ -48,7 +48,6 @@ class AttentionBatch:
             have one each.
         num_prefill_tokens: query rows of the prefill requests; the decodes' rows follow.
         max_query_len: largest number of query rows of a prefill request, 0 without any.
-        max_context_len: largest context of a prefill request, 0 without any.
     """
 
     block_tables: Tensor
@@ -58,7 +57,6 @@ class AttentionBatch:
     num_prefills: int
     num_prefill_tokens: int
     max_query_len: int
-    max_context_len: int
 
 
 class AttentionBackend(ABC):

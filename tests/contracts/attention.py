@@ -16,6 +16,7 @@ from engine.types import KVGeometry
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from memory.kv_cache import KVCache, KVLayer
 
+# In blocks of 16 tokens; lengths grow with the block, so that requests have several.
 MAX_LEN = 200
 
 
@@ -25,6 +26,11 @@ class Request:
 
     context: int
     queries: int = 1
+
+    def times(self, factor: int) -> Request:
+        """Longer by `factor`; what is 1 stays 1."""
+        context, queries = (n if n == 1 else n * factor for n in (self.context, self.queries))
+        return Request(context, queries)
 
 
 @dataclass
@@ -53,11 +59,12 @@ def make_case(
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
     requests = prefills + decodes
-    max_blocks = -(-MAX_LEN // block_size)
+    max_len = max(MAX_LEN, *(request.context for request in requests))
+    max_blocks = -(-max_len // block_size)
     num_slots = len(requests) + 2
     num_blocks = num_slots * max_blocks
     spec = AttentionSpec(
-        heads, kv_heads, head_dim, 0.11, block_size, MAX_LEN, num_slots, dtype, device
+        heads, kv_heads, head_dim, 0.11, block_size, max_len, num_slots, dtype, device
     )
     geometry = KVGeometry(1, kv_heads, head_dim, block_size, num_blocks, dtype.itemsize)
     (kv,) = KVCache(geometry, dtype, device).layers()
@@ -75,10 +82,10 @@ def make_case(
             torch.randn(length, kv_heads, head_dim, generator=generator).to(device, dtype)
             for _ in "kv"
         )
-        for position in range(length):
-            block = int(tables[slot, position // block_size])
-            kv.k[block, position % block_size] = keys[position]
-            kv.v[block, position % block_size] = values[position]
+        positions = torch.arange(length, device=device)
+        pages = tables[slot, positions // block_size].long()
+        kv.k[pages, positions % block_size] = keys
+        kv.v[pages, positions % block_size] = values
         q = torch.randn(n, heads, head_dim, generator=generator).to(device, dtype)
         queries.append(q)
         outputs.append(_naive(q, keys, values, spec.scale))
@@ -91,7 +98,6 @@ def make_case(
         num_prefills=len(prefills),
         num_prefill_tokens=sum(counts),
         max_query_len=max(counts, default=0),
-        max_context_len=max((request.context for request in prefills), default=0),
     )
     return Case(spec, batch, kv, torch.cat(queries), torch.cat(outputs).to(dtype))
 
@@ -100,14 +106,13 @@ def _naive(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Causal attention of the last len(q) positions, one head at a time, in float64."""
     n, heads, _ = q.shape
     length, kv_heads, _ = keys.shape
+    hidden = torch.ones(n, length, dtype=torch.bool, device=q.device).triu(length - n + 1)
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     for head in range(heads):
         kv_head = head // (heads // kv_heads)
         scores = q[:, head].double() @ keys[:, kv_head].double().T * scale
-        for row in range(n):
-            visible = length - n + row + 1
-            weights = torch.softmax(scores[row, :visible], dim=0)
-            out[row, head] = weights @ values[:visible, kv_head].double()
+        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=1)
+        out[:, head] = weights @ values[:, kv_head].double()
     return out.flatten(1)
 
 
@@ -137,11 +142,13 @@ class AttentionContract:
         make_backend: the class.
         device: where.
         dtypes: of queries and cache.
+        block_size: where a test is not about it.
     """
 
     make_backend: ClassVar[type[AttentionBackend]]
     device: ClassVar[str] = "cpu"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
+    block_size: ClassVar[int] = 16
 
     @pytest.mark.parametrize("in_order", [False, True], ids=["shuffled", "in-order"])
     @pytest.mark.parametrize("name", MIXTURES)
@@ -154,7 +161,7 @@ class AttentionContract:
     def test_group_sizes(self, heads: int, kv_heads: int, head_dim: int) -> None:
         self.check(self.case(heads=heads, kv_heads=kv_heads, head_dim=head_dim))
 
-    @pytest.mark.parametrize("block_size", [16, 32, 64, 256])
+    @pytest.mark.parametrize("block_size", [16, 32, 64, 256, 512])
     def test_block_sizes(self, block_size: int) -> None:
         self.check(self.case(block_size=block_size))
 
@@ -199,10 +206,13 @@ class AttentionContract:
         decodes: list[Request] | None = None,
         **options: Any,
     ) -> Case:
-        """Requests, a mixture if none are given, on this device."""
+        """Requests, a mixture if none are given, on this device; of lengths for blocks of 16."""
         if prefills is None or decodes is None:
             prefills, decodes = MIXTURES["mixed"]
-        options = {"dtype": self.dtypes[0], "device": torch.device(self.device), **options}
+        defaults = {"dtype": self.dtypes[0], "device": torch.device(self.device)}
+        options = {**defaults, "block_size": self.block_size, **options}
+        factor = options["block_size"] // 16
+        prefills, decodes = ([r.times(factor) for r in part] for part in (prefills, decodes))
         made = make_case(prefills, decodes, **options)
         reason = type(self).make_backend.unsupported(made.spec)
         if reason is not None:

@@ -42,7 +42,7 @@ def test_prefill_rows_are_tokens_positions_and_pages() -> None:
     assert attention.context_lens.tolist() == [18, 5]
     assert attention.query_start.tolist() == [0, 18, 23]
     assert (attention.num_prefills, attention.num_prefill_tokens) == (2, 23)
-    assert (attention.max_query_len, attention.max_context_len) == (18, 18)
+    assert attention.max_query_len == 18
 
 
 def test_only_rows_that_sample_are_sampled() -> None:

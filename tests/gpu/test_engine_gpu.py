@@ -39,13 +39,6 @@ def greedy(llm: LLM, prompts: list[list[int]], count: int) -> list[list[int]]:
     return [out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)]
 
 
-@pytest.fixture(scope="module")
-def reference() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).cuda().eval()
-
-
 @torch.inference_mode()
 def worst_gap(reference: Any, prompts: list[list[int]], outputs: list[list[int]]) -> float:
     """How far a token is from the reference's best after the same tokens, in deviations."""

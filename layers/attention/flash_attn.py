@@ -1,0 +1,134 @@
+"""The kernels of the package flash-attn (FlashAttention-2, Tri Dao), for those who built it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
+from memory.kv_cache import KVLayer
+
+_MIN_VERSION = (2, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefills:
+    """The leading requests; all int32: block tables [P, N], first rows of q and k [P + 1]."""
+
+    block_table: Tensor
+    query_start: Tensor
+    key_start: Tensor
+    max_query_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """The requests with one row: block tables [D, N] and lengths [D], int32."""
+
+    block_table: Tensor
+    lens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    prefills: _Prefills | None
+    decodes: _Decodes | None
+    split: int  # query rows of the prefills
+
+
+class FlashAttention(AttentionBackend):
+    """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes.
+
+    Both read K and V in place through block tables, with grouped heads.
+    """
+
+    name = "flash_attn"
+    captures = True  # no host value depends on the requests' lengths but max_query_len
+
+    @staticmethod
+    def unsupported(spec: AttentionSpec) -> str | None:
+        if spec.device.type != "cuda" or torch.cuda.get_device_capability(spec.device) < (8, 0):
+            return "it needs a CUDA device of compute capability 8.0 or higher"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in bfloat16 and float16, not {spec.dtype}"
+        if spec.head_dim > 256 or spec.head_dim % 8:
+            return f"it needs a multiple of 8 up to 256 as head_dim, not {spec.head_dim}"
+        if spec.block_size % 256:
+            return f"it needs a multiple of 256 as kvcache_block_size, not {spec.block_size}"
+        return _package_problem()
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        import flash_attn
+
+        self._spec = spec
+        self._varlen = flash_attn.flash_attn_varlen_func
+        self._with_kvcache = flash_attn.flash_attn_with_kvcache
+
+    def prepare(self, batch: AttentionBatch) -> _Prepared:
+        # The kernels take one row per request, in order, where ours lie in slots.
+        table = batch.block_tables.index_select(0, batch.slots)
+        lens = batch.context_lens.int()
+        count, prefills, decodes = batch.num_prefills, None, None
+        if count:
+            key_start = F.pad(lens[:count].cumsum(0, dtype=torch.int32), (1, 0))
+            prefills = _Prefills(
+                table[:count], batch.query_start.int(), key_start, batch.max_query_len
+            )
+        if count < lens.shape[0]:
+            decodes = _Decodes(table[count:], lens[count:])
+        return _Prepared(prefills, decodes, batch.num_prefill_tokens)
+
+    def attend(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
+        parts = []
+        if prepared.prefills is not None:
+            parts.append(self._prefill(q[: prepared.split], kv, prepared.prefills))
+        if prepared.decodes is not None:
+            parts.append(self._decode(q[prepared.split :], kv, prepared.decodes))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+    def _prefill(self, q: Tensor, kv: KVLayer, prefills: _Prefills) -> Tensor:
+        out: Tensor = self._varlen(
+            q,
+            kv.k,
+            kv.v,
+            cu_seqlens_q=prefills.query_start,
+            cu_seqlens_k=prefills.key_start,
+            max_seqlen_q=prefills.max_query_len,
+            # Keys beyond it are left out, so a captured step needs the most there can be. The
+            # kernels end at a request's last key anyway.
+            max_seqlen_k=self._spec.max_model_len,
+            softmax_scale=self._spec.scale,
+            causal=True,
+            block_table=prefills.block_table,
+        )
+        return out
+
+    def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
+        out: Tensor = self._with_kvcache(
+            q.unsqueeze(1),
+            kv.k,
+            kv.v,
+            cache_seqlens=decodes.lens,
+            block_table=decodes.block_table,
+            softmax_scale=self._spec.scale,
+            causal=True,
+        )
+        return out.squeeze(1)
+
+
+def _package_problem() -> str | None:
+    """Why the installed flash-attn does not do, if it does not."""
+    try:
+        import flash_attn
+    except ImportError as error:  # not installed, or compiled against another torch
+        return f"the package flash-attn cannot be imported ({error}); README.md says how to get it"
+    # Later major versions share the name but not the functions.
+    version = str(getattr(flash_attn, "__version__", "unknown"))
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or not _MIN_VERSION <= tuple(map(int, found.groups())) < (3, 0):
+        return f"it needs flash-attn 2.7 or a later 2.x, not {version}"
+    return None
