@@ -125,7 +125,6 @@ def _batch(
         num_prefills=count if prefill else 0,
         num_prefill_tokens=count * length if prefill else 0,
         max_query_len=length if prefill else 0,
-        max_context_len=length if prefill else 0,
     )
     return batch, count * per_request
 
