@@ -14,6 +14,7 @@ PartSpec = str | type | Callable[..., Any]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DEVICES = ("auto", "cpu", "cuda")
+_OPTIONAL_BOOLS = ("enable_cuda_graphs", "enable_prefix_caching")
 _PARTS = (
     "scheduler",
     "block_manager",
@@ -62,6 +63,8 @@ class Config:
         pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
             previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
         seed: base of the noise of requests without a seed of their own.
+        kv_sanitizer: check every use of a KV block and poison dead ones with NaN; for finding
+            mistakes, at the cost of waiting for the device after every step.
         scheduler, block_manager, model_runner: the parts, as for attention_backend. The block
             manager "auto" is "prefix", or "paged" with enable_prefix_caching=False.
         queue_policy: who runs next: "fcfs", "priority", "shortest_prompt", "shortest_job",
@@ -93,6 +96,7 @@ class Config:
     attention_backend: PartSpec = "auto"
     pipeline_depth: int | None = None
     seed: int = 0
+    kv_sanitizer: bool = False
     scheduler: PartSpec = "continuous"
     block_manager: PartSpec = "auto"
     model_runner: PartSpec = "local"
@@ -122,9 +126,9 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(name, value, "unknown choice", did_you_mean(str(value), choices))
-        for name in ("enforce_eager", "enable_cuda_graphs", "enable_prefix_caching"):
+        for name in ("enforce_eager", "kv_sanitizer", *_OPTIONAL_BOOLS):
             value = getattr(self, name)
-            optional = name != "enforce_eager"
+            optional = name in _OPTIONAL_BOOLS
             if not isinstance(value, bool) and not (optional and value is None):
                 raise ConfigError(name, value, "must be a bool", "Use True or False.")
         for name in _PARTS:

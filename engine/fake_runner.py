@@ -206,6 +206,8 @@ class FakeRunner(ModelRunner):
         )
 
     def _apply(self, plan: StepPlan) -> None:
+        for block in plan.poisoned_blocks:
+            self._poison(block)
         for new in plan.new_requests:
             _require(0 <= new.slot < self._max_num_seqs, f"there is no slot {new.slot}")
             busy = any(new.slot in handle.tables for handle in self._in_flight)
@@ -284,9 +286,13 @@ class FakeRunner(ModelRunner):
                 _require(
                     not users, f"block {block} goes to slot {index} while slots {users} use it"
                 )
-            self._entries[block * size : (block + 1) * size] = [_POISON] * size
-            self._page_sums[block] = _POISON * size
+            self._poison(block)
         slot.fresh.clear()
+
+    def _poison(self, block: int) -> None:
+        size = self._geometry.block_size
+        self._entries[block * size : (block + 1) * size] = [_POISON] * size
+        self._page_sums[block] = _POISON * size
 
     def _running(self, index: int) -> _Slot:
         slot = self._slots.get(index)

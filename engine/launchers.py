@@ -35,7 +35,7 @@ class _Ended(StepHandle):
 
     def result(self) -> StepResult:
         if self._tokens is None:
-            raise StepError(f"step {self._step_id} failed: {self._error}") from self._error
+            raise _step_error(self._step_id, self._error) from self._error
         return StepResult(self._step_id, self._tokens.unsqueeze(1).tolist())
 
 
@@ -50,7 +50,7 @@ class _Future(StepHandle):
         try:
             tokens = self._tokens.result()
         except Exception as error:
-            raise StepError(f"step {self._step_id} failed: {error}") from error
+            raise _step_error(self._step_id, error) from error
         return StepResult(self._step_id, tokens.unsqueeze(1).tolist())
 
     def done(self) -> bool:
@@ -95,7 +95,7 @@ class _Copy(StepHandle):
         try:
             self._done.synchronize()
         except RuntimeError as error:
-            raise StepError(f"step {self._step_id} failed: {error}") from error
+            raise _step_error(self._step_id, error) from error
         return StepResult(self._step_id, self._tokens.unsqueeze(1).tolist())
 
     def done(self) -> bool:
@@ -139,3 +139,7 @@ class StreamLauncher(Launcher):
 
     def close(self) -> None:
         self.stream.synchronize()
+
+
+def _step_error(step_id: int, error: Exception | None) -> StepError:
+    return error if isinstance(error, StepError) else StepError(f"step {step_id} failed: {error}")

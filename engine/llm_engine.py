@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from config import Config
+from engine.kv_sanitizer import SanitizedRunner
 from engine.policies.base import check_policies
 from engine.sequence import Sequence
 from engine.types import BlockManager, CacheStats, ModelRunner, Scheduler, StepHandle, StepPlan
@@ -58,6 +59,9 @@ class LLMEngine:
         self._runner: ModelRunner = construct(
             "model_runner", ModelRunner, make_runner, config, self.checkpoint
         )
+        self._sanitizer = SanitizedRunner(self._runner) if config.kv_sanitizer else None
+        if self._sanitizer:
+            self._runner = self._sanitizer
         try:
             self.reset()
         except BaseException:
@@ -176,6 +180,8 @@ class LLMEngine:
         self._blocks: BlockManager = construct(
             "block_manager", BlockManager, self._make_blocks, config, geometry
         )
+        if self._sanitizer:
+            self._blocks = self._sanitizer.watch(self._blocks)
         self._scheduler: Scheduler = construct(
             "scheduler", Scheduler, self._make_scheduler, config, self._blocks
         )

@@ -35,6 +35,7 @@ from layers.kernels.launch import fused
 from layers.parallel import ParallelContext
 from layers.sampler import Sampler
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
+from memory.kv_poison import KVPoison
 from memory.sizing import fit_blocks, free_bytes, measure_usage, release_device
 from models.base import CausalLM, ModelShape
 from sampling_params import SamplingParams
@@ -119,6 +120,9 @@ class LocalRunner(ModelRunner):
             )
             self._geometry = self._smallest(self._sized(one_block, before))
             self._allocate(self._geometry)
+            self._poison = (
+                KVPoison(self._kv, self._tables, spec.block_size) if config.kv_sanitizer else None
+            )
             if self._decode_step is not None and self._prefill_step is not None:
                 self._compile(self._decode_step, self._prefill_step)
                 self._decode_step.capture(capture_sizes(config.max_num_seqs))
@@ -131,14 +135,15 @@ class LocalRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
             raise EngineClosedError("execute() after close()")
-        return self._launcher.launch(plan.step_id, lambda: self._run(plan))
+        run = self._run if self._poison is None else partial(self._run_poisoned, self._poison)
+        return self._launcher.launch(plan.step_id, lambda: run(plan))
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._launcher.close()
-        self._decode_step = self._prefill_step = None
+        self._decode_step = self._prefill_step = self._poison = None
         del self._model, self._backend, self._kv, self._tables
         release_device(self._device)
 
@@ -250,6 +255,13 @@ class LocalRunner(ModelRunner):
         if self._decode_step is not None and self._prefill_step is not None:
             steps += [self._decode_step.run_padding, self._prefill_step.run_padding]
         return steps
+
+    @torch.inference_mode()
+    def _run_poisoned(self, poison: KVPoison, plan: StepPlan) -> Tensor:
+        poison.fill(plan)
+        tokens = self._run(plan)
+        poison.check(plan)
+        return tokens
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> Tensor:

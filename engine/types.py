@@ -93,6 +93,8 @@ class StepPlan:
 
     Attributes:
         step_id: 0, 1, 2, ... in order of planning.
+        poisoned_blocks: blocks to fill with NaN before anything else; only the KV sanitizer
+            sets it.
     """
 
     step_id: int
@@ -100,6 +102,7 @@ class StepPlan:
     block_updates: tuple[BlockUpdate, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
+    poisoned_blocks: tuple[int, ...] = ()
 
     @property
     def num_prefill_tokens(self) -> int:

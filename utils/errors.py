@@ -11,6 +11,7 @@ AllmosError
 │   └── WeightsError               missing, unexpected or misshapen tensors
 ├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
 ├── StepError                  a step failed on the device; the requests in it were ended
+│   └── KVSanitizerError       a KV block was misused: has .step_id, .request_id and .block
 ├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
 ├── WorkerDiedError            the process of a tensor-parallel rank has ended by itself
 └── EngineClosedError          use after close() (also a RuntimeError)
@@ -92,6 +93,27 @@ class ContractError(AllmosError):
 
 class WorkerDiedError(AllmosError):
     """The process of a tensor-parallel rank was killed or crashed; the engine cannot go on."""
+
+
+class KVSanitizerError(StepError):
+    """A step reads a KV position that is not written, or writes one that is not its own.
+
+    Attributes:
+        step_id: the step that does, or was about to be planned.
+        request_id: whose.
+        block: the block; -1 if there is none.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
+        super().__init__(f"step {step_id}, request {request_id}, block {block}: {problem}")
+        self.step_id = step_id
+        self.request_id = request_id
+        self.block = block
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[KVSanitizerError], tuple[int, int, int, str]]:
+        return type(self), (self.step_id, self.request_id, self.block, self.problem)
 
 
 class EngineClosedError(AllmosError, RuntimeError):

@@ -1,0 +1,201 @@
+"""Mistakes with KV blocks, and the sanitizer that names them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.scheduler import ContinuousScheduler
+from engine.types import BlockManager, ModelRunner, StepPlan
+from layers.attention.base import AttentionBatch
+from layers.attention.torch_sdpa import TorchAttention
+from llm import LLM, SamplingParams
+from memory.block_manager import PagedBlockManager
+from memory.prefix_cache import PrefixCacheManager
+from tests.checkpoints import random_prompts
+from utils.errors import KVSanitizerError
+
+SIZE = 16
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+PROMPTS = [[*random_prompts([48], seed=1)[0], i, i + 1] for i in range(4)]
+
+
+def _llm(path: Path, **options: Any) -> LLM:
+    defaults = {
+        "device": "cpu",
+        "kv_sanitizer": True,
+        "kvcache_block_size": SIZE,
+        "num_kvcache_blocks": 12,
+        "max_num_seqs": 3,
+    }
+    return LLM(path, **{**defaults, **options})
+
+
+def _run(llm: LLM) -> list[list[int]]:
+    return [out["token_ids"] for out in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+def _error(path: Path, **options: Any) -> KVSanitizerError:
+    """What the sanitizer finds within three rounds."""
+    with _llm(path, **options) as llm:
+        try:
+            for _ in range(3):
+                _run(llm)
+        except KVSanitizerError as error:
+            return error
+    raise AssertionError("nothing was found")
+
+
+@pytest.mark.parametrize("manager", ["paged", "prefix", "radix"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_right_parts_give_the_same_tokens(shipped: Path, manager: str, depth: int) -> None:
+    outputs = []
+    for sanitizer in (False, True):
+        with _llm(
+            shipped, kv_sanitizer=sanitizer, block_manager=manager, pipeline_depth=depth
+        ) as llm:
+            outputs.append([_run(llm), _run(llm)])
+            if manager != "paged":
+                assert llm.cache_stats().evicted_blocks > 0
+    assert outputs[0] == outputs[1]
+
+
+def test_dead_blocks_are_nan(shipped: Path) -> None:
+    with _llm(shipped, block_manager="paged", max_num_seqs=1) as llm:
+        _run(llm)
+        _run(llm)
+        runner: Any = llm._engine._runner
+        for layer in runner._inner._kv:
+            # Written by no request, and not by the padding of a kernel either.
+            assert layer.k[-1].isnan().all()
+            assert layer.v[-1].isnan().all()
+
+
+class PublishesTooEarly(PrefixCacheManager):
+    """Publishes all known tokens, computed or not."""
+
+    def grow(self, request_id: int, num_tokens: int) -> bool:
+        grown = super().grow(request_id, num_tokens)
+        self._requests[request_id].publishes = True
+        tokens = self._requests[request_id].tokens
+        if grown:
+            self.commit(request_id, tokens, min(len(tokens), num_tokens))
+        return grown
+
+
+class SharesTooMuch(PrefixCacheManager):
+    """Hides one of the found blocks from the scheduler, which computes it again."""
+
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+        return max(0, super().begin(request_id, token_ids, cache_salt) - SIZE)
+
+
+class FreesTwice(PagedBlockManager):
+    """Puts the first block of a request into the free list twice."""
+
+    def release(self, request_id: int) -> None:
+        first = self._tables[request_id][:1]
+        super().release(request_id)
+        self._free += first
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(
+    ("manager", "problem"),
+    [
+        (PublishesTooEarly, "found in the cache, and 0 of its 16 positions"),
+        (SharesTooMuch, "written while requests"),
+        (FreesTwice, "hold it"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_wrong_block_manager(
+    shipped: Path, manager: type[BlockManager], problem: str, depth: int
+) -> None:
+    error = _error(shipped, block_manager=manager, model_runner="fake", pipeline_depth=depth)
+    assert problem in error.problem
+    assert 0 <= error.block < 12
+    assert f"request {error.request_id}, block {error.block}: " in str(error)
+
+
+def _lost_update(plan: StepPlan) -> StepPlan:
+    return replace(plan, block_updates=plan.block_updates[1:])
+
+
+def _stale_update(plan: StepPlan) -> StepPlan:
+    updates = [replace(u, block_ids=(7, *u.block_ids[1:])) for u in plan.block_updates]
+    return replace(plan, block_updates=tuple(updates))
+
+
+def _skipped_position(plan: StepPlan) -> StepPlan:
+    chunks = [replace(c, start=c.start + 1, num_tokens=c.num_tokens - 1) for c in plan.prefill]
+    return replace(plan, prefill=tuple(chunks))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_lost_update, "has no block"),
+        (_stale_update, "used after it was given up"),
+        (_skipped_position, "position 0 is read and was never written"),
+    ],
+)
+def test_a_wrong_plan(shipped: Path, change: Callable[[StepPlan], StepPlan], problem: str) -> None:
+    class Broken(ContinuousScheduler):
+        name = "broken"
+
+        def schedule(self) -> StepPlan | None:
+            plan = super().schedule()
+            return change(plan) if plan and plan.step_id == 0 else plan
+
+    error = _error(shipped, scheduler=Broken, model_runner="fake", enable_prefix_caching=False)
+    assert problem in error.problem
+    assert (error.step_id, error.request_id) == (0, 0)
+
+
+class ReadsTooFar(TorchAttention):
+    """Attends to one position more than there is, from the 30th on."""
+
+    def prepare(self, batch: AttentionBatch) -> Any:
+        lens = torch.where(batch.context_lens > 60, batch.context_lens + 1, batch.context_lens)
+        return super().prepare(replace(batch, context_lens=lens))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_kernel_that_reads_past_the_end(shipped: Path, depth: int) -> None:
+    error = _error(
+        shipped,
+        attention_backend=ReadsTooFar,
+        pipeline_depth=depth,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+    )
+    assert "position 60 is NaN" in error.problem
+    assert (error.step_id, error.request_id) == (11, 0)
+
+
+def test_the_engine_goes_on_after_an_error(shipped: Path) -> None:
+    with _llm(shipped, attention_backend=ReadsTooFar) as llm:
+        with pytest.raises(KVSanitizerError):
+            _run(llm)
+        short = SamplingParams(temperature=0, max_tokens=5)
+        assert len(llm.generate(PROMPTS[0], short, use_tqdm=False)[0]["token_ids"]) == 5
+
+
+def test_without_it_nothing_is_wrapped(shipped: Path) -> None:
+    with _llm(shipped, kv_sanitizer=False, model_runner="fake") as llm:
+        runner: ModelRunner = llm._engine._runner
+        assert runner.name == "fake"
+        assert isinstance(llm._engine._blocks, PrefixCacheManager)
+
+
+def test_the_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(KVSanitizerError(3, 4, 5, "gone")))
+    assert str(error) == "step 3, request 4, block 5: gone"
+    assert (error.step_id, error.request_id, error.block) == (3, 4, 5)
