@@ -19,6 +19,7 @@ TREE = {
     "WeightsError": ("CheckpointError",),
     "OutOfMemoryError": ("AllmosError", "MemoryError"),
     "StepError": ("AllmosError",),
+    "KVSanitizerError": ("StepError",),
     "ContractError": ("AllmosError",),
     "WorkerDiedError": ("AllmosError",),
     "EngineClosedError": ("AllmosError", "RuntimeError"),
