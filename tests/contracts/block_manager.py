@@ -106,18 +106,18 @@ class BlockManagerContract(TogetherContract):
         make_scheduler: what it is driven by in the traces.
     """
 
-    make_blocks: ClassVar[MakeBlocks]
-    make_scheduler: ClassVar[MakeScheduler] = ContinuousScheduler
+    make_blocks: ClassVar[Any]
+    make_scheduler: ClassVar[Any] = ContinuousScheduler
 
     def combinations(self, depth: int) -> list[Combination]:
-        cls: Any = type(self)
+        cls = type(self)
         policies = shipped_policies(cls.make_scheduler, cls.make_blocks)
         return [
             Combination(cls.make_scheduler, cls.make_blocks, depth, self.options, policies),
         ]
 
     def test_no_order_of_calls_breaks_a_rule(self) -> None:
-        make: Any = type(self).make_blocks
+        make = type(self).make_blocks
         run_machine(partial(BlockManagerMachine, make, self.options), 5 * self.num_examples)
 
     def test_an_empty_cache_finds_nothing(self) -> None:
@@ -151,7 +151,7 @@ class BlockManagerContract(TogetherContract):
         assert blocks.begin(1, [*range(20)]) == 0
 
     def _blocks(self) -> AuditedBlocks:
-        make: Any = type(self).make_blocks
+        make = type(self).make_blocks
         return audited(make, 8, 4, self.options)
 
     def _caching(self) -> AuditedBlocks:

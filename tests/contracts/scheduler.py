@@ -185,12 +185,12 @@ class SchedulerContract(TogetherContract):
             arrive and nothing runs out.
     """
 
-    make_scheduler: ClassVar[MakeScheduler]
+    make_scheduler: ClassVar[Any]
     make_blocks: ClassVar[tuple[MakeBlocks, ...] | None] = None
     max_gap: ClassVar[int] = 8
 
     def combinations(self, depth: int) -> list[Combination]:
-        make: Any = type(self).make_scheduler
+        make = type(self).make_scheduler
         return [
             Combination(make, blocks, depth, self.options, shipped_policies(make, blocks))
             for blocks in type(self).make_blocks or shipped_managers()

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.fake_runner import FakeRunner
+from engine.model_runner import LocalRunner
 from tests.contracts.block_manager import BlockManagerContract
+from tests.contracts.model_runner import ModelRunnerContract
 from tests.contracts.scheduler import SchedulerContract
 from tests.contracts.traces import shipped_managers, shipped_schedulers
+
+
+class TestLocalRunner(ModelRunnerContract):
+    make_runner = LocalRunner
+
+
+class TestFakeRunner(ModelRunnerContract):
+    make_runner = FakeRunner
 
 
 def _subclass(contract: type, field: str, part: Any) -> type:

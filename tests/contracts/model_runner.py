@@ -1,0 +1,264 @@
+"""The contract of a model runner: subclass ModelRunnerContract and pytest does the rest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from config import Config
+from engine.types import (
+    BlockUpdate,
+    ModelRunner,
+    NewRequest,
+    PrefillChunk,
+    StepHandle,
+    StepPlan,
+)
+from sampling_params import SamplingParams
+from utils.checkpoint import Checkpoint, open_checkpoint, resolve
+from utils.errors import EngineClosedError
+
+BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS = 16, 24, 4
+LENGTHS = (5, 37, 16, 1)
+NUM_DECODES = 18
+
+
+@dataclass
+class Request:
+    """A request as the plans see it.
+
+    Attributes:
+        tokens: prompt and output so far.
+        blocks: enough for all that will come.
+    """
+
+    slot: int
+    tokens: list[int]
+    blocks: list[int]
+    sampling: SamplingParams
+    num_prompt: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def output(self) -> list[int]:
+        """The tokens sampled so far."""
+        return self.tokens[self.num_prompt :]
+
+
+class Steps:
+    """Writes plans by hand and runs them, one at a time unless told otherwise."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._next_step_id = 0
+        self._in_slot: dict[int, Request] = {}
+
+    def enter(self, requests: list[Request], *, start: int = 0, count: int | None = None) -> None:
+        """New requests compute `count` positions from `start` on, all the rest if None."""
+        news = [
+            NewRequest(r.slot, 7, tuple(r.tokens), r.sampling, r.sampling.seed or 0)
+            for r in requests
+        ]
+        self._in_slot |= {r.slot: r for r in requests}
+        updates = tuple(BlockUpdate(r.slot, 0, tuple(r.blocks)) for r in requests)
+        self._finish(self._execute(requests, start, count, (), tuple(news), updates))
+
+    def chunk(self, request: Request, start: int, count: int, decodes: list[Request]) -> None:
+        """A part of a prompt beside decodes."""
+        self._finish(self._execute([request], start, count, decodes))
+
+    def decode(self, requests: list[Request], times: int, *, in_flight: int = 1) -> None:
+        """So many steps, `in_flight` of them started before the first one's result is taken."""
+        started: list[tuple[StepPlan, StepHandle]] = []
+        for _ in range(times):
+            started.append(self._execute([], 0, None, requests))
+            if len(started) == in_flight:
+                self._finish(started.pop(0))
+        for step in started:
+            self._finish(step)
+
+    def _execute(
+        self,
+        prefills: list[Request],
+        start: int,
+        count: int | None,
+        decodes: list[Request] | tuple[()],
+        news: tuple[NewRequest, ...] = (),
+        updates: tuple[BlockUpdate, ...] = (),
+    ) -> tuple[StepPlan, StepHandle]:
+        chunks = []
+        for request in prefills:
+            num_tokens = len(request.tokens) - start if count is None else count
+            samples = start + num_tokens == len(request.tokens)
+            chunks.append(PrefillChunk(request.slot, start, num_tokens, samples))
+        slots = tuple(request.slot for request in decodes)
+        plan = StepPlan(self._next_step_id, news, updates, tuple(chunks), slots)
+        self._next_step_id += 1
+        return plan, self._runner.execute(plan)
+
+    def _finish(self, step: tuple[StepPlan, StepHandle]) -> None:
+        plan, handle = step
+        result = handle.result()
+        assert result.step_id == plan.step_id
+        for slot, new in zip(plan.sampled_slots, result.tokens, strict=True):
+            assert len(new) == 1
+            self._in_slot[slot].tokens += new
+
+
+class ModelRunnerContract:
+    """What a runner must do: tokens depend on nothing but the request.
+
+        class TestMyRunner(ModelRunnerContract):
+            make_runner = MyRunner
+
+    Tokens are compared, so logits must agree to well below the gaps between the best two; in
+    float32 they do.
+
+    Attributes:
+        make_runner: the class or a factory.
+        model: the checkpoint.
+        options: further options of `Config`.
+    """
+
+    make_runner: ClassVar[Any]
+    model: ClassVar[str] = str(Path(__file__).parents[2] / "assets" / "qwen3-tiny-python")
+    options: ClassVar[dict[str, Any]] = {}
+
+    @pytest.fixture(params=[0, 1], ids=["depth0", "depth1"])
+    def runner(self, request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
+        with self.open(request.param) as runner:
+            yield runner
+
+    @contextmanager
+    def open(self, depth: int = 0) -> Iterator[ModelRunner]:
+        """A runner of its own."""
+        options = {
+            "device": "cpu",
+            "max_num_seqs": NUM_SLOTS,
+            "max_num_batched_tokens": 64,
+            "max_model_len": 128,
+            "kvcache_block_size": BLOCK_SIZE,
+            "num_kvcache_blocks": NUM_BLOCKS,
+            "pipeline_depth": depth,
+            **self.options,
+        }
+        checkpoint = open_checkpoint(self.model)
+        make = type(self).make_runner
+        config = resolve(Config.from_options(self.model, **options), checkpoint)
+        with closing(make(config, checkpoint)) as runner:
+            yield runner
+
+    def test_it_has_the_cache_that_was_asked_for(self, runner: ModelRunner) -> None:
+        geometry = runner.kv_geometry
+        assert (geometry.block_size, geometry.num_blocks) == (BLOCK_SIZE, NUM_BLOCKS)
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_company_slots_and_blocks_change_nothing(
+        self, runner: ModelRunner, temperature: float
+    ) -> None:
+        requests = self.requests(temperature)
+        steps = Steps(runner)
+        steps.enter(requests)
+        steps.decode(requests, NUM_DECODES)
+        self.check(requests)
+
+    def test_a_prompt_in_chunks_beside_decodes(self, runner: ModelRunner) -> None:
+        requests = self.requests()
+        long, others = requests[1], [requests[0], requests[2], requests[3]]
+        steps = Steps(runner)
+        steps.enter(others)
+        steps.enter([long], count=3)
+        for start, count in ((3, 13), (16, 1), (17, 19), (36, 1)):
+            steps.chunk(long, start, count, others)
+        assert len(long.output) == 1
+        steps.decode(requests, 3)
+        self.check(requests)
+
+    def test_a_prefix_that_another_request_computed(self, runner: ModelRunner) -> None:
+        requests = self.requests()
+        first, second = requests[1], requests[0]
+        second.tokens = [*first.tokens[:32], 9, 8, 7]
+        second.num_prompt = 35
+        second.blocks = first.blocks[:2] + second.blocks[:2]
+        steps = Steps(runner)
+        steps.enter([first])
+        steps.enter([second], start=32)
+        steps.decode([first, second], 4)
+        self.check([first, second])
+
+    def test_a_slot_and_blocks_that_were_used_before(self, runner: ModelRunner) -> None:
+        old, new = self.requests()[1], self.requests()[0]
+        new.slot, new.blocks = old.slot, old.blocks[:2]
+        steps = Steps(runner)
+        steps.enter([old])
+        steps.decode([old], 5)
+        steps.enter([new])
+        steps.decode([new], NUM_DECODES)
+        self.check([old, new])
+
+    def test_a_request_that_starts_over(self, runner: ModelRunner) -> None:
+        """As after a preemption: prompt and output are computed again, elsewhere."""
+        request, other = self.requests()[1], self.requests()[2]
+        steps = Steps(runner)
+        steps.enter([request])
+        steps.decode([request], 5)
+        request.slot, request.blocks = other.slot, other.blocks + request.blocks[::-1]
+        steps.enter([request])
+        steps.decode([request], 5)
+        self.check([request])
+
+    def test_several_steps_in_flight(self) -> None:
+        with self.open(depth=1) as runner:
+            requests = self.requests()
+            steps = Steps(runner)
+            steps.enter(requests)
+            steps.decode(requests, NUM_DECODES, in_flight=2)
+            self.check(requests)
+
+    def test_a_request_that_leaves_is_not_computed(self, runner: ModelRunner) -> None:
+        requests = self.requests()
+        steps = Steps(runner)
+        steps.enter(requests)
+        for count in range(len(requests), 0, -1):
+            steps.decode(requests[:count], 2)
+        self.check(requests)
+        assert [len(request.output) for request in requests] == [9, 7, 5, 3]
+
+    def test_after_close_nothing_is_executed(self) -> None:
+        with self.open() as runner:
+            runner.close()
+            with pytest.raises(EngineClosedError):
+                runner.execute(StepPlan(0))
+
+    def requests(self, temperature: float = 0.0) -> list[Request]:
+        """One for each slot and length, with blocks in disorder."""
+        rng = random.Random(0)
+        blocks = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+        made = []
+        for slot, length in enumerate(LENGTHS):
+            count = -(-(length + NUM_DECODES) // BLOCK_SIZE)
+            own, blocks = blocks[:count], blocks[count:]
+            params = SamplingParams(temperature=temperature, seed=slot + 1)
+            tokens = [rng.randrange(1, 200) for _ in range(length)]
+            made.append(Request(NUM_SLOTS - 1 - slot, tokens, own, params))
+        return made
+
+    def check(self, requests: list[Request]) -> None:
+        """Each request has the tokens that it gets alone, computed at once, blocks in order."""
+        for request in requests:
+            assert request.output
+            tokens, blocks = request.tokens[: request.num_prompt], list(range(NUM_BLOCKS))
+            alone = Request(0, tokens, blocks[: 128 // BLOCK_SIZE], request.sampling)
+            with self.open() as runner:
+                steps = Steps(runner)
+                steps.enter([alone])
+                steps.decode([alone], len(request.output) - 1)
+            assert request.output == alone.output
