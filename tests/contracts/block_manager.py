@@ -13,7 +13,7 @@ from config import Config
 from engine.scheduler import ContinuousScheduler
 from engine.types import KVGeometry
 from tests.contracts.audit import AuditedBlocks
-from tests.contracts.driver import MakeBlocks, MakeScheduler
+from tests.contracts.driver import MakeBlocks
 from tests.contracts.scheduler import TogetherContract, run_machine
 from tests.contracts.traces import Combination, shipped_policies
 

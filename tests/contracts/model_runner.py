@@ -21,7 +21,7 @@ from engine.types import (
     StepPlan,
 )
 from sampling_params import SamplingParams
-from utils.checkpoint import Checkpoint, open_checkpoint, resolve
+from utils.checkpoint import open_checkpoint, resolve
 from utils.errors import EngineClosedError
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS = 16, 24, 4

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from sampling_params import SamplingParams
-from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting
+from tests.contracts.driver import Driver, MakeBlocks, Setting
 from tests.contracts.traces import Combination, Trace, shipped_managers, shipped_policies
 from utils.errors import RequestTooLongError
 
