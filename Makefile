@@ -2,6 +2,7 @@
 # make demo MODEL=dir  the same on a checkpoint of yours
 # make test            dependencies, then lint, types and tests
 # make fuzz            100,000 random serving traces through every scheduler and block manager
+# make mutants         plants bugs and sees whether the tests of the parts catch them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ MODEL ?=
 # CPU wheels are taken instead if their index can be reached.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint types unit fuzz bench clean
+.PHONY: demo test lint types unit fuzz mutants bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/python example.py $(if $(MODEL),--model $(MODEL))
@@ -32,6 +33,9 @@ unit: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.contracts.fuzz
+
+mutants: $(VENV)/.dev
+	$(BIN)/python -m tests.mutations
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'

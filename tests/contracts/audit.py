@@ -23,6 +23,7 @@ class AuditedBlocks:
 
     Attributes:
         in_flight: steps in flight of each request; kept by whoever drives.
+        salts: the cache salt of each request; likewise, and unknown ones are not compared.
         written: leading positions of each request whose KV a committed step wrote; likewise.
         num_hit_tokens: leading tokens that `begin` found in the cache, over all calls.
     """
@@ -30,6 +31,7 @@ class AuditedBlocks:
     def __init__(self, inner: BlockManager) -> None:
         self.inner = inner
         self.in_flight: Counter[int] = Counter()
+        self.salts: dict[int, str] = {}
         self.written: dict[int, int] = {}
         self.num_hit_tokens = 0
         self._size = inner.block_size
@@ -45,6 +47,8 @@ class AuditedBlocks:
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         """Hits must be whole blocks, fewer than all tokens, and hold what the request needs."""
         require(request_id not in self._tables, f"begin({request_id}) of a request that has begun")
+        salt = self.salts.get(request_id, cache_salt)
+        require(cache_salt == salt, f"begin({request_id}) with salt {cache_salt!r}, not {salt!r}")
         cached = self.inner.begin(request_id, token_ids, cache_salt)
         table = self.inner.table(request_id)
         require(

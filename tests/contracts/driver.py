@@ -96,6 +96,7 @@ class Driver:
             stop_token_ids=stop_token_ids,
             seed=len(self.seqs),
         )
+        self.blocks.salts[seq.request_id] = params.cache_salt
         try:
             self.scheduler.add(seq)
         except RequestTooLongError:

@@ -98,7 +98,7 @@ def main() -> int:
     print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in tally.counts.items()))
     print(f"{len(tally.failures)} violations in {time.monotonic() - begin:.1f} s")
     for index, parts, what in tally.failures[:3]:
-        print(f"\ntrace {index}, {parts}: {what}")
+        print(f"\n{what}\nin trace {index}, {parts}")
         print(f"again: python -m tests.contracts.fuzz --seed {args.seed} --only {index}")
     return bool(tally.failures)
 

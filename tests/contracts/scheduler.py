@@ -199,7 +199,13 @@ class SchedulerContract(TogetherContract):
     @pytest.mark.parametrize("depth", [0, 1])
     def test_no_running_request_starves(self, depth: int) -> None:
         """New prompts arrive in every step and take several steps each."""
-        driver = self._driver(Setting(512, 4, 8, 16, depth, options=self.options))
+        policies = self.combinations(depth)[0].policies
+        for step_policy in policies.get("step_policy", [None]):
+            options = self.options if step_policy is None else {"step_policy": step_policy}
+            self._starve(Setting(512, 4, 8, 16, depth, options={**options, **self.options}))
+
+    def _starve(self, setting: Setting) -> None:
+        driver = self._driver(setting)
         first = driver.submit([1, 2, 3], SamplingParams(temperature=0, max_tokens=40))
         driver.run(until=lambda: first.token_ids[3:] != [])
         gap = length = 0

@@ -1,0 +1,363 @@
+"""Plants bugs into a copy of the engine, one at a time, and sees whether the kit catches them.
+
+python -m tests.mutations            all of them
+python -m tests.mutations refcount   those whose name contains the word
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_COPIED = ("engine", "layers", "memory", "models", "tests", "utils")
+# A bug that the kit cannot see in so many seconds counts as missed.
+_TIMEOUT = 300
+_LEDGER, _SCHEDULER, _QUEUED = (
+    "engine/ledger.py",
+    "engine/scheduler.py",
+    "engine/queued_scheduler.py",
+)
+_PAGED, _CACHED, _PREFIX = (
+    "memory/block_manager.py",
+    "memory/cached_blocks.py",
+    "memory/prefix_cache.py",
+)
+
+# What is run on the copy: it has to fail.
+_PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contracts/test_shipped.py")
+FUZZ = ("-m", "tests.contracts.fuzz", "--traces", "20000", "--jobs", "1", "--seed", "0")
+SCHEDULERS = (*_PYTEST, "-k", "Scheduler")
+RUNNERS = (*_PYTEST, "-k", "LocalRunner")
+ATTENTION = (*_PYTEST[:-1], "tests/layers/attention")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """In `path`, the text `old`, of which there is one, becomes `new`."""
+
+    path: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug to plant.
+
+    Attributes:
+        command: arguments of Python that must fail with it.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    command: tuple[str, ...] = FUZZ
+
+
+def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...] = FUZZ) -> Mutant:
+    return Mutant(name, (Edit(path, old, new),), command)
+
+
+MUTANTS = (
+    _bug(
+        "late free skipped: a row that lands after its request's end releases nothing",
+        _LEDGER,
+        "                if seq.num_in_flight == 0:\n                    self._release(seq)\n",
+        "",
+    ),
+    _bug(
+        "early free: a request that ends with a step in flight releases its blocks",
+        _LEDGER,
+        "        if seq.num_in_flight == 0 and seq.slot is not None:",
+        "        if seq.slot is not None:",
+    ),
+    _bug(
+        "double free: an abort releases at once, and the row in flight again",
+        _LEDGER,
+        "        if seq.num_in_flight == 0 and seq.slot is not None:",
+        '        if (seq.num_in_flight == 0 or reason == "abort") and seq.slot is not None:',
+    ),
+    _bug(
+        "off by one in the blocks that a decode needs",
+        _LEDGER,
+        "self._blocks.grow(seq.request_id, seq.num_scheduled + 1)",
+        "self._blocks.grow(seq.request_id, seq.num_scheduled)",
+    ),
+    _bug(
+        "off by one in the blocks that a table needs",
+        _PAGED,
+        "-(-num_tokens // self._block_size)",
+        "num_tokens // self._block_size",
+    ),
+    _bug(
+        "a failed grow keeps the blocks it got",
+        _PAGED,
+        "        if wanted > self.num_free_blocks:\n            return False\n",
+        "        if wanted > self.num_free_blocks:\n"
+        "            table += [self._take() for _ in range(self.num_free_blocks)]\n"
+        "            return False\n",
+    ),
+    _bug(
+        "published before it is computed: a prompt, on admission",
+        _LEDGER,
+        "        self._grown[slot] = 0\n",
+        "        self._grown[slot] = 0\n"
+        "        self._blocks.commit(seq.request_id, seq.token_ids, len(seq.token_ids))\n",
+    ),
+    _bug(
+        "published before it is computed: the token just sampled",
+        _LEDGER,
+        "self._blocks.commit(seq.request_id, token_ids, committed)",
+        "self._blocks.commit(seq.request_id, token_ids, len(token_ids))",
+    ),
+    Mutant(
+        "hash without parent, and a hit is trusted without comparing the parent",
+        (
+            Edit(_PREFIX, "xxh128_digest(parent.digest + tokens)", "xxh128_digest(tokens)"),
+            Edit(_PREFIX, "node.parent != parent or ", ""),
+        ),
+    ),
+    _bug(
+        "an evicted block can still be found",
+        _CACHED,
+        "        node = self._idle.pop()\n        self._unlink(node)\n",
+        "        node = self._idle.pop()\n",
+    ),
+    _bug(
+        "refcount not raised on a hit",
+        _CACHED,
+        "            self._references[node.block] += 1\n",
+        "            self._references[node.block] = 1\n",
+    ),
+    _bug(
+        "a block that is found again stays among those to evict",
+        _CACHED,
+        "            if self._references[node.block] == 0:\n"
+        "                self._idle.remove(node)\n            self._ref",
+        "            self._ref",
+    ),
+    _bug(
+        "the last token of a whole-prompt hit is not computed",
+        _CACHED,
+        "range((len(token_ids) - 1) // self._block_size)",
+        "range(len(token_ids) // self._block_size)",
+    ),
+    _bug(
+        "the cache salt is ignored by the manager",
+        _CACHED,
+        "        parent: CachedBlock | str = salt\n",
+        '        parent: CachedBlock | str = ""\n',
+    ),
+    _bug(
+        "the cache salt is not passed on by the scheduler",
+        _LEDGER,
+        "self._blocks.begin(seq.request_id, seq.token_ids, seq.sampling.cache_salt)",
+        "self._blocks.begin(seq.request_id, seq.token_ids)",
+    ),
+    _bug(
+        "who waits for a prefix is not told that it will not come",
+        _LEDGER,
+        "            self._wake(seq.request_id, None)\n",
+        "            self._followers.pop(seq.request_id)\n",
+    ),
+    Mutant(
+        "victim in flight: blocks run out, and no one waits for the step under way",
+        (
+            Edit(
+                _SCHEDULER,
+                "                if self.ledger.num_in_flight:\n                    return None\n",
+                "",
+            ),
+            Edit(
+                _LEDGER,
+                'assert seq.num_in_flight == 0, "a request in flight cannot be preempted"',
+                "pass",
+            ),
+        ),
+    ),
+    _bug(
+        "stale table: a request that was preempted keeps the table it had",
+        _LEDGER,
+        "        self._grown[slot] = 0\n",
+        "        if not seq.num_preemptions:\n            self._grown[slot] = 0\n",
+    ),
+    _bug(
+        "a preempted request forgets its output",
+        _LEDGER,
+        "slot, seq.request_id, tuple(seq.token_ids), seq",
+        "slot, seq.request_id, tuple(seq.token_ids[: seq.num_prompt_tokens]), seq",
+    ),
+    _bug(
+        "lost block update: a new block is not sent",
+        _LEDGER,
+        "        self._grown.setdefault(seq.slot, seq.capacity // block_size)\n",
+        "",
+    ),
+    _bug(
+        "block update at the wrong place",
+        _LEDGER,
+        "self._grown.setdefault(seq.slot, seq.capacity // block_size)",
+        "self._grown.setdefault(seq.slot, seq.capacity // block_size - 1)",
+    ),
+    _bug(
+        "budget overrun by a prompt",
+        _SCHEDULER,
+        "left -= self.ledger.prefill(admitted, left)",
+        "left -= self.ledger.prefill(admitted, self.budget)",
+    ),
+    _bug(
+        "budget overrun by decodes beside prompts",
+        _SCHEDULER,
+        "if planned + len(decodes) <= self.budget:",
+        "if planned <= self.budget:",
+    ),
+    _bug(
+        "tokens attributed to the wrong slots",
+        _LEDGER,
+        "        new_tokens += tokens\n",
+        "        new_tokens += reversed(list(tokens))\n",
+    ),
+    _bug(
+        "one token too many in flight at a length limit",
+        _LEDGER,
+        "return seq.num_scheduled + 1 < seq.max_total_tokens",
+        "return seq.num_scheduled < seq.max_total_tokens",
+    ),
+    _bug(
+        "late token: what was computed after the end is appended",
+        _LEDGER,
+        "            if seq.finish_reason is not None:\n",
+        '            if seq.finish_reason == "abort":\n',
+    ),
+    _bug(
+        "a stop token does not stop",
+        _LEDGER,
+        "if token in seq.stop_token_ids:",
+        "if token == max(seq.stop_token_ids, default=-1):",
+    ),
+    _bug(
+        "a request that can never fit is taken in",
+        _LEDGER,
+        "        if needed > there:",
+        "        if needed > there + 1:",
+    ),
+    _bug(
+        "an aborted request stays in the queue",
+        "engine/policies/queue.py",
+        "while self._heap and self._heap[0][2].finish_reason is not None:",
+        "while False:",
+    ),
+    _bug(
+        "has_unfinished forgets those that wait",
+        _QUEUED,
+        "return bool(self._waiting or self.ledger.num_running)",
+        "return bool(self.ledger.num_running)",
+    ),
+    _bug(
+        "starvation: prompts always come before decodes",
+        "engine/policies/step.py",
+        "return budget if gap < self.max_gap else budget - num_decodes",
+        "return budget",
+        SCHEDULERS,
+    ),
+    _bug(
+        "runner: a slot keeps the seed of its last request",
+        "engine/batch.py",
+        "        self.seeds[where] = self._int64([request.seed for request in requests])\n",
+        "",
+        RUNNERS,
+    ),
+    _bug(
+        "runner: sampled tokens are stored one position too early",
+        "engine/batch.py",
+        "self.tokens[inputs.sampled_slots, inputs.sampled_positions] = tokens",
+        "self.tokens[inputs.sampled_slots, inputs.sampled_positions - 1] = tokens",
+        RUNNERS,
+    ),
+    _bug(
+        "attention: a query sees the position after its own",
+        "layers/attention/torch_sdpa.py",
+        "self._columns[:context] <= positions.unsqueeze(1)",
+        "self._columns[:context] <= positions.unsqueeze(1) + 1",
+        ATTENTION,
+    ),
+    _bug(
+        "attention: a decode does not see its own position",
+        "layers/attention/torch_sdpa.py",
+        "visible = self._columns[:longest] < lens",
+        "visible = self._columns[:longest] < lens - 1",
+        ATTENTION,
+    ),
+)
+
+
+def apply(edit: Edit, root: Path) -> str:
+    """Make the edit below `root` and return the text there was.
+
+    Raises:
+        ValueError: the text to be replaced is not there exactly once: the list is out of date.
+    """
+    path = root / edit.path
+    before = path.read_text()
+    if before.count(edit.old) != 1:
+        raise ValueError(f"{edit.path} has {before.count(edit.old)} times:\n{edit.old}")
+    path.write_text(before.replace(edit.old, edit.new))
+    return before
+
+
+def copy_engine(target: Path) -> None:
+    """The code without history and environments; assets by reference."""
+    for name in _COPIED:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        shutil.copy(path, target / path.name)
+    (target / "assets").symlink_to(ROOT / "assets")
+
+
+def fails(command: tuple[str, ...], root: Path) -> str | None:
+    """The last words of a run that failed; None if it passed or took too long."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    lines = [
+        line for line in done.stdout.splitlines() + done.stderr.splitlines() if "Error" in line
+    ]
+    return (lines or ["failed"])[0] if done.returncode else None
+
+
+def try_mutant(mutant: Mutant) -> tuple[Mutant, str | None, float]:
+    """What caught it, and after how many seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        copy_engine(root)
+        for edit in mutant.edits:
+            apply(edit, root)
+        begin = time.monotonic()
+        return mutant, fails(mutant.command, root), time.monotonic() - begin
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    mutants = [m for m in MUTANTS if all(word in m.name for word in words)]
+    missed = 0
+    with ThreadPoolExecutor(2) as threads:
+        for mutant, caught, seconds in threads.map(try_mutant, mutants):
+            missed += caught is None
+            print(f"{'caught' if caught else 'MISSED'} {seconds:5.1f} s  {mutant.name}")
+            if caught:
+                print(f"{'':17}{caught.strip()[:110]}", flush=True)
+    print(f"{len(mutants) - missed} of {len(mutants)} caught")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
