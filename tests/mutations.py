@@ -200,10 +200,10 @@ MUTANTS = (
         "",
     ),
     _bug(
-        "block update at the wrong place",
+        "lost block update: of several new blocks only the last is sent",
         _LEDGER,
-        "self._grown.setdefault(seq.slot, seq.capacity // block_size)",
-        "self._grown.setdefault(seq.slot, seq.capacity // block_size - 1)",
+        "BlockUpdate(slot, first, tuple(table[first:]))",
+        "BlockUpdate(slot, first, tuple(table[-1:]))",
     ),
     _bug(
         "budget overrun by a prompt",

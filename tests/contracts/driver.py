@@ -70,6 +70,7 @@ class Driver:
         self.seqs: list[Sequence] = []
         self._unfinished: dict[int, Sequence] = {}
         self._in_slot: dict[int, int] = {}
+        self._planned: dict[int, int] = {}
         self._fruitless_steps = 0
 
     def submit(
@@ -211,10 +212,15 @@ class Driver:
             require(seq is not None, f"request {new.request_id} enters a slot and has ended")
             require(not flying[new.request_id], f"{seq} enters a slot while it is in flight")
             self._in_slot[new.slot] = new.request_id
-        for slot, _ in _rows(plan):
+        for slot, end in _rows(plan):
             request_id = self._in_slot.get(slot, -1)
-            require(request_id in self._unfinished, f"slot {slot} is planned, its request ended")
+            seq = self._unfinished.get(request_id)
+            if seq is None:
+                raise ContractError(f"slot {slot} is planned, and its request has ended")
             flying[request_id] += 1
+            planned = self._planned.get(request_id, 0) + 1 if end is None else end
+            require(planned < seq.max_total_tokens, f"{seq} is planned beyond its length limit")
+            self._planned[request_id] = planned
 
     def _end(self, seq: Sequence) -> None:
         require(

@@ -204,6 +204,17 @@ class ModelRunnerContract:
         steps.decode([new], NUM_DECODES)
         self.check([old, new])
 
+    def test_equal_prompts_differ_by_their_seeds_alone(self, runner: ModelRunner) -> None:
+        first, second, third, _ = self.requests(temperature=1.0)
+        for request in (second, third):
+            request.tokens = list(first.tokens)
+            request.num_prompt = first.num_prompt
+        third.sampling = first.sampling
+        steps = Steps(runner)
+        steps.enter([first, second, third])
+        steps.decode([first, second, third], NUM_DECODES)
+        assert first.output == third.output != second.output
+
     def test_a_request_that_starts_over(self, runner: ModelRunner) -> None:
         """As after a preemption: prompt and output are computed again, elsewhere."""
         request, other = self.requests()[1], self.requests()[2]
