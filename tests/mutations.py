@@ -269,7 +269,7 @@ MUTANTS = (
     _bug(
         "runner: a slot keeps the seed of its last request",
         "engine/batch.py",
-        "        self.seeds[where] = self._int64([request.seed for request in requests])\n",
+        "            self.seeds[where] = self._int64(seeds)\n",
         "",
         RUNNERS,
     ),
