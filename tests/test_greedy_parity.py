@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from engine.policies.base import POLICIES
 from engine.sequence import Sequence
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, Greedy, random_prompts, reference_greedy
+from utils.registry import parts_in
 
 MAX_TOKENS = 64
 # Around the block sizes 16, 64 and 256; several cross a border of 256 while they decode.
@@ -39,8 +41,19 @@ def _shipped_reference(path: Path) -> Greedy:
     return reference_greedy(path, prompts, MAX_TOKENS)
 
 
-def _check(path: Path, expected: Greedy, *, preempts: bool, **options: Any) -> None:
-    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+def _check(path: Path, expected: Greedy, *, preempts: bool | None, **options: Any) -> None:
+    """`preempts`: whether someone has to be preempted; None if that is not known."""
+    # What policies look at must not change a token.
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            priority=i * 7 % 3,
+            user="abc"[i * 5 % 3],
+            predicted_tokens=1 + i * 23 % MAX_TOKENS,
+        )
+        for i in range(len(expected.prompts))
+    ]
     with LLM(path, device="cpu", **options) as llm:
         seqs: list[Sequence] = []
         add = llm._engine.add_request
@@ -54,7 +67,8 @@ def _check(path: Path, expected: Greedy, *, preempts: bool, **options: Any) -> N
         engine = llm._engine
         assert engine.num_free_blocks == engine._blocks.num_blocks
     assert [out["token_ids"] for out in outputs] == expected.outputs
-    assert (sum(seq.num_preemptions for seq in seqs) > 0) == preempts
+    if preempts is not None:
+        assert (sum(seq.num_preemptions for seq in seqs) > 0) == preempts
 
 
 def _smallest_cache(block_size: int) -> int:
@@ -110,6 +124,46 @@ def test_greedy_tokens_of_qwen2_equal_transformers(
         max_num_seqs=5,
         max_num_batched_tokens=50,
         num_kvcache_blocks=_smallest_cache(block_size),
+    )
+
+
+def _mixtures() -> list[dict[str, Any]]:
+    """Every queue policy under every admission, the rest in turn; and with static batching."""
+    queues, admissions, victims, steps = (
+        sorted(parts_in("engine.policies", base)) for base in POLICIES.values()
+    )
+    mixtures: list[dict[str, Any]] = [
+        {
+            "queue_policy": queue,
+            "admission_policy": admission,
+            "preemption_policy": victims[(i + i // len(admissions)) % len(victims)],
+            "step_policy": steps[i // 2 % len(steps)],
+            "pipeline_depth": i % 2,
+        }
+        for i, (queue, admission) in enumerate(product(queues, admissions))
+    ]
+    return mixtures + [{"scheduler": "static", "queue_policy": queue} for queue in queues]
+
+
+@pytest.mark.parametrize(
+    "mixture", _mixtures(), ids=lambda mixture: "-".join(map(str, mixture.values()))
+)
+def test_greedy_tokens_are_the_same_under_every_policy(
+    checkpoints: Checkpoints, mixture: dict[str, Any]
+) -> None:
+    path = checkpoints["qwen2-gqa6"]
+    preempts = {"optimistic": True, "lookahead": None}.get(
+        mixture.get("admission_policy", ""), False
+    )
+    _check(
+        path,
+        _reference(path),
+        preempts=preempts,
+        kvcache_block_size=16,
+        max_num_seqs=5,
+        max_num_batched_tokens=50,
+        num_kvcache_blocks=_smallest_cache(16),
+        **mixture,
     )
 
 
