@@ -219,7 +219,7 @@ class LocalRunner(ModelRunner):
         All are padding, which reads the same and writes nothing that counts.
         """
         # One batch size for each kind of product, and the largest.
-        sizes = {n for n in (1, 16, 24, 128) if n < self._config.max_num_seqs}
+        sizes = {n for n in (1, 16, 24, 128, 256) if n < self._config.max_num_seqs}
         steps: list[Callable[[], object]] = [partial(decode.run_padding, n) for n in sizes]
         steps += [decode.run_padding, prefill.run_padding]
 
