@@ -22,12 +22,14 @@ from utils.errors import ConfigError
 
 TOLERANCE = 1e-5
 PROMPTS = random_prompts([20, 3, 37, 9], seed=31)
+# The last one begins with a block that the first one leaves in the cache.
+PROMPTS.append(PROMPTS[0][:16] + PROMPTS[1])
 # Greedy and sampled requests in one batch; the second is alone among the greedy ones for a while.
 PARAMS = [
     SamplingParams(temperature=temperature, max_tokens=12, ignore_eos=True, seed=i)
-    for i, temperature in enumerate([0.0, 0.0, 0.8, 1.5])
+    for i, temperature in enumerate([0.0, 0.0, 0.8, 1.5, 0.0])
 ]
-# 7 blocks for four requests of up to 49 tokens: some are thrown out and recomputed.
+# 7 blocks for five requests of up to 49 tokens: some are thrown out and recomputed.
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "max_model_len": 64,
@@ -52,12 +54,13 @@ def _run(path: Any, make_runner: Any, depth: int) -> tuple[list[list[int]], Logi
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         runner: Any = llm._engine._runner
         logits: Logits = runner.logits
+        assert llm.cache_stats().hit_tokens
     return [o["token_ids"] for o in outputs], logits, sum(s.num_preemptions for s in seqs)
 
 
 @cache
-def _whole(path: Any) -> tuple[list[list[int]], Logits, int]:
-    return _run(path, RecordingRunner, 0)
+def _whole(path: Any, depth: int) -> tuple[list[list[int]], Logits, int]:
+    return _run(path, RecordingRunner, depth)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -83,7 +86,7 @@ def test_shards_compute_the_logits_and_tokens_of_the_whole(
     """The vocabulary of 259 divides by none of the sizes, nor is any share of it full of tokens."""
     path = checkpoints[name]
     tokens, logits, num_preemptions = _run(path, partial(ThreadedRanks, size=size), depth)
-    whole_tokens, whole_logits, _ = _whole(path)
+    whole_tokens, whole_logits, _ = _whole(path, depth)
     assert num_preemptions
     assert logits.keys() == whole_logits.keys()
     for place, row in whole_logits.items():

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
 import layers.sampler
-from layers.sampler import gumbel_noise, philox4x32, sample
+from layers.parallel import ParallelContext
+from layers.sampler import Sampler, gumbel_noise, philox4x32, sample
 
 VOCAB_SIZE = 40
 NUM_DRAWS = 20_000
@@ -184,3 +187,55 @@ def test_half_precision_logits_are_drawn_from_in_float32(dtype: torch.dtype) -> 
     assert torch.equal(
         sample(logits, ones, count, count), sample(logits.float(), ones, count, count)
     )
+
+
+@dataclass(frozen=True)
+class _Shards(ParallelContext):
+    """A rank that takes the maximum over what the ranks before it gave."""
+
+    given: list[Tensor] = field(default_factory=list)
+
+    def all_max(self, x: Tensor) -> Tensor:
+        self.given.append(x)
+        return torch.stack(self.given).amax(0)
+
+
+def _over_ranks(logits: Tensor, size: int, choose: Callable[[Sampler, Tensor], Tensor]) -> Tensor:
+    """What the last rank chooses after the others gave their candidates."""
+    given: list[Tensor] = []
+    for rank, part in enumerate(logits.chunk(size, 1)):
+        sampler = Sampler(_Shards(rank, size, given), torch.device("cpu"), torch.float32)
+        tokens = choose(sampler, part)
+    return tokens
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_ranks_choose_what_one_would(size: int, scale: float) -> None:
+    """Logits of all signs and sizes; every other row has none above zero."""
+    logits = torch.randn(200, 64, generator=torch.Generator().manual_seed(8)) * scale
+    logits[::2] = -logits[::2].abs()
+    temperatures = torch.linspace(0, 2 * scale, 200)
+    rest = (temperatures, torch.arange(200), torch.arange(200))
+    chosen = _over_ranks(logits, size, lambda sampler, part: sampler(part, *rest))
+    assert torch.equal(chosen, sample(logits, *rest))
+    greedy = _over_ranks(logits, size, lambda sampler, part: sampler.greedy(part))
+    assert torch.equal(greedy, logits.argmax(1))
+
+
+def test_ranks_settle_ties_for_the_lowest_token() -> None:
+    logits = torch.full((6, 64), -1.0)
+    logits[0, [17, 40]] = 5.0
+    # Zeros of both signs are equal.
+    logits[1, 20], logits[1, 50] = -0.0, 0.0
+    logits[2, 20], logits[2, 50] = 0.0, -0.0
+    logits[3] = float("-inf")
+    logits[3, 63] = -3e38
+    logits[4, 16:] = float("-inf")
+    logits[5, [5, 30]] = float("inf")
+    zeros = torch.zeros(6)
+    for choose in (
+        lambda sampler, part: sampler.greedy(part),
+        lambda sampler, part: sampler(part, zeros, zeros.long(), zeros.long()),
+    ):
+        assert _over_ranks(logits, 4, choose).tolist() == [17, 20, 20, 63, 0, 5]
