@@ -2,11 +2,13 @@
 
     python bench.py                           CPU: beside transformers; CUDA: seeds and latency
     python bench.py --workload seeds latency ttft startup --shape qwen3-0.6b
+    python bench.py --shape qwen3-8b --tensor-parallel 1 2 4 --workload seeds128 latency
     python bench.py --model path              a checkpoint of yours
     python bench.py --json results.json       all figures of every repeat as well
 
 compare   one request, and 32 of mixed length, beside transformers' `generate` in turn
 seeds     256 requests of 100 to 1,024 tokens in and out, temperature 0.6
+seeds128  the first 128 of them
 latency   1, 8 and 64 requests of 128 tokens in and 512 out
 ttft      time to the first token after 128, 1,024 and 3,800 tokens
 startup   construction to ready in a new process, with a cold and a warm kernel cache
@@ -38,7 +40,9 @@ from typing import Any
 import torch
 import transformers
 
+from config import Config
 from llm import LLM, SamplingParams
+from utils.collective_cost import all_reduce_seconds
 from utils.kernel_speed import KernelTime, measure_kernels
 from utils.overlap import Overlap, draw, measure_overlap
 from utils.random_weights import SHAPES, make_checkpoint
@@ -90,11 +94,16 @@ class Row:
         return statistics.median(self.rates)
 
 
-def seeds_workload() -> Workload:
-    """The workload of the project's founding benchmark notes: 133,966 tokens to generate."""
+def seeds_workload(count: int = 256) -> Workload:
+    """The workload of the project's founding benchmark notes: 133,966 tokens to generate.
+
+    Args:
+        count: take the first requests alone.
+    """
     rng = random.Random(0)
     prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
-    return Workload("seeds", prompts, [rng.randint(100, 1024) for _ in range(256)], 0.6)
+    lengths = [rng.randint(100, 1024) for _ in range(256)]
+    return Workload(f"seeds, {count} requests", prompts[:count], lengths[:count], 0.6)
 
 
 def random_workload(
@@ -247,8 +256,8 @@ def startup_seconds(model: Path, repeats: int) -> Row:
 
 def works_for(name: str, vocab_size: int) -> list[Workload]:
     """The workloads behind a --workload name."""
-    if name == "seeds":
-        return [seeds_workload()]
+    if name.startswith("seeds"):
+        return [seeds_workload(int(name[5:] or 256))]
     if name == "latency":
         return [
             random_workload(f"{n} x (128, 512)", n, (128, 128), (512, 512), vocab_size)
@@ -270,13 +279,16 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = (
-        *("compare", "seeds", "latency", "ttft", "startup"),
+        *("compare", "seeds", "seeds128", "latency", "ttft", "startup"),
         *("kernels", "overlap", "scheduler"),
     )
     parser.add_argument("--workload", nargs="+", choices=names, default=None)
     parser.add_argument("--model", type=Path, default=None, help="checkpoint folder")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--tensor-parallel", nargs="+", type=int, help="numbers of devices to compare, e.g. 1 2 4"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="timed runs after a warm-up")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (CPU)")
     parser.add_argument("--timeline", type=Path, help="draw the steps of `overlap` here, as SVG")
@@ -368,6 +380,66 @@ def run(args: argparse.Namespace, path: Path) -> list[Row]:
     return rows
 
 
+def limit_over_ranks(
+    config: Config, model_config: Any, costs: ModelCosts, ceilings: Ceilings, work: Workload
+) -> float:
+    """The roofline of a device's share, and every decode step's sums at their measured latency."""
+    size = config.tensor_parallel_size
+    # Replicated KV heads are not shared.
+    kv_parts = min(size, model_config.num_key_value_heads)
+    shared: dict[str, int] = {name: value // size for name, value in asdict(costs).items()}
+    shared["kv_bytes"] = costs.kv_bytes // kv_parts
+    prompts = [len(prompt) for prompt in work.prompts]
+    limit = fastest_seconds(ModelCosts(**shared), ceilings, prompts, work.lengths)
+    if size == 1:
+        return limit
+    latency = all_reduce_seconds(config, model_config.hidden_size, len(prompts))
+    print(f"sum over {size} ranks of {len(prompts)} rows: {latency * 1e6:.1f} us")
+    # Two a layer, the embedding's, and the sampled tokens' maximum.
+    sums: int = 2 * model_config.num_hidden_layers + 2
+    return limit + (max(work.lengths) - 1) * sums * latency
+
+
+def run_over_ranks(args: argparse.Namespace, path: Path) -> list[Row]:
+    """The workloads on each number of devices in turn, against the first number."""
+    ceilings = measure_ceilings(torch.device("cuda")) if torch.cuda.is_available() else None
+    model_config = transformers.AutoConfig.from_pretrained(path)
+    vocab_size = int(model_config.vocab_size)
+    small = random_workload("check", 16, (5, 700), (20, 60), vocab_size)
+    works = [work for name in args.workload or ["seeds"] for work in works_for(name, vocab_size)]
+    checked: list[list[list[int]]] = []
+    rows: list[Row] = []
+    for size in args.tensor_parallel:
+        start = time.perf_counter()
+        with LLM(path, dtype=args.dtype, tensor_parallel_size=size) as llm:
+            config = llm.config
+            describe(llm, time.perf_counter() - start, ceilings)
+            checked.append(run_ours(llm, small))
+            measured = [measure(llm, work, args.repeats, None) for work in works]
+        dtype = getattr(torch, config.dtype)
+        costs = ModelCosts.of(model_config, dtype.itemsize)
+        first = rows or measured
+        for i, row in enumerate(measured):
+            limit = None
+            if ceilings is not None:
+                limit = limit_over_ranks(config, model_config, costs, ceilings, works[i])
+            pairs = zip(first[i].seconds, row.seconds, strict=True)
+            rows.append(
+                replace(
+                    row,
+                    engine=f"{size} devices",
+                    limit_seconds=limit,
+                    speedups=sorted(a / b for a, b in pairs),
+                )
+            )
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = model.to(config.device)
+    for size, outputs in zip(args.tensor_parallel, checked, strict=True):
+        print(f"{size} devices: {check(model, small, outputs)}")
+    report(sorted(rows, key=lambda row: row.workload))
+    return rows
+
+
 def main() -> None:
     args = parse_args()
     if args.threads:
@@ -386,7 +458,9 @@ def main() -> None:
         if args.shape:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             path = make_checkpoint(args.shape, Path(scratch), device)
-        if args.workload != []:
+        if args.tensor_parallel:
+            rows += run_over_ranks(args, path)
+        elif args.workload != []:
             rows += run(args, path)
         if "overlap" in alone:
             rows.append(overlap(path, args.timeline))

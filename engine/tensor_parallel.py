@@ -37,7 +37,7 @@ class TensorParallelRunner(ModelRunner):
     def __init__(
         self, config: Config, checkpoint: Checkpoint, make_runner: MakeRunner = local_rank
     ) -> None:
-        if make_runner is local_rank:
+        if getattr(make_runner, "func", make_runner) is local_rank:
             check_divides(config, checkpoint)
         self._closed = False
         num_threads = max(1, torch.get_num_threads() // config.tensor_parallel_size)
