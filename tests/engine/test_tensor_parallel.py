@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,13 +188,15 @@ def test_a_worker_killed_from_outside_while_idle(rank: int) -> None:
 
 
 def test_a_death_while_the_ring_is_full() -> None:
-    """Rank 1 reads no more, so rank 0's share of a long message cannot be written either."""
-    runner = _runner(FakeRank(Trouble("step", 1, "kill")))
+    """No rank reads any more, so that a long message cannot be written to its end."""
+    runner = _runner(FakeRank(Trouble("step", 1, "hang")))
     runner.execute(_plan(2))
     prompt = NewRequest(0, 0, tuple(range(100_000)) * 10, SamplingParams(), 0)
     long = StepPlan(3, (prompt,), (), (PrefillChunk(0, 0, 1, False),))
-    with _soon(), pytest.raises(WorkerDiedError):
-        runner.execute(long).result()
+    killer = threading.Timer(1.0, os.kill, (runner._workers.pids[1], signal.SIGKILL))
+    killer.start()
+    with _soon(), pytest.raises(WorkerDiedError, match="SIGKILL"):
+        runner.execute(long)
     runner.close()
 
 

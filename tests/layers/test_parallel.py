@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
+from engine.collectives import gloo_context
+from engine.model_runner import LocalRunner
 from engine.sequence import Sequence
 from layers.parallel import ParallelContext
 from llm import LLM, SamplingParams
@@ -93,6 +97,21 @@ def test_shards_compute_the_logits_and_tokens_of_the_whole(
         assert row.shape == (VOCAB_SIZE,)
         assert (logits[place] - row).abs().max() <= TOLERANCE * row.abs().max()
     assert tokens == whole_tokens
+
+
+def test_the_cache_is_that_of_the_rank_with_the_fewest_blocks(checkpoints: Checkpoints) -> None:
+    checkpoint = open_checkpoint(str(checkpoints["qwen3-square-tied"]))
+    config = Config(model="x", device="cpu", max_num_seqs=1, max_model_len=48)
+    config = replace(resolve(config, checkpoint), tensor_parallel_size=2)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+
+    def num_blocks(rank: int) -> int:
+        mine = replace(config, num_kvcache_blocks=9 - rank)
+        runner = LocalRunner(mine, checkpoint, gloo_context(rank, 2, store))
+        return runner.kv_geometry.num_blocks
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(num_blocks, range(2))) == [8, 8]
 
 
 def test_a_model_that_does_not_divide_is_refused(checkpoints: Checkpoints) -> None:
