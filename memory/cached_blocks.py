@@ -47,7 +47,7 @@ class CachingBlockManager(PagedBlockManager):
     is published. A block is found through the one before it, so every hit is exact: the tokens
     of all blocks up to it were compared.
 
-    Subclasses keep the index: `_find`, `_link` and `_unlink`.
+    Subclasses keep the index: `find`, `link` and `unlink`.
 
     Args:
         config: for eviction_policy.
@@ -68,15 +68,15 @@ class CachingBlockManager(PagedBlockManager):
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
-    def _find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
+    def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
         """The cached block of `tokens` behind `parent`."""
 
     @abstractmethod
-    def _link(self, node: CachedBlock) -> CachedBlock | None:
+    def link(self, node: CachedBlock) -> CachedBlock | None:
         """Add a block that was not found; returns the one that cannot be found any more for it."""
 
     @abstractmethod
-    def _unlink(self, node: CachedBlock) -> None:
+    def unlink(self, node: CachedBlock) -> None:
         """Remove a block; what is behind it need not be found any more."""
 
     @property
@@ -130,7 +130,7 @@ class CachingBlockManager(PagedBlockManager):
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self._block_size):
             tokens = self._block_tokens(token_ids, i)
-            node = self._find(request.last, tokens)
+            node = self.find(request.last, tokens)
             if node is None:
                 node = self._publish(CachedBlock(table[i], request.last, tokens))
             elif node.block != table[i]:
@@ -162,7 +162,7 @@ class CachingBlockManager(PagedBlockManager):
 
     def reset_prefix_cache(self) -> None:
         for node in list(self._cached.values()):
-            self._unlink(node)
+            self.unlink(node)
             self._forget(node)
         self._pending.clear()
         for request in self._requests.values():
@@ -173,7 +173,7 @@ class CachingBlockManager(PagedBlockManager):
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
         for i in range((len(token_ids) - 1) // self._block_size):
-            node = self._find(parent, self._block_tokens(token_ids, i))
+            node = self.find(parent, self._block_tokens(token_ids, i))
             if node is None:
                 break
             hits.append(node)
@@ -188,9 +188,9 @@ class CachingBlockManager(PagedBlockManager):
         stale = self._cached.get(node.block)
         if stale is not None:
             # Published before, behind a block that was given up since.
-            self._unlink(stale)
+            self.unlink(stale)
             self._forget(stale)
-        displaced = self._link(node)
+        displaced = self.link(node)
         if displaced is not None:
             self._forget(displaced)
         self._cached[node.block] = node
@@ -215,7 +215,7 @@ class CachingBlockManager(PagedBlockManager):
         if self._free:
             return self._free.pop()
         node = self._idle.pop()
-        self._unlink(node)
+        self.unlink(node)
         del self._cached[node.block]
         block, node.block = node.block, -1
         self._evicted_blocks += 1

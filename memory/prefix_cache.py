@@ -24,19 +24,19 @@ class PrefixCacheManager(CachingBlockManager):
         super().__init__(config, geometry)
         self._table: dict[bytes, CachedBlock] = {}
 
-    def _find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
+    def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
         node = self._table.get(self._digest(parent, tokens))
         if node is None or node.parent != parent or node.tokens != tokens:
             return None
         return node
 
-    def _link(self, node: CachedBlock) -> CachedBlock | None:
+    def link(self, node: CachedBlock) -> CachedBlock | None:
         node.digest = self._digest(node.parent, node.tokens)
         displaced = self._table.get(node.digest)
         self._table[node.digest] = node
         return displaced
 
-    def _unlink(self, node: CachedBlock) -> None:
+    def unlink(self, node: CachedBlock) -> None:
         del self._table[node.digest]
 
     @staticmethod

@@ -22,14 +22,14 @@ class RadixCacheManager(CachingBlockManager):
         super().__init__(config, geometry)
         self._children: dict[CachedBlock | str, dict[bytes, CachedBlock]] = {}
 
-    def _find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
+    def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
         children = self._children.get(parent)
         return children.get(tokens) if children else None
 
-    def _link(self, node: CachedBlock) -> None:
+    def link(self, node: CachedBlock) -> None:
         self._children.setdefault(node.parent, {})[node.tokens] = node
 
-    def _unlink(self, node: CachedBlock) -> None:
+    def unlink(self, node: CachedBlock) -> None:
         siblings = self._children[node.parent]
         del siblings[node.tokens]
         if not siblings:

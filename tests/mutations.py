@@ -126,7 +126,7 @@ MUTANTS = (
     _bug(
         "an evicted block can still be found",
         _CACHED,
-        "        node = self._idle.pop()\n        self._unlink(node)\n",
+        "        node = self._idle.pop()\n        self.unlink(node)\n",
         "        node = self._idle.pop()\n",
     ),
     _bug(
