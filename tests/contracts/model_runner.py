@@ -56,8 +56,9 @@ class Request:
 class Steps:
     """Writes plans by hand and runs them, one at a time unless told otherwise."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: ModelRunner, depth: int) -> None:
+        self.runner = runner
+        self.depth = depth
         self._next_step_id = 0
         self._in_slot: dict[int, Request] = {}
 
@@ -102,7 +103,7 @@ class Steps:
         slots = tuple(request.slot for request in decodes)
         plan = StepPlan(self._next_step_id, news, updates, tuple(chunks), slots)
         self._next_step_id += 1
-        return plan, self._runner.execute(plan)
+        return plan, self.runner.execute(plan)
 
     def _finish(self, step: tuple[StepPlan, StepHandle]) -> None:
         plan, handle = step
@@ -132,10 +133,16 @@ class ModelRunnerContract:
     model: ClassVar[str] = str(Path(__file__).parents[2] / "assets" / "qwen3-tiny-python")
     options: ClassVar[dict[str, Any]] = {}
 
-    @pytest.fixture(params=[0, 1], ids=["depth0", "depth1"])
-    def runner(self, request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
+    # One runner for all tests: what one leaves in slots and blocks must not matter to the next.
+    @pytest.fixture(scope="class", params=[0, 1], ids=["depth0", "depth1"])
+    def steps(self, request: pytest.FixtureRequest) -> Iterator[Steps]:
         with self.open(request.param) as runner:
-            yield runner
+            yield Steps(runner, request.param)
+
+    @pytest.fixture(scope="class")
+    def alone(self) -> Iterator[Steps]:
+        with self.open() as runner:
+            yield Steps(runner, 0)
 
     @contextmanager
     def open(self, depth: int = 0) -> Iterator[ModelRunner]:
@@ -156,91 +163,82 @@ class ModelRunnerContract:
         with closing(make(config, checkpoint)) as runner:
             yield runner
 
-    def test_it_has_the_cache_that_was_asked_for(self, runner: ModelRunner) -> None:
-        geometry = runner.kv_geometry
+    def test_it_has_the_cache_that_was_asked_for(self, steps: Steps) -> None:
+        geometry = steps.runner.kv_geometry
         assert (geometry.block_size, geometry.num_blocks) == (BLOCK_SIZE, NUM_BLOCKS)
 
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_company_slots_and_blocks_change_nothing(
-        self, runner: ModelRunner, temperature: float
+        self, steps: Steps, alone: Steps, temperature: float
     ) -> None:
         requests = self.requests(temperature)
-        steps = Steps(runner)
         steps.enter(requests)
         steps.decode(requests, NUM_DECODES)
-        self.check(requests)
+        self.check(alone, requests)
 
-    def test_a_prompt_in_chunks_beside_decodes(self, runner: ModelRunner) -> None:
+    def test_a_prompt_in_chunks_beside_decodes(self, steps: Steps, alone: Steps) -> None:
         requests = self.requests()
         long, others = requests[1], [requests[0], requests[2], requests[3]]
-        steps = Steps(runner)
         steps.enter(others)
         steps.enter([long], count=3)
         for start, count in ((3, 13), (16, 1), (17, 19), (36, 1)):
             steps.chunk(long, start, count, others)
         assert len(long.output) == 1
         steps.decode(requests, 3)
-        self.check(requests)
+        self.check(alone, requests)
 
-    def test_a_prefix_that_another_request_computed(self, runner: ModelRunner) -> None:
+    def test_a_prefix_that_another_request_computed(self, steps: Steps, alone: Steps) -> None:
         requests = self.requests()
         first, second = requests[1], requests[0]
         second.tokens = [*first.tokens[:32], 9, 8, 7]
         second.num_prompt = 35
         second.blocks = first.blocks[:2] + second.blocks[:2]
-        steps = Steps(runner)
         steps.enter([first])
         steps.enter([second], start=32)
         steps.decode([first, second], 4)
-        self.check([first, second])
+        self.check(alone, [first, second])
 
-    def test_a_slot_and_blocks_that_were_used_before(self, runner: ModelRunner) -> None:
+    def test_a_slot_and_blocks_that_were_used_before(self, steps: Steps, alone: Steps) -> None:
         old, new = self.requests()[1], self.requests()[0]
         new.slot, new.blocks = old.slot, old.blocks[:2]
-        steps = Steps(runner)
         steps.enter([old])
         steps.decode([old], 5)
         steps.enter([new])
         steps.decode([new], NUM_DECODES)
-        self.check([old, new])
+        self.check(alone, [old, new])
 
-    def test_equal_prompts_differ_by_their_seeds_alone(self, runner: ModelRunner) -> None:
+    def test_equal_prompts_differ_by_their_seeds_alone(self, steps: Steps) -> None:
         first, second, third, _ = self.requests(temperature=1.0)
         for request in (second, third):
             request.tokens = list(first.tokens)
             request.num_prompt = first.num_prompt
         third.sampling = first.sampling
-        steps = Steps(runner)
         steps.enter([first, second, third])
         steps.decode([first, second, third], NUM_DECODES)
         assert first.output == third.output != second.output
 
-    def test_a_request_that_starts_over(self, runner: ModelRunner) -> None:
+    def test_a_request_that_starts_over(self, steps: Steps, alone: Steps) -> None:
         """As after a preemption: prompt and output are computed again, elsewhere."""
         request, other = self.requests()[1], self.requests()[2]
-        steps = Steps(runner)
         steps.enter([request])
         steps.decode([request], 5)
         request.slot, request.blocks = other.slot, other.blocks + request.blocks[::-1]
         steps.enter([request])
         steps.decode([request], 5)
-        self.check([request])
+        self.check(alone, [request])
 
-    def test_several_steps_in_flight(self) -> None:
-        with self.open(depth=1) as runner:
-            requests = self.requests()
-            steps = Steps(runner)
-            steps.enter(requests)
-            steps.decode(requests, NUM_DECODES, in_flight=2)
-            self.check(requests)
-
-    def test_a_request_that_leaves_is_not_computed(self, runner: ModelRunner) -> None:
+    def test_several_steps_in_flight(self, steps: Steps, alone: Steps) -> None:
         requests = self.requests()
-        steps = Steps(runner)
+        steps.enter(requests)
+        steps.decode(requests, NUM_DECODES, in_flight=steps.depth + 1)
+        self.check(alone, requests)
+
+    def test_a_request_that_leaves_is_not_computed(self, steps: Steps, alone: Steps) -> None:
+        requests = self.requests()
         steps.enter(requests)
         for count in range(len(requests), 0, -1):
             steps.decode(requests[:count], 2)
-        self.check(requests)
+        self.check(alone, requests)
         assert [len(request.output) for request in requests] == [9, 7, 5, 3]
 
     def test_after_close_nothing_is_executed(self) -> None:
@@ -262,14 +260,12 @@ class ModelRunnerContract:
             made.append(Request(NUM_SLOTS - 1 - slot, tokens, own, params))
         return made
 
-    def check(self, requests: list[Request]) -> None:
+    def check(self, alone: Steps, requests: list[Request]) -> None:
         """Each request has the tokens that it gets alone, computed at once, blocks in order."""
         for request in requests:
             assert request.output
             tokens, blocks = request.tokens[: request.num_prompt], list(range(NUM_BLOCKS))
-            alone = Request(0, tokens, blocks[: 128 // BLOCK_SIZE], request.sampling)
-            with self.open() as runner:
-                steps = Steps(runner)
-                steps.enter([alone])
-                steps.decode([alone], len(request.output) - 1)
-            assert request.output == alone.output
+            same = Request(0, tokens, blocks[: 128 // BLOCK_SIZE], request.sampling)
+            alone.enter([same])
+            alone.decode([same], len(request.output) - 1)
+            assert request.output == same.output
