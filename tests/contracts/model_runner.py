@@ -135,17 +135,20 @@ class ModelRunnerContract:
 
     # One runner for all tests: what one leaves in slots and blocks must not matter to the next.
     @pytest.fixture(scope="class", params=[0, 1], ids=["depth0", "depth1"])
-    def steps(self, request: pytest.FixtureRequest) -> Iterator[Steps]:
-        with self.open(request.param) as runner:
+    @classmethod
+    def steps(cls, request: pytest.FixtureRequest) -> Iterator[Steps]:
+        with cls.open(request.param) as runner:
             yield Steps(runner, request.param)
 
     @pytest.fixture(scope="class")
-    def alone(self) -> Iterator[Steps]:
-        with self.open() as runner:
+    @classmethod
+    def alone(cls) -> Iterator[Steps]:
+        with cls.open() as runner:
             yield Steps(runner, 0)
 
+    @classmethod
     @contextmanager
-    def open(self, depth: int = 0) -> Iterator[ModelRunner]:
+    def open(cls, depth: int = 0) -> Iterator[ModelRunner]:
         """A runner of its own."""
         options = {
             "device": "cpu",
@@ -155,11 +158,11 @@ class ModelRunnerContract:
             "kvcache_block_size": BLOCK_SIZE,
             "num_kvcache_blocks": NUM_BLOCKS,
             "pipeline_depth": depth,
-            **self.options,
+            **cls.options,
         }
-        checkpoint = open_checkpoint(self.model)
-        make = type(self).make_runner
-        config = resolve(Config.from_options(self.model, **options), checkpoint)
+        checkpoint = open_checkpoint(cls.model)
+        make = cls.make_runner
+        config = resolve(Config.from_options(cls.model, **options), checkpoint)
         with closing(make(config, checkpoint)) as runner:
             yield runner
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
+
+import pytest
 
 from engine.fake_runner import FakeRunner
 from engine.model_runner import LocalRunner
+from engine.tensor_parallel import TensorParallelRunner
 from tests.contracts.block_manager import BlockManagerContract
 from tests.contracts.model_runner import ModelRunnerContract
 from tests.contracts.scheduler import SchedulerContract
@@ -14,6 +17,12 @@ from tests.contracts.traces import shipped_managers, shipped_schedulers
 
 class TestLocalRunner(ModelRunnerContract):
     make_runner = LocalRunner
+
+
+@pytest.mark.slow
+class TestTensorParallelRunner(ModelRunnerContract):
+    make_runner = TensorParallelRunner
+    options: ClassVar = {"tensor_parallel_size": 2}
 
 
 class TestFakeRunner(ModelRunnerContract):
