@@ -80,7 +80,7 @@ class LocalRunner(ModelRunner):
             )
         assert config.max_model_len is not None
         self._config = config
-        self._device = torch.device(config.device)
+        self._device = this_device(config)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
         self._launcher = self._make_launcher(config)
@@ -224,6 +224,8 @@ class LocalRunner(ModelRunner):
         steps += [decode.run_padding, prefill.run_padding]
 
         def run(step: Callable[[], object]) -> None:
+            # A thread begins on device 0.
+            torch.cuda.set_device(self._device)
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.inference_mode(), torch.cuda.stream(stream):
                 step()
@@ -291,6 +293,13 @@ class LocalRunner(ModelRunner):
             sampled_rows=inputs.sampled_rows,
         )
         return self._model(batch)
+
+
+def this_device(config: Config) -> torch.device:
+    """The CPU, or the current CUDA device by its number."""
+    if config.device != "cuda":
+        return torch.device(config.device)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
