@@ -406,6 +406,8 @@ class TestRequestsOneByOne:
             llm.abort(ids[2])
             llm.abort(ids[0])
             llm.abort(10**6)
+            outputs |= {out["request_id"]: out for out in llm.step()}
+            assert {ids[0], ids[2]} == set(outputs)
             outputs |= _step_to_the_end(llm)
             _assert_idle(llm)
         reasons = [outputs[i]["finish_reason"] for i in ids]

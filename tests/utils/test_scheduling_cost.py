@@ -36,7 +36,7 @@ def _ratio(policy: object) -> float:
 @pytest.mark.parametrize("policy", sorted(parts_in("engine.policies", QueuePolicy)))
 def test_a_long_queue_does_not_slow_a_step(policy: str) -> None:
     # The benchmark shows 1.00 to 1.03 over many more steps; other processes disturb so few.
-    assert any(_ratio(policy) < 1.25 for _ in range(3))
+    assert any(_ratio(policy) < 1.25 for _ in range(5))
 
 
 def test_a_policy_that_looks_at_all_that_wait_is_found_out() -> None:
@@ -64,6 +64,5 @@ def test_every_queue_forgets_the_aborted() -> None:
             queue.push(seq)
             seq.finish_reason = "abort"
             queue.discard(seq)
+        assert len(getattr(queue, "_heap", [])) < 10, name
         assert queue.first() is None
-        heap = getattr(queue, "_heap", [])
-        assert len(heap) < 10, name

@@ -288,7 +288,7 @@ class TestPreemption:
         bench.run(until=lambda: bench.num_preemptions > 0)
         assert [seq.num_preemptions for seq in bench.seqs].index(1) == victim
 
-    @pytest.mark.parametrize("policy", ["latest", "lowest_priority"])
+    @pytest.mark.parametrize("policy", ["latest", "lowest_priority", "fewest_computed"])
     def test_the_last_admitted_among_equals(self, policy: str) -> None:
         bench = Bench(num_blocks=6, max_num_seqs=3, preemption_policy=policy)
         for _ in range(3):
