@@ -5,12 +5,9 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from engine.sequence import Sequence
 from engine.types import StepPlan
@@ -426,64 +423,6 @@ def test_a_decode_plan_without_new_blocks_names_only_slots() -> None:
     bench.step()
     plan = bench.launch()
     assert plan == StepPlan(1, decode=(0,))
-
-
-@st.composite
-def _scenario(draw: st.DrawFn) -> Callable[[], Bench]:
-    """A run of random requests, arrivals, aborts and failures on a tiny cache."""
-    block_size = draw(st.sampled_from([1, 2, 3, 16]))
-    num_blocks = draw(st.integers(1, 24))
-    max_num_seqs = draw(st.integers(1, 5))
-    budget = draw(st.integers(max_num_seqs, 40))
-    depth = draw(st.integers(0, 3))
-    events = draw(
-        st.lists(
-            st.tuples(
-                st.sampled_from(["add"] * 6 + ["abort"] * 2),
-                st.integers(1, 30),
-                st.integers(1, 30),
-                st.integers(0, 4),
-                st.sampled_from([frozenset(), frozenset({3, 17}), frozenset(range(12))]),
-            ),
-            max_size=25,
-        )
-    )
-
-    def run() -> Bench:
-        bench = Bench(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            budget=budget,
-            depth=depth,
-        )
-        for kind, first, second, steps, stop in events:
-            if kind == "add":
-                try:
-                    bench.add(first, second, stop=stop)
-                except RequestTooLongError:
-                    assert first + second - 1 > num_blocks * block_size
-                else:
-                    assert first + second - 1 <= num_blocks * block_size
-            elif kind == "abort" and bench.seqs:
-                bench.abort(bench.seqs[first % len(bench.seqs)].request_id)
-            for _ in range(steps):
-                bench.step()
-        bench.run()
-        return bench
-
-    return run
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(_scenario())
-def test_any_run_gives_each_request_its_own_tokens_and_all_blocks_back(
-    run: Callable[[], Bench],
-) -> None:
-    bench = run()
-    bench.assert_outputs()
-    bench.check_idle()
-    assert all(seq.finish_reason is not None for seq in bench.seqs)
 
 
 def test_finished_requests_are_reported_once() -> None:
