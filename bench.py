@@ -349,7 +349,8 @@ def run(args: argparse.Namespace, path: Path) -> list[Row]:
     cuda = torch.cuda.is_available()
     ceilings = measure_ceilings(torch.device("cuda")) if cuda else None
     start = time.perf_counter()
-    llm = LLM(path, dtype=args.dtype)
+    # Repeats find nothing of the ones before.
+    llm = LLM(path, dtype=args.dtype, enable_prefix_caching=False)
     describe(llm, time.perf_counter() - start, ceilings)
     dtype = getattr(torch, llm.config.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()

@@ -1,0 +1,113 @@
+"""Tensor parallelism over CUDA devices."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from config import Config
+from engine.collectives import local_rank
+from engine.tensor_parallel import TensorParallelRunner
+from llm import LLM, SamplingParams
+from tests.gpu.test_engine_gpu import SMALL, TIE, TINY, greedy, random_prompts, worst_gap
+from utils.collective_cost import all_reduce_seconds
+from utils.errors import ConfigError, WorkerDiedError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+NCCL_ALONE = partial(TensorParallelRunner, make_runner=partial(local_rank, peer=False))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).cuda().eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"model_runner": NCCL_ALONE},
+        {"enforce_eager": True},
+        {"pipeline_depth": 0},
+        {"max_num_seqs": 3, "num_kvcache_blocks": 5},
+        {"num_kvcache_blocks": None, "gpu_memory_utilization": 0.3},
+    ],
+    ids=["default", "nccl", "eager", "depth0", "preempts", "sized"],
+)
+def test_greedy_tokens_are_those_of_transformers(reference: Any, options: dict[str, Any]) -> None:
+    prompts = random_prompts(12, 500)
+    with LLM(TINY, tensor_parallel_size=2, **{**SMALL, **options}) as llm:
+        outputs = greedy(llm, prompts, 48)
+    assert worst_gap(reference, prompts, outputs) < TIE
+
+
+def test_sampled_tokens_are_those_of_one_device() -> None:
+    """In float32, where logits hardly ever differ enough to change a token."""
+    prompts = random_prompts(16, 100)
+    params = SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True, seed=11)
+    tokens = []
+    for size in (1, 2):
+        options = {"dtype": "float32", "attention_backend": "torch", "tensor_parallel_size": size}
+        with LLM(TINY, **options, **SMALL) as llm:
+            tokens.append([o["token_ids"] for o in llm.generate(prompts, params, use_tqdm=False)])
+    assert tokens[0] == tokens[1]
+
+
+def test_two_engines_share_the_devices(reference: Any) -> None:
+    prompts = random_prompts(4, 100)
+    options = {"tensor_parallel_size": 2, **SMALL}
+    with LLM(TINY, **options) as one, LLM(TINY, **options) as two:
+        for llm in (one, two, one):
+            assert worst_gap(reference, prompts, greedy(llm, prompts, 16)) < TIE
+
+
+def test_a_killed_rank_is_noticed_and_leaves_no_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = [torch.cuda.mem_get_info(device)[0] for device in range(2)]
+    llm = LLM(TINY, tensor_parallel_size=2, gpu_memory_utilization=0.3, max_model_len=2048)
+    params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
+    seq = llm._engine.add_request([5, 6, 7], params)
+    while len(seq.token_ids) < 50:
+        llm._engine.step()
+    runner: Any = llm._engine._runner
+    os.kill(runner._workers.pids[1], signal.SIGKILL)
+    start = time.monotonic()
+
+    def run_on() -> None:
+        while True:
+            llm._engine.step()
+
+    with pytest.raises(WorkerDiedError):
+        run_on()
+    assert time.monotonic() - start < 5
+    llm.close()
+    for device in range(2):
+        assert before[device] - torch.cuda.mem_get_info(device)[0] <= 50 << 20
+
+
+def test_more_ranks_than_devices_are_refused() -> None:
+    if torch.cuda.device_count() >= 8:
+        pytest.skip("there are devices for every size")
+    with pytest.raises(ConfigError, match="CUDA devices"):
+        LLM(TINY, tensor_parallel_size=8, **SMALL)
+
+
+@pytest.mark.parametrize("peer", [False, True])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_small_sum_takes_microseconds(peer: bool, rows: int) -> None:
+    config = Config(model="x", device="cuda", dtype="bfloat16", tensor_parallel_size=2)
+    assert all_reduce_seconds(config, 1024, rows, peer=peer) < 100e-6
