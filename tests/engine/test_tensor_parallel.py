@@ -105,6 +105,15 @@ class TestSteps:
         with pytest.raises(EngineClosedError):
             runner.execute(_plan(7))
 
+    def test_an_interrupted_wait_can_be_taken_up_again(self) -> None:
+        runner = _runner(FakeRank(step_seconds=0.8))
+        handles = [runner.execute(_plan(i)) for i in range(2)]
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            handles[0].result()
+        assert [handle.result() for handle in handles] == [answer(_plan(0)), answer(_plan(1))]
+        runner.close()
+
     def test_close_waits_for_what_is_under_way(self) -> None:
         runner = _runner(FakeRank(step_seconds=0.2))
         for i in range(3):
