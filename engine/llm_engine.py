@@ -114,6 +114,8 @@ class LLMEngine:
         Raises:
             StepError: the step failed. As after any other exception (a part's mistake, Ctrl-C)
                 all unfinished requests have ended then, and the next ones are served.
+            WorkerDiedError: a rank's process has ended, as from then on in every step. The same
+                goes for a StepError of several ranks.
         """
         self._check_usable()
         self._stale = True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.types import StepPlan
 from llm import LLM, SamplingParams
@@ -114,3 +115,32 @@ def test_a_step_that_fails_on_the_ranks_is_a_step_error(checkpoints: Checkpoints
         with pytest.raises(StepError, match=r"step 0 failed: .*index") as caught:
             handle.result()
         assert "engine/batch.py" in str(caught.value.__cause__)
+
+
+def _listening(pid: int) -> list[str]:
+    """Local addresses, in the kernel's notation, at which a process takes TCP connections."""
+    links = Path(f"/proc/{pid}/fd")
+    sockets = {os.readlink(links / name) for name in os.listdir(links) if (links / name).exists()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.append(fields[1].split(":")[0])
+    return found
+
+
+def test_ranks_meet_on_this_machine_alone_and_one_rank_meets_nobody(
+    checkpoints: Checkpoints,
+) -> None:
+    path = checkpoints["qwen3-square-tied"]
+    before = _listening(os.getpid())
+    with LLM(path, tensor_parallel_size=2, **OPTIONS) as llm:
+        runner: Any = llm._engine._runner
+        places = [place for pid in runner._workers.pids for place in _listening(pid)]
+        assert set(places) == {"0100007F"}  # 127.0.0.1
+        assert _listening(os.getpid()) == before
+    with LLM(path, **OPTIONS) as llm:
+        _tokens(llm)
+        assert _listening(os.getpid()) == before
+        assert not torch.distributed.is_initialized()
