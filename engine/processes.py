@@ -74,7 +74,7 @@ class Workers:
         with shared_file() as ring, shared_file() as store:
             Ring.allocate(ring, size)
             self._ring = Ring(ring.fileno(), size)
-            held = (self._processes, self._pipes, self._selector, self._ring)
+            held = (os.getpid(), self._processes, self._pipes, self._selector, self._ring)
             # Also when this object is forgotten, and when the interpreter ends.
             self._end = weakref.finalize(self, _end, *held)
             config = _of_a_rank(config)
@@ -283,12 +283,19 @@ def _of_a_rank(config: Config) -> Config:
 
 
 def _end(
+    owner: int,
     processes: list[subprocess.Popen[bytes]],
     pipes: list[Connection],
     selector: selectors.BaseSelector,
     ring: Ring,
 ) -> None:
-    """Kill what still runs, and free what is held here."""
+    """Kill what still runs, and free what is held here.
+
+    Args:
+        owner: id of the process whose workers these are; a fork of it must leave them alone.
+    """
+    if os.getpid() != owner:
+        return
     for process in processes:
         process.kill()
     for process in processes:

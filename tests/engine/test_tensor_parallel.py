@@ -120,6 +120,16 @@ class TestSteps:
             runner.execute(_plan(10 + i))
         runner.close()
 
+    def test_a_fork_of_the_caller_leaves_the_workers_alone(self) -> None:
+        runner = _runner()
+        fork = os.fork()
+        if not fork:
+            runner._workers._end()
+            os._exit(0)
+        os.waitpid(fork, 0)
+        assert runner.execute(_plan(0)).result() == answer(_plan(0))
+        runner.close()
+
     def test_an_engine_that_is_forgotten_takes_its_workers_with_it(self) -> None:
         runner = _runner()
         pids = runner._workers.pids
