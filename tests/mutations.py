@@ -33,7 +33,7 @@ _PAGED, _CACHED, _PREFIX = (
 # What is run on the copy: it has to fail.
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contracts/test_shipped.py")
 FUZZ = ("-m", "tests.contracts.fuzz", "--traces", "20000", "--jobs", "1", "--seed", "0")
-SCHEDULERS = (*_PYTEST, "-k", "Scheduler")
+STARVATION = (*_PYTEST, "-k", "starves")
 RUNNERS = (*_PYTEST, "-k", "LocalRunner")
 ATTENTION = (*_PYTEST[:-1], "tests/layers/attention")
 
@@ -264,7 +264,7 @@ MUTANTS = (
         "engine/policies/step.py",
         "return budget if gap < self.max_gap else budget - num_decodes",
         "return budget",
-        SCHEDULERS,
+        STARVATION,
     ),
     _bug(
         "runner: a slot keeps the seed of its last request",
