@@ -108,7 +108,8 @@ def test_close_returns_the_memory() -> None:
     greedy(llm, random_prompts(20, 300), 20)
     assert before - torch.cuda.mem_get_info()[0] > 1 << 30
     llm.close()
-    assert before - torch.cuda.mem_get_info()[0] <= 50 << 20
+    left = (before - torch.cuda.mem_get_info()[0]) / 2**20
+    assert left <= 50, f"{left:.0f} MiB left, {torch.cuda.memory_reserved() / 2**20:.0f} by torch"
 
 
 def test_gpu_memory_utilization_is_honoured() -> None:
