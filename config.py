@@ -28,6 +28,24 @@ _PARTS = (
 )
 _MAX_RANKS = 8
 
+# Sets of options by name; docs/presets.md says why, and what each was measured to do.
+PRESETS: dict[str, dict[str, Any]] = {
+    # A long prompt holds up the running requests by a step of at most 2,048 tokens.
+    "low_latency": {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
+    "throughput": {
+        "gpu_memory_utilization": 0.95,
+        "max_num_batched_tokens": 32768,
+        "max_num_seqs": 1024,
+    },
+    # Small blocks, as half of the last one of every request lies idle.
+    "small_memory": {
+        "gpu_memory_utilization": 0.7,
+        "max_num_batched_tokens": 4096,
+        "max_num_seqs": 64,
+        "kvcache_block_size": 64,
+    },
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -106,8 +124,16 @@ class Config:
     step_policy: PartSpec = "decode_first"
 
     @staticmethod
-    def from_options(model: str | Path, **options: Any) -> Config:
-        """Config from keyword options; an unknown name raises, with a suggestion."""
+    def from_options(model: str | Path, preset: str | None = None, **options: Any) -> Config:
+        """Config from keyword options, which override those of a preset.
+
+        Raises:
+            ConfigError: there is no such option or preset; with a suggestion.
+        """
+        if preset is not None and preset not in list(PRESETS):
+            fix = did_you_mean(str(preset), PRESETS)
+            raise ConfigError("preset", preset, "unknown preset", fix)
+        options = PRESETS.get(preset or "", {}) | options
         known = {f.name for f in fields(Config)}
         for name, value in options.items():
             if name not in known:

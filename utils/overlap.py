@@ -1,124 +1,17 @@
-"""What the host does while the device works: the phases of steps, recorded as they run.
-
-The recording parts are ordinary plug-ins: a scheduler and a runner that note when their methods
-begin and end.
-"""
+"""How the host's work for a step hides behind the device's."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import torch
+from llm import SamplingParams
+from utils.bench.recording import Recorder, recorded_llm
+from utils.bench.spans import Span
 
-from config import Config
-from engine.model_runner import LocalRunner
-from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
-from engine.types import BlockManager, StepHandle, StepPlan, StepResult
-from llm import LLM, SamplingParams
-
-HOST_PHASES = ("schedule", "launch", "commit")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A phase of a step, in seconds from an origin that host and device share."""
-
-    step_id: int
-    phase: str
-    start: float
-    end: float
-
-
-class Recorder:
-    """Spans of a run; the device's are known once `resolve` was called.
-
-    Must be made while the device is idle.
-    """
-
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self._events: list[tuple[int, Any, Any]] = []
-        self._base = _event()
-        torch.cuda.synchronize()
-        self._base.record()
-        self._base.synchronize()
-        self._origin = time.perf_counter()
-
-    @contextmanager
-    def phase(self, step_id: int, name: str) -> Iterator[None]:
-        """Record what runs inside, in host time."""
-        start = time.perf_counter()
-        yield
-        end = time.perf_counter()
-        self.spans.append(Span(step_id, name, start - self._origin, end - self._origin))
-
-    @contextmanager
-    def device(self, step_id: int, stream: torch.cuda.Stream) -> Iterator[None]:
-        """Record what is enqueued on `stream` inside, in device time."""
-        start, end = _event(), _event()
-        start.record(stream)
-        yield
-        end.record(stream)
-        self._events.append((step_id, start, end))
-
-    def resolve(self) -> None:
-        """Read the device's times."""
-        torch.cuda.synchronize()
-        for step_id, start, end in self._events:
-            at, to = (self._base.elapsed_time(e) / 1e3 for e in (start, end))
-            self.spans.append(Span(step_id, "device", at, to))
-        self._events.clear()
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-class _RecordedHandle(StepHandle):
-    def __init__(self, step_id: int, handle: StepHandle, recorder: Recorder) -> None:
-        self._step_id, self._handle, self._recorder = step_id, handle, recorder
-
-    def result(self) -> StepResult:
-        with self._recorder.phase(self._step_id, "wait"):
-            return self._handle.result()
-
-
-class _RecordedRunner(LocalRunner):
-    def __init__(self, config: Config, checkpoint: Any, recorder: Recorder) -> None:
-        super().__init__(config, checkpoint)
-        self._recorder = recorder
-
-    def execute(self, plan: StepPlan) -> StepHandle:
-        recorder, stream = self._recorder, torch.cuda.current_stream()
-        stream = getattr(self._launcher, "stream", stream)
-        with recorder.phase(plan.step_id, "launch"), recorder.device(plan.step_id, stream):
-            handle = super().execute(plan)
-        return _RecordedHandle(plan.step_id, handle, recorder)
-
-
-class _RecordedScheduler(ContinuousScheduler):
-    def __init__(self, config: Config, blocks: BlockManager, recorder: Recorder) -> None:
-        super().__init__(config, blocks)
-        self._recorder = recorder
-        self._next_step_id = 0
-
-    def schedule(self) -> StepPlan | None:
-        with self._recorder.phase(self._next_step_id, "schedule"):
-            plan = super().schedule()
-        self._next_step_id += plan is not None
-        return plan
-
-    def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        with self._recorder.phase(plan.step_id, "commit"):
-            return super().commit(plan, result)
+HOST_PHASES = ("plan", "launch", "commit")
 
 
 @dataclass(frozen=True)
@@ -149,36 +42,30 @@ def measure_overlap(
     recorder = Recorder()
     params = SamplingParams(temperature=0.6, max_tokens=output, ignore_eos=True)
     prompts = [[(7 * i + j) % 997 for j in range(prompt)] for i in range(num_requests)]
-    with LLM(
-        path,
-        device="cuda",
-        scheduler=lambda config, blocks: _RecordedScheduler(config, blocks, recorder),
-        model_runner=lambda config, checkpoint: _RecordedRunner(config, checkpoint, recorder),
-    ) as llm:
+    with recorded_llm(str(path), recorder, device="cuda") as llm:
         for _ in range(2):
             llm.reset_prefix_cache()
-            recorder.resolve()
-            recorder.spans.clear()
+            recorder.clear()
             llm.generate(prompts, params, use_tqdm=False)
         recorder.resolve()
     ends = {s.step_id: s.end for s in recorder.spans if s.phase == "device"}
     steps = sorted(ends)[-output // 2 : -4]
     durations: dict[str, list[float]] = {name: [] for name in (*HOST_PHASES, "wait", "device")}
     for span in recorder.spans:
-        if steps[0] <= span.step_id <= steps[-1]:
+        if span.phase in durations and steps[0] <= span.step_id <= steps[-1]:
             durations[span.phase].append(span.end - span.start)
     return Overlap(
         num_requests,
         {name: statistics.median(values) for name, values in durations.items()},
         statistics.median(ends[b] - ends[a] for a, b in pairwise(steps)),
-        [s for s in recorder.spans if steps[2] <= s.step_id <= steps[6]],
+        [s for s in recorder.spans if s.phase in durations and steps[2] <= s.step_id <= steps[6]],
     )
 
 
 def draw(overlap: Overlap, path: Path) -> None:
     """Write the recorded steps as an SVG: the host's phases above, the device below."""
     colours = {
-        "schedule": "#4c78a8",
+        "plan": "#4c78a8",
         "launch": "#f58518",
         "commit": "#54a24b",
         "wait": "#dddddd",

@@ -1,0 +1,191 @@
+"""The plots of a report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from utils.bench.compare import Row
+from utils.bench.engines import Trace
+from utils.bench.spans import Span
+
+_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
+_PHASES = {
+    "plan": "#4c78a8",
+    "launch": "#f58518",
+    "stage": "#ffd27f",
+    "wait": "#dddddd",
+    "commit": "#54a24b",
+    "detokenize": "#e45756",
+    "device": "#b279a2",
+    "step": "#9d9d9d",
+}
+# Steps that the timeline shows of the engine that takes longest for one.
+_NUM_STEPS = 4
+_DPI = 110
+
+
+def draw_plots(folder: Path, rows: Sequence[Row], traces: dict[str, Trace]) -> list[str]:
+    """Draw what there are figures for; returns the names of the files."""
+    engines = list(dict.fromkeys([*(row.engine for row in rows), *traces]))
+    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(engines)}
+    figures: dict[str, Figure] = {}
+    if rows:
+        figures["throughput.png"] = _throughput(rows, colours)
+    if traces:
+        figures["tokens.png"] = _tokens(traces, colours)
+        figures["latency.png"] = _latency(traces, colours)
+        figures["timeline.png"] = _timeline(traces)
+    with mpl.rc_context({"font.size": 9}):
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=_DPI)
+    return list(figures)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def _throughput(rows: Sequence[Row], colours: dict[str, str]) -> Figure:
+    """A panel of bars per workload, the limit as a line across."""
+    works = list(dict.fromkeys(row.workload for row in rows))
+    longest = max(sum(row.workload == work for row in rows) for work in works)
+    width = max(5.0, len(works) * (1.2 + 0.9 * longest))
+    figure, axes = _figure(width, 3.6, len(works))
+    for ax, work in zip(axes, works, strict=True):
+        own = [row for row in rows if row.workload == work]
+        names = [row.engine for row in own]
+        medians = [row.median for row in own]
+        spread = [
+            [row.median - row.rates[0] for row in own],
+            [row.rates[-1] - row.median for row in own],
+        ]
+        bars = ax.bar(names, medians, yerr=spread, capsize=4, color=[colours[n] for n in names])
+        ax.bar_label(bars, labels=[f"{m:,.0f}" for m in medians], label_type="center")
+        if own[0].limit is not None:
+            ax.axhline(own[0].limit, color="black", linestyle="--", linewidth=1)
+            ax.annotate(
+                f"limit {own[0].limit:,.0f}",
+                (1, own[0].limit),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+            )
+        ax.set_title(work)
+        ax.grid(visible=False, axis="x")
+    axes[0].set_ylabel("output tokens / s")
+    return figure
+
+
+def _tokens(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
+    figure, (ax,) = _figure(7, 3.6)
+    for name, trace in traces.items():
+        times = sorted(t for ts in trace.token_times for t in ts)
+        counts = list(accumulate(1 for _ in times))
+        ax.plot([0, *times], [0, *counts], color=colours[name], label=name)
+    ax.set_xlabel("seconds")
+    ax.set_ylabel("output tokens so far")
+    ax.legend()
+    return figure
+
+
+def _latency(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
+    """Cumulative distributions; the tail is marked where 99 % of the values lie below."""
+    figure, axes = _figure(9, 3.6, 2)
+    for name, trace in traces.items():
+        first = [1e3 * ts[0] for ts in trace.token_times if ts]
+        gaps = [1e3 * (b - a) for ts in trace.token_times for a, b in pairwise(ts)]
+        for ax, values in zip(axes, (first, gaps), strict=True):
+            if not values:
+                continue
+            values.sort()
+            shares = [(i + 1) / len(values) for i in range(len(values))]
+            tail = values[int(0.99 * (len(values) - 1))]
+            label = f"{name}: median {statistics.median(values):.3g}, p99 {tail:.3g} ms"
+            # A single value is a step that needs a beginning.
+            ax.step(
+                [values[0], *values], [0, *shares], where="post", color=colours[name], label=label
+            )
+    for ax, title in zip(axes, ("time to the first token", "time between tokens"), strict=True):
+        ax.set_title(title)
+        ax.set_xscale("log")
+        ax.set_xlabel("milliseconds")
+        ax.set_ylim(0, 1.3)
+        ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        ax.legend(loc="upper left", fontsize=8)
+    axes[0].set_ylabel("share of all that took at most")
+    return figure
+
+
+def _timeline(traces: dict[str, Trace]) -> Figure:
+    """A lane for each engine, and one for its device if that was recorded, over one window."""
+    window = _NUM_STEPS * max(_period(trace) for trace in traces.values())
+    lanes = {
+        f"{name}\n{place}": [s for s in trace.spans if (s.phase == "device") == (place == "device")]
+        for name, trace in traces.items()
+        for place in ("host", "device")
+    }
+    lanes = {name: spans for name, spans in lanes.items() if spans}
+    middle = {name: _middle(trace) for name, trace in traces.items()}
+    figure, (ax,) = _figure(10, 1.2 + 0.8 * len(lanes))
+    used = set()
+    for y, (lane, spans) in enumerate(lanes.items()):
+        start = middle[lane.split("\n")[0]]
+        for span in sorted(spans, key=lambda span: span.start):
+            if span.end > start and span.start < start + window:
+                used.add(span.phase)
+                _bar(ax, y, span, start, window)
+    ax.set_yticks(range(len(lanes)), list(lanes))
+    ax.set_xlim(0, 1e3 * window)
+    ax.set_ylim(len(lanes) - 0.5, -0.5)
+    ax.set_xlabel("milliseconds")
+    ax.grid(visible=False, axis="y")
+    handles = [Patch(color=colour, label=name) for name, colour in _PHASES.items() if name in used]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
+    return figure
+
+
+def _bar(ax: Any, y: int, span: Span, start: float, window: float) -> None:
+    begin, end = max(span.start - start, 0), min(span.end - start, window)
+    # What happens inside a launch is drawn lower, over it.
+    height = 0.35 if span.phase == "stage" else 0.7
+    ax.broken_barh(
+        [(1e3 * begin, 1e3 * (end - begin))],
+        (y - height / 2, height),
+        facecolors=_PHASES[span.phase],
+        edgecolor="white",
+        linewidth=0.4,
+    )
+
+
+def _starts(trace: Trace) -> list[float]:
+    """When each step began."""
+    starts: dict[int, float] = {}
+    for span in trace.spans:
+        if span.step_id >= 0 and span.phase != "device":
+            starts.setdefault(span.step_id, span.start)
+            starts[span.step_id] = min(starts[span.step_id], span.start)
+    return sorted(starts.values())
+
+
+def _period(trace: Trace) -> float:
+    starts = _starts(trace)
+    return statistics.median(b - a for a, b in pairwise(starts)) if len(starts) > 1 else 0.0
+
+
+def _middle(trace: Trace) -> float:
+    starts = _starts(trace)
+    return starts[len(starts) // 2] if starts else 0.0

@@ -1,0 +1,185 @@
+"""A run of this engine with its steps recorded.
+
+The recording parts are ordinary plug-ins, so that the engine has no timers: a scheduler and a
+runner that note when their methods begin and end, and a tokenizer that notes when it decodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from config import Config
+from engine.model_runner import LocalRunner
+from engine.scheduler import ContinuousScheduler
+from engine.sequence import Sequence
+from engine.types import BlockManager, StepHandle, StepPlan, StepResult
+from llm import LLM
+from utils.bench.spans import Span
+
+# What the host does for a step; "stage" is a part of "launch".
+PHASES = ("plan", "stage", "launch", "wait", "commit", "detokenize")
+# The methods of SlotTables that bring a plan to the device.
+_STAGING = ("stage", "stage_prefill", "stage_changes", "apply_changes")
+
+
+class Recorder:
+    """Spans of a run; the device's are known once `resolve` was called.
+
+    Must be made while the device is idle.
+
+    Args:
+        mark: makes a range of a name for other tools, around every phase of the host: e.g.
+            `torch.cuda.nvtx.range` or `torch.profiler.record_function`.
+
+    Attributes:
+        token_times: of each request by its id, when its tokens were committed.
+    """
+
+    def __init__(
+        self, mark: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+    ) -> None:
+        self.spans: list[Span] = []
+        self.token_times: dict[int, list[float]] = {}
+        self._mark = mark
+        self._events: list[tuple[int, Any, Any]] = []
+        self._cuda = torch.cuda.is_available()
+        if self._cuda:
+            self._base = _event()
+            torch.cuda.synchronize()
+            self._base.record()
+            self._base.synchronize()
+        self._origin = time.perf_counter()
+
+    def now(self) -> float:
+        """Seconds since the origin of all spans."""
+        return time.perf_counter() - self._origin
+
+    def clear(self) -> None:
+        """Forget what was recorded; the device must be idle."""
+        self.resolve()
+        self.spans.clear()
+        self.token_times.clear()
+
+    @contextmanager
+    def phase(self, step_id: int, name: str) -> Iterator[None]:
+        """Record what runs inside, in host time."""
+        start = self.now()
+        with self._mark(name):
+            yield
+        self.spans.append(Span(step_id, name, start, self.now()))
+
+    @contextmanager
+    def device(self, step_id: int, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Record what is enqueued on `stream` inside, in device time; nothing without one."""
+        if stream is None:
+            yield
+            return
+        start, end = _event(), _event()
+        start.record(stream)
+        yield
+        end.record(stream)
+        self._events.append((step_id, start, end))
+
+    def resolve(self) -> None:
+        """Read the device's times."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        for step_id, start, end in self._events:
+            at, to = (self._base.elapsed_time(e) / 1e3 for e in (start, end))
+            self.spans.append(Span(step_id, "device", at, to))
+        self._events.clear()
+
+
+def recorded_llm(model: str, recorder: Recorder, **options: Any) -> LLM:
+    """An LLM with the recording parts, and their scheduler and runner in place of others."""
+    llm = LLM(
+        model,
+        **options,
+        scheduler=lambda config, blocks: _RecordedScheduler(config, blocks, recorder),
+        model_runner=lambda config, checkpoint: _RecordedRunner(config, checkpoint, recorder),
+    )
+    if llm.tokenizer is not None:
+        llm._tokenizer = _RecordedTokenizer(llm.tokenizer, recorder)
+    return llm
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class _RecordedHandle(StepHandle):
+    def __init__(self, step_id: int, handle: StepHandle, recorder: Recorder) -> None:
+        self._step_id, self._handle, self._recorder = step_id, handle, recorder
+
+    def result(self) -> StepResult:
+        with self._recorder.phase(self._step_id, "wait"):
+            return self._handle.result()
+
+    def done(self) -> bool:
+        return self._handle.done()
+
+
+class _RecordedRunner(LocalRunner):
+    def __init__(self, config: Config, checkpoint: Any, recorder: Recorder) -> None:
+        super().__init__(config, checkpoint)
+        self._recorder = recorder
+        self._step_id = 0
+        for name in _STAGING:
+            setattr(self._tables, name, self._staged(getattr(self._tables, name)))
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        recorder, stream = self._recorder, getattr(self._launcher, "stream", None)
+        self._step_id = plan.step_id
+        with recorder.phase(plan.step_id, "launch"), recorder.device(plan.step_id, stream):
+            handle = super().execute(plan)
+        return _RecordedHandle(plan.step_id, handle, recorder)
+
+    def _staged(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def stage(*args: Any) -> Any:
+            with self._recorder.phase(self._step_id, "stage"):
+                return method(*args)
+
+        return stage
+
+
+class _RecordedScheduler(ContinuousScheduler):
+    def __init__(self, config: Config, blocks: BlockManager, recorder: Recorder) -> None:
+        super().__init__(config, blocks)
+        self._recorder = recorder
+        self._next_step_id = 0
+        self._request_ids: dict[int, int] = {}
+
+    def schedule(self) -> StepPlan | None:
+        with self._recorder.phase(self._next_step_id, "plan"):
+            plan = super().schedule()
+        self._next_step_id += plan is not None
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+        with self._recorder.phase(plan.step_id, "commit"):
+            finished = super().commit(plan, result)
+        self._request_ids |= {new.slot: new.request_id for new in plan.new_requests}
+        now = self._recorder.now()
+        for slot, tokens in zip(plan.sampled_slots, result.tokens, strict=True):
+            times = self._recorder.token_times.setdefault(self._request_ids[slot], [])
+            times += [now] * len(tokens)
+        return finished
+
+
+class _RecordedTokenizer:
+    """A tokenizer whose decoding is recorded, under step -1."""
+
+    def __init__(self, tokenizer: Any, recorder: Recorder) -> None:
+        self._tokenizer, self._recorder = tokenizer, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        with self._recorder.phase(-1, "detokenize"):
+            return self._tokenizer.decode(*args, **kwargs)

@@ -1,0 +1,119 @@
+"""A page about a comparison: tables in Markdown, plots as PNG (needs matplotlib)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from utils.bench.compare import Measured, Row
+from utils.bench.workloads import Workload
+
+# File names of the plots and what they show.
+CAPTIONS = {
+    "throughput.png": "Output tokens per second: median, and least to most of the repeats.",
+    "tokens.png": "Output tokens over time, all requests together.",
+    "latency.png": "Time to the first token, and between the tokens of a request.",
+    "timeline.png": "Steps from the middle of the run.",
+}
+
+
+def write_report(
+    folder: Path,
+    about: dict[str, str],
+    found: Sequence[Measured],
+    rows: Sequence[Row],
+    watched: Workload | None,
+) -> None:
+    """Write README.md, results.json and the plots into a folder, which is made if need be.
+
+    Args:
+        about: the environment, by names.
+        found: the engines, those with a problem too.
+        watched: the workload whose traces `found` has, if any.
+    """
+    from utils.bench.plots import draw_plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    traces = {one.engine: one.trace for one in found if one.trace and one.problem is None}
+    drawn = draw_plots(folder, rows, traces)
+    results = {"environment": about, "rows": [asdict(row) for row in rows]}
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    parts = [
+        "# Comparison of engines",
+        f"Written by `python bench.py {shlex.join(sys.argv[1:])}`. Every engine ran in a process "
+        "of its own, on the same prompts, lengths and data type. A rate is shown if every greedy "
+        "token of the engine is the one that transformers would take after the same tokens, up "
+        "to rounding.",
+        _table(("", ""), about.items()),
+        "## Engines",
+        _table(
+            ("engine", "ready after", "construction", "warm-ups", "greedy tokens"),
+            map(_engine, found),
+        ),
+        "Ready is counted from the start of the process. Greedy tokens: those equal to the most "
+        "likely one of transformers; the others are ties up to rounding.",
+        "## Throughput",
+        _table(
+            ("workload", "engine", "tok/s", "least to most", "time", "tokens", "speed-up")
+            + ("of the limit", "memory"),
+            map(_row, rows),
+        ),
+        "Speed-ups are medians over pairs of repeats. The limit is the roofline from the bandwidth "
+        "and matmul rate measured in the same run, on CUDA. Memory is the most that was held: of "
+        "the device on CUDA, else of the process.",
+    ]
+    for name in drawn:
+        caption = CAPTIONS[name]
+        if watched is not None and name != "throughput.png":
+            caption += (
+                f" Workload: {watched.name}; one run with its steps watched, not timed above."
+            )
+        parts += [f"![{caption}]({name})", caption]
+    if watched is not None:
+        unseen = [one.engine for one in found if one.engine not in traces and not one.problem]
+        if unseen:
+            parts.append(f"Not in these plots, as they tell no times: {', '.join(unseen)}.")
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _engine(one: Measured) -> tuple[str, ...]:
+    if one.problem is not None:
+        return one.engine, one.problem, "", "", ""
+    return (
+        one.engine,
+        f"{one.startup_seconds:.1f} s",
+        f"{one.construct_seconds:.1f} s",
+        ", ".join(f"{seconds:.2f} s" for seconds in one.warmups.values()),
+        ", ".join(str(agreement) for agreement in one.agreements.values()),
+    )
+
+
+def _row(row: Row) -> tuple[str, ...]:
+    speedup = fraction = memory = ""
+    if row.speedups is not None:
+        speedup = f"{statistics.median(row.speedups):.2f} x {row.baseline}"
+    if row.limit is not None:
+        fraction = f"{row.median / row.limit:.3f}"
+    if row.peak_bytes is not None:
+        memory = f"{row.peak_bytes / 2**30:.2f} GiB"
+    return (
+        row.workload,
+        row.engine,
+        f"{row.median:,.1f}",
+        f"{row.rates[0]:,.1f} to {row.rates[-1]:,.1f}",
+        f"{statistics.median(row.seconds):.3f} s",
+        f"{row.output_tokens:,}",
+        speedup,
+        fraction,
+        memory,
+    )
