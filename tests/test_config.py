@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from config import Config
+from config import PRESETS, Config
 from utils.errors import ConfigError
 
 
@@ -61,10 +62,36 @@ def test_options_have_names() -> None:
     ],
 )
 def test_values_at_the_edge_are_accepted(name: str, value: object) -> None:
-    assert getattr(Config.from_options("x", **{name: value}), name) == value
+    options: dict[str, Any] = {name: value}
+    assert getattr(Config.from_options("x", **options), name) == value
 
 
 def test_a_budget_of_exactly_one_token_per_request_is_accepted() -> None:
     Config(model="x", max_num_seqs=8, max_num_batched_tokens=8)
     with pytest.raises(ConfigError):
         Config(model="x", max_num_seqs=8, max_num_batched_tokens=7)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_a_set_of_options_that_explicit_ones_override(preset: str) -> None:
+    config = Config.from_options("x", preset=preset)
+    changed = {f.name for f in fields(Config) if getattr(config, f.name) != f.default} - {"model"}
+    assert changed == set(PRESETS[preset])
+    assert all(getattr(config, name) == value for name, value in PRESETS[preset].items())
+    assert Config.from_options("x", preset=preset, max_num_seqs=7).max_num_seqs == 7
+
+
+@pytest.mark.parametrize("preset", ["troughput", "", 3, ["throughput"]])
+def test_an_unknown_preset_is_refused(preset: Any) -> None:
+    with pytest.raises(ConfigError, match="preset=") as caught:
+        Config.from_options("x", preset=preset)
+    assert caught.value.field == "preset"
+    assert "throughput" in caught.value.fix
+
+
+def test_presets_and_their_values_are_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
+    for preset, options in PRESETS.items():
+        assert f"`{preset}`" in page
+        for name, value in options.items():
+            assert f"`{name}={value!r}`" in page, (preset, name)

@@ -21,6 +21,11 @@ CAPTIONS = {
     "timeline.png": "Steps from the middle of the run.",
 }
 
+_HEAD = (
+    *("workload", "engine", "tok/s", "least to most", "time", "tokens", "speed-up"),
+    *("of the limit", "memory"),
+)
+
 
 def write_report(
     folder: Path,
@@ -59,8 +64,7 @@ def write_report(
         "likely one of transformers; the others are ties up to rounding.",
         "## Throughput",
         _table(
-            ("workload", "engine", "tok/s", "least to most", "time", "tokens", "speed-up")
-            + ("of the limit", "memory"),
+            _HEAD,
             map(_row, rows),
         ),
         "Speed-ups are medians over pairs of repeats. The limit is the roofline from the bandwidth "
