@@ -35,7 +35,7 @@ _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contract
 FUZZ = ("-m", "tests.contracts.fuzz", "--traces", "20000", "--jobs", "1", "--seed", "0")
 STARVATION = (*_PYTEST, "-k", "starves")
 RUNNERS = (*_PYTEST, "-k", "LocalRunner")
-ATTENTION = (*_PYTEST[:-1], "tests/layers/attention")
+ATTENTION = (*_PYTEST[:-1], "tests/layers/attention/test_torch_sdpa.py")
 
 
 @dataclass(frozen=True)
