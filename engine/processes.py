@@ -214,8 +214,8 @@ class Workers:
         try:
             for key, _ in ready:
                 match self._message_of(key.data):
-                    case Done(number, result):
-                        self._results[number] = result
+                    case Done() as done:
+                        self._results[done.number] = done.result()
                     case None if closing and self._processes[key.data].wait() == 0:
                         self._selector.unregister(key.fileobj)
                     case cause:
