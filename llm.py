@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from config import Config
 from engine.llm_engine import LLMEngine
+from engine.outputs import Increments, make_output
 from engine.sequence import Sequence
-from engine.types import CacheStats, StepPlan
+from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
 from utils.progress import Progress
+from utils.text import TextReader, decoder
 
 __all__ = ["LLM", "SamplingParams"]
 
 Prompt = str | list[int]
+Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
 
 
 class LLM:
@@ -37,11 +41,14 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         self._closed = False
         self._engine = LLMEngine(Config.from_options(model, **options))
-        # Requests of add_request: unfinished, and ended but not yet returned by step.
-        self._added: dict[int, Sequence] = {}
-        self._ended: list[Sequence] = []
+        # Requests of add_request, a group of n each: unfinished by the id of the first, the first
+        # of each, and those ended but not yet returned by step.
+        self._added: dict[int, list[Sequence]] = {}
+        self._first_of: dict[int, int] = {}
+        self._ended: list[list[Sequence]] = []
         try:
             self._tokenizer = self._engine.checkpoint.load_tokenizer()
+            self._decode = decoder(self._tokenizer)
         except BaseException:
             self._engine.close()
             raise
@@ -58,7 +65,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | list[str] | list[list[int]] | list[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
@@ -70,31 +77,109 @@ class LLM:
             use_tqdm: show progress, with prefill and decode rates in tokens per second.
 
         Returns:
-            One dictionary per prompt, in order: `text` (without special tokens; empty if the
-            checkpoint has no tokenizer), `token_ids` (of the output, an end-of-sequence token
-            included), `finish_reason` ("stop", "length" or "abort") and
-            `prompt_token_ids`.
+            One dictionary per prompt, in order:
+
+            - `text`: without special tokens; empty if the checkpoint has no tokenizer;
+            - `token_ids`: of the output, an end-of-sequence token included;
+            - `finish_reason`: "stop", "length" or "abort";
+            - `prompt_token_ids`;
+            - `logprobs`, `prompt_logprobs`: None unless asked for; for each token a dictionary of
+              token ids and log-probabilities, the token itself first (None for the prompt's
+              first token);
+            - `metrics`: in seconds `queue_time`, `time_to_first_token` (from arrival),
+              `mean_inter_token_time` and `p99_inter_token_time` (None where there is no such
+              token); `cached_prompt_tokens`; `preemptions`;
+            - `outputs`: only with n > 1, such dictionaries for all of them; the entries beside it
+              are the first one's.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; then nothing was started.
             StepError: the device failed.
             EngineClosedError: after close().
         """
-        self._check_open()
-        token_lists = self._tokenized(prompts)
-        params = self._params_per_prompt(sampling_params, len(token_lists))
-        seqs: list[Sequence] = []
+        groups: list[list[Sequence]] = []
+        outputs: dict[int, dict[str, Any]] = {}
         try:
-            for tokens, one in zip(token_lists, params, strict=True):
-                seqs.append(self._engine.add_request(tokens, one))
-            self._run(seqs, use_tqdm)
+            groups += self._add(prompts, sampling_params, streams=False)
+            with Progress(len(groups), enabled=use_tqdm) as progress:
+                left = {seq.request_id: i for i, group in enumerate(groups) for seq in group}
+                while left and self._engine.has_unfinished:
+                    plan, finished = self._advance()
+                    ended = {left.pop(seq.request_id, None) for seq in finished} - {None}
+                    done = {i: groups[i] for i in ended if i is not None and _over(groups[i])}
+                    progress.update(plan, len(done))
+                    # Now, while the device is busy with the next step.
+                    for i, group in done.items():
+                        outputs[i] = make_output(group, self._decode)
+            self._finish_steps()
         except RequestError:
-            self._engine.withdraw(seqs)
             raise
         except BaseException:
             self._engine.reset()
             raise
-        return [self._output(seq) for seq in seqs]
+        return [outputs[i] for i in range(len(groups))]
+
+    def stream(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> Generator[dict[str, Any], None, None]:
+        """Continue every prompt, telling the outputs as they grow.
+
+        Args:
+            prompts, sampling_params: as of `generate`.
+
+        Returns:
+            An iterator of dictionaries: `index` (of the prompt), `sample` (of its `n`), `text` and
+            `token_ids` that are new, and `finish_reason`, None but for the last one of an output.
+            Texts are whole characters, and put together the text that `generate` returns.
+            Closing the iterator, or dropping it, aborts what has not ended.
+
+        Raises:
+            RequestError, StepError, EngineClosedError: as `generate`.
+        """
+        groups = self._add(prompts, sampling_params, streams=True)
+        increments = self._increments(groups)
+        # It waits inside its `try` from here on, so that closing it always aborts.
+        next(increments)
+        return increments
+
+    def chat(
+        self,
+        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Answer a conversation, or several, through the checkpoint's chat template.
+
+        Args:
+            messages: dictionaries of `role` and `content`; or lists of them.
+            sampling_params, use_tqdm: as of `generate`.
+
+        Returns:
+            As `generate`, one dictionary per conversation.
+
+        Raises:
+            RequestError: also if the checkpoint has no chat template or it refuses the messages.
+            StepError, EngineClosedError: as `generate`.
+        """
+        self._check_open()
+        several = isinstance(messages, list) and messages and isinstance(messages[0], list)
+        conversations: list[Any] = messages if several else [messages]
+        prompts = [self._templated(one) for one in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def default_sampling_params(self, **overrides: Any) -> SamplingParams:
+        """What the checkpoint's generation_config.json asks for, changed by `overrides`.
+
+        Raises:
+            RequestError, CheckpointError: see `SamplingParams.from_generation_config`.
+        """
+        return SamplingParams.from_generation_config(self._engine.checkpoint.path, **overrides)
+
+    def stats(self) -> EngineStats:
+        """Totals since the engine started."""
+        return self._engine.stats
 
     def cache_stats(self) -> CacheStats:
         """How much of the prompts was found in the prefix cache so far, and what was given up."""
@@ -117,11 +202,11 @@ class LLM:
         Raises:
             RequestError, EngineClosedError: as `generate`.
         """
-        self._check_open()
-        (params,) = self._params_per_prompt(sampling_params, 1)
-        seq = self._engine.add_request(self._tokenize(prompt), params)
-        self._added[seq.request_id] = seq
-        return seq.request_id
+        (group,) = self._add([prompt], sampling_params, streams=False)
+        first = group[0].request_id
+        self._added[first] = group
+        self._first_of |= {seq.request_id: first for seq in group}
+        return first
 
     def step(self) -> list[dict[str, Any]]:
         """Run one step of all requests.
@@ -140,8 +225,9 @@ class LLM:
             # What is left here was ended by an exception.
             self._ended += self._added.values()
             self._added.clear()
+            self._first_of.clear()
         ended, self._ended = self._ended, []
-        return [{"request_id": seq.request_id, **self._output(seq)} for seq in ended]
+        return [{"request_id": g[0].request_id, **make_output(g, self._decode)} for g in ended]
 
     @property
     def has_unfinished(self) -> bool:
@@ -154,6 +240,8 @@ class LLM:
         May be called at any time and from any thread, while `generate` or `step` runs as well;
         unknown and finished requests are passed over.
         """
+        for seq in self._added.get(request_id, ()):
+            self._engine.abort(seq.request_id)
         self._engine.abort(request_id)
 
     def close(self) -> None:
@@ -172,30 +260,72 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _run(self, seqs: list[Sequence], use_tqdm: bool) -> None:
-        left = {seq.request_id for seq in seqs}
-        with Progress(len(seqs), enabled=use_tqdm) as progress:
-            while left and self._engine.has_unfinished:
-                plan, finished = self._advance()
-                before = len(left)
-                left.difference_update(seq.request_id for seq in finished)
-                progress.update(plan, before - len(left))
-        # Requests that ended by a stop token may have a last step in flight.
-        while not self._added and self._engine.has_unfinished:
+    def _add(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | list[SamplingParams] | None,
+        *,
+        streams: bool,
+    ) -> list[list[Sequence]]:
+        """Queue the requests of all prompts, or none of them; `n` for each."""
+        self._check_open()
+        token_lists = self._tokenized(prompts)
+        per_prompt = self._params_per_prompt(params, len(token_lists))
+        groups: list[list[Sequence]] = []
+        try:
+            for tokens, one in zip(token_lists, per_prompt, strict=True):
+                groups.append([])
+                for i in range(one.n):
+                    text = None
+                    if streams or (one.stop and self._tokenizer is not None):
+                        text = TextReader(self._decode, tuple(one.stop), one.min_tokens)
+                    seq = self._engine.add_request(tokens, one.of_output(i), text)
+                    groups[-1].append(seq)
+        except BaseException:
+            self._engine.withdraw([seq for group in groups for seq in group])
+            raise
+        return groups
+
+    def _increments(self, groups: list[list[Sequence]]) -> Generator[dict[str, Any], None, None]:
+        seqs = [seq for group in groups for seq in group]
+        has_text = self._tokenizer is not None
+        left = [
+            Increments(seq, i, k, has_text=has_text)
+            for i, group in enumerate(groups)
+            for k, seq in enumerate(group)
+        ]
+        try:
+            yield {}
+            while left:
+                if self._engine.has_unfinished:
+                    self._advance()
+                for increments in left:
+                    if news := increments.next():
+                        yield news
+                left = [increments for increments in left if not increments.ended]
+        finally:
+            if not self._closed:
+                self._engine.withdraw(seqs)
+                self._finish_steps()
+
+    def _finish_steps(self) -> None:
+        """Take in the last steps of requests that ended before them."""
+        while not self._engine.num_unfinished and self._engine.has_unfinished:
             self._advance()
 
     def _advance(self) -> tuple[StepPlan | None, list[Sequence]]:
         plan, finished = self._engine.step()
-        self._ended += [seq for seq in finished if self._added.pop(seq.request_id, None)]
+        for seq in finished if self._first_of else ():
+            first = self._first_of.pop(seq.request_id, None)
+            if first is not None and _over(self._added[first]):
+                self._ended.append(self._added.pop(first))
         return plan, finished
 
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the LLM was closed; construct a new one")
 
-    def _tokenized(
-        self, prompts: Prompt | list[str] | list[list[int]] | list[Prompt]
-    ) -> list[list[int]]:
+    def _tokenized(self, prompts: Prompts) -> list[list[int]]:
         if isinstance(prompts, str):
             prompts = [prompts]
         if not isinstance(prompts, (list, tuple)):
@@ -248,14 +378,27 @@ class LLM:
                 )
         return per_prompt
 
-    def _output(self, seq: Sequence) -> dict[str, Any]:
-        tokens = seq.output_token_ids
-        text = ""
-        if self._tokenizer is not None:
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return {
-            "text": text,
-            "token_ids": tokens,
-            "finish_reason": seq.finish_reason,
-            "prompt_token_ids": seq.token_ids[: seq.num_prompt_tokens],
-        }
+    def _templated(self, messages: Any) -> list[int]:
+        """The prompt's tokens of a conversation."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        if self._tokenizer is None or template is None:
+            raise RequestError(
+                "messages", messages, "the checkpoint has no chat template", "Use generate()."
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        # Templates are code of the checkpoint and raise what they like.
+        except Exception as error:
+            raise RequestError(
+                "messages",
+                messages,
+                f"the chat template refuses them ({error})",
+                'Give a list of {"role": ..., "content": ...}.',
+            ) from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _over(group: list[Sequence]) -> bool:
+    return all(seq.finish_reason is not None for seq in group)

@@ -27,6 +27,9 @@ class DecodeGraphs:
             the sampled tokens [B]. Everything else it reads must stay where it is.
         slots: [max size] int64 static input, padded by the caller before a replay.
         sizes: rising batch sizes; the last one is the maximum.
+
+    Attributes:
+        pool: their memory, for graphs that run between them.
     """
 
     def __init__(self, step: Callable[[Tensor], Tensor], slots: Tensor, sizes: list[int]) -> None:
@@ -40,6 +43,7 @@ class DecodeGraphs:
                 tokens = step(slots[:size])
             pool = graph.pool()
             self._graphs[size] = (graph, tokens)
+        self.pool = pool
 
     def padded(self, size: int) -> int:
         """The captured size that serves `size` requests."""

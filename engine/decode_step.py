@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from layers.forward_batch import ForwardBatch
 from layers.sampler import Sampler
 from memory.kv_cache import KVLayer
 from models.base import CausalLM
+
+if TYPE_CHECKING:
+    from layers.kernels.slots import DecodeRows
 
 
 class DecodeStep:
@@ -41,10 +46,26 @@ class DecodeStep:
         self._slots = torch.full(shape, tables.padding_slot, dtype=torch.int64, device=device)
         self._decode: tuple[int, ...] = ()
         self._graphs: DecodeGraphs | None = None
+        self._to_logits: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: Tensor | None = None
 
     def __call__(self, slots: Tensor) -> Tensor:
         """Enqueue a step for `slots` [B] int64; returns the sampled tokens [B]."""
-        from layers.kernels.slots import gather_decode, scatter_tokens
+        logits, rows = self._forward(slots)
+        # A new token's position is the number of tokens before it.
+        tokens = self._sampler(logits, rows.temperatures, rows.seeds, rows.context_lens)
+        self.store(tokens, rows)
+        return tokens
+
+    def store(self, tokens: Tensor, rows: DecodeRows) -> None:
+        """Enqueue the end of a step: the tokens [B] drawn for its rows."""
+        from layers.kernels.slots import scatter_tokens
+
+        scatter_tokens(tokens, rows, self._tables.tokens, self._tables.num_computed)
+
+    def _forward(self, slots: Tensor) -> tuple[Tensor, DecodeRows]:
+        """Enqueue a step up to its logits [B, V]; also returns its rows."""
+        from layers.kernels.slots import gather_decode
 
         tables, rows = self._tables, self._rows.first(slots.shape[0])
         gather_decode(
@@ -74,11 +95,7 @@ class DecodeStep:
             kv=self._kv,
             sampled_rows=None,
         )
-        # A new token's position is the number of tokens before it.
-        logits = self._model(batch)
-        tokens = self._sampler(logits, rows.temperatures, rows.seeds, rows.context_lens)
-        scatter_tokens(tokens, rows, tables.tokens, tables.num_computed)
-        return tokens
+        return self._model(batch), rows
 
     def run_padding(self, size: int | None = None) -> Tensor:
         """Enqueue a step of `size` padding rows, the most there can be if None; uncaptured."""
@@ -94,11 +111,41 @@ class DecodeStep:
     def run(self, plan: StepPlan) -> Tensor:
         """Enqueue a pure decode plan; returns its tokens."""
         assert self._graphs is not None
-        size = len(plan.decode)
-        padded = self._graphs.padded(size)
+        return self._graphs.replay(self._stage(plan))[: len(plan.decode)]
+
+    def run_to_logits(self, plan: StepPlan) -> tuple[Tensor, DecodeRows]:
+        """Enqueue a pure decode plan up to its logits; `store` has to end it.
+
+        The first step of a captured size runs uncaptured, and captures it for the next ones.
+
+        Returns:
+            ([B, V], the rows), both overwritten by the next step.
+        """
+        assert self._graphs is not None
+        padded = self._stage(plan)
+        slots, size = self._slots[:padded], len(plan.decode)
+        graph = self._to_logits.get(padded)
+        if graph is None:
+            logits, rows = self._forward(slots)
+            if self._logits is None:
+                shape = (self._slots.shape[0], logits.shape[1])
+                self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+            graph = self._to_logits[padded] = torch.cuda.CUDAGraph()
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream):
+                self._logits[:padded].copy_(self._forward(slots)[0])
+            return logits[:size], rows.first(size)
+        graph.replay()
+        assert self._logits is not None
+        return self._logits[:size], self._rows.first(size)
+
+    def _stage(self, plan: StepPlan) -> int:
+        """Take in a plan; returns the captured size that serves it."""
+        assert self._graphs is not None
+        padded = self._graphs.padded(len(plan.decode))
         if plan.decode == self._decode:
             self._tables.apply_changes(plan)
         else:
             self._tables.stage_changes(plan, self._slots[:padded])
             self._decode = plan.decode
-        return self._graphs.replay(padded)[:size]
+        return padded

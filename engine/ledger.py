@@ -7,7 +7,8 @@ A scheduler decides; the ledger keeps the decisions consistent with the step con
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from engine.sequence import Sequence
 from engine.types import (
@@ -28,6 +29,7 @@ class Ledger:
     Args:
         block_manager: where KV blocks come from.
         max_num_seqs: slots in all.
+        clock: seconds, for the requests' times.
 
     Attributes:
         running: the requests that hold a slot and have not finished, by id, in order of
@@ -37,8 +39,14 @@ class Ledger:
         num_in_flight: plans that have not been committed.
     """
 
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._blocks = block_manager
+        self._clock = clock
         self._holder: list[Sequence | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new: dict[int, NewRequest] = {}
@@ -111,7 +119,7 @@ class Ledger:
         """
         if not self._free_slots:
             return False
-        cached = self._blocks.begin(seq.request_id, seq.token_ids, seq.sampling.cache_salt)
+        cached = self._blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
         if not self._blocks.grow(seq.request_id, len(seq.token_ids)):
             self._blocks.release(seq.request_id)
             return False
@@ -121,8 +129,16 @@ class Ledger:
         seq.num_scheduled = seq.num_committed = cached
         seq.num_prefill = len(seq.token_ids)
         seq.capacity = len(self._blocks.table(seq.request_id)) * self._blocks.block_size
+        if seq.admitted_at is None:
+            seq.admitted_at, seq.num_cached = self._clock(), cached
         self._new[slot] = NewRequest(
-            slot, seq.request_id, tuple(seq.token_ids), seq.sampling, seq.seed
+            slot,
+            seq.request_id,
+            tuple(seq.token_ids),
+            seq.sampling,
+            seq.seed,
+            len(seq.token_ids) - seq.num_prompt_tokens,
+            tuple(seq.stop_token_ids) if seq.sampling.min_tokens else (),
         )
         self._grown[slot] = 0
         self.running[seq.request_id] = self.prefilling[seq.request_id] = seq
@@ -130,7 +146,7 @@ class Ledger:
 
     def pending(self, seq: Sequence) -> PendingPrefix | None:
         """A prefix of the request that a running one is about to compute: worth waiting for."""
-        return self._blocks.pending(seq.token_ids, seq.sampling.cache_salt)
+        return self._blocks.pending(seq.token_ids, seq.cache_salt)
 
     def follow(self, seq: Sequence, prefix: PendingPrefix) -> bool:
         """Let a request wait until `woken` returns it: its prefix has come, or never will.
@@ -234,6 +250,9 @@ class Ledger:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Append the step's tokens, find stops, publish blocks; returns the finished requests."""
         self.num_in_flight -= 1
+        if result.logprobs or result.prompt_logprobs:
+            self._take_logprobs(plan, result)
+        now = self._clock()
         tokens = iter(result.tokens)
         new_tokens = [next(tokens) if chunk.samples else [] for chunk in plan.prefill]
         new_tokens += tokens
@@ -258,6 +277,7 @@ class Ledger:
             token_ids = seq.token_ids
             for token in new:
                 token_ids.append(token)
+                seq.token_times.append(now)
                 if token in seq.stop_token_ids:
                     reason = "stop"
                     break
@@ -272,6 +292,19 @@ class Ledger:
                 finished.append(seq)
                 self.finish(seq, reason)
         return finished
+
+    def _take_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        for slot, new in zip(plan.sampled_slots, result.logprobs or (), strict=False):
+            seq = self._holder[slot]
+            assert seq is not None
+            if seq.finish_reason is None:
+                seq.logprobs += new
+        for chunk, found in zip(plan.prefill, result.prompt_logprobs or (), strict=False):
+            seq = self._holder[chunk.slot]
+            assert seq is not None
+            # After a preemption some are there already.
+            missing = len(seq.prompt_logprobs) - (chunk.start + 1)
+            seq.prompt_logprobs += found[missing:]
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a request; slot and blocks are kept until nothing in flight uses them."""

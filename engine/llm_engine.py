@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,9 +14,17 @@ from config import Config
 from engine.kv_sanitizer import SanitizedRunner
 from engine.policies.base import check_policies
 from engine.sequence import Sequence
-from engine.types import BlockManager, CacheStats, ModelRunner, Scheduler, StepHandle, StepPlan
+from engine.types import (
+    BlockManager,
+    CacheStats,
+    EngineStats,
+    ModelRunner,
+    Scheduler,
+    StepHandle,
+    StepPlan,
+)
 from memory.eviction import EvictionPolicy
-from sampling_params import SamplingParams
+from sampling_params import SEED_STRIDE, SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint, resolve
 from utils.errors import (
     ConfigError,
@@ -24,9 +34,7 @@ from utils.errors import (
     StepError,
 )
 from utils.registry import construct, find_part
-
-# Odd, so that the seeds of successive requests never repeat (it is 2^64 / golden ratio).
-_SEED_STRIDE = 0x9E3779B97F4A7C15
+from utils.text import TextReader
 
 
 class LLMEngine:
@@ -53,7 +61,10 @@ class LLMEngine:
         make_runner = find_part("model_runner", runner, ModelRunner, "engine")
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}
+        self._read: dict[int, Sequence] = {}
         self._aborts: deque[int] = deque()
+        names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
+        self._totals = dict.fromkeys(names, 0)
         self._next_request_id = 0
         self._closed = False
         self._runner: ModelRunner = construct(
@@ -73,28 +84,41 @@ class LLMEngine:
         """Whether requests are waiting, running or in flight."""
         return bool(self._pipeline) or self._scheduler.has_unfinished
 
-    def add_request(self, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
-        """Check a request and queue it.
+    def add_request(
+        self, prompt_token_ids: list[int], params: SamplingParams, text: TextReader | None = None
+    ) -> Sequence:
+        """Check a request for one output and queue it.
+
+        Args:
+            text: reads the output as it comes, and finds the stop strings.
 
         Raises:
-            RequestError: the prompt is empty or has a token id outside the vocabulary.
+            RequestError: the prompt is empty or has a token id outside the vocabulary; or the
+                parameters ask for what this model, or this call, cannot give.
             RequestTooLongError: it exceeds max_model_len or the KV cache.
             EngineClosedError: after close().
         """
         self._check_usable()
         total = self._checked_length(prompt_token_ids, params)
+        self._check_sampling(params)
+        if params.stop and text is None:
+            raise RequestError(
+                "stop", params.stop, "there is no tokenizer to find it", "Use stop_token_ids."
+            )
         request_id = self._next_request_id
         seed = params.seed
         if seed is None:
-            seed = (self.config.seed + (request_id + 1) * _SEED_STRIDE) % 2**63
+            seed = (self.config.seed + (request_id + 1) * SEED_STRIDE) % 2**63
+        ends = frozenset() if params.ignore_eos else self.checkpoint.eos_token_ids
         seq = Sequence(
             request_id,
             prompt_token_ids,
             params,
             max_total_tokens=total,
-            stop_token_ids=frozenset() if params.ignore_eos else self.checkpoint.eos_token_ids,
+            stop_token_ids=ends.union(params.stop_token_ids),
             seed=seed,
         )
+        seq.text, seq.added_at = text, time.perf_counter()
         self._next_request_id += 1
         self._live[request_id] = seq
         try:
@@ -102,6 +126,8 @@ class LLMEngine:
         except BaseException:
             del self._live[request_id]
             raise
+        if text is not None:
+            self._read[request_id] = seq
         return seq
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
@@ -124,6 +150,8 @@ class LLMEngine:
             while len(self._pipeline) <= self._depth and (plan := self._scheduler.schedule()):
                 self._pipeline.append((plan, self._runner.execute(plan)))
             committed, finished = self._commit_oldest()
+            if self._read:
+                finished += self._read_texts()
         except BaseException:
             self.reset("error")
             raise
@@ -141,9 +169,28 @@ class LLMEngine:
         plan, handle = self._pipeline[0]
         finished = self._scheduler.commit(plan, handle.result())
         self._pipeline.popleft()
-        for seq in finished:
-            del self._live[seq.request_id]
+        self._totals["steps"] += 1
+        self._forget(finished)
         return plan, finished
+
+    def _read_texts(self) -> list[Sequence]:
+        """Read what has been committed; returns the requests that a stop string ended.
+
+        What they have in flight is discarded as after an abort.
+        """
+        stopped = []
+        for request_id, seq in list(self._read.items()):
+            assert seq.text is not None
+            if seq.text.read(seq.output_token_ids, ended=seq.finish_reason is not None):
+                if seq.finish_reason is None:
+                    self._scheduler.abort(request_id)
+                    self._forget([seq])
+                    stopped.append(seq)
+                seq.finish_reason = "stop"
+                seq.keep_output(seq.text.num_tokens)
+            if seq.finish_reason is not None:
+                del self._read[request_id]
+        return stopped
 
     def abort(self, request_id: int) -> None:
         """End a request at the next `step`; may be called from any thread at any time.
@@ -156,15 +203,16 @@ class LLMEngine:
     def withdraw(self, seqs: list[Sequence]) -> None:
         """End requests at once, between steps."""
         for seq in seqs:
+            self._read.pop(seq.request_id, None)
             if self._scheduler.abort(seq.request_id):
-                del self._live[seq.request_id]
+                self._forget([seq])
 
     def _abort_asked(self) -> list[Sequence]:
         aborted = []
         while self._aborts:
             if seq := self._scheduler.abort(self._aborts.popleft()):
-                del self._live[seq.request_id]
                 aborted.append(seq)
+        self._forget(aborted)
         return aborted
 
     def reset(self, reason: str = "abort") -> None:
@@ -177,7 +225,8 @@ class LLMEngine:
         self._drain()
         for seq in self._live.values():
             seq.finish_reason = seq.finish_reason or reason
-        self._live.clear()
+        self._forget(list(self._live.values()))
+        self._read.clear()
         geometry, config = self._runner.kv_geometry, self.config
         self._blocks: BlockManager = construct(
             "block_manager", BlockManager, self._make_blocks, config, geometry
@@ -205,9 +254,35 @@ class LLMEngine:
             self._pipeline.popleft()
 
     @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._live)
+
+    @property
     def num_free_blocks(self) -> int:
         """KV blocks that a new request could take."""
         return self._blocks.num_free_blocks
+
+    @property
+    def stats(self) -> EngineStats:
+        """Totals since the engine started."""
+        return EngineStats(
+            **self._totals,
+            unfinished_requests=self.num_unfinished,
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free_blocks,
+            cache=self._blocks.stats,
+        )
+
+    def _forget(self, seqs: list[Sequence]) -> None:
+        """Requests have ended."""
+        totals = self._totals
+        for seq in seqs:
+            del self._live[seq.request_id]
+            totals["finished_requests"] += 1
+            totals["prompt_tokens"] += seq.num_prompt_tokens
+            totals["output_tokens"] += len(seq.token_ids) - seq.num_prompt_tokens
+            totals["preemptions"] += seq.num_preemptions
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -253,6 +328,37 @@ class LLMEngine:
                 "Shorten the prompt, lower max_tokens, or raise max_model_len.",
             )
         return limit if params.max_tokens is None else len(prompt) + params.max_tokens
+
+    def _check_sampling(self, params: SamplingParams) -> None:
+        """What depends on model and ranks."""
+        if params.n != 1:
+            raise RequestError("n", params.n, "this call makes one output", "Call it n times.")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.vocab_size:
+                raise RequestError(
+                    name,
+                    getattr(params, name),
+                    f"the vocabulary has {self.vocab_size} tokens",
+                    f"Use {self.vocab_size} or less.",
+                )
+        for token in params.stop_token_ids:
+            if token >= self.vocab_size:
+                raise RequestError(
+                    "stop_token_ids",
+                    token,
+                    "is not a token id",
+                    f"Token ids are integers from 0 to {self.vocab_size - 1}.",
+                )
+        if params.logits_processors and self.config.tensor_parallel_size > 1:
+            try:
+                pickle.dumps(params.logits_processors)
+            except Exception as error:  # whatever the callables' own pickling raises
+                raise RequestError(
+                    "logits_processors",
+                    params.logits_processors,
+                    f"the ranks cannot be sent them ({error})",
+                    "Use functions of a module, or tensor_parallel_size=1.",
+                ) from error
 
 
 def with_block_manager(config: Config) -> tuple[Config, Callable[..., BlockManager]]:

@@ -18,7 +18,8 @@ from config import Config
 from engine.batch import SlotTables, StepInputs
 from engine.cuda_graph import capture_sizes
 from engine.decode_step import DecodeStep
-from engine.launchers import InlineLauncher, Launcher, StreamLauncher, ThreadLauncher
+from engine.extras import Extras, StepExtras
+from engine.launchers import InlineLauncher, Launcher, StepOutput, StreamLauncher, ThreadLauncher
 from engine.prefill_step import PrefillStep
 from engine.types import (
     BlockUpdate,
@@ -106,6 +107,7 @@ class LocalRunner(ModelRunner):
             self._tables = SlotTables(
                 config.max_num_seqs, config.max_model_len, config.kvcache_block_size, self._device
             )
+            self._extras = Extras(config.max_num_seqs, self._device)
             self._kv: list[KVLayer] = []
             self._decode_step: DecodeStep | None = None
             self._prefill_step: PrefillStep | None = None
@@ -259,14 +261,18 @@ class LocalRunner(ModelRunner):
         return steps
 
     @torch.inference_mode()
-    def _run_poisoned(self, poison: KVPoison, plan: StepPlan) -> Tensor:
+    def _run_poisoned(self, poison: KVPoison, plan: StepPlan) -> StepOutput:
         poison.fill(plan)
-        tokens = self._run(plan)
+        output = self._run(plan)
         poison.check(plan)
-        return tokens
+        return output
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> Tensor:
+    def _run(self, plan: StepPlan) -> StepOutput:
+        extras = self._extras.of(plan)
+        return StepOutput(self._run_plain(plan)) if extras is None else self._run_with(extras, plan)
+
+    def _run_plain(self, plan: StepPlan) -> Tensor:
         if self._decode_step is not None and not plan.prefill:
             return self._decode_step.run(plan)
         if self._prefill_step is not None and self._prefill_step.fits(plan):
@@ -282,6 +288,36 @@ class LocalRunner(ModelRunner):
             tokens = self._sampler(logits, temperatures, seeds, inputs.sampled_positions)
         tables.write_back(inputs, tokens)
         return tokens
+
+    def _run_with(self, extras: StepExtras, plan: StepPlan) -> StepOutput:
+        """A step some of whose tokens are drawn from changed logits, or scored."""
+        tables, sampler, num_sampled = self._tables, self._sampler, len(plan.sampled_slots)
+        store: Callable[[Tensor], None]
+        if self._decode_step is not None and not plan.prefill:
+            logits, rows = self._decode_step.run_to_logits(plan)
+            slots, positions = rows.slots.long(), rows.context_lens
+            store = partial(self._decode_step.store, rows=rows)
+        else:
+            inputs = tables.stage(plan)
+            if inputs.sampled_rows is not None:
+                wanted = torch.cat((inputs.sampled_rows, extras.prompt_rows))
+                logits = self._forward(replace(inputs, sampled_rows=wanted))
+            else:
+                logits = self._forward(inputs)
+            slots, positions = inputs.sampled_slots, inputs.sampled_positions
+            store = partial(tables.write_back, inputs)
+        whole = sampler.gathered(logits)
+        temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
+        rows_of = extras.rows
+        changed = extras.changed(
+            whole[:num_sampled], tables.tokens, slots[rows_of], positions[rows_of]
+        )
+        drawn = sampler.whole(changed, temperatures[rows_of], seeds[rows_of], positions[rows_of])
+        if not extras.all_rows:
+            tokens = sampler(logits[:num_sampled], temperatures, seeds, positions)
+            drawn = tokens.index_copy_(0, rows_of, drawn)
+        store(drawn)
+        return StepOutput(drawn, extras.scored(whole[:num_sampled], drawn, whole[num_sampled:]))
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         batch = ForwardBatch(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.types import TokenLogprobs
+    from utils.text import TextReader
 
 
 class Sequence:
@@ -17,6 +23,12 @@ class Sequence:
         max_total_tokens: length (prompt and output) at which it stops.
         stop_token_ids: tokens that end it.
         finish_reason: None while unfinished, else "stop", "length", "abort" or "error".
+        logprobs: of the committed output, if asked for.
+        prompt_logprobs: of the prompt so far, if asked for; None for its first token.
+        text: reads the output as text, for requests that stream or have stop strings.
+        added_at, admitted_at: seconds on the scheduler's clock; the latter None before.
+        token_times: when each token of the output was committed, on the same clock.
+        num_cached: prompt tokens found in the cache when it was first admitted.
 
     The rest belongs to the scheduler:
         slot: row in the runner's tables while running, else None.
@@ -30,9 +42,13 @@ class Sequence:
     """
 
     __slots__ = (
+        "added_at",
+        "admitted_at",
         "capacity",
         "finish_reason",
+        "logprobs",
         "max_total_tokens",
+        "num_cached",
         "num_committed",
         "num_in_flight",
         "num_pending",
@@ -40,12 +56,15 @@ class Sequence:
         "num_prefill",
         "num_prompt_tokens",
         "num_scheduled",
+        "prompt_logprobs",
         "request_id",
         "sampling",
         "seed",
         "slot",
         "stop_token_ids",
+        "text",
         "token_ids",
+        "token_times",
     )
 
     def __init__(
@@ -66,6 +85,13 @@ class Sequence:
         self.max_total_tokens = max_total_tokens
         self.stop_token_ids = stop_token_ids
         self.finish_reason: str | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.text: TextReader | None = None
+        self.added_at = 0.0
+        self.admitted_at: float | None = None
+        self.token_times: list[float] = []
+        self.num_cached = 0
         self.num_preemptions = 0
         self.reset()
 
@@ -80,9 +106,25 @@ class Sequence:
         self.capacity = 0
 
     @property
+    def cache_salt(self) -> str:
+        """Requests share cached prefixes if this is equal."""
+        salt = self.sampling.cache_salt
+        if self.sampling.prompt_logprobs is None:
+            return salt
+        # Logits come of computing, so nothing of another request is of use; its own after a
+        # preemption is.
+        return f"{salt}\0{self.request_id}"
+
+    @property
     def output_token_ids(self) -> list[int]:
         """The committed output."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    def keep_output(self, num_tokens: int) -> None:
+        """Drop what was committed beyond so many tokens of the output."""
+        del self.token_ids[self.num_prompt_tokens + num_tokens :]
+        del self.token_times[num_tokens:]
+        del self.logprobs[num_tokens:]
 
     @property
     def num_expected_tokens(self) -> int:

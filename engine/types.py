@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 
+# Token id -> log-probability in one place: the token that stands there first, then the most likely
+# ones in falling order.
+TokenLogprobs = dict[int, float]
+
+
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
     """Shape of a paged KV cache; K and V of `num_layers` layers in `num_blocks` blocks.
@@ -51,6 +56,8 @@ class NewRequest:
     Attributes:
         token_ids: all tokens known so far: the prompt and, after a preemption, the output.
         seed: key of the request's sampling noise, 0 <= seed < 2**63.
+        num_output_tokens: how many of the tokens are output.
+        stop_token_ids: what may not be sampled before `sampling.min_tokens`; empty without it.
     """
 
     slot: int
@@ -58,6 +65,8 @@ class NewRequest:
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     seed: int
+    num_output_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +135,16 @@ class StepResult:
 
     Attributes:
         tokens: for each of the plan's `sampled_slots`, in order, its new tokens (at least one).
+        logprobs: as `tokens`, for each token its log-probabilities; empty lists for requests that
+            did not ask for any, None if no request did.
+        prompt_logprobs: for each of the plan's prefill chunks, those of the prompt's tokens at
+            start + 1, start + 2, ..., which the chunk's positions predict; else as `logprobs`.
     """
 
     step_id: int
     tokens: list[list[int]]
+    logprobs: list[list[TokenLogprobs]] | None = None
+    prompt_logprobs: list[list[TokenLogprobs]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +162,30 @@ class CacheStats:
     hit_tokens: int = 0
     evicted_blocks: int = 0
     cached_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Totals of an engine since it started.
+
+    Attributes:
+        steps: that were committed.
+        finished_requests: that have ended, however they did; outputs of one prompt count apart.
+        unfinished_requests: that wait or run now.
+        prompt_tokens, output_tokens, preemptions: of those that have ended.
+        num_blocks, num_free_blocks: of the KV cache now.
+        cache: the prefix cache.
+    """
+
+    steps: int
+    finished_requests: int
+    unfinished_requests: int
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+    num_blocks: int
+    num_free_blocks: int
+    cache: CacheStats
 
 
 @dataclass(frozen=True, slots=True)

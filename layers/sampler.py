@@ -146,6 +146,22 @@ class Sampler:
         best, column = logits.max(-1)
         return self._agreed(best.float(), column + self._parallel.rank * logits.shape[1])
 
+    def gathered(self, logits: Tensor) -> Tensor:
+        """Whole rows of logits, the same on every rank."""
+        if self._parallel.size == 1:
+            return logits
+        rows, columns = logits.shape
+        whole = logits.new_zeros(rows, self._parallel.size * columns)
+        first = self._parallel.rank * columns
+        whole[:, first : first + columns] = logits
+        return self._parallel.all_reduce(whole)
+
+    def whole(
+        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor
+    ) -> Tensor:
+        """As a call, for whole rows of logits."""
+        return self._sample(logits, temperatures, seeds, positions)[1]
+
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
         """The token of the best rank, the lowest of equally good ones.
 

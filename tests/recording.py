@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.launchers import StepOutput
 from engine.model_runner import LocalRunner
 from engine.types import StepPlan
 from layers.forward_batch import ForwardBatch
@@ -44,7 +45,7 @@ class RecordingRunner(LocalRunner):
         self._requests: dict[int, int] = {}
         self._model: Any = _AllRows(self._model, self._keep)
 
-    def _run(self, plan: StepPlan) -> Tensor:
+    def _run(self, plan: StepPlan) -> StepOutput:
         self.plans.append(plan)
         self._requests |= {new.slot: new.request_id for new in plan.new_requests}
         return super()._run(plan)

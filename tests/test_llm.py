@@ -66,7 +66,10 @@ def _assert_idle(llm: LLM) -> None:
 class TestOutputs:
     def test_have_text_tokens_reason_and_prompt(self, python_llm: LLM) -> None:
         (out,) = python_llm.generate(["import os\n"], GREEDY, use_tqdm=False)
-        assert set(out) == {"text", "token_ids", "finish_reason", "prompt_token_ids"}
+        assert set(out) == {
+            *("text", "token_ids", "finish_reason", "prompt_token_ids"),
+            *("logprobs", "prompt_logprobs", "metrics"),
+        }
         tokenizer = python_llm.tokenizer
         assert tokenizer is not None
         assert out["prompt_token_ids"] == tokenizer.encode("import os\n")

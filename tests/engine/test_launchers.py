@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from engine.launchers import InlineLauncher, Launcher, ThreadLauncher
+from engine.launchers import InlineLauncher, Launcher, StepOutput, ThreadLauncher
 from engine.types import StepResult
 from utils.errors import StepError
 
@@ -15,7 +15,7 @@ LAUNCHERS = [InlineLauncher, ThreadLauncher]
 @pytest.mark.parametrize("make", LAUNCHERS)
 def test_the_result_has_one_token_per_row(make: type[Launcher]) -> None:
     launcher = make()
-    handle = launcher.launch(5, lambda: torch.tensor([7, 8]))
+    handle = launcher.launch(5, lambda: StepOutput(torch.tensor([7, 8])))
     assert handle.result() == StepResult(5, [[7], [8]])
     assert handle.result() == StepResult(5, [[7], [8]])
     launcher.close()
@@ -23,7 +23,7 @@ def test_the_result_has_one_token_per_row(make: type[Launcher]) -> None:
 
 @pytest.mark.parametrize("make", LAUNCHERS)
 def test_a_failure_comes_with_the_result(make: type[Launcher]) -> None:
-    def fails() -> torch.Tensor:
+    def fails() -> StepOutput:
         raise RuntimeError("planted")
 
     launcher = make()
@@ -31,7 +31,7 @@ def test_a_failure_comes_with_the_result(make: type[Launcher]) -> None:
     for _ in range(2):
         with pytest.raises(StepError, match="step 5 failed: planted"):
             handle.result()
-    assert launcher.launch(6, lambda: torch.tensor([1])).result().tokens == [[1]]
+    assert launcher.launch(6, lambda: StepOutput(torch.tensor([1]))).result().tokens == [[1]]
     launcher.close()
 
 
@@ -40,10 +40,10 @@ def test_a_thread_returns_at_once_and_keeps_the_order() -> None:
     gate = threading.Event()
     order: list[int] = []
 
-    def step(number: int) -> torch.Tensor:
+    def step(number: int) -> StepOutput:
         gate.wait(10)
         order.append(number)
-        return torch.tensor([number])
+        return StepOutput(torch.tensor([number]))
 
     handles = [launcher.launch(i, lambda i=i: step(i)) for i in range(5)]  # type: ignore[misc]
     assert order == []
@@ -57,9 +57,9 @@ def test_closing_a_thread_waits_for_what_was_started() -> None:
     launcher = ThreadLauncher()
     done: list[bool] = []
 
-    def step() -> torch.Tensor:
+    def step() -> StepOutput:
         done.append(True)
-        return torch.tensor([1])
+        return StepOutput(torch.tensor([1]))
 
     for i in range(3):
         launcher.launch(i, step)

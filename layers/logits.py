@@ -1,0 +1,146 @@
+"""What requests ask of their logits beyond temperature: penalties, filters, log-probabilities.
+
+Pure functions on whole rows of logits [R, V], with one parameter per row; the order in which
+they are applied is that of transformers' `generate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which tokens may be drawn, [R] float32 each.
+
+    Attributes:
+        temperatures: 0 for greedy rows, which are not filtered.
+        top_k: number of tokens kept, below 1 for all.
+        top_p: share of the probability kept, of what top_k left.
+        min_p: least probability as a fraction of the largest.
+    """
+
+    temperatures: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Penalties, [R] float32 each; see `SamplingParams`."""
+
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-probabilities of R tokens and of the most likely ones in their places.
+
+    Attributes:
+        tokens: [R] int64.
+        values: [R] float32.
+        top_tokens: [R, N] int64, most likely first.
+        top_values: [R, N] float32.
+    """
+
+    tokens: Tensor
+    values: Tensor
+    top_tokens: Tensor
+    top_values: Tensor
+
+    def pinned(self) -> TokenScores:
+        """Copies in pinned memory, enqueued on the current CUDA stream."""
+
+        def copied(x: Tensor) -> Tensor:
+            target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            return target.copy_(x, non_blocking=True)
+
+        return TokenScores(*(copied(getattr(self, name)) for name in self.__slots__))
+
+
+def penalize(
+    logits: Tensor, tokens: Tensor, num_prompt: Tensor, num_tokens: Tensor, by: Penalties
+) -> Tensor:
+    """Logits with the penalties of the tokens so far.
+
+    The repetition penalty is that of CTRL (Keskar et al., 2019), over prompt and output; presence
+    and frequency penalties count the output alone, as OpenAI's API documents them.
+
+    Args:
+        logits: [R, V] float32.
+        tokens: [R, L] integer token ids: prompt, output, then anything.
+        num_prompt: [R] integer prompt lengths.
+        num_tokens: [R] integer lengths of prompt and output.
+
+    Returns:
+        [R, V] float32.
+    """
+    if not logits.is_cuda:
+        # On a GPU the host would have to wait for the length.
+        tokens = tokens[:, : int(num_tokens.max())]
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    known = at < num_tokens.unsqueeze(1)
+    output = known & (at >= num_prompt.unsqueeze(1))
+    ids = torch.where(known, tokens, 0).long()
+    zeros = torch.zeros_like(logits)
+    seen = zeros.scatter_add(1, ids, known.float()) > 0
+    counts = zeros.scatter_add_(1, ids, output.float())
+    repetition = by.repetition.unsqueeze(1)
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(seen, scaled, logits)
+    logits = logits - counts * by.frequency.unsqueeze(1)
+    return logits - (counts > 0) * by.presence.unsqueeze(1)
+
+
+def thresholds(logits: Tensor, filters: Filters) -> Tensor:
+    """[R] float32: the least logit of each row whose token may be drawn.
+
+    top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that
+    together reach the probability p (nucleus sampling, Holtzman et al., 2020); min_p those at
+    least min_p times as likely as the most likely one (Nguyen et al., 2024).
+    """
+    ordered = logits.float().sort(dim=1, descending=True).values
+    highest, greedy = ordered[:, :1], filters.temperatures == 0
+    # Above 0, so that no 0 / 0 comes of it.
+    temperature = torch.where(greedy, 1.0, filters.temperatures).clamp(min=1e-30).unsqueeze(1)
+    kept = torch.where(filters.top_k < 1, logits.shape[1], filters.top_k).long()
+    least_k = ordered.gather(1, (kept.clamp(max=logits.shape[1]) - 1).unsqueeze(1))
+    # The largest is subtracted first: a tiny temperature must not make infinities of all.
+    shifted = torch.where(ordered >= least_k, (ordered - highest) / temperature, float("-inf"))
+    probability = shifted.softmax(dim=1)
+    # A token stays if those before it do not reach p.
+    before = probability.cumsum(1) - probability
+    inside = (before < filters.top_p.unsqueeze(1)) | (filters.top_p.unsqueeze(1) >= 1)
+    last = inside.sum(1, keepdim=True).clamp(min=1) - 1
+    least_p = ordered.gather(1, last)
+    least_min = highest + temperature * filters.min_p.unsqueeze(1).log()
+    least = torch.maximum(least_k, torch.maximum(least_p, least_min)).squeeze(1)
+    return torch.where(greedy, float("-inf"), least)
+
+
+def keep(logits: Tensor, filters: Filters) -> Tensor:
+    """[R, V] logits, -inf for tokens that may not be drawn."""
+    return logits.masked_fill(logits < thresholds(logits, filters).unsqueeze(1), float("-inf"))
+
+
+def score(logits: Tensor, tokens: Tensor, num_top: int) -> TokenScores:
+    """Log-probabilities of `tokens` [R] int64, and the `num_top` largest of each row.
+
+    Args:
+        logits: [R, V] of any float dtype.
+    """
+    # Row blocks bound the float32 copies: 128 rows of 151,936 tokens are 78 MB.
+    parts = []
+    for start in range(0, max(1, len(tokens)), 128):
+        rows, chosen = logits[start : start + 128], tokens[start : start + 128]
+        found = rows.float().log_softmax(dim=1)
+        top = found.topk(num_top, dim=1)
+        parts.append((found.gather(1, chosen.unsqueeze(1)).squeeze(1), top.indices, top.values))
+    values, ids, best = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TokenScores(tokens, values, ids, best)

@@ -1,0 +1,99 @@
+"""Tokens to text: whole outputs, and outputs that grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+# Token ids -> text without special tokens.
+Decode = Callable[[list[int]], str]
+
+# What bytes become that are no character, or not yet.
+_REPLACEMENT = "\ufffd"
+
+
+def decoder(tokenizer: Any | None) -> Decode:
+    """What decodes a checkpoint's tokens; to nothing without a tokenizer."""
+    if tokenizer is None:
+        return lambda token_ids: ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        # The same text in a sixteenth of the time, 0.8 us for a few tokens.
+        return partial(backend.decode, skip_special_tokens=True)
+    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class TextReader:
+    """The text of an output that grows, up to the first stop string.
+
+    A character counts when all its bytes are there. Bytes that never become one are shown as
+    U+FFFD, when the next character shows that they will not, or at the output's end.
+
+    Args:
+        decode: of the whole output.
+        stop: texts that end it.
+        min_tokens: stop strings that are complete after so many tokens do not count.
+
+    Attributes:
+        text: so far, without the stop string.
+        num_tokens: tokens that have been read; those after a stop string never are.
+        stopped: a stop string was found.
+    """
+
+    def __init__(self, decode: Decode, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
+        self._decode = decode
+        self._stop = stop
+        self._min_tokens = min_tokens
+        self.text = ""
+        self.num_tokens = 0
+        self.stopped = False
+        # A token's text may depend on the one before it. So tokens are decoded from one border
+        # back: `_start` and `_border` are the last two token counts that ended with a character,
+        # and `_shown` the characters of `text` that come after `_start`.
+        self._start = self._border = self._shown = 0
+
+    @property
+    def settled(self) -> int:
+        """Leading characters of `text` that no stop string can take back."""
+        if self.stopped:
+            return len(self.text)
+        longest = max(map(len, self._stop), default=1) - 1
+        for size in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
+                return len(self.text) - size
+        return len(self.text)
+
+    def read(self, token_ids: list[int], *, ended: bool) -> bool:
+        """Take in the output, all of it; returns whether a stop string is in it.
+
+        Args:
+            ended: there will be no more tokens.
+        """
+        while self.num_tokens < len(token_ids) and not self.stopped:
+            self.num_tokens += 1
+            window = self._decode(token_ids[self._start : self.num_tokens])
+            whole = window.rstrip(_REPLACEMENT)
+            self._append(whole[self._shown :])
+            self._shown = max(self._shown, len(whole))
+            if len(whole) == len(window):
+                self._start, self._border = self._border, self.num_tokens
+                self._shown = len(self._decode(token_ids[self._start : self.num_tokens]))
+        if ended and not self.stopped:
+            window = self._decode(token_ids[self._start : self.num_tokens])
+            self._append(window[self._shown :])
+            self._shown = len(window)
+        return self.stopped
+
+    def _append(self, new: str) -> None:
+        if not new:
+            return
+        before = len(self.text)
+        self.text += new
+        if not self._stop or self.num_tokens <= self._min_tokens:
+            return
+        # Those that end in what is new; the first one of them counts.
+        starts = (self.text.find(s, max(0, before + 1 - len(s))) for s in self._stop)
+        first = min((at for at in starts if at >= 0), default=None)
+        if first is not None:
+            self.text, self.stopped = self.text[:first], True
