@@ -316,8 +316,9 @@ class LLM:
     def _advance(self) -> tuple[StepPlan | None, list[Sequence]]:
         plan, finished = self._engine.step()
         for seq in finished if self._first_of else ():
-            first = self._first_of.pop(seq.request_id, None)
-            if first is not None and _over(self._added[first]):
+            first = self._first_of.pop(seq.request_id, -1)
+            group = self._added.get(first)
+            if group is not None and _over(group):
                 self._ended.append(self._added.pop(first))
         return plan, finished
 

@@ -25,6 +25,7 @@ from utils.errors import (
     OutOfMemoryError,
     RequestError,
     RequestTooLongError,
+    StepError,
     UnsupportedModelError,
 )
 
@@ -291,6 +292,7 @@ def test_a_bad_prompt_at_the_end_starts_nothing(llm: LLM, monkeypatch: pytest.Mo
         llm.generate([[1, 2], [3, 4], [VOCAB_SIZE]], GREEDY, use_tqdm=False)
 
 
+NUMBERS = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1}, "number from 0 to 10000"),
     ({"temperature": -1e-9}, "number from 0 to 10000"),
@@ -315,6 +317,50 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.0}, "[0, 2**63)"),
     ({"seed": True}, "[0, 2**63)"),
     ({"seed": "7"}, "[0, 2**63)"),
+    *(({name: value}, "number") for name in NUMBERS for value in ("1", None, True, float("nan"))),
+    ({"top_p": 0}, "(0, 1]"),
+    ({"top_p": -0.5}, "(0, 1]"),
+    ({"top_p": 1.01}, "(0, 1]"),
+    ({"top_k": -2}, "integer >= -1"),
+    ({"top_k": 1.0}, "integer >= -1"),
+    ({"top_k": None}, "integer >= -1"),
+    ({"top_k": True}, "integer >= -1"),
+    ({"min_p": -0.1}, "from 0 to 1"),
+    ({"min_p": 1.1}, "from 0 to 1"),
+    ({"repetition_penalty": 0}, "above 0"),
+    ({"repetition_penalty": -1.0}, "above 0"),
+    ({"repetition_penalty": float("inf")}, "above 0"),
+    ({"presence_penalty": 2.1}, "from -2 to 2"),
+    ({"presence_penalty": -2.1}, "from -2 to 2"),
+    ({"frequency_penalty": 3}, "from -2 to 2"),
+    ({"frequency_penalty": float("-inf")}, "from -2 to 2"),
+    ({"min_tokens": -1}, "integer >= 0"),
+    ({"min_tokens": 1.0}, "integer >= 0"),
+    ({"min_tokens": None}, "integer >= 0"),
+    ({"min_tokens": 65}, "exceeds max_tokens=64"),
+    ({"stop": ""}, "none of them empty"),
+    ({"stop": ["a", ""]}, "none of them empty"),
+    ({"stop": [1]}, "list of str"),
+    ({"stop": 5}, "list of str"),
+    ({"stop": None}, "list of str"),
+    ({"stop": b"x"}, "list of str"),
+    ({"stop": {"x"}}, "list of str"),
+    ({"stop_token_ids": 2}, "list of token ids"),
+    ({"stop_token_ids": [-1]}, "list of token ids"),
+    ({"stop_token_ids": ["2"]}, "list of token ids"),
+    ({"stop_token_ids": [True]}, "list of token ids"),
+    ({"stop_token_ids": None}, "list of token ids"),
+    ({"logprobs": -1}, "integer >= 0 or None"),
+    ({"logprobs": True}, "integer >= 0 or None"),
+    ({"logprobs": 1.0}, "integer >= 0 or None"),
+    ({"prompt_logprobs": -1}, "integer >= 0 or None"),
+    ({"prompt_logprobs": "all"}, "integer >= 0 or None"),
+    ({"n": 0}, "integer >= 1"),
+    ({"n": None}, "integer >= 1"),
+    ({"n": 2.0}, "integer >= 1"),
+    ({"logits_processors": len}, "list of callables"),
+    ({"logits_processors": [5]}, "list of callables"),
+    ({"logits_processors": None}, "list of callables"),
     ({"priority": 1.5}, "integer"),
     ({"priority": True}, "integer"),
     ({"user": None}, "str"),
@@ -334,6 +380,34 @@ def test_bad_sampling_parameters(values: dict[str, Any], message: str) -> None:
     ((field, value),) = values.items()
     _check_field(caught.value, field, value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"stop_token_ids": [2, VOCAB_SIZE]},
+        {"stop_token_ids": [2**70]},
+        {"logprobs": VOCAB_SIZE + 1},
+        {"prompt_logprobs": VOCAB_SIZE + 1},
+    ],
+    ids=str,
+)
+def test_sampling_parameters_that_this_model_cannot_serve(llm: LLM, values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.generate([[1], [2]], [GREEDY, SamplingParams(max_tokens=4, **values)], use_tqdm=False)
+    assert caught.value.field in values
+    assert str(VOCAB_SIZE - 1) in str(caught.value) or str(VOCAB_SIZE) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [lambda ids, logits: None, lambda ids, logits: logits[:5], lambda ids: ids],
+    ids=["none", "short", "arguments"],
+)
+def test_logits_processors_that_fail(llm: LLM, processor: Any) -> None:
+    params = SamplingParams(max_tokens=4, logits_processors=[processor])
+    with pytest.raises(StepError, match="failed"):
+        llm.generate([[1], [2]], [GREEDY, params], use_tqdm=False)
 
 
 @pytest.mark.parametrize(

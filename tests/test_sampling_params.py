@@ -26,6 +26,23 @@ def test_frozen() -> None:
         {"seed": 0},
         {"seed": 2**63 - 1},
         {"seed": None},
+        {"top_p": 1},
+        {"top_p": 1e-300},
+        {"top_k": 0},
+        {"top_k": -1},
+        {"top_k": 10**12},
+        {"min_p": 0},
+        {"min_p": 1.0},
+        {"repetition_penalty": 1e-3},
+        {"presence_penalty": -2},
+        {"frequency_penalty": 2.0},
+        {"min_tokens": 64},
+        {"stop": ()},
+        {"stop_token_ids": (0,)},
+        {"logprobs": 0},
+        {"prompt_logprobs": 0},
+        {"n": 1000},
+        {"logits_processors": (len,)},
         {"priority": -(2**40)},
         {"user": "someone"},
         {"cache_salt": "tenant"},
@@ -47,3 +64,27 @@ def test_equal_hashable_and_picklable() -> None:
     params = SamplingParams(temperature=0.5, seed=3)
     assert params == pickle.loads(pickle.dumps(params))
     assert len({params, SamplingParams(temperature=0.5, seed=3)}) == 1
+
+
+def test_lists_become_tuples_that_nobody_can_change() -> None:
+    ids = [3]
+    calls: list[Any] = [max]
+    params = SamplingParams(stop=["a", "b"], stop_token_ids=ids, logits_processors=calls)
+    ids.append(4)
+    calls.append(min)
+    assert params.stop == ("a", "b")
+    assert params.stop_token_ids == (3,)
+    assert params.logits_processors == (max,)
+    assert SamplingParams(stop="ab").stop == ("ab",)
+    hash(params)
+
+
+def test_the_outputs_of_one_request_are_requests_with_seeds_of_their_own() -> None:
+    params = SamplingParams(n=3, seed=5, prompt_logprobs=1, top_k=4)
+    each = [params.of_output(i) for i in range(3)]
+    assert [one.n for one in each] == [1, 1, 1]
+    assert each[0].seed == 5
+    assert len({one.seed for one in each}) == 3
+    assert [one.prompt_logprobs for one in each] == [1, None, None]
+    assert {one.top_k for one in each} == {4}
+    assert SamplingParams(n=3).of_output(2).seed is None

@@ -1,0 +1,331 @@
+"""Outputs as the user gets them: stop strings, several outputs, streams, chats, metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from llm import LLM, SamplingParams
+from tests.checkpoints import random_prompts
+from utils.errors import EngineClosedError, RequestError, StepError
+
+DEPTHS = [0, 1]
+PROMPTS = ["import os\n", "class Stack:\n", "def main(args):\n    "]
+FREE = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=DEPTHS, ids=["depth0", "depth1"])
+def llm(shipped: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(
+        shipped,
+        device="cpu",
+        max_num_seqs=8,
+        max_model_len=256,
+        kvcache_block_size=16,
+        pipeline_depth=request.param,
+    ) as llm:
+        yield llm
+        assert not llm._engine.has_unfinished
+        assert llm._engine.num_free_blocks == llm._engine._blocks.num_blocks
+
+
+@pytest.fixture(scope="module")
+def free(llm: LLM) -> list[dict[str, Any]]:
+    """What comes without any stop."""
+    return llm.generate(PROMPTS, FREE, use_tqdm=False)
+
+
+def _greedy(**values: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True, **values})
+
+
+class TestStopStrings:
+    @pytest.mark.parametrize("start", [0, 1, 9, 30])
+    @pytest.mark.parametrize("length", [1, 2, 7])
+    def test_anywhere(self, llm: LLM, free: list[dict[str, Any]], start: int, length: int) -> None:
+        for prompt, whole in zip(PROMPTS, free, strict=True):
+            stop = whole["text"][start : start + length]
+            (out,) = llm.generate(prompt, _greedy(stop=stop), use_tqdm=False)
+            assert out["text"] == whole["text"][: whole["text"].index(stop)]
+            assert out["finish_reason"] == "stop"
+            count = len(out["token_ids"])
+            assert out["token_ids"] == whole["token_ids"][:count]
+            decode = llm._decode
+            assert stop in decode(out["token_ids"])
+            assert stop not in decode(out["token_ids"][:-1])
+
+    def test_beside_requests_without(self, llm: LLM, free: list[dict[str, Any]]) -> None:
+        params = [FREE, _greedy(stop=[free[1]["text"][5:9], "nowhere to be found"]), FREE]
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        assert [out["text"] for out in outputs[::2]] == [out["text"] for out in free[::2]]
+        assert outputs[1]["text"] == free[1]["text"][: free[1]["text"].index(free[1]["text"][5:9])]
+
+    def test_at_the_length_limit(self, llm: LLM, free: list[dict[str, Any]]) -> None:
+        text = free[0]["text"]
+        (out,) = llm.generate(PROMPTS[0], _greedy(stop=text[3:]), use_tqdm=False)
+        assert (out["finish_reason"], out["text"]) == ("stop", text[:3])
+        assert out["token_ids"] == free[0]["token_ids"]
+
+    def test_over_two_tokens_and_with_min_tokens(
+        self, llm: LLM, free: list[dict[str, Any]]
+    ) -> None:
+        tokens = free[0]["token_ids"]
+        stop = llm._decode(tokens[4:6])
+        (out,) = llm.generate(PROMPTS[0], _greedy(stop=stop, min_tokens=5), use_tqdm=False)
+        assert out["token_ids"] == tokens[:6]
+        (later,) = llm.generate(PROMPTS[0], _greedy(stop=stop, min_tokens=6), use_tqdm=False)
+        assert len(later["token_ids"]) > 6
+
+    def test_logprobs_are_as_many_as_tokens(self, llm: LLM, free: list[dict[str, Any]]) -> None:
+        stop = free[0]["text"][6:9]
+        (out,) = llm.generate(PROMPTS[0], _greedy(stop=stop, logprobs=1), use_tqdm=False)
+        assert [next(iter(entry)) for entry in out["logprobs"]] == out["token_ids"]
+
+    def test_stop_token_ids(self, llm: LLM, free: list[dict[str, Any]]) -> None:
+        tokens = free[0]["token_ids"]
+        (out,) = llm.generate(PROMPTS[0], _greedy(stop_token_ids=[tokens[7]]), use_tqdm=False)
+        assert out["token_ids"] == tokens[: tokens.index(tokens[7]) + 1]
+        assert out["finish_reason"] == "stop"
+
+    def test_one_by_one(self, llm: LLM, free: list[dict[str, Any]]) -> None:
+        stop = free[0]["text"][6:9]
+        request_id = llm.add_request(PROMPTS[0], _greedy(stop=stop))
+        outputs = []
+        while llm.has_unfinished:
+            outputs += llm.step()
+        (out,) = outputs
+        assert out["request_id"] == request_id
+        assert out["text"] == free[0]["text"][: free[0]["text"].index(stop)]
+
+    def test_without_a_tokenizer_they_are_refused(self, shipped: Path, tmp_path: Path) -> None:
+        for name in ("config.json", "generation_config.json", "model.safetensors"):
+            shutil.copy(shipped / name, tmp_path)
+        with LLM(tmp_path, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
+            with pytest.raises(RequestError, match="no tokenizer") as caught:
+                llm.generate([[5]], _greedy(stop="x"), use_tqdm=False)
+            assert caught.value.field == "stop"
+            assert not llm._engine.has_unfinished
+            parts = list(llm.stream([[5]], _greedy(max_tokens=3)))
+            assert [len(part["token_ids"]) for part in parts] == [1, 1, 1]
+
+
+class TestSeveralOutputs:
+    RANDOM = SamplingParams(temperature=1.0, max_tokens=20, seed=9, ignore_eos=True, n=4)
+
+    def test_differ_are_reproducible_and_share_the_prompt(self, llm: LLM) -> None:
+        prompt = random_prompts([50], seed=8, vocab_size=4000)[0]
+        llm.reset_prefix_cache()
+        before = llm.cache_stats().hit_tokens
+        (out,) = llm.generate([prompt], self.RANDOM, use_tqdm=False)
+        # Three of four found the prompt's three full blocks of 16.
+        assert llm.cache_stats().hit_tokens - before == 3 * 48
+        assert [one["metrics"]["cached_prompt_tokens"] for one in out["outputs"]] == [0, 48, 48, 48]
+        tokens = [one["token_ids"] for one in out["outputs"]]
+        assert len(tokens) == 4
+        assert len({tuple(t) for t in tokens}) == 4
+        assert (out["text"], out["token_ids"]) == (out["outputs"][0]["text"], tokens[0])
+        (again,) = llm.generate([prompt], self.RANDOM, use_tqdm=False)
+        assert [one["token_ids"] for one in again["outputs"]] == tokens
+
+    def test_the_first_is_that_of_one(self, llm: LLM) -> None:
+        one = SamplingParams(temperature=1.0, max_tokens=20, seed=9, ignore_eos=True)
+        (alone,) = llm.generate(PROMPTS[0], one, use_tqdm=False)
+        (out,) = llm.generate(PROMPTS[0], self.RANDOM, use_tqdm=False)
+        assert out["token_ids"] == alone["token_ids"]
+        assert "outputs" not in alone
+
+    def test_without_a_seed_they_differ_too(self, llm: LLM) -> None:
+        params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, n=3)
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        for out in outputs:
+            assert len({tuple(one["token_ids"]) for one in out["outputs"]}) == 3
+
+    def test_one_by_one_and_aborted_together(self, llm: LLM) -> None:
+        request_id = llm.add_request(PROMPTS[0], self.RANDOM)
+        llm.step()
+        llm.step()
+        llm.abort(request_id)
+        outputs = []
+        while llm.has_unfinished:
+            outputs += llm.step()
+        (out,) = outputs
+        assert out["request_id"] == request_id
+        assert [one["finish_reason"] for one in out["outputs"]] == ["abort"] * 4
+
+    def test_prompt_logprobs_are_computed_once(self, llm: LLM) -> None:
+        params = SamplingParams(max_tokens=2, n=3, prompt_logprobs=0, ignore_eos=True)
+        (out,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+        assert [len(out["outputs"]), len(out["prompt_logprobs"])] == [3, 3]
+
+
+class TestStreams:
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_increments_make_the_outputs(self, llm: LLM, n: int) -> None:
+        params = [
+            SamplingParams(temperature=1.3, seed=1, max_tokens=60, n=n),
+            _greedy(stop=["\n    ", "self"], n=n),
+            SamplingParams(temperature=2.5, seed=2, max_tokens=30, ignore_eos=True, n=n),
+        ]
+        expected = llm.generate(PROMPTS, params, use_tqdm=False)
+        texts: dict[tuple[int, int], str] = {}
+        tokens: dict[tuple[int, int], list[int]] = {}
+        reasons: dict[tuple[int, int], list[str]] = {}
+        for part in llm.stream(PROMPTS, params):
+            where = part["index"], part["sample"]
+            texts[where] = texts.get(where, "") + part["text"]
+            tokens.setdefault(where, []).extend(part["token_ids"])
+            assert part["text"] or part["finish_reason"]
+            reasons.setdefault(where, []).append(part["finish_reason"])
+        for (index, sample), text in texts.items():
+            out = expected[index]
+            out = out["outputs"][sample] if n > 1 else out
+            assert text == out["text"]
+            assert tokens[index, sample] == out["token_ids"]
+            assert reasons[index, sample][-1] == out["finish_reason"]
+            assert set(reasons[index, sample][:-1]) <= {None}
+        assert len(texts) == len(PROMPTS) * n
+
+    def test_the_first_comes_before_the_last_is_computed(self, llm: LLM) -> None:
+        stream = llm.stream(PROMPTS[0], FREE)
+        first = next(stream)
+        assert 0 < len(first["token_ids"]) < 4
+        stream.close()
+
+    @pytest.mark.parametrize("num_parts", [0, 1, 5])
+    def test_closing_aborts(self, llm: LLM, num_parts: int) -> None:
+        aborted = llm.stats().finished_requests
+        stream = llm.stream(PROMPTS, FREE)
+        for _ in range(num_parts):
+            next(stream)
+        stream.close()
+        assert not llm._engine.has_unfinished
+        assert llm._engine.num_free_blocks == llm._engine._blocks.num_blocks
+        assert llm.stats().finished_requests == aborted + 3
+        assert list(stream) == []
+
+    def test_dropping_it_aborts(self, llm: LLM) -> None:
+        for _ in llm.stream(PROMPTS, FREE):
+            break
+        llm.stream(PROMPTS, FREE)
+        assert not llm._engine.has_unfinished
+
+    def test_beside_generate_and_another_stream(self, llm: LLM, free: list[dict[str, Any]]) -> None:
+        first, second = llm.stream(PROMPTS[0], FREE), llm.stream(PROMPTS[1], FREE)
+        texts = [next(first)["text"], next(second)["text"]]
+        (out,) = llm.generate(PROMPTS[2], FREE, use_tqdm=False)
+        texts[0] += "".join(part["text"] for part in first)
+        texts[1] += "".join(part["text"] for part in second)
+        assert [*texts, out["text"]] == [out["text"] for out in free]
+
+    def test_mistakes_are_told_at_once(self, llm: LLM) -> None:
+        with pytest.raises(RequestError, match="is empty"):
+            llm.stream([PROMPTS[0], ""], FREE)
+        assert not llm._engine.has_unfinished
+
+    def test_a_failed_step_ends_the_stream(self, llm: LLM) -> None:
+        stream = llm.stream(PROMPTS[0], FREE)
+        next(stream)
+
+        def fails(token_ids: list[int], logits: Any) -> Any:
+            raise ZeroDivisionError
+
+        llm.add_request(PROMPTS[1], _greedy(logits_processors=[fails]))
+        with pytest.raises(StepError, match="failed"):
+            list(stream)
+        while llm.has_unfinished:
+            llm.step()
+
+    def test_closing_the_engine_first(self, shipped: Path) -> None:
+        with LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
+            stream = llm.stream(PROMPTS[0], FREE)
+            next(stream)
+        (last,) = stream
+        assert last["finish_reason"] == "abort"
+        with pytest.raises(EngineClosedError):
+            llm.stream(PROMPTS[0], FREE)
+
+
+class TestChats:
+    MESSAGES: ClassVar = [{"role": "user", "content": "Write a function."}]
+
+    def test_through_the_checkpoints_template(self, llm: LLM) -> None:
+        prompt = "<|im_start|>user\nWrite a function.<|im_end|>\n<|im_start|>assistant\n"
+        (expected,) = llm.generate(prompt, FREE, use_tqdm=False)
+        (out,) = llm.chat(self.MESSAGES, FREE, use_tqdm=False)
+        assert out["token_ids"] == expected["token_ids"]
+        assert out["prompt_token_ids"] == expected["prompt_token_ids"]
+        assert len(llm.chat([self.MESSAGES] * 2, FREE, use_tqdm=False)) == 2
+
+    @pytest.mark.parametrize(
+        "messages", [[{"content": "x"}], ["x"], "x", 5, None, [{"role": "user"}]], ids=str
+    )
+    def test_messages_that_are_none(self, llm: LLM, messages: Any) -> None:
+        with pytest.raises(RequestError) as caught:
+            llm.chat(messages, FREE, use_tqdm=False)
+        assert caught.value.field == "messages"
+
+    def test_a_checkpoint_without_a_template(self, shipped: Path, tmp_path: Path) -> None:
+        path = shutil.copytree(shipped, tmp_path / "model")
+        (path / "chat_template.jinja").unlink()
+        with (
+            LLM(path, device="cpu", max_num_seqs=1, max_model_len=64) as llm,
+            pytest.raises(RequestError, match="no chat template"),
+        ):
+            llm.chat(self.MESSAGES, FREE, use_tqdm=False)
+
+
+class TestNumbers:
+    def test_metrics(self, llm: LLM) -> None:
+        outputs = llm.generate(PROMPTS, FREE, use_tqdm=False)
+        for out in outputs:
+            metrics = out["metrics"]
+            assert 0 <= metrics["queue_time"] <= metrics["time_to_first_token"]
+            mean, p99 = metrics["mean_inter_token_time"], metrics["p99_inter_token_time"]
+            assert 0 < mean <= p99 * 1.0001
+            assert metrics["preemptions"] == 0
+        (out,) = llm.generate(PROMPTS[0], _greedy(max_tokens=1), use_tqdm=False)
+        assert out["metrics"]["mean_inter_token_time"] is None
+
+    def test_waiting_counts_as_queueing(self, shipped: Path) -> None:
+        with LLM(shipped, device="cpu", max_num_seqs=1, max_model_len=128) as llm:
+            first, second = llm.generate(PROMPTS[:2], FREE, use_tqdm=False)
+        served = first["metrics"]["time_to_first_token"] - first["metrics"]["queue_time"]
+        assert second["metrics"]["queue_time"] > 39 * first["metrics"]["mean_inter_token_time"]
+        assert second["metrics"]["queue_time"] > served
+
+    def test_stats(self, shipped: Path) -> None:
+        with LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=128) as llm:
+            outputs = llm.generate(PROMPTS, FREE, use_tqdm=False)
+            llm.add_request(PROMPTS[0], FREE)
+            llm.step()
+            stats = llm.stats()
+            assert stats.finished_requests == 3
+            assert stats.unfinished_requests == 1
+            assert stats.output_tokens == 3 * 40
+            assert stats.prompt_tokens == sum(len(out["prompt_token_ids"]) for out in outputs)
+            assert stats.steps >= 81
+            assert stats.num_free_blocks == stats.num_blocks - 1
+            assert stats.cache == llm.cache_stats()
+
+
+def test_defaults_of_the_checkpoint(llm: LLM, shipped: Path, tmp_path: Path) -> None:
+    assert llm.default_sampling_params(max_tokens=3) == SamplingParams(max_tokens=3)
+    asked = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "max_new_tokens": 7,
+        "eos_token_id": 2,
+        "repetition_penalty": None,
+    }
+    (tmp_path / "generation_config.json").write_text(json.dumps(asked))
+    found = SamplingParams.from_generation_config(tmp_path, top_k=5)
+    assert found == SamplingParams(temperature=0.6, top_k=5, top_p=0.95, max_tokens=7)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    assert SamplingParams.from_generation_config(tmp_path) == SamplingParams(temperature=0)
