@@ -99,17 +99,16 @@ def test_two_engines_share_one_device(reference: Any) -> None:
 
 
 def test_close_returns_the_memory() -> None:
-    with LLM(TINY, **SMALL) as llm:
-        greedy(llm, random_prompts(4, 50), 4)
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info()[0]
-    llm = LLM(TINY, gpu_memory_utilization=0.3)
-    greedy(llm, random_prompts(20, 300), 20)
-    assert before - torch.cuda.mem_get_info()[0] > 1 << 30
-    llm.close()
-    left = (before - torch.cuda.mem_get_info()[0]) / 2**20
-    assert left <= 50, f"{left:.0f} MiB left, {torch.cuda.memory_reserved() / 2**20:.0f} by torch"
+    """From the second engine on: the first one's kernels stay loaded, for the process to reuse."""
+    left = []
+    for _ in range(3):
+        before = torch.cuda.mem_get_info()[0]
+        llm = LLM(TINY, gpu_memory_utilization=0.3)
+        greedy(llm, random_prompts(20, 300), 20)
+        assert before - torch.cuda.mem_get_info()[0] > 1 << 30
+        llm.close()
+        left.append((before - torch.cuda.mem_get_info()[0]) >> 20)
+    assert max(left[1:]) <= 50, f"{left} MiB left, {torch.cuda.memory_reserved() >> 20} by torch"
 
 
 def test_gpu_memory_utilization_is_honoured() -> None:
