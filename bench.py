@@ -6,6 +6,8 @@
     python bench.py --engine ours,transformers,vllm,nano-vllm,mini-sglang --report folder
     python bench.py --engine sequential,transformers,ours    speed-ups over no cache, no batch
     python bench.py --engine ours,ours:throughput            presets side by side
+    python bench.py --profile folder          time by phase and by kernel, and torch's trace
+    nsys profile python bench.py --nvtx       the phases as ranges for nsys, on CUDA
     python bench.py --model path              a checkpoint of yours
     python bench.py --json results.json       all figures of every repeat as well
 
@@ -43,6 +45,7 @@ from utils.bench.compare import Contender, judge, measure_engines, rows_of
 from utils.bench.engines import ENGINES, Setting
 from utils.bench.environment import environment
 from utils.bench.limits import Limits
+from utils.bench.profile import Profile, profile, tables
 from utils.bench.reference import Reference
 from utils.bench.startup import startup_seconds
 from utils.bench.words import describe_ceilings, describe_engine, describe_row
@@ -76,6 +79,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed runs after a warm-up")
     parser.add_argument("--threads", type=int, help="torch threads (CPU)")
     parser.add_argument("--timeline", type=Path, help="draw the steps of `overlap` here, as SVG")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--profile", type=Path, help="profile the first workload into this folder")
+    how.add_argument("--nvtx", action="store_true", help="run the first workload for nsys")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--report", type=Path, help="write a page with plots into this folder")
     return parser.parse_args()
@@ -150,6 +156,20 @@ def compare(args: argparse.Namespace, path: Path) -> dict[str, Any]:
         print(f"report: {args.report / 'README.md'}")
     problems = {one.engine: one.problem for one in found if one.problem}
     return {"environment": about, "rows": [asdict(row) for row in rows], "problems": problems}
+
+
+def profile_ours(args: argparse.Namespace, path: Path) -> Profile:
+    """Profile this engine on the first workload, and print where the time went."""
+    if args.nvtx and not torch.cuda.is_available():
+        sys.exit("--nvtx needs a CUDA device; --profile works without one")
+    checkpoint = open_checkpoint(str(path))
+    (name, *_) = args.workload or default_workloads([], torch.cuda.is_available())
+    work = works_for(name, int(checkpoint.hf_config.vocab_size))[-1]
+    found = profile(str(path), work, args.profile, dtype=args.dtype)
+    print(tables(found))
+    if args.profile:
+        (args.profile / "README.md").write_text(f"# Profile\n\n{tables(found)}\n")
+    return found
 
 
 def default_workloads(engines: list[Contender], cuda: bool) -> list[str]:
@@ -230,7 +250,9 @@ def main() -> None:
         if args.shape:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             path = make_checkpoint(args.shape, Path(scratch), device)
-        if args.workload != []:
+        if args.profile or args.nvtx:
+            figures["profile"] = asdict(profile_ours(args, path))
+        elif args.workload != []:
             figures |= compare(args, path)
         if "startup" in alone:
             figures["startup"] = startup(path, min(args.repeats, 3))

@@ -28,11 +28,18 @@ def environment(setting: Setting) -> dict[str, str]:
         "host": f"{_cpu_model()}, {cores} cores, {platform.system()}",
         "threads": str(setting.threads or torch.get_num_threads()),
         "load": _load(cores or 1),
+        "KV cache": _kv_cache(setting),
         "Python": platform.python_version(),
     }
     values |= {package: found for package in _PACKAGES if (found := _version(package))}
     values["commit"] = _commit()
     return values
+
+
+def _kv_cache(setting: Setting) -> str:
+    if setting.kv_bytes is not None:
+        return f"{setting.kv_bytes:,} bytes"
+    return "0.9 of the device, all included" if setting.device == "cuda" else "each engine's own"
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from utils.bench.compare import Row
 from utils.bench.engines import Trace
@@ -47,6 +47,10 @@ def draw_plots(folder: Path, rows: Sequence[Row], traces: dict[str, Trace]) -> l
         for name, figure in figures.items():
             figure.savefig(folder / name, dpi=_DPI)
     return list(figures)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
@@ -114,7 +118,7 @@ def _latency(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
             values.sort()
             shares = [(i + 1) / len(values) for i in range(len(values))]
             tail = values[int(0.99 * (len(values) - 1))]
-            label = f"{name}: median {statistics.median(values):.3g}, p99 {tail:.3g} ms"
+            label = f"{name}: median {_number(statistics.median(values))}, p99 {_number(tail)} ms"
             # A single value is a step that needs a beginning.
             ax.step(
                 [values[0], *values], [0, *shares], where="post", color=colours[name], label=label
@@ -122,6 +126,11 @@ def _latency(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
     for ax, title in zip(axes, ("time to the first token", "time between tokens"), strict=True):
         ax.set_title(title)
         ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        # At least a decade, or there would be no tick with a number.
+        ax.set_xlim(low / 1.5, max(1.5 * high, 15 * low))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, place: _number(value)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel("milliseconds")
         ax.set_ylim(0, 1.3)
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -131,44 +140,32 @@ def _latency(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
 
 
 def _timeline(traces: dict[str, Trace]) -> Figure:
-    """A lane for each engine, and one for its device if that was recorded, over one window."""
+    """A lane for each phase of each engine, over one window of time."""
     window = _NUM_STEPS * max(_period(trace) for trace in traces.values())
-    lanes = {
-        f"{name}\n{place}": [s for s in trace.spans if (s.phase == "device") == (place == "device")]
-        for name, trace in traces.items()
-        for place in ("host", "device")
-    }
-    lanes = {name: spans for name, spans in lanes.items() if spans}
-    middle = {name: _middle(trace) for name, trace in traces.items()}
-    figure, (ax,) = _figure(10, 1.2 + 0.8 * len(lanes))
-    used = set()
-    for y, (lane, spans) in enumerate(lanes.items()):
-        start = middle[lane.split("\n")[0]]
-        for span in sorted(spans, key=lambda span: span.start):
+    lanes: dict[tuple[str, str], list[Span]] = {}
+    for name, trace in traces.items():
+        start = _middle(trace)
+        for span in sorted(trace.spans, key=lambda span: list(_PHASES).index(span.phase)):
             if span.end > start and span.start < start + window:
-                used.add(span.phase)
-                _bar(ax, y, span, start, window)
-    ax.set_yticks(range(len(lanes)), list(lanes))
+                lanes.setdefault((name, span.phase), []).append(span.shifted(-start))
+    figure, (ax,) = _figure(10, 1.0 + 0.3 * len(lanes))
+    for y, ((_, phase), spans) in enumerate(lanes.items()):
+        bars = [_bar(span, window) for span in spans]
+        ax.broken_barh(bars, (y - 0.4, 0.8), facecolors=_PHASES[phase])
+    ax.set_yticks(range(len(lanes)), [f"{name}: {phase}" for name, phase in lanes])
     ax.set_xlim(0, 1e3 * window)
     ax.set_ylim(len(lanes) - 0.5, -0.5)
     ax.set_xlabel("milliseconds")
     ax.grid(visible=False, axis="y")
-    handles = [Patch(color=colour, label=name) for name, colour in _PHASES.items() if name in used]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
 
 
-def _bar(ax: Any, y: int, span: Span, start: float, window: float) -> None:
-    begin, end = max(span.start - start, 0), min(span.end - start, window)
-    # What happens inside a launch is drawn lower, over it.
-    height = 0.35 if span.phase == "stage" else 0.7
-    ax.broken_barh(
-        [(1e3 * begin, 1e3 * (end - begin))],
-        (y - height / 2, height),
-        facecolors=_PHASES[span.phase],
-        edgecolor="white",
-        linewidth=0.4,
-    )
+def _bar(span: Span, window: float) -> tuple[float, float]:
+    """Start and width in milliseconds; short ones are widened until they are seen."""
+    begin, end = max(span.start, 0), min(span.end, window)
+    # Neighbours in a lane stay apart.
+    width = max((end - begin) - window / 500, window / 500)
+    return 1e3 * begin, 1e3 * width
 
 
 def _starts(trace: Trace) -> list[float]:
