@@ -17,6 +17,8 @@ seeds     256 requests of 100 to 1,024 tokens in and out, temperature 0.6
 seeds128  the first 128 of them
 latency   1, 8 and 64 requests of 128 tokens in and 512 out
 ttft      time to the first token after 128, 1,024 and 3,800 tokens
+crowd     16 requests that run while 16 prompts of 3,000 tokens are computed
+flood     1,024 requests of 16 to 64 tokens in and out
 startup   construction to ready in a new process, with a cold and a warm kernel cache
 kernels   attention and the linears alone, against the machine's limits; CUDA
 overlap   what the host does for a decode step of 256 requests while the device works; CUDA
@@ -31,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from dataclasses import asdict
@@ -48,11 +49,18 @@ from utils.bench.limits import Limits
 from utils.bench.profile import Profile, profile, tables
 from utils.bench.reference import Reference
 from utils.bench.startup import startup_seconds
-from utils.bench.words import describe_ceilings, describe_engine, describe_row
+from utils.bench.words import (
+    describe_ceilings,
+    describe_engine,
+    describe_kernel,
+    describe_overlap,
+    describe_row,
+    describe_startup,
+)
 from utils.bench.workloads import NAMES, check_workload, works_for
 from utils.checkpoint import Checkpoint, open_checkpoint, resolve
 from utils.kernel_speed import KernelTime, measure_kernels
-from utils.overlap import Overlap, draw, measure_overlap
+from utils.overlap import draw, measure_overlap
 from utils.random_weights import SHAPES, make_checkpoint
 from utils.roofline import measure_ceilings
 from utils.scheduling_cost import measure_scheduling
@@ -141,8 +149,9 @@ def compare(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     limits = Limits(setting) if cuda else None
     if limits:
         print(describe_ceilings(limits.ceilings), flush=True)
-    watched = max(works, key=lambda work: work.num_output_tokens) if args.report else None
-    found = measure_engines(engines, setting, works, args.repeats, check=check, watched=watched)
+    found = measure_engines(
+        engines, setting, works, args.repeats, check=check, watch=args.report is not None
+    )
     judge(found, [*works, *([check] if check else [])], Reference(setting))
     rows = rows_of(found, works, limits.seconds if limits else None, baseline_of(args, engines))
     for one in found:
@@ -152,7 +161,7 @@ def compare(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     if args.report:
         from utils.bench.report import write_report
 
-        write_report(args.report, about, found, rows, watched)
+        write_report(args.report, about, found, rows)
         print(f"report: {args.report / 'README.md'}")
     problems = {one.engine: one.problem for one in found if one.problem}
     return {"environment": about, "rows": [asdict(row) for row in rows], "problems": problems}
@@ -203,33 +212,8 @@ def kernels(shape: str, repeats: int) -> list[KernelTime]:
     print(describe_ceilings(ceilings))
     times = measure_kernels(SHAPES[shape], ceilings, repeats)
     for time_ in times:
-        low, high = min(time_.seconds), max(time_.seconds)
-        print(
-            f"{shape} {time_.name:<36}{1e6 * time_.median:>9.1f} us ({1e6 * low:.1f} to "
-            f"{1e6 * high:.1f} in {len(time_.seconds)})  {time_.fraction:.3f} of the limit"
-        )
+        print(f"{shape} {describe_kernel(time_)}")
     return times
-
-
-def overlap(path: Path, timeline: Path | None) -> Overlap:
-    """Measure, print and draw what host and device do at once."""
-    found = measure_overlap(path)
-    phases = ", ".join(f"{name} {1e3 * t:.3f}" for name, t in found.phases.items())
-    print(
-        f"overlap: {found.num_requests} requests, a decode step every {1e3 * found.period:.3f} ms, "
-        f"host work {1e3 * found.host:.3f} ms ({phases})"
-    )
-    if timeline:
-        draw(found, timeline)
-    return found
-
-
-def startup(path: Path, repeats: int) -> list[float]:
-    """Measure and print the time to a constructed engine."""
-    seconds = startup_seconds(path, repeats)
-    warm = statistics.median(seconds[1:])
-    print(f"startup: ready after {seconds[0]:.1f} s with a cold kernel cache, {warm:.1f} s warm")
-    return seconds
 
 
 def main() -> None:
@@ -255,9 +239,14 @@ def main() -> None:
         elif args.workload != []:
             figures |= compare(args, path)
         if "startup" in alone:
-            figures["startup"] = startup(path, min(args.repeats, 3))
+            figures["startup"] = startup_seconds(path, min(args.repeats, 3))
+            print(describe_startup(figures["startup"]))
         if "overlap" in alone:
-            figures["overlap"] = asdict(overlap(path, args.timeline))
+            found = measure_overlap(path)
+            print(describe_overlap(found))
+            if args.timeline:
+                draw(found, args.timeline)
+            figures["overlap"] = asdict(found)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
     if problems := figures.get("problems"):

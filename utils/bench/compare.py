@@ -97,7 +97,7 @@ class Measured:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, Tokens] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
-    trace: Trace | None = None
+    traces: dict[str, Trace] = field(default_factory=dict)
     problem: str | None = None
 
     @property
@@ -112,7 +112,7 @@ def measure_engines(
     repeats: int,
     *,
     check: Workload | None = None,
-    watched: Workload | None = None,
+    watch: bool = False,
 ) -> list[Measured]:
     """Run the workloads on engines, each in a process of its own.
 
@@ -120,12 +120,12 @@ def measure_engines(
 
     Args:
         check: a workload to run first, for its outputs alone.
-        watched: a workload to run last, for its trace.
+        watch: run all once more, with their steps watched.
     """
     found = [Measured(contender) for contender in contenders]
     groups = [[one] for one in found] if setting.device == "cuda" else [found]
     for group in groups:
-        _measure_group(group, setting, works, repeats, check, watched)
+        _measure_group(group, setting, works, repeats, check, watch)
     return found
 
 
@@ -135,7 +135,7 @@ def _measure_group(
     works: list[Workload],
     repeats: int,
     check: Workload | None,
-    watched: Workload | None,
+    watch: bool,
 ) -> None:
     device = _DeviceMemory(setting.device)
     with ExitStack() as stack:
@@ -160,9 +160,9 @@ def _measure_group(
                     if ran := _run(one, engine, work, i):
                         _note(one, work, i, ran)
                         one.peak_bytes[work.name] = device.held() or ran.peak_host_bytes
-        if watched is not None:
+        for work in works if watch else []:
             for one, engine in engines:
-                _watch(one, engine, watched)
+                _watch(one, engine, work)
 
 
 def _run(one: Measured, engine: EngineProcess, work: Workload, repeat: int) -> Ran | None:
@@ -192,7 +192,8 @@ def _note(one: Measured, work: Workload, repeat: int, ran: Ran) -> None:
 def _watch(one: Measured, engine: EngineProcess, work: Workload) -> None:
     if one.problem is None:
         try:
-            one.trace = engine.watch(work)
+            if trace := engine.watch(work):
+                one.traces[work.name] = trace
         except EngineFailedError as error:
             one.problem = str(error)
 

@@ -15,10 +15,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.bench.spans import Span
 from utils.bench.workloads import Workload
+
+if TYPE_CHECKING:
+    from utils.bench.recording import Recorder
 
 Tokens = list[list[int]]
 
@@ -59,6 +62,16 @@ class Trace:
     token_times: list[list[float]]
     spans: list[Span]
 
+    @property
+    def first_tokens(self) -> list[float]:
+        """Seconds to the first token of each request, rising; all came at the start."""
+        return sorted(times[0] for times in self.token_times if times)
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between tokens that follow each other in a request, rising."""
+        return sorted(b - a for times in self.token_times for a, b in pairwise(times))
+
 
 class Engine(ABC):
     """An engine with a model loaded."""
@@ -76,7 +89,7 @@ class Engine(ABC):
         """The output tokens of every request, all of them served at once."""
 
     def trace(self, work: Workload) -> Trace | None:
-        """Run once more with every step watched; the engine is used up. None if it cannot be."""
+        """Run with every step watched, and from then on so; None if it cannot be."""
         del work
         return None
 
@@ -105,6 +118,7 @@ class Ours(Engine):
         }
         self._model = setting.model
         self._llm = LLM(setting.model, **self._options)
+        self._recorder: Recorder | None = None
 
     def generate(self, work: Workload) -> Tokens:
         from sampling_params import SamplingParams
@@ -120,14 +134,16 @@ class Ours(Engine):
     def trace(self, work: Workload) -> Trace | None:
         from utils.bench.recording import Recorder, recorded_llm
 
-        self._llm.close()
-        recorder = Recorder()
-        with recorded_llm(self._model, recorder, **self._options) as self._llm:
-            self.generate(work)
-            recorder.clear()
-            start = recorder.now()
-            self.generate(work)
-            recorder.resolve()
+        if self._recorder is None:
+            self._llm.close()
+            self._recorder = Recorder()
+            self._llm = recorded_llm(self._model, self._recorder, **self._options)
+        recorder = self._recorder
+        self.generate(work)
+        recorder.clear()
+        start = recorder.now()
+        self.generate(work)
+        recorder.resolve()
         times = [[t - start for t in ts] for _, ts in sorted(recorder.token_times.items())]
         return Trace(times, [span.shifted(-start) for span in recorder.spans])
 

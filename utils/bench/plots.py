@@ -110,12 +110,10 @@ def _latency(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
     """Cumulative distributions; the tail is marked where 99 % of the values lie below."""
     figure, axes = _figure(9, 3.6, 2)
     for name, trace in traces.items():
-        first = [1e3 * ts[0] for ts in trace.token_times if ts]
-        gaps = [1e3 * (b - a) for ts in trace.token_times for a, b in pairwise(ts)]
-        for ax, values in zip(axes, (first, gaps), strict=True):
-            if not values:
+        for ax, rising in zip(axes, (trace.first_tokens, trace.gaps), strict=True):
+            if not rising:
                 continue
-            values.sort()
+            values = [1e3 * value for value in rising]
             shares = [(i + 1) / len(values) for i in range(len(values))]
             tail = values[int(0.99 * (len(values) - 1))]
             label = f"{name}: median {_number(statistics.median(values))}, p99 {_number(tail)} ms"

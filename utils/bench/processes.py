@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Watch:
-    """Serve the workload with its steps watched; nothing can be asked afterwards."""
+    """Serve the workload with its steps watched; no runs are to follow."""
 
     work: Workload
 
@@ -108,7 +108,7 @@ class EngineProcess:
         return ran
 
     def watch(self, work: Workload) -> Trace | None:
-        """Serve a workload with its steps watched, as the last thing; None if it cannot be.
+        """Serve a workload with its steps watched, after all runs; None if it cannot be.
 
         Raises:
             EngineFailedError: as `run`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -11,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from utils.bench.compare import Measured, Row
-from utils.bench.workloads import Workload
 
 # File names of the plots and what they show.
 CAPTIONS = {
@@ -21,7 +21,12 @@ CAPTIONS = {
     "timeline.png": "Steps from the middle of the run.",
 }
 
-_HEAD = (
+_ENGINE_HEAD = ("engine", "ready after", "construction", "warm-ups", "greedy tokens")
+_LATENCY_HEAD = (
+    *("workload", "engine", "to the first token: median", "p99"),
+    *("between tokens: median", "p99", "longest"),
+)
+_ROW_HEAD = (
     *("workload", "engine", "tok/s", "least to most", "time", "tokens", "speed-up"),
     *("of the limit", "memory"),
 )
@@ -32,19 +37,21 @@ def write_report(
     about: dict[str, str],
     found: Sequence[Measured],
     rows: Sequence[Row],
-    watched: Workload | None,
 ) -> None:
     """Write README.md, results.json and the plots into a folder, which is made if need be.
 
     Args:
         about: the environment, by names.
-        found: the engines, those with a problem too.
-        watched: the workload whose traces `found` has, if any.
+        found: the engines, those with a problem too. The plots over time are of the workload
+            with the most output tokens.
     """
     from utils.bench.plots import draw_plots
 
     folder.mkdir(parents=True, exist_ok=True)
-    traces = {one.engine: one.trace for one in found if one.trace and one.problem is None}
+    good = [one for one in found if one.problem is None]
+    tokens = {row.workload: row.output_tokens for row in rows}
+    watched = max({name for one in good for name in one.traces}, key=tokens.__getitem__, default="")
+    traces = {one.engine: one.traces[watched] for one in good if watched in one.traces}
     drawn = draw_plots(folder, rows, traces)
     results = {"environment": about, "rows": [asdict(row) for row in rows]}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -56,33 +63,31 @@ def write_report(
         "to rounding.",
         _table(("", ""), about.items()),
         "## Engines",
-        _table(
-            ("engine", "ready after", "construction", "warm-ups", "greedy tokens"),
-            map(_engine, found),
-        ),
+        _table(_ENGINE_HEAD, map(_engine, found)),
         "Ready is counted from the start of the process. Greedy tokens: those equal to the most "
         "likely one of transformers; the others are ties up to rounding.",
         "## Throughput",
-        _table(
-            _HEAD,
-            map(_row, rows),
-        ),
+        _table(_ROW_HEAD, map(_row, rows)),
         "Speed-ups are medians over pairs of repeats. The limit is the roofline from the bandwidth "
         "and matmul rate measured in the same run, on CUDA. Memory is the most that was held: of "
         "the device on CUDA, else of the process.",
+        *_plots(drawn, ("throughput.png",)),
     ]
-    for name in drawn:
-        caption = CAPTIONS[name]
-        if watched is not None and name != "throughput.png":
-            caption += (
-                f" Workload: {watched.name}; one run with its steps watched, not timed above."
-            )
-        parts += [f"![{caption}]({name})", caption]
-    if watched is not None:
-        unseen = [one.engine for one in found if one.engine not in traces and not one.problem]
-        if unseen:
-            parts.append(f"Not in these plots, as they tell no times: {', '.join(unseen)}.")
+    if watched:
+        silent = [one.engine for one in good if one.engine not in traces]
+        parts += [
+            "## Latency",
+            "All requests come at once. From one more run of each workload, with its steps "
+            f"watched; the plots are of {watched}.",
+            _table(_LATENCY_HEAD, _latencies(good)),
+            *([f"Engines that tell no times: {', '.join(silent)}."] if silent else []),
+            *_plots(drawn, ("latency.png", "tokens.png", "timeline.png")),
+        ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _plots(drawn: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [f"{CAPTIONS[name]}\n\n![{CAPTIONS[name]}]({name})" for name in names if name in drawn]
 
 
 def _table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
@@ -100,6 +105,26 @@ def _engine(one: Measured) -> tuple[str, ...]:
         ", ".join(f"{seconds:.2f} s" for seconds in one.warmups.values()),
         ", ".join(str(agreement) for agreement in one.agreements.values()),
     )
+
+
+def _latencies(good: Iterable[Measured]) -> list[tuple[str, ...]]:
+    found = [(name, one.engine, t) for one in good for name, t in one.traces.items()]
+    return [
+        (
+            name,
+            engine,
+            *(_milliseconds(trace.first_tokens, share) for share in (0.5, 0.99)),
+            *(_milliseconds(trace.gaps, share) for share in (0.5, 0.99, 1.0)),
+        )
+        for name, engine, trace in sorted(found, key=lambda entry: entry[0])
+    ]
+
+
+def _milliseconds(rising: list[float], share: float) -> str:
+    """The value that a share of all does not exceed."""
+    if not rising:
+        return ""
+    return f"{1e3 * rising[math.ceil(share * len(rising)) - 1]:,.1f} ms"
 
 
 def _row(row: Row) -> tuple[str, ...]:

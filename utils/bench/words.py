@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 
 from utils.bench.compare import Measured, Row
+from utils.kernel_speed import KernelTime
+from utils.overlap import Overlap
 from utils.roofline import Ceilings
 
 
@@ -47,3 +49,27 @@ def describe_row(row: Row) -> str:
     if row.peak_bytes is not None:
         line += f"  {row.peak_bytes / 2**30:.2f} GiB"
     return f"{line}  greedy {row.agreement}"
+
+
+def describe_kernel(time: KernelTime) -> str:
+    """One kernel, or chain of them, in words."""
+    low, high = min(time.seconds), max(time.seconds)
+    return (
+        f"{time.name:<36}{1e6 * time.median:>9.1f} us ({1e6 * low:.1f} to {1e6 * high:.1f} in "
+        f"{len(time.seconds)})  {time.fraction:.3f} of the limit"
+    )
+
+
+def describe_overlap(found: Overlap) -> str:
+    """What host and device do at once in words."""
+    phases = ", ".join(f"{name} {1e3 * t:.3f}" for name, t in found.phases.items())
+    return (
+        f"overlap: {found.num_requests} requests, a decode step every {1e3 * found.period:.3f} ms, "
+        f"host work {1e3 * found.host:.3f} ms ({phases})"
+    )
+
+
+def describe_startup(seconds: list[float]) -> str:
+    """Start-ups in words, the first of them with a cold kernel cache."""
+    warm = statistics.median(seconds[1:])
+    return f"startup: ready after {seconds[0]:.1f} s with a cold kernel cache, {warm:.1f} s warm"

@@ -31,7 +31,7 @@ class Workload:
         return replace(self, prompts=prompts)
 
 
-NAMES = ("compare", "small", "seeds", "seeds128", "latency", "ttft")
+NAMES = ("compare", "small", "seeds", "seeds128", "latency", "ttft", "crowd", "flood")
 
 
 def seeds_workload(count: int = 256, vocab_size: int = 151_936) -> Workload:
@@ -84,6 +84,13 @@ def works_for(name: str, vocab_size: int) -> list[Workload]:
             random_workload(f"first token of {n}", 1, (n, n), (1, 1), vocab_size)
             for n in (128, 1024, 3800)
         ]
+    if name == "crowd":
+        short = random_workload("short", 16, (64, 64), (128, 128), vocab_size)
+        long = random_workload("long", 16, (3000, 3000), (16, 16), vocab_size)
+        prompts, lengths = short.prompts + long.prompts, short.lengths + long.lengths
+        return [Workload("16 short, 16 of 3,000", prompts, lengths)]
+    if name == "flood":
+        return [random_workload("1,024 of 16 to 64", 1024, (16, 64), (16, 64), vocab_size)]
     if name == "small":
         small = random_workload("8 of 16 to 64", 8, (16, 64), (16, 64), vocab_size, checked=True)
         return [small]

@@ -6,11 +6,11 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import bench
+from tests.checkpoints import Checkpoints
 from utils.bench import compare
 from utils.bench.compare import Contender, Measured, Row, judge, measure_engines, rows_of
 from utils.bench.engines import VLLM, Setting, Transformers
@@ -23,12 +23,12 @@ WORK = random_workload("w", 3, (4, 9), (3, 6), 200, checked=True)
 
 
 @pytest.fixture
-def setting(checkpoints: Any) -> Setting:
+def setting(checkpoints: Checkpoints) -> Setting:
     return Setting(str(checkpoints["qwen3-gqa6"]), "float32", "cpu", 256, threads=1)
 
 
 def test_one_command_from_engines_to_a_report(
-    checkpoints: Any,
+    checkpoints: Checkpoints,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

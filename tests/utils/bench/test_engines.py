@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tests.checkpoints import Checkpoints
 from utils.bench.compare import Contender
 from utils.bench.engines import (
     ENGINES,
@@ -72,7 +73,7 @@ def _fake(calls: Calls, answer: Any) -> type:
 
 
 @pytest.fixture
-def setting(checkpoints: Any) -> Setting:
+def setting(checkpoints: Checkpoints) -> Setting:
     path = checkpoints["qwen3-gqa6"]
     return Setting(str(path), "float32", "cpu", 256, kv_bytes=1 << 20, threads=1)
 
@@ -140,7 +141,9 @@ def test_our_trace_has_every_phase(setting: Setting) -> None:
             assert launch.start <= span.start <= span.end <= launch.end
 
 
-def test_a_checkpoint_without_a_tokenizer_gets_one(tmp_path: Path, checkpoints: Any) -> None:
+def test_a_checkpoint_without_a_tokenizer_gets_one(
+    tmp_path: Path, checkpoints: Checkpoints
+) -> None:
     model = checkpoints["qwen3-gqa6"]
     folder = Path(with_tokenizer(model, tmp_path))
     assert {file.name for file in model.iterdir()} < {file.name for file in folder.iterdir()}

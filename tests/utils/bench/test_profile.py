@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import bench
+from tests.checkpoints import Checkpoints
 from utils.bench.profile import Profile, Share, profile, shares, tables
 from utils.bench.spans import Span
 from utils.bench.workloads import Workload, random_workload
@@ -71,14 +72,18 @@ def test_tables_show_the_longest() -> None:
 
 
 def test_from_the_command_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    checkpoints: Checkpoints,
 ) -> None:
     monkeypatch.setattr("sys.argv", ["bench.py", "--nvtx"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="--nvtx needs a CUDA device"):
         bench.main()
-    folder = str(tmp_path / "out")
-    monkeypatch.setattr("sys.argv", ["bench.py", "--profile", folder, "--workload", "small"])
+    arguments = ["--profile", str(tmp_path / "out"), "--workload", "small"]
+    arguments += ["--model", str(checkpoints["qwen3-gqa6"])]
+    monkeypatch.setattr("sys.argv", ["bench.py", *arguments])
     bench.main()
-    assert "| detokenize |" in capsys.readouterr().out
+    assert "| commit " in capsys.readouterr().out
     assert "| launch " in (tmp_path / "out" / "README.md").read_text()

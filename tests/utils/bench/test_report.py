@@ -12,11 +12,10 @@ from utils.bench.engines import Trace
 from utils.bench.reference import Agreement
 from utils.bench.report import CAPTIONS, write_report
 from utils.bench.spans import Span
-from utils.bench.workloads import random_workload
 
 pytest.importorskip("matplotlib")
 
-WORK = random_workload("many of them", 2, (4, 4), (5, 5), 100)
+WORK = "many of them"
 PHASES = {"plan": 0.1, "launch": 0.5, "stage": 0.1, "wait": 0.3, "commit": 0.1, "device": 0.7}
 
 
@@ -31,21 +30,23 @@ def _trace(period: float) -> Trace:
 
 
 def _engine(name: str, trace: Trace | None) -> Measured:
-    one = Measured(Contender(name, name.partition(":")[0]), 3.25, 1.5, trace=trace)
-    one.warmups["many of them"] = 0.75
-    one.agreements["many of them"] = Agreement(9, 10)
+    one = Measured(Contender(name, name.partition(":")[0]), 3.25, 1.5)
+    if trace is not None:
+        one.traces = {WORK: trace, "another": trace}
+    one.warmups[WORK] = 0.75
+    one.agreements[WORK] = Agreement(9, 10)
     return one
 
 
 def test_everything_is_on_the_page(tmp_path: Path) -> None:
     rows = [
-        Row("many of them", "ours", 10, [0.5, 0.4], 0.75, 0.2, "vllm", [2.0, 3.0], 3 << 30),
-        Row("many of them", "vllm", 10, [1.0, 1.2], 0.75, 0.2),
+        Row(WORK, "ours", 10, [0.5, 0.4], 0.75, 0.2, "vllm", [2.0, 3.0], 3 << 30),
+        Row(WORK, "vllm", 10, [1.0, 1.2], 0.75, 0.2),
         Row("another", "ours", 7, [0.01]),
     ]
     found = [_engine("ours", _trace(0.01)), _engine("vllm", None), _engine("nano-vllm", None)]
     found[2].problem = "RuntimeError: no device"
-    write_report(tmp_path / "a" / "b", {"host": "a machine"}, found, rows, WORK)
+    write_report(tmp_path / "a" / "b", {"host": "a machine"}, found, rows)
     folder = tmp_path / "a" / "b"
     assert {f.name for f in folder.iterdir()} == {"README.md", "results.json", *CAPTIONS}
     page = (folder / "README.md").read_text()
@@ -53,7 +54,9 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
         assert f"| {row.workload} | {row.engine} | {row.median:,.1f} |" in page
     for text in ("a machine", "2.50 x vllm", "0.450", "3.00 GiB", "RuntimeError: no device"):
         assert text in page
-    assert "they tell no times: vllm." in page
+    assert "tell no times: vllm." in page
+    assert "| many of them | ours | 10.0 ms | 10.0 ms | 10.0 ms | 10.0 ms | 10.0 ms |" in page
+    assert "the plots are of many of them." in page
     assert all(f"]({name})" in page for name in CAPTIONS)
     for name in CAPTIONS:
         data = (folder / name).read_bytes()
@@ -63,15 +66,15 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_without_traces_there_is_the_throughput_alone(tmp_path: Path) -> None:
-    write_report(tmp_path, {}, [_engine("vllm", None)], [Row("w", "vllm", 3, [1.0])], None)
+    write_report(tmp_path, {}, [_engine("vllm", None)], [Row("w", "vllm", 3, [1.0])])
     assert {f.suffix for f in tmp_path.iterdir()} == {".md", ".json", ".png"}
     assert [f.name for f in tmp_path.glob("*.png")] == ["throughput.png"]
-    assert "tell no times" not in (tmp_path / "README.md").read_text()
+    assert "## Latency" not in (tmp_path / "README.md").read_text()
 
 
 def test_without_any_rate_the_page_says_why(tmp_path: Path) -> None:
     one = _engine("ours", _trace(0.01))
     one.problem = "wrong outputs"
-    write_report(tmp_path, {}, [one], [], WORK)
+    write_report(tmp_path, {}, [one], [])
     assert not list(tmp_path.glob("*.png"))
     assert "| ours | wrong outputs |" in (tmp_path / "README.md").read_text()
