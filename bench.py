@@ -17,7 +17,7 @@ seeds     256 requests of 100 to 1,024 tokens in and out, temperature 0.6
 seeds128  the first 128 of them
 latency   1, 8 and 64 requests of 128 tokens in and 512 out
 ttft      time to the first token after 128, 1,024 and 3,800 tokens
-crowd     16 requests that run while 16 prompts of 3,000 tokens are computed
+crowd     16 requests that run while 32 prompts of 1,500 tokens are computed
 flood     1,024 requests of 16 to 64 tokens in and out
 startup   construction to ready in a new process, with a cold and a warm kernel cache
 kernels   attention and the linears alone, against the machine's limits; CUDA

@@ -86,9 +86,9 @@ def works_for(name: str, vocab_size: int) -> list[Workload]:
         ]
     if name == "crowd":
         short = random_workload("short", 16, (64, 64), (128, 128), vocab_size)
-        long = random_workload("long", 16, (3000, 3000), (16, 16), vocab_size)
+        long = random_workload("long", 32, (1500, 1500), (16, 16), vocab_size)
         prompts, lengths = short.prompts + long.prompts, short.lengths + long.lengths
-        return [Workload("16 short, 16 of 3,000", prompts, lengths)]
+        return [Workload("16 short, 32 of 1,500", prompts, lengths)]
     if name == "flood":
         return [random_workload("1,024 of 16 to 64", 1024, (16, 64), (16, 64), vocab_size)]
     if name == "small":
