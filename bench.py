@@ -120,12 +120,12 @@ def installed(wanted: list[Contender]) -> list[Contender]:
     return there
 
 
-def setting_of(args: argparse.Namespace, path: Path, checkpoint: Checkpoint) -> Setting:
+def setting_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Setting:
     """What all engines are given, with "auto" resolved as this engine does."""
-    config = resolve(Config.from_options(path, dtype=args.dtype), checkpoint)
+    config = resolve(Config.from_options(checkpoint.path, dtype=args.dtype), checkpoint)
     assert config.max_model_len is not None
     return Setting(
-        model=str(path.resolve()),
+        model=str(checkpoint.path.resolve()),
         dtype=config.dtype,
         device=config.device,
         max_model_len=config.max_model_len,
@@ -137,7 +137,7 @@ def setting_of(args: argparse.Namespace, path: Path, checkpoint: Checkpoint) -> 
 def compare(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Measure, judge and print the engines; returns all figures."""
     checkpoint = open_checkpoint(str(path))
-    setting = setting_of(args, path, checkpoint)
+    setting = setting_of(args, checkpoint)
     cuda = setting.device == "cuda"
     engines = installed(wanted(args, cuda))
     about = environment(setting)

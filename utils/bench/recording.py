@@ -1,7 +1,7 @@
 """A run of this engine with its steps recorded.
 
 The recording parts are ordinary plug-ins, so that the engine has no timers: a scheduler and a
-runner that note when their methods begin and end, and a tokenizer that notes when it decodes.
+runner that note when their methods begin and end, and a decoder of tokens that does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from engine.sequence import Sequence
 from engine.types import BlockManager, StepHandle, StepPlan, StepResult
 from llm import LLM
 from utils.bench.spans import Span
+from utils.text import Decode
 
 # What the host does for a step; "stage" is a part of "launch".
 PHASES = ("plan", "stage", "launch", "wait", "commit", "detokenize")
@@ -104,7 +105,7 @@ def recorded_llm(model: str, recorder: Recorder, **options: Any) -> LLM:
         model_runner=lambda config, checkpoint: _RecordedRunner(config, checkpoint, recorder),
     )
     if llm.tokenizer is not None:
-        llm._tokenizer = _RecordedTokenizer(llm.tokenizer, recorder)
+        llm._decode = _recorded_decoding(llm._decode, recorder)
     return llm
 
 
@@ -171,15 +172,11 @@ class _RecordedScheduler(ContinuousScheduler):
         return finished
 
 
-class _RecordedTokenizer:
-    """A tokenizer whose decoding is recorded, under step -1."""
+def _recorded_decoding(decode: Decode, recorder: Recorder) -> Decode:
+    """A decoder of tokens that is recorded, under step -1."""
 
-    def __init__(self, tokenizer: Any, recorder: Recorder) -> None:
-        self._tokenizer, self._recorder = tokenizer, recorder
+    def recorded(token_ids: list[int]) -> str:
+        with recorder.phase(-1, "detokenize"):
+            return decode(token_ids)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
-        with self._recorder.phase(-1, "detokenize"):
-            return self._tokenizer.decode(*args, **kwargs)
+    return recorded
