@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING
 
 from config import Config
 from engine.transport import Close, PlanDecoder, Ring
-from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
+from engine.types import (
+    KVGeometry,
+    ModelRunner,
+    StepHandle,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from utils.errors import StepError
 
 if TYPE_CHECKING:
@@ -86,12 +93,15 @@ class Done:
     Attributes:
         tokens: of all rows, one after the other.
         counts: how many each row has; None for one each.
+        logprobs, prompt_logprobs: as in the result; None in most.
     """
 
     number: int
     step_id: int
     tokens: array[int]
     counts: list[int] | None
+    logprobs: list[list[TokenLogprobs]] | None = None
+    prompt_logprobs: list[list[TokenLogprobs]] | None = None
 
     @staticmethod
     def of(number: int, result: StepResult) -> Done:
@@ -99,15 +109,17 @@ class Done:
         tokens = array("q", chain.from_iterable(result.tokens))
         single = len(tokens) == len(result.tokens)
         counts = None if single else [len(row) for row in result.tokens]
-        return Done(number, result.step_id, tokens, counts)
+        scores = result.logprobs, result.prompt_logprobs
+        return Done(number, result.step_id, tokens, counts, *scores)
 
     def result(self) -> StepResult:
         """The result that it was made of."""
         tokens = self.tokens.tolist()
-        if self.counts is None:
-            return StepResult(self.step_id, [[token] for token in tokens])
-        rest = iter(tokens)
-        return StepResult(self.step_id, [list(islice(rest, count)) for count in self.counts])
+        rows = [[token] for token in tokens]
+        if self.counts is not None:
+            rest = iter(tokens)
+            rows = [list(islice(rest, count)) for count in self.counts]
+        return StepResult(self.step_id, rows, self.logprobs, self.prompt_logprobs)
 
 
 @dataclass(frozen=True, slots=True)

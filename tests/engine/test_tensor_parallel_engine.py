@@ -10,16 +10,33 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.types import StepPlan
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
-from utils.errors import ConfigError, StepError, WorkerDiedError
+from utils.errors import ConfigError, RequestError, StepError, WorkerDiedError
 
 PROMPTS = random_prompts([20, 3, 37, 9], seed=31)
 PARAMS = [
     SamplingParams(temperature=temperature, max_tokens=12, ignore_eos=True, seed=i)
     for i, temperature in enumerate([0.0, 0.0, 0.8, 1.5])
+]
+
+
+def _halved(token_ids: list[int], logits: Tensor) -> Tensor:
+    return logits / (1 + len(token_ids) % 2)
+
+
+_WANTED: list[dict[str, Any]] = [
+    {"temperature": 0.9, "top_k": 30, "top_p": 0.8},
+    {"temperature": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.5},
+    {"min_p": 0.1, "min_tokens": 4, "stop_token_ids": list(range(200))},
+    {"logits_processors": [_halved], "logprobs": 3, "prompt_logprobs": 2},
+]
+SPECIAL = [
+    SamplingParams(max_tokens=12, ignore_eos=True, seed=i, **values)
+    for i, values in enumerate(_WANTED)
 ]
 # Few blocks, so that requests are thrown out and recomputed.
 OPTIONS: dict[str, Any] = {
@@ -51,9 +68,17 @@ def test_tokens_are_those_of_one_process(
     path = checkpoints[name]
     with LLM(path, **OPTIONS) as llm:
         expected = _tokens(llm)
+        special = llm.generate(PROMPTS, SPECIAL, use_tqdm=False)
     with LLM(path, tensor_parallel_size=size, pipeline_depth=depth, **OPTIONS) as llm:
         assert _tokens(llm) == expected
         assert _tokens(llm) == expected
+        outputs = llm.generate(PROMPTS, SPECIAL, use_tqdm=False)
+        with pytest.raises(RequestError, match="the ranks cannot be sent them"):
+            llm.generate([[1]], SamplingParams(logits_processors=[lambda ids, x: x]))
+    assert [out["token_ids"] for out in outputs] == [out["token_ids"] for out in special]
+    for kind in ("logprobs", "prompt_logprobs"):
+        for ours, theirs in zip(outputs[3][kind], special[3][kind], strict=True):
+            assert ours == (theirs if theirs is None else pytest.approx(theirs, abs=1e-4))
 
 
 def test_an_engine_whose_rank_is_killed_can_be_closed_and_built_again(
