@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layers.kernels.launch import has_triton
+
 
 @dataclass(frozen=True, slots=True)
 class Filters:
@@ -99,7 +101,17 @@ def penalize(
 
 
 def thresholds(logits: Tensor, filters: Filters) -> Tensor:
-    """[R] float32: the least logit of each row whose token may be drawn.
+    """[R] float32: the least logit of each row whose token may be drawn."""
+    if logits.is_cuda and has_triton():
+        from layers.kernels import thresholds as kernel
+
+        found: Tensor = kernel.thresholds(logits, filters)
+        return found
+    return thresholds_reference(logits, filters)
+
+
+def thresholds_reference(logits: Tensor, filters: Filters) -> Tensor:
+    """As `thresholds`, by sorting.
 
     top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that
     together reach the probability p (nucleus sampling, Holtzman et al., 2020); min_p those at

@@ -26,6 +26,7 @@ from layers.kernels.skinny_linear import (
     supports_skinny_linear,
 )
 from layers.sampler import gumbel_noise
+from tests.kernels.filters import check_thresholds
 
 pytestmark = pytest.mark.gpu
 
@@ -300,3 +301,11 @@ def test_dependent_launch_changes_nothing(tokens: int) -> None:
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize(("rows", "vocab_size"), [(1, 151_936), (256, 151_936), (33, 4096)])
+def test_thresholds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    logits = _randn(rows, vocab_size, dtype=dtype) * 3
+    logits[::5] = logits[::5].round()
+    check_thresholds(logits, rows)

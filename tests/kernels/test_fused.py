@@ -41,6 +41,7 @@ if INTERPRET and HAS_TRITON:
         skinny_splits,
         supports_skinny_linear,
     )
+    from tests.kernels.filters import check_thresholds
 
     # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
     _patch = interpreter._patch_lang_tensor
@@ -241,3 +242,17 @@ def test_staging_by_kernel(seed: int) -> None:
 def test_staging_of_a_padded_prefill(seed: int) -> None:
     plans = [p for p in random_plans(seed, 4, 90, decodes=False) if p.prefill]
     check_prefill(_slot_tables(True), _slot_tables(False), plans, 500)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [1, 37, 5000])
+def test_thresholds(dtype: torch.dtype, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (torch.randn(24, vocab_size, generator=generator) * 4).to(dtype)
+    logits[3:6] -= 50
+    logits[6:9, vocab_size // 3 + 1 :] = float("-inf")
+    logits[9:12] = logits[9:12].round()
+    check_thresholds(logits, vocab_size)
+    # Rows may be strided, and one does not depend on the others.
+    check_thresholds(logits[::2, : max(1, vocab_size - 2)], 7)
