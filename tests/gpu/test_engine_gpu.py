@@ -91,6 +91,26 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch() -> None:
     assert together[5]["token_ids"] == alone[0]["token_ids"]
 
 
+def test_special_requests_beside_plain_ones_in_captured_steps(reference: Any) -> None:
+    """All of them greedy by one way or another; the second call replays what the first captured."""
+    prompts = random_prompts(16, 100)
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"temperature": 0, "logprobs": 2, "prompt_logprobs": 0},
+    ]
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, **ways[i % 4]) for i in range(16)]
+    with LLM(TINY, **SMALL) as llm:
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            tokens = [out["token_ids"] for out in outputs]
+            assert worst_gap(reference, prompts, tokens) < TIE
+            for out in outputs[3::4]:
+                assert [next(iter(entry)) for entry in out["logprobs"]] == out["token_ids"]
+                assert len(out["prompt_logprobs"]) == len(out["prompt_token_ids"])
+
+
 def test_two_engines_share_one_device(reference: Any) -> None:
     prompts = random_prompts(4, 100)
     with LLM(TINY, **SMALL) as one, LLM(TINY, enforce_eager=True, **SMALL) as two:
