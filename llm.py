@@ -15,12 +15,10 @@ from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
 from utils.progress import Progress
+from utils.prompts import Prompt, Prompts, params_per_prompt, templated, tokenized
 from utils.text import TextReader, decoder
 
 __all__ = ["LLM", "SamplingParams"]
-
-Prompt = str | list[int]
-Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
 
 
 class LLM:
@@ -166,7 +164,7 @@ class LLM:
         self._check_open()
         several = isinstance(messages, list) and messages and isinstance(messages[0], list)
         conversations: list[Any] = messages if several else [messages]
-        prompts = [self._templated(one) for one in conversations]
+        prompts = [templated(self._tokenizer, one) for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
@@ -269,8 +267,8 @@ class LLM:
     ) -> list[list[Sequence]]:
         """Queue the requests of all prompts, or none of them; `n` for each."""
         self._check_open()
-        token_lists = self._tokenized(prompts)
-        per_prompt = self._params_per_prompt(params, len(token_lists))
+        token_lists = tokenized(self._tokenizer, prompts)
+        per_prompt = params_per_prompt(params, len(token_lists))
         groups: list[list[Sequence]] = []
         try:
             for tokens, one in zip(token_lists, per_prompt, strict=True):
@@ -325,80 +323,6 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the LLM was closed; construct a new one")
-
-    def _tokenized(self, prompts: Prompts) -> list[list[int]]:
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if not isinstance(prompts, (list, tuple)):
-            raise RequestError(
-                "prompts", prompts, "is no list of prompts", "Give a list of texts or token ids."
-            )
-        if prompts and isinstance(prompts[0], int):
-            prompts = [prompts]
-        return [self._tokenize(prompt) for prompt in prompts]  # type: ignore[arg-type]
-
-    def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, (list, tuple)):
-            return list(prompt)
-        if not isinstance(prompt, str):
-            raise RequestError(
-                "prompt", prompt, "is neither text nor token ids", "Give a str or a list of int."
-            )
-        if self._tokenizer is None:
-            raise RequestError(
-                "prompt",
-                prompt,
-                "the checkpoint has no tokenizer",
-                "Give token ids, or add the tokenizer's files to the folder.",
-            )
-        try:
-            return list(self._tokenizer.encode(prompt))
-        except (TypeError, ValueError) as error:
-            raise RequestError(
-                "prompt", prompt, f"the tokenizer refuses it ({error})", "Give valid Unicode."
-            ) from error
-
-    @staticmethod
-    def _params_per_prompt(
-        params: SamplingParams | list[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        if params is None:
-            params = SamplingParams()
-        per_prompt = params if isinstance(params, list) else [params] * count
-        if len(per_prompt) != count:
-            raise RequestError(
-                "sampling_params",
-                f"{len(per_prompt)} of them",
-                f"there are {count} prompts",
-                "Give one SamplingParams for all prompts or one for each.",
-            )
-        for one in per_prompt:
-            if not isinstance(one, SamplingParams):
-                raise RequestError(
-                    "sampling_params", one, "is no SamplingParams", "Construct a SamplingParams."
-                )
-        return per_prompt
-
-    def _templated(self, messages: Any) -> list[int]:
-        """The prompt's tokens of a conversation."""
-        template = getattr(self._tokenizer, "chat_template", None)
-        if self._tokenizer is None or template is None:
-            raise RequestError(
-                "messages", messages, "the checkpoint has no chat template", "Use generate()."
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        # Templates are code of the checkpoint and raise what they like.
-        except Exception as error:
-            raise RequestError(
-                "messages",
-                messages,
-                f"the chat template refuses them ({error})",
-                'Give a list of {"role": ..., "content": ...}.',
-            ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 def _over(group: list[Sequence]) -> bool:

@@ -36,7 +36,7 @@ class SamplingParams:
         top_p: keep the most likely tokens up to this share of the probability, in (0, 1].
         top_k: keep this many of the most likely tokens; 0 or -1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
-        repetition_penalty: above 0; logits of tokens in prompt or output are divided by it if
+        repetition_penalty: 1e-6 to 1e6; logits of tokens in prompt or output are divided by it if
             positive, multiplied if negative. 1 changes nothing.
         presence_penalty: in [-2, 2]; subtracted from the logit of every token in the output.
         frequency_penalty: in [-2, 2]; the same, times its count in the output.
@@ -190,11 +190,13 @@ def _integer(low: int, fix: str, *, optional: bool = False) -> _Rule:
     return _Rule(lambda v: (optional and v is None) or (_is_int(v) and v >= low), words, fix)
 
 
-def _number(low: float, high: float, fix: str) -> _Rule:
-    def allows(value: Any) -> bool:
-        return (_is_int(value) or isinstance(value, float)) and low <= value <= high
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and low <= value <= high
 
-    return _Rule(allows, f"a number from {low:.0f} to {high:.0f}", fix)
+
+def _number(low: float, high: float, fix: str) -> _Rule:
+    words = f"a number from {low:.0f} to {high:.0f}"
+    return _Rule(lambda v: _is_number(v, low, high), words, fix)
 
 
 def _several(allows: Callable[[Any], bool], words: str, fix: str) -> _Rule:
@@ -213,13 +215,13 @@ _TEXT = _Rule(lambda v: isinstance(v, str), "a str", 'Use "" for none.')
 _RULES = {
     "temperature": _number(0, MAX_TEMPERATURE, "Use 0 for greedy decoding."),
     "top_p": _Rule(
-        lambda v: _number(0, 1, "").allows(v) and v > 0, "a number in (0, 1]", "Use 1 to keep all."
+        lambda v: _is_number(v, 0, 1) and v > 0, "a number in (0, 1]", "Use 1 to keep all."
     ),
     "top_k": _integer(-1, "Use 0 to keep all."),
     "min_p": _number(0, 1, "Use 0 to keep all."),
     "repetition_penalty": _Rule(
-        lambda v: _number(0, float("inf"), "").allows(v) and 0 < v < float("inf"),
-        "a number above 0",
+        lambda v: _is_number(v, 1e-6, 1e6),
+        "a number above 0, from 1e-6 to 1e6",
         "Use 1 for none.",
     ),
     "presence_penalty": _number(-2, 2, "Use 0 for none."),

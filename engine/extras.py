@@ -239,7 +239,8 @@ def _parameters(new: NewRequest) -> tuple[float, ...]:
     """A request's columns; float32 holds integers up to 2^24 exactly."""
     s = new.sampling
     num_prompt = len(new.token_ids) - new.num_output_tokens
-    filters = (s.temperature, min(s.top_k, 1 << 24), s.top_p, s.min_p)
+    # A top_p that float32 took for 0 would be reached by nothing.
+    filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
 
 

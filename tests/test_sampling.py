@@ -139,7 +139,7 @@ def test_every_parameter_changes_something(llm: LLM, index: int) -> None:
 
 def test_top_k_1_and_a_tiny_top_p_are_greedy(llm: LLM) -> None:
     greedy = _tokens(llm, PROMPTS, SamplingParams(temperature=0, ignore_eos=True))
-    for values in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+    for values in ({"top_k": 1}, {"top_p": 1e-9}, {"top_p": 1e-300}, {"min_p": 1.0}):
         assert _tokens(llm, PROMPTS, SamplingParams(ignore_eos=True, **values)) == greedy
 
 
@@ -152,6 +152,27 @@ def test_min_tokens_puts_the_end_off(llm: LLM) -> None:
     (later,) = _tokens(llm, [PROMPTS[1]], SamplingParams(**ends, min_tokens=5))
     assert end not in later[:5]
     assert len(later) >= 6 or later[-1] == end
+
+
+@pytest.mark.parametrize("min_tokens", [1, 5])
+def test_min_tokens_is_exact_and_log_probabilities_are_the_models_own(
+    llm: LLM, model: Any, min_tokens: int
+) -> None:
+    """A request alone, whose only wish is to end at once."""
+
+    def wish(token_ids: list[int], logits: Tensor) -> Tensor:
+        logits[9] += 1e4
+        return logits
+
+    params = SamplingParams(
+        stop_token_ids=[9], min_tokens=min_tokens, logits_processors=[wish], logprobs=0, seed=1
+    )
+    (out,) = llm.generate([PROMPTS[1]], params, use_tqdm=False)
+    assert len(out["token_ids"]) == min_tokens + 1
+    assert out["token_ids"].index(9) == min_tokens
+    expected = _reference_logprobs(model, PROMPTS[1], out["token_ids"])[19:]
+    for i, (token, entry) in enumerate(zip(out["token_ids"], out["logprobs"], strict=True)):
+        assert abs(entry[token] - float(expected[i, token])) <= 1e-4
 
 
 def test_logits_processors_see_the_tokens_and_change_the_logits(llm: LLM) -> None:

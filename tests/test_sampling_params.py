@@ -33,7 +33,7 @@ def test_frozen() -> None:
         {"top_k": 10**12},
         {"min_p": 0},
         {"min_p": 1.0},
-        {"repetition_penalty": 1e-3},
+        {"repetition_penalty": 1e-6},
         {"presence_penalty": -2},
         {"frequency_penalty": 2.0},
         {"min_tokens": 64},
