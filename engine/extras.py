@@ -141,6 +141,8 @@ class Extras:
         self._staging = Staging(device, 1 << 16)
         self._requests: dict[int, NewRequest] = {}
         self._parameters = np.zeros((num_slots, 8), dtype=np.float32)
+        self._decode: tuple[int, ...] | None = None
+        self._decode_extras: StepExtras | None = None
 
     def of(self, plan: StepPlan) -> StepExtras | None:
         """What the plan's rows ask for, None if nothing; to be called for every plan."""
@@ -150,10 +152,18 @@ class Extras:
                 self._parameters[new.slot] = _parameters(new)
             else:
                 self._requests.pop(new.slot, None)
-        requests = self._requests
-        if not requests:
+        if not self._requests:
             return None
-        slots = plan.sampled_slots
+        if plan.prefill or plan.new_requests:
+            self._decode = None
+            return self._found(plan)
+        if plan.decode != self._decode:
+            # Most steps decode the same requests as the one before.
+            self._decode, self._decode_extras = plan.decode, self._found(plan)
+        return self._decode_extras
+
+    def _found(self, plan: StepPlan) -> StepExtras | None:
+        requests, slots = self._requests, plan.sampled_slots
         special = [(row, requests[slot]) for row, slot in enumerate(slots) if slot in requests]
         chunks = self._prompt_chunks(plan)
         if not special and not chunks:
