@@ -68,6 +68,12 @@ def test_a_process_that_fails_says_why(setting: Setting) -> None:
         EngineProcess("vllm", setting)
 
 
+def test_a_process_that_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.bench.processes._SERVE", "import os; os._exit(7)")
+    with pytest.raises(EngineFailedError, match="ended with exit code 7"):
+        EngineProcess("ours", Setting("", "float32", "cpu", 256))
+
+
 class _Process:
     """An engine without a process: `bad` does not start, `late` fails at its second run."""
 
