@@ -42,7 +42,7 @@ from typing import Any
 import torch
 
 from config import Config
-from utils.bench.compare import Contender, judge, measure_engines, rows_of
+from utils.bench.compare import Contender, figures_of, judge, measure_engines, rows_of
 from utils.bench.engines import ENGINES, Setting
 from utils.bench.environment import environment
 from utils.bench.limits import Limits
@@ -163,8 +163,7 @@ def compare(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
         write_report(args.report, about, found, rows)
         print(f"report: {args.report / 'README.md'}")
-    problems = {one.engine: one.problem for one in found if one.problem}
-    return {"environment": about, "rows": [asdict(row) for row in rows], "problems": problems}
+    return figures_of(about, found, rows)
 
 
 def profile_ours(args: argparse.Namespace, path: Path) -> Profile:
@@ -249,8 +248,8 @@ def main() -> None:
             figures["overlap"] = asdict(found)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
-    if problems := figures.get("problems"):
-        sys.exit(f"no rates of {', '.join(problems)}")
+    if failed := [one["engine"] for one in figures.get("engines", []) if one["problem"]]:
+        sys.exit(f"no rates of {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class LLM:
 
     Args:
         model: checkpoint folder or hub name.
-        options: any field of `Config`.
+        options: any field of `Config`, and `preset` for several at once (docs/presets.md).
 
     Raises:
         ConfigError, CheckpointError, OutOfMemoryError: see `utils.errors`.

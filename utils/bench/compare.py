@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -262,3 +262,19 @@ def rows_of(
                 )
             )
     return rows
+
+
+def figures_of(
+    about: dict[str, str], found: Sequence[Measured], rows: Sequence[Row]
+) -> dict[str, Any]:
+    """All of a comparison but outputs and traces, as plain data."""
+    engines = [
+        {
+            "engine": one.engine,
+            "startup_seconds": one.startup_seconds,
+            "construct_seconds": one.construct_seconds,
+            "problem": one.problem,
+        }
+        for one in found
+    ]
+    return {"environment": about, "engines": engines, "rows": [asdict(row) for row in rows]}

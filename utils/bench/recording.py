@@ -141,9 +141,9 @@ class _RecordedRunner(LocalRunner):
         return _RecordedHandle(plan.step_id, handle, recorder)
 
     def _staged(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def stage(*args: Any) -> Any:
+        def stage(*args: Any, **kwargs: Any) -> Any:
             with self._recorder.phase(self._step_id, "stage"):
-                return method(*args)
+                return method(*args, **kwargs)
 
         return stage
 

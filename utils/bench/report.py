@@ -8,10 +8,9 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from utils.bench.compare import Measured, Row
+from utils.bench.compare import Measured, Row, figures_of
 
 # File names of the plots and what they show.
 CAPTIONS = {
@@ -53,7 +52,7 @@ def write_report(
     watched = max({name for one in good for name in one.traces}, key=tokens.__getitem__, default="")
     traces = {one.engine: one.traces[watched] for one in good if watched in one.traces}
     drawn = draw_plots(folder, rows, traces)
-    results = {"environment": about, "rows": [asdict(row) for row in rows]}
+    results = figures_of(about, found, rows)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     parts = [
         "# Comparison of engines",
