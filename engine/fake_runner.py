@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from config import Config
 from engine.types import (
+    BlockCopy,
     KVGeometry,
     ModelRunner,
     PrefillChunk,
@@ -221,6 +222,21 @@ class FakeRunner(ModelRunner):
             _require(valid, f"there are no such blocks as {update.block_ids}")
             slot.table[first:end] = update.block_ids
             slot.fresh.extend(range(first, end))
+        self._copy(plan.block_copies)
+
+    def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
+        targets = [copy.target for copy in copies]
+        clear = set(targets).isdisjoint(copy.source for copy in copies)
+        _require(clear and len(set(targets)) == len(targets), f"copies that overlap: {copies}")
+        size = self._geometry.block_size
+        for source, target in ((copy.source, copy.target) for copy in copies):
+            blocks = range(self._geometry.num_blocks)
+            _require(source in blocks and target in blocks, f"no such blocks: {source}, {target}")
+            users = self._users(target)
+            _require(not users, f"block {target} is overwritten while slots {users} use it")
+            to, start = target * size, source * size
+            self._entries[to : to + size] = self._entries[start : start + size]
+            self._page_sums[target] = self._page_sums[source]
 
     def _prefill(self, chunk: PrefillChunk) -> int:
         slot = self._running(chunk.slot)
@@ -281,13 +297,15 @@ class FakeRunner(ModelRunner):
             if place * size < slot.num_computed:
                 continue
             block = slot.table[place]
-            for handle in self._in_flight:
-                users = [user for user, table in handle.tables.items() if block in table]
-                _require(
-                    not users, f"block {block} goes to slot {index} while slots {users} use it"
-                )
+            users = self._users(block)
+            _require(not users, f"block {block} goes to slot {index} while slots {users} use it")
             self._poison(block)
         slot.fresh.clear()
+
+    def _users(self, block: int) -> list[int]:
+        """Slots that may touch the block in a step in flight."""
+        tables = [item for handle in self._in_flight for item in handle.tables.items()]
+        return [slot for slot, table in tables if block in table]
 
     def _poison(self, block: int) -> None:
         size = self._geometry.block_size

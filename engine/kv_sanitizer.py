@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from engine.types import (
+    BlockCopy,
     BlockManager,
     CacheStats,
     KVGeometry,
@@ -65,7 +66,8 @@ class SanitizedBlocks(BlockManager):
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         cached = self._inner.begin(request_id, token_ids, cache_salt)
-        for block in self._inner.table(request_id):
+        num_shared = cached // self.block_size
+        for block in self._inner.table(request_id)[:num_shared]:
             if self.filled[block] < self.block_size:
                 raise self.error(
                     request_id,
@@ -74,18 +76,14 @@ class SanitizedBlocks(BlockManager):
                     "positions are written",
                 )
             self.holders[block].add(request_id)
+        self._hand_out(request_id, num_shared)
         return cached
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
         before = len(self._inner.table(request_id))
         if not self._inner.grow(request_id, num_tokens):
             return False
-        for block in self._inner.table(request_id)[before:]:
-            if self.holders[block]:
-                others = sorted(self.holders[block])
-                raise self.error(request_id, block, f"handed out while requests {others} hold it")
-            self.holders[block].add(request_id)
-            self._kill(block)
+        self._hand_out(request_id, before)
         return True
 
     def table(self, request_id: int) -> list[int]:
@@ -104,6 +102,9 @@ class SanitizedBlocks(BlockManager):
                 self._kill(block)
         self._inner.release(request_id)
 
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        return self._inner.take_copies()
+
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
         return self._inner.pending(token_ids, cache_salt)
 
@@ -121,6 +122,15 @@ class SanitizedBlocks(BlockManager):
     def error(self, request_id: int, block: int, problem: str) -> KVSanitizerError:
         """An error that names them and the step."""
         return KVSanitizerError(self.step_id, request_id, block, problem)
+
+    def _hand_out(self, request_id: int, first: int) -> None:
+        """The table's blocks from `first` on are new."""
+        for block in self._inner.table(request_id)[first:]:
+            if self.holders[block]:
+                others = sorted(self.holders[block])
+                raise self.error(request_id, block, f"handed out while requests {others} hold it")
+            self.holders[block].add(request_id)
+            self._kill(block)
 
     def _kill(self, block: int) -> None:
         self._dead.add(block)
@@ -171,6 +181,8 @@ class SanitizedRunner(ModelRunner):
         for update in plan.block_updates:
             table, first = self._slots[update.slot].table, update.first_index
             table[first : first + len(update.block_ids)] = update.block_ids
+        for copy in plan.block_copies:
+            self._copy(copy)
         for chunk in plan.prefill:
             self._compute(chunk.slot, chunk.start, chunk.num_tokens)
         for slot in plan.decode:
@@ -183,6 +195,20 @@ class SanitizedRunner(ModelRunner):
 
     def _enter(self, new: NewRequest) -> None:
         self._slots[new.slot] = _Slot(new.request_id)
+
+    def _copy(self, copy: BlockCopy) -> None:
+        """Check a copy, and count its target as written as far as its source is."""
+        blocks, target = self._blocks, copy.target
+        holders, filled = sorted(blocks.holders[target]), blocks.filled[copy.source]
+        if len(holders) != 1:
+            raise blocks.error(min(holders, default=-1), target, f"copied to; holders {holders}")
+        if filled < blocks.block_size:
+            raise blocks.error(
+                holders[0],
+                copy.source,
+                f"copied, and {filled} of its {blocks.block_size} positions are written",
+            )
+        blocks.filled[target] = filled
 
     def _compute(self, index: int, start: int, num_tokens: int) -> None:
         """Check one row of the plan, and count its positions as written."""

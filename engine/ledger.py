@@ -241,6 +241,7 @@ class Ledger:
             tuple(updates),
             tuple(self._chunks),
             tuple(self._decode),
+            self._blocks.take_copies(),
         )
         self._new, self._grown, self._chunks, self._decode = {}, {}, [], []
         self._next_step_id += 1

@@ -108,6 +108,7 @@ class LocalRunner(ModelRunner):
                 config.max_num_seqs, config.max_model_len, config.kvcache_block_size, self._device
             )
             self._extras = Extras(config.max_num_seqs, self._device)
+            self._cache: KVCache | None = None
             self._kv: list[KVLayer] = []
             self._decode_step: DecodeStep | None = None
             self._prefill_step: PrefillStep | None = None
@@ -146,7 +147,7 @@ class LocalRunner(ModelRunner):
         self._closed = True
         self._launcher.close()
         self._decode_step = self._prefill_step = self._poison = None
-        del self._model, self._backend, self._kv, self._tables
+        del self._model, self._backend, self._cache, self._kv, self._tables
         release_device(self._device)
 
     def _make_launcher(self, config: Config) -> Launcher:
@@ -177,7 +178,8 @@ class LocalRunner(ModelRunner):
         )
 
     def _allocate(self, geometry: KVGeometry) -> None:
-        self._kv = KVCache(geometry, self._dtype, self._device).layers()
+        self._cache = KVCache(geometry, self._dtype, self._device)
+        self._kv = self._cache.layers()
         if self._captures:
             tables = self._tables
             self._decode_step = DecodeStep(
@@ -206,7 +208,7 @@ class LocalRunner(ModelRunner):
         if self._decode_step is not None and self._prefill_step is not None:
             self._compile(self._decode_step, self._prefill_step)
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
-        self._kv, self._decode_step, self._prefill_step = [], None, None
+        self._cache, self._kv, self._decode_step, self._prefill_step = None, [], None, None
         torch.cuda.empty_cache()
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
@@ -269,6 +271,9 @@ class LocalRunner(ModelRunner):
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepOutput:
+        assert self._cache is not None
+        for copy in plan.block_copies:
+            self._cache.copy_block(copy.source, copy.target)
         extras = self._extras.of(plan)
         return StepOutput(self._run_plain(plan)) if extras is None else self._run_with(extras, plan)
 

@@ -79,6 +79,14 @@ class BlockUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """All positions of block `source`, in every layer, are copied to block `target`."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """Compute positions [start, start + num_tokens) of a slot; earlier ones are in the cache.
 
@@ -96,12 +104,15 @@ class PrefillChunk:
 class StepPlan:
     """One step of the model, as pure data: what changed, then what to compute.
 
-    A runner applies `new_requests`, then `block_updates`, then computes the rows: the prefill
-    chunks in order, then for each slot in `decode` the one position after those computed so
-    far, whose token the runner itself sampled (or received) before.
+    A runner applies `new_requests`, then `block_updates`, then makes the `block_copies`, then
+    computes the rows: the prefill chunks in order, then for each slot in `decode` the one
+    position after those computed so far, whose token the runner itself sampled (or received)
+    before.
 
     Attributes:
         step_id: 0, 1, 2, ... in order of planning.
+        block_copies: in any order; no target is a source or another one's target. What a source
+            holds was written by earlier steps; later ones may write to it.
         poisoned_blocks: blocks to fill with NaN before anything else; only the KV sanitizer
             sets it.
     """
@@ -111,6 +122,7 @@ class StepPlan:
     block_updates: tuple[BlockUpdate, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
+    block_copies: tuple[BlockCopy, ...] = ()
     poisoned_blocks: tuple[int, ...] = ()
 
     @property
@@ -247,10 +259,12 @@ class BlockManager(ABC):
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         """Start a block table and return how many leading tokens are in the cache already.
 
-        The returned number is a multiple of `block_size` below `len(token_ids)` (at least one
-        token is always computed, to have logits to sample from); 0 without prefix caching.
-        Only requests with the same `cache_salt` share blocks. Until `release` the caller only
-        appends to `token_ids`; the manager may go on reading it.
+        The returned number is below `len(token_ids)`: at least one token is always computed, to
+        have logits to sample from. 0 without prefix caching. The table has the blocks of these
+        tokens. If they end inside a block, that one is a free block taken for the request alone,
+        and `take_copies` says what has to be copied to it. Only requests with the same
+        `cache_salt` share blocks. Until `release` the caller only appends to `token_ids`; the
+        manager may go on reading it.
         """
 
     @abstractmethod
@@ -271,6 +285,14 @@ class BlockManager(ABC):
     @abstractmethod
     def release(self, request_id: int) -> None:
         """Drop the request's references. The caller knows that no step in flight uses them."""
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        """What has to be copied for the requests that have begun since the last call.
+
+        The caller puts them into the plan that it makes now. Up to here the sources are kept
+        from being handed out; nothing is copied for requests that were released before.
+        """
+        return ()
 
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
         """A longer cached prefix than `begin` would find now, if it is about to come.

@@ -50,9 +50,7 @@ class PagedBlockManager(BlockManager):
         if wanted > self.num_free_blocks:
             return False
         for _ in range(wanted):
-            block = self._take()
-            self._references[block] = 1
-            table.append(block)
+            table.append(self._take_new())
         return True
 
     def table(self, request_id: int) -> list[int]:
@@ -63,10 +61,20 @@ class PagedBlockManager(BlockManager):
 
     def release(self, request_id: int) -> None:
         for block in reversed(self._tables.pop(request_id)):
-            assert self._references[block] > 0, "release of a free block"
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._give(block)
+            self._drop(block)
+
+    def _take_new(self) -> int:
+        """A free block, of which there is one, with its first reference."""
+        block = self._take()
+        self._references[block] = 1
+        return block
+
+    def _drop(self, block: int) -> None:
+        """Give up a reference."""
+        assert self._references[block] > 0, "release of a free block"
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            self._give(block)
 
     def _take(self) -> int:
         """A block that nobody holds; there is one."""

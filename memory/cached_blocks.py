@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from config import Config
-from engine.types import CacheStats, KVGeometry, PendingPrefix
+from engine.types import BlockCopy, CacheStats, KVGeometry, PendingPrefix
 from memory.block_manager import PagedBlockManager
 from memory.eviction import CachedBlock, EvictionPolicy
 from utils.registry import construct, find_part
@@ -22,9 +22,9 @@ class _Request:
         last: the cached block that stands for its last published one; its salt before the first.
         num_published: leading blocks that can be found by others.
         twins: cached blocks that stand for equal ones of this request, which does not hold them.
-        num_hits: leading blocks that it found itself.
+        hits: blocks that it found; forgotten when it has got all blocks that it asked for.
+        num_cached: leading tokens that it found.
         next_block: key of its first unpublished block among the pending ones.
-        admitted: it has got the blocks that it asked for.
         publishes: False from a reset of the cache on.
     """
 
@@ -32,10 +32,10 @@ class _Request:
     salt: str
     last: CachedBlock | str
     num_published: int
-    num_hits: int
+    hits: list[CachedBlock] | None
+    num_cached: int
     twins: list[CachedBlock] = field(default_factory=list)
     next_block: tuple[CachedBlock | str, bytes] | None = None
-    admitted: bool = False
     publishes: bool = True
 
 
@@ -46,6 +46,9 @@ class CachingBlockManager(PagedBlockManager):
     it has not been given up for its space. Of equal blocks computed side by side only the first
     is published. A block is found through the one before it, so every hit is exact: the tokens
     of all blocks up to it were compared.
+
+    If all blocks of a prompt are found, the last one is copied: its last token has to be computed
+    once more, and nothing may be written to what others share.
 
     Subclasses keep the index: `find`, `link` and `unlink`.
 
@@ -65,6 +68,8 @@ class CachingBlockManager(PagedBlockManager):
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
         self._pending: dict[tuple[CachedBlock | str, bytes], int] = {}
+        # By request; each holds a reference to its source.
+        self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
@@ -101,21 +106,27 @@ class CachingBlockManager(PagedBlockManager):
                 self._idle.remove(node)
             self._references[node.block] += 1
             table.append(node.block)
-        last = hits[-1] if hits else cache_salt
-        self._requests[request_id] = _Request(token_ids, cache_salt, last, len(hits), len(hits))
-        return len(hits) * self._block_size
+        num_cached = len(hits) * self._block_size
+        if hits and num_cached == len(token_ids):
+            num_cached -= self._give_up_last(request_id, hits)
+        num_shared = num_cached // self._block_size
+        last = hits[num_shared - 1] if num_shared else cache_salt
+        self._requests[request_id] = _Request(
+            token_ids, cache_salt, last, num_shared, hits, num_cached
+        )
+        return num_cached
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
         if not super().grow(request_id, num_tokens):
             return False
         request = self._requests[request_id]
-        if not request.admitted:
+        if request.hits is not None:
             # Not in `begin`: a request that finds no space begins again and again.
-            request.admitted = True
-            for block in self._tables[request_id][: request.num_hits]:
-                self._cached[block].hits += 1
+            for node in request.hits:
+                node.hits += 1
+            request.hits = None
             self._queried_tokens += len(request.tokens)
-            self._hit_tokens += request.num_hits * self._block_size
+            self._hit_tokens += request.num_cached
             self._announce(request_id, request)
         return True
 
@@ -139,22 +150,32 @@ class CachingBlockManager(PagedBlockManager):
         self._announce(request_id, request)
 
     def release(self, request_id: int) -> None:
+        if copy := self._copies.pop(request_id, None):
+            self._drop(copy.source)
         super().release(request_id)
         self._withdraw(self._requests.pop(request_id))
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        copies = tuple(self._copies.values())
+        self._copies.clear()
+        for copy in copies:
+            # Whoever gets the block now writes to it in a later step.
+            self._drop(copy.source)
+        return copies
 
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
         if not self._pending:
             return None
         hits = self._match(token_ids, cache_salt)
         size, end = self._block_size, (len(hits) + 1) * self._block_size
-        if end >= len(token_ids):
+        if end > len(token_ids):
             return None
         key = hits[-1] if hits else cache_salt, self._block_tokens(token_ids, len(hits))
         request_id = self._pending.get(key)
         if request_id is None:
             return None
         theirs = self._requests[request_id].tokens
-        while end + size < len(token_ids):
+        while end + size <= len(token_ids):
             if token_ids[end : end + size] != theirs[end : end + size]:
                 break
             end += size
@@ -168,11 +189,23 @@ class CachingBlockManager(PagedBlockManager):
         for request in self._requests.values():
             request.publishes, request.next_block = False, None
 
+    def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
+        """Hold a copy of the last hit in its place, or nothing; tokens to be computed again."""
+        table = self._tables[request_id]
+        source = table.pop()
+        if self._block_size > 1 and self.num_free_blocks:
+            table.append(self._take_new())
+            self._copies[request_id] = BlockCopy(source, table[-1])
+            return 1
+        hits.pop()
+        self._drop(source)
+        return self._block_size
+
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
-        """The cached blocks that the tokens start with, all but the last token's."""
+        """The cached blocks that the tokens start with."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
-        for i in range((len(token_ids) - 1) // self._block_size):
+        for i in range(len(token_ids) // self._block_size):
             node = self.find(parent, self._block_tokens(token_ids, i))
             if node is None:
                 break

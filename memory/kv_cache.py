@@ -63,6 +63,11 @@ class KVCache:
                 "them. Lower num_kvcache_blocks, kvcache_memory_bytes or gpu_memory_utilization."
             ) from error
 
+    def copy_block(self, source: int, target: int) -> None:
+        """All layers of a block, in the order of the current stream."""
+        # One launch and, unlike indexing by several blocks at once, no temporary memory.
+        self.data[:, target] = self.data[:, source]
+
     def layers(self) -> list[KVLayer]:
         """The view of each layer."""
         return [KVLayer.of(pages) for pages in self.data]

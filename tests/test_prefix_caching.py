@@ -106,11 +106,33 @@ def test_a_follow_up_turn_finds_prompt_and_answer(llm: LLM) -> None:
     assert _hits(llm, [*prompt, *answer, 7, 8, 9]) == (30 + 40 - 1) // SIZE * SIZE
 
 
-def test_the_same_prompt_again_computes_its_last_block(llm: LLM) -> None:
-    (prompt,) = random_prompts([64], seed=2)
-    assert _hits(llm, prompt) == 0
-    assert _hits(llm, prompt) == 48
-    assert _hits(llm, [*prompt, 1]) == 64
+@pytest.mark.parametrize("manager", MANAGERS)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_known_prompt_computes_one_token(shipped: Path, manager: str, depth: int) -> None:
+    """And has the same output; the sanitizer sees that nothing which others share is written."""
+    whole, tail = random_prompts([64, 1], seed=2, vocab_size=4096)
+    outputs: list[list[list[int]]] = []
+    prefilled: list[int] = []
+    with LLM(
+        shipped,
+        device="cpu",
+        block_manager=manager,
+        pipeline_depth=depth,
+        kvcache_block_size=SIZE,
+        num_kvcache_blocks=40,
+        kv_sanitizer=True,
+    ) as llm:
+        for prompt in [whole, whole, whole + tail, whole]:
+            seqs = [llm._engine.add_request(prompt, GREEDY) for _ in range(2)]
+            prefilled.append(0)
+            while llm._engine.has_unfinished:
+                plan, _ = llm._engine.step()
+                prefilled[-1] += plan.num_prefill_tokens if plan else 0
+            outputs.append([seq.output_token_ids for seq in seqs])
+    assert prefilled == [64 + 1, 1 + 1, 1 + 1, 1 + 1]
+    with LLM(shipped, device="cpu", enable_prefix_caching=False) as llm:
+        alone, longer = _generate(llm, [whole])[0], _generate(llm, [whole + tail])[0]
+    assert outputs == [[alone] * 2, [alone] * 2, [longer] * 2, [alone] * 2]
 
 
 def test_a_salt_keeps_others_out(llm: LLM) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from engine.types import BlockManager, PendingPrefix
+from engine.types import BlockCopy, BlockManager, PendingPrefix
 from utils.errors import ContractError
 
 
@@ -39,36 +39,46 @@ class AuditedBlocks:
         self._keys: dict[int, list[int]] = {}
         self._holders: Counter[int] = Counter()
         self._content: dict[int, int] = {}
+        # Requests that wait for a copy: the block, and the key of what it has to hold.
+        self._uncopied: dict[int, tuple[int, int]] = {}
         self._check_count("a new manager")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        """Hits must be whole blocks, fewer than all tokens, and hold what the request needs."""
+        """Hits must be fewer than all tokens, and whole blocks that hold what the request needs.
+
+        But for the last one, which may be a block of its own that waits for a copy.
+        """
         require(request_id not in self._tables, f"begin({request_id}) of a request that has begun")
         salt = self.salts.get(request_id, cache_salt)
         require(cache_salt == salt, f"begin({request_id}) with salt {cache_salt!r}, not {salt!r}")
         cached = self.inner.begin(request_id, token_ids, cache_salt)
         table = self.inner.table(request_id)
         require(
-            cached % self._size == 0 and 0 <= cached < max(len(token_ids), 1),
+            0 <= cached < max(len(token_ids), 1),
             f"begin({request_id}) found {cached} of {len(token_ids)} tokens",
         )
         require(
-            len(table) == cached // self._size,
+            len(table) == -(-cached // self._size),
             f"begin({request_id}) found {cached} tokens and made a table of {len(table)} blocks",
         )
+        shared = table[: cached // self._size]
         keys = self._chain([hash(cache_salt)], token_ids, cached)
-        for index, block in enumerate(table):
+        for index, block in enumerate(shared):
             require(
                 self._content.get(block) == keys[index + 1],
                 f"begin({request_id}): block {block} is not known to hold the tokens before "
                 f"position {(index + 1) * self._size}",
             )
-        self._tables[request_id] = list(table)
+        self._tables[request_id] = list(shared)
         self._keys[request_id] = keys
-        self._holders.update(table)
+        self._holders.update(shared)
+        for block in table[len(shared) :]:
+            self._hand_out(request_id, block, f"begin({request_id})")
+            key = self._chain(list(keys), token_ids, len(table) * self._size)[-1]
+            self._uncopied[request_id] = block, key
         self.written[request_id] = cached
         self.num_hit_tokens += cached
         self._check_count(f"begin({request_id})")
@@ -87,16 +97,13 @@ class AuditedBlocks:
         require(len(table) == expected, f"{what} made a table of {len(table)} blocks")
         require(table[: len(mine)] == mine, f"{what} changed the blocks there were")
         for block in table[len(mine) :]:
-            require(0 <= block < self.inner.num_blocks, f"{what}: there is no block {block}")
-            require(not self._holders[block], f"{what}: block {block} is held already")
-            self._holders[block] = 1
-            self._content.pop(block, None)
-            mine.append(block)
+            self._hand_out(request_id, block, what)
         self._check_count(what)
         return grown
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
         """Only what a committed step wrote may be published."""
+        require(request_id not in self._uncopied, f"commit({request_id}) before `take_copies`")
         require(
             num_computed <= min(self.written[request_id], len(token_ids)),
             f"commit({request_id}) of {num_computed} positions, {self.written[request_id]} written",
@@ -117,22 +124,47 @@ class AuditedBlocks:
             if not self._holders[block]:
                 del self._holders[block]
         del self._keys[request_id], self.written[request_id]
+        self._uncopied.pop(request_id, None)
         self.inner.release(request_id)
         self._check_count(f"release({request_id})")
 
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        """One copy for each request that waits for one, of a block that holds what it needs."""
+        copies: tuple[BlockCopy, ...] = self.inner.take_copies()
+        wanted = dict(self._uncopied.values())
+        self._uncopied.clear()
+        require(
+            sorted(copy.target for copy in copies) == sorted(wanted),
+            f"take_copies() is {copies}, blocks {sorted(wanted)} need them",
+        )
+        for source, target in ((copy.source, copy.target) for copy in copies):
+            require(
+                self._content.get(source) == wanted[target],
+                f"take_copies(): block {source} does not hold what block {target} has to",
+            )
+        self._check_count("take_copies()")
+        return copies
+
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
-        """Whole blocks, fewer than all tokens, that a request which has begun will compute."""
+        """Whole blocks that a request which has begun will compute."""
         prefix: PendingPrefix | None = self.inner.pending(token_ids, cache_salt)
         if prefix is not None:
             size, what = self._size, f"pending({token_ids}) is {prefix}"
             require(prefix.request_id in self._tables, f"{what}: that request has not begun")
-            require(prefix.num_tokens % size == 0 < prefix.num_tokens < len(token_ids), what)
+            require(prefix.num_tokens % size == 0 < prefix.num_tokens <= len(token_ids), what)
         return prefix
 
     def check_idle(self) -> None:
         """No request holds a block, and every block is free."""
         require(not self._tables, f"requests {sorted(self._tables)} still hold block tables")
         self._check_count("at the end")
+
+    def _hand_out(self, request_id: int, block: int, what: str) -> None:
+        require(0 <= block < self.inner.num_blocks, f"{what}: there is no block {block}")
+        require(not self._holders[block], f"{what}: block {block} is held already")
+        self._holders[block] = 1
+        self._content.pop(block, None)
+        self._tables[request_id].append(block)
 
     def _chain(self, keys: list[int], token_ids: list[int], num_tokens: int) -> list[int]:
         """`keys`, the key of each prefix of whole blocks, extended to `num_tokens`; in place."""
@@ -142,7 +174,9 @@ class AuditedBlocks:
 
     def _check_count(self, what: str) -> None:
         free, held = self.inner.num_free_blocks, len(self._holders)
+        # A block that is still to be copied is not free; nor is it held, as far as one can tell.
+        missing = self.inner.num_blocks - free - held
         require(
-            free + held == self.inner.num_blocks,
+            0 <= missing <= len(self._uncopied),
             f"{what}: {free} blocks are free and {held} held, of {self.inner.num_blocks}",
         )

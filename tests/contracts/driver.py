@@ -183,7 +183,7 @@ class Driver:
             require(pickle.loads(data) == plan, f"{plan} changes when pickled")
             news = plan.new_requests
             limit = _PLAN_BYTES + _NEW_BYTES * len(news) + 8 * sum(len(n.token_ids) for n in news)
-            limit += _ROW_BYTES * (len(_rows(plan)) + len(plan.block_updates))
+            limit += _ROW_BYTES * len([*_rows(plan), *plan.block_updates, *plan.block_copies])
             limit += 4 * sum(len(update.block_ids) for update in plan.block_updates)
             require(len(data) <= limit, f"a plan of {len(data)} bytes: {plan}")
 

@@ -53,6 +53,7 @@ def run_chunk(seed: int, indices: range) -> Tally:
             preemptions=sum(seq.num_preemptions for seq in seqs),
             hit_tokens=driver.blocks.num_hit_tokens,
             evicted_blocks=driver.blocks.stats.evicted_blocks,
+            copied_blocks=sum(len(plan.block_copies) for plan in driver.plans),
         )
     return tally
 

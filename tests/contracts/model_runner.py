@@ -13,6 +13,7 @@ import pytest
 
 from config import Config
 from engine.types import (
+    BlockCopy,
     BlockUpdate,
     ModelRunner,
     NewRequest,
@@ -62,7 +63,15 @@ class Steps:
         self._next_step_id = 0
         self._in_slot: dict[int, Request] = {}
 
-    def enter(self, requests: list[Request], *, start: int = 0, count: int | None = None) -> None:
+    def enter(
+        self,
+        requests: list[Request],
+        *,
+        start: int = 0,
+        count: int | None = None,
+        decodes: list[Request] | tuple[()] = (),
+        copies: tuple[BlockCopy, ...] = (),
+    ) -> None:
         """New requests compute `count` positions from `start` on, all the rest if None."""
         news = [
             NewRequest(r.slot, 7, tuple(r.tokens), r.sampling, r.sampling.seed or 0)
@@ -70,7 +79,7 @@ class Steps:
         ]
         self._in_slot |= {r.slot: r for r in requests}
         updates = tuple(BlockUpdate(r.slot, 0, tuple(r.blocks)) for r in requests)
-        self._finish(self._execute(requests, start, count, (), tuple(news), updates))
+        self._finish(self._execute(requests, start, count, decodes, tuple(news), updates, copies))
 
     def chunk(self, request: Request, start: int, count: int, decodes: list[Request]) -> None:
         """A part of a prompt beside decodes."""
@@ -94,6 +103,7 @@ class Steps:
         decodes: list[Request] | tuple[()],
         news: tuple[NewRequest, ...] = (),
         updates: tuple[BlockUpdate, ...] = (),
+        copies: tuple[BlockCopy, ...] = (),
     ) -> tuple[StepPlan, StepHandle]:
         chunks = []
         for request in prefills:
@@ -101,7 +111,7 @@ class Steps:
             samples = start + num_tokens == len(request.tokens)
             chunks.append(PrefillChunk(request.slot, start, num_tokens, samples))
         slots = tuple(request.slot for request in decodes)
-        plan = StepPlan(self._next_step_id, news, updates, tuple(chunks), slots)
+        plan = StepPlan(self._next_step_id, news, updates, tuple(chunks), slots, copies)
         self._next_step_id += 1
         return plan, self.runner.execute(plan)
 
@@ -200,6 +210,23 @@ class ModelRunnerContract:
         steps.enter([second], start=32)
         steps.decode([first, second], 4)
         self.check(alone, [first, second])
+
+    def test_copies_of_blocks_that_another_request_computed(
+        self, steps: Steps, alone: Steps
+    ) -> None:
+        """Three requests begin with all but a token of a prompt, and go on beside its own."""
+        requests = self.requests()
+        first, others = requests[1], [requests[0], requests[2], requests[3]]
+        prompt, copies = first.tokens[:32], []
+        steps.enter([first])
+        spare = [block for block in range(NUM_BLOCKS) if block not in first.blocks]
+        for i, request in enumerate(others):
+            request.tokens, request.num_prompt = list(prompt), 32
+            request.blocks = [first.blocks[0], *spare[2 * i : 2 * i + 2]]
+            copies.append(BlockCopy(first.blocks[1], request.blocks[1]))
+        steps.enter(others, start=31, decodes=[first], copies=tuple(copies))
+        steps.decode(requests, 4)
+        self.check(alone, requests)
 
     def test_a_slot_and_blocks_that_were_used_before(self, steps: Steps, alone: Steps) -> None:
         old, new = self.requests()[1], self.requests()[0]

@@ -58,7 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     # Few words as long as blocks: equal blocks appear behind equal and other beginnings.
     @rule(
         words=st.lists(st.integers(0, 2), max_size=5),
-        tail=st.lists(st.integers(0, 49), min_size=1, max_size=3),
+        tail=st.lists(st.integers(0, 49), max_size=3),
         max_tokens=st.integers(1, 20),
         stop=st.sampled_from(_ENDS),
         priority=st.integers(0, 2),
@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             temperature=0, max_tokens=max_tokens, priority=priority, user=user, cache_salt=salt
         )
         with suppress(RequestTooLongError):
-            self._move("submit", prompt, params, stop_token_ids=stop)
+            self._move("submit", prompt or [0], params, stop_token_ids=stop)
 
     @precondition(lambda self: self.driver and self.driver.seqs)
     @rule(which=st.integers(0), tail=st.lists(st.integers(0, 49), min_size=1, max_size=3))

@@ -15,5 +15,6 @@ def test_random_traces_through_all_that_is_shipped() -> None:
     tally = fuzz(100_000, seed=seed, jobs=2, seconds=60)
     assert not tally.failures, f"seed {seed}: {tally.failures[0]}"
     # The traces are worth something only if these happen.
-    for name in ("aborted", "stopped", "preemptions", "hit_tokens", "evicted_blocks"):
+    happens = "aborted", "stopped", "preemptions", "hit_tokens", "evicted_blocks", "copied_blocks"
+    for name in happens:
         assert tally.counts[name] > tally.counts["traces"] / 100, name

@@ -13,7 +13,7 @@ import pytest
 
 from config import Config
 from engine.fake_runner import FakeModel, FakeRunner
-from engine.types import BlockUpdate, KVGeometry, NewRequest, PrefillChunk, StepPlan
+from engine.types import BlockCopy, BlockUpdate, KVGeometry, NewRequest, PrefillChunk, StepPlan
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError, ContractError, EngineClosedError
 
@@ -69,6 +69,30 @@ def test_a_prefix_in_the_cache_is_read() -> None:
     assert _play(FIRST, shared)[1:] == FakeModel().alone([*PROMPT[:8], 1], 1, seed=9)
 
 
+# The first eight positions, in pages 3 and 4; page 4 is copied from page 0.
+COPYING = StepPlan(
+    1,
+    (NewRequest(0, 1, PROMPT[:8], GREEDY, 9),),
+    (BlockUpdate(0, 0, (3, 4)),),
+    (PrefillChunk(0, 7, 1, True),),
+    block_copies=(BlockCopy(0, 4),),
+)
+
+
+def test_a_copied_block_is_read() -> None:
+    alone = FakeModel().alone([*PROMPT[:8]], 2, seed=9)
+    tokens = _play(
+        FIRST, COPYING, StepPlan(2, block_updates=(BlockUpdate(0, 2, (1,)),), decode=(0,))
+    )
+    assert tokens[1:] == alone
+
+
+@pytest.mark.parametrize("copies", [(), (BlockCopy(3, 4),), (BlockCopy(5, 4),)])
+def test_a_wrong_copy_changes_the_tokens(copies: tuple[BlockCopy, ...]) -> None:
+    alone = FakeModel().alone([*PROMPT[:8]], 1, seed=9)
+    assert _play(FIRST, replace(COPYING, block_copies=copies))[1:] != alone
+
+
 @pytest.mark.parametrize(
     "table",
     [(0, 3, 1), (3, 4, 1), (2, 0, 1), (3, 3, 1)],
@@ -116,6 +140,11 @@ _WRONG = {
     "a gap": [replace(FIRST, block_updates=(BlockUpdate(1, 1, (3,)),))],
     "no such blocks": [replace(FIRST, block_updates=(BlockUpdate(1, 0, (3, 6)),))],
     "no block for position 4": [replace(FIRST, block_updates=(BlockUpdate(1, 0, (3,)),))],
+    "no such blocks: 6, 4": [FIRST, replace(COPYING, block_copies=(BlockCopy(6, 4),))],
+    "copies that overlap": [
+        FIRST,
+        replace(COPYING, block_copies=(BlockCopy(0, 4), BlockCopy(4, 5))),
+    ],
     "an empty chunk": [replace(FIRST, prefill=(PrefillChunk(1, 0, 0, False),))],
     "are computed": [FIRST, StepPlan(1, prefill=(PrefillChunk(1, 0, 3, False),))],
     "10 tokens are known": [replace(FIRST, prefill=(PrefillChunk(1, 0, 11, True),))],
@@ -148,8 +177,11 @@ def test_slots_and_blocks_in_flight_are_not_for_others() -> None:
     )
     with pytest.raises(ContractError, match=r"block 2 goes to slot 0 while slots \[1\] use it"):
         runner.execute(other)
+    copying = replace(COPYING, step_id=3, block_copies=(BlockCopy(0, 3),))
+    with pytest.raises(ContractError, match=r"block 3 is overwritten while slots \[1\] use it"):
+        runner.execute(copying)
     first.result()
-    runner.execute(replace(other, step_id=3))
+    runner.execute(replace(other, step_id=4))
 
 
 def test_a_result_is_late_by_the_time_given() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from config import Config
 from engine.ledger import Ledger
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
+from engine.static_scheduler import StaticScheduler
 from engine.types import KVGeometry, PendingPrefix, StepResult
 from memory.prefix_cache import PrefixCacheManager
+from memory.radix_cache import RadixCacheManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 
@@ -49,6 +53,31 @@ def test_the_shared_part_of_many_prompts_is_computed_once(depth: int, budget: in
     driver.finish()
     least = 2048 + 256 * 128
     assert least <= _prefill_tokens(driver) <= 1.02 * least
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("scheduler", [ContinuousScheduler, StaticScheduler])
+@pytest.mark.parametrize("manager", [PrefixCacheManager, RadixCacheManager])
+def test_a_known_prompt_computes_one_token(manager: Any, scheduler: Any, depth: int) -> None:
+    driver = Driver(Setting(depth=depth), scheduler, manager)
+    _submit(driver, _prompt(64, 0, 0))
+    driver.finish()
+    # Of 4 blocks, of 4 blocks and a token, and of 3 blocks and all but a token of the next.
+    for prompt, least in [(64, 1), (65, 1), (63, 15)]:
+        for _ in range(2):
+            before = _prefill_tokens(driver)
+            _submit(driver, _prompt(prompt, 0, 0))
+            driver.finish()
+            assert _prefill_tokens(driver) - before == least
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_equal_prompts_that_come_together_are_computed_once(depth: int) -> None:
+    driver = _driver(num_blocks=64, max_num_seqs=8, depth=depth)
+    for _ in range(8):
+        _submit(driver, _prompt(64, 0, 0))
+    driver.finish()
+    assert _prefill_tokens(driver) == 64 + 7
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

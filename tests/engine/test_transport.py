@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.transport import Close, PlanDecoder, PlanEncoder, Ring, shared_file
-from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from engine.types import BlockCopy, BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from sampling_params import SamplingParams
 
 
@@ -103,6 +103,7 @@ _PLANS = st.builds(
     st.lists(st.builds(PrefillChunk, _INT, _INT, _INT, st.booleans()), max_size=3).map(tuple),
     # Few sets, so that they repeat.
     st.sampled_from([(), (1,), (2, 1), tuple(range(300))]),
+    st.lists(st.builds(BlockCopy, _INT, _INT), max_size=3).map(tuple),
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from config import Config
-from engine.types import CacheStats, KVGeometry, PendingPrefix
+from engine.types import BlockCopy, CacheStats, KVGeometry, PendingPrefix
 from memory.cached_blocks import CachingBlockManager
 from memory.eviction import CachedBlock
 from memory.prefix_cache import PrefixCacheManager
@@ -95,11 +95,85 @@ def test_what_was_not_committed_is_never_found(make: Make) -> None:
     assert _start(blocks, 1, _tokens(1, 2, 3)) == SIZE
 
 
-@pytest.mark.parametrize(("extra", "found"), [(0, 1), (1, 2), (SIZE, 2)])
-def test_at_least_one_token_is_left_to_compute(make: Make, extra: int, found: int) -> None:
+@pytest.mark.parametrize(
+    ("extra", "found"),
+    [(-1, SIZE), (0, 2 * SIZE - 1), (1, 2 * SIZE), (SIZE - 1, 2 * SIZE), (SIZE, 2 * SIZE)],
+)
+def test_one_token_of_a_known_prompt_is_left_to_compute(make: Make, extra: int, found: int) -> None:
     blocks = make()
     _serve(blocks, 0, _tokens(1, 2))
-    assert _start(blocks, 1, _tokens(1, 2) + [9] * extra) == found * SIZE
+    assert _start(blocks, 1, _tokens(1, 2, 9)[: 2 * SIZE + extra]) == found
+
+
+class TestCopies:
+    """All blocks of a prompt are found; the last one is copied."""
+
+    def test_of_the_last_block(self, make: Make) -> None:
+        blocks = make()
+        tokens = _tokens(1, 2)
+        _start(blocks, 0, tokens)
+        blocks.commit(0, tokens, len(tokens))
+        first, last = blocks.table(0)
+        for request_id in (1, 2):
+            assert _start(blocks, request_id, tokens) == 2 * SIZE - 1
+        mine, yours = blocks.table(1)[1], blocks.table(2)[1]
+        assert blocks.table(1) == [first, mine]
+        assert len({first, last, mine, yours}) == 4
+        assert blocks.take_copies() == (BlockCopy(last, mine), BlockCopy(last, yours))
+        assert blocks.take_copies() == ()
+        assert blocks.stats == CacheStats(6 * SIZE, 2 * (2 * SIZE - 1), 0, 2)
+        # Equal to a published one.
+        blocks.commit(1, tokens, len(tokens))
+        assert blocks.stats.cached_blocks == 2
+        for request_id in (0, 1, 2):
+            blocks.release(request_id)
+        assert blocks.num_free_blocks == 8
+
+    def test_their_sources_stay_until_they_are_planned(self, make: Make) -> None:
+        blocks = make(3)
+        _serve(blocks, 0, _tokens(1, 2))
+        assert _start(blocks, 1, _tokens(1, 2)) == 2 * SIZE - 1
+        assert blocks.num_free_blocks == 0
+        assert _start(blocks, 2, _tokens(7)) is None
+        ((source, target),) = ((copy.source, copy.target) for copy in blocks.take_copies())
+        assert blocks.table(1)[1] == target
+        assert _start(blocks, 2, _tokens(7)) == 0
+        assert blocks.table(2) == [source]
+        # The request that has the copy publishes it instead.
+        blocks.commit(1, _tokens(1, 2), 2 * SIZE)
+        blocks.release(2)
+        assert _start(blocks, 3, [*_tokens(1, 2), 0]) == 2 * SIZE
+        assert blocks.table(3)[1] == target
+
+    def test_are_not_made_without_space(self, make: Make) -> None:
+        blocks = make(2)
+        _serve(blocks, 0, _tokens(1, 2))
+        assert _start(blocks, 1, _tokens(1, 2)) == SIZE
+        assert blocks.take_copies() == ()
+        assert blocks.stats.hit_tokens == SIZE
+        blocks.release(1)
+        assert blocks.num_free_blocks == 2
+
+    def test_are_not_made_for_who_is_gone(self, make: Make) -> None:
+        blocks = make()
+        _serve(blocks, 0, _tokens(1, 2))
+        _start(blocks, 1, _tokens(1, 2))
+        blocks.release(1)
+        assert blocks.take_copies() == ()
+        assert blocks.num_free_blocks == 8
+        assert _start(blocks, 2, [*_tokens(1, 2), 0]) == 2 * SIZE
+
+    def test_survive_a_reset(self, make: Make) -> None:
+        blocks = make(3)
+        _serve(blocks, 0, _tokens(1, 2))
+        _start(blocks, 1, _tokens(1, 2))
+        blocks.reset_prefix_cache()
+        assert blocks.num_free_blocks == 0
+        (copy,) = blocks.take_copies()
+        assert copy.source not in blocks.table(1)
+        assert blocks.num_free_blocks == 1
+        blocks.release(1)
+        assert blocks.num_free_blocks == 3
 
 
 def test_generated_tokens_are_found_too(make: Make) -> None:
@@ -130,8 +204,8 @@ def test_the_salt_separates(make: Make) -> None:
     _serve(blocks, 0, tokens, "a")
     assert _serve(blocks, 1, tokens) == 0
     assert _serve(blocks, 2, tokens, "b") == 0
-    assert _serve(blocks, 3, tokens, "a") == 2 * SIZE
-    assert _serve(blocks, 4, tokens) == 2 * SIZE
+    assert _serve(blocks, 3, tokens, "a") == 3 * SIZE - 1
+    assert _serve(blocks, 4, tokens) == 3 * SIZE - 1
     assert _serve(blocks, 5, tokens, "\ud800") == 0
 
 
@@ -231,7 +305,7 @@ class TestReset:
         assert blocks.stats.cached_blocks == 0
         assert blocks.num_free_blocks == 4
         assert _serve(blocks, 1, _tokens(1, 2, 3)) == 0
-        assert _serve(blocks, 2, _tokens(1, 2, 3)) == 2 * SIZE
+        assert _serve(blocks, 2, _tokens(1, 2, 3)) == 3 * SIZE - 1
 
     @pytest.mark.parametrize("num_committed", [0, SIZE])
     def test_what_runs_is_not_published_any_more(self, make: Make, num_committed: int) -> None:
@@ -257,9 +331,11 @@ class TestPending:
         assert blocks.pending(_tokens(1, 2)) is None
         _start(blocks, 4, _tokens(1, 2, 3))
         assert blocks.pending(_tokens(1, 2, 3, 4)) == PendingPrefix(4, 3 * SIZE)
-        assert blocks.pending(_tokens(1, 2, 3)) == PendingPrefix(4, 2 * SIZE)
+        assert blocks.pending(_tokens(1, 2, 3)) == PendingPrefix(4, 3 * SIZE)
+        assert blocks.pending(_tokens(1, 2, 3)[:-1]) == PendingPrefix(4, 2 * SIZE)
         assert blocks.pending(_tokens(1, 9, 3)) == PendingPrefix(4, SIZE)
-        assert blocks.pending(_tokens(1)) is None
+        assert blocks.pending(_tokens(1)) == PendingPrefix(4, SIZE)
+        assert blocks.pending(_tokens(1)[:-1]) is None
         assert blocks.pending(_tokens(2, 3)) is None
         assert blocks.pending(_tokens(1, 2, 3), "salt") is None
 
@@ -346,11 +422,13 @@ def test_any_order_of_calls_gives_true_hits_and_keeps_the_count(
             found = _start(blocks, step, tokens)
             if found is None:
                 continue
-            assert found % SIZE == 0
+            assert found % SIZE == 0 or found == len(tokens) - 1
             assert found < len(tokens)
+            for copy in blocks.take_copies():
+                written[copy.target] = written[copy.source]
             running[step], computed[step] = tokens, found
             for i, block in enumerate(blocks.table(step)):
-                if i < found // SIZE:
+                if i * SIZE < found:
                     assert written[block] == tokens[: (i + 1) * SIZE]
                 else:
                     written.pop(block, None)
