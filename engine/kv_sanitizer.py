@@ -66,8 +66,9 @@ class SanitizedBlocks(BlockManager):
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         cached = self._inner.begin(request_id, token_ids, cache_salt)
-        num_shared = cached // self.block_size
-        for block in self._inner.table(request_id)[:num_shared]:
+        table = self._inner.table(request_id)
+        num_shared = len(table) - (cached % self.block_size > 0)
+        for block in table[:num_shared]:
             if self.filled[block] < self.block_size:
                 raise self.error(
                     request_id,

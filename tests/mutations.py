@@ -34,6 +34,7 @@ _PAGED, _CACHED, _PREFIX = (
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contracts/test_shipped.py")
 FUZZ = ("-m", "tests.contracts.fuzz", "--traces", "20000", "--jobs", "1", "--seed", "0")
 STARVATION = (*_PYTEST, "-k", "starves")
+MANAGERS = (*_PYTEST, "-k", "Manager")
 RUNNERS = (*_PYTEST, "-k", "LocalRunner")
 ATTENTION = (*_PYTEST[:-1], "tests/layers/attention/test_torch_sdpa.py")
 
@@ -145,8 +146,57 @@ MUTANTS = (
     _bug(
         "the last token of a whole-prompt hit is not computed",
         _CACHED,
-        "range((len(token_ids) - 1) // self._block_size)",
-        "range(len(token_ids) // self._block_size)",
+        "            return 1\n        hits.pop()\n",
+        "            return 0\n        hits.pop()\n",
+    ),
+    _bug(
+        "the last block of a whole-prompt hit is written by all that share it",
+        _CACHED,
+        "            table.append(self._take_new())\n"
+        "            self._copies[request_id] = BlockCopy(source, table[-1])\n",
+        "            table.append(source)\n",
+    ),
+    _bug(
+        "copy dropped: a plan goes without it",
+        _LEDGER,
+        "            self._blocks.take_copies(),\n",
+        "            self._blocks.take_copies()[1:],\n",
+    ),
+    _bug(
+        "copy dropped: only the manager forgets it",
+        _CACHED,
+        "        copies = tuple(self._copies.values())\n",
+        "        copies = tuple(self._copies.values())[1:]\n",
+    ),
+    _bug(
+        "wrong source: the first block of the prompt is copied",
+        _CACHED,
+        "BlockCopy(source, table[-1])",
+        "BlockCopy((table[:-1] or [source])[0], table[-1])",
+    ),
+    Mutant(
+        "the source of a copy is given up before the copy is planned",
+        (
+            Edit(
+                _CACHED,
+                "            self._copies[request_id] = BlockCopy(source, table[-1])\n",
+                "            self._copies[request_id] = BlockCopy(source, table[-1])\n"
+                "            self._drop(source)\n",
+            ),
+            Edit(_CACHED, "later step.\n            self._drop(copy.source)\n", "later step.\n"),
+            Edit(
+                _CACHED,
+                "            self._drop(copy.source)\n        super().release",
+                "            pass\n        super().release",
+            ),
+        ),
+    ),
+    _bug(
+        "a copy is made for who was released before it was planned",
+        _CACHED,
+        "        if copy := self._copies.pop(request_id, None):\n",
+        "        if copy := self._copies.get(request_id):\n",
+        MANAGERS,
     ),
     _bug(
         "the cache salt is ignored by the manager",
@@ -278,6 +328,20 @@ MUTANTS = (
         "engine/batch.py",
         "self.tokens[inputs.sampled_slots, inputs.sampled_positions] = tokens",
         "self.tokens[inputs.sampled_slots, inputs.sampled_positions - 1] = tokens",
+        RUNNERS,
+    ),
+    _bug(
+        "runner: of all layers only the first is copied",
+        "memory/kv_cache.py",
+        "self.data[:, target] = self.data[:, source]",
+        "self.data[:1, target] = self.data[:1, source]",
+        RUNNERS,
+    ),
+    _bug(
+        "runner: copies are made of the last one alone",
+        "engine/model_runner.py",
+        "for copy in plan.block_copies:",
+        "for copy in plan.block_copies[-1:]:",
         RUNNERS,
     ),
     _bug(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.scheduler import ContinuousScheduler
-from engine.types import BlockManager, ModelRunner, StepPlan
+from engine.types import BlockCopy, BlockManager, ModelRunner, StepPlan
 from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from llm import LLM, SamplingParams
@@ -23,7 +23,8 @@ from utils.errors import KVSanitizerError
 
 SIZE = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-PROMPTS = [[*random_prompts([48], seed=1)[0], i, i + 1] for i in range(4)]
+SHARED = random_prompts([48], seed=1)[0]
+PROMPTS = [*([*SHARED, i, i + 1] for i in range(4)), SHARED]
 
 
 def _llm(path: Path, **options: Any) -> LLM:
@@ -96,6 +97,21 @@ class SharesTooMuch(PrefixCacheManager):
         return max(0, super().begin(request_id, token_ids, cache_salt) - SIZE)
 
 
+class ForgetsCopies(PrefixCacheManager):
+    """Takes blocks for copies that it does not ask for."""
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        super().take_copies()
+        return ()
+
+
+class CopiesBack(PrefixCacheManager):
+    """Takes the new block for the source."""
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        return tuple(BlockCopy(copy.target, copy.source) for copy in super().take_copies())
+
+
 class FreesTwice(PagedBlockManager):
     """Puts the first block of a request into the free list twice."""
 
@@ -111,6 +127,8 @@ class FreesTwice(PagedBlockManager):
     [
         (PublishesTooEarly, "found in the cache, and 0 of its 16 positions"),
         (SharesTooMuch, "written while requests"),
+        (ForgetsCopies, "position 32 is read and was never written"),
+        (CopiesBack, "copied"),
         (FreesTwice, "hold it"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -41,6 +41,16 @@ def test_pages_start_as_zeros_of_the_wanted_type() -> None:
     assert not cache.data.any()
 
 
+def test_all_layers_of_a_block_are_copied() -> None:
+    cache = KVCache(GEOMETRY, torch.float32, CPU)
+    cache.data.normal_()
+    before = cache.data.clone()
+    cache.copy_block(1, 3)
+    assert torch.equal(cache.data[:, 3], before[:, 1])
+    others = [block for block in range(GEOMETRY.num_blocks) if block != 3]
+    assert torch.equal(cache.data[:, others], before[:, others])
+
+
 def test_a_block_takes_the_bytes_that_are_announced() -> None:
     cache = KVCache(GEOMETRY, torch.float32, CPU)
     assert cache.data.nbytes == GEOMETRY.num_blocks * GEOMETRY.bytes_per_block
