@@ -183,7 +183,7 @@ MUTANTS = (
                 "            self._copies[request_id] = BlockCopy(source, table[-1])\n"
                 "            self._drop(source)\n",
             ),
-            Edit(_CACHED, "later step.\n            self._drop(copy.source)\n", "later step.\n"),
+            Edit(_CACHED, "step.\n            self._drop(copy.source)\n", "\n            pass\n"),
             Edit(
                 _CACHED,
                 "            self._drop(copy.source)\n        super().release",
@@ -207,7 +207,7 @@ MUTANTS = (
     _bug(
         "the cache salt is not passed on by the scheduler",
         _LEDGER,
-        "self._blocks.begin(seq.request_id, seq.token_ids, seq.sampling.cache_salt)",
+        "self._blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)",
         "self._blocks.begin(seq.request_id, seq.token_ids)",
     ),
     _bug(
@@ -240,8 +240,8 @@ MUTANTS = (
     _bug(
         "a preempted request forgets its output",
         _LEDGER,
-        "slot, seq.request_id, tuple(seq.token_ids), seq",
-        "slot, seq.request_id, tuple(seq.token_ids[: seq.num_prompt_tokens]), seq",
+        "            tuple(seq.token_ids),\n",
+        "            tuple(seq.token_ids[: seq.num_prompt_tokens]),\n",
     ),
     _bug(
         "lost block update: a new block is not sent",
