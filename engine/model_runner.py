@@ -302,25 +302,26 @@ class LocalRunner(ModelRunner):
             logits, rows = self._decode_step.run_to_logits(plan)
             slots, positions = rows.slots.long(), rows.context_lens
             store = partial(self._decode_step.store, rows=rows)
+        elif self._prefill_step and not extras.prompts and self._prefill_step.fits(plan):
+            logits, slots, positions = self._prefill_step.run_to_logits(plan)
+            store = partial(self._prefill_step.store, slots=slots, positions=positions)
         else:
             inputs = tables.stage(plan)
             if inputs.sampled_rows is not None:
                 wanted = torch.cat((inputs.sampled_rows, extras.prompt_rows))
-                logits = self._forward(replace(inputs, sampled_rows=wanted))
-            else:
-                logits = self._forward(inputs)
+                inputs = replace(inputs, sampled_rows=wanted)
+            logits = self._forward(inputs)
             slots, positions = inputs.sampled_slots, inputs.sampled_positions
             store = partial(tables.write_back, inputs)
         whole = sampler.gathered(logits)
-        temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
-        rows_of = extras.rows
+        keys = tables.temperatures[slots], tables.seeds[slots], positions
+        chosen = extras.rows
         changed = extras.changed(
-            whole[:num_sampled], tables.tokens, slots[rows_of], positions[rows_of]
+            whole[:num_sampled], tables.tokens, slots[chosen], positions[chosen]
         )
-        drawn = sampler.whole(changed, temperatures[rows_of], seeds[rows_of], positions[rows_of])
+        drawn = sampler.whole(changed, *(key[chosen] for key in keys))
         if not extras.all_rows:
-            tokens = sampler(logits[:num_sampled], temperatures, seeds, positions)
-            drawn = tokens.index_copy_(0, rows_of, drawn)
+            drawn = sampler(logits[:num_sampled], *keys).index_copy_(0, chosen, drawn)
         store(drawn)
         return StepOutput(drawn, extras.scored(whole[:num_sampled], drawn, whole[num_sampled:]))
 

@@ -50,7 +50,8 @@ class PrefillStep:
         self._sizes = [size for size in _SIZES if size <= max_tokens]
         most, device = max(self._sizes, default=0), tables.tokens.device
         self._rows = StepRows.empty(most, _MAX_REQUESTS + 1, _MAX_REQUESTS, device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # With the logits and tokens of each: 8 rows of 151,936 bf16 logits are 2.4 MB.
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def fits(self, plan: StepPlan) -> bool:
         """Whether there is a captured step for the plan."""
@@ -76,9 +77,9 @@ class PrefillStep:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                tokens = self._step(size)
+                logits, tokens = self._step(size)
             pool = graph.pool()
-            self._graphs[size] = (graph, tokens)
+            self._graphs[size] = (graph, logits, tokens)
 
     def _stage_padding(self) -> None:
         """Rows that read nothing and write nothing that counts."""
@@ -86,17 +87,41 @@ class PrefillStep:
 
     def run(self, plan: StepPlan) -> Tensor:
         """Enqueue a plan that fits; returns its tokens."""
+        _, tokens = self._replay(plan)
+        return tokens[self._sampled(plan)]
+
+    def run_to_logits(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """As `run`, for tokens that are to be drawn anew: `store` then overwrites the first ones.
+
+        Returns:
+            ([R, V] logits, [R] slots, [R] positions) of the new tokens, overwritten by the next
+            step.
+        """
+        logits, _ = self._replay(plan)
+        which, rows = self._sampled(plan), self._rows
+        return logits[which], rows.sampled_slots[which], rows.sampled_positions[which]
+
+    def store(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Store new tokens [R] where the next step reads them."""
+        self._tables.tokens[slots, positions] = tokens.to(self._tables.tokens.dtype)
+
+    def _replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Logits and tokens of a plan that fits, those of chunk i in row i."""
         size = self._sizes[bisect_left(self._sizes, plan.num_prefill_tokens)]
         self._tables.stage_prefill(plan, self._rows.first(size))
-        graph, tokens = self._graphs[size]
+        graph, logits, tokens = self._graphs[size]
         graph.replay()
-        samples = [i for i, chunk in enumerate(plan.prefill) if chunk.samples]
-        if samples == list(range(len(samples))):
-            return tokens[: len(samples)]
-        return tokens[samples]
+        return logits, tokens
 
-    def _step(self, size: int) -> Tensor:
-        """Enqueue the forward pass and sampling of the rows that are staged."""
+    @staticmethod
+    def _sampled(plan: StepPlan) -> slice | list[int]:
+        """The chunks that sample."""
+        samples = [i for i, chunk in enumerate(plan.prefill) if chunk.samples]
+        # Mostly the first ones: no copy then.
+        return slice(len(samples)) if samples == list(range(len(samples))) else samples
+
+    def _step(self, size: int) -> tuple[Tensor, Tensor]:
+        """Enqueue the forward pass and sampling of the rows that are staged: logits and tokens."""
         from layers.kernels.sampling import sample
 
         rows, tables = self._rows.first(size), self._tables
@@ -119,6 +144,7 @@ class PrefillStep:
         )
         slots, positions = rows.sampled_slots, rows.sampled_positions
         temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
-        tokens = sample(self._model(batch), temperatures, seeds, positions)
-        tables.tokens[slots, positions] = tokens.to(tables.tokens.dtype)
-        return tokens
+        logits = self._model(batch)
+        tokens = sample(logits, temperatures, seeds, positions)
+        self.store(tokens, slots, positions)
+        return logits, tokens

@@ -7,7 +7,11 @@ import triton.language as tl
 
 from layers.logits import Filters
 
-_BLOCK = 4096
+# Logits that a thread loads at once, 16 bytes of half precision, and adds up by itself.
+_LANES = tl.constexpr(8)
+# With few rows a pass is latency: one program of 32 warps, five blocks for 151,936 logits. With
+# more rows than multiprocessors (132 on an H200), several programs share one.
+_FEW_ROWS = 132
 # Leading bits that tell two values of a type apart once they are float32; even, as two are
 # decided in each pass over the row.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
@@ -22,7 +26,9 @@ def _ordered(x):
 
 @triton.jit
 def _load(row_ptr, start, vocab_size, BLOCK: tl.constexpr):
-    columns = start + tl.arange(0, BLOCK)
+    """[BLOCK / lanes, lanes] float32, -inf beyond the end."""
+    columns = tl.arange(0, BLOCK // _LANES)[:, None] * _LANES + tl.arange(0, _LANES)[None, :]
+    columns += start
     x = tl.load(row_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
     return x.to(tl.float32)
 
@@ -30,10 +36,10 @@ def _load(row_ptr, start, vocab_size, BLOCK: tl.constexpr):
 @triton.jit
 def _mass(row_ptr, vocab_size, floor, highest, scale, BLOCK: tl.constexpr):
     """Sum of exp2((x - highest) * scale) over the logits at or above `floor`."""
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK // _LANES,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         x = _load(row_ptr, start, vocab_size, BLOCK)
-        total += tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
+        total += tl.sum(tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0), axis=1)
     return tl.sum(total, axis=0)
 
 
@@ -57,19 +63,19 @@ def _search(
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
         one, two, three = found + bit, found + 2 * bit, found + 3 * bit
-        sum1 = tl.zeros((BLOCK,), tl.float32)
-        sum2 = tl.zeros((BLOCK,), tl.float32)
-        sum3 = tl.zeros((BLOCK,), tl.float32)
+        sum1 = tl.zeros((BLOCK // _LANES,), tl.float32)
+        sum2 = tl.zeros((BLOCK // _LANES,), tl.float32)
+        sum3 = tl.zeros((BLOCK // _LANES,), tl.float32)
         for start in range(0, vocab_size, BLOCK):
             x = _load(row_ptr, start, vocab_size, BLOCK)
             key = _ordered(x)
             if COUNT:
-                weight = tl.full((BLOCK,), 1.0, tl.float32)
+                weight = tl.full((BLOCK // _LANES, _LANES), 1.0, tl.float32)
             else:
                 weight = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
-            sum1 += tl.where(key >= one, weight, 0.0)
-            sum2 += tl.where(key >= two, weight, 0.0)
-            sum3 += tl.where(key >= three, weight, 0.0)
+            sum1 += tl.sum(tl.where(key >= one, weight, 0.0), axis=1)
+            sum2 += tl.sum(tl.where(key >= two, weight, 0.0), axis=1)
+            sum3 += tl.sum(tl.where(key >= three, weight, 0.0), axis=1)
         # The sums only fall from one to the next.
         reached = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         reached += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
@@ -102,9 +108,9 @@ def _thresholds_kernel(
     least = tl.full((), float("-inf"), tl.float32)
     if temperature > 0:
         if (top_p < 1) | (min_p > 0):
-            best = tl.full((BLOCK,), float("-inf"), tl.float32)
+            best = tl.full((BLOCK // _LANES,), float("-inf"), tl.float32)
             for start in range(0, vocab_size, BLOCK):
-                best = tl.maximum(best, _load(row_ptr, start, vocab_size, BLOCK))
+                best = tl.maximum(best, tl.max(_load(row_ptr, start, vocab_size, BLOCK), axis=1))
             highest = tl.max(best, axis=0)
         else:
             highest = tl.full((), 0.0, tl.float32)
@@ -141,6 +147,7 @@ def thresholds(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
     rows, vocab_size = logits.shape
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    few = rows <= _FEW_ROWS
     if rows:
         _thresholds_kernel[(rows,)](
             logits,
@@ -149,7 +156,7 @@ def thresholds(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
             logits.stride(0),
             vocab_size,
             BITS=_BITS[logits.dtype],
-            BLOCK=_BLOCK,
-            num_warps=8,
+            BLOCK=32768 if few else 8192,
+            num_warps=32 if few else 8,
         )
     return out
