@@ -55,7 +55,8 @@ class SamplingParams:
             ones; 0 for that of the token alone. They are the model's own, before penalties,
             temperature and filters.
         prompt_logprobs: the same for the prompt's tokens, all but the first. Such a request
-            takes nothing from the prefix cache.
+            takes nothing from the prefix cache, and a step holds the logits of all its tokens at
+            once: lower `max_num_batched_tokens` where memory is short.
         n: outputs for the prompt, which is computed once as far as the prefix cache goes.
         logits_processors: for experiments: callables `(token_ids, logits) -> logits` on the
             tokens so far and one row of float32 logits, which run in the engine's step.

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch import SlotTables
 from engine.staging import Staging
 from engine.types import NewRequest, StepPlan, StepResult, TokenLogprobs
 from layers.logits import Filters, Penalties, TokenScores, keep, penalize, score
+from layers.sampler import Sampler
 from sampling_params import LogitsProcessor
 
 
@@ -85,14 +87,29 @@ class StepExtras:
     prompt_rows: Tensor
     prompt_tokens: Tensor
 
-    def changed(self, logits: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """The special rows' logits [S, V] to draw from.
+    def draw(
+        self, sampler: Sampler, tables: SlotTables, logits: Tensor, slots: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Scored | None]:
+        """Draw the step's tokens.
 
         Args:
-            logits: [R, V]; left as they are.
-            tokens: [slots + 1, max_model_len] the per-slot table of tokens.
-            slots, positions: [S] of the tokens to be drawn.
+            logits: [R + P, this rank's columns]: the rows to draw from, then `prompt_rows`.
+            slots, positions: [R] of the new tokens.
+
+        Returns:
+            [R] int64 tokens, and the log-probabilities that were asked for.
         """
+        count, rows = len(slots), self.rows
+        whole = sampler.gathered(logits)
+        keys = tables.temperatures[slots], tables.seeds[slots], positions
+        changed = self._changed(whole[:count], tables.tokens, slots[rows], positions[rows])
+        drawn = sampler.whole(changed, *(key[rows] for key in keys))
+        if not self.all_rows:
+            drawn = sampler(logits[:count], *keys).index_copy_(0, rows, drawn)
+        return drawn, self._scored(whole[:count], drawn, whole[count:])
+
+    def _changed(self, logits: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """The special rows' logits [S, V] to draw from, of [R, V] that stay as they are."""
         if not self.all_rows:
             logits = logits.index_select(0, self.rows)
         if self.penalties or self.withheld is not None or self.processors:
@@ -110,14 +127,8 @@ class StepExtras:
                 logits[i] = _processed(call, ids, logits[i])
         return keep(logits, self.filters) if self.filters else logits
 
-    def scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> Scored | None:
-        """Log-probabilities that were asked for, None if none were.
-
-        Args:
-            logits: [R, V] as the model made them.
-            tokens: [R] int64 that were drawn.
-            prompt_logits: [P, V] of `prompt_rows`.
-        """
+    def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> Scored | None:
+        """Log-probabilities by [R, V] logits as the model made them."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))

@@ -193,6 +193,7 @@ class LocalRunner(ModelRunner):
             self._prefill_step = PrefillStep(
                 self._model,
                 self._backend,
+                self._sampler,
                 tables,
                 self._kv,
                 self._config.max_num_batched_tokens,
@@ -296,7 +297,7 @@ class LocalRunner(ModelRunner):
 
     def _run_with(self, extras: StepExtras, plan: StepPlan) -> StepOutput:
         """A step some of whose tokens are drawn from changed logits, or scored."""
-        tables, sampler, num_sampled = self._tables, self._sampler, len(plan.sampled_slots)
+        tables = self._tables
         store: Callable[[Tensor], None]
         if self._decode_step is not None and not plan.prefill:
             logits, rows = self._decode_step.run_to_logits(plan)
@@ -313,17 +314,9 @@ class LocalRunner(ModelRunner):
             logits = self._forward(inputs)
             slots, positions = inputs.sampled_slots, inputs.sampled_positions
             store = partial(tables.write_back, inputs)
-        whole = sampler.gathered(logits)
-        keys = tables.temperatures[slots], tables.seeds[slots], positions
-        chosen = extras.rows
-        changed = extras.changed(
-            whole[:num_sampled], tables.tokens, slots[chosen], positions[chosen]
-        )
-        drawn = sampler.whole(changed, *(key[chosen] for key in keys))
-        if not extras.all_rows:
-            drawn = sampler(logits[:num_sampled], *keys).index_copy_(0, chosen, drawn)
+        drawn, scored = extras.draw(self._sampler, tables, logits, slots, positions)
         store(drawn)
-        return StepOutput(drawn, extras.scored(whole[:num_sampled], drawn, whole[num_sampled:]))
+        return StepOutput(drawn, scored)
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         batch = ForwardBatch(

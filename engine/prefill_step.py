@@ -16,6 +16,7 @@ from engine.batch import SlotTables
 from engine.types import StepPlan
 from layers.attention.base import AttentionBackend, AttentionBatch
 from layers.forward_batch import ForwardBatch
+from layers.sampler import Sampler
 from memory.kv_cache import KVLayer
 from models.base import CausalLM
 
@@ -37,6 +38,7 @@ class PrefillStep:
         self,
         model: CausalLM,
         backend: AttentionBackend,
+        sampler: Sampler,
         tables: SlotTables,
         kv: list[KVLayer],
         max_tokens: int,
@@ -45,6 +47,7 @@ class PrefillStep:
 
         self._model = model
         self._backend = backend
+        self._sampler = sampler
         self._kv = kv
         self._tables = tables
         self._sizes = [size for size in _SIZES if size <= max_tokens]
@@ -122,8 +125,6 @@ class PrefillStep:
 
     def _step(self, size: int) -> tuple[Tensor, Tensor]:
         """Enqueue the forward pass and sampling of the rows that are staged: logits and tokens."""
-        from layers.kernels.sampling import sample
-
         rows, tables = self._rows.first(size), self._tables
         attention = AttentionBatch(
             block_tables=tables.block_tables,
@@ -145,6 +146,6 @@ class PrefillStep:
         slots, positions = rows.sampled_slots, rows.sampled_positions
         temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
         logits = self._model(batch)
-        tokens = sample(logits, temperatures, seeds, positions)
+        tokens = self._sampler(logits, temperatures, seeds, positions)
         self.store(tokens, slots, positions)
         return logits, tokens
