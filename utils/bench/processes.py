@@ -178,7 +178,9 @@ def serve(descriptor: int) -> None:
     except EOFError:
         return
     except Exception as error:
-        connection.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        # The caller may be gone.
+        with suppress(OSError):
+            connection.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
 def _construct(name: str, setting: Setting) -> Engine:
