@@ -11,7 +11,7 @@ MODEL ?=
 # CPU wheels are taken instead if their index can be reached.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint types unit fuzz mutants bench clean
+.PHONY: demo test lint types unit unit-parts unit-rest fuzz mutants bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/python example.py $(if $(MODEL),--model $(MODEL))
@@ -28,8 +28,15 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy .
 
+# Two halves side by side: 5 minutes on two cores instead of 9.
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(MAKE) -j 2 --output-sync=target unit-parts unit-rest
+
+unit-parts: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/contracts tests/engine
+
+unit-rest: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests --ignore=tests/contracts --ignore=tests/engine
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.contracts.fuzz
