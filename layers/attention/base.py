@@ -35,7 +35,7 @@ class AttentionSpec:
 class AttentionBatch:
     """Which request each query row belongs to; prefill requests first, then decodes.
 
-    The index tensors are int64, or int32 where a captured graph prepares them.
+    The index tensors are int64, or int32 where a kernel staged them.
 
     Attributes:
         block_tables: [slots, max_blocks] int32, one row per *slot*; entries past a request's
