@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +17,17 @@ from config import Config
 from engine.model_runner import LocalRunner
 from engine.types import ModelRunner
 from engine.worker import LostPeerError, Rank
+from layers.kernels.launch import dependent_launch, fused
 from layers.parallel import ParallelContext
 from utils.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from layers.kernels.peer import PeerExchange
+
 # A rank that waits has lost a peer long before this; the parent ends it much sooner.
 _TIMEOUT = timedelta(hours=1)
-# Sums up to this size are read from the peers. Every rank reads all of every peer, so that for
-# large ones NCCL's rings move less; where the two cross is not measured yet.
-_PEER_BYTES = 256 << 10
-# The kernel moves 16 bytes a thread.
-_PEER_ALIGNMENT = 16
+# Of a sum through peer memory: what 256 rows of Qwen3-8B need.
+_PEER_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,19 @@ class GroupContext(ParallelContext):
 
     Attributes:
         group: what has a `ProcessGroup`'s `allreduce`.
+        rehearses: set in a rehearsal.
     """
 
     group: Any = field(kw_only=True)
+    rehearses: Event = field(default_factory=Event, kw_only=True)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        self.rehearses.set()
+        try:
+            yield
+        finally:
+            self.rehearses.clear()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
@@ -45,6 +59,8 @@ class GroupContext(ParallelContext):
         return self._reduce(x, dist.ReduceOp.MAX)
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
+        if self.rehearses.is_set():
+            return x
         options = dist.AllreduceOptions()
         options.reduceOp = operation
         # On the current stream, instead of one of NCCL's own.
@@ -81,45 +97,78 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
 
 @dataclass(frozen=True, slots=True)
 class PeerContext(GroupContext):
-    """As NCCL's, but small sums are read straight from the peers' memory, in one kernel.
-
-    Each rank copies its part into a buffer that the others have mapped, waits for theirs, and
-    adds them all up. That moves more bytes than a ring and takes one trip instead of many. It
-    can be captured, and needs no multicast.
+    """As NCCL's, but what is small goes through memory that the devices have mapped.
 
     Attributes:
-        buffer: [n] symmetric memory of the one dtype that is summed so.
+        exchange: does that, and says what it takes.
+        memory: keeps the memory alive.
     """
 
-    buffer: Tensor = field(kw_only=True)
+    exchange: PeerExchange = field(kw_only=True)
+    memory: Tensor = field(kw_only=True)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        buffer = self.buffer
-        fits = x.dtype == buffer.dtype and 0 < x.numel() <= buffer.numel()
-        if not fits or x.nbytes % _PEER_ALIGNMENT:
-            return self._reduce(x, dist.ReduceOp.SUM)
-        add = torch.ops.symm_mem.one_shot_all_reduce_copy
-        mine = buffer[: x.numel()].view(x.shape)
-        return add(mine, x, "sum", self.group.group_name)  # type: ignore[no-any-return]
+        if self.exchange.takes_sum(x):
+            return self.exchange.all_reduce(x, rehearse=self.rehearses.is_set())
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def all_max(self, x: Tensor) -> Tensor:
+        if self.exchange.takes_max(x):
+            return self.exchange.all_max(x, rehearse=self.rehearses.is_set())
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        if not self.exchange.takes_sum(x):
+            return None
+        rehearse = self.rehearses.is_set()
+        return self.exchange.add_rms_norm(x, residual, weight, eps, rehearse=rehearse)
 
 
-def peer_context(context: GroupContext, dtype: torch.dtype) -> GroupContext:
-    """`context` of NCCL with small sums of `dtype` through peer memory, where devices allow it."""
+def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
+    """`context` of NCCL with sums of few rows through peer memory, where devices allow it.
+
+    Args:
+        width: elements of a row, the model's hidden size.
+    """
     devices = range(context.size)
-    if not all(torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b):
+    device = torch.device("cuda", torch.cuda.current_device())
+    mapped = all(
+        torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b
+    )
+    if not mapped or width % 2 or not fused(device, dtype):
         return context
     from torch.distributed import _symmetric_memory as symmetric
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    buffer = symmetric.empty(_PEER_BYTES // dtype.itemsize, dtype=dtype, device=device)
-    symmetric.rendezvous(buffer, context.group)
-    return PeerContext(context.rank, context.size, group=context.group, buffer=buffer)
+    from layers.kernels.peer import PeerExchange
+
+    rows = max(1, _PEER_BYTES // (width * dtype.itemsize))
+    count = PeerExchange.num_words(context.size, rows, width)
+    memory = symmetric.empty(count, dtype=torch.int64, device=device).zero_()
+    mapping = symmetric.rendezvous(memory, context.group)
+    torch.cuda.synchronize(device)
+    # Nobody writes before all have cleared theirs.
+    mapping.barrier()
+    exchange = PeerExchange(
+        context.rank,
+        [int(address) for address in mapping.buffer_ptrs],
+        rows=rows,
+        width=width,
+        dtype=dtype,
+        device=device,
+        pdl=dependent_launch(device),
+    )
+    return PeerContext(
+        context.rank, context.size, group=context.group, exchange=exchange, memory=memory
+    )
 
 
-def join_ranks(config: Config, rank: Rank, *, peer: bool = True) -> GroupContext:
+def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> GroupContext:
     """This process's place among the ranks; on CUDA it takes the device of its index.
 
     Args:
+        width: the model's hidden size.
         peer: use peer memory for small sums, if possible.
     """
     torch.set_num_threads(rank.num_threads)
@@ -128,7 +177,7 @@ def join_ranks(config: Config, rank: Rank, *, peer: bool = True) -> GroupContext
         return gloo_context(rank.index, rank.size, store)
     torch.cuda.set_device(rank.index)
     context = nccl_context(rank.index, rank.size, store)
-    return peer_context(context, getattr(torch, config.dtype)) if peer else context
+    return peer_context(context, getattr(torch, config.dtype), width) if peer else context
 
 
 def local_rank(
@@ -139,7 +188,7 @@ def local_rank(
     Args:
         peer: see `join_ranks`.
     """
-    context = join_ranks(config, rank, peer=peer)
+    context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
     if config.device == "cpu":
         # The parent runs ahead already; a thread here would only add its own overhead.
         config = replace(config, pipeline_depth=0)

@@ -237,9 +237,8 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        # Ranks must meet in the same collectives in the same order, so there one after the other.
-        side_by_side = len(steps) if self._parallel.size == 1 else 1
-        with ThreadPoolExecutor(side_by_side, "compile") as threads:
+        # A rehearsal, since ranks would have to meet in the same collectives in the same order.
+        with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:

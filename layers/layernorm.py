@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layers.kernels.launch import dependent_launch, fused
-from layers.parallel import WeightSlot
+from layers.parallel import ParallelContext, WeightSlot
 
 
 class RMSNormalizer:
@@ -30,15 +30,25 @@ class RMSNormalizer:
 class RMSNorm:
     """y = x / sqrt(mean(x^2) + eps) * weight, of the residual stream.
 
+    Args:
+        parallel: this rank's place among those whose parts of the stream are added up here.
+
     Attributes:
         weight: [hidden_size].
         eps: see above.
     """
 
     def __init__(
-        self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device
+        self,
+        hidden_size: int,
+        eps: float,
+        *,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.eps = eps
+        self._parallel = parallel
         self.weight = torch.empty(hidden_size, dtype=dtype, device=device)
         self._normalize = RMSNormalizer(hidden_size, eps, device)
         self._fused = fused(device, dtype)
@@ -64,6 +74,12 @@ class RMSNorm:
 
         x may be float32 partial sums [S, T, hidden_size] on CUDA; see `Product` for the form.
         """
+        if residual is not None and self._parallel.size > 1:
+            both = self._parallel.add_rms_norm(x, residual, self.weight, self.eps)
+            if both is not None:
+                return both
+            part = x if x.dim() == 2 else x.sum(0).to(residual.dtype)
+            x = self._parallel.all_reduce(part)
         if self._fused:
             return self._call_fused(x, residual)
         total = x if residual is None else x + residual

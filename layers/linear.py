@@ -1,7 +1,7 @@
 """Linear layers that know their share of a tensor-parallel group.
 
-Column-parallel layers divide the outputs, row-parallel ones the inputs and sum afterwards
-(Shoeybi et al., Megatron-LM, 2019). Projections that read the same input are merged into one
+Column-parallel layers divide the outputs, row-parallel ones the inputs, whose sum the next norm
+forms (Shoeybi et al., Megatron-LM, 2019). Projections that read the same input are merged into one
 matrix, so that one product serves them all.
 """
 
@@ -127,7 +127,10 @@ class QKVLinear(MergedColumnLinear):
 
 
 class RowLinear:
-    """A projection onto the residual stream, its inputs divided over the ranks."""
+    """A projection onto the residual stream, its inputs divided over the ranks.
+
+    What it adds is left to the next norm to sum over the ranks.
+    """
 
     def __init__(
         self,
@@ -162,7 +165,7 @@ class RowLinear:
         """
         if self._parallel.size == 1:
             return self._product.added(x, residual)
-        return self._parallel.all_reduce(self._product(x)), residual
+        return self._product.partial(x), residual
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layer `name`."""

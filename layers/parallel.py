@@ -8,6 +8,7 @@ where it has something to prepare once its weights are there, and `__call__`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,6 +34,24 @@ class ParallelContext:
     def all_max(self, x: Tensor) -> Tensor:
         """Largest `x` of any rank, element by element, int64; may reuse its storage."""
         return x
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """The sum over ranks with the residual add and norm that follow it, as one kernel.
+
+        For arguments and result see `layers.kernels.norm.add_rms_norm`. None if there is no such
+        kernel for x; the caller then uses `all_reduce`.
+        """
+        del x, residual, weight, eps
+        return None
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """Within it collectives compile what they need and communicate nothing.
+
+        So that steps can be tried in any order; what they compute then means nothing.
+        """
+        return nullcontext()
 
     def share(self, what: str, count: int) -> int:
         """This rank's part of `count` equal units.

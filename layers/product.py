@@ -28,7 +28,7 @@ class Product:
     """x W^T + b through torch, nothing fused: the reference.
 
     The residual stream between two products is a pair (x, residual): their sum, not yet formed,
-    or x alone if residual is None.
+    or x alone if residual is None. In a pair, x is this rank's part of what all ranks add.
 
     Args:
         weight: [N, K].
@@ -54,9 +54,13 @@ class Product:
         y, total = self.normed(x, residual, norm)
         return self._silu_mul(y), total
 
+    def partial(self, x: Tensor) -> Tensor:
+        """The product of x [T, K] for a norm to add up: [T, N], or [S, T, N] float32 on CUDA."""
+        return self(x)
+
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """The stream after the product of x [T, K] is added to `residual` [T, N]."""
-        return self(x), residual
+        return self.partial(x), residual
 
 
 class PackedProduct(Product):
@@ -126,14 +130,18 @@ class SkinnyProduct(Product):
         y, total = norm(x, residual)
         return run(y, weight, swiglu=True, pdl=True), total
 
-    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    def partial(self, x: Tensor) -> Tensor:
         tokens, run = x.shape[0], self._kernels.skinny_linear
-        if self._fuses(x) and self._fits(tokens):
-            return run(x, self._weight, self._bias, residual=residual, pdl=True), None
         splits = 1 if self._bias is not None else self._kernels.skinny_splits(tokens, *self._shape)
         if splits > 1 and self._fits(tokens, splits=splits):
-            return run(x, self._weight, splits=splits, pdl=True), residual
-        return self(x), residual
+            return run(x, self._weight, splits=splits, pdl=True)
+        return self(x)
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        run = self._kernels.skinny_linear
+        if self._fuses(x) and self._fits(x.shape[0]):
+            return run(x, self._weight, self._bias, residual=residual, pdl=True), None
+        return self.partial(x), residual
 
     def _fuses(self, x: Tensor) -> bool:
         return x.dim() == 2 and x.shape[0] <= self._kernels.MAX_FUSED_TOKENS

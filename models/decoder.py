@@ -64,7 +64,7 @@ class Attention:
         self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
     ) -> None:
         self._backend = backend
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, parallel=parallel, **where)
         self.qkv_proj = QKVLinear(
             self.norm,
             spec.hidden_size,
@@ -109,7 +109,7 @@ class MLP:
 
     def __init__(self, spec: DecoderSpec, parallel: ParallelContext, **where: Any) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
-        self.norm = RMSNorm(hidden, spec.rms_norm_eps, **where)
+        self.norm = RMSNorm(hidden, spec.rms_norm_eps, parallel=parallel, **where)
         self.gate_up_proj = MergedColumnLinear(
             self.norm, hidden, (inner, inner), bias=False, parallel=parallel, **where
         )
@@ -188,7 +188,7 @@ class DecoderLM(CausalLM):
         self.layers = [
             DecoderLayer(spec, parallel, backend, **where) for _ in range(spec.num_layers)
         ]
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, **where)
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, parallel=parallel, **where)
         self.lm_head = VocabHead(self.norm, self._head)
         table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
         self.rotary = RotaryEmbedding(table, gather=not fused(device, dtype))

@@ -38,7 +38,7 @@ class AllReduceTimer(ModelRunner):
         self, config: Config, checkpoint: Any, rank: Rank, *, width: int, peer: bool
     ) -> None:
         del checkpoint
-        self._parallel = join_ranks(config, rank, peer=peer)
+        self._parallel = join_ranks(config, rank, width, peer=peer)
         self._where: dict[str, Any] = {
             "dtype": getattr(torch, config.dtype),
             "device": torch.device(config.device),

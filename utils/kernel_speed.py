@@ -17,6 +17,7 @@ from torch import Tensor
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
 from layers.layernorm import RMSNorm
+from layers.parallel import ParallelContext
 from layers.product import Product, make_product
 from memory.kv_cache import KVLayer
 from utils.registry import parts_in
@@ -198,7 +199,9 @@ def _layer(
     hidden = hf_config["hidden_size"]
     norms = []
     for _ in range(2):
-        norm = RMSNorm(hidden, 1e-6, dtype=spec.dtype, device=spec.device)
+        norm = RMSNorm(
+            hidden, 1e-6, parallel=ParallelContext(), dtype=spec.dtype, device=spec.device
+        )
         norm.weight.fill_(1.0)
         norms.append(norm)
     return _Layer((norms[0], norms[1]), *(make(weight, None) for weight in weights))

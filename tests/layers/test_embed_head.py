@@ -58,7 +58,7 @@ def test_the_logits_of_all_ranks_join_to_the_whole(
     norm_weight = torch.rand(HIDDEN, generator=generator) + 0.5
     parts = []
     for table in tables:
-        norm = RMSNorm(HIDDEN, 1e-6, dtype=torch.float32, device=CPU)
+        norm = RMSNorm(HIDDEN, 1e-6, parallel=ParallelContext(), dtype=torch.float32, device=CPU)
         norm.weight.copy_(norm_weight)
         head = VocabHead(norm, table)
         head.finish()

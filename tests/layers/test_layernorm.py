@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from layers.layernorm import RMSNorm, RMSNormalizer
+from layers.parallel import ParallelContext
 from tests.layers.tensors import CPU, rms_norm
 
 EPS = 1e-6
 
 
 def _norm(size: int, dtype: torch.dtype = torch.float32, eps: float = EPS) -> RMSNorm:
-    norm = RMSNorm(size, eps, dtype=dtype, device=CPU)
+    norm = RMSNorm(size, eps, parallel=ParallelContext(), dtype=dtype, device=CPU)
     norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
     norm.finish()
     return norm

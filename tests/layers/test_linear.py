@@ -56,7 +56,7 @@ def _merged(
     """The layer of all projections in `tensors`, loaded."""
     names = [name.removesuffix(".weight") for name in tensors if name.endswith("weight")][1:]
     layer = MergedColumnLinear(
-        RMSNorm(HIDDEN, EPS, dtype=dtype, device=CPU),
+        RMSNorm(HIDDEN, EPS, parallel=parallel, dtype=dtype, device=CPU),
         HIDDEN,
         tuple(tensors[f"{name}.weight"].shape[0] for name in names),
         bias=f"{names[0]}.bias" in tensors,
@@ -148,7 +148,7 @@ def test_qkv_with_replicated_kv_heads(
     whole = {name: _normed(tensors, name, x).view(5, -1, head_dim) for name in "qkv"}
     for parallel in _ranks(size):
         layer = QKVLinear(
-            RMSNorm(HIDDEN, EPS, dtype=torch.float32, device=CPU),
+            RMSNorm(HIDDEN, EPS, parallel=parallel, dtype=torch.float32, device=CPU),
             HIDDEN,
             num_heads,
             num_kv_heads,
