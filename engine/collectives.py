@@ -137,7 +137,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
     mapped = all(
         torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b
     )
-    if not mapped or width % 2 or not fused(device, dtype):
+    if not mapped or width % 8 or not fused(device, dtype):
         return context
     from torch.distributed import _symmetric_memory as symmetric
 
@@ -145,10 +145,11 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
     rows = max(1, _PEER_BYTES // (width * dtype.itemsize))
     count = PeerExchange.num_words(context.size, rows, width)
-    memory = symmetric.empty(count, dtype=torch.int64, device=device).zero_()
+    memory = symmetric.empty(count, dtype=torch.int64, device=device)
+    PeerExchange.empty(memory, context.size, rows)
     mapping = symmetric.rendezvous(memory, context.group)
     torch.cuda.synchronize(device)
-    # Nobody writes before all have cleared theirs.
+    # Nobody writes before all have emptied theirs.
     mapping.barrier()
     exchange = PeerExchange(
         context.rank,

@@ -1,14 +1,14 @@
 """Sums and maxima over the devices of one host, through memory that all of them have mapped.
 
 A sum is one kernel: every device writes its part into the others' memory and adds up what they
-wrote into its own. An 8-byte word carries 4 bytes of data and the number of the exchange, so that
-data and the news that it is there arrive in one trip: no fence, no barrier, no flag to reset. That
-is the "low latency" protocol of NCCL (Hu et al. 2025, "Demystifying NCCL", arXiv:2507.04786); it
-moves twice the bytes. The residual add and the RMSNorm that follow a sum are part of the kernel.
+wrote into its own. A cell that holds a value no part can have, -0, is empty: the reader waits until
+its cells are full, and empties them again. Data and the news that it is there arrive in one trip
+then, without fence, barrier or flag; TensorRT-LLM's "Lamport" all-reduce works that way. The
+residual add and the RMSNorm that follow a sum are part of the kernel.
 
-A program handles one row and counts its own exchanges. Even and odd ones have buffers of their own:
-a device that writes exchange n + 2 has seen all others' words of n + 1, which they wrote after they
-were done with n.
+A program handles one row and counts its own exchanges. Even and odd ones have cells of their own:
+a device that writes for exchange n + 2 has seen what the others wrote for n + 1, after they had
+emptied the cells of n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -24,6 +24,8 @@ from layers.kernels.norm import _num_warps
 
 __all__ = ["PeerExchange"]
 
+# An empty cell of a maximum; the least value counts as one more.
+_EMPTY_MAX = torch.iinfo(torch.int64).min
 # Elements that a program of the maximum takes.
 _MAX_BLOCK = 64
 # Sums of more than two ranks go in two shots from this size on.
@@ -31,45 +33,38 @@ _TWO_SHOT_BYTES = 256 << 10
 
 
 @triton.jit
-def _send(base, words, mask, data, number):
-    """Write 32-bit data with the exchange's number."""
-    tl.store(base + words, (data & 0xFFFFFFFF) | (number << 32), mask=mask)
+def _address(buffers_ptr, rank, dtype: tl.constexpr):
+    """Start of a rank's memory."""
+    return tl.multiple_of(tl.load(buffers_ptr + rank).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
-def _receive(base, words, mask, number):
-    """Wait for a peer's words of this exchange; int64 with the data in the low half."""
-    got = tl.load(base + words, mask=mask, other=0, volatile=True)
-    while tl.sum((mask & ((got >> 32) != number)).to(tl.int32)) > 0:
-        got = tl.load(base + words, mask=mask, other=0, volatile=True)
+def _receive(ptr, mask, empty):
+    """Wait until a peer has filled the cells, and empty them."""
+    got = tl.load(ptr, mask=mask, other=0, volatile=True)
+    while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
+        got = tl.load(ptr, mask=mask, other=0, volatile=True)
+    tl.store(ptr, tl.zeros_like(got) + empty, mask=mask)
     return got
 
 
 @triton.jit
-def _packed(x):
-    """[W, 2] of a 16-bit type -> [W] int64 of both."""
-    low, high = tl.split(x.to(tl.int16, bitcast=True))
-    return (low.to(tl.int64) & 0xFFFF) | ((high.to(tl.int64) & 0xFFFF) << 16)
+def _cells(x):
+    """A 16-bit float as what is sent: its bits, +0 for -0."""
+    bits = x.to(tl.int16, bitcast=True)
+    return tl.where(bits == -32768, 0, bits).to(tl.int16)
 
 
 @triton.jit
-def _unpacked(words, dtype: tl.constexpr):
-    """The reverse of `_packed`, as float32."""
-    low = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    high = ((words >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-    return tl.join(low, high).to(tl.float32)
-
-
-@triton.jit
-def _gathered(mine, own, stride, words, mask, number, RANK: tl.constexpr, SIZE: tl.constexpr):
+def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
     """The sum of all ranks' parts, in the order of ranks: the same bits on each."""
     total = tl.zeros_like(mine).to(tl.float32)
     for rank in tl.static_range(SIZE):
         if rank == RANK:
             total += mine.to(tl.float32)
         else:
-            got = _receive(own + rank * stride, words, mask, number)
-            total += _unpacked(got, mine.dtype)
+            got = _receive(own + rank * stride, mask, -32768)
+            total += got.to(mine.dtype, bitcast=True).to(tl.float32)
     return total
 
 
@@ -93,59 +88,58 @@ def _sum_kernel(
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
     TWO_SHOT: tl.constexpr,
-    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    words = tl.arange(0, WORDS)
-    cols = words[:, None] * 2 + tl.arange(0, 2)[None, :]
-    inside, mask = words * 2 < size, cols < size
+    cols = tl.arange(0, BLOCK)
+    mask = cols < size
     if PDL:
         gdc_launch_dependents()
+    # What never changes may be read before the wait.
     if NORM:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    buffers = ()
+    for rank in tl.static_range(SIZE):
+        buffers = buffers + (_address(buffers_ptr, rank, tl.int16),)  # type: ignore[assignment]  # noqa: RUF005
     if PDL:
         gdc_wait()
-    number = tl.load(count_ptr + row).to(tl.int64) + 1
+    count = tl.load(count_ptr + row)
     part = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     mine = part.to(out_ptr.dtype.element_ty)
-    # [parity, sender, row, word]
-    stride = capacity.to(tl.int64) * (size // 2)
-    start = (number & 1) * SIZE * stride + row * (size // 2)
-    own = tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int64)) + start
-    packed = _packed(mine)
+    # [parity, sender, row, column]
+    stride = size * capacity.to(tl.int64)
+    start = (count & 1) * SIZE * stride + row * size
+    own = buffers[RANK] + start + cols
+    sent = start + RANK * stride + cols
     if TWO_SHOT:
         # The rows are dealt out: a row's owner adds it up and sends the sum.
         owner = row % SIZE
         if owner == RANK:
-            summed = _gathered(mine, own, stride, words, inside, number, RANK, SIZE)
-            packed = _packed(summed.to(mine.dtype))
+            summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
             for rank in tl.static_range(SIZE):
                 if rank != RANK:
-                    peer = tl.load(buffers_ptr + rank).to(tl.pointer_type(tl.int64))
-                    _send(peer + start + RANK * stride, words, inside, packed, number)
+                    tl.store(buffers[rank] + sent, _cells(summed), mask=mask)
         else:
-            peer = tl.load(buffers_ptr + owner).to(tl.pointer_type(tl.int64))
-            _send(peer + start + RANK * stride, words, inside, packed, number)
-            packed = _receive(own + owner * stride, words, inside, number)
-        x = _unpacked(packed, mine.dtype)
+            tl.store(_address(buffers_ptr, owner, tl.int16) + sent, _cells(mine), mask=mask)
+            got = _receive(own + owner * stride, mask, -32768)
+            summed = got.to(mine.dtype, bitcast=True)
+        x = summed.to(tl.float32)
     else:
         for rank in tl.static_range(SIZE):
             if rank != RANK:
-                peer = tl.load(buffers_ptr + rank).to(tl.pointer_type(tl.int64))
-                _send(peer + start + RANK * stride, words, inside, packed, number)
-        x = _gathered(mine, own, stride, words, inside, number, RANK, SIZE)
-    tl.store(count_ptr + row, number.to(tl.int32))
+                tl.store(buffers[rank] + sent, _cells(mine), mask=mask)
+        x = _gathered(mine, own, stride, mask, RANK, SIZE)
+    tl.store(count_ptr + row, count + 1)
     if NORM:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         # Rounded before it is normalised: what is stored is what is normalised.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
-        square = tl.sum(tl.sum(x * x, axis=1), axis=0)
-        x = x * tl.rsqrt(square / size + eps) * weight
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight
     tl.store(out_ptr + row * size + cols, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -161,6 +155,7 @@ def _max_kernel(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EMPTY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -168,23 +163,19 @@ def _max_kernel(
         gdc_wait()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
-    best = tl.load(x_ptr + index, mask=mask, other=0)
-    number = tl.load(count_ptr + tl.program_id(0)).to(tl.int64) + 1
-    # [parity, sender, half, element]
-    start = offset + (number & 1) * SIZE * 2 * capacity
+    best = tl.maximum(tl.load(x_ptr + index, mask=mask, other=0), EMPTY + 1)
+    exchanges = tl.load(count_ptr + tl.program_id(0))
+    # [parity, sender, element]
+    start = offset + (exchanges & 1) * SIZE * capacity + index
     for rank in tl.static_range(SIZE):
         if rank != RANK:
-            peer = tl.load(buffers_ptr + rank).to(tl.pointer_type(tl.int64))
-            peer += start + RANK * 2 * capacity
-            _send(peer, index, mask, best, number)
-            _send(peer + capacity, index, mask, best >> 32, number)
-    own = tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int64)) + start
+            peer = _address(buffers_ptr, rank, tl.int64)
+            tl.store(peer + start + RANK * capacity, best, mask=mask)
+    own = _address(buffers_ptr, RANK, tl.int64) + start
     for rank in tl.static_range(SIZE):
         if rank != RANK:
-            low = _receive(own + rank * 2 * capacity, index, mask, number)
-            high = _receive(own + rank * 2 * capacity + capacity, index, mask, number)
-            best = tl.maximum(best, (low & 0xFFFFFFFF) | (high << 32))
-    tl.store(count_ptr + tl.program_id(0), number.to(tl.int32))
+            best = tl.maximum(best, _receive(own + rank * capacity, mask, EMPTY))
+    tl.store(count_ptr + tl.program_id(0), exchanges + 1)
     tl.store(out_ptr + index, best, mask=mask)
 
 
@@ -195,9 +186,10 @@ class PeerExchange:
 
     Args:
         rank: this one.
-        addresses: of each rank's buffer of `num_words(...)` int64 zeros, as this device maps it.
+        addresses: of each rank's memory as this device maps it: `num_words(...)` int64 that were
+            emptied before any rank exchanges anything.
         rows: most rows of a sum.
-        width: elements of a row, even.
+        width: elements of a row, a multiple of 8.
         dtype: bf16 or fp16.
         device: of this rank.
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
@@ -226,8 +218,15 @@ class PeerExchange:
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """int64 elements of a rank's buffer: two parities of a sum's and a maximum's words."""
-        return 2 * size * rows * (width // 2 + 2)
+        """int64 elements of a rank's memory: two parities of a sum's and a maximum's cells."""
+        return 2 * size * rows * (width // 4 + 1)
+
+    @staticmethod
+    def empty(memory: torch.Tensor, size: int, rows: int) -> None:
+        """Empty all cells of a rank's memory."""
+        maxima = memory.numel() - 2 * size * rows
+        memory[:maxima].view(torch.int16).fill_(torch.iinfo(torch.int16).min)
+        memory[maxima:].fill_(_EMPTY_MAX)
 
     def takes_sum(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce` and `add_rms_norm` take x."""
@@ -273,7 +272,7 @@ class PeerExchange:
         return out, total
 
     def all_max(self, x: torch.Tensor, *, rehearse: bool = False) -> torch.Tensor:
-        """The largest of each element of x [N] int64 over the ranks."""
+        """The largest of each element of x [N] int64 over the ranks; above the least int64."""
         out, count = torch.zeros_like(x) if rehearse else torch.empty_like(x), x.numel()
         self._launch(
             _max_kernel,
@@ -283,12 +282,13 @@ class PeerExchange:
             out,
             self._buffers,
             self._maxima,
-            2 * self._size * self._rows * (self._width // 2),
+            2 * self._size * self._rows * (self._width // 4),
             count,
             self._rows,
             RANK=self._rank,
             SIZE=self._size,
             BLOCK=_MAX_BLOCK,
+            EMPTY=_EMPTY_MAX,
             num_warps=2,
         )
         return out
@@ -336,7 +336,7 @@ class PeerExchange:
             SPLITS=x.shape[0] if x.dim() == 3 else 1,
             NORM=norm is not None,
             TWO_SHOT=self.two_shot(rows),
-            WORDS=triton.next_power_of_2(self._width) // 2,
+            BLOCK=triton.next_power_of_2(self._width),
             num_warps=_num_warps(self._width),
         )
 
