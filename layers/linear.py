@@ -66,6 +66,10 @@ class MergedColumnLinear:
         """
         return self._product.normed(x, residual, self.norm)
 
+    def partial(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As a call, but the parts may be left in partial sums, see `Product.partial`."""
+        return self._product.normed(x, residual, self.norm, partial=True)
+
     def gated(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """As a call, with silu(first part) * second part in the parts' place."""
         return self._product.gated(x, residual, self.norm)

@@ -44,10 +44,16 @@ class Product:
         """[T, K] -> [T, N]."""
         return F.linear(x, self._weight, self._bias)
 
-    def normed(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """The product of the normalised stream [T, K]: ([T, N], the stream's sum)."""
+    def normed(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, *, partial: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The product of the normalised stream [T, K]: ([T, N], the stream's sum).
+
+        Args:
+            partial: the product may be left in partial sums, see `partial`.
+        """
         y, total = norm(x, residual)
-        return self(y), total
+        return (self.partial(y) if partial else self(y)), total
 
     def gated(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """As `normed`, for W = [gate; up]: silu(gate) * up [T, N / 2]."""
@@ -55,7 +61,7 @@ class Product:
         return self._silu_mul(y), total
 
     def partial(self, x: Tensor) -> Tensor:
-        """The product of x [T, K] for a norm to add up: [T, N], or [S, T, N] float32 on CUDA."""
+        """x W^T + b of x [T, K] for its reader to add up: [T, N], or [S, T, N] float32 on CUDA."""
         return self(x)
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,9 +118,13 @@ class SkinnyProduct(Product):
             return F.linear(x, self._weight, self._bias)
         return self._kernels.skinny_linear(x, self._weight, self._bias, pdl=True)
 
-    def normed(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        if residual is not None or not self._fuses(x) or not self._fits(x.shape[0]):
-            return super().normed(x, residual, norm)
+    def normed(
+        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, *, partial: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        fits = self._fits(x.shape[-2])
+        if residual is not None or not self._fuses(x) or not fits:
+            # Partial sums where that is the only way to fill the device.
+            return super().normed(x, residual, norm, partial=partial and not fits)
         run = self._kernels.skinny_linear
         y = run(x, self._weight, self._bias, norm_weight=norm.weight, eps=norm.eps, pdl=True)
         return y, x

@@ -121,7 +121,8 @@ class QKNormRopeStore:
         """Rotated queries [T, num_heads, head_dim]; may overwrite `qkv`, writes into `kv`.
 
         Args:
-            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous.
+            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; partial sums
+                [S, T, ...] in float32 where kernels are fused.
             slot_mapping: [T] rows of `kv.flat`; negative ones, which only the fused kernel
                 takes, store nothing.
         """

@@ -94,7 +94,7 @@ class Attention:
         self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream before and after; see `layers.product.Product` for its form."""
-        qkv, total = self.qkv_proj(x, residual)
+        qkv, total = self.qkv_proj.partial(x, residual)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         return self.o_proj(self._backend.attend(q, kv, batch.attention), total)
 

@@ -25,6 +25,7 @@ def _qk_norm_rope_store_kernel(
     k_cache_ptr,
     v_cache_ptr,
     qkv_stride,
+    split_stride,
     k_stride_block,
     k_stride_slot,
     k_stride_head,
@@ -41,6 +42,7 @@ def _qk_norm_rope_store_kernel(
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     NORM: tl.constexpr,
+    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -69,6 +71,9 @@ def _qk_norm_rope_store_kernel(
     source = qkv_ptr + (token * qkv_stride + head * (2 * HALF))[:, None] + cols[None, :]
     first = tl.load(source, mask=mask, other=0.0)
     second = tl.load(source + HALF, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        first += tl.load(source + split * split_stride, mask=mask, other=0.0)
+        second += tl.load(source + split * split_stride + HALF, mask=mask, other=0.0)
     slot = tl.load(slots_ptr + token, mask=live, other=-1).to(tl.int64)
     block = slot // block_size
     offset = slot % block_size
@@ -122,7 +127,8 @@ def qk_norm_rope_store(
     """Normalise and rotate queries and keys, store keys and values, return the queries.
 
     Args:
-        qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads.
+        qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads; or
+            [S, T, ...] float32, partial sums that are added up here.
         q_weight: [D] RMSNorm weight of the query heads, or None for no norm.
         k_weight: [D] likewise of the key heads; both or neither.
         eps: of the RMSNorm.
@@ -137,14 +143,16 @@ def qk_norm_rope_store(
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
 
     Returns:
-        [T, Hq, D] in ``qkv``'s dtype. Arithmetic is float32 with one rounding at the end.
+        [T, Hq, D] in the caches' dtype. Arithmetic is float32 with one rounding at the end.
     """
     kv_heads, dim = k_cache.shape[2], k_cache.shape[3]
-    tokens = qkv.shape[0]
-    q_heads = qkv.shape[1] // dim - 2 * kv_heads
-    if (q_heads + 2 * kv_heads) * dim != qkv.shape[1] or q_heads < 1 or dim % 2:
+    tokens = qkv.shape[-2]
+    q_heads = qkv.shape[-1] // dim - 2 * kv_heads
+    if (q_heads + 2 * kv_heads) * dim != qkv.shape[-1] or q_heads < 1 or dim % 2:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit a cache {tuple(k_cache.shape)}")
-    if qkv.stride(1) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+    if qkv.dim() == 3 and qkv.dtype != torch.float32:
+        raise ValueError(f"partial sums must be float32, not {qkv.dtype}")
+    if qkv.stride(-1) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError("the last dimension of qkv and of the caches must be contiguous")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("give both q_weight and k_weight, or neither")
@@ -152,7 +160,7 @@ def qk_norm_rope_store(
     if cos.shape[1] != half or not cos.is_contiguous() or not sin.is_contiguous():
         raise ValueError(f"cos and sin must be contiguous [P, {half}]")
     if out is None:
-        out = torch.empty((tokens, q_heads, dim), dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty((tokens, q_heads, dim), dtype=k_cache.dtype, device=qkv.device)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
     # One warp and a few heads a program spread a decode step widely; a prefill wants larger
     # programs: 65,536 one-warp programs took 80 us at 8,192 tokens on an H200, 2.5 times the copy.
@@ -170,7 +178,8 @@ def qk_norm_rope_store(
             out,
             k_cache,
             v_cache,
-            qkv.stride(0),
+            qkv.stride(-2),
+            qkv.stride(0) if qkv.dim() == 3 else 0,
             k_cache.stride(0),
             k_cache.stride(1),
             k_cache.stride(2),
@@ -187,6 +196,7 @@ def qk_norm_rope_store(
             HEADS=heads,
             TOKENS=per_program,
             NORM=q_weight is not None,
+            SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1,
             PDL=pdl,
             num_warps=1 if per_program == 1 else 4,
             launch_pdl=pdl,
@@ -208,6 +218,7 @@ def qk_norm_rope_store_reference(
 ) -> torch.Tensor:
     """Plain torch version of :func:`qk_norm_rope_store`; it too writes into the caches."""
     block_size, kv_heads, dim = k_cache.shape[1:]
+    qkv = qkv.sum(0) if qkv.dim() == 3 else qkv
     q_heads = qkv.shape[1] // dim - 2 * kv_heads
     heads = qkv.view(qkv.shape[0], q_heads + 2 * kv_heads, dim)
     query, key, value = heads.split([q_heads, kv_heads, kv_heads], dim=1)
@@ -225,4 +236,4 @@ def qk_norm_rope_store_reference(
     where = (slots // block_size, slots % block_size)
     k_cache[where] = transform(key, k_weight)[kept].to(k_cache.dtype)
     v_cache[where] = value[kept].to(v_cache.dtype)
-    return transform(query, q_weight).to(qkv.dtype)
+    return transform(query, q_weight).to(k_cache.dtype)

@@ -97,7 +97,10 @@ def test_qk_norm_rope_store(case: int) -> None:
     block_size = rng.choice([16, 256])
     blocks = tokens // block_size + 3
     norm = rng.random() < 0.5
+    splits = rng.choice([1, 2, 4])
     qkv = _randn(tokens, (heads + 2 * kv_heads) * dim)
+    if splits > 1:
+        qkv = _randn(splits, *qkv.shape, dtype=torch.float32)
     weights = (_randn(dim), _randn(dim)) if norm else (None, None)
     angle = _randn(4096, dim // 2, dtype=torch.float32)
     cos, sin = angle.cos(), angle.sin()

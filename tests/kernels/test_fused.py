@@ -143,12 +143,13 @@ def test_silu_mul() -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "norm"),
-    [(4, 2, 32, True), (6, 1, 16, False), (3, 3, 24, True), (8, 4, 128, True)],
+    ("heads", "kv_heads", "dim", "norm", "splits"),
+    [(4, 2, 32, True, 1), (6, 1, 16, False, 3), (3, 3, 24, True, 2), (8, 4, 128, True, 1)],
 )
-def test_qk_norm_rope_store(heads: int, kv_heads: int, dim: int, norm: bool) -> None:
+def test_qk_norm_rope_store(heads: int, kv_heads: int, dim: int, norm: bool, splits: int) -> None:
     tokens, block_size, blocks = 5, 4, 6
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
+    shape = (tokens, (heads + 2 * kv_heads) * dim)
+    qkv = torch.randn(shape if splits == 1 else (splits, *shape))
     q_weight, k_weight = (torch.randn(dim), torch.randn(dim)) if norm else (None, None)
     cos, sin = torch.randn(2, 50, dim // 2).unbind()
     positions = torch.randint(0, 50, (tokens,), dtype=torch.int32)
