@@ -65,7 +65,7 @@ def test_rates_are_told_when_an_engine_has_ended(
 ) -> None:
     device = _Device()
     monkeypatch.setattr(compare, "EngineProcess", device.engine)
-    monkeypatch.setattr(compare.torch.cuda, "mem_get_info", lambda: (0, 0))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (0, 0))
     monkeypatch.setattr(run, "Reference", device.reference)
     monkeypatch.setattr(run, "release_device", lambda d: device.events.append("release"))
     labels = ("fast", "slow")
