@@ -66,7 +66,7 @@ def describe_latency(row: Row, group: GroupLatency) -> str:
             f"({1e3 * min(group.longest_gap):.1f} to {1e3 * max(group.longest_gap):.1f})"
         )
     who = f"{group.num_requests} {group.group}"
-    return f"  {who:<20}{row.engine:<16}{', '.join(words)}"
+    return f"  {who:<20}{row.engine:<18}{', '.join(words)}"
 
 
 def _milliseconds(seconds: list[float]) -> str:
