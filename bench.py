@@ -6,6 +6,8 @@
     python bench.py --engine ours,transformers,vllm,nano-vllm,mini-sglang --report folder
     python bench.py --engine sequential,transformers,ours    speed-ups over no cache, no batch
     python bench.py --engine ours,ours:throughput            presets side by side
+    python bench.py --engine ours,ours:low_latency --workload crowd
+    python bench.py --workload filters text --shape qwen3-0.6b
     python bench.py --profile folder          time by phase and by kernel, and torch's trace
     nsys profile python bench.py --nvtx       the phases as ranges for nsys, on CUDA
     python bench.py --model path              a checkpoint of yours
@@ -17,16 +19,22 @@ seeds     256 requests of 100 to 1,024 tokens in and out, temperature 0.6
 seeds128  the first 128 of them
 latency   1, 8 and 64 requests of 128 tokens in and 512 out
 ttft      time to the first token after 128, 1,024 and 3,800 tokens
-crowd     16 requests that run while 32 prompts of 1,500 tokens are computed
+crowd     16 requests that run while 32 prompts of 1,500 tokens are computed, and how long both
+          kinds wait for their first token and between two
 flood     1,024 requests of 16 to 64 tokens in and out
+filters   what a decode step costs with top_k, top_p, min_p, a penalty, log-probabilities: 256
+          requests (8 on a CPU) of 128 tokens in and 256 out, the variants in turn
+text      what text costs, and looking for a stop string, against tokens alone: the seeds (8 of
+          them on a CPU), the variants in turn; --shape gets a tokenizer of its vocabulary's size
 startup   construction to ready in a new process, with a cold and a warm kernel cache
 kernels   attention and the linears alone, against the machine's limits; CUDA
 overlap   what the host does for a decode step of 256 requests while the device works; CUDA
 scheduler schedule and commit alone, for 256 running and up to 100,000 waiting requests; no model
 
-Every engine runs in a process of its own. On a CPU they take turns, on CUDA each has the device
-to itself; there the run also measures the machine's read bandwidth and matmul rate and prints the
-fraction of the workload's roofline that was reached (utils/roofline.py).
+Every engine runs in a process of its own. On a CPU they take turns; on CUDA each has the device
+to itself, and its rates are printed before the next one starts. There the run also measures the
+machine's read bandwidth and matmul rate and prints the fraction of the workload's roofline that
+was reached (utils/roofline.py).
 """
 
 from __future__ import annotations
@@ -36,29 +44,29 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config
-from utils.bench.compare import Contender, figures_of, judge, measure_engines, rows_of
-from utils.bench.engines import ENGINES, Setting
+from utils.bench.compare import Contender, figures_of
+from utils.bench.engines import ENGINES
 from utils.bench.environment import environment
 from utils.bench.limits import Limits
 from utils.bench.profile import Profile, profile, tables
-from utils.bench.reference import Reference
+from utils.bench.reference import WrongOutputError
+from utils.bench.run import installed, run_comparison, run_variants, setting_of
 from utils.bench.startup import startup_seconds
+from utils.bench.variants import VARIANTS
 from utils.bench.words import (
     describe_ceilings,
-    describe_engine,
     describe_kernel,
     describe_overlap,
-    describe_row,
     describe_startup,
 )
 from utils.bench.workloads import NAMES, check_workload, works_for
-from utils.checkpoint import Checkpoint, open_checkpoint, resolve
+from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.kernel_speed import KernelTime, measure_kernels
 from utils.overlap import draw, measure_overlap
 from utils.random_weights import SHAPES, make_checkpoint
@@ -67,7 +75,11 @@ from utils.scheduling_cost import measure_scheduling
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "qwen3-tiny-python"
 # Workloads of this engine's parts, which need no comparison.
-ALONE = ("startup", "kernels", "overlap", "scheduler")
+ALONE = (*VARIANTS, "startup", "kernels", "overlap", "scheduler")
+
+
+# Line by line, so that a run cut off has told what it measured.
+tell = partial(print, flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -103,77 +115,65 @@ def contenders(text: str) -> list[Contender]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def installed(wanted: list[Contender]) -> list[Contender]:
-    """Those that can run here; the others are named.
+def compare(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Measure, judge and print the engines; returns all figures.
 
     Raises:
-        SystemExit: none can.
+        SystemExit: none of the engines is installed.
     """
-    there = []
-    for one in wanted:
-        if module := ENGINES[one.engine].missing():
-            print(f"{one.label}: not installed, left out (there is no package {module!r})")
-        else:
-            there.append(one)
-    if not there:
-        sys.exit("none of the engines is installed")
-    return there
-
-
-def setting_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Setting:
-    """What all engines are given, with "auto" resolved as this engine does."""
-    config = resolve(Config.from_options(checkpoint.path, dtype=args.dtype), checkpoint)
-    assert config.max_model_len is not None
-    return Setting(
-        model=str(checkpoint.path.resolve()),
-        dtype=config.dtype,
-        device=config.device,
-        max_model_len=config.max_model_len,
-        kv_bytes=args.kv_bytes,
-        threads=args.threads,
-    )
-
-
-def compare(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Measure, judge and print the engines; returns all figures."""
-    checkpoint = open_checkpoint(str(path))
-    setting = setting_of(args, checkpoint)
+    setting = setting_of(checkpoint, args.dtype, args.kv_bytes, args.threads)
     cuda = setting.device == "cuda"
-    engines = installed(wanted(args, cuda))
+    engines = installed(wanted(args, cuda), tell)
+    if not engines:
+        sys.exit("none of the engines is installed")
     about = environment(setting)
-    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    tell(", ".join(f"{name} {value}" for name, value in about.items()))
     vocab_size = int(checkpoint.hf_config.vocab_size)
     names = args.workload or default_workloads(engines, cuda)
     works = [work for name in names for work in works_for(name, vocab_size)]
-    check = None if all(work.checked for work in works) else check_workload(vocab_size)
     limits = Limits(setting) if cuda else None
     if limits:
-        print(describe_ceilings(limits.ceilings), flush=True)
-    found = measure_engines(
-        engines, setting, works, args.repeats, check=check, watch=args.report is not None
+        tell(describe_ceilings(limits.ceilings))
+    found, rows = run_comparison(
+        engines,
+        setting,
+        works,
+        args.repeats,
+        tell,
+        check=None if all(work.checked for work in works) else check_workload(vocab_size),
+        baseline=baseline_of(args, engines),
+        limits=limits,
+        watch=args.report is not None,
     )
-    judge(found, [*works, *([check] if check else [])], Reference(setting))
-    rows = rows_of(found, works, limits.seconds if limits else None, baseline_of(args, engines))
-    for one in found:
-        print(describe_engine(one))
-    for row in rows:
-        print(describe_row(row), flush=True)
     if args.report:
         from utils.bench.report import write_report
 
         write_report(args.report, about, found, rows)
-        print(f"report: {args.report / 'README.md'}")
+        tell(f"report: {args.report / 'README.md'}")
     return figures_of(about, found, rows)
 
 
-def profile_ours(args: argparse.Namespace, path: Path) -> Profile:
+def variants(args: argparse.Namespace, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Measure and print the workload `filters` or `text`; returns all figures.
+
+    Raises:
+        SystemExit: the outputs are wrong.
+    """
+    setting = setting_of(checkpoint, args.dtype, args.kv_bytes, args.threads)
+    vocab_size = int(checkpoint.hf_config.vocab_size)
+    try:
+        return run_variants(name, setting, vocab_size, args.repeats, tell)
+    except WrongOutputError as error:
+        sys.exit(f"{name}: {error}")
+
+
+def profile_ours(args: argparse.Namespace, checkpoint: Checkpoint) -> Profile:
     """Profile this engine on the first workload, and print where the time went."""
     if args.nvtx and not torch.cuda.is_available():
         sys.exit("--nvtx needs a CUDA device; --profile works without one")
-    checkpoint = open_checkpoint(str(path))
     (name, *_) = args.workload or default_workloads([], torch.cuda.is_available())
     work = works_for(name, int(checkpoint.hf_config.vocab_size))[-1]
-    found = profile(str(path), work, args.profile, dtype=args.dtype)
+    found = profile(str(checkpoint.path), work, args.profile, dtype=args.dtype)
     print(tables(found))
     if args.profile:
         (args.profile / "README.md").write_text(f"# Profile\n\n{tables(found)}\n")
@@ -233,10 +233,14 @@ def main() -> None:
         if args.shape:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             path = make_checkpoint(args.shape, Path(scratch), device)
+        checkpoint = open_checkpoint(str(path))
         if args.profile or args.nvtx:
-            figures["profile"] = asdict(profile_ours(args, path))
+            figures["profile"] = asdict(profile_ours(args, checkpoint))
         elif args.workload != []:
-            figures |= compare(args, path)
+            figures |= compare(args, checkpoint)
+        for name in VARIANTS:
+            if name in alone:
+                figures[name] = variants(args, checkpoint, name)
         if "startup" in alone:
             figures["startup"] = startup_seconds(path, min(args.repeats, 3))
             print(describe_startup(figures["startup"]))

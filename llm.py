@@ -85,8 +85,8 @@ class LLM:
               token ids and log-probabilities, the token itself first (None for the prompt's
               first token);
             - `metrics`: in seconds `queue_time`, `time_to_first_token` (from arrival),
-              `mean_inter_token_time` and `p99_inter_token_time` (None where there is no such
-              token); `cached_prompt_tokens`; `preemptions`;
+              `mean_inter_token_time`, `p99_inter_token_time` and `longest_inter_token_time`
+              (None where there is no such token); `cached_prompt_tokens`; `preemptions`;
             - `outputs`: only with n > 1, such dictionaries for all of them; the entries beside it
               are the first one's.
 

@@ -43,6 +43,7 @@ def _metrics(seq: Sequence) -> dict[str, float | None]:
         "time_to_first_token": times[0] - added if times else None,
         "mean_inter_token_time": sum(gaps) / len(gaps) if gaps else None,
         "p99_inter_token_time": gaps[math.ceil(0.99 * len(gaps)) - 1] if gaps else None,
+        "longest_inter_token_time": gaps[-1] if gaps else None,
         "cached_prompt_tokens": seq.num_cached,
         "preemptions": seq.num_preemptions,
     }

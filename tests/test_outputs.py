@@ -287,9 +287,12 @@ class TestNumbers:
             assert 0 <= metrics["queue_time"] <= metrics["time_to_first_token"]
             mean, p99 = metrics["mean_inter_token_time"], metrics["p99_inter_token_time"]
             assert 0 < mean <= p99 * 1.0001
+            # Of 39 times between 40 tokens the 39th is both.
+            assert metrics["longest_inter_token_time"] == p99
             assert metrics["preemptions"] == 0
         (out,) = llm.generate(PROMPTS[0], _greedy(max_tokens=1), use_tqdm=False)
         assert out["metrics"]["mean_inter_token_time"] is None
+        assert out["metrics"]["longest_inter_token_time"] is None
 
     def test_waiting_counts_as_queueing(self, shipped: Path) -> None:
         with LLM(shipped, device="cpu", max_num_seqs=1, max_model_len=128) as llm:

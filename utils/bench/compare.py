@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from utils.bench.engines import ENGINES, Ours, Setting, Tokens, Trace
+from utils.bench.latency import GroupLatency, Latency, by_group
 from utils.bench.processes import EngineFailedError, EngineProcess, Ran
 from utils.bench.reference import Agreement, Reference, WrongOutputError
 from utils.bench.workloads import Workload
@@ -30,6 +31,7 @@ class Row:
         peak_bytes: most memory held until the end of the workload: of the device on CUDA, else
             of the process.
         agreement: of the engine's greedy tokens with transformers.
+        latencies: of the workload's groups of requests, if it has any and the engine tells.
     """
 
     workload: str
@@ -42,6 +44,7 @@ class Row:
     speedups: list[float] | None = None
     peak_bytes: int | None = None
     agreement: Agreement | None = None
+    latencies: list[GroupLatency] = field(default_factory=list)
 
     @property
     def rates(self) -> list[float]:
@@ -86,6 +89,7 @@ class Measured:
 
     Attributes:
         outputs: of the warm-ups.
+        latencies: of the requests of every repeat, if the engine tells.
         problem: why there are no rates, if there are none.
     """
 
@@ -97,6 +101,7 @@ class Measured:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, Tokens] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
+    latencies: dict[str, list[list[Latency]]] = field(default_factory=dict)
     traces: dict[str, Trace] = field(default_factory=dict)
     problem: str | None = None
 
@@ -113,20 +118,24 @@ def measure_engines(
     *,
     check: Workload | None = None,
     watch: bool = False,
-) -> list[Measured]:
+) -> Iterator[list[Measured]]:
     """Run the workloads on engines, each in a process of its own.
 
-    On a CPU the engines take turns, repeat by repeat. On CUDA each has the device to itself.
+    On a CPU the engines take turns, repeat by repeat. On CUDA each has the device to itself, and
+    what the caller does between two of them may use it.
 
     Args:
         check: a workload to run first, for its outputs alone.
         watch: run all once more, with their steps watched.
+
+    Returns:
+        An iterator of those that have ended together: on CUDA one after the other.
     """
     found = [Measured(contender) for contender in contenders]
     groups = [[one] for one in found] if setting.device == "cuda" else [found]
     for group in groups:
         _measure_group(group, setting, works, repeats, check, watch)
-    return found
+        yield group
 
 
 def _measure_group(
@@ -184,6 +193,8 @@ def _run(one: Measured, engine: EngineProcess, work: Workload, repeat: int) -> R
 def _note(one: Measured, work: Workload, repeat: int, ran: Ran) -> None:
     if repeat:
         one.seconds.setdefault(work.name, []).append(ran.seconds)
+        if ran.latencies:
+            one.latencies.setdefault(work.name, []).append(ran.latencies)
     else:
         one.warmups[work.name] = ran.seconds
         one.outputs[work.name] = ran.outputs
@@ -259,6 +270,7 @@ def rows_of(
                     peak_bytes=one.peak_bytes[work.name],
                     agreement=one.agreements.get(work.name)
                     or next(iter(one.agreements.values()), None),
+                    latencies=by_group(work.groups, one.latencies.get(work.name, [])),
                 )
             )
     return rows

@@ -17,7 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from utils.bench.latency import Latency
 from utils.bench.spans import Span
+from utils.bench.tokenizer import with_tokenizer
 from utils.bench.workloads import Workload
 
 if TYPE_CHECKING:
@@ -48,6 +50,18 @@ class Setting:
     threads: int | None = None
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def llm_options(setting: Setting) -> dict[str, Any]:
+    """The same in the words of `Config`, but for the model."""
+    return {
+        "dtype": setting.dtype,
+        "device": setting.device,
+        "max_model_len": setting.max_model_len,
+        "kvcache_memory_bytes": setting.kv_bytes,
+        "seed": setting.seed,
+        **setting.options,
+    }
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,10 @@ class Engine(ABC):
     def generate(self, work: Workload) -> Tokens:
         """The output tokens of every request, all of them served at once."""
 
+    def latencies(self) -> list[Latency] | None:
+        """Of the last run's requests; None if the engine does not tell."""
+        return None
+
     def trace(self, work: Workload) -> Trace | None:
         """Run with every step watched, and from then on so; None if it cannot be."""
         del work
@@ -108,17 +126,11 @@ class Ours(Engine):
     def __init__(self, setting: Setting) -> None:
         from llm import LLM
 
-        self._options: dict[str, Any] = {
-            "dtype": setting.dtype,
-            "device": setting.device,
-            "max_model_len": setting.max_model_len,
-            "kvcache_memory_bytes": setting.kv_bytes,
-            "seed": setting.seed,
-            **setting.options,
-        }
+        self._options = llm_options(setting)
         self._model = setting.model
         self._llm = LLM(setting.model, **self._options)
         self._recorder: Recorder | None = None
+        self._metrics: list[dict[str, Any]] = []
 
     def generate(self, work: Workload) -> Tokens:
         from sampling_params import SamplingParams
@@ -129,7 +141,12 @@ class Ours(Engine):
             for n in work.lengths
         ]
         outputs = self._llm.generate(work.prompts, params, use_tqdm=False)
+        self._metrics = [out["metrics"] for out in outputs]
         return [out["token_ids"] for out in outputs]
+
+    def latencies(self) -> list[Latency]:
+        names = ("time_to_first_token", "p99_inter_token_time", "longest_inter_token_time")
+        return [Latency(*(metrics[name] for name in names)) for metrics in self._metrics]
 
     def trace(self, work: Workload) -> Trace | None:
         from utils.bench.recording import Recorder, recorded_llm
@@ -343,23 +360,3 @@ def _kv_bytes_per_token(setting: Setting) -> int:
 
     config = transformers.AutoConfig.from_pretrained(setting.model)
     return ModelCosts.of(config, getattr(torch, setting.dtype).itemsize).kv_bytes
-
-
-def with_tokenizer(model: Path, folder: Path) -> str:
-    """The checkpoint, or links to it in `folder` beside a tokenizer that knows no words.
-
-    For engines that cannot start without one; checkpoints with random weights have none.
-    """
-    if (model / "tokenizer_config.json").exists() or (model / "tokenizer.json").exists():
-        return str(model)
-    import tokenizers
-    import transformers
-
-    for file in model.iterdir():
-        (folder / file.name).symlink_to(file.resolve())
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="?", eos_token="?"
-    )
-    fast.save_pretrained(folder)
-    return str(folder)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from utils.bench.engines import ENGINES, Engine, Setting, Tokens, Trace
+from utils.bench.latency import Latency
 from utils.bench.workloads import Workload
 
 _ROOT = Path(__file__).parents[2]
@@ -50,11 +51,18 @@ class Watch:
 
 @dataclass(frozen=True)
 class Ran:
-    """Wall seconds of a run, its outputs, and the most host memory the process has held."""
+    """A run.
+
+    Attributes:
+        seconds: wall time.
+        peak_host_bytes: the most host memory the process has held.
+        latencies: of each request, if the engine tells.
+    """
 
     seconds: float
     outputs: Tokens
     peak_host_bytes: int
+    latencies: list[Latency] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,8 @@ def _answer(engine: Engine, message: object) -> object:
         case Run(work):
             start = time.perf_counter()
             outputs = engine.generate(work)
-            return Ran(time.perf_counter() - start, outputs, peak_host_bytes())
+            seconds = time.perf_counter() - start
+            return Ran(seconds, outputs, peak_host_bytes(), engine.latencies())
         case Watch(work):
             return engine.trace(work)
     raise TypeError(f"unknown message {message!r}")

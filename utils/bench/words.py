@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 
 from utils.bench.compare import Measured, Row
+from utils.bench.latency import GroupLatency
+from utils.bench.variants import Variants
 from utils.kernel_speed import KernelTime
 from utils.overlap import Overlap
 from utils.roofline import Ceilings
@@ -49,6 +51,43 @@ def describe_row(row: Row) -> str:
     if row.peak_bytes is not None:
         line += f"  {row.peak_bytes / 2**30:.2f} GiB"
     return f"{line}  greedy {row.agreement}"
+
+
+def describe_latency(row: Row, group: GroupLatency) -> str:
+    """How long a group of a row's requests waited for tokens in words; medians over the repeats."""
+    words = [
+        f"first token after {_milliseconds(group.first_token)} ms (the last one's after "
+        f"{_milliseconds(group.last_first_token)})"
+    ]
+    if group.longest_gap:
+        words.append(
+            f"between tokens p99 {_milliseconds(group.p99_gap)} ms, "
+            f"longest {_milliseconds(group.longest_gap)} ms "
+            f"({1e3 * min(group.longest_gap):.1f} to {1e3 * max(group.longest_gap):.1f})"
+        )
+    who = f"{group.num_requests} {group.group}"
+    return f"  {who:<20}{row.engine:<18}{', '.join(words)}"
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return f"{1e3 * statistics.median(seconds):.1f}"
+
+
+def describe_variants(found: Variants) -> list[str]:
+    """What was checked, and what each variant of a workload cost."""
+    first = found.timed[0].name
+    lines = [
+        f"{found.workload}: {found.agreement} greedy tokens are the reference's own, the rest "
+        f"ties of rounding; {found.checked}"
+    ]
+    for one in found.timed:
+        step = 1e3 * statistics.median(one.step_seconds)
+        line = f"{one.name:<24}{one.rate:>10.1f} tok/s{step:>9.3f} ms a step"
+        if one.name != first:
+            ratio, low, high = statistics.median(one.ratios), min(one.ratios), max(one.ratios)
+            line += f"  {found.compared} takes {ratio:.3f} times {first} ({low:.3f} to {high:.3f})"
+        lines.append(line)
+    return lines
 
 
 def describe_kernel(time: KernelTime) -> str:

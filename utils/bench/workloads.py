@@ -13,6 +13,8 @@ class Workload:
     Attributes:
         checked: its own greedy outputs are compared with transformers; those of the other
             workloads are vouched for by `check_workload`.
+        groups: names and sizes of the groups that the requests consist of, in order, where the
+            latency of each is of interest.
     """
 
     name: str
@@ -20,6 +22,7 @@ class Workload:
     lengths: list[int]
     temperature: float = 0.0
     checked: bool = False
+    groups: tuple[tuple[str, int], ...] = ()
 
     @property
     def num_output_tokens(self) -> int:
@@ -88,7 +91,8 @@ def works_for(name: str, vocab_size: int) -> list[Workload]:
         short = random_workload("short", 16, (64, 64), (128, 128), vocab_size)
         long = random_workload("long", 32, (1500, 1500), (16, 16), vocab_size)
         prompts, lengths = short.prompts + long.prompts, short.lengths + long.lengths
-        return [Workload("16 short, 32 of 1,500", prompts, lengths)]
+        groups = (("short", 16), ("long", 32))
+        return [Workload("16 short, 32 of 1,500", prompts, lengths, groups=groups)]
     if name == "flood":
         return [random_workload("1,024 of 16 to 64", 1024, (16, 64), (16, 64), vocab_size)]
     if name == "small":

@@ -105,7 +105,7 @@ def test_an_engine_that_fails_takes_no_other_with_it(
     monkeypatch.setattr(compare, "EngineProcess", _Process)
     kinds = ("bad", "late", "good", "long")
     contenders = [Contender(kind, "ours", {"kind": kind}) for kind in kinds]
-    found = measure_engines(contenders, setting, [WORK], repeats=2)
+    (found,) = measure_engines(contenders, setting, [WORK], repeats=2)
     problems = ["does not start", "lost its device", None, "wrong outputs, so no rate: wrong"]
     for one, problem in zip(found, problems, strict=True):
         assert (one.problem or "").startswith(problem or "")

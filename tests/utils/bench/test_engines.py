@@ -23,8 +23,8 @@ from utils.bench.engines import (
     Sequential,
     Setting,
     Transformers,
-    with_tokenizer,
 )
+from utils.bench.tokenizer import with_tokenizer
 from utils.bench.workloads import random_workload, seeds_workload, works_for
 
 WORK = replace(random_workload("w", 3, (4, 9), (3, 6), 200), temperature=0.6)

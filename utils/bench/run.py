@@ -1,0 +1,123 @@
+"""A comparison from start to end, each engine's figures told as soon as they are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from config import Config
+from memory.sizing import release_device
+from utils.bench.compare import Contender, Measured, Row, judge, measure_engines, rows_of
+from utils.bench.engines import ENGINES, Setting
+from utils.bench.environment import environment
+from utils.bench.limits import Limits
+from utils.bench.reference import Reference
+from utils.bench.variants import VARIANTS
+from utils.bench.words import describe_engine, describe_latency, describe_row, describe_variants
+from utils.bench.workloads import Workload
+from utils.checkpoint import Checkpoint, resolve
+
+Tell = Callable[[str], None]
+
+
+def setting_of(
+    checkpoint: Checkpoint, dtype: str = "auto", kv_bytes: int | None = None, threads: int = 0
+) -> Setting:
+    """What all engines are given, with "auto" resolved as this engine does."""
+    config = resolve(Config.from_options(checkpoint.path, dtype=dtype), checkpoint)
+    assert config.max_model_len is not None
+    return Setting(
+        model=str(checkpoint.path.resolve()),
+        dtype=config.dtype,
+        device=config.device,
+        max_model_len=config.max_model_len,
+        kv_bytes=kv_bytes,
+        threads=threads or None,
+    )
+
+
+def installed(wanted: Sequence[Contender], tell: Tell) -> list[Contender]:
+    """Those that can run here; the others are named."""
+    there = []
+    for one in wanted:
+        if module := ENGINES[one.engine].missing():
+            tell(f"{one.label}: not installed, left out (there is no package {module!r})")
+        else:
+            there.append(one)
+    return there
+
+
+def run_comparison(
+    engines: Sequence[Contender],
+    setting: Setting,
+    works: list[Workload],
+    repeats: int,
+    tell: Tell,
+    *,
+    check: Workload | None = None,
+    baseline: str | None = None,
+    limits: Limits | None = None,
+    watch: bool = False,
+) -> tuple[list[Measured], list[Row]]:
+    """Measure the engines; judge each one's outputs and tell its figures when it has ended.
+
+    Args:
+        tell: takes a line.
+        check, watch: as of `measure_engines`.
+        baseline: the engine that speed-ups are over. Those of engines that ended before it are
+            told at the end, where all are put side by side.
+    """
+    limit = limits.seconds if limits else None
+    found: list[Measured] = []
+    num_groups = 0
+    for group in measure_engines(engines, setting, works, repeats, check=check, watch=watch):
+        num_groups += 1
+        judge_group(group, [*works, *([check] if check else [])], setting)
+        found += group
+        for one in group:
+            tell(describe_engine(one))
+        labels = {one.engine for one in group}
+        rows = rows_of(found, works, limit, baseline)
+        _tell_rows([row for row in rows if row.engine in labels], tell)
+    rows = rows_of(found, works, limit, baseline)
+    if num_groups > 1:
+        tell("side by side:")
+        _tell_rows(rows, tell)
+    return found, rows
+
+
+def run_variants(
+    name: str, setting: Setting, vocab_size: int, repeats: int, tell: Tell
+) -> dict[str, Any]:
+    """Measure and tell the variants of a workload, by its --workload name; returns all figures.
+
+    Raises:
+        WrongOutputError: nothing but the environment was told.
+    """
+    about = environment(setting)
+    tell(", ".join(f"{name} {value}" for name, value in about.items()))
+    make, measure = VARIANTS[name]
+    found = measure(setting, make(setting.device, vocab_size), repeats)
+    for line in describe_variants(found):
+        tell(line)
+    return {"environment": about, **asdict(found)}
+
+
+def judge_group(group: list[Measured], works: list[Workload], setting: Setting) -> None:
+    """Compare the greedy outputs of `checked` workloads with transformers, for now on the device.
+
+    The next engine needs its memory, so that the reference is loaded anew each time.
+    """
+    if any(one.problem is None for one in group):
+        judge(group, works, Reference(setting))
+        release_device(torch.device(setting.device))
+
+
+def _tell_rows(rows: Sequence[Row], tell: Tell) -> None:
+    for row in rows:
+        tell(describe_row(row))
+        for group in row.latencies:
+            tell(describe_latency(row, group))
