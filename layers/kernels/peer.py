@@ -28,7 +28,20 @@ __all__ = ["PeerExchange"]
 _EMPTY_MAX = torch.iinfo(torch.int64).min
 # Elements that a program of the maximum takes.
 _MAX_BLOCK = 64
-# Sums of more than two ranks go in two shots from this size on.
+# Sums of more than two ranks go in two shots beyond this size. Four H200, 60 sums in a graph, us a
+# sum with residual and norm, in one shot and in two, NCCL's sum with a norm of its own in brackets:
+# ===========================  ==================  ==================
+# rows                         width 1,024         width 4,096
+# ===========================  ==================  ==================
+# 1                            3.6, 4.6 (10.9)     4.9, 6.5 (10.9)
+# 24                           4.0, 5.5 (12.7)     6.5, 7.1 (12.4)
+# 64                           4.9, 5.3 (12.9)     9.7, 8.3 (15.6)
+# 128                          5.9, 5.9 (12.6)     15.2, 10.2 (19.5)
+# 256                          8.7, 6.8 (15.6)     24.2, 14.6 (29.0)
+# ===========================  ==================  ==================
+# Two H200: 2.6 to 4.4 (7.2 to 11.4) and 3.4 to 9.7 (8.0 to 29.4). The norm alone takes 0.9 to 2.8.
+# Words of 4 bytes of data and 4 of a sequence number, NCCL's "low latency" protocol, took as long
+# for small sums and 15.1 instead of 10.2 at 128 x 4,096.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -193,6 +206,7 @@ class PeerExchange:
         dtype: bf16 or fp16.
         device: of this rank.
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
+        two_shot_bytes: see `two_shot`.
     """
 
     def __init__(
@@ -205,7 +219,9 @@ class PeerExchange:
         dtype: torch.dtype,
         device: torch.device,
         pdl: bool,
+        two_shot_bytes: int = _TWO_SHOT_BYTES,
     ) -> None:
+        self._two_shot_bytes = two_shot_bytes
         self._rank = rank
         self._size = len(addresses)
         self._rows = rows
@@ -298,7 +314,7 @@ class PeerExchange:
 
         That sends (size - 1) / size of the rows twice instead of size - 1 times once.
         """
-        return self._size > 2 and rows * self._width * 2 > _TWO_SHOT_BYTES
+        return self._size > 2 and rows * self._width * 2 > self._two_shot_bytes
 
     def _sum(
         self,

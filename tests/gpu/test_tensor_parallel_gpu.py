@@ -7,16 +7,20 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from config import Config
-from engine.collectives import local_rank
+from engine.collectives import PeerContext, join_ranks, local_rank
 from engine.tensor_parallel import TensorParallelRunner
+from engine.worker import Rank
 from llm import LLM, SamplingParams
 from tests.gpu.test_engine_gpu import SMALL, TIE, TINY, greedy, random_prompts, worst_gap
+from tests.kernels.peer_checks import PeerChecks
 from utils.collective_cost import all_reduce_seconds
 from utils.errors import ConfigError, WorkerDiedError
 
@@ -24,6 +28,20 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
+
+
+def exchange_sums(index: int, size: int, store: str) -> None:
+    """One rank, in a process of its own."""
+    config = Config(model="x", device="cuda", dtype="bfloat16", tensor_parallel_size=size)
+    for width in (1024, 4096):
+        context = join_ranks(config, Rank(index, size, f"{store}{width}", 1), width)
+        assert isinstance(context, PeerContext)
+        device = torch.device("cuda", index)
+        about = (index, size, 256, width, torch.bfloat16, device, True)
+        PeerChecks(context.exchange, *about).run(100, seed=width)
+        torch.cuda.synchronize()
+        torch.distributed.destroy_process_group()
+
 
 NCCL_ALONE = partial(TensorParallelRunner, make_runner=partial(local_rank, peer=False))
 
@@ -104,6 +122,13 @@ def test_more_ranks_than_devices_are_refused() -> None:
         pytest.skip("there are devices for every size")
     with pytest.raises(ConfigError, match="CUDA devices"):
         LLM(TINY, tensor_parallel_size=8, **SMALL)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sums_through_peer_memory_agree_to_the_bit(size: int, tmp_path: Path) -> None:
+    if size > torch.cuda.device_count():
+        pytest.skip(f"needs {size} CUDA devices")
+    spawn(exchange_sums, (size, str(tmp_path / "store")), size)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("peer", [False, True])
