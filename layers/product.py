@@ -11,17 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.activation import SiluMul
+from layers.few_rows import few_rows
 from layers.kernels.launch import dependent_launch, fused
 from layers.layernorm import RMSNorm
 
 # Rows that oneDNN is told to expect when it lays out a weight. Measured on two AVX-512 cores
 # over the shipped model's weights: 16, 64 and 256 are equally fast at any batch; against the
-# plain layout 1.2 times at 1 row, 2.4 at 8, 2.9 at 32 and 3.0 at 1,000.
+# plain layout 1.2 times at 1 row, 2.4 at 8, 2.9 at 32 and 3.0 at 1,000. (Letting oneDNN add the
+# residual costs 3 us a call, an addition of its own 1.)
 _PACK_ROWS = 64
-# Weights up to this many elements are multiplied with a single row as x W^T by MKL instead: 9 us
-# against 14 for [256, 256], 15 against 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
-# (Letting oneDNN add the residual costs 3 us a call, an addition of its own 1.)
-_SMALL_WEIGHT = 2**17
 
 
 class Product:
@@ -70,7 +68,7 @@ class Product:
 
 
 class PackedProduct(Product):
-    """In oneDNN's blocked layout, for float32 on a CPU.
+    """In oneDNN's blocked layout, for float32 on a CPU; a few rows by faster means if there are.
 
     Args:
         norm: the norm of the inputs, if there is one: its weight is folded into this one, and
@@ -79,19 +77,24 @@ class PackedProduct(Product):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None) -> None:
         super().__init__(weight, bias)
-        if norm is not None:
-            weight = weight * norm.take_scale()
-        small = weight.numel() <= _SMALL_WEIGHT
-        self._columns = weight.t().contiguous() if small else None
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+        scale = None if norm is None else norm.take_scale()
+        self._few = few_rows(weight, scale)
+        folded = weight if scale is None else weight * scale
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._columns is not None and x.shape[0] == 1:
-            if self._bias is None:
-                return torch.mm(x, self._columns)
-            return torch.addmm(self._bias, x, self._columns)
-        return self._multiply(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        few = self._few
+        if few is None or x.shape[0] > few.most_rows:
+            return self._multiply(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        y = few(x)
+        return y if self._bias is None else y + self._bias
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        few = self._few
+        if few is None or self._bias is not None or x.shape[0] > few.most_rows:
+            return super().added(x, residual)
+        return few.added(x, residual), None
 
 
 class SkinnyProduct(Product):

@@ -1,0 +1,121 @@
+"""Products of a few rows on a CPU: which weights float16 holds, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from layers.few_rows import FewRows, HalfWeight, MKLColumns, few_rows
+from layers.layernorm import RMSNorm
+from layers.product import make_product
+from tests.layers.tensors import CPU, rms_norm
+
+EPS = 1e-6
+needs_fbgemm = pytest.mark.skipif(
+    not HalfWeight.holds(torch.ones(4, 4)), reason="torch has no FBGEMM here"
+)
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _bfloat16(*shape: int, seed: int = 0) -> Tensor:
+    """float32 values of bfloat16's precision."""
+    return _random(*shape, seed=seed).bfloat16().float()
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("size", [2.0**-60, 1e-3, 1.0, 3e5])
+def test_a_weight_in_float16_is_the_weight(size: float) -> None:
+    """Small elements beside large ones as well: plain float16 would round those below 2^-17."""
+    weight = (_random(48, 32) * size).bfloat16().float()
+    weight[0] *= 2.0**-16
+    assert HalfWeight.holds(weight)
+    assert torch.equal(HalfWeight(weight, None)(torch.eye(32)), weight.t())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        _random(8, 8),
+        torch.tensor([[1.0, 1.5 * 2.0**-60]]),
+        torch.tensor([[1.0, float("inf")]]),
+        torch.tensor([[1.0, float("nan")]]),
+    ],
+    ids=["float32", "range", "inf", "nan"],
+)
+def test_a_weight_that_would_be_rounded_is_refused(weight: Tensor) -> None:
+    assert not HalfWeight.holds(weight)
+
+
+@needs_fbgemm
+def test_zeros_are_held() -> None:
+    assert torch.equal(HalfWeight(torch.zeros(16, 8), None)(_random(1, 8)), torch.zeros(1, 16))
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("kind", ["half", "half scaled", "mkl"])
+def test_products_and_sums(kind: str) -> None:
+    weight, scale = _bfloat16(40, 24), _random(24, seed=1)
+    few: FewRows = MKLColumns(weight)
+    if kind != "mkl":
+        few = HalfWeight(weight, scale if kind == "half scaled" else None)
+    rows = few.most_rows
+    x, residual = _random(rows, 24, seed=2), _random(rows, 40, seed=3)
+    before = residual.clone()
+    factors = scale if kind == "half scaled" else torch.ones(24)
+    expected = ((x * factors).double() @ weight.double().t()).float()
+    torch.testing.assert_close(few(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(few.added(x, residual), residual + expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(residual, before)
+
+
+@needs_fbgemm
+def test_the_means_for_each_weight() -> None:
+    assert isinstance(few_rows(_bfloat16(256, 256), None), HalfWeight)
+    assert isinstance(few_rows(_bfloat16(4096, 256), None), HalfWeight)
+    assert few_rows(_bfloat16(4096, 257), None) is None
+    assert isinstance(few_rows(_random(256, 256), None), MKLColumns)
+    assert few_rows(_random(513, 256), None) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 40])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_product_is_the_same_on_both_sides_of_its_limit(
+    rows: int, bias: bool, exact: bool
+) -> None:
+    make = _bfloat16 if exact else _random
+    weight, shift = make(40, 24), _random(40, seed=1) if bias else None
+    norm = RMSNorm(24, EPS, dtype=torch.float32, device=CPU)
+    norm.weight.copy_(_random(24, seed=2))
+    norm.finish()
+    x, residual = _random(rows, 24, seed=3), _random(rows, 40, seed=4)
+    product = make_product(weight, shift)
+    expected = x @ weight.t() + (0 if shift is None else shift)
+    torch.testing.assert_close(product(x), expected, rtol=1e-5, atol=1e-5)
+    stream, left = product.added(x, residual)
+    total = stream if left is None else stream + left
+    torch.testing.assert_close(total, residual + expected, rtol=1e-5, atol=1e-5)
+    normed = rms_norm(x, norm.weight, EPS).float() @ weight.t() + (0 if shift is None else shift)
+    y, before = make_product(weight, shift, norm).normed(x, None, norm)
+    torch.testing.assert_close(y, normed, rtol=1e-5, atol=1e-5)
+    assert torch.equal(before, x)
+
+
+def test_nothing_is_printed() -> None:
+    """torch calls these operations deprecated; a user can do nothing about it."""
+    code = (
+        "import torch; from layers.product import make_product; "
+        "make_product(torch.ones(8, 8), None)(torch.ones(1, 8))"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
