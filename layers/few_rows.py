@@ -81,9 +81,10 @@ class HalfWeight(FewRows):
     @staticmethod
     def holds(weight: Tensor) -> bool:
         """Whether torch has what this takes, and no element is rounded."""
+        needed = ("fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation")
         if "fbgemm" not in torch.backends.quantized.supported_engines:
             return False
-        if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
+        if not all(hasattr(torch, name) for name in needed):
             return False
         scaled = weight * _power_of_two(weight)
         half = scaled.half()
