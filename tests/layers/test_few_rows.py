@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layers.few_rows import FewRows, HalfWeight, MKLColumns, few_rows
 from layers.layernorm import RMSNorm
+from layers.parallel import ParallelContext
 from layers.product import make_product
 from tests.layers.tensors import CPU, rms_norm
 
@@ -93,7 +94,7 @@ def test_a_product_is_the_same_on_both_sides_of_its_limit(
 ) -> None:
     make = _bfloat16 if exact else _random
     weight, shift = make(40, 24), _random(40, seed=1) if bias else None
-    norm = RMSNorm(24, EPS, dtype=torch.float32, device=CPU)
+    norm = RMSNorm(24, EPS, parallel=ParallelContext(), dtype=torch.float32, device=CPU)
     norm.weight.copy_(_random(24, seed=2))
     norm.finish()
     x, residual = _random(rows, 24, seed=3), _random(rows, 40, seed=4)
