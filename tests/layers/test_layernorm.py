@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -83,3 +85,42 @@ def test_the_normalizer_leaves_the_factor_to_the_caller() -> None:
     out = RMSNormalizer(16, EPS, CPU)(x) * 16**0.5
     expected = rms_norm(x, torch.ones(16), EPS)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair(ParallelContext):
+    """One of two ranks that have equal parts."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 2
+        return x * 2
+
+
+@dataclass(frozen=True, slots=True)
+class _FusedPair(_Pair):
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + residual, residual * eps
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_parts_of_ranks_are_summed_before_the_residual_is_added(splits: int) -> None:
+    norm = RMSNorm(32, EPS, parallel=_Pair(0, 2), dtype=torch.float32, device=CPU)
+    norm.weight.fill_(1.0)
+    norm.finish()
+    parts, residual = _random(splits, 5, 32), _random(5, 32, seed=2)
+    out, total = norm(parts[0] if splits == 1 else parts, residual)
+    expected = 2 * parts.sum(0) + residual
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(out.double(), rms_norm(expected, norm.weight, EPS))
+    # Without a residual x is the whole stream already.
+    assert torch.equal(norm(residual, None)[1], residual)
+
+
+def test_a_fused_sum_takes_the_place_of_everything() -> None:
+    norm = RMSNorm(32, EPS, parallel=_FusedPair(0, 2), dtype=torch.float32, device=CPU)
+    x, residual = _random(5, 32), _random(5, 32, seed=2)
+    out, total = norm(x, residual)
+    assert torch.equal(out, x + residual)
+    assert torch.equal(total, residual * EPS)

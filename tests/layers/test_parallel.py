@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
-from engine.collectives import gloo_context
+from engine.collectives import GroupContext, gloo_context
 from engine.model_runner import LocalRunner
 from engine.sequence import Sequence
 from layers.parallel import ParallelContext
@@ -129,3 +129,14 @@ def test_the_group_of_one_needs_no_partners() -> None:
     assert alone.all_reduce(x) is x
     assert alone.all_max(x) is x
     assert alone.kv_heads(4) == (0, 4)
+
+
+def test_a_rehearsal_needs_no_partners_either() -> None:
+    """The other rank never joins: its collective would last for ever."""
+    rank = GroupContext(0, 2, group=None)
+    x = torch.arange(3)
+    with rank.rehearsal():
+        assert torch.equal(rank.all_reduce(x), torch.arange(3))
+        assert torch.equal(rank.all_max(x), torch.arange(3))
+    with pytest.raises(AttributeError):
+        rank.all_reduce(x)
