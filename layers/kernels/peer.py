@@ -53,7 +53,7 @@ def _address(buffers_ptr, rank, dtype: tl.constexpr):
 
 @triton.jit
 def _receive(ptr, mask, empty):
-    """Wait until a peer has filled the cells, and empty them."""
+    """Wait until peers have filled the cells, and empty them."""
     got = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
         got = tl.load(ptr, mask=mask, other=0, volatile=True)
@@ -69,16 +69,14 @@ def _cells(x):
 
 
 @triton.jit
-def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
+def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr, RANKS: tl.constexpr):
     """The sum of all ranks' parts, in the order of ranks: the same bits on each."""
-    total = tl.zeros_like(mine).to(tl.float32)
-    for rank in tl.static_range(SIZE):
-        if rank == RANK:
-            total += mine.to(tl.float32)
-        else:
-            got = _receive(own + rank * stride, mask, -32768)
-            total += got.to(mine.dtype, bitcast=True).to(tl.float32)
-    return total
+    rank = tl.arange(0, RANKS)[:, None]
+    theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
+    # All at once: one after the other each peer would cost the latency of another read.
+    got = _receive(own[None, :] + rank * stride, theirs, -32768)
+    bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
+    return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
 
 
 @triton.jit
@@ -98,6 +96,7 @@ def _sum_kernel(
     eps,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
+    RANKS: tl.constexpr,
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
     TWO_SHOT: tl.constexpr,
@@ -131,7 +130,7 @@ def _sum_kernel(
         # The rows are dealt out: a row's owner adds it up and sends the sum.
         owner = row % SIZE
         if owner == RANK:
-            summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
+            summed = _gathered(mine, own, stride, mask, RANK, SIZE, RANKS).to(mine.dtype)
             for rank in tl.static_range(SIZE):
                 if rank != RANK:
                     tl.store(buffers[rank] + sent, _cells(summed), mask=mask)
@@ -144,7 +143,7 @@ def _sum_kernel(
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 tl.store(buffers[rank] + sent, _cells(mine), mask=mask)
-        x = _gathered(mine, own, stride, mask, RANK, SIZE)
+        x = _gathered(mine, own, stride, mask, RANK, SIZE, RANKS)
     tl.store(count_ptr + row, count + 1)
     if NORM:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
@@ -349,6 +348,7 @@ class PeerExchange:
             eps,
             RANK=self._rank,
             SIZE=self._size,
+            RANKS=triton.next_power_of_2(self._size),
             SPLITS=x.shape[0] if x.dim() == 3 else 1,
             NORM=norm is not None,
             TWO_SHOT=self.two_shot(rows),
