@@ -33,10 +33,10 @@ unit: $(VENV)/.dev
 	$(MAKE) -j 2 --output-sync=target unit-parts unit-rest
 
 unit-parts: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/contracts tests/engine
+	$(BIN)/python -m pytest -q tests/contracts tests/engine tests/kernels
 
 unit-rest: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests --ignore=tests/contracts --ignore=tests/engine
+	$(BIN)/python -m pytest -q tests --ignore=tests/contracts --ignore=tests/engine --ignore=tests/kernels
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.contracts.fuzz

@@ -1,0 +1,154 @@
+"""Compiles the kernels for compute capability 9.0 on a machine without a GPU.
+
+`python -m tests.kernels.hopper` calls the launchers on CPU tensors, with a driver that stands in
+for a GPU's, and has every launch compile instead. A line for each kernel tells its registers and
+its bytes of stack: registers that were spilled, which cost time on every call.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+_DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BF16 = torch.bfloat16
+
+
+class _Hopper:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def _usage(binary: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory, of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(_DUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    registers, stack, local = map(int, found[-1])
+    return registers, stack + local
+
+
+def stand_in() -> None:
+    """Have every launch compile for a GPU of compute capability 9.0, and tell what came of it."""
+    driver.set_active(_Hopper())
+    told: set[str] = set()
+
+    def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(function, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in told:
+            told.add(compiled.hash)
+            registers, stack = _usage(compiled.asm["cubin"])
+            name = function.fn.__name__
+            sys.stdout.write(f"{name} {options['num_warps']} {registers} {stack}\n")
+
+    run = JITFunction.run
+    JITFunction.run = compile_only
+
+
+def _bf16(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=BF16)
+
+
+def compile_rows() -> None:
+    """Norms, gates, sums over ranks, and what lies between projection and attention."""
+    from layers.kernels.activation import silu_mul
+    from layers.kernels.norm import add_rms_norm, rms_norm
+    from layers.kernels.peer import PeerExchange
+    from layers.kernels.qkv import qk_norm_rope_store
+
+    for width in (1024, 4096):
+        x, weight = _bf16(40, width), _bf16(width)
+        rms_norm(x, weight, 1e-6, pdl=True)
+        add_rms_norm(torch.zeros(4, 40, width), x, weight, 1e-6, pdl=True)
+        silu_mul(_bf16(40, 2 * width), pdl=True)
+        for size in (2, 4, 8):
+            device = torch.device("cpu")
+            options: Any = {"rows": 256, "width": width, "dtype": BF16, "device": device}
+            exchange = PeerExchange(0, [0] * size, pdl=True, **options)
+            exchange.add_rms_norm(_bf16(8, width), _bf16(8, width), weight, 1e-6)
+            exchange.add_rms_norm(torch.zeros(2, 256, width), _bf16(256, width), weight, 1e-6)
+            exchange.all_max(torch.zeros(8, dtype=torch.int64))
+    cache, table, ids = _bf16(4, 256, 8, 128), torch.zeros(64, 64), torch.zeros(40).long()
+    for qkv in (_bf16(40, 32 * 128), torch.zeros(4, 40, 32 * 128)):
+        weight = _bf16(128)
+        qk_norm_rope_store(
+            qkv, weight, weight, 1e-6, table, table, ids, ids, cache, cache, pdl=True
+        )
+
+
+def compile_sampling() -> None:
+    """Sampling and the thresholds of filters."""
+    from layers.kernels.sampling import sample
+    from layers.kernels.thresholds import thresholds
+    from layers.logits import Filters
+
+    for rows in (1, 256):
+        logits, column = _bf16(rows, 151_936), torch.zeros(rows)
+        sample(logits, column, column.long(), column.int(), pdl=True)
+        thresholds(logits, Filters(column, column, column, column))
+
+
+def compile_products() -> None:
+    """Products of a few rows, of Qwen3-0.6B's shapes."""
+    from layers.kernels.skinny_linear import skinny_linear, skinny_splits
+
+    for tokens in (1, 16, 64, 128):
+        for n, k, swiglu in ((4096, 1024, False), (1024, 3072, False), (3072, 1024, True)):
+            splits = 1 if swiglu or n > k else skinny_splits(tokens, n, k)
+            x, weight = _bf16(tokens, k), _bf16(n * (2 if swiglu else 1), k)
+            skinny_linear(x, weight, swiglu=swiglu, splits=splits, pdl=True)
+
+
+def compile_attention() -> None:
+    """Paged attention of decode, few requests to many, and of prefill."""
+    from layers.kernels.paged_decode import decode_workspace, paged_decode
+    from layers.kernels.paged_prefill import paged_prefill
+
+    tables = torch.zeros(256, 16, dtype=torch.int32)
+    for kv_heads, dim in ((8, 128), (2, 64)):
+        cache = _bf16(4, 256, kv_heads, dim)
+        workspace = decode_workspace(torch.device("cpu"), 16, kv_heads, dim, programs=528)
+        for batch in (1, 24, 256):
+            q, lens = _bf16(batch, 16, dim), torch.zeros(batch, dtype=torch.int32)
+            about: Any = {"scale": 1.0, "workspace": workspace, "out": q, "max_context_len": 4096}
+            early: Any = {"launch_pdl": True, "early_reads": True}
+            paged_decode(q, cache, cache, tables, lens, lens, **about, **early)
+        for tokens in (128, 8192):
+            q, starts = _bf16(tokens, 16, dim), torch.zeros(9, dtype=torch.int32)
+            where = (tables, starts[1:], starts, starts[1:])
+            paged_prefill(q, cache, cache, *where, scale=1.0, max_query_len=tokens, out=q)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "rows": compile_rows,
+    "sampling": compile_sampling,
+    "products": compile_products,
+    "attention": compile_attention,
+}
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        stand_in()
+        PARTS[sys.argv[1]]()

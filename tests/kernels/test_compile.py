@@ -1,0 +1,27 @@
+"""Every kernel compiles for compute capability 9.0, and keeps what it computes in registers."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Bytes of stack; a few are an address, not a tile that is moved to and fro.
+MOST_STACK = 16
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("part", ["rows", "sampling", "products", "attention"])
+def test_kernels_compile_without_spills(part: str) -> None:
+    """In a process of its own, whose driver stands in for a GPU's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.hopper", part],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines
+    assert [line for line in lines if int(line[-1]) > MOST_STACK] == []
