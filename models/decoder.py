@@ -91,12 +91,24 @@ class Attention:
         )
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: ForwardBatch,
+        kv: KVLayer,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream before and after; see `layers.product.Product` for its form."""
+        """The residual stream before and after; see `layers.product.Product` for its form.
+
+        Args:
+            rows: [R] int64: those to go on with, None for all.
+        """
         qkv, total = self.qkv_proj.partial(x, residual)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
-        return self.o_proj(self._backend.attend(q, kv, batch.attention), total)
+        out = self._backend.attend(q, kv, batch.attention)
+        if rows is not None:
+            out, total = out.index_select(0, rows), total.index_select(0, rows)
+        return self.o_proj(out, total)
 
     def finish(self) -> None:
         self.qkv_proj.finish()
@@ -135,9 +147,15 @@ class DecoderLayer:
         self.mlp = MLP(spec, parallel, **where)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, batch: ForwardBatch, kv: KVLayer
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: ForwardBatch,
+        kv: KVLayer,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        x, residual = self.self_attn(x, residual, batch, kv)
+        """As `Attention`."""
+        x, residual = self.self_attn(x, residual, batch, kv, rows)
         return self.mlp(x, residual)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
@@ -196,13 +214,12 @@ class DecoderLM(CausalLM):
     def __call__(self, batch: ForwardBatch) -> Tensor:
         x: Tensor = self.embed_tokens(batch.input_ids)
         residual: Tensor | None = None
-        for layer, kv in zip(self.layers, batch.kv, strict=True):
+        *layers, last = self.layers
+        *caches, last_cache = batch.kv
+        for layer, kv in zip(layers, caches, strict=True):
             x, residual = layer(x, residual, batch, kv)
-        rows = batch.sampled_rows
-        if rows is not None:
-            # x may be partial sums, [S, T, hidden_size].
-            x = x.index_select(-2, rows)
-            residual = None if residual is None else residual[rows]
+        # Of the last layer's rows only keys and values are needed where nothing is sampled.
+        x, residual = last(x, residual, batch, last_cache, batch.sampled_rows)
         return self.lm_head(x, residual)
 
     def finish(self) -> None:
