@@ -300,10 +300,11 @@ class LocalRunner(ModelRunner):
         store: Callable[[Tensor], None]
         if self._decode_step is not None and not plan.prefill:
             logits, rows = self._decode_step.run_to_logits(plan)
-            slots, positions = rows.slots.long(), rows.context_lens
+            slots, keys = rows.slots, (rows.temperatures, rows.seeds, rows.context_lens)
             store = partial(self._decode_step.store, rows=rows)
         elif self._prefill_step and not extras.prompts and self._prefill_step.fits(plan):
             logits, slots, positions = self._prefill_step.run_to_logits(plan)
+            keys = tables.temperatures[slots], tables.seeds[slots], positions
             store = partial(self._prefill_step.store, slots=slots, positions=positions)
         else:
             inputs = tables.stage(plan)
@@ -312,8 +313,9 @@ class LocalRunner(ModelRunner):
                 inputs = replace(inputs, sampled_rows=wanted)
             logits = self._forward(inputs)
             slots, positions = inputs.sampled_slots, inputs.sampled_positions
+            keys = tables.temperatures[slots], tables.seeds[slots], positions
             store = partial(tables.write_back, inputs)
-        drawn, scored = extras.draw(self._sampler, tables, logits, slots, positions)
+        drawn, scored = extras.draw(self._sampler, tables.tokens, logits, slots, keys)
         store(drawn)
         return StepOutput(drawn, scored)
 

@@ -136,11 +136,6 @@ def thresholds_reference(logits: Tensor, filters: Filters) -> Tensor:
     return torch.where(greedy, float("-inf"), least)
 
 
-def keep(logits: Tensor, filters: Filters) -> Tensor:
-    """[R, V] logits, -inf for tokens that may not be drawn."""
-    return logits.masked_fill(logits < thresholds(logits, filters).unsqueeze(1), float("-inf"))
-
-
 def score(logits: Tensor, tokens: Tensor, num_top: int) -> TokenScores:
     """Log-probabilities of `tokens` [R] int64, and the `num_top` largest of each row.
 

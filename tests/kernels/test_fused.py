@@ -196,6 +196,31 @@ def test_sample(vocab: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("vocab", [9, 5003])
+def test_sample_at_or_above_the_least(vocab: int) -> None:
+    """Rows of which much, one token, all, none and, by NaN, again all may be drawn."""
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab)).bfloat16()
+    logits[6] = logits[6].round()
+    logits[5, 0] = float("nan")
+    temperature = torch.tensor([0.6, 1.0, 2.5, 1.0, 3.0, 1.0, 5.0])
+    seed, position = torch.arange(7), torch.arange(7, dtype=torch.int32)
+    best = logits.float().amax(1)
+    least = best + torch.tensor([-2, 0, -1e9, 1, float("nan"), 0, 0])
+    least[5] = -2.0
+    got = sample(logits, temperature, seed, position, least=least)
+    finite = logits.nan_to_num(float("-inf"))
+    assert torch.equal(got, sample_reference(finite, temperature, seed, position, least=least))
+    assert torch.equal(got[[2, 4]], sample(logits, temperature, seed, position)[[2, 4]])
+    assert got[1] == logits[1].argmax()
+    assert logits[6, got[6]] == best[6]
+    cut = vocab // 2 // 4 * 4
+    rest = (temperature, seed, position)
+    left = sample_shard(logits[:, :cut], *rest, least=least)
+    right = sample_shard(logits[:, cut:], *rest, least=least, vocab_offset=cut)
+    assert torch.equal(torch.where(right[0] > left[0], right[1], left[1]), got)
+
+
+@interpreted
 def test_sample_takes_the_lowest_of_equals() -> None:
     logits = torch.zeros(2, 3000)
     logits[0, [1500, 2900]] = 1.0
