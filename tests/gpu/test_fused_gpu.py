@@ -26,7 +26,7 @@ from layers.kernels.skinny_linear import (
     supports_skinny_linear,
 )
 from layers.sampler import gumbel_noise
-from tests.kernels.filters import check_thresholds
+from tests.kernels.filters import check_thresholds, hard_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -318,3 +318,8 @@ def test_thresholds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     logits = _randn(rows, vocab_size, dtype=dtype) * 3
     logits[::5] = logits[::5].round()
     check_thresholds(logits, rows)
+    hard = hard_rows(vocab_size, dtype).cuda()
+    for seed in range(3):
+        check_thresholds(hard.repeat(-(-rows // len(hard)), 1), seed)
+    # Rows that are not aligned.
+    check_thresholds(logits[:, 1:], rows)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from engine.batch import SlotTables
+from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
 from layers.sampler import sample as sample_reference
 from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
@@ -26,6 +27,7 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter'
 if INTERPRET and HAS_TRITON:
     from triton.runtime import interpreter
 
+    from layers.kernels import thresholds as filtering
     from layers.kernels.activation import silu_mul, silu_mul_reference
     from layers.kernels.norm import (
         add_rms_norm,
@@ -41,7 +43,7 @@ if INTERPRET and HAS_TRITON:
         skinny_splits,
         supports_skinny_linear,
     )
-    from tests.kernels.filters import check_thresholds
+    from tests.kernels.filters import check_filters, check_thresholds, hard_rows
 
     # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
     _patch = interpreter._patch_lang_tensor
@@ -284,7 +286,7 @@ def test_staging_of_a_padded_prefill(seed: int) -> None:
 def test_thresholds(
     monkeypatch: pytest.MonkeyPatch, rows: int, vocab_size: int, dtype: torch.dtype
 ) -> None:
-    # The last case as if there were many rows: several blocks of that size, too.
+    # The last case as if there were many rows.
     monkeypatch.setattr("layers.kernels.thresholds._FEW_ROWS", 12 if rows == 12 else 0)
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(rows, vocab_size, generator=generator) * 4).to(dtype)
@@ -294,3 +296,79 @@ def test_thresholds(
     check_thresholds(logits, vocab_size)
     # Rows may be strided.
     check_thresholds(logits[::12, : max(1, vocab_size - 2)], 7)
+
+
+def _by_small_blocks(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """Thresholds of a row as of a vocabulary of some 200,000: many blocks, logits gathered."""
+    return filtering.launch(logits, filters, block=256, capacity=512, warps=4)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_thresholds_of_hard_rows(dtype: torch.dtype) -> None:
+    rows = hard_rows(2501, dtype)
+    for seed in range(3):
+        check_thresholds(rows, seed, _by_small_blocks)
+
+
+def _filters(rows: int, **values: float) -> Filters:
+    defaults = {"temperatures": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
+    return Filters(*(torch.full((rows,), v) for v in {**defaults, **values}.values()))
+
+
+@interpreted
+@pytest.mark.parametrize("values", [{"top_p": 0.9}, {"top_p": 0.5}, {"top_p": 0.99}])
+def test_a_wrong_guess_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, float]
+) -> None:
+    """Too low, too high, empty, the wrong way round, not a number: the search is then over all."""
+    logits = torch.randn(1, 2501, generator=torch.Generator().manual_seed(4))
+    filters = _filters(1, **values)
+    right = _by_small_blocks(logits, filters)
+    check_filters(logits, filters, _by_small_blocks)
+    for low, high in ((-9.0, -7.0), (7.0, 9.0), (0.001, 0.001), (1.0, -1.0), (float("nan"),) * 2):
+        monkeypatch.setattr(filtering, "_guess", lambda *_, ends=(low, high): ends)
+        assert torch.equal(_by_small_blocks(logits, filters), right)
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": 50.0},
+        {"top_k": 700.0, "top_p": 0.9},
+        {"top_p": 0.5},
+        {"top_p": 0.9},
+        {"top_p": 0.98},
+        {"min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_usual_rows_are_not_searched_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, float], scale: float
+) -> None:
+    lengths = []
+    passes = filtering._reached_in_passes
+
+    def counted(ptr: Any, end: Any, *rest: Any) -> Any:
+        lengths.append(int(end))
+        return passes(ptr, end, *rest)
+
+    monkeypatch.setattr(filtering, "_reached_in_passes", counted)
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(2, 151_936, generator=generator) * scale).bfloat16()
+
+    def kernel(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
+        return filtering.launch(logits, filters, block=8192, capacity=16384, warps=16)
+
+    check_filters(logits, _filters(2, **values), kernel)
+    assert all(length <= 16384 for length in lengths)
+
+
+@interpreted
+def test_thresholds_of_nothing_keep_it() -> None:
+    logits = torch.full((3, 2501), float("-inf"))
+    for values in ({"top_k": 3.0}, {"top_p": 0.5}, {"top_k": 3.0, "top_p": 0.5, "min_p": 0.1}):
+        least = _by_small_blocks(logits, _filters(3, **values))
+        assert not (logits < least.unsqueeze(1)).any()
