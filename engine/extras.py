@@ -16,7 +16,15 @@ from torch import Tensor
 
 from engine.staging import Staging
 from engine.types import NewRequest, StepPlan, StepResult, TokenLogprobs
-from layers.logits import Filters, Penalties, TokenScores, penalize, score, thresholds
+from layers.logits import (
+    SCORED_ROWS,
+    Filters,
+    Penalties,
+    TokenScores,
+    penalize,
+    score,
+    thresholds,
+)
 from layers.sampler import Sampler
 from sampling_params import LogitsProcessor
 
@@ -26,6 +34,17 @@ BLOCK_ROWS = 64
 
 # Temperatures, seeds and positions of the tokens to be drawn.
 Keys = tuple[Tensor, Tensor, Tensor]
+
+
+def extras_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
+    """Most device memory in bytes that special rows take beyond a plain step of a captured size.
+
+    That is a static copy of a decode step's logits, with ranks their gathering and its sum, and the
+    larger of the blocks: of rows to rewrite or to score, two of float32 and a copy for each.
+    """
+    copies = (1 if num_ranks == 1 else 3) * max_num_seqs * dtype_bytes
+    block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
+    return (copies + block) * vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +116,7 @@ class Rewritten:
         """Change [S, V] float32 logits in place; slots and positions are [S]."""
         if self.penalties:
             known = tokens.index_select(0, slots)
-            logits.copy_(penalize(logits, known, self.num_prompt, positions, self.penalties))
+            penalize(logits, known, self.num_prompt, positions, self.penalties)
         if self.withheld is not None:
             row, token, first = self.withheld
             free = positions[row] >= first
@@ -162,7 +181,7 @@ class StepExtras:
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
-        new = score(logits[self.scored_rows], tokens[self.scored_rows], num_top)
+        new = score(logits, tokens[self.scored_rows], num_top, self.scored_rows)
         prompt = score(prompt_logits, self.prompt_tokens, num_top)
         names = TokenScores.__slots__
         both = TokenScores(*(torch.cat((getattr(new, n), getattr(prompt, n))) for n in names))

@@ -175,7 +175,7 @@ def _ranked(best, rank, BITS: tl.constexpr):
 
 
 @triton.jit
-def _guess(ptr, vocab_size, below, highest, scale, margin, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _guess(ptr, vocab_size, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Between which logits the mass of all that lie lower may be `below`, by a sample of the row.
 
     That mass is one of many light tokens, so a sample tells it well where the mass of those above,
@@ -186,6 +186,10 @@ def _guess(ptr, vocab_size, below, highest, scale, margin, BITS: tl.constexpr, B
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / vocab_size
+    middle = _value(_reached(x, weights, sampled - share, BITS))
+    # Four standard errors: of those below `middle` none is heavier than it.
+    heaviest = tl.exp2((middle - highest) * scale)
+    margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _reached(x, weights, sampled - share * (1 - margin), BITS)
     high = _reached(x, weights, sampled - share * (1 + margin), BITS)
     # Logits above this one are above that of `high`, whatever its bits beyond BITS.
@@ -310,10 +314,8 @@ def _weighed(
         if tl.sum(_weights(best, low, highest, scale), axis=0) >= target:
             count = _gather_from(ptr, out_ptr, vocab_size, low, CAPACITY, BLOCK)
         else:
-            # A fifth more than four standard errors if all were equally likely.
-            margin = tl.minimum(0.5, 4.8 * tl.rsqrt((1 - top_p) * BLOCK))
             below = (1 - top_p) * total
-            low, high = _guess(ptr, vocab_size, below, highest, scale, margin, BITS, BLOCK)
+            low, high = _guess(ptr, vocab_size, below, highest, scale, BITS, BLOCK)
             count, above = _gather_between(
                 ptr, out_ptr, vocab_size, low, high, highest, scale, CAPACITY, BLOCK
             )

@@ -148,7 +148,8 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits = _logits(4)
     tokens = torch.randint(VOCAB_SIZE, (4, 60), generator=torch.Generator().manual_seed(3))
     lengths = torch.tensor([1, 7, 60, 33])
-    changed = penalize(logits, tokens, lengths // 2, lengths, _penalties(4, repetition=penalty))
+    changed = logits.clone()
+    penalize(changed, tokens, lengths // 2, lengths, _penalties(4, repetition=penalty))
     oracle = RepetitionPenaltyLogitsProcessor(penalty)
     for i, n in enumerate(lengths.tolist()):
         expected: Any = oracle(tokens[i : i + 1, :n], logits[i : i + 1].clone())
@@ -159,7 +160,8 @@ def test_presence_and_frequency_count_the_output_alone() -> None:
     logits = _logits(2)
     tokens = torch.tensor([[5, 6, 7, 7, 5, 9], [1, 1, 1, 1, 1, 1]])
     prompts, lengths = torch.tensor([2, 4]), torch.tensor([5, 4])
-    changed = penalize(logits, tokens, prompts, lengths, _penalties(2, presence=0.5, frequency=2))
+    changed = logits.clone()
+    penalize(changed, tokens, prompts, lengths, _penalties(2, presence=0.5, frequency=2))
     expected = logits.clone()
     expected[0, 7] -= 0.5 + 2 * 2
     expected[0, 5] -= 0.5 + 2
@@ -175,5 +177,9 @@ def test_scores_are_log_probabilities_and_the_largest_of_them() -> None:
     best = expected.topk(4, dim=1)
     assert torch.equal(found.top_tokens, best.indices)
     assert torch.allclose(found.top_values.double(), best.values, atol=1e-6)
+    rows = torch.arange(299, -1, -1)
+    turned = score(logits, tokens, 4, rows)
+    assert torch.equal(turned.values, logits[rows].log_softmax(1)[tokens, tokens])
+    assert torch.equal(turned.top_tokens, found.top_tokens[rows])
     assert score(logits[:0], tokens[:0], 2).top_values.shape == (0, 2)
     assert score(logits[:5], tokens[:5], 0).top_tokens.shape == (5, 0)
