@@ -14,10 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
+from layers.kernels.search import (
+    LANES,
+    key_value,
+    load_block,
+    mass_of,
+    reached,
+    search_row,
+    weights_of,
+)
 from layers.logits import Filters
 
-# Logits that a thread loads at once, 16 bytes of half precision, and adds up by itself.
-_LANES = tl.constexpr(8)
 # With few rows a pass is latency: one program of 32 warps. With more rows than multiprocessors (132
 # on an H200), two programs share one.
 _FEW_ROWS = 132
@@ -27,136 +34,23 @@ _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 
 
 @triton.jit
-def _value(key):
-    """The float32 of an ordered key (as IEEE's total order), a scalar; -inf for lower ones.
-
-    Keys above that of infinity give NaN, which no logit reaches.
-    """
-    bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
-    return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _load(ptr, start, end, spread, BLOCK: tl.constexpr):
-    """[BLOCK / lanes, lanes] float32, -inf from `end` on; rows of it are `spread` rows apart."""
-    columns = tl.arange(0, BLOCK // _LANES)[:, None] * (_LANES * spread) + start
-    columns += tl.arange(0, _LANES)[None, :]
-    x = tl.load(ptr + columns, mask=columns < end, other=float("-inf"))
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _weights(x, floor, highest, scale):
-    """exp2((x - highest) * scale) of logits at or above `floor`, 0 of others."""
-    return tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
-
-
-@triton.jit
-def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
-    """Sum of the weights."""
-    total = tl.zeros((BLOCK // _LANES,), tl.float32)
-    for start in range(0, end, BLOCK):
-        x = _load(ptr, start, end, 1, BLOCK)
-        total += tl.sum(_weights(x, floor, highest, scale), axis=1)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _reached(x, weights, target, BITS: tl.constexpr):
-    """Key of the greatest of some logits that, with all above it, reaches `target` in weight.
-
-    In its bits beyond BITS it is as low as can be, which keeps the same logits. All ones for a
-    target of 0 or less.
-    """
-    found = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(BITS):
-        total = tl.sum(tl.where(x >= _value(found + bit), weights, 0.0))
-        found += (total >= target).to(tl.uint32) * bit
-        bit = bit >> 1
-    return found
-
-
-@triton.jit
-def _reached_in_passes(
-    ptr,
-    end,
-    target,
-    floor,
-    highest,
-    scale,
-    COUNT: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """As `_reached`, over any number of blocks, two bits a pass."""
-    found = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 1 << 30, tl.uint32)
-    for _ in range(BITS // 2):
-        one, two, three = _value(found + bit), _value(found + 2 * bit), _value(found + 3 * bit)
-        sum1 = tl.zeros((BLOCK // _LANES,), tl.float32)
-        sum2 = tl.zeros((BLOCK // _LANES,), tl.float32)
-        sum3 = tl.zeros((BLOCK // _LANES,), tl.float32)
-        for start in range(0, end, BLOCK):
-            x = _load(ptr, start, end, 1, BLOCK)
-            weight = tl.full(x.shape, 1.0, tl.float32)
-            if not COUNT:
-                weight = _weights(x, floor, highest, scale)
-            sum1 += tl.sum(tl.where(x >= one, weight, 0.0), axis=1)
-            sum2 += tl.sum(tl.where(x >= two, weight, 0.0), axis=1)
-            sum3 += tl.sum(tl.where(x >= three, weight, 0.0), axis=1)
-        # The sums only fall from one to the next.
-        reached = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
-        reached += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
-        reached += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
-        found += reached * bit
-        bit = bit >> 2
-    return found
-
-
-@triton.jit
-def _search(
-    ptr,
-    end,
-    target,
-    floor,
-    highest,
-    scale,
-    COUNT: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The greatest logit that, with all above it, reaches `target` in number or in mass."""
-    if end <= BLOCK:
-        # In registers.
-        x = _load(ptr, 0, end, 1, BLOCK)
-        weights = tl.full(x.shape, 1.0, tl.float32)
-        if not COUNT:
-            weights = _weights(x, floor, highest, scale)
-        found = _reached(x, weights, target, BITS)
-    else:
-        found = _reached_in_passes(ptr, end, target, floor, highest, scale, COUNT, BITS, BLOCK)
-    return _value(found)
-
-
-@triton.jit
 def _best(ptr, end, BLOCK: tl.constexpr):
     """[BLOCK / lanes] largest logits, of every BLOCK-th group of lanes each."""
     # Reduced after the loop: a maximum of maxima that is used twice, of rows that are not aligned,
     # fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
-    best = tl.full((BLOCK // _LANES, _LANES), float("-inf"), tl.float32)
+    best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
     for start in range(0, end, BLOCK):
-        best = tl.maximum(best, _load(ptr, start, end, 1, BLOCK))
+        best = tl.maximum(best, load_block(ptr, start, end, 1, BLOCK))
     return tl.max(best, axis=1)
 
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
     """As `_best`, and the sum of exp2((x - the largest of all) * scale)."""
-    best = tl.full((BLOCK // _LANES,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK // _LANES,), tl.float32)
+    best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
-        x = _load(ptr, start, end, 1, BLOCK)
+        x = load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
         # Anything finite will do as long as all are -inf.
         anchor = tl.where(new == float("-inf"), 0.0, new)
@@ -171,7 +65,7 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 @triton.jit
 def _ranked(best, rank, BITS: tl.constexpr):
     """The `rank`-th of the largest logits; so many logits at least are no smaller."""
-    return _value(_reached(best, tl.full(best.shape, 1.0, tl.float32), rank, BITS))
+    return key_value(reached(best, tl.full(best.shape, 1.0, tl.float32), rank, BITS))
 
 
 @triton.jit
@@ -182,18 +76,18 @@ def _guess(ptr, vocab_size, below, highest, scale, BITS: tl.constexpr, BLOCK: tl
     of which a few may be most of it, would be off.
     """
     spread = vocab_size // BLOCK
-    x = _load(ptr, 0, vocab_size, spread, BLOCK)
-    weights = _weights(x, float("-inf"), highest, scale)
-    sampled = tl.sum(weights)
+    x = load_block(ptr, 0, vocab_size, spread, BLOCK)
+    weight = weights_of(x, float("-inf"), highest, scale)
+    sampled = tl.sum(weight)
     share = below * BLOCK / vocab_size
-    middle = _value(_reached(x, weights, sampled - share, BITS))
+    middle = key_value(reached(x, weight, sampled - share, BITS))
     # Four standard errors: of those below `middle` none is heavier than it.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
-    low = _reached(x, weights, sampled - share * (1 - margin), BITS)
-    high = _reached(x, weights, sampled - share * (1 + margin), BITS)
+    low = reached(x, weight, sampled - share * (1 - margin), BITS)
+    high = reached(x, weight, sampled - share * (1 + margin), BITS)
     # Logits above this one are above that of `high`, whatever its bits beyond BITS.
-    return _value(low), _value(high | ((1 << (32 - BITS)) - 1))
+    return key_value(low), key_value(high | ((1 << (32 - BITS)) - 1))
 
 
 @triton.jit
@@ -217,16 +111,16 @@ def _gather_from(ptr, out_ptr, vocab_size, low, CAPACITY: tl.constexpr, BLOCK: t
     """
     count = tl.full((), 0, tl.int32)
     for start in range(0, vocab_size, BLOCK):
-        x = _load(ptr, start, vocab_size, 1, BLOCK)
+        x = load_block(ptr, start, vocab_size, 1, BLOCK)
         hits = (tl.max(x, axis=1) >= low).to(tl.int32)
         found = tl.sum(hits, axis=0)
         if found > 0:
-            place = (count // _LANES + tl.cumsum(hits, axis=0) - hits) * _LANES
-            place = place[:, None] + tl.arange(0, _LANES)[None, :]
+            place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
+            place = place[:, None] + tl.arange(0, LANES)[None, :]
             # 16-bit logits come back as they were.
             value = x.to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < CAPACITY))
-            count += found * _LANES
+            count += found * LANES
     return count
 
 
@@ -248,9 +142,9 @@ def _gather_between(
         Their number, and the mass of those above `high`.
     """
     count = tl.full((), 0, tl.int32)
-    above = tl.zeros((BLOCK // _LANES,), tl.float32)
+    above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
-        x = _load(ptr, start, vocab_size, 1, BLOCK)
+        x = load_block(ptr, start, vocab_size, 1, BLOCK)
         over = x > high
         above += tl.sum(tl.where(over, tl.exp2((x - highest) * scale), 0.0), axis=1)
         inside = (x >= low) & (over == 0)
@@ -277,7 +171,7 @@ def _counted(
 ):
     """Where to look for the top_k-th largest logit, and its end: the whole row if need be."""
     end = vocab_size
-    if (vocab_size > CAPACITY) & (top_k <= BLOCK // _LANES // 4 * 3):
+    if (vocab_size > CAPACITY) & (top_k <= BLOCK // LANES // 4 * 3):
         low = _ranked(best, top_k, BITS)
         count = _gather_from(ptr, out_ptr, vocab_size, low, CAPACITY, BLOCK)
         if count <= CAPACITY:
@@ -309,9 +203,9 @@ def _weighed(
     target = top_p * total
     floor = tl.full((), float("-inf"), tl.float32)
     if vocab_size > CAPACITY:
-        low = _ranked(best, BLOCK // _LANES // 2, BITS)
+        low = _ranked(best, BLOCK // LANES // 2, BITS)
         above = tl.full((), 0.0, tl.float32)
-        if tl.sum(_weights(best, low, highest, scale), axis=0) >= target:
+        if tl.sum(weights_of(best, low, highest, scale), axis=0) >= target:
             count = _gather_from(ptr, out_ptr, vocab_size, low, CAPACITY, BLOCK)
         else:
             below = (1 - top_p) * total
@@ -321,7 +215,7 @@ def _weighed(
             )
         if (count <= CAPACITY) & (above < target):
             last = _end(out_ptr, count, CAPACITY, BLOCK)
-            if above + _mass(out_ptr, last, low, highest, scale, BLOCK) >= target:
+            if above + mass_of(out_ptr, last, low, highest, scale, BLOCK) >= target:
                 ptr = out_ptr
                 end = last
                 target -= above
@@ -382,12 +276,12 @@ def _thresholds_kernel(
                 ptr, end = _counted(
                     ptr, scratch_ptr, vocab_size, top_k, best, BITS, CAPACITY, BLOCK
                 )
-                least = _search(ptr, end, top_k, least, highest, scale, True, BITS, BLOCK)
+                least = search_row(ptr, end, top_k, least, highest, scale, True, BITS, BLOCK)
                 if top_p < 1:
-                    target = top_p * _mass(ptr, end, least, highest, scale, BLOCK)
+                    target = top_p * mass_of(ptr, end, least, highest, scale, BLOCK)
         if top_p < 1:
-            reached = _search(ptr, end, target, least, highest, scale, False, BITS, BLOCK)
-            least = tl.maximum(least, reached)
+            least_p = search_row(ptr, end, target, least, highest, scale, False, BITS, BLOCK)
+            least = tl.maximum(least, least_p)
         if min_p > 0:
             least = tl.maximum(least, highest + divisor * tl.log(min_p))
     tl.store(out_ptr + row, least)
@@ -396,10 +290,9 @@ def _thresholds_kernel(
 def thresholds(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     """As :func:`layers.logits.thresholds_reference`, in passes over the logits where they lie.
 
-    Designed for two passes over a row of a large vocabulary (see the module) and searches over at
-    most 32,768 gathered logits, by two bits a pass: 8 for bf16, 16 for float32. With a guess that
-    fails, or a top_k in the hundreds and more, those passes are over the row. A program has a row
-    to itself.
+    Designed for two passes over a row of a large vocabulary (see the module), and 8 more for bf16
+    or 16 for float32 where a guess fails and for a top_k in the hundreds and more. A program has a
+    row to itself.
 
     Args:
         logits: [R, V] bf16, fp16 or fp32; rows may be strided.
