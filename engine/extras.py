@@ -39,7 +39,7 @@ Keys = tuple[Tensor, Tensor, Tensor]
 def extras_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
     """Most device memory in bytes that special rows take beyond a plain step of a captured size.
 
-    That is a static copy of a decode step's logits, with ranks their gathering and its sum, and the
+    That is where a decode step's logits stay, with ranks their gathering and its sum, and the
     larger of the blocks: of rows to rewrite or to score, two of float32 and a copy for each.
     """
     copies = (1 if num_ranks == 1 else 3) * max_num_seqs * dtype_bytes

@@ -203,7 +203,7 @@ class DecoderLM(CausalLM):
             # x may be partial sums, [S, T, hidden_size].
             x = x.index_select(-2, rows)
             residual = None if residual is None else residual[rows]
-        return self.lm_head(x, residual)
+        return self.lm_head(x, residual, batch.logits)
 
     def finish(self) -> None:
         for layer in self.layers:
