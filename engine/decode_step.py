@@ -63,8 +63,8 @@ class DecodeStep:
 
         scatter_tokens(tokens, rows, self._tables.tokens, self._tables.num_computed)
 
-    def _forward(self, slots: Tensor) -> tuple[Tensor, DecodeRows]:
-        """Enqueue a step up to its logits [B, V]; also returns its rows."""
+    def _forward(self, slots: Tensor, out: Tensor | None = None) -> tuple[Tensor, DecodeRows]:
+        """Enqueue a step up to its logits [B, V], best in `out`; also returns its rows."""
         from layers.kernels.slots import gather_decode
 
         tables, rows = self._tables, self._rows.first(slots.shape[0])
@@ -94,6 +94,7 @@ class DecodeStep:
             attention=self._backend.prepare(attention),
             kv=self._kv,
             sampled_rows=None,
+            logits=out,
         )
         return self._model(batch), rows
 
@@ -133,7 +134,11 @@ class DecodeStep:
             graph = self._to_logits[padded] = torch.cuda.CUDAGraph()
             stream = torch.cuda.current_stream()
             with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream):
-                self._logits[:padded].copy_(self._forward(slots)[0])
+                target = self._logits[:padded]
+                made, _ = self._forward(slots, target)
+                # A model need not have put them there.
+                if made is not target:
+                    target.copy_(made)
             return logits[:size], rows.first(size)
         graph.replay()
         assert self._logits is not None

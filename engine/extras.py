@@ -1,7 +1,8 @@
 """What a step's requests ask beyond temperature and seed, and the rows that it concerns.
 
 Most steps have no such request and pay for one look at an empty dictionary. The others run the
-same forward pass; their special rows are then drawn from changed logits, the plain ones as ever.
+same forward pass. Filters are a bound on the logits to draw from, for every row of the step; rows
+that need other logits than the model's are drawn anew, a block of them at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import SlotTables
 from engine.staging import Staging
 from engine.types import NewRequest, StepPlan, StepResult, TokenLogprobs
-from layers.logits import Filters, Penalties, TokenScores, keep, penalize, score
+from layers.logits import (
+    SCORED_ROWS,
+    Filters,
+    Penalties,
+    TokenScores,
+    penalize,
+    score,
+    thresholds,
+)
 from layers.sampler import Sampler
 from sampling_params import LogitsProcessor
+
+# Rows whose logits are rewritten at once. Each takes its logits, a float32 copy and the penalties'
+# counts: 97 MB for 64 rows of 151,936 bfloat16 logits, whatever the batch.
+BLOCK_ROWS = 64
+
+# Temperatures, seeds and positions of the tokens to be drawn.
+Keys = tuple[Tensor, Tensor, Tensor]
+
+
+def extras_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
+    """Most device memory in bytes that special rows take beyond a plain step of a captured size.
+
+    That is where a decode step's logits stay, with ranks their gathering and its sum, and the
+    larger of the blocks: of rows to rewrite or to score, two of float32 and a copy for each.
+    """
+    copies = (1 if num_ranks == 1 else 3) * max_num_seqs * dtype_bytes
+    block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
+    return (copies + block) * vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,66 +83,40 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class StepExtras:
-    """One step's special rows: S of its R new tokens are drawn from changed logits.
+class Rewritten:
+    """Up to `BLOCK_ROWS` of a step's rows, S, that are drawn from other logits than the model's.
 
     Attributes:
-        rows: [S] int64 places among the R.
-        all_rows: S is R.
+        rows: [S] int64 places among the step's new tokens.
         filters: None if there are none, as the following ones.
         penalties: None if there are none.
         num_prompt: [S] prompt lengths.
         withheld: [3, W] int64: row of the S, token, position from which it may be chosen.
         processors: (row of the S, what to call) of those that have any.
-        new, prompts: as in `Scored`.
-        scored_rows: [len(new)] int64 places among the R.
-        prompt_rows, prompt_tokens: [P] int64 rows of the step's T tokens, and those that follow.
     """
 
     rows: Tensor
-    all_rows: bool
     filters: Filters | None
     penalties: Penalties | None
     num_prompt: Tensor
     withheld: Tensor | None
     processors: list[tuple[int, tuple[LogitsProcessor, ...]]]
-    new: list[tuple[int, int]]
-    prompts: list[tuple[int, int, int]]
-    num_chunks: int
-    scored_rows: Tensor
-    prompt_rows: Tensor
-    prompt_tokens: Tensor
 
     def draw(
-        self, sampler: Sampler, tables: SlotTables, logits: Tensor, slots: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Scored | None]:
-        """Draw the step's tokens.
+        self, sampler: Sampler, tokens: Tensor, logits: Tensor, slots: Tensor, keys: Keys
+    ) -> Tensor:
+        """[S] int64 tokens; for the arguments, whole rows of all R, see `StepExtras.draw`."""
+        temperatures, seeds, positions = (key[self.rows] for key in keys)
+        changed = logits.index_select(0, self.rows).float()
+        self._rewrite(changed, tokens, slots[self.rows], positions)
+        least = thresholds(changed, self.filters) if self.filters else None
+        return sampler.whole(changed, temperatures, seeds, positions, least=least)
 
-        Args:
-            logits: [R + P, this rank's columns]: the rows to draw from, then `prompt_rows`.
-            slots, positions: [R] of the new tokens.
-
-        Returns:
-            [R] int64 tokens, and the log-probabilities that were asked for.
-        """
-        count, rows = len(slots), self.rows
-        whole = sampler.gathered(logits)
-        keys = tables.temperatures[slots], tables.seeds[slots], positions
-        changed = self._changed(whole[:count], tables.tokens, slots[rows], positions[rows])
-        drawn = sampler.whole(changed, *(key[rows] for key in keys))
-        if not self.all_rows:
-            drawn = sampler(logits[:count], *keys).index_copy_(0, rows, drawn)
-        return drawn, self._scored(whole[:count], drawn, whole[count:])
-
-    def _changed(self, logits: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """The special rows' logits [S, V] to draw from, of [R, V] that stay as they are."""
-        if not self.all_rows:
-            logits = logits.index_select(0, self.rows)
-        if self.penalties or self.withheld is not None or self.processors:
-            logits = logits.to(torch.float32, copy=True)
+    def _rewrite(self, logits: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Change [S, V] float32 logits in place; slots and positions are [S]."""
         if self.penalties:
             known = tokens.index_select(0, slots)
-            logits = penalize(logits, known, self.num_prompt, positions, self.penalties)
+            penalize(logits, known, self.num_prompt, positions, self.penalties)
         if self.withheld is not None:
             row, token, first = self.withheld
             free = positions[row] >= first
@@ -125,14 +125,63 @@ class StepExtras:
             ids = tokens[slots[i], : positions[i]].tolist()
             for call in calls:
                 logits[i] = _processed(call, ids, logits[i])
-        return keep(logits, self.filters) if self.filters else logits
+
+
+@dataclass(frozen=True, slots=True)
+class StepExtras:
+    """What is special about one step's R new tokens.
+
+    Attributes:
+        filters: of all R, neutral for plain and rewritten rows; None if all are.
+        rewritten: the rows to be drawn from other logits.
+        all_rewritten: there are no others.
+        new, prompts: as in `Scored`.
+        scored_rows: [len(new)] int64 places among the R.
+        prompt_rows, prompt_tokens: [P] int64 rows of the step's T tokens, and those that follow.
+    """
+
+    filters: Filters | None
+    rewritten: list[Rewritten]
+    all_rewritten: bool
+    new: list[tuple[int, int]]
+    prompts: list[tuple[int, int, int]]
+    num_chunks: int
+    scored_rows: Tensor
+    prompt_rows: Tensor
+    prompt_tokens: Tensor
+
+    def draw(
+        self, sampler: Sampler, tokens: Tensor, logits: Tensor, slots: Tensor, keys: Keys
+    ) -> tuple[Tensor, Scored | None]:
+        """Draw the step's tokens.
+
+        Args:
+            tokens: [slots, max_model_len] token ids of each slot so far.
+            logits: [R + P, this rank's columns]: the rows to draw from, then `prompt_rows`.
+            slots: [R] of the new tokens.
+            keys: their temperatures, seeds and positions.
+
+        Returns:
+            [R] int64 tokens, and the log-probabilities that were asked for.
+        """
+        count = len(slots)
+        whole = sampler.gathered(logits)
+        if self.all_rewritten:
+            drawn = torch.empty(count, dtype=torch.int64, device=logits.device)
+        else:
+            least = thresholds(whole[:count], self.filters) if self.filters else None
+            drawn = sampler(logits[:count], *keys, least=least)
+        for part in self.rewritten:
+            anew = part.draw(sampler, tokens, whole[:count], slots, keys)
+            drawn.index_copy_(0, part.rows, anew)
+        return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> Scored | None:
         """Log-probabilities by [R, V] logits as the model made them."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
-        new = score(logits[self.scored_rows], tokens[self.scored_rows], num_top)
+        new = score(logits, tokens[self.scored_rows], num_top, self.scored_rows)
         prompt = score(prompt_logits, self.prompt_tokens, num_top)
         names = TokenScores.__slots__
         both = TokenScores(*(torch.cat((getattr(new, n), getattr(prompt, n))) for n in names))
@@ -201,13 +250,8 @@ class Extras:
         chunks: list[tuple[int, int, int]],
         num_sampled: int,
     ) -> StepExtras:
-        changed = [(row, new) for row, new in special if _changes(new)]
+        rewritten = [(row, q) for row, q in special if _rewrites(q)]
         new = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
-        withheld = [
-            (i, token, len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens)
-            for i, (_, q) in enumerate(changed)
-            for token in q.stop_token_ids
-        ]
         prompts: list[tuple[int, int, int]] = []
         prompt_rows: list[int] = []
         prompt_tokens: list[int] = []
@@ -218,24 +262,14 @@ class Extras:
             prompts.append((i, count, request.sampling.prompt_logprobs))
             prompt_rows += range(row, row + count)
             prompt_tokens += request.token_ids[chunk.start + 1 : chunk.start + 1 + count]
-        parameters = self._parameters[[q.slot for _, q in changed]]
         self._staging.begin()
-        columns = self._staging.upload(np.ascontiguousarray(parameters.T))
-        temperatures, top_k, top_p, min_p, repetition, presence, frequency, num_prompt = columns
-        filters = Filters(temperatures, top_k, top_p, min_p)
-        penalties = Penalties(repetition, presence, frequency)
         extras = StepExtras(
-            rows=self._int64([row for row, _ in changed]),
-            all_rows=len(changed) == num_sampled,
-            filters=filters if any(q.sampling.filters for _, q in changed) else None,
-            penalties=penalties if any(q.sampling.penalizes for _, q in changed) else None,
-            num_prompt=num_prompt,
-            withheld=self._int64(list(zip(*withheld, strict=True))) if withheld else None,
-            processors=[
-                (i, tuple(q.sampling.logits_processors))
-                for i, (_, q) in enumerate(changed)
-                if q.sampling.logits_processors
+            filters=self._filters(special, num_sampled),
+            rewritten=[
+                self._rewritten(rewritten[start : start + BLOCK_ROWS])
+                for start in range(0, len(rewritten), BLOCK_ROWS)
             ],
+            all_rewritten=len(rewritten) == num_sampled,
             new=new,
             prompts=prompts,
             num_chunks=len(plan.prefill),
@@ -246,14 +280,47 @@ class Extras:
         self._staging.end()
         return extras
 
+    def _filters(self, special: list[tuple[int, NewRequest]], num_sampled: int) -> Filters | None:
+        """Filters of all rows, with temperature 0, and so none, where they do not apply."""
+        rows = [(row, q) for row, q in special if q.sampling.filters and not _rewrites(q)]
+        if not rows:
+            return None
+        columns = np.zeros((4, num_sampled), dtype=np.float32)
+        columns[:, [row for row, _ in rows]] = self._parameters[[q.slot for _, q in rows], :4].T
+        return Filters(*self._staging.upload(columns))
+
+    def _rewritten(self, rows: list[tuple[int, NewRequest]]) -> Rewritten:
+        withheld = [
+            (i, token, len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens)
+            for i, (_, q) in enumerate(rows)
+            for token in q.stop_token_ids
+        ]
+        parameters = self._parameters[[q.slot for _, q in rows]]
+        columns = self._staging.upload(np.ascontiguousarray(parameters.T))
+        temperatures, top_k, top_p, min_p, repetition, presence, frequency, num_prompt = columns
+        filters = Filters(temperatures, top_k, top_p, min_p)
+        penalties = Penalties(repetition, presence, frequency)
+        return Rewritten(
+            rows=self._int64([row for row, _ in rows]),
+            filters=filters if any(q.sampling.filters for _, q in rows) else None,
+            penalties=penalties if any(q.sampling.penalizes for _, q in rows) else None,
+            num_prompt=num_prompt,
+            withheld=self._int64(list(zip(*withheld, strict=True))) if withheld else None,
+            processors=[
+                (i, tuple(q.sampling.logits_processors))
+                for i, (_, q) in enumerate(rows)
+                if q.sampling.logits_processors
+            ],
+        )
+
     def _int64(self, values: Any) -> Tensor:
         return self._staging.upload(np.array(values, dtype=np.int64))
 
 
-def _changes(new: NewRequest) -> bool:
+def _rewrites(new: NewRequest) -> bool:
     """Whether its tokens are drawn from other logits than the model's."""
     s = new.sampling
-    return bool(s.filters or s.penalizes or new.stop_token_ids or s.logits_processors)
+    return bool(s.penalizes or new.stop_token_ids or s.logits_processors)
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:

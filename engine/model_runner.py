@@ -18,7 +18,7 @@ from config import Config
 from engine.batch import SlotTables, StepInputs
 from engine.cuda_graph import capture_sizes
 from engine.decode_step import DecodeStep
-from engine.extras import Extras, StepExtras
+from engine.extras import Extras, StepExtras, extras_bytes
 from engine.launchers import InlineLauncher, Launcher, StepOutput, StreamLauncher, ThreadLauncher
 from engine.prefill_step import PrefillStep
 from engine.types import (
@@ -108,6 +108,10 @@ class LocalRunner(ModelRunner):
                 config.max_num_seqs, config.max_model_len, config.kvcache_block_size, self._device
             )
             self._extras = Extras(config.max_num_seqs, self._device)
+            vocab_size = int(checkpoint.hf_config.vocab_size)
+            self._extras_bytes = extras_bytes(
+                config.max_num_seqs, vocab_size, self._dtype.itemsize, parallel.size
+            )
             self._cache: KVCache | None = None
             self._kv: list[KVLayer] = []
             self._decode_step: DecodeStep | None = None
@@ -211,6 +215,7 @@ class LocalRunner(ModelRunner):
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
         self._cache, self._kv, self._decode_step, self._prefill_step = None, [], None, None
         torch.cuda.empty_cache()
+        usage = replace(usage, peak=usage.peak + self._extras_bytes)
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
     def _smallest(self, geometry: KVGeometry) -> KVGeometry:
@@ -300,10 +305,11 @@ class LocalRunner(ModelRunner):
         store: Callable[[Tensor], None]
         if self._decode_step is not None and not plan.prefill:
             logits, rows = self._decode_step.run_to_logits(plan)
-            slots, positions = rows.slots.long(), rows.context_lens
+            slots, keys = rows.slots, (rows.temperatures, rows.seeds, rows.context_lens)
             store = partial(self._decode_step.store, rows=rows)
         elif self._prefill_step and not extras.prompts and self._prefill_step.fits(plan):
             logits, slots, positions = self._prefill_step.run_to_logits(plan)
+            keys = tables.temperatures[slots], tables.seeds[slots], positions
             store = partial(self._prefill_step.store, slots=slots, positions=positions)
         else:
             inputs = tables.stage(plan)
@@ -312,8 +318,9 @@ class LocalRunner(ModelRunner):
                 inputs = replace(inputs, sampled_rows=wanted)
             logits = self._forward(inputs)
             slots, positions = inputs.sampled_slots, inputs.sampled_positions
+            keys = tables.temperatures[slots], tables.seeds[slots], positions
             store = partial(tables.write_back, inputs)
-        drawn, scored = extras.draw(self._sampler, tables, logits, slots, positions)
+        drawn, scored = extras.draw(self._sampler, tables.tokens, logits, slots, keys)
         store(drawn)
         return StepOutput(drawn, scored)
 

@@ -83,12 +83,12 @@ class VocabHead:
         self.norm.finish()
         self._product = make_product(self._table.weight, None, self.norm)
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
         """The stream [R, hidden_size] -> logits [R, this rank's rows]; see `Product` for its form.
 
-        Those of padding are -inf.
+        Those of padding are -inf. They are put into `out` if it is given.
         """
-        logits = self._product.normed(x, residual, self.norm)[0]
+        logits = self._product.normed(x, residual, self.norm, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
             logits[:, length:] = float("-inf")

@@ -38,6 +38,7 @@ class ForwardBatch:
         attention: what the attention backend's `prepare` returned for this step.
         kv: the KV cache of each layer.
         sampled_rows: [R] int64 rows of the T whose logits are wanted; None for all of them.
+        logits: [R, this rank's columns] where the model may put them; it returns them anyway.
     """
 
     input_ids: Tensor
@@ -46,3 +47,4 @@ class ForwardBatch:
     attention: Any
     kv: list[KVLayer]
     sampled_rows: Tensor | None
+    logits: Tensor | None = None

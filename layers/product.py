@@ -42,15 +42,28 @@ class Product:
         """[T, K] -> [T, N]."""
         return F.linear(x, self._weight, self._bias)
 
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """As a call, put into `out` [T, N]."""
+        return out.copy_(self(x))
+
     def normed(
-        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, *, partial: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: RMSNorm,
+        *,
+        partial: bool = False,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The product of the normalised stream [T, K]: ([T, N], the stream's sum).
 
         Args:
             partial: the product may be left in partial sums, see `partial`.
+            out: [T, N] where to put it, if not partial; made when absent.
         """
         y, total = norm(x, residual)
+        if out is not None:
+            return self.into(y, out), total
         return (self.partial(y) if partial else self(y)), total
 
     def gated(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
@@ -121,15 +134,29 @@ class SkinnyProduct(Product):
             return F.linear(x, self._weight, self._bias)
         return self._kernels.skinny_linear(x, self._weight, self._bias, pdl=True)
 
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        if self._fits(x.shape[0]):
+            return self._kernels.skinny_linear(x, self._weight, self._bias, out=out, pdl=True)
+        if self._bias is not None:
+            return super().into(x, out)
+        # As F.linear without a bias.
+        return torch.mm(x, self._weight.t(), out=out)
+
     def normed(
-        self, x: Tensor, residual: Tensor | None, norm: RMSNorm, *, partial: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: RMSNorm,
+        *,
+        partial: bool = False,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         fits = self._fits(x.shape[-2])
         if residual is not None or not self._fuses(x) or not fits:
             # Partial sums where that is the only way to fill the device.
-            return super().normed(x, residual, norm, partial=partial and not fits)
-        run = self._kernels.skinny_linear
-        y = run(x, self._weight, self._bias, norm_weight=norm.weight, eps=norm.eps, pdl=True)
+            return super().normed(x, residual, norm, partial=partial and not fits, out=out)
+        run, weight, bias = self._kernels.skinny_linear, self._weight, self._bias
+        y = run(x, weight, bias, norm_weight=norm.weight, eps=norm.eps, out=out, pdl=True)
         return y, x
 
     def gated(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:

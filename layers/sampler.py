@@ -80,6 +80,7 @@ def sample_shard(
     positions: Tensor,
     *,
     vocab_offset: int = 0,
+    least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token per row: the argmax of logits + temperature * noise.
 
@@ -92,11 +93,14 @@ def sample_shard(
         seeds: [R] int64 key of each row's noise.
         positions: [R] integer position of the token to be sampled.
         vocab_offset: token id of the first column, a multiple of 4.
+        least: [R] float32; tokens whose logit is below it are never drawn.
 
     Returns:
         ([R] float32 largest sums, [R] int64 token ids; the lowest of equally good ones).
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
+    if least is not None:
+        logits = logits.masked_fill(logits < least.unsqueeze(1), float("-inf"))
     scores = torch.addcmul(logits.float(), noise, temperatures.unsqueeze(1))
     best, column = scores.max(dim=1)
     return best, column + vocab_offset
@@ -109,9 +113,12 @@ def sample(
     positions: Tensor,
     *,
     vocab_offset: int = 0,
+    least: Tensor | None = None,
 ) -> Tensor:
     """The tokens of `sample_shard`, [R] int64."""
-    return sample_shard(logits, temperatures, seeds, positions, vocab_offset=vocab_offset)[1]
+    return sample_shard(
+        logits, temperatures, seeds, positions, vocab_offset=vocab_offset, least=least
+    )[1]
 
 
 class Sampler:
@@ -131,12 +138,18 @@ class Sampler:
             self._sample = sampling.sample_shard
 
     def __call__(
-        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor
+        self,
+        logits: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        *,
+        least: Tensor | None = None,
     ) -> Tensor:
         """[R] int64 token ids; for the arguments see `sample_shard`."""
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(
-            *self._sample(logits, temperatures, seeds, positions, vocab_offset=first)
+            *self._sample(logits, temperatures, seeds, positions, vocab_offset=first, least=least)
         )
 
     def greedy(self, logits: Tensor) -> Tensor:
@@ -157,10 +170,16 @@ class Sampler:
         return self._parallel.all_reduce(whole)
 
     def whole(
-        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor
+        self,
+        logits: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        *,
+        least: Tensor | None = None,
     ) -> Tensor:
         """As a call, for whole rows of logits."""
-        return self._sample(logits, temperatures, seeds, positions)[1]
+        return self._sample(logits, temperatures, seeds, positions, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
         """The token of the best rank, the lowest of equally good ones.

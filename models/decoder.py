@@ -220,7 +220,7 @@ class DecoderLM(CausalLM):
             x, residual = layer(x, residual, batch, kv)
         # Of the last layer's rows only keys and values are needed where nothing is sampled.
         x, residual = last(x, residual, batch, last_cache, batch.sampled_rows)
-        return self.lm_head(x, residual)
+        return self.lm_head(x, residual, batch.logits)
 
     def finish(self) -> None:
         for layer in self.layers:

@@ -68,12 +68,14 @@ def _sample_kernel(
     temperature_ptr,
     seed_ptr,
     position_ptr,
+    least_ptr,
     value_ptr,
     index_ptr,
     stride,
     vocab_size,
     vocab_offset,
     blocks,
+    FILTERED: tl.constexpr,
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -95,6 +97,7 @@ def _sample_kernel(
     best = tl.full((BLOCK,), MINUS_INF, tl.float32)
     index = start + lanes
     columns = start + lanes
+    least = tl.load(least_ptr + row) if FILTERED else MINUS_INF
     logits = tl.load(
         logits_ptr + row * stride + columns, mask=columns < vocab_size, other=MINUS_INF
     )
@@ -106,7 +109,13 @@ def _sample_kernel(
         inside = (ahead < vocab_size) & (block + 1 < blocks)
         logits = tl.load(logits_ptr + row * stride + ahead, mask=inside, other=MINUS_INF)
         score = score.to(tl.float32)
-        if temperature > 0:
+        drawn = temperature > 0
+        if FILTERED:
+            # Not `>=`: the reference masks nothing where the threshold is NaN.
+            score = tl.where(score < least, MINUS_INF, score)
+            # Most blocks have nothing to draw from, and noise is what sampling costs.
+            drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
+        if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
             x0, x1, x2, x3 = _philox_word(group.to(tl.uint32), position, k0, k1)
             # Joined so that lane j of group i lands at 4 * i + j.
@@ -148,6 +157,7 @@ def sample_shard(
     position: torch.Tensor,
     *,
     vocab_offset: int = 0,
+    least: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,12 +188,14 @@ def sample_shard(
         temperature,
         seed,
         position,
+        least,
         value,
         index,
         logits.stride(0),
         vocab_size,
         vocab_offset,
         blocks,
+        FILTERED=least is not None,
         HARDWARE=logits.is_cuda,
         BLOCK=_BLOCK,
         PDL=pdl,
@@ -210,6 +222,7 @@ def sample(
     seed: torch.Tensor,
     position: torch.Tensor,
     *,
+    least: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -224,10 +237,11 @@ def sample(
         temperature: [B] float32, 0 for greedy (the lowest token of equal ones).
         seed: [B] int64.
         position: [B] int32 or int64.
+        least: [B] float32; tokens whose logit is below it are never drawn.
         out: [B] int64, made when absent.
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
 
     Returns:
         [B] int64 token ids.
     """
-    return sample_shard(logits, temperature, seed, position, out=out, pdl=pdl)[1]
+    return sample_shard(logits, temperature, seed, position, least=least, out=out, pdl=pdl)[1]

@@ -26,7 +26,7 @@ from layers.kernels.skinny_linear import (
     supports_skinny_linear,
 )
 from layers.sampler import gumbel_noise
-from tests.kernels.filters import check_thresholds
+from tests.kernels.filters import check_thresholds, hard_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -146,6 +146,12 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     gap = score.gather(1, want[:, None]) - score.gather(1, got[:, None])
     assert gap.abs().max() < 1e-4
     assert (got == want)[temperature == 0].all()
+    kept = logits.float().sort(dim=1, descending=True).values[:, min(40, vocab - 1)]
+    least = torch.where(temperature > 1, float("-inf"), kept)
+    few = sample(logits, temperature, seed, position, least=least, pdl=PDL)
+    assert (logits.float().gather(1, few[:, None]).squeeze(1) >= least).all()
+    allowed = score.masked_fill(logits.float() < least[:, None], float("-inf"))
+    assert (allowed.amax(1) - allowed.gather(1, few[:, None]).squeeze(1)).max() < 1e-4
     cut = vocab // 8 * 4
     left = sample_shard(logits[:, :cut], temperature, seed, position, pdl=PDL)
     right = sample_shard(logits[:, cut:], temperature, seed, position, vocab_offset=cut, pdl=PDL)
@@ -312,3 +318,8 @@ def test_thresholds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     logits = _randn(rows, vocab_size, dtype=dtype) * 3
     logits[::5] = logits[::5].round()
     check_thresholds(logits, rows)
+    hard = hard_rows(vocab_size, dtype).cuda()
+    for seed in range(3):
+        check_thresholds(hard.repeat(-(-rows // len(hard)), 1), seed)
+    # Rows that are not aligned.
+    check_thresholds(logits[:, 1:], rows)

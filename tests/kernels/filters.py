@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from layers.kernels.thresholds import thresholds
 from layers.logits import Filters, thresholds_reference
+
+Thresholds = Callable[[Tensor, Filters], Tensor]
 
 
 def _choice(values: tuple[float, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -25,16 +29,45 @@ def random_filters(logits: Tensor, seed: int) -> Filters:
     )
 
 
-def check_thresholds(logits: Tensor, seed: int) -> None:
+def hard_rows(vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """[12, vocab_size] rows that a guess from a few of their logits, or few bits, gets wrong."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    noise = torch.randn(vocab_size, generator=generator)
+    at = torch.arange(vocab_size)
+    minus_inf = torch.full((vocab_size,), float("-inf"))
+    rows = [
+        torch.full((vocab_size,), -1.5),
+        noise.sort(descending=True).values * 3,
+        noise.sort().values,
+        noise * 1e-3 + 100,
+        noise.round(),
+        torch.where(at % 2 == 0, 0.0, -0.0),
+        # A hot token, a few of them in one place, and a few that are all there is.
+        noise.index_fill(0, torch.tensor(vocab_size // 3), 60.0),
+        torch.where(at // 9 == vocab_size // 18, noise + 12, noise),
+        torch.where(at % 97 == 5, noise, minus_inf),
+        minus_inf.index_fill(0, torch.tensor(vocab_size - 1), 2.0),
+        # Between the tokens of any regular sample.
+        torch.where(at % 64 == 63, 9.0, noise * 0.1),
+        noise * 1e4,
+    ]
+    return torch.stack(rows).to(dtype)
+
+
+def check_thresholds(logits: Tensor, seed: int, kernel: Thresholds = thresholds) -> None:
     """The kept distributions of kernel and reference agree; counted ones are the same sets."""
-    filters = random_filters(logits, seed)
+    check_filters(logits, random_filters(logits, seed), kernel)
+
+
+def check_filters(logits: Tensor, filters: Filters, kernel: Thresholds) -> None:
+    """As `check_thresholds`, for given filters."""
     temperatures = torch.where(filters.temperatures > 1e-30, filters.temperatures, 1.0)
 
     def kept(least: Tensor) -> Tensor:
         rows = logits.float()
         return rows.masked_fill(rows < least.unsqueeze(1), float("-inf"))
 
-    found, wanted = kept(thresholds(logits, filters)), kept(thresholds_reference(logits, filters))
+    found, wanted = kept(kernel(logits, filters)), kept(thresholds_reference(logits, filters))
     scale = temperatures.unsqueeze(1)
     difference = ((found / scale).softmax(1) - (wanted / scale).softmax(1)).abs()
     # Where a sum of float32 is next to p, either of two neighbours is right.

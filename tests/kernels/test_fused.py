@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from engine.batch import SlotTables
+from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
 from layers.sampler import sample as sample_reference
 from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
@@ -26,6 +27,8 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter'
 if INTERPRET and HAS_TRITON:
     from triton.runtime import interpreter
 
+    from layers.kernels import search as searching
+    from layers.kernels import thresholds as filtering
     from layers.kernels.activation import silu_mul, silu_mul_reference
     from layers.kernels.norm import (
         add_rms_norm,
@@ -41,7 +44,7 @@ if INTERPRET and HAS_TRITON:
         skinny_splits,
         supports_skinny_linear,
     )
-    from tests.kernels.filters import check_thresholds
+    from tests.kernels.filters import check_filters, check_thresholds, hard_rows
 
     # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
     _patch = interpreter._patch_lang_tensor
@@ -196,6 +199,31 @@ def test_sample(vocab: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("vocab", [9, 5003])
+def test_sample_at_or_above_the_least(vocab: int) -> None:
+    """Rows of which much, one token, all, none and, by NaN, again all may be drawn."""
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab)).bfloat16()
+    logits[6] = logits[6].round()
+    logits[5, 0] = float("nan")
+    temperature = torch.tensor([0.6, 1.0, 2.5, 1.0, 3.0, 1.0, 5.0])
+    seed, position = torch.arange(7), torch.arange(7, dtype=torch.int32)
+    best = logits.float().amax(1)
+    least = best + torch.tensor([-2, 0, -1e9, 1, float("nan"), 0, 0])
+    least[5] = -2.0
+    got = sample(logits, temperature, seed, position, least=least)
+    finite = logits.nan_to_num(float("-inf"))
+    assert torch.equal(got, sample_reference(finite, temperature, seed, position, least=least))
+    assert torch.equal(got[[2, 4]], sample(logits, temperature, seed, position)[[2, 4]])
+    assert got[1] == logits[1].argmax()
+    assert logits[6, got[6]] == best[6]
+    cut = vocab // 2 // 4 * 4
+    rest = (temperature, seed, position)
+    left = sample_shard(logits[:, :cut], *rest, least=least)
+    right = sample_shard(logits[:, cut:], *rest, least=least, vocab_offset=cut)
+    assert torch.equal(torch.where(right[0] > left[0], right[1], left[1]), got)
+
+
+@interpreted
 def test_sample_takes_the_lowest_of_equals() -> None:
     logits = torch.zeros(2, 3000)
     logits[0, [1500, 2900]] = 1.0
@@ -259,7 +287,7 @@ def test_staging_of_a_padded_prefill(seed: int) -> None:
 def test_thresholds(
     monkeypatch: pytest.MonkeyPatch, rows: int, vocab_size: int, dtype: torch.dtype
 ) -> None:
-    # The last case as if there were many rows: several blocks of that size, too.
+    # The last case as if there were many rows.
     monkeypatch.setattr("layers.kernels.thresholds._FEW_ROWS", 12 if rows == 12 else 0)
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(rows, vocab_size, generator=generator) * 4).to(dtype)
@@ -269,3 +297,80 @@ def test_thresholds(
     check_thresholds(logits, vocab_size)
     # Rows may be strided.
     check_thresholds(logits[::12, : max(1, vocab_size - 2)], 7)
+
+
+def _by_small_blocks(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """Thresholds of a row as of a vocabulary of some 200,000: many blocks, logits gathered."""
+    return filtering.launch(logits, filters, block=256, capacity=512, warps=4)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_thresholds_of_hard_rows(dtype: torch.dtype) -> None:
+    rows = hard_rows(2501, dtype)
+    for seed in range(2):
+        check_thresholds(rows, seed, _by_small_blocks)
+
+
+def _filters(rows: int, **values: float) -> Filters:
+    defaults = {"temperatures": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
+    return Filters(*(torch.full((rows,), v) for v in {**defaults, **values}.values()))
+
+
+@interpreted
+@pytest.mark.parametrize("values", [{"top_p": 0.9}, {"top_p": 0.5}, {"top_p": 0.99}])
+def test_a_wrong_guess_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, float]
+) -> None:
+    """Too low, too high, empty, the wrong way round, not a number: the search is then over all."""
+    logits = torch.randn(1, 2501, generator=torch.Generator().manual_seed(4))
+    filters = _filters(1, **values)
+    right = _by_small_blocks(logits, filters)
+    check_filters(logits, filters, _by_small_blocks)
+    for low, high in ((-9.0, -7.0), (7.0, 9.0), (0.001, 0.001), (1.0, -1.0), (float("nan"),) * 2):
+        monkeypatch.setattr(filtering, "_guess", lambda *_, ends=(low, high): ends)
+        assert torch.equal(_by_small_blocks(logits, filters), right)
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": 50.0},
+        {"top_k": 700.0, "top_p": 0.9},
+        {"top_p": 0.5},
+        {"top_p": 0.9},
+        {"top_p": 0.99},
+        {"min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_usual_rows_are_not_searched_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, float], scale: float
+) -> None:
+    lengths = []
+    passes = searching.reached_in_passes
+
+    def counted(ptr: Any, end: Any, *rest: Any) -> Any:
+        lengths.append(int(end))
+        return passes(ptr, end, *rest)
+
+    monkeypatch.setattr(searching, "reached_in_passes", counted)
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(2, 151_936, generator=generator) * scale).bfloat16()
+
+    def kernel(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
+        return filtering.launch(logits, filters, block=8192, capacity=16384, warps=16)
+
+    check_filters(logits, _filters(2, **values), kernel)
+    assert all(length <= 16384 for length in lengths)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_thresholds_of_nothing_keep_it() -> None:
+    logits = torch.full((1, 2501), float("-inf"))
+    for values in ({"top_k": 3.0}, {"top_p": 0.5}, {"top_k": 3.0, "top_p": 0.5, "min_p": 0.1}):
+        least = _by_small_blocks(logits, _filters(1, **values))
+        assert not (logits < least.unsqueeze(1)).any()

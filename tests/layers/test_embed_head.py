@@ -63,6 +63,9 @@ def test_the_logits_of_all_ranks_join_to_the_whole(
         head = VocabHead(norm, table)
         head.finish()
         parts.append(head(x, residual))
+        out = torch.full_like(parts[-1], float("nan"))
+        assert head(x, residual, out) is out
+        assert torch.equal(out, parts[-1])
     assert len({part.shape for part in parts}) == 1
     logits = torch.cat(parts, 1)
     expected = F.linear(rms_norm(x + residual, norm_weight, 1e-6).float(), weight)

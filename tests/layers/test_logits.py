@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layers.logits import Filters, Penalties, keep, penalize, score, thresholds
+from layers.logits import Filters, Penalties, penalize, score, thresholds
 from layers.sampler import sample
 from tests.layers.test_sampler import _assert_distributed
 
@@ -31,6 +31,11 @@ def _logits(rows: int, seed: int = 1, scale: float = 3.0) -> Tensor:
 def _filters(rows: int, **values: float) -> Filters:
     defaults = {"temperatures": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
     return Filters(*(torch.full((rows,), v) for v in {**defaults, **values}.values()))
+
+
+def _kept(logits: Tensor, filters: Filters) -> Tensor:
+    """[R, V] logits, -inf for tokens that may not be drawn."""
+    return logits.masked_fill(logits < thresholds(logits, filters).unsqueeze(1), float("-inf"))
 
 
 def _oracle(logits: Tensor, **values: float) -> Tensor:
@@ -70,7 +75,7 @@ def test_filtered_distributions_are_those_of_transformers(
     values: dict[str, float], scale: float
 ) -> None:
     logits = _logits(64, scale=scale)
-    kept = keep(logits, _filters(64, **values)) / values.get("temperatures", 1.0)
+    kept = _kept(logits, _filters(64, **values)) / values.get("temperatures", 1.0)
     assert (kept.softmax(1) - _oracle(logits, **values)).abs().max() <= 1e-5
 
 
@@ -81,7 +86,9 @@ def test_tokens_follow_the_filtered_distribution(values: dict[str, float]) -> No
     filters = _filters(1, **values)
     count = torch.arange(NUM_DRAWS)
     temperatures = filters.temperatures.expand(NUM_DRAWS)
-    tokens = sample(keep(logits, filters).expand(NUM_DRAWS, -1), temperatures, count, count)
+    least = thresholds(logits, filters).expand(NUM_DRAWS)
+    rows = logits.expand(NUM_DRAWS, -1)
+    tokens = sample(rows, temperatures, count, count, least=least)
     counts = tokens.bincount(minlength=VOCAB_SIZE)
     assert counts[probabilities == 0].sum() == 0
     if (probabilities > 0).sum() > 1:
@@ -98,14 +105,14 @@ def test_rows_are_filtered_each_by_its_own_parameters() -> None:
 
 def test_nothing_is_taken_from_rows_without_filters_or_temperature() -> None:
     logits = _logits(3)
-    assert torch.equal(keep(logits, _filters(3)), logits)
-    assert torch.equal(keep(logits, _filters(3, temperatures=0.0, top_k=2, min_p=0.5)), logits)
+    assert torch.equal(_kept(logits, _filters(3)), logits)
+    assert torch.equal(_kept(logits, _filters(3, temperatures=0.0, top_k=2, min_p=0.5)), logits)
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-6])
 def test_a_tiny_temperature_keeps_the_most_likely_token(temperature: float) -> None:
     logits = _logits(3)
-    kept = keep(logits, _filters(3, temperatures=temperature, top_p=0.5, min_p=0.1))
+    kept = _kept(logits, _filters(3, temperatures=temperature, top_p=0.5, min_p=0.1))
     assert torch.equal(kept.isfinite().sum(1), torch.ones(3, dtype=torch.long))
     assert torch.equal(kept.argmax(1), logits.argmax(1))
 
@@ -114,7 +121,7 @@ def test_equally_likely_tokens_at_the_border_are_all_kept() -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, :4] = torch.tensor([2.0, 1.0, 1.0, 1.0])
     for values in ({"top_k": 2}, {"top_p": 0.01 + float(logits.softmax(1)[0, 0])}):
-        assert keep(logits, _filters(1, **values)).isfinite().nonzero()[:, 1].tolist() == [
+        assert _kept(logits, _filters(1, **values)).isfinite().nonzero()[:, 1].tolist() == [
             0,
             1,
             2,
@@ -126,7 +133,7 @@ def test_minus_infinity_stays_out() -> None:
     logits = torch.full((1, VOCAB_SIZE), float("-inf"))
     logits[0, [3, 9]] = torch.tensor([1.0, 0.0])
     for values in CASES:
-        kept = keep(logits, _filters(1, **values))
+        kept = _kept(logits, _filters(1, **values))
         assert set(kept.isfinite().nonzero()[:, 1].tolist()) <= {3, 9}
         assert kept[0, 3] == 1.0
 
@@ -141,7 +148,8 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits = _logits(4)
     tokens = torch.randint(VOCAB_SIZE, (4, 60), generator=torch.Generator().manual_seed(3))
     lengths = torch.tensor([1, 7, 60, 33])
-    changed = penalize(logits, tokens, lengths // 2, lengths, _penalties(4, repetition=penalty))
+    changed = logits.clone()
+    penalize(changed, tokens, lengths // 2, lengths, _penalties(4, repetition=penalty))
     oracle = RepetitionPenaltyLogitsProcessor(penalty)
     for i, n in enumerate(lengths.tolist()):
         expected: Any = oracle(tokens[i : i + 1, :n], logits[i : i + 1].clone())
@@ -152,7 +160,8 @@ def test_presence_and_frequency_count_the_output_alone() -> None:
     logits = _logits(2)
     tokens = torch.tensor([[5, 6, 7, 7, 5, 9], [1, 1, 1, 1, 1, 1]])
     prompts, lengths = torch.tensor([2, 4]), torch.tensor([5, 4])
-    changed = penalize(logits, tokens, prompts, lengths, _penalties(2, presence=0.5, frequency=2))
+    changed = logits.clone()
+    penalize(changed, tokens, prompts, lengths, _penalties(2, presence=0.5, frequency=2))
     expected = logits.clone()
     expected[0, 7] -= 0.5 + 2 * 2
     expected[0, 5] -= 0.5 + 2
@@ -168,5 +177,9 @@ def test_scores_are_log_probabilities_and_the_largest_of_them() -> None:
     best = expected.topk(4, dim=1)
     assert torch.equal(found.top_tokens, best.indices)
     assert torch.allclose(found.top_values.double(), best.values, atol=1e-6)
+    rows = torch.arange(299, -1, -1)
+    turned = score(logits, tokens, 4, rows)
+    assert torch.equal(turned.values, logits[rows].log_softmax(1)[tokens, tokens])
+    assert torch.equal(turned.top_tokens, found.top_tokens[rows])
     assert score(logits[:0], tokens[:0], 2).top_values.shape == (0, 2)
     assert score(logits[:5], tokens[:5], 0).top_tokens.shape == (5, 0)

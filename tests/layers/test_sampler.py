@@ -219,6 +219,10 @@ def test_ranks_choose_what_one_would(size: int, scale: float) -> None:
     rest = (temperatures, torch.arange(200), torch.arange(200))
     chosen = _over_ranks(logits, size, lambda sampler, part: sampler(part, *rest))
     assert torch.equal(chosen, sample(logits, *rest))
+    least = logits.sort(1).values[:, -3]
+    kept = _over_ranks(logits, size, lambda sampler, part: sampler(part, *rest, least=least))
+    assert torch.equal(kept, sample(logits, *rest, least=least))
+    assert (logits.gather(1, kept.unsqueeze(1)).squeeze(1) >= least).all()
     greedy = _over_ranks(logits, size, lambda sampler, part: sampler.greedy(part))
     assert torch.equal(greedy, logits.argmax(1))
 

@@ -1,0 +1,104 @@
+"""Steps with special rows: drawn in blocks of bounded size, whatever the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import engine.extras
+from engine.extras import BLOCK_ROWS, Extras, extras_bytes
+from engine.types import NewRequest, PrefillChunk, StepPlan
+from layers.logits import SCORED_ROWS
+from layers.parallel import ParallelContext
+from layers.sampler import Sampler
+from sampling_params import SamplingParams
+
+VOCAB_SIZE = 96
+CPU = torch.device("cpu")
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most elements that one operation has written."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor) and not func.is_view:
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+class _Greedy(Sampler):
+    """Draws without the noise, which the reference makes for all rows at once."""
+
+    def __call__(self, logits: Tensor, *keys: Tensor, least: Tensor | None = None) -> Tensor:
+        return self.greedy(logits)
+
+
+def _drawn(
+    params: list[SamplingParams], sampler: Sampler | None = None
+) -> tuple[list[int], list[Any], int]:
+    """Tokens and log-probabilities of one step, and the most elements written at once."""
+    count = len(params)
+    plan = StepPlan(
+        0,
+        new_requests=tuple(NewRequest(i, i, (i % 7, 5), p, i) for i, p in enumerate(params)),
+        prefill=tuple(PrefillChunk(i, 0, 2, True) for i in range(count)),
+    )
+    extras = Extras(count, CPU).of(plan)
+    assert extras is not None
+    tokens = torch.tensor([[i % 7, 5, 0, 0] for i in range(count)], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(count, VOCAB_SIZE, generator=generator).bfloat16() * 3
+    temperatures = torch.tensor([p.temperature for p in params])
+    keys = (temperatures, torch.arange(count), torch.full((count,), 2))
+    sampler = sampler or Sampler(ParallelContext(), CPU, torch.bfloat16)
+    with _Largest() as largest:
+        drawn, scored = extras.draw(sampler, tokens, logits, torch.arange(count), keys)
+    result = scored and scored.result(0, [[t] for t in drawn.tolist()]).logprobs
+    return drawn.tolist(), result or [], largest.numel
+
+
+def _params(index: int) -> SamplingParams:
+    kinds: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.4, "top_k": 5},
+        {"top_p": 0.7, "logprobs": 1},
+        {"frequency_penalty": 0.5, "logits_processors": [lambda ids, x: x - 3.0 * len(ids)]},
+        {},
+        {"min_p": 0.3},
+    ]
+    return SamplingParams(temperature=1.2, **kinds[index % len(kinds)])
+
+
+def test_blocks_of_rows_draw_what_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [_params(i) for i in range(50)]
+    tokens, logprobs, _ = _drawn(params)
+    assert len(set(tokens)) > 10
+    assert sum(map(bool, logprobs)) == 10
+    for rows in (1, 3, 20):
+        monkeypatch.setattr(engine.extras, "BLOCK_ROWS", rows)
+        assert _drawn(params)[:2] == (tokens, logprobs)
+
+
+@pytest.mark.parametrize("special", [{"repetition_penalty": 1.2, "top_k": 9}, {"logprobs": 3}])
+def test_special_rows_are_worked_through_in_blocks(special: dict[str, Any]) -> None:
+    params = [SamplingParams(temperature=0.0, **special)] * (5 * SCORED_ROWS)
+    *_, numel = _drawn(params, _Greedy(ParallelContext(), CPU, torch.bfloat16))
+    assert numel <= max(BLOCK_ROWS, SCORED_ROWS) * VOCAB_SIZE
+
+
+def test_what_special_rows_take_is_bounded_but_for_the_logits() -> None:
+    one, two = (extras_bytes(n, 1000, 2, 1) for n in (512, 1024))
+    assert two - one == 512 * 1000 * 2
+    assert extras_bytes(512, 1000, 2, 2) > one
+    # A block of the larger kind, in the logits' type, and twice in float32.
+    assert one == 512 * 1000 * 2 + max(BLOCK_ROWS, SCORED_ROWS) * 1000 * (2 + 8)
+    assert extras_bytes(4, 1000, 2, 1) == 4 * 1000 * (2 + 2 + 8)
