@@ -18,6 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+# Triton 3.7 calls it barrier, 3.6 thread_barrier.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 @gluon.jit
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
@@ -136,7 +139,7 @@ def rows_kernel(
             up = mma_v2(ws.index(c % STAGES * PARTS + 1).load(LW), x, up)
         if CHUNKS > STAGES:
             if c + STAGES < CHUNKS:
-                gl.thread_barrier()
+                _barrier()
                 k = (c + STAGES) * WARPS * KC + k0
                 w_mask = None if EVEN else (row < N) & (k < K)
                 x_mask = token < M if EVEN else (token < M) & (k < K)
@@ -159,7 +162,7 @@ def rows_kernel(
             gl.float32, [WARPS, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         )
         squares.store(gl.sum(square, 1))
-    gl.thread_barrier()
+    _barrier()
     out = gl.sum(sums.index(0).load(EPILOGUE), 0)
     if NORM:
         total = gl.sum(squares.load(gl.SliceLayout(1, EPILOGUE)), 0)
@@ -220,7 +223,7 @@ def tile_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     for s in gl.static_range(STAGES):
         mbarrier.expect(ready.index(s), STAGE_BYTES)
         for p in gl.static_range(PARTS):
@@ -243,7 +246,7 @@ def tile_kernel(
         if c > 0 and c - 1 + STAGES < CHUNKS:
             # The chunk before this one has been used by all warps: its stage is filled again.
             acc = warpgroup_mma_wait(1, [acc])
-            gl.thread_barrier()
+            _barrier()
             s = (c - 1) % STAGES
             k = k0 + (c - 1 + STAGES) * BK
             mbarrier.expect(ready.index(s), STAGE_BYTES)
