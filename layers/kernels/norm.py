@@ -57,7 +57,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(f"weight must be contiguous [{x.shape[1]}], got {tuple(weight.shape)}")
 
 
-def _num_warps(size: int) -> int:
+def warps_of_row(size: int) -> int:
     """One warp per 512 columns, 1 to 8: 16 elements and two 16-byte loads a thread."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
 
@@ -95,7 +95,7 @@ def rms_norm(
             SPLITS=1,
             BLOCK=triton.next_power_of_2(size),
             PDL=pdl,
-            num_warps=_num_warps(size),
+            num_warps=warps_of_row(size),
             launch_pdl=pdl,
         )
     return out
@@ -151,7 +151,7 @@ def add_rms_norm(
             SPLITS=x.shape[0] if x.dim() == 3 else 1,
             BLOCK=triton.next_power_of_2(size),
             PDL=pdl,
-            num_warps=_num_warps(size),
+            num_warps=warps_of_row(size),
             launch_pdl=pdl,
         )
     return out, residual_out

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from layers.kernels.norm import _num_warps
+from layers.kernels.norm import warps_of_row
 
 __all__ = ["PeerExchange"]
 
@@ -41,7 +41,8 @@ _MAX_BLOCK = 64
 # ===========================  ==================  ==================
 # Two H200: 2.6 to 4.4 (7.2 to 11.4) and 3.4 to 9.7 (8.0 to 29.4). The norm alone takes 0.9 to 2.8.
 # Words of 4 bytes of data and 4 of a sequence number, NCCL's "low latency" protocol, took as long
-# for small sums and 15.1 instead of 10.2 at 128 x 4,096.
+# for small sums and 15.1 instead of 10.2 at 128 x 4,096. (All of it one peer after the other; they
+# are waited for together since, which is not measured.)
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -353,7 +354,7 @@ class PeerExchange:
             NORM=norm is not None,
             TWO_SHOT=self.two_shot(rows),
             BLOCK=triton.next_power_of_2(self._width),
-            num_warps=_num_warps(self._width),
+            num_warps=warps_of_row(self._width),
         )
 
     def _launch(

@@ -4,42 +4,19 @@ Run with TRITON_INTERPRET=1.
 """
 
 import sys
-from typing import Any
 
 import torch
 
 from layers.kernels.peer import PeerExchange
+from tests.kernels.interpreter import load_whole_values, patch_interpreter
 from tests.kernels.peer_checks import PeerChecks
 
 ROWS, WIDTH = 6, 48
 
 
-def _patch_interpreter() -> None:
-    # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-    load = interpreter.InterpreterBuilder.create_masked_load
-
-    def whole_load(self: Any, *args: Any) -> Any:
-        """It copies 16 bits in two overlapping pieces, between which a peer may write."""
-        got = load(self, *args)
-        is_volatile = args[-1]
-        while is_volatile and (got.data != (again := load(self, *args)).data).any():
-            got = again
-        return got
-
-    interpreter.InterpreterBuilder.create_masked_load = whole_load
-
-
 def main(path: str, rank: int, size: int, dtype: torch.dtype) -> None:
-    _patch_interpreter()
+    patch_interpreter()
+    load_whole_values()
     count = PeerExchange.num_words(size, ROWS, WIDTH)
     memory = torch.from_file(path, shared=True, size=size * count, dtype=torch.int64)
     device = torch.device("cpu")

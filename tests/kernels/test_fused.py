@@ -18,6 +18,7 @@ from engine.batch import SlotTables
 from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
 from layers.sampler import sample as sample_reference
+from tests.kernels.interpreter import patch_interpreter
 from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,8 +26,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter's own process")
 
 if INTERPRET and HAS_TRITON:
-    from triton.runtime import interpreter
-
     from layers.kernels import search as searching
     from layers.kernels import thresholds as filtering
     from layers.kernels.activation import silu_mul, silu_mul_reference
@@ -46,14 +45,7 @@ if INTERPRET and HAS_TRITON:
     )
     from tests.kernels.filters import check_filters, check_thresholds, hard_rows
 
-    # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
-    _patch = interpreter._patch_lang_tensor
-
-    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        _patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = _patch_lang_tensor
+    patch_interpreter()
 
 
 @pytest.mark.skipif(INTERPRET, reason="already in the interpreter's process")

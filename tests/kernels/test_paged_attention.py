@@ -11,19 +11,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.kernels.interpreter import patch_interpreter
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter's own process")
 
 if INTERPRET and HAS_TRITON:
-    from triton.runtime import interpreter
-
     from layers.kernels.paged_decode import (
         DecodeConfig,
         decode_workspace,
@@ -36,14 +35,7 @@ if INTERPRET and HAS_TRITON:
         paged_prefill_reference,
     )
 
-    # Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses.
-    _patch = interpreter._patch_lang_tensor
-
-    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        _patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = _patch_lang_tensor
+    patch_interpreter()
 
 
 @dataclass(frozen=True)
