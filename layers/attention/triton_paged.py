@@ -68,7 +68,6 @@ class TritonAttention(AttentionBackend):
                 batch.query_start,
                 batch.context_lens[:prefills],
                 scale=spec.scale,
-                max_query_len=batch.max_query_len,
                 out=out[:rows],
             )
         if rows < q.shape[0]:

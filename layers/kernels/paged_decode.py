@@ -199,7 +199,7 @@ def _combine(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "room", "pair_cost"],
+    do_not_specialize=["batch", "pair_cost"],
     do_not_specialize_on_alignment=["table_ptr", "slot_ptr", "len_ptr"],
 )
 def _paged_decode_kernel(
@@ -215,7 +215,6 @@ def _paged_decode_kernel(
     arrived_ptr,
     scale,
     batch,
-    room,
     pair_cost,
     q_row,
     q_head,
@@ -236,8 +235,8 @@ def _paged_decode_kernel(
     BATCH_PAD: tl.constexpr,
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
+    APART: tl.constexpr,
     AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -252,13 +251,16 @@ def _paged_decode_kernel(
     # The line of work: sequence by sequence, head by head, tile by tile.  An empty sequence
     # counts one tile, so that some program writes its zeros.
     tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
-    cost = tl.sum(tiles, 0) * KV_HEADS + batch * KV_HEADS * pair_cost
-    share = tl.cdiv(cost, tl.where(room > 0, room, programs))
-    # Few pairs (room > 0): latency counts.  Each is padded to whole shares, so that no program
-    # works on two; with more than 32 parts, adding them up takes longer than they save.
-    share = tl.where(room > 0, tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32)), share)
-    quantum = tl.where(room > 0, share, 1)
-    spans = tl.cdiv(tiles + pair_cost, quantum) * quantum * KV_HEADS
+    share = tl.cdiv(tl.sum(tiles + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
+    if APART:
+        # Few pairs: latency counts.  Each is padded to whole shares, so that no program works on
+        # two; with more than 32 parts, adding them up takes longer than they save.
+        share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32))
+        while tl.sum(tl.cdiv(tiles, share), 0) * KV_HEADS > programs:
+            share += tl.cdiv(share, 8)
+        spans = tl.cdiv(tiles, share) * share * KV_HEADS
+    else:
+        spans = (tiles + pair_cost) * KV_HEADS
     spans = tl.where(lane < batch, spans, 0)
     ends = tl.cumsum(spans, 0)
     at = pid * share
@@ -272,7 +274,7 @@ def _paged_decode_kernel(
     row_ok = (rows < GROUP)[:, None] & dim_ok[None, :]
     offsets = tl.arange(0, TILE)
 
-    if PDL and AHEAD and not EARLY:
+    if PDL and AHEAD and not APART:
         gdc_wait()
     while at < stop:
         num_tokens = tl.sum(tl.where(lane == seq, lens, 0), 0)
@@ -290,7 +292,7 @@ def _paged_decode_kernel(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-        if EARLY:
+        if AHEAD and APART:
             # Only q and the current token's K and V come from the kernel before this one.  The
             # first tile is read before the wait, without that token, which is added apart.
             seen_tokens = num_tokens - 1
@@ -431,14 +433,14 @@ def paged_decode(
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
     programs = max(1, workspace.programs * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
-    # With enough programs, none takes more than one pair: `room` is what they can split further.
-    room = programs - pairs if 2 * pairs <= programs else 0
+    # With enough programs, none takes more than one pair.
+    apart = 2 * pairs <= programs
     part_rows = triton.next_power_of_2(group)
     options = {"launch_pdl": True} if launch_pdl else {}
     _paged_decode_kernel[(programs,)](
         *(q, k_cache, v_cache, block_tables, slots, context_lens, out),
         *(workspace.values, workspace.lse, workspace.arrived),
-        *(scale * LOG2_E, batch, room, 0 if room else config.pair_cost),
+        *(scale * LOG2_E, batch, 0 if apart else config.pair_cost),
         *(q.stride(0), q.stride(1), *k_cache.stride()[:3]),
         *(block_tables.stride(0), out.stride(0), out.stride(1)),
         KV_HEADS=kv_heads,
@@ -452,8 +454,8 @@ def paged_decode(
         BATCH_PAD=16 if batch <= 16 else max(256, triton.next_power_of_2(batch)),
         UNROLL=config.unroll,
         PDL=launch_pdl,
+        APART=apart,
         AHEAD=early_reads,
-        EARLY=early_reads and room > 0,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,

@@ -3,7 +3,9 @@
 FlashAttention-2 (Dao 2023): a program owns a tile of queries and walks the keys once with an
 online softmax.  The query heads that share a KV head lie in one tile, as rows (token, head): no
 padding when their number is no power of two, half the diagonal waste at two heads, and K and V are
-fetched once for all of them.  Tiles with the longest walk start first.
+fetched once for all of them.  The tiles of all sequences form one line, which the programs divide
+on the device, so that a launch fits any lengths with the same total.  Of a sequence, tiles with
+the longest walk start first.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -120,7 +122,10 @@ def _walk(
     return top, norm, acc
 
 
-@triton.jit(do_not_specialize_on_alignment=["table_ptr", "slot_ptr", "start_ptr", "len_ptr"])
+@triton.jit(
+    do_not_specialize=["batch"],
+    do_not_specialize_on_alignment=["table_ptr", "slot_ptr", "start_ptr", "len_ptr"],
+)
 def _paged_prefill_kernel(
     q_ptr,
     k_src,
@@ -131,6 +136,7 @@ def _paged_prefill_kernel(
     len_ptr,
     out_ptr,
     scale,
+    batch,
     q_row,
     q_head,
     page_stride,
@@ -147,15 +153,21 @@ def _paged_prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TMA: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
 ):
     head = tl.program_id(0) % KV_HEADS
-    seq = tl.program_id(0) // KV_HEADS
-    q_begin = tl.load(start_ptr + seq)
-    q_len = tl.load(start_ptr + seq + 1) - q_begin
-    # The last tile of a sequence has the longest walk: it gets the first program.
-    first_row = (tl.cdiv(q_len * GROUP, ROWS) - 1 - tl.program_id(1)) * ROWS
-    if first_row < 0:
+    place = tl.program_id(0) // KV_HEADS
+    lane = tl.arange(0, BATCH_PAD)
+    begins = tl.load(start_ptr + lane, mask=lane < batch, other=0)
+    lens = tl.load(start_ptr + lane + 1, mask=lane < batch, other=0) - begins
+    ends = tl.cumsum(tl.cdiv(lens * GROUP, ROWS), 0)
+    seq = tl.sum((ends <= place).to(tl.int32), 0)
+    if seq >= batch:
         return
+    q_begin = tl.sum(tl.where(lane == seq, begins, 0), 0)
+    q_len = tl.sum(tl.where(lane == seq, lens, 0), 0)
+    # The last tile of a sequence has the longest walk: it gets the first program.
+    first_row = (tl.sum(tl.where(lane == seq, ends, 0), 0) - 1 - place) * ROWS
     num_tokens = tl.load(len_ptr + seq)
     table = table_ptr + tl.load(slot_ptr + seq).to(tl.int64) * table_row
 
@@ -242,7 +254,6 @@ def paged_prefill(
     context_lens: Tensor,
     *,
     scale: float,
-    max_query_len: int,
     out: Tensor,
     config: PrefillConfig | None = None,
 ) -> Tensor:
@@ -256,10 +267,10 @@ def paged_prefill(
         k_cache, v_cache: [pages, page_size, Hkv, D], with equal strides, the last one contiguous.
         block_tables: int32 [S, max_pages], page ids; only those that a context needs are read.
         slots: int32 [P], the row of `block_tables` of each sequence.
-        query_start: int32 [P + 1], ascending; a sequence may have no query.
+        query_start: int32 [P + 1], ascending; a sequence may have no query.  Rows of `q` behind
+            the last one are padding.
         context_lens: int32 [P], visible tokens, the queries' own included.
         scale: factor of the scores, usually D ** -0.5.
-        max_query_len: host-side bound on the query lengths, for the launch shape alone.
         out: [T, Hq, D], last dimension contiguous.
     """
     num_heads, dim = q.shape[1:]
@@ -267,9 +278,9 @@ def paged_prefill(
     group = num_heads // kv_heads
     if k_cache.stride() != v_cache.stride():
         raise ValueError(f"strides of K {k_cache.stride()} and V {v_cache.stride()} differ")
-    walks = slots.numel() * kv_heads
+    batch = slots.numel()
     if config is None:
-        tiles = walks * triton.cdiv(max_query_len * group, WIDE.rows)
+        tiles = kv_heads * triton.cdiv(q.shape[0] * group, WIDE.rows)
         config = LARGE_HEAD if dim > 128 else WIDE if tiles >= WIDE_TILES else NARROW
     dim_pad = triton.next_power_of_2(dim)
     tma = config.tma and page % config.tile == 0 and dim == dim_pad
@@ -279,9 +290,11 @@ def paged_prefill(
         v_src = TensorDescriptor(v_cache, list(v_cache.shape), list(v_cache.stride()), box)
     else:
         k_src, v_src = k_cache, v_cache
-    _paged_prefill_kernel[(walks, triton.cdiv(max_query_len * group, config.rows))](
+    # Every sequence may have one tile that is not full.
+    tiles = triton.cdiv(q.shape[0] * group, config.rows) + batch
+    _paged_prefill_kernel[(kv_heads * tiles,)](
         *(q, k_src, v_src, block_tables, slots, query_start, context_lens, out),
-        *(scale * LOG2_E, q.stride(0), q.stride(1), *k_cache.stride()[:3]),
+        *(scale * LOG2_E, batch, q.stride(0), q.stride(1), *k_cache.stride()[:3]),
         *(block_tables.stride(0), out.stride(0), out.stride(1)),
         KV_HEADS=kv_heads,
         GROUP=group,
@@ -291,6 +304,8 @@ def paged_prefill(
         ROWS=config.rows,
         TILE=config.tile,
         TMA=tma,
+        # Few compiled forms.
+        BATCH_PAD=32 if batch <= 32 else max(256, triton.next_power_of_2(batch)),
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
@@ -308,7 +323,6 @@ def paged_prefill_reference(
     context_lens: Tensor,
     *,
     scale: float,
-    max_query_len: int,
     out: Tensor,
 ) -> Tensor:
     """`paged_prefill` in plain torch and float32, one sequence at a time."""

@@ -137,7 +137,7 @@ def compile_attention() -> None:
         for tokens in (128, 8192):
             q, starts = _bf16(tokens, 16, dim), torch.zeros(9, dtype=torch.int32)
             where = (tables, starts[1:], starts, starts[1:])
-            paged_prefill(q, cache, cache, *where, scale=1.0, max_query_len=tokens, out=q)
+            paged_prefill(q, cache, cache, *where, scale=1.0, out=q)
 
 
 PARTS: dict[str, Callable[[], None]] = {
