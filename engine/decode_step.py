@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from engine.batch import SlotTables
 from engine.cuda_graph import DecodeGraphs
+from engine.extras import StepLogits
 from engine.types import StepPlan
 from layers.attention.base import AttentionBackend, AttentionBatch
 from layers.forward_batch import ForwardBatch
@@ -54,10 +56,10 @@ class DecodeStep:
         logits, rows = self._forward(slots)
         # A new token's position is the number of tokens before it.
         tokens = self._sampler(logits, rows.temperatures, rows.seeds, rows.context_lens)
-        self.store(tokens, rows)
+        self._store(rows, tokens)
         return tokens
 
-    def store(self, tokens: Tensor, rows: DecodeRows) -> None:
+    def _store(self, rows: DecodeRows, tokens: Tensor) -> None:
         """Enqueue the end of a step: the tokens [B] drawn for its rows."""
         from layers.kernels.slots import scatter_tokens
 
@@ -110,39 +112,49 @@ class DecodeStep:
         self._graphs = DecodeGraphs(self, self._slots, sizes)
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Enqueue a pure decode plan; returns its tokens."""
+        """Enqueue a plan's decodes; returns their tokens."""
         assert self._graphs is not None
         return self._graphs.replay(self._stage(plan))[: len(plan.decode)]
 
-    def run_to_logits(self, plan: StepPlan) -> tuple[Tensor, DecodeRows]:
-        """Enqueue a pure decode plan up to its logits; `store` has to end it.
+    def run_to_logits(self, plan: StepPlan) -> StepLogits:
+        """Enqueue a plan's decodes up to their logits; storing their tokens has to end it.
 
-        The first step of a captured size runs uncaptured, and captures it for the next ones.
-
-        Returns:
-            ([B, V], the rows), both overwritten by the next step.
+        The first step of a captured size runs uncaptured, and captures it for the next ones. All
+        of it is overwritten by the next step.
         """
-        assert self._graphs is not None
-        padded = self._stage(plan)
-        slots, size = self._slots[:padded], len(plan.decode)
+        padded, size = self._stage(plan), len(plan.decode)
         graph = self._to_logits.get(padded)
         if graph is None:
-            logits, rows = self._forward(slots)
-            if self._logits is None:
-                shape = (self._slots.shape[0], logits.shape[1])
-                self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-            graph = self._to_logits[padded] = torch.cuda.CUDAGraph()
-            stream = torch.cuda.current_stream()
-            with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream):
-                target = self._logits[:padded]
-                made, _ = self._forward(slots, target)
-                # A model need not have put them there.
-                if made is not target:
-                    target.copy_(made)
-            return logits[:size], rows.first(size)
-        graph.replay()
-        assert self._logits is not None
-        return self._logits[:size], self._rows.first(size)
+            logits, rows = self._capture_to_logits(padded)
+        else:
+            graph.replay()
+            assert self._logits is not None
+            logits, rows = self._logits, self._rows
+        rows = rows.first(size)
+        return StepLogits(
+            logits=logits[:size],
+            slots=rows.slots,
+            keys=(rows.temperatures, rows.seeds, rows.context_lens),
+            store=partial(self._store, rows),
+        )
+
+    def _capture_to_logits(self, padded: int) -> tuple[Tensor, DecodeRows]:
+        """Enqueue the step that is staged up to its logits, and capture it."""
+        assert self._graphs is not None
+        slots = self._slots[:padded]
+        logits, rows = self._forward(slots)
+        if self._logits is None:
+            shape = (self._slots.shape[0], logits.shape[1])
+            self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+        graph = self._to_logits[padded] = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream):
+            target = self._logits[:padded]
+            made, _ = self._forward(slots, target)
+            # A model need not have put them there.
+            if made is not target:
+                target.copy_(made)
+        return logits, rows
 
     def _stage(self, plan: StepPlan) -> int:
         """Take in a plan; returns the captured size that serves it."""

@@ -7,6 +7,7 @@ that need other logits than the model's are drawn anew, a block of them at a tim
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +37,48 @@ BLOCK_ROWS = 64
 Keys = tuple[Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """What a step's R new tokens are drawn from.
+
+    Attributes:
+        logits: [R, this rank's columns], then rows of prompts if there are any wanted.
+        slots: [R] of the new tokens.
+        keys: their temperatures, seeds and positions.
+        store: puts the tokens drawn [R] where the next step reads them.
+    """
+
+    logits: Tensor
+    slots: Tensor
+    keys: Keys
+    store: Callable[[Tensor], None]
+
+    @staticmethod
+    def joined(parts: Sequence[StepLogits]) -> StepLogits:
+        """One after the other; without rows of prompts."""
+        temperatures, seeds, positions = zip(*(part.keys for part in parts), strict=True)
+
+        def store(tokens: Tensor) -> None:
+            shares = torch.split(tokens, [len(part.slots) for part in parts])
+            for part, share in zip(parts, shares, strict=True):
+                part.store(share)
+
+        return StepLogits(
+            logits=torch.cat([part.logits for part in parts]),
+            slots=torch.cat([part.slots for part in parts]),
+            keys=(torch.cat(temperatures), torch.cat(seeds), torch.cat(positions)),
+            store=store,
+        )
+
+
 def extras_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
     """Most device memory in bytes that special rows take beyond a plain step of a captured size.
 
-    That is where a decode step's logits stay, with ranks their gathering and its sum, and the
-    larger of the blocks: of rows to rewrite or to score, two of float32 and a copy for each.
+    That is where a decode step's logits stay, a copy beside those of a prefill, with ranks their
+    gathering and its sum, and the larger of the blocks: of rows to rewrite or to score, two of
+    float32 and a copy for each.
     """
-    copies = (1 if num_ranks == 1 else 3) * max_num_seqs * dtype_bytes
+    copies = (2 if num_ranks == 1 else 4) * max_num_seqs * dtype_bytes
     block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
     return (copies + block) * vocab_size
 
@@ -105,7 +141,7 @@ class Rewritten:
     def draw(
         self, sampler: Sampler, tokens: Tensor, logits: Tensor, slots: Tensor, keys: Keys
     ) -> Tensor:
-        """[S] int64 tokens; for the arguments, whole rows of all R, see `StepExtras.draw`."""
+        """[S] int64 tokens; logits, slots and keys, whole rows, are those of all R."""
         temperatures, seeds, positions = (key[self.rows] for key in keys)
         changed = logits.index_select(0, self.rows).float()
         self._rewrite(changed, tokens, slots[self.rows], positions)
@@ -151,29 +187,28 @@ class StepExtras:
     prompt_tokens: Tensor
 
     def draw(
-        self, sampler: Sampler, tokens: Tensor, logits: Tensor, slots: Tensor, keys: Keys
+        self, sampler: Sampler, tokens: Tensor, step: StepLogits
     ) -> tuple[Tensor, Scored | None]:
-        """Draw the step's tokens.
+        """Draw the step's tokens and store them.
 
         Args:
             tokens: [slots, max_model_len] token ids of each slot so far.
-            logits: [R + P, this rank's columns]: the rows to draw from, then `prompt_rows`.
-            slots: [R] of the new tokens.
-            keys: their temperatures, seeds and positions.
+            step: with `prompt_rows` behind its new tokens' rows.
 
         Returns:
             [R] int64 tokens, and the log-probabilities that were asked for.
         """
-        count = len(slots)
-        whole = sampler.gathered(logits)
+        slots, keys, count = step.slots, step.keys, len(step.slots)
+        whole = sampler.gathered(step.logits)
         if self.all_rewritten:
-            drawn = torch.empty(count, dtype=torch.int64, device=logits.device)
+            drawn = torch.empty(count, dtype=torch.int64, device=whole.device)
         else:
             least = thresholds(whole[:count], self.filters) if self.filters else None
-            drawn = sampler(logits[:count], *keys, least=least)
+            drawn = sampler(step.logits[:count], *keys, least=least)
         for part in self.rewritten:
             anew = part.draw(sampler, tokens, whole[:count], slots, keys)
             drawn.index_copy_(0, part.rows, anew)
+        step.store(drawn)
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> Scored | None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from config import Config
 from engine.batch import SlotTables, StepInputs
-from engine.cuda_graph import capture_sizes
+from engine.captured_steps import CapturedSteps
 from engine.decode_step import DecodeStep
-from engine.extras import Extras, StepExtras, extras_bytes
+from engine.extras import Extras, StepExtras, StepLogits, extras_bytes
 from engine.launchers import InlineLauncher, Launcher, StepOutput, StreamLauncher, ThreadLauncher
 from engine.prefill_step import PrefillStep
 from engine.types import (
@@ -102,7 +102,11 @@ class LocalRunner(ModelRunner):
                 dtype=self._dtype,
                 device=self._device,
             )
-            load_weights(checkpoint.path, self._model.weight_slots(), tied=shape.tied)
+            weights = self._model.weight_slots()
+            load_weights(checkpoint.path, weights, tied=shape.tied)
+            total = sum(slot.target.numel() for slot in weights.values())
+            self._weights_per_layer = total // shape.num_layers
+            del weights
             self._model.finish()
             self._tables = SlotTables(
                 config.max_num_seqs, config.max_model_len, config.kvcache_block_size, self._device
@@ -114,8 +118,7 @@ class LocalRunner(ModelRunner):
             )
             self._cache: KVCache | None = None
             self._kv: list[KVLayer] = []
-            self._decode_step: DecodeStep | None = None
-            self._prefill_step: PrefillStep | None = None
+            self._captured: CapturedSteps | None = None
             self._captures = captures_graphs(config, self._backend, self._dtype)
             one_block = KVGeometry(
                 num_layers=shape.num_layers,
@@ -130,10 +133,9 @@ class LocalRunner(ModelRunner):
             self._poison = (
                 KVPoison(self._kv, self._tables, spec.block_size) if config.kv_sanitizer else None
             )
-            if self._decode_step is not None and self._prefill_step is not None:
-                self._compile(self._decode_step, self._prefill_step)
-                self._decode_step.capture(capture_sizes(config.max_num_seqs))
-                self._prefill_step.capture()
+            if self._captured:
+                self._compile(self._captured)
+                self._captured.capture(config.max_num_seqs)
 
     @property
     def kv_geometry(self) -> KVGeometry:
@@ -150,7 +152,7 @@ class LocalRunner(ModelRunner):
             return
         self._closed = True
         self._launcher.close()
-        self._decode_step = self._prefill_step = self._poison = None
+        self._captured = self._poison = None
         del self._model, self._backend, self._cache, self._kv, self._tables
         release_device(self._device)
 
@@ -185,22 +187,11 @@ class LocalRunner(ModelRunner):
         self._cache = KVCache(geometry, self._dtype, self._device)
         self._kv = self._cache.layers()
         if self._captures:
-            tables = self._tables
-            self._decode_step = DecodeStep(
-                self._model,
-                self._backend,
-                self._sampler,
-                tables,
-                self._kv,
-                geometry.block_size,
-            )
-            self._prefill_step = PrefillStep(
-                self._model,
-                self._backend,
-                self._sampler,
-                tables,
-                self._kv,
-                self._config.max_num_batched_tokens,
+            parts = self._model, self._backend, self._sampler, self._tables, self._kv
+            self._captured = CapturedSteps(
+                DecodeStep(*parts, geometry.block_size),
+                PrefillStep(*parts, self._config.max_num_batched_tokens),
+                self._weights_per_layer,
             )
 
     def _sized(self, one_block: KVGeometry, free_before: int) -> KVGeometry:
@@ -210,10 +201,10 @@ class LocalRunner(ModelRunner):
         if self._device.type != "cuda" or explicit:
             return kv_blocks(config, one_block)
         self._allocate(replace(one_block, num_blocks=self._tables.block_tables.shape[1]))
-        if self._decode_step is not None and self._prefill_step is not None:
-            self._compile(self._decode_step, self._prefill_step)
+        if self._captured:
+            self._compile(self._captured)
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
-        self._cache, self._kv, self._decode_step, self._prefill_step = None, [], None, None
+        self._cache, self._kv, self._captured = None, [], None
         torch.cuda.empty_cache()
         usage = replace(usage, peak=usage.peak + self._extras_bytes)
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
@@ -223,15 +214,12 @@ class LocalRunner(ModelRunner):
         count = torch.tensor([-geometry.num_blocks], device=self._device)
         return replace(geometry, num_blocks=-int(self._parallel.all_max(count)))
 
-    def _compile(self, decode: DecodeStep, prefill: PrefillStep) -> None:
+    def _compile(self, captured: CapturedSteps) -> None:
         """Run steps that need different kernels side by side, so that these compile in parallel.
 
         All are padding, which reads the same and writes nothing that counts.
         """
-        # One batch size for each kind of product, and the largest.
-        sizes = {n for n in (1, 16, 24, 128, 256) if n < self._config.max_num_seqs}
-        steps: list[Callable[[], object]] = [partial(decode.run_padding, n) for n in sizes]
-        steps += [decode.run_padding, prefill.run_padding]
+        steps = captured.rehearsals(self._config.max_num_seqs)
 
         def run(step: Callable[[], object]) -> None:
             # A thread begins on device 0.
@@ -262,10 +250,7 @@ class LocalRunner(ModelRunner):
             block_updates=tuple(BlockUpdate(slot, 0, table) for slot in range(count)),
             prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
         )
-        steps: list[Callable[[], object]] = [lambda: self._run(prefill)]
-        if self._decode_step is not None and self._prefill_step is not None:
-            steps += [self._decode_step.run_padding, self._prefill_step.run_padding]
-        return steps
+        return [lambda: self._run(prefill), *(self._captured.heaviest() if self._captured else ())]
 
     @torch.inference_mode()
     def _run_poisoned(self, poison: KVPoison, plan: StepPlan) -> StepOutput:
@@ -283,10 +268,8 @@ class LocalRunner(ModelRunner):
         return StepOutput(self._run_plain(plan)) if extras is None else self._run_with(extras, plan)
 
     def _run_plain(self, plan: StepPlan) -> Tensor:
-        if self._decode_step is not None and not plan.prefill:
-            return self._decode_step.run(plan)
-        if self._prefill_step is not None and self._prefill_step.fits(plan):
-            return self._prefill_step.run(plan)
+        if self._captured and self._captured.serves(plan):
+            return self._captured.run(plan)
         tables = self._tables
         inputs = tables.stage(plan)
         logits = self._forward(inputs)
@@ -301,28 +284,26 @@ class LocalRunner(ModelRunner):
 
     def _run_with(self, extras: StepExtras, plan: StepPlan) -> StepOutput:
         """A step some of whose tokens are drawn from changed logits, or scored."""
-        tables = self._tables
-        store: Callable[[Tensor], None]
-        if self._decode_step is not None and not plan.prefill:
-            logits, rows = self._decode_step.run_to_logits(plan)
-            slots, keys = rows.slots, (rows.temperatures, rows.seeds, rows.context_lens)
-            store = partial(self._decode_step.store, rows=rows)
-        elif self._prefill_step and not extras.prompts and self._prefill_step.fits(plan):
-            logits, slots, positions = self._prefill_step.run_to_logits(plan)
-            keys = tables.temperatures[slots], tables.seeds[slots], positions
-            store = partial(self._prefill_step.store, slots=slots, positions=positions)
+        if self._captured and not extras.prompts and self._captured.serves(plan):
+            step = self._captured.run_to_logits(plan)
         else:
-            inputs = tables.stage(plan)
-            if inputs.sampled_rows is not None:
-                wanted = torch.cat((inputs.sampled_rows, extras.prompt_rows))
-                inputs = replace(inputs, sampled_rows=wanted)
-            logits = self._forward(inputs)
-            slots, positions = inputs.sampled_slots, inputs.sampled_positions
-            keys = tables.temperatures[slots], tables.seeds[slots], positions
-            store = partial(tables.write_back, inputs)
-        drawn, scored = extras.draw(self._sampler, tables.tokens, logits, slots, keys)
-        store(drawn)
-        return StepOutput(drawn, scored)
+            step = self._to_logits(plan, extras.prompt_rows)
+        return StepOutput(*extras.draw(self._sampler, self._tables.tokens, step))
+
+    def _to_logits(self, plan: StepPlan, prompt_rows: Tensor) -> StepLogits:
+        """Run a plan up to the logits of its new tokens, then of `prompt_rows`."""
+        tables = self._tables
+        inputs = tables.stage(plan)
+        if inputs.sampled_rows is not None:
+            wanted = torch.cat((inputs.sampled_rows, prompt_rows))
+            inputs = replace(inputs, sampled_rows=wanted)
+        slots, positions = inputs.sampled_slots, inputs.sampled_positions
+        return StepLogits(
+            logits=self._forward(inputs),
+            slots=slots,
+            keys=(tables.temperatures[slots], tables.seeds[slots], positions),
+            store=partial(tables.write_back, inputs),
+        )
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         batch = ForwardBatch(

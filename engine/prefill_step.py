@@ -8,11 +8,13 @@ for a few token counts, it is one launch.
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.batch import SlotTables
+from engine.extras import StepLogits
 from engine.types import StepPlan
 from layers.attention.base import AttentionBackend, AttentionBatch
 from layers.forward_batch import ForwardBatch
@@ -23,11 +25,12 @@ from models.base import CausalLM
 # Token counts to capture; a step is padded to the next one, by 6 % at most from 2,048 on, where
 # the padding costs more than a launch. Beyond the last the device is the slower side.
 _SIZES = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
-_MAX_REQUESTS = 8
+# Beyond 32 rows to sample from, products of the last layer and the head begin to cost.
+_MAX_REQUESTS = 32
 
 
 class PrefillStep:
-    """The forward pass of pure prefill steps of up to 8 requests and 4,096 tokens, captured.
+    """The forward pass of prefills of up to 32 requests and 4,096 tokens, captured.
 
     Args:
         tables: the per-slot tables.
@@ -53,14 +56,14 @@ class PrefillStep:
         self._sizes = [size for size in _SIZES if size <= max_tokens]
         most, device = max(self._sizes, default=0), tables.tokens.device
         self._rows = StepRows.empty(most, _MAX_REQUESTS + 1, _MAX_REQUESTS, device)
-        # With the logits and tokens of each: 8 rows of 151,936 bf16 logits are 2.4 MB.
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # Of all graphs: 32 rows of 151,936 bf16 logits are 10 MB.
+        self._logits: Tensor | None = None
 
     def fits(self, plan: StepPlan) -> bool:
-        """Whether there is a captured step for the plan."""
+        """Whether there is a captured step for the plan's prefill."""
         return (
             bool(self._graphs)
-            and not plan.decode
             and len(plan.prefill) <= _MAX_REQUESTS
             and plan.num_prefill_tokens <= self._sizes[-1]
         )
@@ -76,45 +79,54 @@ class PrefillStep:
         pool = None
         self._stage_padding()
         for size in reversed(self._sizes):
+            if self._logits is None:
+                self._logits = torch.empty_like(self._step(size)[0])
             self._step(size)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                 logits, tokens = self._step(size)
+                # A model need not have put them there.
+                if logits is not self._logits:
+                    self._logits.copy_(logits)
             pool = graph.pool()
-            self._graphs[size] = (graph, logits, tokens)
+            self._graphs[size] = (graph, tokens)
 
     def _stage_padding(self) -> None:
         """Rows that read nothing and write nothing that counts."""
         self._tables.stage_prefill(StepPlan(0), self._rows)
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Enqueue a plan that fits; returns its tokens."""
-        _, tokens = self._replay(plan)
-        return tokens[self._sampled(plan)]
+        """Enqueue the prefill of a plan that fits; returns its tokens."""
+        return self._replay(plan)[self._sampled(plan)]
 
-    def run_to_logits(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """As `run`, for tokens that are to be drawn anew: `store` then overwrites the first ones.
+    def run_to_logits(self, plan: StepPlan) -> StepLogits:
+        """As `run`, for tokens that are to be drawn anew and overwrite the first ones.
 
-        Returns:
-            ([R, V] logits, [R] slots, [R] positions) of the new tokens, overwritten by the next
-            step.
+        All of it is overwritten by the next step.
         """
-        logits, _ = self._replay(plan)
-        which, rows = self._sampled(plan), self._rows
-        return logits[which], rows.sampled_slots[which], rows.sampled_positions[which]
+        self._replay(plan)
+        assert self._logits is not None
+        which, rows, tables = self._sampled(plan), self._rows, self._tables
+        slots, positions = rows.sampled_slots[which], rows.sampled_positions[which]
+        return StepLogits(
+            logits=self._logits[which],
+            slots=slots,
+            keys=(tables.temperatures[slots], tables.seeds[slots], positions),
+            store=partial(self._store, slots, positions),
+        )
 
-    def store(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def _store(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Store new tokens [R] where the next step reads them."""
         self._tables.tokens[slots, positions] = tokens.to(self._tables.tokens.dtype)
 
-    def _replay(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Logits and tokens of a plan that fits, those of chunk i in row i."""
+    def _replay(self, plan: StepPlan) -> Tensor:
+        """Tokens of a plan that fits, that of chunk i in row i, as its logits."""
         size = self._sizes[bisect_left(self._sizes, plan.num_prefill_tokens)]
         self._tables.stage_prefill(plan, self._rows.first(size))
-        graph, logits, tokens = self._graphs[size]
+        graph, tokens = self._graphs[size]
         graph.replay()
-        return logits, tokens
+        return tokens
 
     @staticmethod
     def _sampled(plan: StepPlan) -> slice | list[int]:
@@ -142,10 +154,11 @@ class PrefillStep:
             attention=self._backend.prepare(attention),
             kv=self._kv,
             sampled_rows=rows.sampled_rows,
+            logits=self._logits,
         )
         slots, positions = rows.sampled_slots, rows.sampled_positions
         temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
         logits = self._model(batch)
         tokens = self._sampler(logits, temperatures, seeds, positions)
-        self.store(tokens, slots, positions)
+        self._store(slots, positions, tokens)
         return logits, tokens

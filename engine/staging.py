@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Staging:
-    """Uploads a step's arrays through pinned memory, two buffers taking turns.
+    """Uploads a step's arrays through pinned memory, a few buffers taking turns.
 
     A copy from pinned memory returns at once and is read by the device later, so a buffer is
     written again only when the copies out of it are known to have ended.
@@ -26,17 +26,18 @@ class Staging:
         self._turn = 0
         self._used = 0
         if self._cuda:
-            self._buffers = [self._pinned(num_bytes) for _ in range(2)]
-            self._read = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+            # A step has one or two groups of uploads, and two steps may be under way.
+            self._buffers = [self._pinned(num_bytes) for _ in range(4)]
+            self._read = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _pinned(num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def begin(self) -> None:
-        """Start a step's uploads, on the current stream."""
+        """Start a group of uploads, on the current stream."""
         if self._cuda:
-            self._turn = 1 - self._turn
+            self._turn = (self._turn + 1) % len(self._buffers)
             self._used = 0
             self._read[self._turn].synchronize()
 
@@ -59,6 +60,6 @@ class Staging:
         return pinned.to(self._device, non_blocking=True)
 
     def end(self) -> None:
-        """All uploads of the step have been made."""
+        """All uploads of the group have been made."""
         if self._cuda:
             self._read[self._turn].record()

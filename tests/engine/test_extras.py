@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.extras
-from engine.extras import BLOCK_ROWS, Extras, extras_bytes
+from engine.extras import BLOCK_ROWS, Extras, StepLogits, extras_bytes
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS
 from layers.parallel import ParallelContext
@@ -62,7 +62,8 @@ def _drawn(
     keys = (temperatures, torch.arange(count), torch.full((count,), 2))
     sampler = sampler or Sampler(ParallelContext(), CPU, torch.bfloat16)
     with _Largest() as largest:
-        drawn, scored = extras.draw(sampler, tokens, logits, torch.arange(count), keys)
+        step = StepLogits(logits, torch.arange(count), keys, lambda tokens: None)
+        drawn, scored = extras.draw(sampler, tokens, step)
     result = scored and scored.result(0, [[t] for t in drawn.tolist()]).logprobs
     return drawn.tolist(), result or [], largest.numel
 
@@ -97,8 +98,8 @@ def test_special_rows_are_worked_through_in_blocks(special: dict[str, Any]) -> N
 
 def test_what_special_rows_take_is_bounded_but_for_the_logits() -> None:
     one, two = (extras_bytes(n, 1000, 2, 1) for n in (512, 1024))
-    assert two - one == 512 * 1000 * 2
+    assert two - one == 2 * 512 * 1000 * 2
     assert extras_bytes(512, 1000, 2, 2) > one
     # A block of the larger kind, in the logits' type, and twice in float32.
-    assert one == 512 * 1000 * 2 + max(BLOCK_ROWS, SCORED_ROWS) * 1000 * (2 + 8)
-    assert extras_bytes(4, 1000, 2, 1) == 4 * 1000 * (2 + 2 + 8)
+    assert one == 2 * 512 * 1000 * 2 + max(BLOCK_ROWS, SCORED_ROWS) * 1000 * (2 + 8)
+    assert extras_bytes(4, 1000, 2, 1) == 4 * 1000 * (2 * 2 + 2 + 8)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.model_runner import LocalRunner
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError, OutOfMemoryError
 
@@ -102,7 +103,6 @@ def test_special_requests_beside_plain_ones_in_captured_steps(reference: Any) ->
     ]
     params = [SamplingParams(max_tokens=24, ignore_eos=True, **ways[i % 4]) for i in range(16)]
     with LLM(TINY, **SMALL) as llm:
-        # A captured prefill takes at most 8 requests.
         for count in (16, 16, 8, 2):
             llm.reset_prefix_cache()
             outputs = llm.generate(prompts[:count], params[:count], use_tqdm=False)
@@ -111,6 +111,29 @@ def test_special_requests_beside_plain_ones_in_captured_steps(reference: Any) ->
             for out in outputs[3::4]:
                 assert [next(iter(entry)) for entry in out["logprobs"]] == out["token_ids"]
                 assert len(out["prompt_logprobs"]) == len(out["prompt_token_ids"])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_requests_that_enter_and_leave_run_as_graphs_alone(
+    reference: Any, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    prompts = random_prompts(60, 200)
+    rng = random.Random(5)
+    # Greedy by two ways, one of which needs the logits.
+    params = [
+        SamplingParams(max_tokens=rng.randint(1, 40), ignore_eos=True, **way)
+        for way in ({"temperature": 0}, {"top_k": 1}) * 30
+    ]
+    with LLM(TINY, pipeline_depth=depth, **SMALL) as llm:
+
+        def no_launches(*_: Any) -> None:
+            raise AssertionError("a step ran kernel by kernel")
+
+        monkeypatch.setattr(LocalRunner, "_forward", no_launches)
+        for chosen in (slice(0, 60, 2), slice(60)):
+            outputs = llm.generate(prompts[chosen], params[chosen], use_tqdm=False)
+            tokens = [out["token_ids"] for out in outputs]
+            assert worst_gap(reference, prompts[chosen], tokens) < TIE
 
 
 def test_two_engines_share_one_device(reference: Any) -> None:
