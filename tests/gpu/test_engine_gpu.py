@@ -120,9 +120,10 @@ def test_requests_that_enter_and_leave_run_as_graphs_alone(
     prompts = random_prompts(60, 200)
     rng = random.Random(5)
     # Greedy by two ways, one of which needs the logits.
+    ways: tuple[dict[str, Any], ...] = ({"temperature": 0}, {"top_k": 1})
     params = [
         SamplingParams(max_tokens=rng.randint(1, 40), ignore_eos=True, **way)
-        for way in ({"temperature": 0}, {"top_k": 1}) * 30
+        for way in ways * 30
     ]
     with LLM(TINY, pipeline_depth=depth, **SMALL) as llm:
 
