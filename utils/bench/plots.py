@@ -78,7 +78,11 @@ def _throughput(rows: Sequence[Row], colours: dict[str, str]) -> Figure:
             [row.rates[-1] - row.median for row in own],
         ]
         bars = ax.bar(names, medians, yerr=spread, capsize=4, color=[colours[n] for n in names])
-        ax.bar_label(bars, labels=[f"{m:,.0f}" for m in medians], label_type="center")
+        # Inside the bars, or above those that are too low for it.
+        top = max(*medians, own[0].limit or 0.0)
+        for inside, place in ((True, "center"), (False, "edge")):
+            labels = [f"{m:,.0f}" if (m > 0.15 * top) is inside else "" for m in medians]
+            ax.bar_label(bars, labels=labels, label_type=place, padding=0 if inside else 2)
         if own[0].limit is not None:
             ax.axhline(own[0].limit, color="black", linestyle="--", linewidth=1)
             ax.annotate(
