@@ -23,4 +23,4 @@ class SiluMul:
 
             return silu_mul(x, pdl=self._pdl)
         gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)

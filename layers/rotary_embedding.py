@@ -130,12 +130,12 @@ class QKNormRopeStore:
             return self._call_fused(qkv, rotation, slot_mapping, kv)
         heads = qkv.view(-1, self._num_all, self._head_dim)
         qk = heads[:, : self._num_qk]
-        x = qk.float() if self.qk_weight is None else self._normalize(qk) * self._scale
+        x = qk.float() if self.qk_weight is None else self._normalize(qk).mul_(self._scale)
         turned = x.roll(self._head_dim // 2, -1)
         if qk.dtype == torch.float32:
-            torch.addcmul(x * rotation.cos, turned, rotation.sin, out=qk)
+            torch.addcmul(x.mul_(rotation.cos), turned, rotation.sin, out=qk)
         else:
-            qk.copy_((x * rotation.cos).addcmul_(turned, rotation.sin))
+            qk.copy_(x.mul_(rotation.cos).addcmul_(turned, rotation.sin))
         kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
         return heads[:, : self._num_heads]
 

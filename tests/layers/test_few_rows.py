@@ -86,7 +86,13 @@ def test_the_means_for_each_weight() -> None:
     assert few_rows(_random(513, 256), None) is None
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 40])
+@needs_fbgemm
+def test_a_large_weight_is_left_to_all_threads_from_fewer_rows_on() -> None:
+    assert HalfWeight(_bfloat16(2048, 256), None).most_rows == 16
+    assert HalfWeight(_bfloat16(2049, 256), None).most_rows == 8
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_product_is_the_same_on_both_sides_of_its_limit(
