@@ -15,11 +15,13 @@ _HALF_WEIGHT = 2**20
 # MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
 # 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
 _MKL_WEIGHT = 2**17
-# Rows up to which one thread of FBGEMM is ahead of two of oneDNN. Steps in turn with either: 1.19
-# times as fast at 9 rows, 1.13 at 12 and 1.08 at 16, the same at 20; [4096, 256] alone the same at
-# 10 and 0.97 at 16.
-_HALF_ROWS = 16
-_LARGE_HALF_WEIGHT, _LARGE_HALF_ROWS = 2**19, 8
+# Rows up to which FBGEMM is ahead, times the threads of oneDNN: 32 rows of [1024, 256] to [256, 768]
+# take 0.85 to 0.9 of the time of one thread, and whole steps against two threads are 1.19 times as
+# fast at 9 rows, 1.13 at 12, 1.08 at 16, the same at 20. [4096, 256] against two threads: the same
+# at 10, 0.97 at 16. oneDNN's call alone costs what 6 rows of FBGEMM do, so 8 are level or better
+# whatever the threads.
+_ROWS_TIMES_THREADS, _ALWAYS_ROWS = 32, 8
+_LARGE_WEIGHT, _LARGE_ROWS_TIMES_THREADS = 2**19, 16
 
 
 class FewRows(ABC):
@@ -69,8 +71,9 @@ class HalfWeight(FewRows):
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
-        large = weight.numel() > _LARGE_HALF_WEIGHT
-        self.most_rows = _LARGE_HALF_ROWS if large else _HALF_ROWS
+        large = weight.numel() > _LARGE_WEIGHT
+        limit = _LARGE_ROWS_TIMES_THREADS if large else _ROWS_TIMES_THREADS
+        self.most_rows = max(_ALWAYS_ROWS, limit // torch.get_num_threads())
         factor = _power_of_two(weight)
         # Powers of two lose nothing on the way back either.
         self._inverse = 1.0 / factor

@@ -122,8 +122,7 @@ def test_requests_that_enter_and_leave_run_as_graphs_alone(
     # Greedy by two ways, one of which needs the logits.
     ways: tuple[dict[str, Any], ...] = ({"temperature": 0}, {"top_k": 1})
     params = [
-        SamplingParams(max_tokens=rng.randint(1, 40), ignore_eos=True, **way)
-        for way in ways * 30
+        SamplingParams(max_tokens=rng.randint(1, 40), ignore_eos=True, **way) for way in ways * 30
     ]
     with LLM(TINY, pipeline_depth=depth, **SMALL) as llm:
 

@@ -87,12 +87,16 @@ def test_the_means_for_each_weight() -> None:
 
 
 @needs_fbgemm
-def test_a_large_weight_is_left_to_all_threads_from_fewer_rows_on() -> None:
-    assert HalfWeight(_bfloat16(2048, 256), None).most_rows == 16
-    assert HalfWeight(_bfloat16(2049, 256), None).most_rows == 8
+@pytest.mark.parametrize(("threads", "small", "large"), [(1, 32, 16), (2, 16, 8), (16, 8, 8)])
+def test_more_threads_and_large_weights_leave_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch, threads: int, small: int, large: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert HalfWeight(_bfloat16(2048, 256), None).most_rows == small
+    assert HalfWeight(_bfloat16(2049, 256), None).most_rows == large
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 32, 33])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_product_is_the_same_on_both_sides_of_its_limit(
