@@ -15,7 +15,7 @@ _HALF_WEIGHT = 2**20
 # MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
 # 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
 _MKL_WEIGHT = 2**17
-# Rows up to which FBGEMM is ahead, times the threads of oneDNN: 32 rows of [1024, 256] to [256, 768]
+# Rows up to which FBGEMM is ahead, times the threads of oneDNN: 32 rows of [1024, 256], [256, 768]
 # take 0.85 to 0.9 of the time of one thread, and whole steps against two threads are 1.19 times as
 # fast at 9 rows, 1.13 at 12, 1.08 at 16, the same at 20. [4096, 256] against two threads: the same
 # at 10, 0.97 at 16. oneDNN's call alone costs what 6 rows of FBGEMM do, so 8 are level or better
