@@ -79,7 +79,8 @@ class LLM:
 
             - `text`: without special tokens; empty if the checkpoint has no tokenizer;
             - `token_ids`: of the output, an end-of-sequence token included;
-            - `finish_reason`: "stop", "length" or "abort";
+            - `finish_reason`: "stop", "length" or "abort", and in `step` and `stream` "error" after
+              a step failed;
             - `prompt_token_ids`;
             - `logprobs`, `prompt_logprobs`: None unless asked for; for each token a dictionary of
               token ids and log-probabilities, the token itself first (None for the prompt's
@@ -162,7 +163,8 @@ class LLM:
             StepError, EngineClosedError: as `generate`.
         """
         self._check_open()
-        several = isinstance(messages, list) and messages and isinstance(messages[0], list)
+        kinds = (list, tuple)
+        several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
         conversations: list[Any] = messages if several else [messages]
         prompts = [templated(self._tokenizer, one) for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)

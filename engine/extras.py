@@ -28,6 +28,7 @@ from layers.logits import (
 )
 from layers.sampler import Sampler
 from sampling_params import LogitsProcessor
+from utils.errors import StepError
 
 # Rows whose logits are rewritten at once. Each takes its logits, a float32 copy and the penalties'
 # counts: 97 MB for 64 rows of 151,936 bfloat16 logits, whatever the batch.
@@ -368,7 +369,10 @@ def _parameters(new: NewRequest) -> tuple[float, ...]:
 
 
 def _processed(call: LogitsProcessor, token_ids: list[int], logits: Tensor) -> Tensor:
-    out = call(token_ids, logits)
+    try:
+        out = call(token_ids, logits)
+    except Exception as error:
+        raise StepError(f"logits processor {call!r} failed: {error!r}") from error
     if not isinstance(out, Tensor) or out.shape != logits.shape:
         raise TypeError(
             f"logits processor {call!r} must return a tensor of shape {tuple(logits.shape)}"

@@ -197,8 +197,10 @@ class LLMEngine:
 
         Unknown and finished requests are passed over.
         """
-        # Appending is atomic, so that no step ever sees half of it.
-        self._aborts.append(request_id)
+        # One that is not there yet must not end a later one. Appending is atomic, so that no step
+        # ever sees half of it.
+        if request_id < self._next_request_id:
+            self._aborts.append(request_id)
 
     def withdraw(self, seqs: list[Sequence]) -> None:
         """End requests at once, between steps."""
@@ -231,6 +233,7 @@ class LLMEngine:
         self._blocks: BlockManager = construct(
             "block_manager", BlockManager, self._make_blocks, config, geometry
         )
+        self.config = config = with_caching(config, self._blocks)
         if self._sanitizer:
             self._blocks = self._sanitizer.watch(self._blocks)
         self._scheduler: Scheduler = construct(
@@ -367,11 +370,30 @@ def with_block_manager(config: Config) -> tuple[Config, Callable[..., BlockManag
     Raises:
         ConfigError: there is no such part, or it contradicts the options for prefix caching.
     """
-    name, wanted = config.block_manager, config.enable_prefix_caching
+    name = config.block_manager
     if name == "auto":
-        name = "paged" if wanted is False else "prefix"
+        name = "paged" if config.enable_prefix_caching is False else "prefix"
+    config = replace(config, block_manager=name)
     make: Any = find_part("block_manager", name, BlockManager, "memory")
-    caches = getattr(make, "caches_prefixes", wanted)
+    if isinstance(make, type):
+        config = with_caching(config, make)
+    return config, make
+
+
+def with_caching(config: Config, blocks: Any) -> Config:
+    """The config that says whether prefixes are cached.
+
+    Args:
+        blocks: the block manager or its class; what a factory makes is not known before.
+
+    Raises:
+        ConfigError: the options for prefix caching contradict it.
+    """
+    name, wanted, caches = (
+        config.block_manager,
+        config.enable_prefix_caching,
+        blocks.caches_prefixes,
+    )
     if wanted is not None and caches != wanted:
         raise ConfigError(
             "enable_prefix_caching",
@@ -388,4 +410,4 @@ def with_block_manager(config: Config) -> tuple[Config, Callable[..., BlockManag
             f"block_manager={name!r} does not cache prefixes",
             "Leave it at its default or choose another block_manager.",
         )
-    return replace(config, block_manager=name, enable_prefix_caching=caches), make
+    return replace(config, enable_prefix_caching=caches)

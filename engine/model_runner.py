@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +44,7 @@ from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from utils.loader import load_weights
-from utils.registry import find_part, parts_in
+from utils.registry import construct, find_part, parts_in
 
 # Fastest first; the first one that can serve the model on this machine is taken.
 _AUTO_BACKENDS = ("triton", "flash_attn", "torch")
@@ -358,11 +359,15 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
         known: dict[str, Any] = parts_in(package, AttentionBackend)
         usable = [known[name] for name in _AUTO_BACKENDS if name in known]
         return next(part for part in usable if part.unsupported(spec) is None)(spec)  # type: ignore[no-any-return]
-    part = find_part("attention_backend", config.attention_backend, AttentionBackend, package)
-    reason = part.unsupported(spec) if isinstance(part, type) else None  # type: ignore[attr-defined]
+    part: Any = find_part("attention_backend", config.attention_backend, AttentionBackend, package)
+    is_class = inspect.isclass(part)
+    make = partial(construct, "attention_backend", AttentionBackend, part, spec)
+    # A class says so before it is constructed, what a factory makes after it.
+    backend: Any = part if is_class else make()
+    reason = backend.unsupported(spec)
     if reason is not None:
         raise ConfigError("attention_backend", config.attention_backend, reason, 'Use "auto".')
-    return part(spec)  # type: ignore[no-any-return]
+    return make() if is_class else backend  # type: ignore[no-any-return]
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:

@@ -178,7 +178,7 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals of an engine since it started.
+    """Totals of an engine since it started, those of the cache perhaps since a failed step.
 
     Attributes:
         steps: that were committed.

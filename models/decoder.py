@@ -47,7 +47,10 @@ def check_supported(hf_config: Any) -> None:
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
-    kinds = set(hf_config.layer_types or ()) - {"full_attention"}
+    # Configs of other architectures may have no layer_types, and then one window for all layers.
+    all_layers = getattr(hf_config, "sliding_window", None) and "sliding_attention"
+    kinds = set(getattr(hf_config, "layer_types", None) or [all_layers or "full_attention"])
+    kinds.discard("full_attention")
     if kinds:
         raise UnsupportedModelError(
             f"layer_types contains {', '.join(sorted(kinds))}: only full_attention is built "

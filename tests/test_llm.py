@@ -396,6 +396,12 @@ class TestRequestsOneByOne:
         assert sorted(outputs) == ids
         assert {i: outputs[ids[i]]["token_ids"] for i in expected} == expected
 
+    def test_an_id_that_is_not_there_yet_is_passed_over(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            llm.abort(0)
+            assert llm.add_request(PROMPTS[0], GREEDY) == 0
+            assert _step_to_the_end(llm)[0]["finish_reason"] == "length"
+
     @pytest.mark.parametrize("depth", DEPTHS)
     @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
     def test_abort_after_any_step(self, small: Path, depth: int, num_steps: int) -> None:

@@ -235,7 +235,7 @@ class TestStreams:
             raise ZeroDivisionError
 
         llm.add_request(PROMPTS[1], _greedy(logits_processors=[fails]))
-        with pytest.raises(StepError, match="failed"):
+        with pytest.raises(StepError, match=r"logits processor .*fails.* failed: ZeroDivisionError"):
             list(stream)
         while llm.has_unfinished:
             llm.step()
@@ -260,6 +260,8 @@ class TestChats:
         assert out["token_ids"] == expected["token_ids"]
         assert out["prompt_token_ids"] == expected["prompt_token_ids"]
         assert len(llm.chat([self.MESSAGES] * 2, FREE, use_tqdm=False)) == 2
+        both: Any = (self.MESSAGES, self.MESSAGES)
+        assert len(llm.chat(both, FREE, use_tqdm=False)) == 2
 
     @pytest.mark.parametrize(
         "messages", [[{"content": "x"}], ["x"], "x", 5, None, [{"role": "user"}]], ids=str

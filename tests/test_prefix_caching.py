@@ -12,6 +12,8 @@ import pytest
 
 from engine.types import CacheStats
 from llm import LLM, SamplingParams
+from memory.block_manager import PagedBlockManager
+from memory.prefix_cache import PrefixCacheManager
 from tests.checkpoints import random_prompts
 from utils.errors import ConfigError, EngineClosedError
 
@@ -158,6 +160,14 @@ def test_reset_after_close(shipped: Path) -> None:
         llm.reset_prefix_cache()
 
 
+def _make_caching(config: Any, geometry: Any) -> PrefixCacheManager:
+    return PrefixCacheManager(config, geometry)
+
+
+def _make_paged(config: Any, geometry: Any) -> PagedBlockManager:
+    return PagedBlockManager(config, geometry)
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -167,9 +177,20 @@ def test_reset_after_close(shipped: Path) -> None:
         ({"enable_prefix_caching": False, "eviction_policy": "lfu"}, "eviction_policy"),
         ({"block_manager": "paged", "eviction_policy": "cost"}, "eviction_policy"),
         ({"eviction_policy": "mru"}, "eviction_policy"),
+        # What a factory makes is known only once it is made.
+        ({"enable_prefix_caching": False, "block_manager": _make_caching}, "enable_prefix_caching"),
+        ({"enable_prefix_caching": True, "block_manager": _make_paged}, "enable_prefix_caching"),
+        ({"block_manager": _make_paged, "eviction_policy": "lfu"}, "eviction_policy"),
+        ({"block_manager": _make_caching, "eviction_policy": "mru"}, "eviction_policy"),
     ],
 )
 def test_contradictions_are_refused(shipped: Path, options: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         LLM(shipped, device="cpu", **options)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("make", "caches"), [(_make_caching, True), (_make_paged, False)])
+def test_a_factory_may_make_either_kind(shipped: Path, make: Any, caches: bool) -> None:
+    with LLM(shipped, device="cpu", num_kvcache_blocks=4, block_manager=make) as llm:
+        assert llm.config.enable_prefix_caching is caches

@@ -10,7 +10,7 @@ AllmosError
 │   ├── UnsupportedModelError      an architecture or feature without an implementation here
 │   └── WeightsError               missing, unexpected or misshapen tensors
 ├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
-├── StepError                  a step failed on the device; the requests in it were ended
+├── StepError                  a step failed; all unfinished requests have ended
 │   └── KVSanitizerError       a KV block was misused: has .step_id, .request_id and .block
 ├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
 ├── WorkerDiedError            the process of a tensor-parallel rank has ended by itself
@@ -84,7 +84,7 @@ class OutOfMemoryError(AllmosError, MemoryError):
 
 
 class StepError(AllmosError):
-    """A step failed on the device; the requests in it were ended."""
+    """A step failed; all requests that had not finished have ended."""
 
 
 class ContractError(AllmosError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from config import PartSpec
@@ -17,14 +19,12 @@ def parts_in(package: str, base: type) -> dict[str, type]:
 
     A class without a name is only there to be subclassed. A module whose optional dependency is
     missing is passed over.
+
+    Raises:
+        ImportError: a module imports what an installed package does not have.
     """
     found: dict[str, type] = {}
-    root = importlib.import_module(package)
-    for info in pkgutil.iter_modules(root.__path__):
-        try:
-            module = importlib.import_module(f"{package}.{info.name}")
-        except ImportError:
-            continue
+    for module in _modules(package)[0]:
         for value in vars(module).values():
             if (
                 inspect.isclass(value)
@@ -35,6 +35,27 @@ def parts_in(package: str, base: type) -> dict[str, type]:
             ):
                 found[value.name] = value
     return found
+
+
+def _modules(package: str) -> tuple[list[ModuleType], list[str]]:
+    """The modules of a package, and which were passed over and why."""
+    root = importlib.import_module(package)
+    names = [f"{package}.{info.name}" for info in pkgutil.iter_modules(root.__path__)]
+    tried = {name: _module(name) for name in names}
+    modules = [module for module in tried.values() if isinstance(module, ModuleType)]
+    passed_over = [f"{n} ({e})" for n, e in tried.items() if not isinstance(e, ModuleType)]
+    return modules, passed_over
+
+
+def _module(name: str) -> ModuleType | ModuleNotFoundError:
+    """A module, or why it cannot be had: a package that it imports is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or name).partition(".")[0]
+        if importlib.util.find_spec(missing) is not None:
+            raise
+        return error
 
 
 def find_part(field: str, spec: PartSpec, base: type, package: str) -> Callable[..., Any]:
@@ -51,10 +72,12 @@ def find_part(field: str, spec: PartSpec, base: type, package: str) -> Callable[
     if isinstance(spec, str):
         part = _import(field, spec) if ":" in spec else parts_in(package, base).get(spec)
         if part is None:
+            passed_over = _modules(package)[1]
+            without = f", not counting {', '.join(passed_over)}" if passed_over else ""
             raise ConfigError(
                 field,
                 spec,
-                f"no {base.__name__} of that name in {package}",
+                f"no {base.__name__} of that name in {package}{without}",
                 did_you_mean(spec, parts_in(package, base)) + ' Or give "package.module:Class".',
             )
     else:

@@ -74,6 +74,15 @@ def test_a_backend_that_cannot_serve_the_model_says_why(spec: Any) -> None:
     assert caught.value.field == "attention_backend"
 
 
+def test_what_a_factory_makes_is_checked() -> None:
+    for make, problem in (
+        (lambda spec: None, "no AttentionBackend"),
+        (lambda spec: PickyAttention(spec), "dislikes head_dim=64"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            make_backend(_config(attention_backend=make), SPEC)
+
+
 def test_nothing_is_captured_on_a_cpu() -> None:
     assert not captures_graphs(_config(), TorchAttention(SPEC), torch.float32)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import Qwen2Config, Qwen3Config
 
+from models.decoder import check_supported
 from utils.errors import UnsupportedModelError
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -24,6 +26,16 @@ def test_sliding_windows(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="sliding_attention"):
         _shape(model_type, use_sliding_window=True, **fields)
     _shape(model_type, use_sliding_window=False, **fields)
+
+
+def test_configs_without_layer_types() -> None:
+    config = SimpleNamespace(hidden_act="silu")
+    check_supported(config)
+    config.sliding_window = None
+    check_supported(config)
+    config.sliding_window = 4096
+    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
+        check_supported(config)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

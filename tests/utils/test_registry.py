@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +83,31 @@ def test_what_is_no_part_is_refused(spec: Any, message: str) -> None:
         _find(spec)
     assert caught.value.field == "scheduler"
     assert message in str(caught.value)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package `made_up` to put modules into."""
+    folder = tmp_path / "made_up"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "made_up"]:
+        del sys.modules[name]
+
+
+def test_a_module_whose_dependency_is_missing_is_passed_over_and_named(package: Path) -> None:
+    (package / "mine.py").write_text("import not_installed_anywhere\n")
+    assert parts_in("made_up", Scheduler) == {}
+    with pytest.raises(ConfigError, match=r"not counting made_up\.mine .*not_installed_anywhere"):
+        find_part("scheduler", "mine", Scheduler, "made_up")
+
+
+@pytest.mark.parametrize(
+    "mistake", ["from engine.types import Schedular", "import engine.typos", "import made_up.other"]
+)
+def test_a_mistake_in_a_module_is_not_hidden(package: Path, mistake: str) -> None:
+    (package / "mine.py").write_text(mistake + "\n")
+    with pytest.raises(ImportError):
+        parts_in("made_up", Scheduler)
