@@ -68,7 +68,8 @@ class Config:
         kvcache_memory_bytes: bytes for the KV cache of one device, instead of
             num_kvcache_blocks. If neither is given on a CPU: enough for max_num_seqs full
             contexts, at most 1 GiB.
-        enable_cuda_graphs: replay captured graphs for decode steps. None: wherever possible.
+        enable_cuda_graphs: replay captured graphs for decodes and short prefills. None: wherever
+            possible.
         enforce_eager: never capture graphs.
         enable_prefix_caching: share KV blocks between equal prefixes. None: on, unless the block
             manager cannot.

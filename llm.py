@@ -115,6 +115,7 @@ class LLM:
             raise
         except BaseException:
             self._engine.reset()
+            self._collect_ended()
             raise
         return [outputs[i] for i in range(len(groups))]
 
@@ -221,11 +222,6 @@ class LLM:
         """
         self._check_open()
         self._advance()
-        if not self._engine.has_unfinished:
-            # What is left here was ended by an exception.
-            self._ended += self._added.values()
-            self._added.clear()
-            self._first_of.clear()
         ended, self._ended = self._ended, []
         return [{"request_id": g[0].request_id, **make_output(g, self._decode)} for g in ended]
 
@@ -277,7 +273,8 @@ class LLM:
                 groups.append([])
                 for i in range(one.n):
                     text = None
-                    if streams or (one.stop and self._tokenizer is not None):
+                    # Without a tokenizer the engine refuses stop strings.
+                    if (streams or one.stop) and not (one.stop and self._tokenizer is None):
                         text = TextReader(self._decode, tuple(one.stop), one.min_tokens)
                     seq = self._engine.add_request(tokens, one.of_output(i), text)
                     groups[-1].append(seq)
@@ -304,8 +301,7 @@ class LLM:
                         yield news
                 left = [increments for increments in left if not increments.ended]
         finally:
-            if not self._closed:
-                self._engine.withdraw(seqs)
+            if not self._closed and self._engine.drop(seqs):
                 self._finish_steps()
 
     def _finish_steps(self) -> None:
@@ -314,13 +310,25 @@ class LLM:
             self._advance()
 
     def _advance(self) -> tuple[StepPlan | None, list[Sequence]]:
-        plan, finished = self._engine.step()
+        try:
+            plan, finished = self._engine.step()
+        except BaseException:
+            self._collect_ended()
+            raise
         for seq in finished if self._first_of else ():
             first = self._first_of.pop(seq.request_id, -1)
             group = self._added.get(first)
             if group is not None and _over(group):
                 self._ended.append(self._added.pop(first))
         return plan, finished
+
+    def _collect_ended(self) -> None:
+        """Put aside the requests of `add_request` that an exception has ended."""
+        for first, group in list(self._added.items()):
+            if _over(group):
+                self._ended.append(self._added.pop(first))
+                for seq in group:
+                    self._first_of.pop(seq.request_id, None)
 
     def _check_open(self) -> None:
         if self._closed:

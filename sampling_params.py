@@ -247,6 +247,9 @@ _RULES = {
     "logits_processors": _several(callable, "callables", "Use () for none."),
     "priority": _Rule(_is_int, "an integer", "Use 0, or more to run earlier."),
     "user": _TEXT,
-    "cache_salt": _TEXT,
+    # The rest of a salt behind \0 is the engine's.
+    "cache_salt": _Rule(
+        lambda v: isinstance(v, str) and "\0" not in v, "a str without \\0", 'Use "" for none.'
+    ),
     "predicted_tokens": _integer(1, "Use None if there is no guess.", optional=True),
 }

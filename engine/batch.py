@@ -91,7 +91,7 @@ class SlotTables:
         return inputs
 
     def stage_prefill(self, plan: StepPlan, rows: StepRows) -> None:
-        """Take in a plan without decodes and fill `rows`, those that it does not need as padding.
+        """Take in a plan and fill `rows` with its prefill, those that it does not need as padding.
 
         Chunk i is sampled at place i, if it samples. Needs Triton, and one request more in
         `rows` than the plan has, for the padding behind the last token.

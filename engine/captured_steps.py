@@ -32,7 +32,7 @@ class CapturedSteps:
     Args:
         decode: the decode step.
         prefill: the step for short prefills.
-        weights_per_layer: of this rank, in elements of 2 bytes.
+        weights_per_layer: of a rank, on average, in elements of 2 bytes.
     """
 
     def __init__(self, decode: DecodeStep, prefill: PrefillStep, weights_per_layer: int) -> None:
@@ -63,9 +63,8 @@ class CapturedSteps:
         """Whether the plan's rows run as graphs."""
         if not plan.prefill:
             return self._captured
-        longest = plan.num_prefill_tokens
         return self._prefill.fits(plan) and (
-            not plan.decode or longest <= self._most_beside_decodes
+            not plan.decode or plan.num_prefill_tokens <= self._most_beside_decodes
         )
 
     def run(self, plan: StepPlan) -> Tensor:

@@ -146,7 +146,7 @@ class DecodeStep:
         if self._logits is None:
             shape = (self._slots.shape[0], logits.shape[1])
             self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-        graph = self._to_logits[padded] = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream):
             target = self._logits[:padded]
@@ -154,6 +154,7 @@ class DecodeStep:
             # A model need not have put them there.
             if made is not target:
                 target.copy_(made)
+        self._to_logits[padded] = graph
         return logits, rows
 
     def _stage(self, plan: StepPlan) -> int:

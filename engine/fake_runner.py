@@ -197,8 +197,10 @@ class FakeRunner(ModelRunner):
 
     def _check(self, plan: StepPlan) -> None:
         rows = _rows(plan)
-        _require(plan.step_id == self._next_step_id, f"step {plan.step_id} is out of order")
-        self._next_step_id += 1
+        # An exception ends all requests, and step ids start anew.
+        anew = plan.step_id == 0 and not self._in_flight
+        _require(plan.step_id == self._next_step_id or anew, f"step {plan.step_id} is out of order")
+        self._next_step_id = plan.step_id + 1
         _require(bool(rows), "the plan computes nothing")
         _require(len(set(rows)) == len(rows), "a slot has two rows in one step")
         _require(len(rows) <= self._max_num_seqs, f"{len(rows)} rows exceed max_num_seqs")

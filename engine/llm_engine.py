@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +69,8 @@ class LLMEngine:
         self._totals = dict.fromkeys(names, 0)
         self._next_request_id = 0
         self._closed = False
+        self._calls = 0
+        self._thread = threading.get_ident()
         self._runner: ModelRunner = construct(
             "model_runner", ModelRunner, make_runner, config, self.checkpoint
         )
@@ -120,14 +124,15 @@ class LLMEngine:
         )
         seq.text, seq.added_at = text, time.perf_counter()
         self._next_request_id += 1
-        self._live[request_id] = seq
-        try:
-            self._scheduler.add(seq)
-        except BaseException:
-            del self._live[request_id]
-            raise
-        if text is not None:
-            self._read[request_id] = seq
+        with self._inside():
+            self._live[request_id] = seq
+            try:
+                self._scheduler.add(seq)
+            except BaseException:
+                del self._live[request_id]
+                raise
+            if text is not None:
+                self._read[request_id] = seq
         return seq
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
@@ -144,19 +149,30 @@ class LLMEngine:
                 goes for a StepError of several ranks.
         """
         self._check_usable()
-        self._stale = True
-        try:
-            aborted = self._abort_asked()
-            while len(self._pipeline) <= self._depth and (plan := self._scheduler.schedule()):
-                self._pipeline.append((plan, self._runner.execute(plan)))
-            committed, finished = self._commit_oldest()
-            if self._read:
-                finished += self._read_texts()
-        except BaseException:
-            self.reset("error")
-            raise
-        self._stale = False
+        with self._inside():
+            self._stale = True
+            try:
+                aborted = self._abort_asked()
+                while len(self._pipeline) <= self._depth and (plan := self._scheduler.schedule()):
+                    self._pipeline.append((plan, self._runner.execute(plan)))
+                committed, finished = self._commit_oldest()
+                if self._read:
+                    finished += self._read_texts()
+            except BaseException:
+                self.reset("error")
+                raise
+            self._stale = False
         return committed, aborted + finished
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """As long as requests are being changed, `drop` changes none."""
+        self._calls += 1
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._calls -= 1
 
     def _commit_oldest(self) -> tuple[StepPlan | None, list[Sequence]]:
         if not self._pipeline:
@@ -204,10 +220,27 @@ class LLMEngine:
 
     def withdraw(self, seqs: list[Sequence]) -> None:
         """End requests at once, between steps."""
-        for seq in seqs:
-            self._read.pop(seq.request_id, None)
-            if self._scheduler.abort(seq.request_id):
-                self._forget([seq])
+        with self._inside():
+            for seq in seqs:
+                self._read.pop(seq.request_id, None)
+                if self._scheduler.abort(seq.request_id):
+                    self._forget([seq])
+
+    def drop(self, seqs: list[Sequence]) -> bool:
+        """End requests that nobody asks for any more: at once if possible, else at the next step.
+
+        Whoever drops a stream may be the garbage collector, in the middle of any call and in any
+        thread, that of a step included.
+
+        Returns:
+            Whether they have ended.
+        """
+        if self._calls or threading.get_ident() != self._thread:
+            for seq in seqs:
+                self.abort(seq.request_id)
+            return False
+        self.withdraw(seqs)
+        return True
 
     def _abort_asked(self) -> list[Sequence]:
         aborted = []
@@ -222,8 +255,13 @@ class LLMEngine:
 
         Scheduler and block manager are made anew: an exception may have struck them anywhere.
         """
-        # Interrupted in here, the next use of the engine comes back.
-        self._stale = True
+        with self._inside():
+            # Interrupted in here, the next use of the engine comes back.
+            self._stale = True
+            self._restart(reason)
+            self._stale = False
+
+    def _restart(self, reason: str) -> None:
         self._drain()
         for seq in self._live.values():
             seq.finish_reason = seq.finish_reason or reason
@@ -239,7 +277,8 @@ class LLMEngine:
         self._scheduler: Scheduler = construct(
             "scheduler", Scheduler, self._make_scheduler, config, self._blocks
         )
-        self._stale = False
+        # What a factory makes is known only now.
+        check_policies(config, self._scheduler)
 
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""
@@ -295,7 +334,8 @@ class LLMEngine:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, those that running requests would leave included."""
         self._check_usable()
-        self._blocks.reset_prefix_cache()
+        with self._inside():
+            self._blocks.reset_prefix_cache()
 
     @property
     def _depth(self) -> int:
@@ -354,7 +394,10 @@ class LLMEngine:
                 )
         if params.logits_processors and self.config.tensor_parallel_size > 1:
             try:
-                pickle.dumps(params.logits_processors)
+                data = pickle.dumps(params.logits_processors)
+                # The ranks' processes have another one.
+                if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
+                    raise TypeError("they are of the module __main__")
             except Exception as error:  # whatever the callables' own pickling raises
                 raise RequestError(
                     "logits_processors",

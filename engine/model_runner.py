@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -53,9 +54,9 @@ _AUTO_BACKENDS = ("triton", "flash_attn", "torch")
 class LocalRunner(ModelRunner):
     """Model, KV cache and per-slot tables on one device.
 
-    On CUDA steps are enqueued on a stream, decode steps as captured graphs. On a CPU a step
-    runs inside `execute` at pipeline_depth 0, above it in one worker thread, so that the caller
-    plans the next step meanwhile.
+    On CUDA steps are enqueued on a stream, decodes and short prefills as captured graphs. On a
+    CPU a step runs inside `execute` at pipeline_depth 0, above it in one worker thread, so that
+    the caller plans the next step meanwhile.
 
     Args:
         config: resolved (no None or "auto" left that depends on machine or checkpoint).
@@ -105,8 +106,9 @@ class LocalRunner(ModelRunner):
             )
             weights = self._model.weight_slots()
             load_weights(checkpoint.path, weights, tied=shape.tied)
-            total = sum(slot.target.numel() for slot in weights.values())
-            self._weights_per_layer = total // shape.num_layers
+            # By the whole tensors: ranks, which may have unequal parts, must choose the same steps.
+            total = sum(math.prod(slot.shape) for slot in weights.values())
+            self._weights_per_layer = total // (shape.num_layers * parallel.size)
             del weights
             self._model.finish()
             self._tables = SlotTables(
@@ -371,7 +373,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether decode steps are captured.
+    """Whether decodes and short prefills are captured.
 
     Raises:
         ConfigError: graphs were asked for and cannot be had.

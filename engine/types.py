@@ -110,7 +110,8 @@ class StepPlan:
     before.
 
     Attributes:
-        step_id: 0, 1, 2, ... in order of planning.
+        step_id: 0, 1, 2, ... in order of planning; from 0 again after an exception, which ends all
+            requests and steps.
         block_copies: in any order; no target is a source or another one's target. What a source
             holds was written by earlier steps; later ones may write to it.
         poisoned_blocks: blocks to fill with NaN before anything else; only the KV sanitizer

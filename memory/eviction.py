@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from heapq import heapify, heappop, heappush
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 from config import Config
 from engine.types import KVGeometry
@@ -27,7 +28,7 @@ class CachedBlock:
         digest: of parent and tokens, for those who look it up that way.
     """
 
-    __slots__ = ("block", "depth", "digest", "hits", "parent", "tokens")
+    __slots__ = ("__weakref__", "block", "depth", "digest", "hits", "parent", "tokens")
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
         self.block = block
@@ -159,13 +160,14 @@ class CostPolicy(LowestFirst):
         super().__init__(config, geometry)
         self._cost_per_depth = geometry.block_size / _ATTENTION_PARITY_TOKENS
         self._floor = 0.0
-        self._behind: dict[CachedBlock | str, float] = {}
+        # Weakly: a block that is forgotten need not come by here.
+        self._behind: WeakKeyDictionary[CachedBlock, float] = WeakKeyDictionary()
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
         # Deeper blocks cost more and need those before them: a parent is worth what its
         # children are.
-        value = max(own, self._behind.get(block, 0.0))
+        value: float = max(own, self._behind.get(block, 0.0))
         if isinstance(block.parent, CachedBlock):
             self._behind[block.parent] = max(value, self._behind.get(block.parent, 0.0))
         return value

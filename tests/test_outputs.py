@@ -235,7 +235,9 @@ class TestStreams:
             raise ZeroDivisionError
 
         llm.add_request(PROMPTS[1], _greedy(logits_processors=[fails]))
-        with pytest.raises(StepError, match=r"logits processor .*fails.* failed: ZeroDivisionError"):
+        with pytest.raises(
+            StepError, match=r"logits processor .*fails.* failed: ZeroDivisionError"
+        ):
             list(stream)
         while llm.has_unfinished:
             llm.step()

@@ -117,7 +117,8 @@ def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
             raise CheckpointError(f"{generation_file} is unusable: {error}") from error
     for value in values:
         found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(found)
+    # Others are never sampled.
+    return frozenset(token for token in found if token < hf_config.vocab_size)
 
 
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:
