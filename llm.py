@@ -203,7 +203,9 @@ class LLM:
         Raises:
             RequestError, EngineClosedError: as `generate`.
         """
-        (group,) = self._add([prompt], sampling_params, streams=False)
+        # A number in a list would pass for a prompt of one token.
+        prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
+        (group,) = self._add(prompts, sampling_params, streams=False)
         first = group[0].request_id
         self._added[first] = group
         self._first_of |= {seq.request_id: first for seq in group}

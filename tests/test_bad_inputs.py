@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.static_scheduler import StaticScheduler
 from llm import LLM, SamplingParams
 from tests.custom_parts import OneAtATime
 from utils.errors import (
@@ -137,6 +138,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
         {"step_policy": "prefill_first", "scheduler": "static"},
         "step_policy",
         "scheduler='static' does not use it",
+    ),
+    (
+        {"step_policy": "prefill_first", "scheduler": lambda c, b: StaticScheduler(c, b)},
+        "step_policy",
+        "does not use it",
     ),
     ({"block_manager": "page"}, "block_manager", "Did you mean 'paged'?"),
     ({"block_manager": OneAtATime}, "block_manager", "is no BlockManager"),
@@ -365,6 +371,7 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"priority": True}, "integer"),
     ({"user": None}, "str"),
     ({"cache_salt": b"x"}, "str"),
+    ({"cache_salt": "a\0b"}, "without"),
     ({"predicted_tokens": 0}, "integer >= 1"),
     ({"predicted_tokens": 2.0}, "integer >= 1"),
 ]

@@ -396,6 +396,29 @@ class TestRequestsOneByOne:
         assert sorted(outputs) == ids
         assert {i: outputs[ids[i]]["token_ids"] for i in expected} == expected
 
+    @pytest.mark.parametrize("by_generate", [False, True])
+    def test_what_an_exception_ended_comes_with_the_next_step(
+        self, small: Path, monkeypatch: pytest.MonkeyPatch, by_generate: bool
+    ) -> None:
+        with _small_llm(small, max_num_seqs=2) as llm:
+            ended = llm.add_request(PROMPTS[0], GREEDY)
+
+            def fails(*_: Any) -> None:
+                raise ZeroDivisionError
+
+            monkeypatch.setattr(llm._engine._scheduler, "commit", fails)
+            with pytest.raises(ZeroDivisionError):
+                _generate(llm, PROMPTS[1:]) if by_generate else llm.step()
+            other = llm.add_request(PROMPTS[1], GREEDY)
+            (out,) = llm.step()
+            assert (out["request_id"], out["finish_reason"]) == (ended, "error")
+            assert list(_step_to_the_end(llm)) == [other]
+
+    @pytest.mark.parametrize("prompt", [5, None, b"text", {1: 2}])
+    def test_no_prompt(self, small: Path, prompt: Any) -> None:
+        with _small_llm(small) as llm, pytest.raises(RequestError, match="is no list of prompts"):
+            llm.add_request(prompt, GREEDY)
+
     def test_an_id_that_is_not_there_yet_is_passed_over(self, small: Path) -> None:
         with _small_llm(small) as llm:
             llm.abort(0)

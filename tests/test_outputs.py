@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +111,8 @@ class TestStopStrings:
                 llm.generate([[5]], _greedy(stop="x"), use_tqdm=False)
             assert caught.value.field == "stop"
             assert not llm._engine.has_unfinished
+            with pytest.raises(RequestError, match="no tokenizer"):
+                llm.stream([[5]], _greedy(stop="x"))
             parts = list(llm.stream([[5]], _greedy(max_tokens=3)))
             assert [len(part["token_ids"]) for part in parts] == [1, 1, 1]
 
@@ -213,6 +216,39 @@ class TestStreams:
             break
         llm.stream(PROMPTS, FREE)
         assert not llm._engine.has_unfinished
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    @pytest.mark.parametrize("method", ["schedule", "commit", "add"])
+    def test_dropping_it_inside_another_call(
+        self,
+        llm: LLM,
+        free: list[dict[str, Any]],
+        monkeypatch: pytest.MonkeyPatch,
+        method: str,
+        elsewhere: bool,
+    ) -> None:
+        """As the garbage collector may: in the middle of anything, in any thread."""
+        streams = [llm.stream(PROMPTS[1], FREE)]
+        next(streams[0])
+        scheduler = llm._engine._scheduler
+        inner = getattr(scheduler, method)
+
+        def collecting(*args: Any) -> Any:
+            while streams:
+                if elsewhere:
+                    thread = threading.Thread(target=streams.pop().close)
+                    thread.start()
+                    thread.join()
+                else:
+                    streams.pop().close()
+            return inner(*args)
+
+        monkeypatch.setattr(scheduler, method, collecting)
+        (out,) = llm.generate(PROMPTS[2], FREE, use_tqdm=False)
+        assert out["text"] == free[2]["text"]
+        assert not streams
+        assert not llm._engine.has_unfinished
+        assert llm._engine.num_free_blocks == llm._engine._blocks.num_blocks
 
     def test_beside_generate_and_another_stream(self, llm: LLM, free: list[dict[str, Any]]) -> None:
         first, second = llm.stream(PROMPTS[0], FREE), llm.stream(PROMPTS[1], FREE)

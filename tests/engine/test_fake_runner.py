@@ -235,3 +235,20 @@ def test_it_has_no_devices_to_share_a_model() -> None:
     config = Config(model="none", max_num_seqs=3, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="tensor_parallel_size"):
         FakeRunner(config, geometry=KVGeometry(1, 1, 1, 4, 6, 4))
+
+
+def test_an_engine_goes_on_after_an_exception(
+    shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(shipped, model_runner="fake", num_kvcache_blocks=8) as llm:
+        prompt, params = [[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True, seed=3)
+        expected = llm.generate(prompt, params, use_tqdm=False)[0]["token_ids"]
+        scheduler = llm._engine._scheduler
+
+        def fails(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(scheduler, "commit", fails)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(prompt, params, use_tqdm=False)
+        assert llm.generate(prompt, params, use_tqdm=False)[0]["token_ids"] == expected

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -58,12 +60,24 @@ def _run_on(llm: LLM) -> None:
         llm._engine.step()
 
 
+def _of_main(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A logits processor as a script of the user's own defines it."""
+
+    def unchanged(token_ids: list[int], logits: Any) -> Any:
+        return logits
+
+    unchanged.__module__, unchanged.__qualname__ = "__main__", "unchanged"
+    monkeypatch.setattr(sys.modules["__main__"], "unchanged", unchanged, raising=False)
+    pickle.dumps(unchanged)
+    return unchanged
+
+
 @pytest.mark.parametrize(
     ("name", "size", "depth"),
     [("qwen3-gqa4-bias-tied", 4, 1), ("qwen2-gqa2-wide-heads-tied", 2, 0)],
 )
 def test_tokens_are_those_of_one_process(
-    checkpoints: Checkpoints, name: str, size: int, depth: int
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, size: int, depth: int
 ) -> None:
     path = checkpoints[name]
     with LLM(path, **OPTIONS) as llm:
@@ -73,8 +87,10 @@ def test_tokens_are_those_of_one_process(
         assert _tokens(llm) == expected
         assert _tokens(llm) == expected
         outputs = llm.generate(PROMPTS, SPECIAL, use_tqdm=False)
-        with pytest.raises(RequestError, match="the ranks cannot be sent them"):
-            llm.generate([[1]], SamplingParams(logits_processors=[lambda ids, x: x]))
+        # Neither can be had in another process, though the second can be pickled.
+        for processor in (lambda ids, x: x, _of_main(monkeypatch)):
+            with pytest.raises(RequestError, match="the ranks cannot be sent them"):
+                llm.generate([[1]], SamplingParams(logits_processors=[processor]))
     assert [out["token_ids"] for out in outputs] == [out["token_ids"] for out in special]
     for kind in ("logprobs", "prompt_logprobs"):
         for ours, theirs in zip(outputs[3][kind], special[3][kind], strict=True):

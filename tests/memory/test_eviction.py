@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 
 import pytest
 
@@ -59,6 +61,18 @@ class TestEveryPolicy:
         for chain in (short, long):
             places = [order.index(block.block) for block in chain]
             assert places == sorted(places, reverse=True)
+
+    def test_blocks_that_are_forgotten_are_not_kept(self, policy: type[EvictionPolicy]) -> None:
+        made, seen = _make(policy), []
+        for _ in range(200):
+            chain = _chain(5)
+            _release(made, chain)
+            seen += [weakref.ref(block) for block in chain]
+            for block in chain:
+                made.remove(block)
+        gc.collect()
+        # A heap is cleared now and then.
+        assert sum(ref() is not None for ref in seen) < 200
 
     def test_holds_what_was_added_and_not_removed(self, policy: type[EvictionPolicy]) -> None:
         made = _make(policy)

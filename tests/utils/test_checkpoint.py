@@ -99,6 +99,8 @@ def test_a_model_type_that_nobody_knows_is_refused(tmp_path: Path, fields: Any) 
         (5, {"eos_token_id": None}, {5}),
         (5, {}, {5}),
         (0, {"eos_token_id": 0}, {0}),
+        # Never sampled, whatever the vocabulary.
+        (5, {"eos_token_id": [7, 10**7]}, {5, 7}),
     ],
 )
 def test_all_end_tokens_are_honoured(
