@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from config import PRESETS
 from utils.bench.engines import ENGINES, Ours, Setting, Tokens, Trace
 from utils.bench.latency import GroupLatency, Latency, by_group
 from utils.bench.processes import EngineFailedError, EngineProcess, Ran
@@ -74,12 +75,14 @@ class Contender:
         """From "name", or "ours:preset".
 
         Raises:
-            ValueError: there is no such engine.
+            ValueError: there is no such engine or preset.
         """
         engine, _, preset = label.partition(":")
         if engine not in ENGINES or (preset and engine != Ours.name):
             problem = "only ours has presets" if engine in ENGINES else "unknown engine"
             raise ValueError(f"{label!r}: {problem}. {did_you_mean(engine, ENGINES)}")
+        if preset and preset not in PRESETS:
+            raise ValueError(f"{label!r}: unknown preset. {did_you_mean(preset, PRESETS)}")
         return Contender(label, engine, {"preset": preset} if preset else {})
 
 

@@ -44,16 +44,17 @@ def write_report(
         found: the engines, those with a problem too. The plots over time are of the workload
             with the most output tokens.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    # First, as drawing may fail and the figures took long.
+    results = figures_of(about, found, rows)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     from utils.bench.plots import draw_plots
 
-    folder.mkdir(parents=True, exist_ok=True)
     good = [one for one in found if one.problem is None]
     tokens = {row.workload: row.output_tokens for row in rows}
     watched = max({name for one in good for name in one.traces}, key=tokens.__getitem__, default="")
     traces = {one.engine: one.traces[watched] for one in good if watched in one.traces}
     drawn = draw_plots(folder, rows, traces)
-    results = figures_of(about, found, rows)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     parts = [
         "# Comparison of engines",
         f"Written by `python bench.py {shlex.join(sys.argv[1:])}`. Every engine ran in a process "

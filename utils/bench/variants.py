@@ -166,7 +166,7 @@ def measure_text(setting: Setting, work: Workload, repeats: int) -> Variants:
     with tempfile.TemporaryDirectory() as scratch:
         vocab_size = _vocab_size(setting)
         model = with_tokenizer(Path(setting.model), Path(scratch), vocab_size)
-        greedy = check_workload(vocab_size)
+        greedy = check_workload(vocab_size, setting.max_model_len)
         with LLM(model, **llm_options(setting)) as llm:
             tokens = _run(llm, greedy, Variant("greedy")).tokens
             tokenizer = llm.tokenizer
