@@ -94,6 +94,8 @@ class Measured:
         outputs: of the warm-ups.
         latencies: of the requests of every repeat, if the engine tells.
         problem: why there are no rates, if there are none.
+        watch_problem: why steps of some workloads were not watched, if that failed. The rates
+            were measured before and count all the same.
     """
 
     contender: Contender
@@ -107,6 +109,7 @@ class Measured:
     latencies: dict[str, list[list[Latency]]] = field(default_factory=dict)
     traces: dict[str, Trace] = field(default_factory=dict)
     problem: str | None = None
+    watch_problem: str | None = None
 
     @property
     def engine(self) -> str:
@@ -204,12 +207,12 @@ def _note(one: Measured, work: Workload, repeat: int, ran: Ran) -> None:
 
 
 def _watch(one: Measured, engine: EngineProcess, work: Workload) -> None:
-    if one.problem is None:
+    if one.problem is None and one.watch_problem is None:
         try:
             if trace := engine.watch(work):
                 one.traces[work.name] = trace
         except EngineFailedError as error:
-            one.problem = str(error)
+            one.watch_problem = f"{work.name}: {error}"
 
 
 class _DeviceMemory:
@@ -289,6 +292,7 @@ def figures_of(
             "startup_seconds": one.startup_seconds,
             "construct_seconds": one.construct_seconds,
             "problem": one.problem,
+            "watch_problem": one.watch_problem,
         }
         for one in found
     ]

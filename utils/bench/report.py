@@ -66,6 +66,11 @@ def write_report(
         _table(_ENGINE_HEAD, map(_engine, found)),
         "Ready is counted from the start of the process. Greedy tokens: those equal to the most "
         "likely one of transformers; the others are ties up to rounding.",
+        *(
+            f"Watching {one.engine} failed at {one.watch_problem}"
+            for one in good
+            if one.watch_problem
+        ),
         "## Throughput",
         _table(_ROW_HEAD, map(_row, rows)),
         "Speed-ups are medians over pairs of repeats. The limit is the roofline from the bandwidth "
