@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from utils.bench import compare
 from utils.bench.compare import Contender, Measured, Row, judge, measure_engines, rows_of
 from utils.bench.engines import VLLM, Setting, Trace, Transformers
 from utils.bench.processes import EngineFailedError, EngineProcess, Ran, peak_host_bytes
-from utils.bench.reference import Agreement, Reference
+from utils.bench.reference import Agreement, Reference, WrongOutputError
 from utils.bench.report import write_report
 from utils.bench.spans import Span
 from utils.bench.words import describe_engine, describe_row
@@ -166,6 +167,23 @@ def test_a_wrong_token_takes_the_rate_away(setting: Setting) -> None:
     assert found[0].agreements == {"w": Agreement(total, total)}
     assert "token 2 of request 1" in str(found[1].problem)
     assert [row.engine for row in rows_of(found, [WORK], None, None)] == ["right"]
+
+
+@pytest.mark.parametrize("where", [slice(None), 3])
+def test_a_reference_of_nan_vouches_for_nothing(setting: Setting, where: Any) -> None:
+    reference = Reference(setting)
+    right = Transformers(setting).generate(WORK)
+    model = reference._model
+
+    def broken(ids: Any, logits_to_keep: int) -> Any:
+        out = model(ids, logits_to_keep=logits_to_keep)
+        out.logits[0, -1, where] = float("nan")
+        return out
+
+    broken.device = model.device  # type: ignore[attr-defined]
+    reference._model = broken
+    with pytest.raises(WrongOutputError, match="misses the reference's largest logit by nan"):
+        reference.judge(WORK, right)
 
 
 def test_speedups_are_taken_repeat_by_repeat() -> None:
