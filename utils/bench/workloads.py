@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ class Workload:
     def longest(self) -> int:
         """Tokens that the longest request comes to, prompt and output."""
         return max(len(p) + n for p, n in zip(self.prompts, self.lengths, strict=True))
+
+    def sampling_params(self, **others: Any) -> list[SamplingParams]:
+        """In the words of this engine, for each request; nothing ends an output early.
+
+        Args:
+            others: what else to set, in all of them.
+        """
+        return [
+            SamplingParams(temperature=self.temperature, max_tokens=n, ignore_eos=True, **others)
+            for n in self.lengths
+        ]
 
     def rotated(self, by: int) -> Workload:
         """The same with each prompt rotated, so that no engine's prefix cache knows it already."""

@@ -192,3 +192,9 @@ def test_rotated_prompts_keep_their_tokens_and_share_no_prefix() -> None:
     for prompt, other in zip(WORK.prompts, turned.prompts, strict=True):
         assert sorted(prompt) == sorted(other)
         assert prompt[2:] + prompt[:2] == other
+
+
+def test_our_parameters_of_a_workload() -> None:
+    for one, length in zip(WORK.sampling_params(top_k=3), WORK.lengths, strict=True):
+        assert (one.temperature, one.max_tokens, one.top_k) == (0.6, length, 3)
+        assert one.ignore_eos

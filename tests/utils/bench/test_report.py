@@ -92,7 +92,9 @@ def test_page_and_plot_tell_the_same_percentiles(
 
     def note(figure: Figure, path: Path, **options: Any) -> None:
         for ax in figure.axes if path.name == "latency.png" else ():
-            labels.extend(text.get_text() for text in ax.get_legend().get_texts())
+            legend = ax.get_legend()
+            assert legend is not None
+            labels.extend(text.get_text() for text in legend.get_texts())
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
     times = [[0.1 + sum(range(i + 1)) / 1e3 for i in range(11)]]
