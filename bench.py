@@ -18,7 +18,7 @@ small     8 requests of 16 to 64 tokens in and out
 seeds     256 requests of 100 to 1,024 tokens in and out, temperature 0.6
 seeds128  the first 128 of them
 latency   1, 8 and 64 requests of 128 tokens in and 512 out
-ttft      time to the first token after 128, 1,024 and 3,800 tokens
+ttft      time to the first token after 128, 1,024 and 3,800 tokens; the shipped model holds 2,048
 crowd     16 requests that run while 32 prompts of 1,500 tokens are computed, and how long both
           kinds wait for their first token and between two
 flood     1,024 requests of 16 to 64 tokens in and out
@@ -30,6 +30,10 @@ startup   construction to ready in a new process, with a cold and a warm kernel 
 kernels   attention and the linears alone, against the machine's limits; CUDA
 overlap   what the host does for a decode step of 256 requests while the device works; CUDA
 scheduler schedule and commit alone, for 256 running and up to 100,000 waiting requests; no model
+
+Workloads with requests beyond the model's context window are named and left out. An option that
+would be without effect is refused, and so is an output that could not be written, before anything
+runs. A workload that fails costs no other its figures; the exit code is then 1.
 
 Every engine runs in a process of its own. On a CPU they take turns; on CUDA each has the device
 to itself, and its rates are printed before the next one starts. There the run also measures the
@@ -43,6 +47,8 @@ import argparse
 import json
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,12 +57,15 @@ from typing import Any
 import torch
 
 from utils.bench.compare import Contender, figures_of
-from utils.bench.engines import ENGINES
+from utils.bench.engines import Setting
 from utils.bench.environment import environment
 from utils.bench.limits import Limits
-from utils.bench.profile import Profile, profile, tables
+from utils.bench.options import parse_args
+from utils.bench.processes import EngineFailedError
+from utils.bench.profile import profile, tables
 from utils.bench.reference import WrongOutputError
-from utils.bench.run import installed, run_comparison, run_variants, setting_of
+from utils.bench.report import write_report
+from utils.bench.run import fitting, installed, run_comparison, run_variants, setting_of
 from utils.bench.startup import startup_seconds
 from utils.bench.variants import VARIANTS
 from utils.bench.words import (
@@ -65,139 +74,105 @@ from utils.bench.words import (
     describe_overlap,
     describe_startup,
 )
-from utils.bench.workloads import NAMES, check_workload, works_for
+from utils.bench.workloads import NAMES, Workload, check_workload, works_of
 from utils.checkpoint import Checkpoint, open_checkpoint
-from utils.kernel_speed import KernelTime, measure_kernels
+from utils.errors import AllmosError
+from utils.kernel_speed import measure_kernels
 from utils.overlap import draw, measure_overlap
 from utils.random_weights import SHAPES, make_checkpoint
 from utils.roofline import measure_ceilings
 from utils.scheduling_cost import measure_scheduling
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "qwen3-tiny-python"
-# Workloads of this engine's parts, which need no comparison.
-ALONE = (*VARIANTS, "startup", "kernels", "overlap", "scheduler")
 
+# Of what was measured, by name; a part adds its own as soon as it has them.
+Figures = dict[str, Any]
+Part = Callable[[Figures], None]
 
 # Line by line, so that a run cut off has told what it measured.
 tell = partial(print, flush=True)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workload", nargs="+", choices=(*NAMES, *ALONE))
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--engine", type=contenders, help=f"some of {','.join(ENGINES)}")
-    which.add_argument(
-        "--tensor-parallel", nargs="+", type=int, help="numbers of devices to compare, e.g. 1 2 4"
-    )
-    parser.add_argument("--model", type=Path, help="checkpoint folder")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-bytes", type=int, help="KV cache of engines that take its size")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs after a warm-up")
-    parser.add_argument("--threads", type=int, help="torch threads (CPU)")
-    parser.add_argument("--timeline", type=Path, help="draw the steps of `overlap` here, as SVG")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--profile", type=Path, help="profile the first workload into this folder")
-    how.add_argument("--nvtx", action="store_true", help="run the first workload for nsys")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--report", type=Path, help="write a page with plots into this folder")
-    return parser.parse_args()
-
-
-def contenders(text: str) -> list[Contender]:
-    """The engines named in a comma-separated list."""
-    try:
-        return [Contender.parse(label) for label in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def compare(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Measure, judge and print the engines; returns all figures.
+def compare(
+    args: argparse.Namespace,
+    setting: Setting,
+    vocab_size: int,
+    engines: Sequence[Contender],
+    works: list[Workload],
+    figures: Figures,
+) -> None:
+    """Measure, judge and print the engines, and write the report.
 
     Raises:
-        SystemExit: none of the engines is installed.
+        EngineFailedError: some have no rates; the figures of the others are there.
     """
-    setting = setting_of(checkpoint, args.dtype, args.kv_bytes, args.threads)
-    cuda = setting.device == "cuda"
-    engines = installed(wanted(args, cuda), tell)
-    if not engines:
-        sys.exit("none of the engines is installed")
     about = environment(setting)
     tell(", ".join(f"{name} {value}" for name, value in about.items()))
-    vocab_size = int(checkpoint.hf_config.vocab_size)
-    names = args.workload or default_workloads(engines, cuda)
-    works = [work for name in names for work in works_for(name, vocab_size)]
-    limits = Limits(setting) if cuda else None
+    limits = Limits(setting) if setting.device == "cuda" else None
     if limits:
         tell(describe_ceilings(limits.ceilings))
+    checked = all(work.checked for work in works)
     found, rows = run_comparison(
         engines,
         setting,
         works,
         args.repeats,
         tell,
-        check=None if all(work.checked for work in works) else check_workload(vocab_size),
+        check=None if checked else check_workload(vocab_size, setting.max_model_len),
         baseline=baseline_of(args, engines),
         limits=limits,
         watch=args.report is not None,
     )
+    figures |= figures_of(about, found, rows)
     if args.report:
-        from utils.bench.report import write_report
-
         write_report(args.report, about, found, rows)
         tell(f"report: {args.report / 'README.md'}")
-    return figures_of(about, found, rows)
+    if failed := [one.engine for one in found if one.problem]:
+        raise EngineFailedError(f"no rates of {', '.join(failed)}")
 
 
-def variants(args: argparse.Namespace, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """Measure and print the workload `filters` or `text`; returns all figures.
+def comparison(args: argparse.Namespace, setting: Setting, vocab_size: int) -> Part:
+    """The comparison of the engines that are installed on the workloads that fit.
 
     Raises:
-        SystemExit: the outputs are wrong.
+        SystemExit: there are none.
     """
-    setting = setting_of(checkpoint, args.dtype, args.kv_bytes, args.threads)
-    vocab_size = int(checkpoint.hf_config.vocab_size)
-    try:
-        return run_variants(name, setting, vocab_size, args.repeats, tell)
-    except WrongOutputError as error:
-        sys.exit(f"{name}: {error}")
+    engines = installed(args.engines, tell)
+    if not engines:
+        sys.exit("none of the engines is installed")
+    names = [name for name in args.workload if name in NAMES]
+    works = fitting(works_of(names, vocab_size), setting.max_model_len, tell)
+    if not works:
+        sys.exit("none of the workloads fits the model's context window")
+    return partial(compare, args, setting, vocab_size, engines, works)
 
 
-def profile_ours(args: argparse.Namespace, checkpoint: Checkpoint) -> Profile:
-    """Profile this engine on the first workload, and print where the time went."""
-    if args.nvtx and not torch.cuda.is_available():
-        sys.exit("--nvtx needs a CUDA device; --profile works without one")
-    (name, *_) = args.workload or default_workloads([], torch.cuda.is_available())
-    work = works_for(name, int(checkpoint.hf_config.vocab_size))[-1]
-    found = profile(str(checkpoint.path), work, args.profile, dtype=args.dtype)
-    print(tables(found))
+def variants(
+    args: argparse.Namespace, setting: Setting, vocab_size: int, name: str, figures: Figures
+) -> None:
+    """Measure and print the workload `filters` or `text`."""
+    figures[name] = run_variants(name, setting, vocab_size, args.repeats, tell)
+
+
+def profile_ours(
+    args: argparse.Namespace, setting: Setting, vocab_size: int, figures: Figures
+) -> None:
+    """Profile this engine on the workload, of several on the last, and print where time went."""
+    work = works_of(args.workload, vocab_size)[-1]
+    (contender,) = args.engines
+    options = {
+        "dtype": setting.dtype,
+        "kvcache_memory_bytes": setting.kv_bytes,
+        **contender.options,
+    }
+    found = profile(setting.model, work, args.profile, **options)
+    tell(tables(found))
+    figures["profile"] = asdict(found)
     if args.profile:
         (args.profile / "README.md").write_text(f"# Profile\n\n{tables(found)}\n")
-    return found
 
 
-def default_workloads(engines: list[Contender], cuda: bool) -> list[str]:
-    """What to run if nothing is said; a sequential engine needs hours for any but the small one."""
-    if any(one.engine == "sequential" for one in engines):
-        return ["small"]
-    return ["seeds", "latency", "ttft"] if cuda else ["compare"]
-
-
-def wanted(args: argparse.Namespace, cuda: bool) -> list[Contender]:
-    """The engines that were asked for."""
-    if args.tensor_parallel:
-        return [
-            Contender(f"{size} devices", "ours", {"tensor_parallel_size": size})
-            for size in args.tensor_parallel
-        ]
-    return args.engine or contenders("ours" if cuda else "ours,transformers")
-
-
-def baseline_of(args: argparse.Namespace, engines: list[Contender]) -> str | None:
+def baseline_of(args: argparse.Namespace, engines: Sequence[Contender]) -> str | None:
     """The engine that speed-ups are over: the slowest kind there is."""
     names = [one.label for one in engines]
     if args.tensor_parallel or len({one.engine for one in engines}) == 1:
@@ -205,55 +180,117 @@ def baseline_of(args: argparse.Namespace, engines: list[Contender]) -> str | Non
     return next((name for name in ("sequential", "transformers") if name in names), None)
 
 
-def kernels(shape: str, repeats: int) -> list[KernelTime]:
+def scheduler(args: argparse.Namespace, figures: Figures) -> None:
+    """Measure and print what planning costs."""
+    figures["scheduler"] = [asdict(cost) for cost in measure_scheduling(300 * args.repeats)]
+
+
+def kernels(args: argparse.Namespace, figures: Figures) -> None:
     """Measure and print the kernels of a named shape."""
+    shape = args.shape or "qwen3-0.6b"
     ceilings = measure_ceilings(torch.device("cuda"))
-    print(describe_ceilings(ceilings))
-    times = measure_kernels(SHAPES[shape], ceilings, repeats)
+    tell(describe_ceilings(ceilings))
+    times = measure_kernels(SHAPES[shape], ceilings, args.repeats)
     for time_ in times:
-        print(f"{shape} {describe_kernel(time_)}")
-    return times
+        tell(f"{shape} {describe_kernel(time_)}")
+    figures["kernels"] = [asdict(time_) for time_ in times]
+
+
+def startup(args: argparse.Namespace, setting: Setting, figures: Figures) -> None:
+    """Measure and print how long construction takes."""
+    seconds = startup_seconds(
+        Path(setting.model),
+        min(args.repeats, 3),
+        dtype=setting.dtype,
+        kvcache_memory_bytes=setting.kv_bytes,
+    )
+    tell(describe_startup(seconds))
+    figures["startup"] = seconds
+
+
+def overlap(args: argparse.Namespace, setting: Setting, figures: Figures) -> None:
+    """Measure, print and draw what host and device do at once."""
+    found = measure_overlap(
+        Path(setting.model), dtype=setting.dtype, kvcache_memory_bytes=setting.kv_bytes
+    )
+    tell(describe_overlap(found))
+    figures["overlap"] = asdict(found)
+    if args.timeline:
+        draw(found, args.timeline)
+
+
+def parts_of(args: argparse.Namespace, scratch: Path) -> dict[str, Part]:
+    """What was asked for, by name and in the order to run it; what cannot run is told here.
+
+    Raises:
+        AllmosError: the model cannot be used.
+        SystemExit: none of the engines, or of the workloads, is left.
+    """
+    parts: dict[str, Part] = {}
+    if "scheduler" in args.workload:
+        parts["scheduler"] = partial(scheduler, args)
+    if "kernels" in args.workload:
+        parts["kernels"] = partial(kernels, args)
+    if len(parts) == len(args.workload):
+        return parts
+    checkpoint = checkpoint_of(args, scratch)
+    setting = setting_of(checkpoint, args.dtype, args.kv_bytes, args.threads)
+    vocab_size = int(checkpoint.hf_config.vocab_size)
+    if args.profiled:
+        return {"profile": partial(profile_ours, args, setting, vocab_size)}
+    if set(NAMES) & set(args.workload):
+        parts["comparison"] = comparison(args, setting, vocab_size)
+    for name in VARIANTS:
+        if name in args.workload:
+            parts[name] = partial(variants, args, setting, vocab_size, name)
+    if "startup" in args.workload:
+        parts["startup"] = partial(startup, args, setting)
+    if "overlap" in args.workload:
+        parts["overlap"] = partial(overlap, args, setting)
+    return parts
+
+
+def checkpoint_of(args: argparse.Namespace, scratch: Path) -> Checkpoint:
+    """The model to run, opened; random weights are made in `scratch`."""
+    if not args.shape:
+        return open_checkpoint(str(args.model or DEFAULT_MODEL))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return open_checkpoint(str(make_checkpoint(args.shape, scratch, device)))
+
+
+def run_parts(parts: dict[str, Part], figures: Figures) -> list[str]:
+    """Run one after the other; returns what went wrong, which costs no other part its figures."""
+    problems = {name: problem_of(part, figures) for name, part in parts.items()}
+    return [f"{name}: {problem}" for name, problem in problems.items() if problem]
+
+
+def problem_of(part: Part, figures: Figures) -> str | None:
+    """Run a part; what it raised in words, with a traceback if it was not raised on purpose."""
+    try:
+        part(figures)
+    except (AllmosError, WrongOutputError, EngineFailedError) as error:
+        return str(error)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_args(__doc__)
     if args.threads:
         torch.set_num_threads(args.threads)
-    figures: dict[str, Any] = {}
-    alone = [name for name in ALONE if name in (args.workload or ())]
-    if args.workload:
-        args.workload = [name for name in args.workload if name not in alone]
-    if "scheduler" in alone:
-        figures["scheduler"] = [asdict(c) for c in measure_scheduling(300 * args.repeats)]
-    if "kernels" in alone:
-        times = kernels(args.shape or "qwen3-0.6b", args.repeats)
-        figures["kernels"] = [asdict(time_) for time_ in times]
+    figures: Figures = {}
     with tempfile.TemporaryDirectory() as scratch:
-        path = args.model or DEFAULT_MODEL
-        if args.shape:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            path = make_checkpoint(args.shape, Path(scratch), device)
-        checkpoint = open_checkpoint(str(path))
-        if args.profile or args.nvtx:
-            figures["profile"] = asdict(profile_ours(args, checkpoint))
-        elif args.workload != []:
-            figures |= compare(args, checkpoint)
-        for name in VARIANTS:
-            if name in alone:
-                figures[name] = variants(args, checkpoint, name)
-        if "startup" in alone:
-            figures["startup"] = startup_seconds(path, min(args.repeats, 3))
-            print(describe_startup(figures["startup"]))
-        if "overlap" in alone:
-            found = measure_overlap(path)
-            print(describe_overlap(found))
-            if args.timeline:
-                draw(found, args.timeline)
-            figures["overlap"] = asdict(found)
+        try:
+            parts = parts_of(args, Path(scratch))
+        except AllmosError as error:
+            sys.exit(str(error))
+        problems = run_parts(parts, figures)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
-    if failed := [one["engine"] for one in figures.get("engines", []) if one["problem"]]:
-        sys.exit(f"no rates of {', '.join(failed)}")
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

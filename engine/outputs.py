@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
 from engine.sequence import Sequence
+from utils.percentile import percentile
 from utils.text import Decode
 
 
@@ -42,7 +42,7 @@ def _metrics(seq: Sequence) -> dict[str, float | None]:
         "queue_time": None if seq.admitted_at is None else seq.admitted_at - added,
         "time_to_first_token": times[0] - added if times else None,
         "mean_inter_token_time": sum(gaps) / len(gaps) if gaps else None,
-        "p99_inter_token_time": gaps[math.ceil(0.99 * len(gaps)) - 1] if gaps else None,
+        "p99_inter_token_time": percentile(gaps, 0.99) if gaps else None,
         "longest_inter_token_time": gaps[-1] if gaps else None,
         "cached_prompt_tokens": seq.num_cached,
         "preemptions": seq.num_preemptions,

@@ -18,6 +18,7 @@ from utils.errors import (
     ConfigError,
     UnsupportedModelError,
 )
+from utils.text import TOKENIZER_FILES
 
 _DEFAULT_MAX_MODEL_LEN = 4096
 
@@ -37,8 +38,7 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Any | None:
         """The tokenizer, or None if the folder has none (prompts must then be token ids)."""
-        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-        if not any((self.path / name).exists() for name in names):
+        if not any((self.path / name).exists() for name in TOKENIZER_FILES):
             return None
         try:
             return AutoTokenizer.from_pretrained(self.path)

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from llm import SamplingParams
 from utils.bench.recording import Recorder, recorded_llm
@@ -36,13 +37,17 @@ class Overlap:
 
 
 def measure_overlap(
-    path: Path, num_requests: int = 256, prompt: int = 512, output: int = 80
+    path: Path, num_requests: int = 256, prompt: int = 512, output: int = 80, **options: Any
 ) -> Overlap:
-    """Run a full batch on the CUDA device and take the steps in which all requests decode."""
+    """Run a full batch on the CUDA device and take the steps in which all requests decode.
+
+    Args:
+        options: of the LLM.
+    """
     recorder = Recorder()
     params = SamplingParams(temperature=0.6, max_tokens=output, ignore_eos=True)
     prompts = [[(7 * i + j) % 997 for j in range(prompt)] for i in range(num_requests)]
-    with recorded_llm(str(path), recorder, device="cuda") as llm:
+    with recorded_llm(str(path), recorder, device="cuda", **options) as llm:
         for _ in range(2):
             llm.reset_prefix_cache()
             recorder.clear()

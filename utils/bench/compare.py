@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from config import PRESETS
 from utils.bench.engines import ENGINES, Ours, Setting, Tokens, Trace
 from utils.bench.latency import GroupLatency, Latency, by_group
 from utils.bench.processes import EngineFailedError, EngineProcess, Ran
@@ -74,12 +75,14 @@ class Contender:
         """From "name", or "ours:preset".
 
         Raises:
-            ValueError: there is no such engine.
+            ValueError: there is no such engine or preset.
         """
         engine, _, preset = label.partition(":")
         if engine not in ENGINES or (preset and engine != Ours.name):
             problem = "only ours has presets" if engine in ENGINES else "unknown engine"
             raise ValueError(f"{label!r}: {problem}. {did_you_mean(engine, ENGINES)}")
+        if preset and preset not in PRESETS:
+            raise ValueError(f"{label!r}: unknown preset. {did_you_mean(preset, PRESETS)}")
         return Contender(label, engine, {"preset": preset} if preset else {})
 
 
@@ -91,6 +94,8 @@ class Measured:
         outputs: of the warm-ups.
         latencies: of the requests of every repeat, if the engine tells.
         problem: why there are no rates, if there are none.
+        watch_problem: why steps of some workloads were not watched, if that failed. The rates
+            were measured before and count all the same.
     """
 
     contender: Contender
@@ -104,6 +109,7 @@ class Measured:
     latencies: dict[str, list[list[Latency]]] = field(default_factory=dict)
     traces: dict[str, Trace] = field(default_factory=dict)
     problem: str | None = None
+    watch_problem: str | None = None
 
     @property
     def engine(self) -> str:
@@ -201,12 +207,12 @@ def _note(one: Measured, work: Workload, repeat: int, ran: Ran) -> None:
 
 
 def _watch(one: Measured, engine: EngineProcess, work: Workload) -> None:
-    if one.problem is None:
+    if one.problem is None and one.watch_problem is None:
         try:
             if trace := engine.watch(work):
                 one.traces[work.name] = trace
         except EngineFailedError as error:
-            one.problem = str(error)
+            one.watch_problem = f"{work.name}: {error}"
 
 
 class _DeviceMemory:
@@ -286,6 +292,7 @@ def figures_of(
             "startup_seconds": one.startup_seconds,
             "construct_seconds": one.construct_seconds,
             "problem": one.problem,
+            "watch_problem": one.watch_problem,
         }
         for one in found
     ]

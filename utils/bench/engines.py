@@ -133,14 +133,8 @@ class Ours(Engine):
         self._metrics: list[dict[str, Any]] = []
 
     def generate(self, work: Workload) -> Tokens:
-        from sampling_params import SamplingParams
-
         self._llm.reset_prefix_cache()
-        params = [
-            SamplingParams(temperature=work.temperature, max_tokens=n, ignore_eos=True)
-            for n in work.lengths
-        ]
-        outputs = self._llm.generate(work.prompts, params, use_tqdm=False)
+        outputs = self._llm.generate(work.prompts, work.sampling_params(), use_tqdm=False)
         self._metrics = [out["metrics"] for out in outputs]
         return [out["token_ids"] for out in outputs]
 

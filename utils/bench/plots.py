@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from utils.bench.compare import Row
 from utils.bench.engines import Trace
 from utils.bench.spans import Span
+from utils.percentile import percentile
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 _PHASES = {
@@ -111,7 +112,7 @@ def _tokens(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
 
 
 def _latency(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
-    """Cumulative distributions; the tail is marked where 99 % of the values lie below."""
+    """Cumulative distributions; percentiles are where these curves reach their share."""
     figure, axes = _figure(9, 3.6, 2)
     for name, trace in traces.items():
         for ax, rising in zip(axes, (trace.first_tokens, trace.gaps), strict=True):
@@ -119,8 +120,8 @@ def _latency(traces: dict[str, Trace], colours: dict[str, str]) -> Figure:
                 continue
             values = [1e3 * value for value in rising]
             shares = [(i + 1) / len(values) for i in range(len(values))]
-            tail = values[int(0.99 * (len(values) - 1))]
-            label = f"{name}: median {_number(statistics.median(values))}, p99 {_number(tail)} ms"
+            middle, tail = (_number(percentile(values, share)) for share in (0.5, 0.99))
+            label = f"{name}: median {middle}, p99 {tail} ms"
             # A single value is a step that needs a beginning.
             ax.step(
                 [values[0], *values], [0, *shares], where="post", color=colours[name], label=label

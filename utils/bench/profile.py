@@ -12,7 +12,6 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from llm import LLM
-from sampling_params import SamplingParams
 from utils.bench.recording import PHASES, Recorder, recorded_llm
 from utils.bench.spans import Span
 from utils.bench.workloads import Workload
@@ -80,11 +79,7 @@ def profile(model: str, work: Workload, folder: Path | None, **options: Any) -> 
 
 def _generate(llm: LLM, work: Workload) -> None:
     llm.reset_prefix_cache()
-    params = [
-        SamplingParams(temperature=work.temperature, max_tokens=n, ignore_eos=True)
-        for n in work.lengths
-    ]
-    llm.generate(work.prompts, params, use_tqdm=False)
+    llm.generate(work.prompts, work.sampling_params(), use_tqdm=False)
 
 
 def _kernels(run: partial[None], folder: Path) -> list[Share]:

@@ -17,7 +17,8 @@ from config import Config
 from engine.model_runner import LocalRunner
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
-from engine.types import BlockManager, StepHandle, StepPlan, StepResult
+from engine.tensor_parallel import TensorParallelRunner
+from engine.types import BlockManager, ModelRunner, StepHandle, StepPlan, StepResult
 from llm import LLM
 from utils.bench.spans import Span
 from utils.text import Decode
@@ -102,11 +103,16 @@ def recorded_llm(model: str, recorder: Recorder, **options: Any) -> LLM:
         model,
         **options,
         scheduler=lambda config, blocks: _RecordedScheduler(config, blocks, recorder),
-        model_runner=lambda config, checkpoint: _RecordedRunner(config, checkpoint, recorder),
+        model_runner=lambda config, checkpoint: _recorded_runner(config, checkpoint, recorder),
     )
     if llm.tokenizer is not None:
         llm._decode = _recorded_decoding(llm._decode, recorder)
     return llm
+
+
+def _recorded_runner(config: Config, checkpoint: Any, recorder: Recorder) -> ModelRunner:
+    kind = _RecordedRunner if config.tensor_parallel_size == 1 else _RecordedRanks
+    return kind(config, checkpoint, recorder)
 
 
 def _event() -> Any:
@@ -146,6 +152,19 @@ class _RecordedRunner(LocalRunner):
                 return method(*args, **kwargs)
 
         return stage
+
+
+class _RecordedRanks(TensorParallelRunner):
+    """Seen from the process that plans: the ranks stage and compute in others, unrecorded."""
+
+    def __init__(self, config: Config, checkpoint: Any, recorder: Recorder) -> None:
+        super().__init__(config, checkpoint)
+        self._recorder = recorder
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        with self._recorder.phase(plan.step_id, "launch"):
+            handle = super().execute(plan)
+        return _RecordedHandle(plan.step_id, handle, self._recorder)
 
 
 class _RecordedScheduler(ContinuousScheduler):

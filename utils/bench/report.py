@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.bench.compare import Measured, Row, figures_of
+from utils.percentile import percentile
 
 # File names of the plots and what they show.
 CAPTIONS = {
@@ -44,16 +44,17 @@ def write_report(
         found: the engines, those with a problem too. The plots over time are of the workload
             with the most output tokens.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    # First, as drawing may fail and the figures took long.
+    results = figures_of(about, found, rows)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     from utils.bench.plots import draw_plots
 
-    folder.mkdir(parents=True, exist_ok=True)
     good = [one for one in found if one.problem is None]
     tokens = {row.workload: row.output_tokens for row in rows}
     watched = max({name for one in good for name in one.traces}, key=tokens.__getitem__, default="")
     traces = {one.engine: one.traces[watched] for one in good if watched in one.traces}
     drawn = draw_plots(folder, rows, traces)
-    results = figures_of(about, found, rows)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     parts = [
         "# Comparison of engines",
         f"Written by `python bench.py {shlex.join(sys.argv[1:])}`. Every engine ran in a process "
@@ -65,6 +66,11 @@ def write_report(
         _table(_ENGINE_HEAD, map(_engine, found)),
         "Ready is counted from the start of the process. Greedy tokens: those equal to the most "
         "likely one of transformers; the others are ties up to rounding.",
+        *(
+            f"Watching {one.engine} failed at {one.watch_problem}"
+            for one in good
+            if one.watch_problem
+        ),
         "## Throughput",
         _table(_ROW_HEAD, map(_row, rows)),
         "Speed-ups are medians over pairs of repeats. The limit is the roofline from the bandwidth "
@@ -77,7 +83,8 @@ def write_report(
         parts += [
             "## Latency",
             "All requests come at once. From one more run of each workload, with its steps "
-            f"watched; the plots are of {watched}.",
+            f"watched; the plots are of {watched}. Half of the values, or 99 %, are at most the "
+            "median, or p99.",
             _table(_LATENCY_HEAD, _latencies(good)),
             *([f"Engines that tell no times: {', '.join(silent)}."] if silent else []),
             *_plots(drawn, ("latency.png", "tokens.png", "timeline.png")),
@@ -112,18 +119,16 @@ def _latencies(good: Iterable[Measured]) -> list[tuple[str, ...]]:
         (
             name,
             engine,
-            *(_milliseconds(trace.first_tokens, share) for share in (0.5, 0.99)),
-            *(_milliseconds(trace.gaps, share) for share in (0.5, 0.99, 1.0)),
+            *_milliseconds(trace.first_tokens, (0.5, 0.99)),
+            *_milliseconds(trace.gaps, (0.5, 0.99, 1.0)),
         )
         for name, engine, trace in sorted(found, key=lambda entry: entry[0])
     ]
 
 
-def _milliseconds(rising: list[float], share: float) -> str:
-    """The value that a share of all does not exceed."""
-    if not rising:
-        return ""
-    return f"{1e3 * rising[math.ceil(share * len(rising)) - 1]:,.1f} ms"
+def _milliseconds(rising: list[float], shares: tuple[float, ...]) -> list[str]:
+    """Percentiles in words, empty without values."""
+    return [f"{1e3 * percentile(rising, share):,.1f} ms" if rising else "" for share in shares]
 
 
 def _row(row: Row) -> tuple[str, ...]:

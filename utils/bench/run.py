@@ -50,6 +50,20 @@ def installed(wanted: Sequence[Contender], tell: Tell) -> list[Contender]:
     return there
 
 
+def fitting(works: Sequence[Workload], max_model_len: int, tell: Tell) -> list[Workload]:
+    """Those whose requests all fit the context window; the others are named.
+
+    One that is too long would be an engine's failure, and cost it the rates of the others.
+    """
+    for work in works:
+        if work.longest > max_model_len:
+            tell(
+                f"{work.name}: left out, a request comes to {work.longest:,} tokens and the "
+                f"context window holds {max_model_len:,}"
+            )
+    return [work for work in works if work.longest <= max_model_len]
+
+
 def run_comparison(
     engines: Sequence[Contender],
     setting: Setting,

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.text import TOKENIZER_FILES
+
 if TYPE_CHECKING:
     from tokenizers.models import Model
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Shares of a vocabulary made here: words, often after a space, as most entries of published
 # byte-level vocabularies are; whole characters of other scripts; the rest are parts of characters.
 _WORDS, _CHARACTERS = 0.82, 0.15
@@ -24,7 +25,7 @@ def with_tokenizer(model: Path, folder: Path, vocab_size: int | None = None) -> 
         vocab_size: distinct texts that the tokenizer knows, as `byte_entries`. None makes one that
             knows no word, for engines that only cannot start without.
     """
-    if any((model / name).exists() for name in _FILES):
+    if any((model / name).exists() for name in TOKENIZER_FILES):
         return str(model)
     import tokenizers
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llm import LLM, SamplingParams
+from llm import LLM
 from memory.sizing import release_device
 from utils.bench.engines import Setting, Tokens, llm_options
 from utils.bench.reference import Agreement, Reference, WrongOutputError
@@ -166,7 +166,7 @@ def measure_text(setting: Setting, work: Workload, repeats: int) -> Variants:
     with tempfile.TemporaryDirectory() as scratch:
         vocab_size = _vocab_size(setting)
         model = with_tokenizer(Path(setting.model), Path(scratch), vocab_size)
-        greedy = check_workload(vocab_size)
+        greedy = check_workload(vocab_size, setting.max_model_len)
         with LLM(model, **llm_options(setting)) as llm:
             tokens = _run(llm, greedy, Variant("greedy")).tokens
             tokenizer = llm.tokenizer
@@ -208,12 +208,7 @@ def _run(llm: LLM, work: Workload, variant: Variant) -> _Run:
         WrongOutputError: an output has not the length that was asked for.
     """
     llm.reset_prefix_cache()
-    params = [
-        SamplingParams(
-            temperature=work.temperature, max_tokens=n, ignore_eos=True, **variant.params
-        )
-        for n in work.lengths
-    ]
+    params = work.sampling_params(**variant.params)
     decode = llm._decode
     if not variant.text:
         llm._decode = decoder(None)

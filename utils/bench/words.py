@@ -31,6 +31,7 @@ def describe_engine(one: Measured) -> str:
         f"{one.engine}: ready after {one.startup_seconds:.1f} s, {one.construct_seconds:.1f} of "
         f"them construction; warm-ups {warmups} s; {exact} of {total} greedy tokens are the "
         "reference's own, the rest ties of rounding"
+        + (f"; not watched: {one.watch_problem}" if one.watch_problem else "")
     )
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,22 @@ class Workload:
     @property
     def num_output_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest request comes to, prompt and output."""
+        return max(len(p) + n for p, n in zip(self.prompts, self.lengths, strict=True))
+
+    def sampling_params(self, **others: Any) -> list[SamplingParams]:
+        """In the words of this engine, for each request; nothing ends an output early.
+
+        Args:
+            others: what else to set, in all of them.
+        """
+        return [
+            SamplingParams(temperature=self.temperature, max_tokens=n, ignore_eos=True, **others)
+            for n in self.lengths
+        ]
 
     def rotated(self, by: int) -> Workload:
         """The same with each prompt rotated, so that no engine's prefix cache knows it already."""
@@ -68,9 +88,24 @@ def random_workload(
     return Workload(name, prompts, lengths, checked=checked)
 
 
-def check_workload(vocab_size: int) -> Workload:
-    """Greedy requests of many lengths, whose tokens are compared with transformers."""
-    return random_workload("check", 16, (5, 700), (20, 60), vocab_size, checked=True)
+def check_workload(vocab_size: int, max_model_len: int) -> Workload:
+    """Greedy requests of many lengths, whose tokens are compared with transformers.
+
+    Args:
+        max_model_len: no request is longer; at least 65.
+    """
+    prompt = (5, min(700, max_model_len - 60))
+    return random_workload("check", 16, prompt, (20, 60), vocab_size, checked=True)
+
+
+def works_of(names: Sequence[str], vocab_size: int) -> list[Workload]:
+    """The workloads behind several --workload names; one that is behind two of them once."""
+    found: dict[str, Workload] = {}
+    for work in (work for name in names for work in works_for(name, vocab_size)):
+        # The requests are the same, but they may be checked in one place alone.
+        if work.name not in found or work.checked:
+            found[work.name] = work
+    return list(found.values())
 
 
 def works_for(name: str, vocab_size: int) -> list[Workload]:

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,11 @@ import bench
 from tests.checkpoints import Checkpoints
 from utils.bench import compare
 from utils.bench.compare import Contender, Measured, Row, judge, measure_engines, rows_of
-from utils.bench.engines import VLLM, Setting, Transformers
+from utils.bench.engines import VLLM, Setting, Trace, Transformers
 from utils.bench.processes import EngineFailedError, EngineProcess, Ran, peak_host_bytes
-from utils.bench.reference import Agreement, Reference
+from utils.bench.reference import Agreement, Reference, WrongOutputError
+from utils.bench.report import write_report
+from utils.bench.spans import Span
 from utils.bench.words import describe_engine, describe_row
 from utils.bench.workloads import Workload, random_workload
 
@@ -75,13 +78,16 @@ def test_a_process_that_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class _Process:
-    """An engine without a process: `bad` does not start, `late` fails at its second run."""
+    """An engine without a process: `bad` does not start, `late` fails at its second run.
+
+    `dark` fails when it is watched for the second time.
+    """
 
     startup_seconds = construct_seconds = 0.0
 
     def __init__(self, name: str, setting: Setting) -> None:
         self._kind = setting.options.get("kind")
-        self._num_runs = 0
+        self._num_runs = self._num_watched = 0
         if self._kind == "bad":
             raise EngineFailedError("does not start")
 
@@ -97,6 +103,14 @@ class _Process:
             raise EngineFailedError("lost its device")
         extra = self._kind == "long"
         return Ran(self._num_runs / 4, [[1] * (n + extra) for n in work.lengths], 5 << 20)
+
+    def watch(self, work: Workload) -> Trace:
+        self._num_watched += 1
+        if self._kind == "dark" and self._num_watched == 2:
+            raise EngineFailedError("cannot be watched")
+        assert self._num_watched <= 3
+        spans = [Span(0, "step", 0.1, 0.5), Span(1, "step", 0.5, 0.7)]
+        return Trace([[0.5, 0.7] for _ in work.lengths], spans)
 
 
 def test_an_engine_that_fails_takes_no_other_with_it(
@@ -116,6 +130,26 @@ def test_an_engine_that_fails_takes_no_other_with_it(
     assert row.peak_bytes == 5 << 20
 
 
+def test_a_watch_that_fails_costs_no_rate(
+    monkeypatch: pytest.MonkeyPatch, setting: Setting, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(compare, "EngineProcess", _Process)
+    contenders = [Contender(kind, "ours", {"kind": kind}) for kind in ("dark", "good")]
+    works = [replace(WORK, name=name) for name in ("first", "second", "third")]
+    (found,) = measure_engines(contenders, setting, works, repeats=2, watch=True)
+    dark, good = found
+    assert (dark.problem, dark.watch_problem) == (None, "second: cannot be watched")
+    assert (list(dark.traces), len(good.traces)) == (["first"], 3)
+    assert "not watched: second: cannot be watched" in describe_engine(dark)
+    rows = rows_of(found, works, None, None)
+    assert [row.engine for row in rows] == ["dark", "good"] * 3
+    write_report(tmp_path, {}, found, rows)
+    page = (tmp_path / "README.md").read_text()
+    assert "Watching dark failed at second: cannot be watched" in page
+    assert "| third | dark |" in page
+
+
 def _measured(label: str, outputs: list[list[int]], seconds: list[float]) -> Measured:
     one = Measured(Contender(label, "ours"))
     one.outputs[WORK.name], one.seconds[WORK.name] = outputs, seconds
@@ -133,6 +167,23 @@ def test_a_wrong_token_takes_the_rate_away(setting: Setting) -> None:
     assert found[0].agreements == {"w": Agreement(total, total)}
     assert "token 2 of request 1" in str(found[1].problem)
     assert [row.engine for row in rows_of(found, [WORK], None, None)] == ["right"]
+
+
+@pytest.mark.parametrize("where", [slice(None), 3])
+def test_a_reference_of_nan_vouches_for_nothing(setting: Setting, where: Any) -> None:
+    reference = Reference(setting)
+    right = Transformers(setting).generate(WORK)
+    model = reference._model
+
+    def broken(ids: Any, logits_to_keep: int) -> Any:
+        out = model(ids, logits_to_keep=logits_to_keep)
+        out.logits[0, -1, where] = float("nan")
+        return out
+
+    broken.device = model.device  # type: ignore[attr-defined]
+    reference._model = broken
+    with pytest.raises(WrongOutputError, match="misses the reference's largest logit by nan"):
+        reference.judge(WORK, right)
 
 
 def test_speedups_are_taken_repeat_by_repeat() -> None:

@@ -141,6 +141,18 @@ def test_our_trace_has_every_phase(setting: Setting) -> None:
             assert launch.start <= span.start <= span.end <= launch.end
 
 
+@pytest.mark.slow
+def test_our_trace_of_several_devices_has_times(setting: Setting) -> None:
+    work = replace(WORK, temperature=0.0)
+    trace = Ours(replace(setting, options={"tensor_parallel_size": 2})).trace(work)
+    assert trace is not None
+    assert [len(times) for times in trace.token_times] == work.lengths
+    assert trace.gaps[0] > 0
+    # What the ranks do happens in processes of their own.
+    assert {span.phase for span in trace.spans} >= {"plan", "launch", "wait", "commit"}
+    assert not {span.phase for span in trace.spans} & {"stage", "device"}
+
+
 def test_a_checkpoint_without_a_tokenizer_gets_one(
     tmp_path: Path, checkpoints: Checkpoints
 ) -> None:
@@ -180,3 +192,9 @@ def test_rotated_prompts_keep_their_tokens_and_share_no_prefix() -> None:
     for prompt, other in zip(WORK.prompts, turned.prompts, strict=True):
         assert sorted(prompt) == sorted(other)
         assert prompt[2:] + prompt[:2] == other
+
+
+def test_our_parameters_of_a_workload() -> None:
+    for one, length in zip(WORK.sampling_params(top_k=3), WORK.lengths, strict=True):
+        assert (one.temperature, one.max_tokens, one.top_k) == (0.6, length, 3)
+        assert one.ignore_eos

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +13,9 @@ from utils.bench.engines import Trace
 from utils.bench.reference import Agreement
 from utils.bench.report import CAPTIONS, write_report
 from utils.bench.spans import Span
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 pytest.importorskip("matplotlib")
 
@@ -78,3 +82,38 @@ def test_without_any_rate_the_page_says_why(tmp_path: Path) -> None:
     write_report(tmp_path, {}, [one], [])
     assert not list(tmp_path.glob("*.png"))
     assert "| ours | wrong outputs |" in (tmp_path / "README.md").read_text()
+
+
+def test_page_and_plot_tell_the_same_percentiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten gaps of 1 to 10 ms: half of them are at most 5 ms, and 99 % at most 10 ms."""
+    labels: list[str] = []
+
+    def note(figure: Figure, path: Path, **options: Any) -> None:
+        for ax in figure.axes if path.name == "latency.png" else ():
+            legend = ax.get_legend()
+            assert legend is not None
+            labels.extend(text.get_text() for text in legend.get_texts())
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
+    times = [[0.1 + sum(range(i + 1)) / 1e3 for i in range(11)]]
+    one = _engine("ours", Trace(times, _trace(0.01).spans))
+    write_report(
+        tmp_path, {}, [one], [Row(WORK, "ours", 11, [1.0]), Row("another", "ours", 1, [1.0])]
+    )
+    assert labels == ["ours: median 100, p99 100 ms", "ours: median 5, p99 10 ms"]
+    page = (tmp_path / "README.md").read_text()
+    assert f"| {WORK} | ours | 100.0 ms | 100.0 ms | 5.0 ms | 10.0 ms | 10.0 ms |" in page
+
+
+def test_figures_are_written_before_the_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ImportError("no matplotlib")
+
+    monkeypatch.setattr("utils.bench.plots.draw_plots", fail)
+    with pytest.raises(ImportError):
+        write_report(tmp_path, {}, [_engine("vllm", None)], [Row("w", "vllm", 3, [1.0])])
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 1
