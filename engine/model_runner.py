@@ -39,7 +39,7 @@ from layers.parallel import ParallelContext
 from layers.sampler import Sampler
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
 from memory.kv_poison import KVPoison
-from memory.sizing import fit_blocks, free_bytes, measure_usage, release_device
+from memory.sizing import fit_blocks, free_bytes, measure_usage, memory_errors, release_device
 from models.base import CausalLM, ModelShape
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
@@ -93,7 +93,7 @@ class LocalRunner(ModelRunner):
         architecture = find_architecture(checkpoint)
         shape = architecture.model_shape(checkpoint.hf_config)
         spec = self._attention_spec(config, shape, parallel)
-        with torch.inference_mode(), self._on_device():
+        with torch.inference_mode(), self._on_device(), memory_errors(self._device):
             self._backend = make_backend(config, spec)
             self._model: CausalLM = architecture.MODEL(
                 shape,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layers.activation import SiluMul
 from layers.few_rows import few_rows
-from layers.kernels.launch import dependent_launch, fused
+from layers.kernels.launch import fused, has_wgmma
 from layers.layernorm import RMSNorm
 
 # Rows that oneDNN is told to expect when it lays out a weight. Measured on two AVX-512 cores
@@ -152,7 +152,7 @@ class SkinnyProduct(Product):
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         fits = self._fits(x.shape[-2])
-        if residual is not None or not self._fuses(x) or not fits:
+        if residual is not None or not self._fuses_norm(x) or not fits:
             # Partial sums where that is the only way to fill the device.
             return super().normed(x, residual, norm, partial=partial and not fits, out=out)
         run, weight, bias = self._kernels.skinny_linear, self._weight, self._bias
@@ -164,7 +164,7 @@ class SkinnyProduct(Product):
         if self._bias is not None or not self._fits(tokens, swiglu=True):
             return super().gated(x, residual, norm)
         run, weight = self._kernels.skinny_linear, self._weight
-        if residual is None and self._fuses(x):
+        if residual is None and self._fuses_norm(x):
             y = run(x, weight, norm_weight=norm.weight, eps=norm.eps, swiglu=True, pdl=True)
             return y, x
         y, total = norm(x, residual)
@@ -186,6 +186,11 @@ class SkinnyProduct(Product):
     def _fuses(self, x: Tensor) -> bool:
         return x.dim() == 2 and x.shape[0] <= self._kernels.MAX_FUSED_TOKENS
 
+    def _fuses_norm(self, x: Tensor) -> bool:
+        # The kernel rounds inputs times the norm's weight before it scales the row, which float16
+        # has no room for.
+        return self._fuses(x) and x.dtype == torch.bfloat16
+
 
 def make_product(weight: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> Product:
     """The fastest product for a loaded weight.
@@ -196,6 +201,6 @@ def make_product(weight: Tensor, bias: Tensor | None, norm: RMSNorm | None = Non
     device, dtype = weight.device, weight.dtype
     if device.type == "cpu" and dtype == torch.float32 and torch._C._has_mkldnn:
         return PackedProduct(weight, bias, norm)
-    if fused(device, dtype) and dependent_launch(device):
+    if fused(device, dtype) and has_wgmma(device):
         return SkinnyProduct(weight, bias)
     return Product(weight, bias)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,25 @@ class Usage:
     free_before: int
     weights: int
     peak: int
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn what torch raises when memory runs out into the error with the way out.
+
+    Raises:
+        OutOfMemoryError: the device cannot hold what is made within.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # A CPU's allocator has no type of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            f"{device} cannot hold the model, its steps and tables: {error}. Lower "
+            "max_num_batched_tokens, max_num_seqs or max_model_len, or raise tensor_parallel_size."
+        ) from error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -43,7 +43,8 @@ def check_supported(hf_config: Any) -> None:
     """Refuse what the config asks for and this decoder would silently get wrong.
 
     Raises:
-        UnsupportedModelError: sliding-window layers, or another activation than SiLU.
+        UnsupportedModelError: sliding-window layers, another activation than SiLU, quantised
+            weights, or sizes that do not go together.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -58,6 +59,18 @@ def check_supported(hf_config: Any) -> None:
         )
     if getattr(hf_config, "quantization_config", None) is not None:
         raise UnsupportedModelError("quantization_config: quantised checkpoints are not built")
+    _check_sizes(hf_config)
+
+
+def _check_sizes(hf_config: Any) -> None:
+    heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    if heads % kv_heads:
+        raise UnsupportedModelError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    if head_dim % 2:
+        raise UnsupportedModelError(f"head_dim={head_dim}: rotations need an even number")
+    if hf_config.num_hidden_layers < 1:
+        raise UnsupportedModelError(f"num_hidden_layers={hf_config.num_hidden_layers}: no layer")
 
 
 class Attention:

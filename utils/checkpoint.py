@@ -42,7 +42,8 @@ class Checkpoint:
             return None
         try:
             return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
+        # It raises many unrelated types, Exception itself among them.
+        except Exception as error:
             raise CheckpointError(f"the tokenizer in {self.path} is unusable: {error}") from error
 
     @property
@@ -57,7 +58,10 @@ class Checkpoint:
         rope = getattr(self.hf_config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
             original = rope.get("original_max_position_embeddings") or limit
-            limit = max(limit, int(original * rope.get("factor", 1.0)))
+            factor = rope.get("factor", 1.0)
+            if not isinstance(factor, (int, float)):
+                raise CheckpointError(f"{self.path}: rope_parameters has factor={factor!r}")
+            limit = max(limit, int(original * factor))
         return limit
 
 
@@ -78,7 +82,8 @@ def open_checkpoint(model: str) -> Checkpoint:
         model_type = json.loads(config_file.read_text()).get("model_type")
         known = model_type in CONFIG_MAPPING_NAMES
         hf_config = AutoConfig.from_pretrained(path) if known else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    # Configs check their fields in many ways, with errors of their own.
+    except Exception as error:
         raise CheckpointError(f"{config_file} is unusable: {error}") from error
     if hf_config is None:
         raise UnsupportedModelError(
@@ -116,9 +121,13 @@ def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{generation_file} is unusable: {error}") from error
     for value in values:
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    # Others are never sampled.
-    return frozenset(token for token in found if token < hf_config.vocab_size)
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise CheckpointError(f"{path}: eos_token_id={value!r} is no token id, nor several")
+        found.update(tokens)
+    # Those beyond the vocabulary are never sampled.
+    size = getattr(hf_config, "vocab_size", None)
+    return frozenset(token for token in found if size is None or token < size)
 
 
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:

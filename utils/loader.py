@@ -17,6 +17,8 @@ from utils.errors import WeightsError
 # Not weights: inverse rotary frequencies that older exports stored.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
+# Integers, booleans and 8-bit floats are of quantised checkpoints and mean something else.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load_weights(path: Path, slots: Mapping[str, WeightSlot], *, tied: bool) -> None:
@@ -56,9 +58,9 @@ def _weight_files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [path / name for name in names]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index} is unusable: {error}") from error
-        files = [path / name for name in names]
     else:
         files = sorted(path.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
@@ -77,13 +79,18 @@ def _check(path: Path, slots: Mapping[str, WeightSlot], where: Mapping[str, Any]
     ):
         if names:
             problems.append(f"{len(names)} {kind}: {_listed(names)}")
-    misshapen = []
+    misshapen, other = [], []
     for name in sorted(slots.keys() & where.keys()):
-        stored = tuple(where[name].get_slice(name).get_shape())
-        if stored != slots[name].shape:
-            misshapen.append(f"{name} is {list(stored)}, expected {list(slots[name].shape)}")
+        stored = where[name].get_slice(name)
+        shape = tuple(stored.get_shape())
+        if shape != slots[name].shape:
+            misshapen.append(f"{name} is {list(shape)}, expected {list(slots[name].shape)}")
+        if stored.get_dtype() not in _DTYPES:
+            other.append(f"{name} is {stored.get_dtype()}")
     if misshapen:
         problems.append(f"{len(misshapen)} misshapen: {_listed(misshapen)}")
+    if other:
+        problems.append(f"{len(other)} of another type than {', '.join(_DTYPES)}: {_listed(other)}")
     if problems:
         raise WeightsError(f"the weights in {path} do not fit its config; " + "; ".join(problems))
 

@@ -18,6 +18,7 @@ class AttentionSpec:
 
     Attributes:
         scale: factor on the dot products, usually head_dim ** -0.5.
+        max_num_seqs: most requests of a batch, for those that allocate by it.
     """
 
     num_heads: int

@@ -22,3 +22,11 @@ def fused(device: torch.device, dtype: torch.dtype) -> bool:
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels may start before the one in front of them ends (compute capability 9.0)."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the device has wgmma, which came with compute capability 9.0 and left with 10.0.
+
+    For others a kernel with it does not compile: LLVM ends the process.
+    """
+    return torch.cuda.get_device_capability(device)[0] == 9

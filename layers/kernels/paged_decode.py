@@ -260,7 +260,8 @@ def _paged_decode_kernel(
             share += tl.cdiv(share, 8)
         spans = tl.cdiv(tiles, share) * share * KV_HEADS
     else:
-        spans = (tiles + pair_cost) * KV_HEADS
+        # Padding's one tile is never shared: in rehearsals other streams count arrivals as well.
+        spans = (tiles + tl.where(lens > 0, pair_cost, 0)) * KV_HEADS
     spans = tl.where(lane < batch, spans, 0)
     ends = tl.cumsum(spans, 0)
     at = pid * share

@@ -168,6 +168,9 @@ def supports_skinny_linear(
     """
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16:
         return False
+    # Offsets into the weight are of 32 bits.
+    if n * k * (2 if swiglu else 1) >= 2**31:
+        return False
     if tokens <= MAX_FUSED_TOKENS:
         return splits == 1 and k <= 16 * 1024
     tile = _tile_config(tokens, n, k, swiglu, splittable=splits > 1)

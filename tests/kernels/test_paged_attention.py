@@ -140,6 +140,26 @@ def test_decode(
 
 
 @interpreted
+@pytest.mark.parametrize("programs", [5, 12, 40])
+def test_padding_counts_no_arrivals(programs: int) -> None:
+    """Steps of padding run on several streams at once, with one workspace."""
+    case = make_case([0] * 9, 2, 64, 16, torch.float16, "cpu")
+    q = torch.randn(9, 4, 64).half()
+    workspace = decode_workspace(torch.device("cpu"), 4, 2, 64, programs)
+    workspace.arrived.fill_(1000)
+    paged_decode(
+        *(q, case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens),
+        scale=0.125,
+        max_context_len=1024,
+        out=q,
+        workspace=workspace,
+        config=DecodeConfig(32, 4, 2, per_sm=4, pair_cost=2),
+    )
+    assert not q.any()
+    assert (workspace.arrived == 1000).all()
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("queries", "before", "heads", "dim", "page", "tile", "rows"),
     [

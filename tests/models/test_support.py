@@ -28,8 +28,29 @@ def test_sliding_windows(model_type: str) -> None:
     _shape(model_type, use_sliding_window=False, **fields)
 
 
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 query heads"),
+        ({"head_dim": 15}, "head_dim=15"),
+    ],
+)
+def test_sizes_that_do_not_go_together(
+    model_type: str, fields: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=problem):
+        _shape(model_type, **fields)
+
+
 def test_configs_without_layer_types() -> None:
-    config = SimpleNamespace(hidden_act="silu")
+    config = SimpleNamespace(
+        hidden_act="silu",
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+    )
     check_supported(config)
     config.sliding_window = None
     check_supported(config)

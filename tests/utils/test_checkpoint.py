@@ -186,3 +186,57 @@ class TestResolve:
     def test_graphs_without_cuda_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="enable_cuda_graphs"):
             self._resolve(tmp_path, enable_cuda_graphs=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "abc"},
+        {"head_dim": None, "hidden_size": None},
+        {"layer_types": ["full_attention"]},
+        {"num_hidden_layers": [2]},
+        {"eos_token_id": -1},
+        {"eos_token_id": "x"},
+        {"eos_token_id": [[1]]},
+        {"eos_token_id": True},
+    ],
+)
+def test_fields_that_make_no_sense_are_an_error_of_the_checkpoint(
+    tmp_path: Path, fields: Any
+) -> None:
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        _open(tmp_path, **fields)
+
+
+def test_a_factor_that_is_no_number(tmp_path: Path) -> None:
+    checkpoint = _open(tmp_path)
+    checkpoint.hf_config.rope_parameters = {"rope_type": "yarn", "factor": None}
+    with pytest.raises(CheckpointError, match="factor=None"):
+        _ = checkpoint.max_position
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        (
+            "tokenizer.json",
+            '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, '
+            '"merges": ["b c"]}}',
+        ),
+    ],
+)
+def test_an_unusable_tokenizer_is_named(tmp_path: Path, name: str, text: str) -> None:
+    checkpoint = _open(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer in .* is unusable"):
+        checkpoint.load_tokenizer()
+
+
+def test_a_model_of_several_parts_is_left_to_the_models(tmp_path: Path) -> None:
+    """Its config may have no vocabulary of its own; that it is not supported is told later."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert open_checkpoint(str(tmp_path)).eos_token_ids == {7, 8}

@@ -132,7 +132,10 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
         load_weights(tmp_path, _slots(_tensors()), tied=False)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": 3}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"weight_map": []}', '{"weight_map": 3}', '{"weight_map": {"a": 5}}', "null"],
+)
 def test_an_unusable_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(WeightsError, match=r"index\.json is unusable"):
@@ -226,6 +229,13 @@ class TestWholeCheckpoints:
     def test_a_misshapen_tensor_is_noticed(self, path: Path) -> None:
         self._change(path, **{"model.layers.0.self_attn.q_norm.weight": torch.ones(1)})
         with pytest.raises(WeightsError, match=r"q_norm\.weight is \[1\], expected \[64\]"):
+            LLM(path, device="cpu")
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64])
+    def test_tensors_that_are_no_floats_are_noticed(self, path: Path, dtype: torch.dtype) -> None:
+        norm = load_file(path / "model.safetensors")["model.norm.weight"]
+        self._change(path, **{"model.norm.weight": norm.to(dtype)})
+        with pytest.raises(WeightsError, match=r"1 of another type .*: model\.norm\.weight is"):
             LLM(path, device="cpu")
 
     def test_a_failed_load_leaves_room_for_a_good_one(self, path: Path) -> None:
