@@ -28,35 +28,28 @@ def test_sliding_windows(model_type: str) -> None:
     _shape(model_type, use_sliding_window=False, **fields)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+def _config(**fields: Any) -> SimpleNamespace:
+    """As transformers makes them for other architectures, unchecked."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    return SimpleNamespace(**{"hidden_act": "silu", "hidden_size": 64, **sizes, **fields})
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 query heads"),
         ({"head_dim": 15}, "head_dim=15"),
+        ({"hidden_size": 60}, "head_dim=15"),
+        ({"num_hidden_layers": 0}, "no layer"),
+        # Without layer_types there is one window for all layers.
+        ({"sliding_window": 4096}, "sliding_attention"),
     ],
 )
-def test_sizes_that_do_not_go_together(
-    model_type: str, fields: dict[str, Any], problem: str
-) -> None:
+def test_sizes_and_windows_of_unchecked_configs(fields: dict[str, Any], problem: str) -> None:
+    check_supported(_config())
+    check_supported(_config(sliding_window=None))
     with pytest.raises(UnsupportedModelError, match=problem):
-        _shape(model_type, **fields)
-
-
-def test_configs_without_layer_types() -> None:
-    config = SimpleNamespace(
-        hidden_act="silu",
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=1,
-    )
-    check_supported(config)
-    config.sliding_window = None
-    check_supported(config)
-    config.sliding_window = 4096
-    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
-        check_supported(config)
+        check_supported(_config(**fields))
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
