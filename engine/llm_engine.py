@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import pickletools
 import threading
 import time
 from collections import deque
@@ -15,6 +13,7 @@ from typing import Any
 from config import Config
 from engine.kv_sanitizer import SanitizedRunner
 from engine.policies.base import check_policies
+from engine.request_checks import check_sampling, longest_of
 from engine.sequence import Sequence
 from engine.types import (
     BlockManager,
@@ -32,7 +31,6 @@ from utils.errors import (
     ConfigError,
     EngineClosedError,
     RequestError,
-    RequestTooLongError,
     StepError,
 )
 from utils.registry import construct, find_part
@@ -103,8 +101,10 @@ class LLMEngine:
             EngineClosedError: after close().
         """
         self._check_usable()
-        total = self._checked_length(prompt_token_ids, params)
-        self._check_sampling(params)
+        limit = self.config.max_model_len
+        assert limit is not None
+        total = longest_of(prompt_token_ids, params, limit, self.vocab_size)
+        check_sampling(params, self.vocab_size, self.config.tensor_parallel_size)
         if params.stop and text is None:
             raise RequestError(
                 "stop", params.stop, "there is no tokenizer to find it", "Use stop_token_ids."
@@ -346,65 +346,6 @@ class LLMEngine:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:
             self.reset()
-
-    def _checked_length(self, prompt: list[int], params: SamplingParams) -> int:
-        """Most tokens the request may come to, prompt and output."""
-        limit = self.config.max_model_len
-        assert limit is not None
-        if not prompt:
-            raise RequestError("prompt", prompt, "is empty", "Give at least one token.")
-        # Not isinstance: True and False are no token ids.
-        bad = [t for t in prompt if type(t) is not int or not 0 <= t < self.vocab_size]
-        if bad:
-            raise RequestError(
-                "prompt",
-                bad[0],
-                "is not a token id",
-                f"Token ids are integers from 0 to {self.vocab_size - 1}.",
-            )
-        longest = limit - 1 if params.max_tokens is None else limit - params.max_tokens
-        if len(prompt) > longest:
-            raise RequestTooLongError(
-                "prompt",
-                f"{len(prompt)} tokens",
-                f"with max_tokens={params.max_tokens} it exceeds max_model_len={limit}",
-                "Shorten the prompt, lower max_tokens, or raise max_model_len.",
-            )
-        return limit if params.max_tokens is None else len(prompt) + params.max_tokens
-
-    def _check_sampling(self, params: SamplingParams) -> None:
-        """What depends on model and ranks."""
-        if params.n != 1:
-            raise RequestError("n", params.n, "this call makes one output", "Call it n times.")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.vocab_size:
-                raise RequestError(
-                    name,
-                    getattr(params, name),
-                    f"the vocabulary has {self.vocab_size} tokens",
-                    f"Use {self.vocab_size} or less.",
-                )
-        for token in params.stop_token_ids:
-            if token >= self.vocab_size:
-                raise RequestError(
-                    "stop_token_ids",
-                    token,
-                    "is not a token id",
-                    f"Token ids are integers from 0 to {self.vocab_size - 1}.",
-                )
-        if params.logits_processors and self.config.tensor_parallel_size > 1:
-            try:
-                data = pickle.dumps(params.logits_processors)
-                # The ranks' processes have another one.
-                if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
-                    raise TypeError("they are of the module __main__")
-            except Exception as error:  # whatever the callables' own pickling raises
-                raise RequestError(
-                    "logits_processors",
-                    params.logits_processors,
-                    f"the ranks cannot be sent them ({error})",
-                    "Use functions of a module, or tensor_parallel_size=1.",
-                ) from error
 
 
 def with_block_manager(config: Config) -> tuple[Config, Callable[..., BlockManager]]:
