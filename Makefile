@@ -11,7 +11,7 @@ MODEL ?=
 # CPU wheels are taken instead if their index can be reached.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint types unit unit-parts unit-rest fuzz mutants bench clean
+.PHONY: demo test lint types unit unit-parts unit-rest unit-fuzz fuzz mutants bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/python example.py $(if $(MODEL),--model $(MODEL))
@@ -31,13 +31,17 @@ types: $(VENV)/.dev
 # Two halves side by side: one after the other they took seven minutes, on one core at a time. With two
 # threads each they took 7:36 and 7:15 on two busy cores, with one 6:16 and 5:53.
 unit: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(MAKE) -j 2 --output-sync=target unit-parts unit-rest
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 --output-sync=target unit-parts unit-rest unit-fuzz
 
 unit-parts: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/contracts tests/engine tests/kernels
+	$(BIN)/python -m pytest -q tests/contracts tests/engine tests/kernels --ignore=tests/contracts/test_fuzz.py
 
 unit-rest: $(VENV)/.dev
 	$(BIN)/python -m pytest -q tests --ignore=tests/contracts --ignore=tests/engine --ignore=tests/kernels
+
+# A minute of random traces, when one of the halves has ended.
+unit-fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/contracts/test_fuzz.py
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.contracts.fuzz
