@@ -25,7 +25,7 @@ from models.base import CausalLM
 # Token counts to capture; a step is padded to the next one, by 6 % at most from 2,048 on, where
 # the padding costs more than a launch. Beyond the last the device is the slower side.
 _SIZES = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
-# Beyond 32 rows to sample from, products of the last layer and the head begin to cost.
+# Rows to sample from: 32 instead of 8 cost a lone prompt 0.01 to 0.12 ms; more were not tried.
 _MAX_REQUESTS = 32
 
 

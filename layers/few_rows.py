@@ -18,8 +18,8 @@ _MKL_WEIGHT = 2**17
 # Rows up to which FBGEMM is ahead, times the threads of oneDNN: 32 rows of [1024, 256], [256, 768]
 # take 0.85 to 0.9 of the time of one thread, and whole steps against two threads are 1.19 times as
 # fast at 9 rows, 1.13 at 12, 1.08 at 16, the same at 20. [4096, 256] against two threads: the same
-# at 10, 0.97 at 16. oneDNN's call alone costs what 6 rows of FBGEMM do, so 8 are level or better
-# whatever the threads.
+# at 10, 0.97 at 16. 8 rows are ahead of two threads (0.59 to 0.94 of the time); more threads were
+# not measured.
 _ROWS_TIMES_THREADS, _ALWAYS_ROWS = 32, 8
 _LARGE_WEIGHT, _LARGE_ROWS_TIMES_THREADS = 2**19, 16
 

@@ -26,6 +26,8 @@ def test_what_torch_raises_when_memory_runs_out_names_the_ways_out() -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="size"), memory_errors(CPU):
         torch.ones(2) @ torch.ones(3)
+    with pytest.raises(RuntimeError, match="illegal"), memory_errors(CPU):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     ours = OutOfMemoryError("one of ours")
     with pytest.raises(OutOfMemoryError, match="one of ours"), memory_errors(CPU):
         raise ours
