@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ def check_thresholds(logits: Tensor, seed: int, kernel: Thresholds = thresholds)
     check_filters(logits, random_filters(logits, seed), kernel)
 
 
+# Sums of float32 over a row, in another order: seen up to 2e-7 apart for 4,096 logits, where the
+# reference adds them one by one.
+_SUMS = 2e-6
+
+
 def check_filters(logits: Tensor, filters: Filters, kernel: Thresholds) -> None:
     """As `check_thresholds`, for given filters."""
     temperatures = torch.where(filters.temperatures > 1e-30, filters.temperatures, 1.0)
@@ -67,11 +73,20 @@ def check_filters(logits: Tensor, filters: Filters, kernel: Thresholds) -> None:
         rows = logits.float()
         return rows.masked_fill(rows < least.unsqueeze(1), float("-inf"))
 
-    found, wanted = kept(kernel(logits, filters)), kept(thresholds_reference(logits, filters))
+    def wanted(more: float) -> Tensor:
+        # At 1 and above nothing is summed.
+        top_p = torch.where(filters.top_p >= 1, filters.top_p, filters.top_p + more)
+        return kept(thresholds_reference(logits, replace(filters, top_p=top_p)))
+
+    found, exact = kept(kernel(logits, filters)), wanted(0)
     scale = temperatures.unsqueeze(1)
-    difference = ((found / scale).softmax(1) - (wanted / scale).softmax(1)).abs()
-    # Where a sum of float32 is next to p, either of two neighbours is right.
-    assert difference.max() <= 1e-5
+    difference = ((found / scale).softmax(1) - (exact / scale).softmax(1)).abs().amax(1)
+    number, most, fewest = (
+        rows.isfinite().sum(1) for rows in (found, wanted(_SUMS), wanted(-_SUMS))
+    )
+    # Where a sum is next to p, either of two neighbours is right, however heavy.
+    beside = (fewest <= number) & (number <= most)
+    assert ((difference <= 1e-5) | beside).all()
     counted = filters.top_p >= 1
-    assert torch.equal(found[counted], wanted[counted])
+    assert torch.equal(found[counted], exact[counted])
     assert found.isfinite().any(1).all()
