@@ -260,8 +260,7 @@ def _paged_decode_kernel(
             share += tl.cdiv(share, 8)
         spans = tl.cdiv(tiles, share) * share * KV_HEADS
     else:
-        # Padding's one tile is never shared: in rehearsals other streams count arrivals as well.
-        spans = (tiles + tl.where(lens > 0, pair_cost, 0)) * KV_HEADS
+        spans = (tiles + pair_cost) * KV_HEADS
     spans = tl.where(lane < batch, spans, 0)
     ends = tl.cumsum(spans, 0)
     at = pid * share
@@ -341,11 +340,12 @@ def _paged_decode_kernel(
         norm_sum = tl.sum(norm, 1)
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * out_row + head * GROUP * out_head
-        if (first == 0) & (last == span):
+        # Padding counts no arrivals, whoever shares it: in rehearsals other streams do the same.
+        if (num_tokens == 0) | ((first == 0) & (last == span)):
             tl.store(
                 out_at + rows[:, None] * out_head + dims[None, :],
                 result.to(out_ptr.dtype.element_ty),
-                mask=row_ok,
+                mask=row_ok & (first == 0),
             )
         else:
             # A program has at most one pair that began before it (part 0) and one that
