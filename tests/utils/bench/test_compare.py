@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bench
 from tests.checkpoints import Checkpoints
@@ -184,6 +185,30 @@ def test_a_reference_of_nan_vouches_for_nothing(setting: Setting, where: Any) ->
     reference._model = broken
     with pytest.raises(WrongOutputError, match="misses the reference's largest logit by nan"):
         reference.judge(WORK, right)
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_what_seems_wrong_in_half_precision_is_judged_in_float32(
+    setting: Setting, off: int
+) -> None:
+    right = Transformers(setting).generate(WORK)
+    right[1][2] ^= off
+    reference = Reference(replace(setting, dtype="bfloat16"))
+    model = reference._model
+
+    def rounded(ids: Any, logits_to_keep: int) -> Any:
+        out = model(ids, logits_to_keep=logits_to_keep)
+        # Far beyond the rounding of bfloat16.
+        out.logits += torch.randn_like(out.logits) * out.logits.std()
+        return out
+
+    rounded.device = model.device  # type: ignore[attr-defined]
+    reference._model = rounded
+    if off:
+        with pytest.raises(WrongOutputError, match="token 2 of request 1"):
+            reference.judge(WORK, right)
+    else:
+        assert reference.judge(WORK, right).total == WORK.num_output_tokens
 
 
 def test_speedups_are_taken_repeat_by_repeat() -> None:
