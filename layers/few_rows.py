@@ -9,19 +9,18 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-# FBGEMM reads a weight with one thread here. Up to this many elements that is as fast as two
-# threads of oneDNN whose call alone takes 13 us, against 2 us; a larger one is left to all threads.
+# A copy in float16 is kept beside oneDNN's of weights of up to this many elements.
 _HALF_WEIGHT = 2**20
 # MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
 # 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
 _MKL_WEIGHT = 2**17
-# Rows up to which FBGEMM is ahead, times the threads of oneDNN: 32 rows of [1024, 256], [256, 768]
-# take 0.85 to 0.9 of the time of one thread, and whole steps against two threads are 1.19 times as
-# fast at 9 rows, 1.13 at 12, 1.08 at 16, the same at 20. [4096, 256] against two threads: the same
-# at 10, 0.97 at 16. 8 rows are ahead of two threads (0.59 to 0.94 of the time); more threads were
-# not measured.
-_ROWS_TIMES_THREADS, _ALWAYS_ROWS = 32, 8
-_LARGE_WEIGHT, _LARGE_ROWS_TIMES_THREADS = 2**19, 16
+# Rows up to which FBGEMM is ahead of oneDNN with one thread and with two, for every weight of the
+# shipped model: 0.75 to 0.95 of the time at 32 and at 48 rows, 0.83 to 1.0 at 64.
+_MOST_ROWS = 64
+# A call that FBGEMM divides over threads costs 12 us and their meeting, one by this thread alone 1.
+# Up to this many multiplications it is faster alone: [256, 256] up to 20 rows, [512, 256] up to
+# 12, [1536, 256] up to 6. (2^22 made whole runs slower.)
+_ALONE = 2**21
 
 
 class FewRows(ABC):
@@ -61,6 +60,8 @@ class MKLColumns(FewRows):
 class HalfWeight(FewRows):
     """A weight that float16 holds without loss, so that only half as many bytes are read.
 
+    A few rows are multiplied by the calling thread alone, more by all threads.
+
     Checkpoints are bfloat16 as a rule: 8 significant bits, of which float16 has 11, and its
     smaller range suffices if the weight is multiplied by a power of two first. FBGEMM makes
     float32 of it in registers and computes as with the float32 weight.
@@ -70,10 +71,9 @@ class HalfWeight(FewRows):
         scale: [K] float32 factors of the inputs; None for none.
     """
 
+    most_rows = _MOST_ROWS
+
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
-        large = weight.numel() > _LARGE_WEIGHT
-        limit = _LARGE_ROWS_TIMES_THREADS if large else _ROWS_TIMES_THREADS
-        self.most_rows = max(_ALWAYS_ROWS, limit // torch.get_num_threads())
         factor = _power_of_two(weight)
         # Powers of two lose nothing on the way back either.
         self._inverse = 1.0 / factor
@@ -85,26 +85,43 @@ class HalfWeight(FewRows):
             self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight * factor)
             self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
             self._multiply(weight[:1], self._packed, None)
+        shared = torch.get_num_threads() > 1
+        self._rows_alone = _ALONE // weight.numel() if shared else self.most_rows
+        if self._rows_alone < self.most_rows:
+            self._shared = torch.ops.quantized.linear_prepack_fp16(weight * factor, None)
+            self._multiply_shared = torch.ops.quantized.linear_dynamic_fp16
 
     @staticmethod
     def holds(weight: Tensor) -> bool:
         """Whether torch has what this takes, and no element is rounded."""
-        needed = ("fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation")
-        if "fbgemm" not in torch.backends.quantized.supported_engines:
+        needed = (
+            (torch, "fbgemm_pack_gemm_matrix_fp16"),
+            (torch, "fbgemm_linear_fp16_weight_fp32_activation"),
+            (torch.ops.quantized, "linear_prepack_fp16"),
+            (torch.ops.quantized, "linear_dynamic_fp16"),
+        )
+        if torch.backends.quantized.engine not in ("fbgemm", "x86"):
             return False
-        if not all(hasattr(torch, name) for name in needed):
+        if not all(hasattr(module, name) for module, name in needed):
             return False
         scaled = weight * _power_of_two(weight)
         half = scaled.half()
         return bool(half.isfinite().all()) and torch.equal(half.float(), scaled)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(x * self._scale, self._packed, None)
+        return self._times(x * self._scale)
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
         if isinstance(self._scale, Tensor):
             return super().added(x, residual)
-        return torch.add(residual, self._multiply(x, self._packed, None), alpha=self._inverse)
+        return torch.add(residual, self._times(x), alpha=self._inverse)
+
+    def _times(self, x: Tensor) -> Tensor:
+        """The product with the weight as it is held."""
+        if x.shape[0] <= self._rows_alone:
+            return self._multiply(x, self._packed, None)
+        shared: Tensor = self._multiply_shared(x, self._shared)
+        return shared
 
 
 def few_rows(weight: Tensor, scale: Tensor | None) -> FewRows | None:

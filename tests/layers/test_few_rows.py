@@ -87,16 +87,20 @@ def test_the_means_for_each_weight() -> None:
 
 
 @needs_fbgemm
-@pytest.mark.parametrize(("threads", "small", "large"), [(1, 32, 16), (2, 16, 8), (16, 8, 8)])
-def test_more_threads_and_large_weights_leave_fewer_rows(
-    monkeypatch: pytest.MonkeyPatch, threads: int, small: int, large: int
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 21, 22, 64])
+def test_one_thread_and_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, threads: int, rows: int
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert HalfWeight(_bfloat16(2048, 256), None).most_rows == small
-    assert HalfWeight(_bfloat16(2049, 256), None).most_rows == large
+    weight, x = _bfloat16(384, 256), _random(rows, 256, seed=1)
+    few = HalfWeight(weight, None)
+    assert few._rows_alone == (64 if threads == 1 else 21)
+    expected = (x.double() @ weight.double().t()).float()
+    torch.testing.assert_close(few(x), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 32, 33])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 64, 65])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_product_is_the_same_on_both_sides_of_its_limit(
