@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import mmap
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +42,30 @@ def test_pages_start_as_zeros_of_the_wanted_type() -> None:
     cache = KVCache(GEOMETRY, torch.bfloat16, CPU)
     assert cache.data.dtype == torch.bfloat16
     assert not cache.data.any()
+
+
+def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    cache = KVCache(GEOMETRY, torch.float32, CPU)
+    assert cache.data.shape == (3, 5, 16, 2, 2, 8)
+    assert not cache.data.any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts pages as Linux does")
+def test_the_memory_goes_with_the_cache() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    cache = KVCache(replace(GEOMETRY, num_blocks=20_000), torch.float32, CPU)
+    size = cache.data.nbytes
+    before = resident()
+    cache.data.fill_(1.0)
+    assert resident() - before > 0.9 * size
+    del cache
+    assert resident() - before < 0.1 * size
 
 
 def test_all_layers_of_a_block_are_copied() -> None:
