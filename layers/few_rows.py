@@ -9,8 +9,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-# A copy in float16 is kept beside oneDNN's of weights of up to this many elements.
-_HALF_WEIGHT = 2**20
+# Of weights of up to this many elements a copy in float16 is kept beside oneDNN's. Larger ones are
+# in float16 alone, for any number of rows, half the memory: [6144, 1024] takes 0.42 of oneDNN's
+# time at 1 row, 0.68 at 8, 0.99 at 32, 1.16 from 512 on; [1024, 3072] 0.44, 0.70, 1.07 and 1.08.
+_HALF_BESIDE = 2**20
 # MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
 # 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
 _MKL_WEIGHT = 2**17
@@ -21,16 +23,18 @@ _MOST_ROWS = 64
 # Up to this many multiplications it is faster alone: [256, 256] up to 20 rows, [512, 256] up to
 # 12, [1536, 256] up to 6. (2^22 made whole runs slower.)
 _ALONE = 2**21
+# Elements that are packed at once. Packing takes 10 ns an element, 40 from 2^25 elements on.
+_PACKED_AT_ONCE = 2**23
 
 
 class FewRows(ABC):
     """x W^T for up to `most_rows` rows of x.
 
     Attributes:
-        most_rows: from one more on, oneDNN's layout is faster.
+        most_rows: from one more on, oneDNN's layout is needed. Infinite where it never is.
     """
 
-    most_rows: int
+    most_rows: float
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,24 +75,28 @@ class HalfWeight(FewRows):
         scale: [K] float32 factors of the inputs; None for none.
     """
 
-    most_rows = _MOST_ROWS
-
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
         factor = _power_of_two(weight)
+        self.most_rows, self._rows_alone = math.inf, 0
+        if weight.numel() <= _HALF_BESIDE:
+            shared = torch.get_num_threads() > 1
+            self.most_rows = _MOST_ROWS
+            self._rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
         # Powers of two lose nothing on the way back either.
         self._inverse = 1.0 / factor
         self._scale: Tensor | float = self._inverse if scale is None else scale * self._inverse
-        with warnings.catch_warnings():
-            # Packing and the first product warn, once per process, that they will be removed;
-            # without them `holds` is False.
-            warnings.simplefilter("ignore")
-            self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight * factor)
-            self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
-            self._multiply(weight[:1], self._packed, None)
-        shared = torch.get_num_threads() > 1
-        self._rows_alone = _ALONE // weight.numel() if shared else self.most_rows
+        scaled = weight * factor
+        if self._rows_alone:
+            with warnings.catch_warnings():
+                # Packing and the first product warn, once per process, that they will be removed;
+                # without them `holds` is False.
+                warnings.simplefilter("ignore")
+                self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
+                self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
+                self._multiply(weight[:1], self._packed, None)
         if self._rows_alone < self.most_rows:
-            self._shared = torch.ops.quantized.linear_prepack_fp16(weight * factor, None)
+            pack, rows = torch.ops.quantized.linear_prepack_fp16, _PACKED_AT_ONCE // weight.shape[1]
+            self._shared = [pack(part, None) for part in torch.split(scaled, max(1, rows))]
             self._multiply_shared = torch.ops.quantized.linear_dynamic_fp16
 
     @staticmethod
@@ -104,9 +112,13 @@ class HalfWeight(FewRows):
             return False
         if not all(hasattr(module, name) for module, name in needed):
             return False
-        scaled = weight * _power_of_two(weight)
-        half = scaled.half()
-        return bool(half.isfinite().all()) and torch.equal(half.float(), scaled)
+        factor = _power_of_two(weight)
+        # In parts, without three copies of a large weight.
+        scaled = (part * factor for part in torch.split(weight, 4096))
+        return all(
+            bool(part.isfinite().all()) and torch.equal(part.half().float(), part)
+            for part in scaled
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._times(x * self._scale)
@@ -120,13 +132,13 @@ class HalfWeight(FewRows):
         """The product with the weight as it is held."""
         if x.shape[0] <= self._rows_alone:
             return self._multiply(x, self._packed, None)
-        shared: Tensor = self._multiply_shared(x, self._shared)
-        return shared
+        parts: list[Tensor] = [self._multiply_shared(x, part) for part in self._shared]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def few_rows(weight: Tensor, scale: Tensor | None) -> FewRows | None:
     """The fastest means for a float32 weight [N, K] and factors of its inputs; None: oneDNN is."""
-    if weight.numel() <= _HALF_WEIGHT and HalfWeight.holds(weight):
+    if HalfWeight.holds(weight):
         return HalfWeight(weight, scale)
     if weight.numel() <= _MKL_WEIGHT:
         return MKLColumns(weight if scale is None else weight * scale)
@@ -135,6 +147,6 @@ def few_rows(weight: Tensor, scale: Tensor | None) -> FewRows | None:
 
 def _power_of_two(weight: Tensor) -> float:
     """The factor that brings the largest element to between 2^14 and 2^15."""
-    largest = float(weight.abs().max())
+    largest = max(float(-weight.min()), float(weight.max()))
     # Beyond 100 nothing is that small, and the factor would leave float32.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

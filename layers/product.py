@@ -6,6 +6,8 @@ decided here, by the weight's device and the number of tokens.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +85,8 @@ class Product:
 class PackedProduct(Product):
     """In oneDNN's blocked layout, for float32 on a CPU; a few rows by faster means if there are.
 
+    Large weights are in float16 alone if that holds them without loss.
+
     Args:
         norm: the norm of the inputs, if there is one: its weight is folded into this one, and
             `normed` and `gated` expect that norm alone.
@@ -92,8 +96,11 @@ class PackedProduct(Product):
         super().__init__(weight, bias)
         scale = None if norm is None else norm.take_scale()
         self._few = few_rows(weight, scale)
-        folded = weight if scale is None else weight * scale
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
+        if self._few is not None and self._few.most_rows == math.inf:
+            self._weight = weight.new_empty(0)
+        else:
+            folded = weight if scale is None else weight * scale
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_products_and_sums(kind: str) -> None:
     few: FewRows = MKLColumns(weight)
     if kind != "mkl":
         few = HalfWeight(weight, scale if kind == "half scaled" else None)
-    rows = few.most_rows
+    rows = int(few.most_rows)
     x, residual = _random(rows, 24, seed=2), _random(rows, 40, seed=3)
     before = residual.clone()
     factors = scale if kind == "half scaled" else torch.ones(24)
@@ -81,7 +82,8 @@ def test_products_and_sums(kind: str) -> None:
 def test_the_means_for_each_weight() -> None:
     assert isinstance(few_rows(_bfloat16(256, 256), None), HalfWeight)
     assert isinstance(few_rows(_bfloat16(4096, 256), None), HalfWeight)
-    assert few_rows(_bfloat16(4096, 257), None) is None
+    assert few_rows(_bfloat16(4096, 256), None).most_rows == 64  # type: ignore[union-attr]
+    assert few_rows(_bfloat16(4096, 257), None).most_rows == math.inf  # type: ignore[union-attr]
     assert isinstance(few_rows(_random(256, 256), None), MKLColumns)
     assert few_rows(_random(513, 256), None) is None
 
@@ -98,6 +100,28 @@ def test_one_thread_and_all_of_them(
     assert few._rows_alone == (64 if threads == 1 else 21)
     expected = (x.double() @ weight.double().t()).float()
     torch.testing.assert_close(few(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize(("threads", "packed_at_once"), [(1, 2**23), (2, 2**23), (2, 2**19)])
+def test_a_large_weight_is_held_in_float16_alone(
+    monkeypatch: pytest.MonkeyPatch, threads: int, packed_at_once: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("layers.few_rows._PACKED_AT_ONCE", packed_at_once)
+    norm = RMSNorm(1030, EPS, parallel=ParallelContext(), dtype=torch.float32, device=CPU)
+    norm.weight.copy_(_random(1030, seed=2))
+    scale = norm.weight.clone()
+    norm.finish()
+    weight = _bfloat16(2100, 1030)
+    product = make_product(weight, None, norm)
+    assert not product._weight.numel()
+    for rows in (1, 65, 300):
+        x = _random(rows, 1030, seed=rows)
+        expected = rms_norm(x, scale, EPS).double() @ weight.double().t()
+        torch.testing.assert_close(
+            product.normed(x, None, norm)[0], expected.float(), rtol=1e-5, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 64, 65])
