@@ -69,6 +69,14 @@ def _shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if not name.startswith(("sem.", "torch_"))}
 
 
+@pytest.fixture
+def _interrupts() -> Iterator[None]:
+    """Where tests run in the background of a shell, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     before = _shared_memory(), set(os.listdir("/proc/self/fd"))
@@ -106,6 +114,7 @@ class TestSteps:
         with pytest.raises(EngineClosedError):
             runner.execute(_plan(7))
 
+    @pytest.mark.usefixtures("_interrupts")
     def test_an_interrupted_wait_can_be_taken_up_again(self) -> None:
         runner = _runner(FakeRank(step_seconds=0.8))
         handles = [runner.execute(_plan(i)) for i in range(2)]
@@ -240,12 +249,15 @@ def test_parts_that_cannot_be_sent_are_refused() -> None:
 
 
 SCRIPT = """
+import signal
 import sys
 from config import Config
 from engine.processes import Workers
 from engine.types import StepPlan
 from tests.engine.fake_ranks import FakeRank, Trouble
 
+# As in the fixture above.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 phase = sys.argv[1]
 if phase == "load":
     import subprocess
@@ -287,6 +299,9 @@ def test_workers_end_with_their_parent(phase: str, how: signal.Signals) -> None:
         time.sleep(0.3)  # into the phase
         assert all(map(_alive, pids))
         parent.send_signal(how)
-        with _soon():
-            parent.wait(LIMIT)
+        try:
+            with _soon():
+                parent.wait(LIMIT)
+        finally:
+            parent.kill()
         _assert_all_end(pids)
