@@ -4,7 +4,13 @@ from typing import Any
 
 
 def patch_interpreter() -> None:
-    """Triton 3.6 passes one-element arrays to int(), which numpy 2.4 refuses."""
+    """One-element arrays as integers, and a language that is patched once for a kernel."""
+    _take_one_element_arrays()
+    _patch_language_once()
+
+
+def _take_one_element_arrays() -> None:
+    """Triton 3.6 passes them to int(), which numpy 2.4 refuses."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -14,6 +20,23 @@ def patch_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def _patch_language_once() -> None:
+    """Triton does it at every call inside a kernel too: half of the time of our tests."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_new(fn: Any) -> Any:
+        names = fn.__globals__.values()
+        seen = [lang for lang in (tl, tl.core) if any(value is lang for value in names)]
+        if any(tl.core.is_builtin(lang.load) for lang in seen):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_new
 
 
 def load_whole_values() -> None:
