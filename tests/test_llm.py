@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import shutil
 import sys
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -713,7 +715,7 @@ class _Interrupt:
         root = Path(__file__).parents[1] / "engine"
         self._files = {str(root / f"{name}.py") for name in self.FILES}
         self._line = line
-        self.num_lines = 0
+        self.lines: list[tuple[str, int]] = []
         self.where = ""
 
     def generate(self, llm: LLM) -> None:
@@ -737,10 +739,10 @@ class _Interrupt:
 
     def _count(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
-            self.num_lines += 1
-            if self.num_lines == self._line:
+            self.lines.append((frame.f_code.co_name, frame.f_lineno))
+            if len(self.lines) == self._line:
                 sys.settrace(None)
-                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}"
+                self.where = f"{frame.f_code.co_name}:{frame.f_lineno}, the {self._line}th"
                 raise KeyboardInterrupt
         return self._count
 
@@ -754,11 +756,14 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_the_engine_usable(
         expected = _generate(llm, PROMPTS[:2])
         dry_run = _Interrupt(line=-1)
         dry_run.generate(llm)
-    assert dry_run.num_lines > 200
+    moments = defaultdict(list)
+    for number, place in enumerate(dry_run.lines, 1):
+        moments[place].append(number)
+    assert len(moments) > 150
     broken = set()
     llm = _small_llm(small, pipeline_depth=depth)
-    # A stride that meets every kind of line at one step or another.
-    for line in range(1, dry_run.num_lines, 7):
+    # Every line once, at one step or another.
+    for line in map(random.choice, moments.values()):
         interrupt = _Interrupt(line)
         try:
             with pytest.raises(KeyboardInterrupt):

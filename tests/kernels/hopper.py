@@ -1,8 +1,8 @@
 """Compiles the kernels for compute capability 9.0 on a machine without a GPU.
 
-`python -m tests.kernels.hopper` calls the launchers on CPU tensors, with a driver that stands in
-for a GPU's, and has every launch compile instead. A line for each kernel tells its registers and
-its bytes of stack: registers that were spilled, which cost time on every call.
+`python -m tests.kernels.hopper [part ...]` calls the launchers on CPU tensors, with a driver that
+stands in for a GPU's, and has every launch compile instead. A line for each kernel tells its
+registers and its bytes of stack: registers that were spilled, which cost time on every call.
 """
 
 import os
@@ -151,4 +151,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         stand_in()
-        PARTS[sys.argv[1]]()
+        for part in sys.argv[1:] or PARTS:
+            PARTS[part]()

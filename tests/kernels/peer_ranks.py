@@ -1,9 +1,12 @@
-"""One rank of an exchange through memory that processes share.
+"""The ranks of an exchange through memory that processes share.
 
-Run with TRITON_INTERPRET=1.
+`python -m tests.kernels.peer_ranks file size dtype` with TRITON_INTERPRET=1.
 """
 
+import multiprocessing
 import sys
+import time
+from multiprocessing.connection import wait
 
 import torch
 
@@ -12,15 +15,34 @@ from tests.kernels.interpreter import load_whole_values, patch_interpreter
 from tests.kernels.peer_checks import PeerChecks
 
 ROWS, WIDTH = 6, 48
+_SECONDS = 180.0
 
 
-def main(path: str, rank: int, size: int, dtype: torch.dtype) -> None:
+def main(path: str, size: int, dtype: torch.dtype) -> int:
+    """The exit status: whether all ranks ended, and well, in time."""
     patch_interpreter()
     load_whole_values()
+    # Forked, since to import torch takes longer than all else here.
+    make = multiprocessing.get_context("fork").Process
+    ranks = [make(target=exchange, args=(path, i, size, dtype), daemon=True) for i in range(size)]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + _SECONDS
+    # One that fails leaves the others waiting.
+    while not any(rank.exitcode for rank in ranks) and time.monotonic() < deadline:
+        running = [rank.sentinel for rank in ranks if rank.is_alive()]
+        if not running:
+            return 0
+        wait(running, deadline - time.monotonic())
+    return 1
+
+
+def exchange(path: str, rank: int, size: int, dtype: torch.dtype) -> None:
+    """What one rank does."""
     count = PeerExchange.num_words(size, ROWS, WIDTH)
     memory = torch.from_file(path, shared=True, size=size * count, dtype=torch.int64)
     device = torch.device("cpu")
-    exchange = PeerExchange(
+    peers = PeerExchange(
         rank,
         [memory[i * count :].data_ptr() for i in range(size)],
         rows=ROWS,
@@ -33,9 +55,8 @@ def main(path: str, rank: int, size: int, dtype: torch.dtype) -> None:
     )
     # The interpreter cuts bf16 off instead of rounding.
     exact = dtype == torch.float16
-    PeerChecks(exchange, rank, size, ROWS, WIDTH, dtype, device, exact).run(16, seed=7)
-    sys.stdout.write("exchanged\n")
+    PeerChecks(peers, rank, size, ROWS, WIDTH, dtype, device, exact).run(16, seed=7)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])))

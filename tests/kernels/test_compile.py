@@ -13,11 +13,10 @@ MOST_STACK = 96
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("part", ["rows", "sampling", "products", "attention"])
-def test_kernels_compile_without_spills(part: str) -> None:
+def test_kernels_compile_without_spills() -> None:
     """In a process of its own, whose driver stands in for a GPU's."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.hopper", part],
+        [sys.executable, "-m", "tests.kernels.hopper"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
