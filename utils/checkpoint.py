@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from config import Config
@@ -36,10 +36,17 @@ class Checkpoint:
     hf_config: Any
     eos_token_ids: frozenset[int]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: its configuration is of transformers' base class."""
+        return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
+
     def load_tokenizer(self) -> Any | None:
         """The tokenizer, or None if the folder has none (prompts must then be token ids)."""
         if not any((self.path / name).exists() for name in TOKENIZER_FILES):
             return None
+        # With it comes more of transformers and torch than with all else.
+        from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(self.path)
         # It raises many unrelated types, Exception itself among them.
@@ -63,6 +70,12 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: rope_parameters has factor={factor!r}")
             limit = max(limit, int(original * factor))
         return limit
+
+
+def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
+    # A model's own class writes its documentation when it is imported, and with it come
+    # transformers' generation and torch's compiler: 1.4 s, as long as importing torch.
+    return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
 def open_checkpoint(model: str) -> Checkpoint:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,9 @@ import pytest
 import torch
 
 from config import Config
+from engine.model_runner import find_architecture
+from layers.rotary_embedding import rotary_table
+from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint, resolve
 from utils.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 
@@ -39,6 +45,42 @@ def test_a_folder_is_opened(tmp_path: Path) -> None:
     checkpoint = _open(tmp_path)
     assert checkpoint.path == tmp_path
     assert checkpoint.hf_config.vocab_size == 100
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_another_process_it_describes_the_same_model(
+    checkpoints: Checkpoints, name: str
+) -> None:
+    ours = open_checkpoint(str(checkpoints[name]))
+    theirs = pickle.loads(pickle.dumps(ours))
+    assert (theirs.path, theirs.eos_token_ids) == (ours.path, ours.eos_token_ids)
+    assert theirs.max_position == ours.max_position
+    architecture = find_architecture(ours)
+    assert find_architecture(theirs) is architecture
+    shape = architecture.model_shape(ours.hf_config)
+    assert architecture.model_shape(theirs.hf_config) == shape
+    for length in (16, ours.max_position):
+        tables = [
+            rotary_table(one.hf_config, shape.head_dim, length, torch.device("cpu"))
+            for one in (ours, theirs)
+        ]
+        assert torch.equal(*tables)
+
+
+def test_another_process_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    """What a rank of several imports: seconds of its start."""
+    code = (
+        "import pickle, sys, engine.collectives; pickle.load(sys.stdin.buffer);"
+        "print({'torch._dynamo', 'sympy', 'transformers.generation.utils'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps(_open(tmp_path)),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"set()\n"
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
