@@ -17,6 +17,7 @@ from utils.errors import EngineClosedError, RequestError
 from utils.progress import Progress
 from utils.prompts import Prompt, Prompts, params_per_prompt, templated, tokenized
 from utils.text import TextReader, decoder
+from utils.tokenizer import load_tokenizer
 
 __all__ = ["LLM", "SamplingParams"]
 
@@ -45,7 +46,7 @@ class LLM:
         self._first_of: dict[int, int] = {}
         self._ended: list[list[Sequence]] = []
         try:
-            self._tokenizer = self._engine.checkpoint.load_tokenizer()
+            self._tokenizer = load_tokenizer(self._engine.checkpoint.path)
             self._decode = decoder(self._tokenizer)
         except BaseException:
             self._engine.close()

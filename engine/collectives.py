@@ -145,7 +145,9 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
     rows = max(1, _PEER_BYTES // (width * dtype.itemsize))
     count = PeerExchange.num_words(context.size, rows, width)
-    memory = symmetric.empty(count, dtype=torch.int64, device=device)
+    # As symmetric.empty, which imports sympy to find the stride: 2 s of a start of 8.
+    allocate = symmetric._SymmetricMemory.empty_strided_p2p  # type: ignore[attr-defined]
+    memory = allocate((count,), (1,), torch.int64, device)
     PeerExchange.empty(memory, context.size, rows)
     mapping = symmetric.rendezvous(memory, context.group)
     torch.cuda.synchronize(device)

@@ -18,7 +18,6 @@ from utils.errors import (
     ConfigError,
     UnsupportedModelError,
 )
-from utils.text import TOKENIZER_FILES
 
 _DEFAULT_MAX_MODEL_LEN = 4096
 
@@ -39,19 +38,6 @@ class Checkpoint:
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process: its configuration is of transformers' base class."""
         return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
-
-    def load_tokenizer(self) -> Any | None:
-        """The tokenizer, or None if the folder has none (prompts must then be token ids)."""
-        if not any((self.path / name).exists() for name in TOKENIZER_FILES):
-            return None
-        # With it comes more of transformers and torch than with all else.
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        # It raises many unrelated types, Exception itself among them.
-        except Exception as error:
-            raise CheckpointError(f"the tokenizer in {self.path} is unusable: {error}") from error
 
     @property
     def max_position(self) -> int:
@@ -74,7 +60,7 @@ class Checkpoint:
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
     # A model's own class writes its documentation when it is imported, and with it come
-    # transformers' generation and torch's compiler: 1.4 s, as long as importing torch.
+    # transformers' generation and torch's compiler: 1.4 s, as long as importing torch takes.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 

@@ -9,9 +9,6 @@ from typing import Any
 # Token ids -> text without special tokens.
 Decode = Callable[[list[int]], str]
 
-# A checkpoint folder with one of these has a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-
 # What bytes become that are no character, or not yet.
 _REPLACEMENT = "\ufffd"
 

@@ -16,6 +16,7 @@ from layers.rotary_embedding import rotary_table
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint, resolve
 from utils.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from utils.tokenizer import load_tokenizer
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -84,7 +85,7 @@ def test_another_process_imports_no_more_than_it_needs(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
-    assert _open(tmp_path).load_tokenizer() is None
+    assert load_tokenizer(tmp_path) is None
 
 
 def test_the_home_folder_may_be_abbreviated(
@@ -274,7 +275,7 @@ def test_an_unusable_tokenizer_is_named(tmp_path: Path, name: str, text: str) ->
     checkpoint = _open(tmp_path)
     (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=r"tokenizer in .* is unusable"):
-        checkpoint.load_tokenizer()
+        load_tokenizer(checkpoint.path)
 
 
 def test_a_model_of_several_parts_is_left_to_the_models(tmp_path: Path) -> None:
