@@ -10,9 +10,6 @@ MODEL ?=
 # torch from the default index brings gigabytes of CUDA libraries. Without an NVIDIA driver, the
 # CPU wheels are taken instead if their index can be reached.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
-# Compiling every module that is installed takes half of the time (58 s, 28 without); what is imported
-# is compiled then.
-PIP_INSTALL := $(VENV)/bin/pip install -q --no-compile
 
 .PHONY: demo test lint types unit-parts unit-rest unit-fuzz fuzz mutants bench clean
 
@@ -55,13 +52,13 @@ $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	@if ! command -v nvidia-smi >/dev/null && curl -fsI --max-time 5 $(CPU_WHEELS)/torch/ >/dev/null 2>&1; then \
 		echo "no NVIDIA driver: taking CPU wheels of torch from $(CPU_WHEELS)"; \
-		$(PIP_INSTALL) --index-url $(CPU_WHEELS) "$$(grep '^torch' requirements.txt)"; \
+		$(BIN)/pip install -q --index-url $(CPU_WHEELS) "$$(grep '^torch' requirements.txt)"; \
 	fi
-	$(PIP_INSTALL) -r requirements.txt
+	$(BIN)/pip install -q -r requirements.txt
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
-	$(PIP_INSTALL) -r requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
 	@touch $@
 
 clean:
