@@ -20,6 +20,7 @@ from engine.worker import LostPeerError, Rank
 from layers.kernels.launch import dependent_launch, fused
 from layers.parallel import ParallelContext
 from utils.checkpoint import Checkpoint
+from utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from layers.kernels.peer import PeerExchange
@@ -83,15 +84,23 @@ def gloo_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def nccl_context(index: int, size: int, store: Any) -> GroupContext:
-    """A rank on the current CUDA device."""
-    dist.init_process_group(
-        "nccl",
-        store=store,
-        rank=index,
-        world_size=size,
-        timeout=_TIMEOUT,
-        device_id=torch.device("cuda", torch.cuda.current_device()),
-    )
+    """A rank on the current CUDA device.
+
+    Raises:
+        ConfigError: NCCL does not connect the devices.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    about: Any = {"rank": index, "world_size": size, "timeout": _TIMEOUT, "device_id": device}
+    try:
+        dist.init_process_group("nccl", store=store, **about)
+    except dist.DistBackendError as error:
+        # If another rank has ended, that one's report counts.
+        raise ConfigError(
+            "tensor_parallel_size",
+            size,
+            f"NCCL does not connect these devices ({error})",
+            "Choose others by CUDA_VISIBLE_DEVICES, or use 1.",
+        ) from LostPeerError(str(error))
     return GroupContext(index, size, group=dist.group.WORLD)
 
 
