@@ -32,9 +32,9 @@ def main(path: str, size: int, dtype: torch.dtype) -> int:
     while not any(rank.exitcode for rank in ranks) and time.monotonic() < deadline:
         running = [rank.sentinel for rank in ranks if rank.is_alive()]
         if not running:
-            return 0
+            break
         wait(running, deadline - time.monotonic())
-    return 1
+    return int(any(rank.exitcode != 0 for rank in ranks))
 
 
 def exchange(path: str, rank: int, size: int, dtype: torch.dtype) -> None:
