@@ -38,7 +38,7 @@ runs. A workload that fails costs no other its figures; the exit code is then 1.
 Every engine runs in a process of its own. On a CPU they take turns; on CUDA each has the device
 to itself, and its rates are printed before the next one starts. There the run also measures the
 machine's read bandwidth and matmul rate and prints the fraction of the workload's roofline that
-was reached (utils/roofline.py).
+was reached (benchmarks/roofline.py).
 """
 
 from __future__ import annotations
@@ -56,32 +56,32 @@ from typing import Any
 
 import torch
 
-from utils.bench.compare import Contender, figures_of
-from utils.bench.engines import Setting
-from utils.bench.environment import environment
-from utils.bench.limits import Limits
-from utils.bench.options import parse_args
-from utils.bench.processes import EngineFailedError
-from utils.bench.profile import profile, tables
-from utils.bench.reference import WrongOutputError
-from utils.bench.report import write_report
-from utils.bench.run import fitting, installed, run_comparison, run_variants, setting_of
-from utils.bench.startup import startup_seconds
-from utils.bench.variants import VARIANTS
-from utils.bench.words import (
+from benchmarks.compare import Contender, figures_of
+from benchmarks.engines import Setting
+from benchmarks.environment import environment
+from benchmarks.kernel_speed import measure_kernels
+from benchmarks.limits import Limits
+from benchmarks.options import parse_args
+from benchmarks.overlap import draw, measure_overlap
+from benchmarks.processes import EngineFailedError
+from benchmarks.profile import profile, tables
+from benchmarks.random_weights import SHAPES, make_checkpoint
+from benchmarks.reference import WrongOutputError
+from benchmarks.report import write_report
+from benchmarks.roofline import measure_ceilings
+from benchmarks.run import fitting, installed, run_comparison, run_variants, setting_of
+from benchmarks.scheduling_cost import measure_scheduling
+from benchmarks.startup import startup_seconds
+from benchmarks.variants import VARIANTS
+from benchmarks.words import (
     describe_ceilings,
     describe_kernel,
     describe_overlap,
     describe_startup,
 )
-from utils.bench.workloads import NAMES, Workload, check_workload, works_of
+from benchmarks.workloads import NAMES, Workload, check_workload, works_of
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import AllmosError
-from utils.kernel_speed import measure_kernels
-from utils.overlap import draw, measure_overlap
-from utils.random_weights import SHAPES, make_checkpoint
-from utils.roofline import measure_ceilings
-from utils.scheduling_cost import measure_scheduling
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "qwen3-tiny-python"
 

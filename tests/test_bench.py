@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 import bench
+from benchmarks import compare, run
+from benchmarks.engines import Setting, Tokens
+from benchmarks.processes import Ran
+from benchmarks.reference import Agreement
+from benchmarks.workloads import Workload, check_workload, works_of
 from tests.checkpoints import MAX_POSITION, Checkpoints
-from utils.bench import compare, run
-from utils.bench.engines import Setting, Tokens
-from utils.bench.processes import Ran
-from utils.bench.reference import Agreement
-from utils.bench.workloads import Workload, check_workload, works_of
 
 
 class _Process:
@@ -108,7 +108,7 @@ def test_a_part_that_fails_costs_no_other_its_figures(
         raise RuntimeError("a planned failure")
 
     monkeypatch.setattr(bench, "measure_scheduling", measure_scheduling)
-    monkeypatch.setattr("utils.bench.startup._READY", "import sys; sys.exit('no device')")
+    monkeypatch.setattr("benchmarks.startup._READY", "import sys; sys.exit('no device')")
     file = tmp_path / "out.json"
     names = ("scheduler", "small", "startup")
     with pytest.raises(SystemExit) as error:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import timeline
 from engine.scheduler import ContinuousScheduler
 from memory.prefix_cache import PrefixCacheManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 from tests.contracts.scheduler import SchedulerContract
-from utils import timeline
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scheduling.md").read_text()
 

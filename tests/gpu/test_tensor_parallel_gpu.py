@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.collective_cost import all_reduce_seconds
 from config import Config
 from engine.collectives import PeerContext, join_ranks, local_rank
 from engine.tensor_parallel import TensorParallelRunner
@@ -21,7 +22,6 @@ from engine.worker import Rank
 from llm import LLM, SamplingParams
 from tests.gpu.test_engine_gpu import SMALL, TIE, TINY, greedy, random_prompts, worst_gap
 from tests.kernels.peer_checks import PeerChecks
-from utils.collective_cost import all_reduce_seconds
 from utils.errors import ConfigError, WorkerDiedError
 
 pytestmark = [

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.engines import Setting, Tokens, llm_options
+from benchmarks.reference import Agreement, Reference, WrongOutputError
+from benchmarks.tokenizer import with_tokenizer
+from benchmarks.workloads import Workload, check_workload, random_workload, seeds_workload
 from llm import LLM
 from memory.sizing import release_device
-from utils.bench.engines import Setting, Tokens, llm_options
-from utils.bench.reference import Agreement, Reference, WrongOutputError
-from utils.bench.tokenizer import with_tokenizer
-from utils.bench.workloads import Workload, check_workload, random_workload, seeds_workload
 from utils.checkpoint import open_checkpoint
 from utils.text import decoder
 

@@ -8,9 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recording import Recorder, recorded_llm
+from benchmarks.spans import Span
 from llm import SamplingParams
-from utils.bench.recording import Recorder, recorded_llm
-from utils.bench.spans import Span
 
 HOST_PHASES = ("plan", "launch", "commit")
 

@@ -17,13 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from utils.bench.latency import Latency
-from utils.bench.spans import Span
-from utils.bench.tokenizer import with_tokenizer
-from utils.bench.workloads import Workload
+from benchmarks.latency import Latency
+from benchmarks.spans import Span
+from benchmarks.tokenizer import with_tokenizer
+from benchmarks.workloads import Workload
 
 if TYPE_CHECKING:
-    from utils.bench.recording import Recorder
+    from benchmarks.recording import Recorder
 
 Tokens = list[list[int]]
 
@@ -143,7 +143,7 @@ class Ours(Engine):
         return [Latency(*(metrics[name] for name in names)) for metrics in self._metrics]
 
     def trace(self, work: Workload) -> Trace | None:
-        from utils.bench.recording import Recorder, recorded_llm
+        from benchmarks.recording import Recorder, recorded_llm
 
         if self._recorder is None:
             self._llm.close()
@@ -350,7 +350,7 @@ def _kv_bytes_per_token(setting: Setting) -> int:
     import torch
     import transformers
 
-    from utils.roofline import ModelCosts
+    from benchmarks.roofline import ModelCosts
 
     config = transformers.AutoConfig.from_pretrained(setting.model)
     return ModelCosts.of(config, getattr(torch, setting.dtype).itemsize).kv_bytes

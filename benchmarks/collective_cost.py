@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.roofline import median_seconds
 from config import Config
 from engine.collectives import join_ranks
 from engine.processes import Workers
 from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
 from engine.worker import Rank
-from utils.roofline import median_seconds
 
 _REPEATS = 100
 

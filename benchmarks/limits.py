@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.collective_cost import all_reduce_seconds
+from benchmarks.compare import Contender
+from benchmarks.engines import Setting
+from benchmarks.roofline import ModelCosts, fastest_seconds, measure_ceilings
+from benchmarks.workloads import Workload
 from config import Config
-from utils.bench.compare import Contender
-from utils.bench.engines import Setting
-from utils.bench.workloads import Workload
 from utils.checkpoint import open_checkpoint, resolve
-from utils.collective_cost import all_reduce_seconds
-from utils.roofline import ModelCosts, fastest_seconds, measure_ceilings
 
 
 class Limits:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.compare import Contender
+from benchmarks.engines import ENGINES, Ours
+from benchmarks.random_weights import SHAPES
+from benchmarks.reference import TOLERANCE
+from benchmarks.variants import VARIANTS
+from benchmarks.workloads import NAMES
 from config import Config
-from utils.bench.compare import Contender
-from utils.bench.engines import ENGINES, Ours
-from utils.bench.reference import TOLERANCE
-from utils.bench.variants import VARIANTS
-from utils.bench.workloads import NAMES
 from utils.errors import ConfigError
-from utils.random_weights import SHAPES
 
 # Workloads of this engine's parts, which need no comparison.
 ALONE = (*VARIANTS, "startup", "kernels", "overlap", "scheduler")

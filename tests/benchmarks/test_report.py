@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from utils.bench.compare import Contender, Measured, Row
-from utils.bench.engines import Trace
-from utils.bench.reference import Agreement
-from utils.bench.report import CAPTIONS, write_report
-from utils.bench.spans import Span
+from benchmarks.compare import Contender, Measured, Row
+from benchmarks.engines import Trace
+from benchmarks.reference import Agreement
+from benchmarks.report import CAPTIONS, write_report
+from benchmarks.spans import Span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,7 +113,7 @@ def test_figures_are_written_before_the_plots(
     def fail(*args: Any) -> None:
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr("utils.bench.plots.draw_plots", fail)
+    monkeypatch.setattr("benchmarks.plots.draw_plots", fail)
     with pytest.raises(ImportError):
         write_report(tmp_path, {}, [_engine("vllm", None)], [Row("w", "vllm", 3, [1.0])])
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import scheduling_cost
+from benchmarks.scheduling_cost import Load
 from config import Config
 from engine.policies.base import QueuePolicy
 from engine.policies.queue import FirstCome
 from engine.sequence import Sequence
-from utils import scheduling_cost
 from utils.registry import parts_in
-from utils.scheduling_cost import Load
 
 
 class Scanning(FirstCome):

@@ -12,9 +12,9 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from utils.bench.compare import Row
-from utils.bench.engines import Trace
-from utils.bench.spans import Span
+from benchmarks.compare import Row
+from benchmarks.engines import Trace
+from benchmarks.spans import Span
 from utils.percentile import percentile
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")

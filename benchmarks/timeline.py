@@ -1,4 +1,4 @@
-"""Draws what each step computes: python -m utils.timeline, on a fake runner."""
+"""Draws what each step computes: python -m benchmarks.timeline, on a fake runner."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.roofline import Ceilings
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
 from layers.layernorm import RMSNorm
@@ -21,7 +22,6 @@ from layers.parallel import ParallelContext
 from layers.product import Product, make_product
 from memory.kv_cache import KVLayer
 from utils.registry import parts_in
-from utils.roofline import Ceilings
 
 _PAGE = 256
 # Greatest relative error of a product or an attention in bfloat16, as a ratio of norms.
@@ -47,7 +47,7 @@ def measure_kernels(
     """Decode attention, prefill attention (all backends that work here) and the linears.
 
     Args:
-        hf_config: of the model, as in `utils.random_weights.SHAPES`.
+        hf_config: of the model, as in `benchmarks.random_weights.SHAPES`.
 
     Raises:
         RuntimeError: a kernel's output differs from its reference.

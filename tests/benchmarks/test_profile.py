@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import bench
+from benchmarks.profile import Profile, Share, profile, shares, tables
+from benchmarks.spans import Span
+from benchmarks.workloads import Workload, random_workload
 from tests.checkpoints import Checkpoints
-from utils.bench.profile import Profile, Share, profile, shares, tables
-from utils.bench.spans import Span
-from utils.bench.workloads import Workload, random_workload
 
 
 def test_a_phase_does_not_count_what_is_inside_it() -> None:

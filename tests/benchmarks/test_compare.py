@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import bench
+from benchmarks import compare
+from benchmarks.compare import Contender, Measured, Row, judge, measure_engines, rows_of
+from benchmarks.engines import VLLM, Setting, Trace, Transformers
+from benchmarks.processes import EngineFailedError, EngineProcess, Ran, peak_host_bytes
+from benchmarks.reference import Agreement, Reference, WrongOutputError
+from benchmarks.report import write_report
+from benchmarks.spans import Span
+from benchmarks.words import describe_engine, describe_row
+from benchmarks.workloads import Workload, random_workload
 from tests.checkpoints import Checkpoints
-from utils.bench import compare
-from utils.bench.compare import Contender, Measured, Row, judge, measure_engines, rows_of
-from utils.bench.engines import VLLM, Setting, Trace, Transformers
-from utils.bench.processes import EngineFailedError, EngineProcess, Ran, peak_host_bytes
-from utils.bench.reference import Agreement, Reference, WrongOutputError
-from utils.bench.report import write_report
-from utils.bench.spans import Span
-from utils.bench.words import describe_engine, describe_row
-from utils.bench.workloads import Workload, random_workload
 
 WORK = random_workload("w", 3, (4, 9), (3, 6), 200, checked=True)
 
@@ -73,7 +73,7 @@ def test_a_process_that_fails_says_why(setting: Setting) -> None:
 
 
 def test_a_process_that_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.bench.processes._SERVE", "import os; os._exit(7)")
+    monkeypatch.setattr("benchmarks.processes._SERVE", "import os; os._exit(7)")
     with pytest.raises(EngineFailedError, match="ended with exit code 7"):
         EngineProcess("ours", Setting("", "float32", "cpu", 256))
 

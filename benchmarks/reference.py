@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.bench.engines import Setting, Tokens
-from utils.bench.workloads import Workload
+from benchmarks.engines import Setting, Tokens
+from benchmarks.workloads import Workload
 
 # A greedy token may miss the reference's largest logit by rounding, in units of the logits'
 # standard deviation. bfloat16 keeps 8 bits: a logit of 4 deviations is off by up to 0.016 from its

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils.bench.engines import Setting
+from benchmarks.engines import Setting
 
 _PACKAGES = ("torch", "triton", "transformers", "vllm", "nano-vllm", "minisgl", "flash-attn")
 # Runnable processes per core beyond which the figures of a CPU are said to be disturbed.
@@ -76,7 +76,7 @@ def _load(cores: int) -> str:
 
 
 def _commit() -> str:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     name = _output("git", "-C", str(root), "rev-parse", "--short=10", "HEAD")
     if not name:
         return "unknown"

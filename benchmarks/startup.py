@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from utils.bench.processes import EngineFailedError
+from benchmarks.processes import EngineFailedError
 
 _READY = (
     "import json, sys, time; from llm import LLM; start = time.perf_counter(); "
@@ -32,7 +32,7 @@ def startup_seconds(model: Path, repeats: int, **options: Any) -> list[float]:
         for _ in range(1 + repeats):
             out = subprocess.run(
                 [sys.executable, "-c", _READY, str(model.resolve()), json.dumps(options)],
-                cwd=Path(__file__).parents[2],
+                cwd=Path(__file__).parents[1],
                 env={**os.environ, "TRITON_CACHE_DIR": cache},
                 capture_output=True,
                 text=True,

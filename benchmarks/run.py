@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.compare import Contender, Measured, Row, judge, measure_engines, rows_of
+from benchmarks.engines import ENGINES, Setting
+from benchmarks.environment import environment
+from benchmarks.limits import Limits
+from benchmarks.reference import Reference
+from benchmarks.variants import VARIANTS
+from benchmarks.words import describe_engine, describe_latency, describe_row, describe_variants
+from benchmarks.workloads import Workload
 from config import Config
 from memory.sizing import release_device
-from utils.bench.compare import Contender, Measured, Row, judge, measure_engines, rows_of
-from utils.bench.engines import ENGINES, Setting
-from utils.bench.environment import environment
-from utils.bench.limits import Limits
-from utils.bench.reference import Reference
-from utils.bench.variants import VARIANTS
-from utils.bench.words import describe_engine, describe_latency, describe_row, describe_variants
-from utils.bench.workloads import Workload
 from utils.checkpoint import Checkpoint, resolve
 
 Tell = Callable[[str], None]

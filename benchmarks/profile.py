@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from benchmarks.recording import PHASES, Recorder, recorded_llm
+from benchmarks.spans import Span
+from benchmarks.workloads import Workload
 from llm import LLM
-from utils.bench.recording import PHASES, Recorder, recorded_llm
-from utils.bench.spans import Span
-from utils.bench.workloads import Workload
 
 # A trace of more steps than these takes minutes to write and to open.
 _MOST_STEPS = 48

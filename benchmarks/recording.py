@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.spans import Span
 from config import Config
 from engine.model_runner import LocalRunner
 from engine.scheduler import ContinuousScheduler
@@ -20,7 +21,6 @@ from engine.sequence import Sequence
 from engine.tensor_parallel import TensorParallelRunner
 from engine.types import BlockManager, ModelRunner, StepHandle, StepPlan, StepResult
 from llm import LLM
-from utils.bench.spans import Span
 from utils.text import Decode
 
 # What the host does for a step; "stage" is a part of "launch".

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from utils.bench.options import ALONE, parse_args
-from utils.bench.workloads import NAMES
+from benchmarks.options import ALONE, parse_args
+from benchmarks.workloads import NAMES
 
 
 @pytest.fixture

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import compare, run
+from benchmarks.compare import Contender
+from benchmarks.engines import Ours, Setting, Tokens, Transformers
+from benchmarks.latency import Latency, by_group
+from benchmarks.processes import Ran
+from benchmarks.reference import Agreement
+from benchmarks.run import run_comparison
+from benchmarks.workloads import Workload, random_workload, works_for
 from tests.checkpoints import Checkpoints
-from utils.bench import compare, run
-from utils.bench.compare import Contender
-from utils.bench.engines import Ours, Setting, Tokens, Transformers
-from utils.bench.latency import Latency, by_group
-from utils.bench.processes import Ran
-from utils.bench.reference import Agreement
-from utils.bench.run import run_comparison
-from utils.bench.workloads import Workload, random_workload, works_for
 
 WORK = replace(
     random_workload("w", 3, (4, 9), (3, 6), 200, checked=True), groups=(("short", 2), ("long", 1))

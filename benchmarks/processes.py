@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from utils.bench.engines import ENGINES, Engine, Setting, Tokens, Trace
-from utils.bench.latency import Latency
-from utils.bench.workloads import Workload
+from benchmarks.engines import ENGINES, Engine, Setting, Tokens, Trace
+from benchmarks.latency import Latency
+from benchmarks.workloads import Workload
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[1]
 _CLOSE_SECONDS = 30.0
-_SERVE = "import sys; from utils.bench.processes import serve; serve(int(sys.argv[1]))"
+_SERVE = "import sys; from benchmarks.processes import serve; serve(int(sys.argv[1]))"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.checkpoints import Checkpoints
-from utils.bench.compare import Contender
-from utils.bench.engines import (
+from benchmarks.compare import Contender
+from benchmarks.engines import (
     ENGINES,
     VLLM,
     Engine,
@@ -24,8 +23,9 @@ from utils.bench.engines import (
     Setting,
     Transformers,
 )
-from utils.bench.tokenizer import with_tokenizer
-from utils.bench.workloads import random_workload, seeds_workload, works_for
+from benchmarks.tokenizer import with_tokenizer
+from benchmarks.workloads import random_workload, seeds_workload, works_for
+from tests.checkpoints import Checkpoints
 
 WORK = replace(random_workload("w", 3, (4, 9), (3, 6), 200), temperature=0.6)
 

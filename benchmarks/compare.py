@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.engines import ENGINES, Ours, Setting, Tokens, Trace
+from benchmarks.latency import GroupLatency, Latency, by_group
+from benchmarks.processes import EngineFailedError, EngineProcess, Ran
+from benchmarks.reference import Agreement, Reference, WrongOutputError
+from benchmarks.workloads import Workload
 from config import PRESETS
-from utils.bench.engines import ENGINES, Ours, Setting, Tokens, Trace
-from utils.bench.latency import GroupLatency, Latency, by_group
-from utils.bench.processes import EngineFailedError, EngineProcess, Ran
-from utils.bench.reference import Agreement, Reference, WrongOutputError
-from utils.bench.workloads import Workload
 from utils.errors import did_you_mean
 
 

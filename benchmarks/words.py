@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-from utils.bench.compare import Measured, Row
-from utils.bench.latency import GroupLatency
-from utils.bench.variants import Variants
-from utils.kernel_speed import KernelTime
-from utils.overlap import Overlap
-from utils.roofline import Ceilings
+from benchmarks.compare import Measured, Row
+from benchmarks.kernel_speed import KernelTime
+from benchmarks.latency import GroupLatency
+from benchmarks.overlap import Overlap
+from benchmarks.roofline import Ceilings
+from benchmarks.variants import Variants
 
 
 def describe_ceilings(ceilings: Ceilings) -> str:

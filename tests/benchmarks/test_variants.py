@@ -10,12 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import bench
-from tests.checkpoints import Checkpoints
-from utils.bench import variants
-from utils.bench.engines import Setting
-from utils.bench.reference import Agreement, WrongOutputError
-from utils.bench.tokenizer import byte_entries, with_tokenizer
-from utils.bench.variants import (
+from benchmarks import variants
+from benchmarks.engines import Setting
+from benchmarks.reference import Agreement, WrongOutputError
+from benchmarks.tokenizer import byte_entries, with_tokenizer
+from benchmarks.variants import (
     FILTERS,
     TEXTS,
     VARIANTS,
@@ -24,7 +23,8 @@ from utils.bench.variants import (
     measure_text,
     text_workload,
 )
-from utils.bench.workloads import Workload, random_workload, seeds_workload
+from benchmarks.workloads import Workload, random_workload, seeds_workload
+from tests.checkpoints import Checkpoints
 
 WORK = replace(random_workload("w", 3, (4, 9), (6, 9), 200), temperature=0.6)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from utils.bench.compare import Measured, Row, figures_of
+from benchmarks.compare import Measured, Row, figures_of
 from utils.percentile import percentile
 
 # File names of the plots and what they show.
@@ -48,7 +48,7 @@ def write_report(
     # First, as drawing may fail and the figures took long.
     results = figures_of(about, found, rows)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    from utils.bench.plots import draw_plots
+    from benchmarks.plots import draw_plots
 
     good = [one for one in found if one.problem is None]
     tokens = {row.workload: row.output_tokens for row in rows}
