@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from layers.layernorm import RMSNorm
-from layers.parallel import ParallelContext, WeightSlot
+from layers.parallel import ParallelContext
 from layers.product import Product, make_product
+from utils.loader import WeightSlot
 
 # The kernels for small batches (layers/kernels) make outputs in multiples of this, and the noise
 # (layers/sampler.py) comes in groups of 4 tokens.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from layers.kernels.launch import dependent_launch, fused
-from layers.parallel import ParallelContext, WeightSlot
+from layers.parallel import ParallelContext
+from utils.loader import WeightSlot
 
 
 class RMSNormalizer:

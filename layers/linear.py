@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from layers.layernorm import RMSNorm
-from layers.parallel import ParallelContext, WeightSlot
+from layers.parallel import ParallelContext
 from layers.product import Product, make_product
+from utils.loader import WeightSlot
 
 
 class MergedColumnLinear:

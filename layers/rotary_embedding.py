@@ -11,9 +11,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from layers.forward_batch import Rotation
 from layers.kernels.launch import dependent_launch, fused
 from layers.layernorm import RMSNormalizer
-from layers.parallel import WeightSlot
 from memory.kv_cache import KVLayer
 from utils.errors import UnsupportedModelError
+from utils.loader import WeightSlot
 
 
 def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.device) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from layers.attention.base import AttentionBackend
 from layers.forward_batch import ForwardBatch
-from layers.parallel import ParallelContext, WeightSlot
+from layers.parallel import ParallelContext
 from layers.rotary_embedding import RotaryEmbedding
+from utils.loader import WeightSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,12 @@ from layers.forward_batch import ForwardBatch
 from layers.kernels.launch import fused
 from layers.layernorm import RMSNorm
 from layers.linear import MergedColumnLinear, QKVLinear, RowLinear
-from layers.parallel import ParallelContext, WeightSlot
+from layers.parallel import ParallelContext
 from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ModelShape
 from utils.errors import UnsupportedModelError
+from utils.loader import WeightSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from layers.parallel import WeightSlot
 from utils.errors import WeightsError
 
 # Not weights: inverse rotary frequencies that older exports stored.
@@ -19,6 +20,25 @@ _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
 # Integers, booleans and 8-bit floats are of quantised checkpoints and mean something else.
 _DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """Where one checkpoint tensor goes.
+
+    Attributes:
+        target: view of a parameter that receives this rank's part; a smaller part broadcasts.
+        shape: full shape of the checkpoint's tensor.
+        dim: dimension along which ranks take parts, None to take all of it.
+        start: first index taken along `dim`.
+        length: indices taken along `dim`.
+    """
+
+    target: Tensor
+    shape: tuple[int, ...]
+    dim: int | None = None
+    start: int = 0
+    length: int = 0
 
 
 def load_weights(path: Path, slots: Mapping[str, WeightSlot], *, tied: bool) -> None:

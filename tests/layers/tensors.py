@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layers.parallel import WeightSlot
-from utils.loader import load_weights
+from utils.loader import WeightSlot, load_weights
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layers.parallel import WeightSlot
 from llm import LLM, SamplingParams
 from tests.checkpoints import VARIANTS, write_checkpoint
 from utils.errors import WeightsError
-from utils.loader import load_weights
+from utils.loader import WeightSlot, load_weights
 
 
 def _tensors() -> dict[str, Tensor]:
