@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import bench
-from benchmarks import compare, run
+from benchmarks import command, compare, run
 from benchmarks.engines import Setting, Tokens
 from benchmarks.processes import Ran
 from benchmarks.reference import Agreement
@@ -107,7 +107,7 @@ def test_a_part_that_fails_costs_no_other_its_figures(
     def measure_scheduling(num_steps: int) -> Any:
         raise RuntimeError("a planned failure")
 
-    monkeypatch.setattr(bench, "measure_scheduling", measure_scheduling)
+    monkeypatch.setattr(command, "measure_scheduling", measure_scheduling)
     monkeypatch.setattr("benchmarks.startup._READY", "import sys; sys.exit('no device')")
     file = tmp_path / "out.json"
     names = ("scheduler", "small", "startup")
