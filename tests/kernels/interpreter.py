@@ -1,6 +1,34 @@
-"""What Triton's interpreter needs on this numpy; for processes with TRITON_INTERPRET=1."""
+"""Tests in Triton's interpreter, and what it needs on this numpy.
 
+The interpreter is chosen when Triton is imported. So a file with such tests starts pytest on itself
+in a process with TRITON_INTERPRET=1, and calls `patch_interpreter` there.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Marks of the tests that run in the interpreter, and of the one that starts them.
+interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter's own process")
+starts_interpreter = pytest.mark.skipif(
+    INTERPRET or not HAS_TRITON, reason="needs triton, and is no test of the interpreter's process"
+)
+
+
+def run_in_interpreter(file: str) -> None:
+    """Run the tests of a file in a process with the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def patch_interpreter() -> None:

@@ -1,14 +1,8 @@
 """The fused Triton kernels against their torch references, on a CPU through Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, so these tests run in a process of their own:
-collected normally, this file offers one test that starts pytest on itself with TRITON_INTERPRET=1.
+Collected normally, this file offers one test that starts the others in a process of their own.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +12,15 @@ from engine.batch import SlotTables
 from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
 from layers.sampler import sample as sample_reference
-from tests.kernels.interpreter import patch_interpreter
+from tests.kernels.interpreter import (
+    HAS_TRITON,
+    INTERPRET,
+    interpreted,
+    patch_interpreter,
+    run_in_interpreter,
+    starts_interpreter,
+)
 from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter's own process")
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels import search as searching
@@ -48,14 +45,9 @@ if INTERPRET and HAS_TRITON:
     patch_interpreter()
 
 
-@pytest.mark.skipif(INTERPRET, reason="already in the interpreter's process")
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@starts_interpreter
 def test_in_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_interpreter(__file__)
 
 
 def _words(*values: int) -> tuple[torch.Tensor, ...]:

@@ -1,26 +1,23 @@
 """Paged attention against its torch reference, on a CPU through Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, so these tests run in a process of their own:
-collected normally, this file offers one test that starts pytest on itself with TRITON_INTERPRET=1.
+Collected normally, this file offers one test that starts the others in a process of their own.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreter import patch_interpreter
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter's own process")
+from tests.kernels.interpreter import (
+    HAS_TRITON,
+    INTERPRET,
+    interpreted,
+    patch_interpreter,
+    run_in_interpreter,
+    starts_interpreter,
+)
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels.paged_decode import (
@@ -74,14 +71,9 @@ def relative_error(out: Tensor, want: Tensor) -> float:
     return float((out.float() - want).norm() / want.norm())
 
 
-@pytest.mark.skipif(INTERPRET, reason="already in the interpreter's process")
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@starts_interpreter
 def test_in_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_interpreter(__file__)
 
 
 @interpreted
