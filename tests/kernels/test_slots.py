@@ -390,7 +390,9 @@ def test_a_padded_decode_step_writes_to_its_requests_alone(monkeypatch: pytest.M
     chunks = tuple(PrefillChunk(s, 0, 2, False) for s in range(8))
     inputs = tables.stage(StepPlan(0, news, updates, chunks))
     _store(inputs.input_ids, inputs.slot_mapping, KVLayer.of(pages))
-    for number, decode in enumerate([(3, 1, 6), (3, 1, 6), (2,), tuple(range(8)), (7, 0)]):
+    everyone = tuple(range(8))
+    steps = ((3, 1, 6), (3, 1, 6), (5, 2, 4), (2,), everyone, (7, 0))
+    for number, decode in enumerate(steps):
         got = step.run(StepPlan(number + 1, decode=decode))
         assert len(got) == len(decode)
         for slot in decode:

@@ -1,0 +1,294 @@
+"""Bugs of what runs on a GPU, which tests without one have to catch; `tests.mutations` plants them.
+
+They are plain data, since `tests.mutations` imports this module: the name, the edits (path, text
+of which there is one, what it becomes), and the arguments of Python that must fail.
+"""
+
+from __future__ import annotations
+
+Edits = tuple[tuple[str, str, str], ...]
+PlainMutant = tuple[str, Edits, tuple[str, ...]]
+
+_SLOTS, _STORE = "layers/kernels/slots.py", "layers/kernels/qkv.py"
+_DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_prefill.py"
+_LAUNCHERS, _STAGING = "engine/launchers.py", "engine/staging.py"
+_EXTRAS, _SIZING = "engine/extras.py", "memory/sizing.py"
+
+_PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+SLOTS = (*_PYTEST, "tests/kernels/test_slots.py")
+LARGE_POOL = (*_PYTEST, "tests/kernels/test_large_pool.py")
+LAUNCHER = (*_PYTEST, "tests/engine/test_stream_launcher.py")
+STAGING = (*_PYTEST, "tests/engine/test_staging.py")
+EXTRAS = (*_PYTEST, "tests/engine/test_extras.py")
+SIZING = (*_PYTEST, "tests/memory/test_sizing.py")
+
+
+def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...]) -> PlainMutant:
+    return name, ((path, old, new),), command
+
+
+_PADDING: tuple[PlainMutant, ...] = (
+    _bug(
+        "padding: a captured decode step stores its keys and values in block 0",
+        _SLOTS,
+        "tl.store(mapping_out + row, tl.where(live, mapping, -1), mask=mask)",
+        "tl.store(mapping_out + row, mapping, mask=mask)",
+        SLOTS,
+    ),
+    _bug(
+        "padding: a captured prefill stores its keys and values in block 0",
+        _SLOTS,
+        "tl.store(mapping_out + first + at, tl.where(live, mapping, -1), mask=mask)",
+        "tl.store(mapping_out + first + at, tl.where(live, mapping, 0), mask=mask)",
+        SLOTS,
+    ),
+    _bug(
+        "padding: the kernel that stores takes it for the first row of the cache",
+        _STORE,
+        "    block = slot // block_size\n",
+        "    slot = tl.maximum(slot, 0)\n    block = slot // block_size\n",
+        SLOTS,
+    ),
+    _bug(
+        "padding: its rows are those of slot 0",
+        "engine/batch.py",
+        "padded = np.full(slots.shape[0], self.padding_slot, dtype=np.int64)",
+        "padded = np.zeros(slots.shape[0], dtype=np.int64)",
+        SLOTS,
+    ),
+    _bug(
+        "padding: attention reads a position of it",
+        _SLOTS,
+        "tl.store(lens_out + row, tl.where(live, position + 1, 0).to(tl.int32), mask=mask)",
+        "tl.store(lens_out + row, (position + 1).to(tl.int32), mask=mask)",
+        SLOTS,
+    ),
+    _bug(
+        "padding: its token is stored",
+        _SLOTS,
+        "tl.store(tokens_ptr + slot * tokens_stride + position, token, mask=live)",
+        "tl.store(tokens_ptr + slot * tokens_stride + position, token, mask=mask)",
+        SLOTS,
+    ),
+    _bug(
+        "a captured decode step runs with the slots of the one before",
+        "engine/decode_step.py",
+        "        if plan.decode == self._decode:\n",
+        "        if len(plan.decode) == len(self._decode):\n",
+        SLOTS,
+    ),
+)
+
+_OFFSETS: tuple[PlainMutant, ...] = (
+    _bug(
+        "int32 offsets: decode attention, all tiles",
+        _DECODE,
+        "    return pages.to(tl.int64)\n",
+        "    return pages\n",
+        LARGE_POOL,
+    ),
+    _bug(
+        "int32 offsets: decode attention, the current token read apart",
+        _DECODE,
+        "now = last_page.to(tl.int64) * page_stride",
+        "now = last_page * page_stride",
+        LARGE_POOL,
+    ),
+    _bug(
+        "int32 offsets: prefill attention, tiles within pages",
+        _PREFILL,
+        "base = page.to(tl.int64) * page_stride",
+        "base = page * page_stride",
+        LARGE_POOL,
+    ),
+    _bug(
+        "int32 offsets: prefill attention, tiles over several pages",
+        _PREFILL,
+        "row = ids.to(tl.int64) * page_stride",
+        "row = ids * page_stride",
+        LARGE_POOL,
+    ),
+    _bug(
+        "int32 offsets: the store, of slots in int32",
+        _STORE,
+        "slot = tl.load(slots_ptr + token, mask=live, other=-1).to(tl.int64)",
+        "slot = tl.load(slots_ptr + token, mask=live, other=-1)",
+        LARGE_POOL,
+    ),
+    _bug(
+        "int32 offsets: the store of keys",
+        _STORE,
+        "row = block * k_stride_block",
+        "row = block.to(tl.int32) * k_stride_block",
+        LARGE_POOL,
+    ),
+    _bug(
+        "int32 offsets: the store of values",
+        _STORE,
+        "row = block * v_stride_block",
+        "row = block.to(tl.int32) * v_stride_block",
+        LARGE_POOL,
+    ),
+    _bug(
+        "int32 offsets: rows of the cache of a decode step",
+        _SLOTS,
+        "mask=live, other=0)\n    mapping = block.to(tl.int64) * block_size",
+        "mask=live, other=0)\n    mapping = block * block_size",
+        SLOTS,
+    ),
+    _bug(
+        "int32 offsets: rows of the cache of a step with prefill",
+        _SLOTS,
+        "mask=read, other=0)\n    mapping = block.to(tl.int64) * block_size",
+        "mask=read, other=0)\n    mapping = block * block_size",
+        SLOTS,
+    ),
+)
+
+_BUFFERS: tuple[PlainMutant, ...] = (
+    _bug(
+        "results: a runner's buffers are reused one step early",
+        "engine/model_runner.py",
+        "config.max_num_seqs, depth + 2)",
+        "config.max_num_seqs, depth + 1)",
+        LAUNCHER,
+    ),
+    _bug(
+        "results: there is one buffer less than promised",
+        _LAUNCHERS,
+        "for _ in range(in_flight)",
+        "for _ in range(max(1, in_flight - 1))",
+        LAUNCHER,
+    ),
+    _bug(
+        "results: the last buffer never has its turn",
+        _LAUNCHERS,
+        "self._turn = (self._turn + 1) % len(self._results)",
+        "self._turn = (self._turn + 1) % max(1, len(self._results) - 1)",
+        LAUNCHER,
+    ),
+    _bug(
+        "results: they are read without a wait",
+        _LAUNCHERS,
+        "            self._done.synchronize()\n",
+        "            pass\n",
+        LAUNCHER,
+    ),
+    (
+        "results: a step is done before its tokens are copied",
+        (
+            (_LAUNCHERS, "                done.record(self.stream)\n", ""),
+            (
+                _LAUNCHERS,
+                "                pinned.copy_(",
+                "                done.record(self.stream)\n                pinned.copy_(",
+            ),
+        ),
+        LAUNCHER,
+    ),
+    _bug(
+        "staging: a buffer is written again without a wait",
+        _STAGING,
+        "            self._read[self._turn].synchronize()\n",
+        "",
+        STAGING,
+    ),
+    _bug(
+        "staging: the wait is for the wrong buffer",
+        _STAGING,
+        "            self._read[self._turn].synchronize()\n",
+        "            self._read[self._turn - 1].synchronize()\n",
+        STAGING,
+    ),
+    _bug(
+        "staging: a group's end is not recorded",
+        _STAGING,
+        "            self._read[self._turn].record()\n",
+        "            pass\n",
+        STAGING,
+    ),
+    _bug(
+        "staging: the arrays of a group overlap",
+        _STAGING,
+        "self._used += -(-size // 16) * 16",
+        "self._used += size // 16 * 16",
+        STAGING,
+    ),
+)
+
+_SCORES: tuple[PlainMutant, ...] = (
+    _bug(
+        "scores: the request that wants the fewest decides for all",
+        _EXTRAS,
+        "num_top = max(n for *_, n in (*self.new, *self.prompts))",
+        "num_top = min(n for *_, n in (*self.new, *self.prompts))",
+        EXTRAS,
+    ),
+    _bug(
+        "scores: what prompts want is not counted",
+        _EXTRAS,
+        "num_top = max(n for *_, n in (*self.new, *self.prompts))",
+        "num_top = max(n for *_, n in (self.new or self.prompts))",
+        EXTRAS,
+    ),
+    _bug(
+        "scores: every request gets as many as the one that wants the most",
+        _EXTRAS,
+        "zip(ids[:num_top], values[:num_top], strict=True)",
+        "zip(ids, values, strict=True)",
+        EXTRAS,
+    ),
+)
+
+_MEMORY: tuple[PlainMutant, ...] = (
+    _bug(
+        "memory: no margin is left",
+        _SIZING,
+        "usage.peak - _MARGIN_BYTES",
+        "usage.peak",
+        SIZING,
+    ),
+    _bug(
+        "memory: the margin is a tenth",
+        _SIZING,
+        "_MARGIN_BYTES = 256 << 20",
+        "_MARGIN_BYTES = 26 << 20",
+        SIZING,
+    ),
+    _bug(
+        "memory: of the steps only the largest is counted",
+        _SIZING,
+        "peak += torch.cuda.max_memory_reserved(device) - start",
+        "peak = max(peak, torch.cuda.max_memory_reserved(device) - start)",
+        SIZING,
+    ),
+    _bug(
+        "memory: a step is not charged for what the one before left cached",
+        _SIZING,
+        "    for step in steps:\n        torch.cuda.empty_cache()\n",
+        "    for step in steps:\n",
+        SIZING,
+    ),
+    _bug(
+        "memory: what steps take is not subtracted",
+        _SIZING,
+        "usage.weights - usage.peak - ",
+        "usage.weights - ",
+        SIZING,
+    ),
+    _bug(
+        "memory: what others hold is given away",
+        _SIZING,
+        "allowed = min(int(utilization * usage.total), usage.free_before)",
+        "allowed = int(utilization * usage.total)",
+        SIZING,
+    ),
+)
+
+KERNEL_MUTANTS: tuple[PlainMutant, ...] = (
+    *_PADDING,
+    *_OFFSETS,
+    *_BUFFERS,
+    *_SCORES,
+    *_MEMORY,
+)
