@@ -1,6 +1,13 @@
-"""The measurement of scheduling can tell a flat queue from one that is not."""
+"""What a step does does not grow with the queue, and the load that measures it keeps its length."""
 
 from __future__ import annotations
+
+import heapq
+import statistics
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -23,24 +30,67 @@ class Scanning(FirstCome):
         return super().first()
 
 
-def _ratio(policy: object) -> float:
-    """Median step with 30,000 waiting, in units of one with 300."""
-    loads = [Load(policy, n) for n in (300, 30_000)]  # type: ignore[arg-type]
-    for _ in range(80):
-        for load in loads:
+class Listing(FirstCome):
+    """Looks at all that wait, and compares nothing."""
+
+    name = "listing"
+
+    def first(self) -> Sequence | None:
+        assert all(len(entry) == 3 for entry in self._heap)
+        return super().first()
+
+
+class _Entry(tuple[Any, ...]):
+    """An entry of a heap, whose comparison is a line of Python and so counted as one."""
+
+    __slots__ = ()
+
+    def __lt__(self, other: tuple[Any, ...]) -> bool:
+        return super().__lt__(other)
+
+
+@pytest.fixture
+def _entries_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    push = heapq.heappush
+    monkeypatch.setattr(heapq, "heappush", lambda heap, entry: push(heap, _Entry(entry)))
+
+
+def _work(policy: object, num_waiting: int) -> float:
+    """Median over steps of the lines of Python that one runs."""
+    load = Load(policy, num_waiting)  # type: ignore[arg-type]
+    lines, work, before = 0, [], sys.gettrace()
+
+    def trace(frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    for _ in range(30):
+        lines = 0
+        sys.settrace(trace)
+        try:
             load.step()
-    few, many = (scheduling_cost.Cost("", load.num_waiting, load.seconds).median for load in loads)
-    return many / few
+        finally:
+            sys.settrace(before)
+        work.append(lines)
+    return statistics.median(work)
 
 
+def _ratio(policy: object) -> float:
+    """The work of a step with 30,000 waiting, in units of one with 300."""
+    return _work(policy, 30_000) / _work(policy, 300)
+
+
+@pytest.mark.usefixtures("_entries_counted")
 @pytest.mark.parametrize("policy", sorted(parts_in("engine.policies", QueuePolicy)))
 def test_a_long_queue_does_not_slow_a_step(policy: str) -> None:
-    # The benchmark shows 1.00 to 1.03 over many more steps; other processes disturb so few.
-    assert any(_ratio(policy) < 1.25 for _ in range(5))
+    assert _ratio(policy) < 1.05
 
 
-def test_a_policy_that_looks_at_all_that_wait_is_found_out() -> None:
-    assert _ratio(Scanning) > 1.5
+@pytest.mark.usefixtures("_entries_counted")
+@pytest.mark.parametrize("policy", [Scanning, Listing])
+def test_a_policy_that_looks_at_all_that_wait_is_found_out(policy: type[QueuePolicy]) -> None:
+    assert _ratio(policy) > 1.5
 
 
 def test_the_queue_keeps_its_length() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-import statistics
+import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -127,20 +128,33 @@ def test_a_decode_step_of_256_requests_takes_few_bytes(num_updates: int) -> None
     """Also the first one, and one in which every request needs a block."""
     encode = PlanEncoder()
     assert len(encode(_decode_step(0, num_updates))) <= 8 * 1024
-    assert len(encode(_decode_step(1, 0))) < 100
+    assert len(encode(_decode_step(1, 0))) < 128
 
 
-@pytest.mark.slow
-def test_a_decode_step_of_256_requests_is_sent_and_read_in_little_time() -> None:
-    """With blocks of 256 tokens one request a step needs another one. Measured: 37 us."""
+def _calls(num_requests: int, num_updates: int) -> int:
+    """Functions called, Python's and C's, to send and read the third decode step of some."""
     encode, decode = PlanEncoder(), PlanDecoder()
     writer, reader = _rings(1, 1 << 20)
-    seconds = []
-    for i in range(300):
-        plan = _decode_step(i, 1)
-        start = time.perf_counter()
+    count = 0
+
+    def profile(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    for i in range(3):
+        plan = replace(_decode_step(i, num_updates), decode=tuple(range(num_requests)))
+        count = 0
+        sys.setprofile(profile)
         writer.send(encode(plan), wake=_nothing, wait=_nothing)
-        assert decode(reader.receive(0)) is not None
-        seconds.append(time.perf_counter() - start)
-    # Of many the quickest, which the machine's other work touches least.
-    assert statistics.quantiles(seconds, n=10)[0] < 50e-6
+        got = decode(reader.receive(0))
+        sys.setprofile(None)
+        assert got == plan
+    return count
+
+
+def test_a_decode_step_of_256_requests_is_sent_and_read_with_the_calls_of_one() -> None:
+    """With blocks of 256 tokens one request a step needs another one. Measured: 89 calls, 37 us."""
+    assert _calls(256, 1) == _calls(1, 1) < 150
+    # What needs more blocks brings its own calls, and as many for each.
+    more = [_calls(256, n) - _calls(256, 0) for n in (1, 16)]
+    assert more[1] <= 16 * more[0]
