@@ -1,0 +1,343 @@
+"""The parts of an engine: where each is found, and what None and "auto" stand for.
+
+How a part of any kind is found and constructed is in `utils.registry`; defaults that depend on
+nothing are in `Config`; what was measured for those here is in docs/LOG.md. Torch is not imported
+before it is needed: schedulers, which run without it, find their policies here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from config import Config
+from engine.types import BlockManager, Clock, KVGeometry, ModelRunner, Scheduler, WindowPages
+from memory.window_blocks import WindowBlockManager
+from utils.errors import ConfigError
+from utils.registry import construct, find_part, parts_in
+
+if TYPE_CHECKING:
+    import torch
+
+    from layers.attention.base import AttentionBackend, AttentionSpec
+    from utils.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of part, which an option of `Config` names.
+
+    Attributes:
+        contract: "module:Class" of what it implements; that of attention backends needs torch.
+        packages: where names are looked up.
+        auto: what "auto" takes: the first of these that can do what is asked. Empty: there is no
+            "auto".
+    """
+
+    contract: str
+    packages: tuple[str, ...]
+    auto: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> type:
+        """The contract itself."""
+        module, _, name = self.contract.partition(":")
+        base: type = getattr(importlib.import_module(module), name)
+        return base
+
+    def known(self) -> dict[str, type]:
+        """The parts that can be had by name."""
+        found = [parts_in(package, self.base) for package in self.packages]
+        return {name: part for parts in found for name, part in parts.items()}
+
+
+_POLICIES = ("engine.policies",)
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "scheduler": Kind("engine.types:Scheduler", ("engine",)),
+        "queue_policy": Kind("engine.policies.base:QueuePolicy", _POLICIES),
+        "admission_policy": Kind("engine.policies.base:AdmissionPolicy", _POLICIES),
+        "preemption_policy": Kind("engine.policies.base:PreemptionPolicy", _POLICIES),
+        "step_policy": Kind("engine.policies.base:StepPolicy", _POLICIES),
+        # "prefix" before "radix", which finds as much: what both cost was not compared.
+        "block_manager": Kind("engine.types:BlockManager", ("memory",), ("prefix", "paged")),
+        "eviction_policy": Kind("memory.eviction:EvictionPolicy", ("memory",)),
+        "model_runner": Kind("engine.types:ModelRunner", ("engine", "engine.checking")),
+        # The fastest first. On an H200 decodes of triton take 208 us and prefills 582, those of
+        # flash_attn 227 and 938. "torch" works everywhere.
+        "attention_backend": Kind(
+            "layers.attention.base:AttentionBackend",
+            ("layers.attention",),
+            ("triton", "flash_attn", "torch"),
+        ),
+    }
+)
+
+# The options that name decisions of a scheduler.
+POLICIES = tuple(option for option, kind in KINDS.items() if kind.packages is _POLICIES)
+
+
+def resolve(config: Config, checkpoint: Checkpoint) -> Config:
+    """The config with every None and "auto" that depends on machine or checkpoint filled in.
+
+    What only a runner knows stays open: how many KV blocks fit and, as both depend on the model's
+    heads, an attention backend "auto" and on CUDA graphs. So does enable_prefix_caching where a
+    factory makes the block manager.
+
+    Raises:
+        ConfigError: an option asks for what the machine or the checkpoint does not have, or for a
+            part that does not exist or contradicts another.
+        UnsupportedModelError: the checkpoint does not say how long a context may be.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
+    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    # With prefills beside decodes as graphs 1,024 short requests ran at 94,840 tok/s instead of
+    # 47,729: launching such a step kernel by kernel took the host 10 to 15 ms.
+    graphs = config.enable_cuda_graphs
+    if graphs and device == "cpu":
+        raise ConfigError(
+            "enable_cuda_graphs", True, "there is no CUDA device to capture on", "Leave it at None."
+        )
+    if device == "cpu" or config.enforce_eager:
+        graphs = False
+    # On a CPU half precision is rarely faster and never more exact.
+    dtype = config.dtype
+    if dtype == "auto":
+        stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
+        dtype = stored if device == "cuda" else "float32"
+    # 4096 was chosen, not measured: tables of blocks and a CPU's KV cache grow with it.
+    limit = checkpoint.max_position
+    length = config.max_model_len or min(4096, limit)
+    if length > limit:
+        problem = f"the checkpoint was made for {limit} positions"
+        raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
+    # On CUDA it hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU, whose
+    # cores the step needs itself, a step of one request took 2.4 ms with 1 and 1.3 with 0.
+    depth = config.pipeline_depth
+    if depth is None:
+        depth = 1 if device == "cuda" else 0
+    # Each of several devices has a process, which does what "local" does for one.
+    divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
+    runner = "tensor_parallel" if divided else config.model_runner
+    # Prefixes are cached unless that is unwanted: a chat's next turn finds the one before it.
+    blocks, wanted = config.block_manager, config.enable_prefix_caching
+    if blocks == "auto":
+        blocks = _first("block_manager", lambda part: wanted in (None, part.caches_prefixes))
+    config = replace(
+        config,
+        device=device,
+        dtype=dtype,
+        max_model_len=length,
+        enable_cuda_graphs=graphs,
+        pipeline_depth=depth,
+        model_runner=runner,
+        block_manager=blocks,
+    )
+    check_policies(config, find("scheduler", config))
+    make = find("block_manager", config)
+    find("model_runner", config)
+    return _with_caching(config, make) if isinstance(make, type) else config
+
+
+def _with_caching(config: Config, blocks: Any) -> Config:
+    """The config that says whether prefixes are cached.
+
+    Args:
+        blocks: the block manager or its class; what a factory makes is not known before.
+
+    Raises:
+        ConfigError: the options for prefix caching contradict it.
+    """
+    name, wanted = config.block_manager, config.enable_prefix_caching
+    caches = blocks.caches_prefixes
+    if wanted is not None and caches != wanted:
+        raise ConfigError(
+            "enable_prefix_caching",
+            wanted,
+            f"block_manager={name!r} {'always caches' if caches else 'does not cache'} prefixes",
+            "Leave it at None or choose another block_manager.",
+        )
+    if caches:
+        find("eviction_policy", config)
+    elif config.eviction_policy != Config.eviction_policy:
+        raise ConfigError(
+            "eviction_policy",
+            config.eviction_policy,
+            f"block_manager={name!r} does not cache prefixes",
+            "Leave it at its default or choose another block_manager.",
+        )
+    return replace(config, enable_prefix_caching=caches)
+
+
+def find(option: str, config: Config) -> Callable[..., Any]:
+    """What constructs the part that an option names; not for "auto".
+
+    Raises:
+        ConfigError: there is no such part, or it does not implement the contract.
+    """
+    kind = KINDS[option]
+    return find_part(option, getattr(config, option), kind.base, *kind.packages)
+
+
+def _first(option: str, fits: Callable[[Any], bool]) -> str:
+    """The name that "auto" stands for."""
+    known = KINDS[option].known()
+    return next(name for name in KINDS[option].auto if name in known and fits(known[name]))
+
+
+def _make(option: str, config: Config, *args: Any) -> Any:
+    return construct(option, KINDS[option].base, find(option, config), *args)
+
+
+def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
+    """The scheduler.
+
+    Args:
+        clock: the runner's.
+
+    Raises:
+        ConfigError: there is none, or a policy was chosen that it would ignore.
+    """
+    scheduler: Scheduler = _make("scheduler", config, config, blocks, clock)
+    # What a factory makes is known only now.
+    check_policies(config, scheduler)
+    return scheduler
+
+
+def make_policy(option: str, config: Config) -> Any:
+    """The policy that an option names.
+
+    Raises:
+        ConfigError: there is none, or it does not implement the contract.
+    """
+    return _make(option, config, config)
+
+
+def check_policies(config: Config, scheduler: object) -> None:
+    """Refuse a policy that cannot be found, or that the scheduler would ignore.
+
+    Args:
+        scheduler: itself, its class or its factory; what a factory's uses is not known before.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    used = getattr(scheduler, "policies", POLICIES)
+    for option in POLICIES:
+        value, default = getattr(config, option), getattr(Config, option)
+        if option in used:
+            find(option, config)
+        elif value != default:
+            raise ConfigError(
+                option,
+                value,
+                f"scheduler={config.scheduler!r} does not use it",
+                f"Leave it at {default!r} or choose another scheduler.",
+            )
+
+
+def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
+    """The runner, with the model loaded.
+
+    Raises:
+        ConfigError: there is none, or it cannot do what the options ask.
+        UnsupportedModelError, WeightsError, OutOfMemoryError: as the runner says.
+    """
+    runner: ModelRunner = _make("model_runner", config, config, checkpoint)
+    return runner
+
+
+def make_block_managers(
+    asked: Config, config: Config, groups: tuple[KVGeometry, ...]
+) -> tuple[Config, tuple[BlockManager, ...]]:
+    """A block manager for each of the runner's cache groups, and the config with what they do.
+
+    Args:
+        asked: the config before `resolve`: what it leaves open gives way to the cache groups.
+        config: after it.
+
+    Raises:
+        ConfigError: there is none, or the options for prefix caching contradict it.
+    """
+    windows = [isinstance(group.kind, WindowPages) for group in groups]
+    if any(windows) or len(groups) > 1:
+        config = _without_caching(asked, config)
+    make, base = find("block_manager", config), KINDS["block_manager"].base
+    managers: list[BlockManager] = []
+    for group, window in zip(groups, windows, strict=True):
+        part = WindowBlockManager if window else make
+        managers.append(construct("block_manager", base, part, config, group))
+        config = _with_caching(config, managers[-1])
+    return config, tuple(managers)
+
+
+def _without_caching(asked: Config, config: Config) -> Config:
+    """For several cache groups: a prefix in one is of no use without the others' part of it."""
+    # None: a factory, about which its product will tell.
+    if not config.enable_prefix_caching:
+        return config
+    for option in ("enable_prefix_caching", "block_manager"):
+        value = getattr(asked, option)
+        if value not in (None, "auto"):
+            raise ConfigError(
+                option,
+                value,
+                "prefixes of a model with sliding windows cannot be cached",
+                f"Leave it at {getattr(Config, option)!r}.",
+            )
+    return replace(config, block_manager="paged", enable_prefix_caching=False)
+
+
+def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
+    """The attention backend.
+
+    Raises:
+        ConfigError: it does not exist or cannot serve this model on this machine.
+    """
+    option, value = "attention_backend", config.attention_backend
+    if value == "auto":
+        name = _first(option, lambda part: part.unsupported(spec) is None)
+        config = replace(config, attention_backend=name)
+    part: Any = find(option, config)
+    is_class = inspect.isclass(part)
+    # A class says so before it is constructed, what a factory makes after it.
+    backend: Any = part if is_class else _make(option, config, spec)
+    reason = backend.unsupported(spec)
+    if reason is not None:
+        raise ConfigError(option, value, reason, 'Use "auto".')
+    return _make(option, config, spec) if is_class else backend  # type: ignore[no-any-return]
+
+
+def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
+    """Whether decodes and short prefills are captured.
+
+    Args:
+        config: resolved.
+
+    Raises:
+        ConfigError: graphs were asked for and cannot be had.
+    """
+    import torch
+
+    from layers.kernels.launch import fused
+
+    if config.enable_cuda_graphs is False:
+        return False
+    possible = backend.captures and fused(torch.device(config.device), dtype)
+    if config.enable_cuda_graphs and not possible:
+        raise ConfigError(
+            "enable_cuda_graphs",
+            True,
+            f"attention_backend={backend.name!r} with dtype={config.dtype!r} cannot be captured",
+            "Leave it at None, or use the triton backend and half precision.",
+        )
+    return possible
