@@ -17,8 +17,8 @@ from utils.errors import ConfigError, did_you_mean
 def parts_in(package: str, base: type) -> dict[str, type]:
     """The concrete subclasses of `base` defined in the modules of `package`, by their `name`.
 
-    A class without a name is only there to be subclassed. A module whose optional dependency is
-    missing is passed over.
+    A class without a name of its own is only there to be subclassed or chosen by the engine. A
+    module whose optional dependency is missing is passed over.
 
     Raises:
         ImportError: a module imports what an installed package does not have.
@@ -31,9 +31,9 @@ def parts_in(package: str, base: type) -> dict[str, type]:
                 and issubclass(value, base)
                 and value.__module__ == module.__name__
                 and not inspect.isabstract(value)
-                and hasattr(value, "name")
+                and "name" in vars(value)
             ):
-                found[value.name] = value
+                found[vars(value)["name"]] = value
     return found
 
 
@@ -58,27 +58,31 @@ def _module(name: str) -> ModuleType | ModuleNotFoundError:
         return error
 
 
-def find_part(field: str, spec: PartSpec, base: type, package: str) -> Callable[..., Any]:
+def find_part(field: str, spec: PartSpec, base: type, *packages: str) -> Callable[..., Any]:
     """What constructs the part that `spec` stands for.
 
     Args:
         field: the option it came from, for error messages.
-        spec: a class or factory; "package.module:Name"; or the `name` of a class in `package`.
+        spec: a class or factory; "package.module:Name"; or the `name` of a class in `packages`.
         base: the contract that classes must subclass.
+        packages: where names are looked up.
 
     Raises:
         ConfigError: there is no such part, or it does not implement the contract.
     """
     if isinstance(spec, str):
-        part = _import(field, spec) if ":" in spec else parts_in(package, base).get(spec)
+        known: dict[str, type] = {}
+        for package in packages if ":" not in spec else ():
+            known |= parts_in(package, base)
+        part = _import(field, spec) if ":" in spec else known.get(spec)
         if part is None:
-            passed_over = _modules(package)[1]
+            passed_over = [one for package in packages for one in _modules(package)[1]]
             without = f", not counting {', '.join(passed_over)}" if passed_over else ""
             raise ConfigError(
                 field,
                 spec,
-                f"no {base.__name__} of that name in {package}{without}",
-                did_you_mean(spec, parts_in(package, base)) + ' Or give "package.module:Class".',
+                f"no {base.__name__} of that name in {' or '.join(packages)}{without}",
+                did_you_mean(spec, known) + ' Or give "package.module:Class".',
             )
     else:
         part = spec

@@ -44,14 +44,12 @@ def test_parts_are_found_without_a_table() -> None:
     assert "one-at-a-time" not in parts_in("engine", Scheduler)
 
 
-def test_every_part_has_a_name_of_its_own() -> None:
-    for package, base in (
-        ("engine", Scheduler),
-        ("memory", BlockManager),
-        ("layers.attention", AttentionBackend),
-    ):
-        for name, part in parts_in(package, base).items():
-            assert vars(part)["name"] == name
+def test_a_name_may_be_in_any_of_several_packages() -> None:
+    for packages in (("memory", "engine"), ("engine", "memory")):
+        assert find_part("scheduler", "continuous", Scheduler, *packages) is ContinuousScheduler
+        with pytest.raises(ConfigError, match=" or ".join(packages)) as caught:
+            find_part("scheduler", "continuos", Scheduler, *packages)
+        assert "Did you mean 'continuous'?" in str(caught.value)
 
 
 class Unfinished(Scheduler):
