@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of one engine; frozen. None and "auto" are filled in by `utils.checkpoint.resolve`.
+    """Options of one engine; frozen. None and "auto" are filled in by `engine.parts.resolve`.
 
     Attributes:
         model: checkpoint folder, or a hub name already in (or fetchable to) the local hub cache.
@@ -79,6 +79,9 @@ class Config:
         tensor_parallel_size: devices that share one model, 1 to 8; each has a process of its own.
         attention_backend: name, "package.module:Class", class or factory; "auto" takes the
             fastest that works here.
+        num_speculative_tokens: most positions that a decode row computes beyond its one. The runner
+            drafts their tokens and keeps those that it would have sampled; the output is the same.
+            Only runners that draft take it: "fake" and "simulated".
         pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
             previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
         seed: base of the noise of requests without a seed of their own.
@@ -113,6 +116,7 @@ class Config:
     eviction_policy: PartSpec = "lru"
     tensor_parallel_size: int = 1
     attention_backend: PartSpec = "auto"
+    num_speculative_tokens: int = 0
     pipeline_depth: int | None = None
     seed: int = 0
     kv_sanitizer: bool = False
@@ -177,6 +181,7 @@ class Config:
             "num_kvcache_blocks": 1,
             "kvcache_memory_bytes": 1,
             "tensor_parallel_size": 1,
+            "num_speculative_tokens": 0,
             "pipeline_depth": 0,
             "seed": 0,
         }

@@ -279,7 +279,7 @@ class LLM:
                     # Without a tokenizer the engine refuses stop strings.
                     if (streams or one.stop) and not (one.stop and self._tokenizer is None):
                         text = TextReader(self._decode, tuple(one.stop), one.min_tokens)
-                    seq = self._engine.add_request(tokens, one.of_output(i), text)
+                    seq = self._engine.add_request(tokens, one.of_output(i), text, sample=i)
                     groups[-1].append(seq)
         except BaseException:
             self._engine.withdraw([seq for group in groups for seq in group])

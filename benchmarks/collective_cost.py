@@ -20,7 +20,7 @@ _REPEATS = 100
 
 class _Timed(StepHandle):
     def __init__(self, step_id: int, nanoseconds: int) -> None:
-        self._result = StepResult(step_id, [[nanoseconds]])
+        self._result = StepResult(step_id, [[nanoseconds]], time.perf_counter())
 
     def result(self) -> StepResult:
         return self._result
@@ -46,8 +46,8 @@ class AllReduceTimer(ModelRunner):
         self._width = width
 
     @property
-    def kv_geometry(self) -> KVGeometry:
-        return KVGeometry(1, 1, 1, 16, 1, 1)
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
+        return (KVGeometry(1, 1, 1, 16, 1, 1),)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -86,7 +86,8 @@ def all_reduce_seconds(config: Config, width: int, rows: int, *, peer: bool = Tr
         peer: see `engine.collectives.join_ranks`.
     """
     checkpoint: Any = None
-    workers = Workers(config, checkpoint, partial(AllReduceTimer, width=width, peer=peer))
+    make = partial(AllReduceTimer, width=width, peer=peer)
+    workers = Workers(config, checkpoint, make, time.perf_counter)
     try:
         result = workers.result(workers.send(StepPlan(0, decode=tuple(range(rows)))))
     finally:

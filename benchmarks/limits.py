@@ -13,7 +13,8 @@ from benchmarks.engines import Setting
 from benchmarks.roofline import ModelCosts, fastest_seconds, measure_ceilings
 from benchmarks.workloads import Workload
 from config import Config
-from utils.checkpoint import open_checkpoint, resolve
+from engine.parts import resolve
+from utils.checkpoint import open_checkpoint
 
 
 class Limits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from engine.model_runner import LocalRunner
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.tensor_parallel import TensorParallelRunner
-from engine.types import BlockManager, ModelRunner, StepHandle, StepPlan, StepResult
+from engine.types import BlockManager, Clock, ModelRunner, StepHandle, StepPlan, StepResult
 from llm import LLM
 from utils.text import Decode
 
@@ -102,7 +103,7 @@ def recorded_llm(model: str, recorder: Recorder, **options: Any) -> LLM:
     llm = LLM(
         model,
         **options,
-        scheduler=lambda config, blocks: _RecordedScheduler(config, blocks, recorder),
+        scheduler=partial(_RecordedScheduler, recorder=recorder),
         model_runner=lambda config, checkpoint: _recorded_runner(config, checkpoint, recorder),
     )
     if llm.tokenizer is not None:
@@ -168,8 +169,10 @@ class _RecordedRanks(TensorParallelRunner):
 
 
 class _RecordedScheduler(ContinuousScheduler):
-    def __init__(self, config: Config, blocks: BlockManager, recorder: Recorder) -> None:
-        super().__init__(config, blocks)
+    def __init__(
+        self, config: Config, blocks: BlockManager, clock: Clock, recorder: Recorder
+    ) -> None:
+        super().__init__(config, blocks, clock)
         self._recorder = recorder
         self._next_step_id = 0
         self._request_ids: dict[int, int] = {}

@@ -17,8 +17,9 @@ from benchmarks.variants import VARIANTS
 from benchmarks.words import describe_engine, describe_latency, describe_row, describe_variants
 from benchmarks.workloads import Workload
 from config import Config
+from engine.parts import resolve
 from memory.sizing import release_device
-from utils.checkpoint import Checkpoint, resolve
+from utils.checkpoint import Checkpoint
 
 Tell = Callable[[str], None]
 

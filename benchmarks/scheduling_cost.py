@@ -51,7 +51,8 @@ class Load:
         self.seconds: list[float] = []
         config = Config(model="none", max_num_seqs=NUM_RUNNING, queue_policy=policy)
         geometry = KVGeometry(1, 1, 1, config.kvcache_block_size, 4 * NUM_RUNNING, 2)
-        self._scheduler = ContinuousScheduler(config, PrefixCacheManager(config, geometry))
+        blocks = PrefixCacheManager(config, geometry)
+        self._scheduler = ContinuousScheduler(config, blocks, time.perf_counter)
         self._rng = random.Random(0)
         self._num_requests = 0
         self._waiting: set[int] = set()
@@ -77,7 +78,7 @@ class Load:
         plan = self._scheduler.schedule()
         planned = time.perf_counter()
         assert plan is not None
-        result = StepResult(plan.step_id, [[7] for _ in plan.sampled_slots])
+        result = StepResult(plan.step_id, [[7] for _ in plan.sampled_slots], planned)
         executed = time.perf_counter()
         self._scheduler.commit(plan, result)
         self.seconds.append(time.perf_counter() - executed + planned - begin)

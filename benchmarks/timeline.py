@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from config import Config
-from engine.fake_runner import FakeRunner
+from engine.checking.fake_runner import FakeRunner
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.types import KVGeometry, StepPlan
@@ -21,8 +21,8 @@ def simulate(requests: list[tuple[int, int, int]], **options: Any) -> list[StepP
     """The plans for requests of (step of arrival, prompt tokens, output tokens)."""
     config = Config(model="none", max_num_seqs=4, max_num_batched_tokens=16, **options)
     geometry = KVGeometry(1, 1, 1, block_size=16, num_blocks=64, dtype_bytes=4)
-    runner = FakeRunner(config, geometry=geometry)
-    scheduler = ContinuousScheduler(config, PagedBlockManager(config, geometry))
+    runner = FakeRunner(config, groups=(geometry,))
+    scheduler = ContinuousScheduler(config, PagedBlockManager(config, geometry), runner.now)
     plans: list[StepPlan] = []
     while True:
         for i, (step, num_prompt, num_output) in enumerate(requests):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.staging import Staging
-from engine.types import NewRequest, StepPlan, StepResult, TokenLogprobs
+from engine.types import NewRequest, StepPlan, TokenLogprobs
 from layers.logits import (
     SCORED_ROWS,
     Filters,
@@ -100,8 +100,14 @@ class Scored:
     prompts: list[tuple[int, int, int]]
     num_chunks: int
 
-    def result(self, step_id: int, tokens: list[list[int]]) -> StepResult:
-        """The step's result, once the scores are on the host."""
+    def logprobs(
+        self, num_rows: int
+    ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
+        """Those of new tokens and of prompts, as in `StepResult`; the scores are on the host.
+
+        Args:
+            num_rows: rows of new tokens.
+        """
         s = self.scores
         columns = (s.tokens, s.values, s.top_tokens, s.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -110,13 +116,13 @@ class Scored:
             token, value, ids, values = next(rows)
             return {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
 
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in tokens]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in range(num_rows)]
         for row, num_top in self.new:
             logprobs[row].append(entry(num_top))
         prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.num_chunks)]
         for chunk, count, num_top in self.prompts:
             prompt_logprobs[chunk] = [entry(num_top) for _ in range(count)]
-        return StepResult(step_id, tokens, logprobs, prompt_logprobs)
+        return logprobs, prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)

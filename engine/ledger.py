@@ -7,18 +7,21 @@ A scheduler decides; the ledger keeps the decisions consistent with the step con
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 from engine.sequence import Sequence
 from engine.types import (
     BlockManager,
     BlockUpdate,
+    Clock,
     NewRequest,
     PendingPrefix,
     PrefillChunk,
+    RowReport,
     StepPlan,
     StepResult,
+    TokenLogprobs,
 )
 from utils.errors import RequestTooLongError
 
@@ -29,23 +32,19 @@ class Ledger:
     Args:
         block_manager: where KV blocks come from.
         max_num_seqs: slots in all.
-        clock: seconds, for the requests' times.
+        clock: the runner's, for the requests' times.
 
     Attributes:
         running: the requests that hold a slot and have not finished, by id, in order of
             admission.
         prefilling: those of them with known tokens left to plan.
-        decoding: those past that and short of their length limit.
+        decoding: those past that and surely short of their length limit.
         num_in_flight: plans that have not been committed.
     """
 
-    def __init__(
-        self,
-        block_manager: BlockManager,
-        max_num_seqs: int,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, clock: Clock) -> None:
         self._blocks = block_manager
+        self._groups = block_manager.groups
         self._clock = clock
         self._holder: list[Sequence | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -53,6 +52,7 @@ class Ledger:
         self._grown: dict[int, int] = {}
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
+        self._decode_tokens: list[int] = []
         self._next_step_id = 0
         self.running: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
@@ -79,12 +79,12 @@ class Ledger:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in all."""
+        """Blocks in all; of several cache groups those of the smallest."""
         return self._blocks.num_blocks
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that could be handed out now."""
+        """Blocks that could be handed out now; of several cache groups those of the scarcest."""
         return self._blocks.num_free_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -93,8 +93,9 @@ class Ledger:
 
     def most_blocks(self, seq: Sequence) -> int:
         """Blocks that the request holds at its length limit."""
-        # The last token is only sampled, never computed, so it needs no place in the cache.
-        return self.blocks_for(seq.max_total_tokens - 1)
+        # The last token is only sampled, never computed, so it needs no place in the cache. A
+        # request that may not get any token computes its whole prompt.
+        return self.blocks_for(max(seq.max_total_tokens - 1, seq.num_prompt_tokens))
 
     def check_fits(self, seq: Sequence) -> None:
         """Refuse a request that could never run.
@@ -128,7 +129,7 @@ class Ledger:
         seq.slot = slot
         seq.num_scheduled = seq.num_committed = cached
         seq.num_prefill = len(seq.token_ids)
-        seq.capacity = len(self._blocks.table(seq.request_id)) * self._blocks.block_size
+        seq.capacity = self.blocks_for(len(seq.token_ids)) * self._blocks.block_size
         if seq.admitted_at is None:
             seq.admitted_at, seq.num_cached = self._clock(), cached
         self._new[slot] = NewRequest(
@@ -139,6 +140,9 @@ class Ledger:
             seq.seed,
             len(seq.token_ids) - seq.num_prompt_tokens,
             tuple(seq.stop_token_ids) if seq.sampling.min_tokens else (),
+            seq.max_total_tokens,
+            seq.sample,
+            seq.seed_kind,
         )
         self._grown[slot] = 0
         self.running[seq.request_id] = self.prefilling[seq.request_id] = seq
@@ -175,16 +179,21 @@ class Ledger:
         woken, self._woken = self._woken, []
         return woken
 
-    def reserve(self, seq: Sequence) -> bool:
-        """Make sure that the next position has a block; False, unchanged, if none is free."""
-        if seq.num_scheduled < seq.capacity:
+    def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
+        """Make sure that the next positions have blocks; False, unchanged, if too few are free.
+
+        Wherever the request's next row starts: positions in flight count as if all were kept. None
+        is reserved for positions beyond the length limit.
+        """
+        end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
+        if end <= seq.capacity:
             return True
-        if not self._blocks.grow(seq.request_id, seq.num_scheduled + 1):
+        if not self._blocks.grow(seq.request_id, end):
             return False
         assert seq.slot is not None
         block_size = self._blocks.block_size
         self._grown.setdefault(seq.slot, seq.capacity // block_size)
-        seq.capacity = len(self._blocks.table(seq.request_id)) * block_size
+        seq.capacity = self.blocks_for(end) * block_size
         return True
 
     def prefill(self, seq: Sequence, max_tokens: int) -> int:
@@ -193,29 +202,46 @@ class Ledger:
         start = seq.num_scheduled
         num_tokens = min(max_tokens, seq.num_prefill - start)
         seq.num_scheduled = start + num_tokens
-        samples = seq.num_scheduled == seq.num_prefill
+        reaches_end = seq.num_scheduled == seq.num_prefill
+        samples = reaches_end and seq.num_prefill < seq.max_total_tokens
         self._chunks.append(PrefillChunk(seq.slot, start, num_tokens, samples))
         seq.num_in_flight += 1
-        if samples:
-            seq.num_pending += 1
+        if reaches_end:
             del self.prefilling[seq.request_id]
             if _goes_on(seq):
                 self.decoding[seq.request_id] = seq
         return num_tokens
 
-    def decode(self, seqs: Iterable[Sequence]) -> None:
-        """Plan one more token for each of `seqs`, all of `decoding` and with a reserved place."""
+    def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> None:
+        """Plan a decode row for each of `seqs`, all of `decoding` and with one reserved place.
+
+        Args:
+            num_positions: most positions of a row. A row has fewer where blocks or the length
+                limit do not allow them.
+        """
         ended = []
         for seq in seqs:
             assert seq.slot is not None
-            seq.num_scheduled += 1
-            seq.num_pending += 1
+            count = 1 if num_positions == 1 else self._most_positions(seq, num_positions)
+            seq.num_scheduled += count
+            seq.num_drafted += count - 1
             seq.num_in_flight += 1
             self._decode.append(seq.slot)
+            self._decode_tokens.append(count)
             if not _goes_on(seq):
                 ended.append(seq.request_id)
         for request_id in ended:
             del self.decoding[request_id]
+
+    def _most_positions(self, seq: Sequence, wanted: int) -> int:
+        """How many positions, 1 to `wanted`, the request's next row may compute."""
+        # By the earliest start that the row may have: the runner cuts a row that starts later.
+        earliest = seq.num_scheduled - seq.num_drafted
+        wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
+        if self.reserve(seq, wanted):
+            return wanted
+        # Drafts are worth no one's blocks: what is there has to do.
+        return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
         """Take slot and blocks away; the request starts over from all its tokens, later."""
@@ -233,8 +259,10 @@ class Ledger:
         for slot, first in self._grown.items():
             seq = self._holder[slot]
             assert seq is not None
-            table = self._blocks.table(seq.request_id)
-            updates.append(BlockUpdate(slot, first, tuple(table[first:])))
+            for group, blocks in enumerate(self._groups):
+                table = blocks.table(seq.request_id)
+                updates.append(BlockUpdate(slot, first, tuple(table[first:]), group))
+        drafts = len(self._decode) < sum(self._decode_tokens)
         plan = StepPlan(
             self._next_step_id,
             tuple(self._new.values()),
@@ -242,8 +270,10 @@ class Ledger:
             tuple(self._chunks),
             tuple(self._decode),
             self._blocks.take_copies(),
+            tuple(self._decode_tokens) if drafts else (),
         )
-        self._new, self._grown, self._chunks, self._decode = {}, {}, [], []
+        self._new, self._grown, self._chunks = {}, {}, []
+        self._decode, self._decode_tokens = [], []
         self._next_step_id += 1
         self.num_in_flight += 1
         return plan
@@ -251,18 +281,13 @@ class Ledger:
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Append the step's tokens, find stops, publish blocks; returns the finished requests."""
         self.num_in_flight -= 1
-        if result.logprobs or result.prompt_logprobs:
-            self._take_logprobs(plan, result)
-        now = self._clock()
-        tokens = iter(result.tokens)
-        new_tokens = [next(tokens) if chunk.samples else [] for chunk in plan.prefill]
-        new_tokens += tokens
-        slots = [chunk.slot for chunk in plan.prefill] + list(plan.decode)
-        counts = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
-        holder, block_size = self._holder, self._blocks.block_size
+        if result.prompt_logprobs:
+            self._take_prompt_logprobs(plan, result.prompt_logprobs)
+        holder, block_size, now = self._holder, self._blocks.block_size, result.ended_at
+        num_chunks, reports = len(plan.prefill), result.reports
         finished: list[Sequence] = []
-        # One loop without calls: this is most of what the host does per token.
-        for slot, num_computed, new in zip(slots, counts, new_tokens, strict=True):
+        # One loop without calls for a plain row: this is most of what the host does per token.
+        for row, (slot, num_planned, new, scores) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None
             seq.num_in_flight -= 1
@@ -271,11 +296,13 @@ class Ledger:
                 if seq.num_in_flight == 0:
                     self._release(seq)
                 continue
-            before = seq.num_committed
-            seq.num_committed = committed = before + num_computed
-            seq.num_pending -= len(new)
+            if reports and self._failed(seq, reports.get(row)):
+                # Nothing of the row is committed: what it wrote may be as wrong as its logits.
+                finished.append(seq)
+                continue
             reason = None
             token_ids = seq.token_ids
+            num_known = len(token_ids)
             for token in new:
                 token_ids.append(token)
                 seq.token_times.append(now)
@@ -285,6 +312,21 @@ class Ledger:
                 if len(token_ids) >= seq.max_total_tokens:
                     reason = "length"
                     break
+            # A chunk computes what was planned; a decode row as many positions as tokens, up to
+            # the one that ended the request.
+            num_taken = len(token_ids) - num_known
+            num_computed = num_planned if row < num_chunks else num_taken
+            before = seq.num_committed
+            seq.num_committed = committed = before + num_computed
+            if scores is not None:
+                seq.logprobs += scores[:num_taken]
+            if row in reports:
+                seq.values += reports[row].values[: max(num_taken, 1)]
+            if committed >= seq.max_total_tokens:
+                # The whole prompt of a request that may not get any token.
+                reason = "length"
+            if num_planned != 1 and row >= num_chunks:
+                self._settle_drafts(seq, num_planned, num_taken)
             if committed // block_size != before // block_size:
                 self._blocks.commit(seq.request_id, token_ids, committed)
                 if seq.request_id in self._followers:
@@ -294,13 +336,25 @@ class Ledger:
                 self.finish(seq, reason)
         return finished
 
-    def _take_logprobs(self, plan: StepPlan, result: StepResult) -> None:
-        for slot, new in zip(plan.sampled_slots, result.logprobs or (), strict=False):
-            seq = self._holder[slot]
-            assert seq is not None
-            if seq.finish_reason is None:
-                seq.logprobs += new
-        for chunk, found in zip(plan.prefill, result.prompt_logprobs or (), strict=False):
+    def _settle_drafts(self, seq: Sequence, num_planned: int, num_kept: int) -> None:
+        """A row of several positions has come back: a request that kept fewer may go on."""
+        seq.num_scheduled -= num_planned - num_kept
+        seq.num_drafted -= num_planned - 1
+        if _goes_on(seq):
+            self.decoding[seq.request_id] = seq
+
+    def _failed(self, seq: Sequence, report: RowReport | None) -> bool:
+        """End the request if its row reports an error; returns whether it does."""
+        if report is None or report.error is None:
+            return False
+        seq.error = report.error
+        self.finish(seq, "error")
+        return True
+
+    def _take_prompt_logprobs(
+        self, plan: StepPlan, prompt_logprobs: list[list[TokenLogprobs]]
+    ) -> None:
+        for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
             # After a preemption some are there already.
@@ -340,5 +394,19 @@ class Ledger:
 
 
 def _goes_on(seq: Sequence) -> bool:
-    """Whether it samples another token after those planned, of which the newest is not computed."""
+    """Whether it samples another token after those planned, however many of them are kept."""
     return seq.num_scheduled + 1 < seq.max_total_tokens
+
+
+def _rows(
+    plan: StepPlan, result: StepResult
+) -> Iterator[tuple[int, int, list[int], list[TokenLogprobs] | None]]:
+    """For each row its slot, the positions planned, its tokens and their log-probabilities."""
+    tokens = iter(result.tokens)
+    scores: Iterator[list[TokenLogprobs] | None] = (
+        repeat(None) if result.logprobs is None else iter(result.logprobs)
+    )
+    for chunk in plan.prefill:
+        sampled = (next(tokens), next(scores)) if chunk.samples else ([], None)
+        yield chunk.slot, chunk.num_tokens, *sampled
+    yield from zip(plan.decode, plan.decode_counts, tokens, scores, strict=False)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Any
 
 from config import Config
-from engine.kv_sanitizer import SanitizedRunner
-from engine.policies.base import check_policies
+from engine.checking.kv_sanitizer import SanitizedRunner
+from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
 from engine.request_checks import check_sampling, longest_of
 from engine.sequence import Sequence
 from engine.types import (
@@ -20,20 +17,19 @@ from engine.types import (
     CacheStats,
     EngineStats,
     ModelRunner,
-    Scheduler,
+    SeedKind,
     StepHandle,
     StepPlan,
 )
-from memory.eviction import EvictionPolicy
+from memory.grouped_blocks import grouped
 from sampling_params import SEED_STRIDE, SamplingParams
-from utils.checkpoint import Checkpoint, open_checkpoint, resolve
+from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import (
     ConfigError,
     EngineClosedError,
     RequestError,
     StepError,
 )
-from utils.registry import construct, find_part
 from utils.text import TextReader
 
 
@@ -50,15 +46,9 @@ class LLMEngine:
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
-        config = resolve(config, self.checkpoint)
+        self._asked, config = config, resolve(config, self.checkpoint)
         self.vocab_size = int(self.checkpoint.hf_config.vocab_size)
-        self._make_scheduler = find_part("scheduler", config.scheduler, Scheduler, "engine")
-        check_policies(config, self._make_scheduler)
-        config, self._make_blocks = with_block_manager(config)
         self.config = config
-        divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
-        runner = "tensor_parallel" if divided else config.model_runner
-        make_runner = find_part("model_runner", runner, ModelRunner, "engine")
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}
         self._read: dict[int, Sequence] = {}
@@ -69,17 +59,25 @@ class LLMEngine:
         self._closed = False
         self._calls = 0
         self._thread = threading.get_ident()
-        self._runner: ModelRunner = construct(
-            "model_runner", ModelRunner, make_runner, config, self.checkpoint
-        )
-        self._sanitizer = SanitizedRunner(self._runner) if config.kv_sanitizer else None
-        if self._sanitizer:
-            self._runner = self._sanitizer
+        self._runner = make_runner(config, self.checkpoint)
+        self._sanitizer = None
+        if config.kv_sanitizer:
+            limits = config.max_num_seqs, config.max_num_batched_tokens
+            self._runner = self._sanitizer = SanitizedRunner(self._runner, *limits)
         try:
+            check_drafts(config, self._runner)
             self.reset()
         except BaseException:
             self._runner.close()
             raise
+
+    def now(self) -> float:
+        """Seconds on the runner's clock, which all times of requests are on."""
+        return self._runner.now()
+
+    def wait_until(self, moment: float) -> None:
+        """Return when `now` is `moment` or later; a simulated runner moves its time there."""
+        self._runner.wait_until(moment)
 
     @property
     def has_unfinished(self) -> bool:
@@ -87,11 +85,17 @@ class LLMEngine:
         return bool(self._pipeline) or self._scheduler.has_unfinished
 
     def add_request(
-        self, prompt_token_ids: list[int], params: SamplingParams, text: TextReader | None = None
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        text: TextReader | None = None,
+        *,
+        sample: int = 0,
     ) -> Sequence:
         """Check a request for one output and queue it.
 
         Args:
+            sample: index of the output among those of its prompt.
             text: reads the output as it comes, and finds the stop strings.
 
         Raises:
@@ -121,8 +125,10 @@ class LLMEngine:
             max_total_tokens=total,
             stop_token_ids=ends.union(params.stop_token_ids),
             seed=seed,
+            seed_kind=SeedKind.DERIVED if params.seed is None else SeedKind.GIVEN,
+            sample=sample,
         )
-        seq.text, seq.added_at = text, time.perf_counter()
+        seq.text, seq.added_at = text, self.now()
         self._next_request_id += 1
         with self._inside():
             self._live[request_id] = seq
@@ -267,18 +273,12 @@ class LLMEngine:
             seq.finish_reason = seq.finish_reason or reason
         self._forget(list(self._live.values()))
         self._read.clear()
-        geometry, config = self._runner.kv_geometry, self.config
-        self._blocks: BlockManager = construct(
-            "block_manager", BlockManager, self._make_blocks, config, geometry
-        )
-        self.config = config = with_caching(config, self._blocks)
+        groups = self._runner.kv_groups
+        self.config, managers = make_block_managers(self._asked, self.config, groups)
         if self._sanitizer:
-            self._blocks = self._sanitizer.watch(self._blocks)
-        self._scheduler: Scheduler = construct(
-            "scheduler", Scheduler, self._make_scheduler, config, self._blocks
-        )
-        # What a factory makes is known only now.
-        check_policies(config, self._scheduler)
+            managers = self._sanitizer.watch(managers)
+        self._blocks: BlockManager = grouped(managers)
+        self._scheduler = make_scheduler(self.config, self._blocks, self._runner.now)
 
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""
@@ -348,50 +348,16 @@ class LLMEngine:
             self.reset()
 
 
-def with_block_manager(config: Config) -> tuple[Config, Callable[..., BlockManager]]:
-    """The config with the choice of block manager made, and what constructs it.
+def check_drafts(config: Config, runner: ModelRunner) -> None:
+    """Refuse speculative tokens where nobody drafts them.
 
     Raises:
-        ConfigError: there is no such part, or it contradicts the options for prefix caching.
+        ConfigError: names the option.
     """
-    name = config.block_manager
-    if name == "auto":
-        name = "paged" if config.enable_prefix_caching is False else "prefix"
-    config = replace(config, block_manager=name)
-    make: Any = find_part("block_manager", name, BlockManager, "memory")
-    if isinstance(make, type):
-        config = with_caching(config, make)
-    return config, make
-
-
-def with_caching(config: Config, blocks: Any) -> Config:
-    """The config that says whether prefixes are cached.
-
-    Args:
-        blocks: the block manager or its class; what a factory makes is not known before.
-
-    Raises:
-        ConfigError: the options for prefix caching contradict it.
-    """
-    name, wanted, caches = (
-        config.block_manager,
-        config.enable_prefix_caching,
-        blocks.caches_prefixes,
-    )
-    if wanted is not None and caches != wanted:
+    if config.num_speculative_tokens and not runner.drafts:
         raise ConfigError(
-            "enable_prefix_caching",
-            wanted,
-            f"block_manager={name!r} {'always caches' if caches else 'does not cache'} prefixes",
-            "Leave it at None or choose another block_manager.",
+            "num_speculative_tokens",
+            config.num_speculative_tokens,
+            f"model_runner={config.model_runner!r} drafts no tokens",
+            "Use 0.",
         )
-    if caches:
-        find_part("eviction_policy", config.eviction_policy, EvictionPolicy, "memory")
-    elif config.eviction_policy != Config.eviction_policy:
-        raise ConfigError(
-            "eviction_policy",
-            config.eviction_policy,
-            f"block_manager={name!r} does not cache prefixes",
-            "Leave it at its default or choose another block_manager.",
-        )
-    return replace(config, enable_prefix_caching=caches)

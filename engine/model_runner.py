@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,11 @@ from torch import Tensor
 from config import Config
 from engine.batch import SlotTables, StepInputs
 from engine.captured_steps import CapturedSteps
+from engine.checking.kv_poison import KVPoison
 from engine.decode_step import DecodeStep
 from engine.extras import Extras, StepExtras, StepLogits, extras_bytes
 from engine.launchers import InlineLauncher, Launcher, StepOutput, StreamLauncher, ThreadLauncher
+from engine.parts import captures_graphs, make_backend
 from engine.prefill_step import PrefillStep
 from engine.types import (
     BlockUpdate,
@@ -32,23 +33,17 @@ from engine.types import (
     StepHandle,
     StepPlan,
 )
-from layers.attention.base import AttentionBackend, AttentionSpec
+from layers.attention.base import AttentionSpec
 from layers.forward_batch import ForwardBatch
-from layers.kernels.launch import fused
 from layers.parallel import ParallelContext
 from layers.sampler import Sampler
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
-from memory.kv_poison import KVPoison
 from memory.sizing import fit_blocks, free_bytes, measure_usage, memory_errors, release_device
 from models.base import CausalLM, ModelShape
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from utils.loader import load_weights
-from utils.registry import construct, find_part, parts_in
-
-# Fastest first; the first one that can serve the model on this machine is taken.
-_AUTO_BACKENDS = ("triton", "flash_attn", "torch")
 
 
 class LocalRunner(ModelRunner):
@@ -141,14 +136,14 @@ class LocalRunner(ModelRunner):
                 self._captured.capture(config.max_num_seqs)
 
     @property
-    def kv_geometry(self) -> KVGeometry:
-        return self._geometry
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
+        return (self._geometry,)
 
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
             raise EngineClosedError("execute() after close()")
         run = self._run if self._poison is None else partial(self._run_poisoned, self._poison)
-        return self._launcher.launch(plan.step_id, lambda: run(plan))
+        return self._launcher.launch(plan.step_id, lambda: run(plan), timed=plan.timed)
 
     def close(self) -> None:
         if self._closed:
@@ -162,8 +157,8 @@ class LocalRunner(ModelRunner):
     def _make_launcher(self, config: Config) -> Launcher:
         depth = config.pipeline_depth or 0
         if self._device.type == "cuda":
-            return StreamLauncher(self._device, config.max_num_seqs, depth + 2)
-        return ThreadLauncher() if depth else InlineLauncher()
+            return StreamLauncher(self.now, self._device, config.max_num_seqs, depth + 2)
+        return ThreadLauncher(self.now) if depth else InlineLauncher(self.now)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         if isinstance(self._launcher, StreamLauncher):
@@ -348,44 +343,3 @@ def find_architecture(checkpoint: Checkpoint) -> ModuleType:
         f"{checkpoint.path} is a {model_type!r} model and there is no {name} module for it. "
         "See CONTRIBUTING.md for how to add one."
     )
-
-
-def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """Construct the attention backend that the config names.
-
-    Raises:
-        ConfigError: it does not exist or cannot serve this model on this machine.
-    """
-    package = "layers.attention"
-    if config.attention_backend == "auto":
-        known: dict[str, Any] = parts_in(package, AttentionBackend)
-        usable = [known[name] for name in _AUTO_BACKENDS if name in known]
-        return next(part for part in usable if part.unsupported(spec) is None)(spec)  # type: ignore[no-any-return]
-    part: Any = find_part("attention_backend", config.attention_backend, AttentionBackend, package)
-    is_class = inspect.isclass(part)
-    make = partial(construct, "attention_backend", AttentionBackend, part, spec)
-    # A class says so before it is constructed, what a factory makes after it.
-    backend: Any = part if is_class else make()
-    reason = backend.unsupported(spec)
-    if reason is not None:
-        raise ConfigError("attention_backend", config.attention_backend, reason, 'Use "auto".')
-    return make() if is_class else backend  # type: ignore[no-any-return]
-
-
-def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether decodes and short prefills are captured.
-
-    Raises:
-        ConfigError: graphs were asked for and cannot be had.
-    """
-    if config.device != "cuda" or config.enforce_eager or config.enable_cuda_graphs is False:
-        return False
-    possible = backend.captures and fused(torch.device(config.device), dtype)
-    if config.enable_cuda_graphs and not possible:
-        raise ConfigError(
-            "enable_cuda_graphs",
-            True,
-            f"attention_backend={backend.name!r} with dtype={config.dtype!r} cannot be captured",
-            "Leave it at None, or use the triton backend and half precision.",
-        )
-    return possible

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config
 from engine.transport import Close, PlanEncoder, Ring, shared_file
-from engine.types import KVGeometry, StepPlan, StepResult
+from engine.types import Clock, KVGeometry, StepPlan, StepResult
 from engine.worker import Done, Failure, MakeRunner, Rank, Ready, Start
 from utils.errors import AllmosError, ConfigError, StepError, WorkerDiedError
 
@@ -47,10 +47,11 @@ class Workers:
 
     Args:
         config, checkpoint, make_runner: what every rank runs.
+        clock: the runner's in this process, by which results are said to have come.
         num_threads: CPU threads of each.
 
     Attributes:
-        geometry: of each rank's KV cache.
+        groups: the cache groups of each rank.
 
     Raises:
         WorkerDiedError: one died while it loaded.
@@ -59,9 +60,15 @@ class Workers:
     """
 
     def __init__(
-        self, config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, num_threads: int = 1
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        make_runner: MakeRunner,
+        clock: Clock,
+        num_threads: int = 1,
     ) -> None:
-        self.geometry: KVGeometry
+        self.groups: tuple[KVGeometry, ...]
+        self._clock = clock
         self._encode = PlanEncoder()
         self._num_sent = 0
         self._results: dict[int, StepResult] = {}
@@ -184,8 +191,8 @@ class Workers:
         while waiting:
             for key, _ in self._selector.select():
                 match self._message_of(key.data):
-                    case Ready(geometry):
-                        self.geometry = geometry
+                    case Ready(groups):
+                        self.groups = groups
                         waiting.discard(key.data)
                     case cause:
                         self._fail(key.data, cause)
@@ -215,7 +222,7 @@ class Workers:
             for key, _ in ready:
                 match self._message_of(key.data):
                     case Done() as done:
-                        self._results[done.number] = done.result()
+                        self._results[done.number] = done.result(self._clock())
                     case None if closing and self._processes[key.data].wait() == 0:
                         self._selector.unregister(key.fileobj)
                     case cause:

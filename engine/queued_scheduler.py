@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from config import Config
 from engine.ledger import Ledger
-from engine.policies.base import QueuePolicy, make_policy
+from engine.parts import make_policy
+from engine.policies.base import QueuePolicy
 from engine.sequence import Sequence
-from engine.types import BlockManager, PendingPrefix, Scheduler, StepPlan, StepResult
+from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan, StepResult
 
 
 class QueuedScheduler(Scheduler):
@@ -18,18 +19,21 @@ class QueuedScheduler(Scheduler):
     Args:
         config: the engine's options.
         block_manager: where KV blocks come from; used by this scheduler alone.
+        clock: the runner's.
 
     Attributes:
-        budget: most tokens of one step.
+        budget: most positions of one step.
+        max_decode_tokens: most positions of one decode row.
         ledger: slots, blocks and the plan under construction.
         queue: the waiting requests.
     """
 
     policies: ClassVar[Collection[str]] = ("queue_policy",)
 
-    def __init__(self, config: Config, block_manager: BlockManager) -> None:
+    def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
         self.budget = config.max_num_batched_tokens
-        self.ledger = Ledger(block_manager, config.max_num_seqs)
+        self.max_decode_tokens = 1 + config.num_speculative_tokens
+        self.ledger = Ledger(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make_policy("queue_policy", config)
         self._waiting: dict[int, Sequence] = {}
 
@@ -65,6 +69,16 @@ class QueuedScheduler(Scheduler):
         """Put those that waited for a prefix back into the queue."""
         for seq in self.ledger.woken():
             self.wait(seq)
+
+    def decode(self, seqs: list[Sequence], left: int) -> None:
+        """Plan decode rows for all of `seqs`, drafts as far as the budget that is left allows.
+
+        Args:
+            left: positions, at least one for each request.
+        """
+        if seqs:
+            # Equal shares: how long a row is must not depend on its place in the batch.
+            self.ledger.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         finished = self.ledger.commit(plan, result)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from config import Config
-from engine.policies.base import (
-    POLICIES,
-    AdmissionPolicy,
-    PreemptionPolicy,
-    StepPolicy,
-    make_policy,
-)
+from engine.parts import POLICIES, make_policy
+from engine.policies.base import AdmissionPolicy, PreemptionPolicy, StepPolicy
 from engine.queued_scheduler import QueuedScheduler
 from engine.sequence import Sequence
-from engine.types import BlockManager, StepPlan
+from engine.types import BlockManager, Clock, StepPlan
 
 
 class ContinuousScheduler(QueuedScheduler):
@@ -27,10 +22,10 @@ class ContinuousScheduler(QueuedScheduler):
     """
 
     name = "continuous"
-    policies = tuple(POLICIES)
+    policies = POLICIES
 
-    def __init__(self, config: Config, block_manager: BlockManager) -> None:
-        super().__init__(config, block_manager)
+    def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
+        super().__init__(config, block_manager, clock)
         self._admission: AdmissionPolicy = make_policy("admission_policy", config)
         self._preemption: PreemptionPolicy = make_policy("preemption_policy", config)
         self._step: StepPolicy = make_policy("step_policy", config)
@@ -45,8 +40,9 @@ class ContinuousScheduler(QueuedScheduler):
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
         # Admitting right after a preemption would hand the blocks back to the victim.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
-        if planned + len(decodes) <= self.budget:
-            self.ledger.decode(decodes)
+        left = self.budget - planned
+        if len(decodes) <= left:
+            self.decode(decodes, left)
             self._gap = 0
         else:
             self._gap += 1
@@ -79,7 +75,7 @@ class ContinuousScheduler(QueuedScheduler):
     def _reserve_decodes(self) -> int | None:
         """A block for each next decode position; the number of preemptions, None to drain."""
         num_preemptions = 0
-        full = [s for s in self.ledger.decoding.values() if s.num_scheduled == s.capacity]
+        full = [s for s in self.ledger.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.ledger.reserve(seq):
                 if self.ledger.num_in_flight:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from engine.types import SeedKind
 from sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -20,21 +22,26 @@ class Sequence:
         num_prompt_tokens: how many of them are the prompt.
         sampling: as given by the user.
         seed: key of the sampling noise.
+        seed_kind: where the seed comes from.
+        sample: index of this output among those of its prompt.
         max_total_tokens: length (prompt and output) at which it stops.
         stop_token_ids: tokens that end it.
         finish_reason: None while unfinished, else "stop", "length", "abort" or "error".
+        error: what the runner reported, if that ended it.
+        values: what the runner reported for each token of the output, if it was asked for.
         logprobs: of the committed output, if asked for.
         prompt_logprobs: of the prompt so far, if asked for; None for its first token.
         text: reads the output as text, for requests that stream or have stop strings.
-        added_at, admitted_at: seconds on the scheduler's clock; the latter None before.
-        token_times: when each token of the output was committed, on the same clock.
+        added_at, admitted_at: seconds on the runner's clock; the latter None before.
+        token_times: when the host could read each token of the output, on the same clock.
         num_cached: prompt tokens found in the cache when it was first admitted.
 
     The rest belongs to the scheduler:
         slot: row in the runner's tables while running, else None.
-        num_scheduled: leading positions whose KV is written or being written in flight.
+        num_scheduled: most leading positions that are computed once all that is in flight has
+            ended; before its length limit is applied.
+        num_drafted: how many of them the runner may not keep.
         num_prefill: positions computed as prefill: the tokens known when it was admitted.
-        num_pending: tokens being sampled in flight, not yet in `token_ids`.
         num_in_flight: plans in flight that have a row of it.
         num_committed: leading positions whose KV is known to be written.
         capacity: tokens that its block table holds.
@@ -45,26 +52,30 @@ class Sequence:
         "added_at",
         "admitted_at",
         "capacity",
+        "error",
         "finish_reason",
         "logprobs",
         "max_total_tokens",
         "num_cached",
         "num_committed",
+        "num_drafted",
         "num_in_flight",
-        "num_pending",
         "num_preemptions",
         "num_prefill",
         "num_prompt_tokens",
         "num_scheduled",
         "prompt_logprobs",
         "request_id",
+        "sample",
         "sampling",
         "seed",
+        "seed_kind",
         "slot",
         "stop_token_ids",
         "text",
         "token_ids",
         "token_times",
+        "values",
     )
 
     def __init__(
@@ -76,15 +87,21 @@ class Sequence:
         max_total_tokens: int,
         stop_token_ids: frozenset[int] = frozenset(),
         seed: int = 0,
+        seed_kind: SeedKind = SeedKind.DERIVED,
+        sample: int = 0,
     ) -> None:
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling
         self.seed = seed
+        self.seed_kind = seed_kind
+        self.sample = sample
         self.max_total_tokens = max_total_tokens
         self.stop_token_ids = stop_token_ids
         self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.values: list[Mapping[str, Any]] = []
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.text: TextReader | None = None
@@ -100,7 +117,7 @@ class Sequence:
         self.slot: int | None = None
         self.num_scheduled = 0
         self.num_prefill = 0
-        self.num_pending = 0
+        self.num_drafted = 0
         self.num_in_flight = 0
         self.num_committed = 0
         self.capacity = 0
@@ -125,6 +142,7 @@ class Sequence:
         del self.token_ids[self.num_prompt_tokens + num_tokens :]
         del self.token_times[num_tokens:]
         del self.logprobs[num_tokens:]
+        del self.values[num_tokens:]
 
     @property
     def num_expected_tokens(self) -> int:

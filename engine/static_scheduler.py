@@ -27,7 +27,7 @@ class StaticScheduler(QueuedScheduler):
                 left -= ledger.prefill(seq, left)
         if not prompts:
             decodes = [seq for seq in ledger.decoding.values() if ledger.reserve(seq)]
-            ledger.decode(decodes)
+            self.decode(decodes, self.budget)
         return ledger.build()
 
     def _admit_batch(self) -> None:

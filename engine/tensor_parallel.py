@@ -41,12 +41,12 @@ class TensorParallelRunner(ModelRunner):
             check_divides(config, checkpoint)
         self._closed = False
         num_threads = max(1, torch.get_num_threads() // config.tensor_parallel_size)
-        self._workers = Workers(config, checkpoint, make_runner, num_threads)
+        self._workers = Workers(config, checkpoint, make_runner, self.now, num_threads)
 
     @property
-    def kv_geometry(self) -> KVGeometry:
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
         """Of each rank: its share of the KV heads."""
-        return self._workers.geometry
+        return self._workers.groups
 
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:

@@ -7,14 +7,18 @@ or a block manager can be written and tested against this file alone.
 Vocabulary: a *slot* is the row of a request in the runner's per-request tables, held while the
 request runs. A *position* is a token's index in its request (prompt first). A *block* is
 `block_size` consecutive positions of KV cache; a request's *block table* lists its blocks.
+Layers that keep the same positions for the same time are a *cache group* and share block tables;
+a group's *kind* says which positions it keeps. Most models have one group of full pages.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sampling_params import SamplingParams
 
@@ -26,13 +30,62 @@ if TYPE_CHECKING:
 # ones in falling order.
 TokenLogprobs = dict[int, float]
 
+# Seconds since a fixed moment, as `ModelRunner.now` tells them.
+Clock = Callable[[], float]
+
+# The entry of a block table whose block was given back because its positions left the window.
+NO_BLOCK = -1
+
+# The length limit of a request without one.
+NO_LIMIT = 2**31 - 1
+
+
+class SeedKind(IntEnum):
+    """Where a request's seed comes from; noise may differ for equal seeds of two kinds."""
+
+    DERIVED = 0  # from the engine's seed and the order of arrival
+    GIVEN = 1  # by the user
+
+
+@dataclass(frozen=True, slots=True)
+class FullPages:
+    """A kind of cache that keeps every position as long as its request runs.
+
+    Other kinds subclass it and say which positions they keep.
+    """
+
+    def bytes_per_block(self, geometry: KVGeometry) -> int:
+        """Bytes that one block takes over all layers of the group: K and V of its positions."""
+        g = geometry
+        return g.num_layers * g.block_size * 2 * g.num_kv_heads * g.head_dim * g.dtype_bytes
+
+    def first_read(self, position: int) -> int:
+        """The earliest position that computing `position` reads; never falls as it rises."""
+        del position
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPages(FullPages):
+    """A kind of cache that keeps the last `window` positions, the newest one included.
+
+    A block is given back when all its positions have left the window of the next position to be
+    computed. The window moves with what was committed, never with drafted positions.
+    """
+
+    window: int
+
+    def first_read(self, position: int) -> int:
+        return max(0, position - self.window + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
-    """Shape of a paged KV cache; K and V of `num_layers` layers in `num_blocks` blocks.
+    """Shape of one cache group: K and V of `num_layers` layers in `num_blocks` blocks.
 
     Attributes:
         dtype_bytes: bytes per element.
+        kind: which positions the group keeps.
     """
 
     num_layers: int
@@ -41,12 +94,12 @@ class KVGeometry:
     block_size: int
     num_blocks: int
     dtype_bytes: int
+    kind: FullPages = field(default_factory=FullPages)
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes that one block takes over all layers, K and V."""
-        token = 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
-        return self.num_layers * self.block_size * token
+        """Bytes that one block takes over all layers of the group."""
+        return self.kind.bytes_per_block(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +111,10 @@ class NewRequest:
         seed: key of the request's sampling noise, 0 <= seed < 2**63.
         num_output_tokens: how many of the tokens are output.
         stop_token_ids: what may not be sampled before `sampling.min_tokens`; empty without it.
+        max_total_tokens: most tokens, prompt and output together. The runner keeps no token
+            beyond them, however many positions a plan allows.
+        sample: index of this output among those of its prompt.
+        seed_kind: where the seed comes from.
     """
 
     slot: int
@@ -67,23 +124,32 @@ class NewRequest:
     seed: int
     num_output_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    max_total_tokens: int = NO_LIMIT
+    sample: int = 0
+    seed_kind: SeedKind = SeedKind.DERIVED
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """`block_ids` become entries `first_index`, `first_index + 1`, ... of a slot's block table."""
+    """`block_ids` become entries `first_index`, `first_index + 1`, ... of a slot's block table.
+
+    Attributes:
+        group: the cache group whose table it is.
+    """
 
     slot: int
     first_index: int
     block_ids: tuple[int, ...]
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """All positions of block `source`, in every layer, are copied to block `target`."""
+    """All positions of block `source`, in every layer of the group, go to block `target`."""
 
     source: int
     target: int
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +157,8 @@ class PrefillChunk:
     """Compute positions [start, start + num_tokens) of a slot; earlier ones are in the cache.
 
     Attributes:
-        samples: the chunk reaches the end of the known tokens, so the next one is sampled.
+        samples: the next token is sampled. That is so if the chunk reaches the end of the known
+            tokens and the request may become longer; a request that may not ends with it.
     """
 
     slot: int
@@ -105,17 +172,24 @@ class StepPlan:
     """One step of the model, as pure data: what changed, then what to compute.
 
     A runner applies `new_requests`, then `block_updates`, then makes the `block_copies`, then
-    computes the rows: the prefill chunks in order, then for each slot in `decode` the one
-    position after those computed so far, whose token the runner itself sampled (or received)
-    before.
+    computes the rows: the prefill chunks in order, then one row for each slot in `decode`.
+
+    A decode row computes the position after those computed so far, whose token the runner itself
+    sampled (or received) before. It may compute up to `decode_tokens[i]` positions in all: the
+    runner drafts the tokens of the further ones and keeps those that it would have sampled. The
+    scheduler reserves blocks for all of them. It may plan the next step before it knows how many
+    were kept: the row then starts where the runner left off.
 
     Attributes:
         step_id: 0, 1, 2, ... in order of planning; from 0 again after an exception, which ends all
             requests and steps.
         block_copies: in any order; no target is a source or another one's target. What a source
             holds was written by earlier steps; later ones may write to it.
-        poisoned_blocks: blocks to fill with NaN before anything else; only the KV sanitizer
-            sets it.
+        decode_tokens: most positions that each row of `decode` computes, each at least 1; empty
+            stands for 1 each.
+        poisoned_blocks: for each cache group the blocks to fill with NaN before anything else;
+            empty stands for none. Only the KV sanitizer sets it.
+        timed: the result has to have `device_seconds`.
     """
 
     step_id: int
@@ -124,7 +198,9 @@ class StepPlan:
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
     block_copies: tuple[BlockCopy, ...] = ()
-    poisoned_blocks: tuple[int, ...] = ()
+    decode_tokens: tuple[int, ...] = ()
+    poisoned_blocks: tuple[tuple[int, ...], ...] = ()
+    timed: bool = False
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -133,8 +209,18 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in this step."""
-        return self.num_prefill_tokens + len(self.decode)
+        """Most positions that this step computes; what the token budget counts."""
+        return self.num_prefill_tokens + sum(self.decode_counts)
+
+    @property
+    def decode_counts(self) -> tuple[int, ...]:
+        """Most positions that each decode row computes, written out."""
+        return self.decode_tokens or (1,) * len(self.decode)
+
+    @property
+    def rows(self) -> list[int]:
+        """The slot of each row: of the prefill chunks, then of the decodes."""
+        return [chunk.slot for chunk in self.prefill] + list(self.decode)
 
     @property
     def sampled_slots(self) -> list[int]:
@@ -143,21 +229,46 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class RowReport:
+    """What a row has beside its tokens.
+
+    Attributes:
+        error: why the request cannot go on. It ends with finish_reason "error" and without the
+            row's tokens; the other requests of the step go on.
+        values: what the request asked for, by name: e.g. hidden states, or a hash of its logits.
+            One entry for each of the row's tokens; one for a last chunk that samples nothing.
+    """
+
+    error: Exception | None = None
+    values: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step produced.
 
     Attributes:
-        tokens: for each of the plan's `sampled_slots`, in order, its new tokens (at least one).
+        tokens: for each of the plan's `sampled_slots`, in order, its new tokens: one for a chunk,
+            for a decode row as many as positions were kept. That is at least one, at most the
+            row's `decode_tokens`, and never more than the request's length limit allows. A
+            position that was computed and not kept is computed again by a later step.
+        ended_at: on the runner's clock, when the host could read the result. A runner that learns
+            of it by waiting tells when the wait ended.
         logprobs: as `tokens`, for each token its log-probabilities; empty lists for requests that
             did not ask for any, None if no request did.
         prompt_logprobs: for each of the plan's prefill chunks, those of the prompt's tokens at
             start + 1, start + 2, ..., which the chunk's positions predict; else as `logprobs`.
+        device_seconds: how long the device worked on the step, if the plan is `timed`.
+        reports: of rows that have one, by the row's index in `StepPlan.rows`.
     """
 
     step_id: int
     tokens: list[list[int]]
+    ended_at: float
     logprobs: list[list[TokenLogprobs]] | None = None
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
+    device_seconds: float | None = None
+    reports: Mapping[int, RowReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +345,20 @@ class StepHandle(ABC):
 class BlockManager(ABC):
     """Owns the KV blocks: which are free, and the block table of each running request.
 
+    A manager has the blocks of one cache group; its constructor takes the `Config` and the
+    group's `KVGeometry`. `memory.grouped_blocks` makes one manager of those of several groups.
+
     Requests are known by their `request_id`. A request's life is `begin`, any number of `grow`
     and `commit`, then `release`. All calls are made between steps, from one thread.
     """
 
     name: ClassVar[str]
     caches_prefixes: ClassVar[bool] = False
+
+    @property
+    def groups(self) -> tuple[BlockManager, ...]:
+        """The manager of each cache group; itself for one group."""
+        return (self,)
 
     @property
     @abstractmethod
@@ -249,12 +368,15 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Blocks in all."""
+        """Blocks in all; of several groups those of the smallest."""
 
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Blocks that `grow` could hand out now, reusable cached ones included."""
+        """Blocks that `grow` could hand out now, reusable cached ones included.
+
+        Of several groups, those of the scarcest.
+        """
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -270,17 +392,26 @@ class BlockManager(ABC):
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """Extend the table to hold `num_tokens` tokens; False, and no change, if out of blocks."""
+        """Extend the table to hold `num_tokens` tokens; False, and no change, if out of blocks.
+
+        With several groups all of them are extended, or none.
+        """
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
-        """The block table; the caller must not change it."""
+        """The block table; the caller must not change it.
+
+        `NO_BLOCK` stands where a block left the window and was given back.
+        """
 
     @abstractmethod
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
         """The KV of the first `num_computed` of `token_ids` is known to be written.
 
-        From here on full blocks of them may be shared with other requests.
+        From here on full blocks of them may be shared with other requests, and blocks that no
+        later position reads may be given back: a step in flight computes only later positions.
+        Called at least whenever a block has become full. Positions that were drafted and not
+        kept are never among them.
         """
 
     @abstractmethod
@@ -315,9 +446,17 @@ class BlockManager(ABC):
 class Scheduler(ABC):
     """Decides what each step computes. Pure CPU work; never touches a device.
 
+    Its constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. No decision
+    and no time of a request may read another clock: a runner without a device keeps virtual time.
+
     Between `schedule` and `commit` of a plan its requests are *in flight*: they may be planned
     again, but neither preempted nor released. Plans are committed in the order of planning.
     After an exception the engine makes a new scheduler and a new block manager.
+
+    A decode row in flight keeps between 1 and `decode_tokens[i]` positions, and only `commit`
+    tells how many. So the start of the request's next row is known as a range: blocks and budget
+    are reserved for the latest one, and what is committed rises by the number kept. A request is
+    not planned while it may have reached its length limit, and goes on if it has not.
 
     Attributes:
         policies: the options of `Config` for policies that it uses; the engine refuses others.
@@ -345,7 +484,11 @@ class Scheduler(ABC):
 
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Take in the oldest plan's result; returns the requests that finished with it."""
+        """Take in the oldest plan's result; returns the requests that finished with it.
+
+        Tokens behind a stop token or the length limit are dropped, and all that belongs to them:
+        log-probabilities, times, values.
+        """
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
@@ -356,18 +499,33 @@ class Scheduler(ABC):
 
 
 class ModelRunner(ABC):
-    """Executes plans. Owns the model, the KV tensors and the device."""
+    """Executes plans. Owns the model, the KV tensors, the device and the clock.
+
+    Attributes:
+        drafts: whether decode rows may compute several positions; the engine refuses
+            `num_speculative_tokens` otherwise.
+    """
 
     name: ClassVar[str]
+    drafts: ClassVar[bool] = False
 
     @property
     @abstractmethod
-    def kv_geometry(self) -> KVGeometry:
-        """The KV cache that plans may use."""
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
+        """The KV cache that plans may use, by cache group; all have the same block size."""
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
         """Start a step and return at once. Steps take effect in the order of these calls."""
+
+    def now(self) -> float:
+        """Seconds since a fixed moment: the engine's only clock."""
+        return time.perf_counter()
+
+    def wait_until(self, moment: float) -> None:
+        """Return when `now` is `moment` or later: sleep, or move virtual time there."""
+        while (left := moment - self.now()) > 0:
+            time.sleep(left)
 
     @abstractmethod
     def close(self) -> None:

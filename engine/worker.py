@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import Config
 from engine.transport import Close, PlanDecoder, Ring
@@ -30,7 +30,6 @@ from engine.types import (
     StepHandle,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
 from utils.errors import StepError
 
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
 # A worker without work watches the ring for this long before it sleeps: longer than the parent
 # takes from one step to the next, too short to burden an idle machine.
 _SPIN_SECONDS = 500e-6
+# Fields of a result that most have nothing in.
+_REST = ("logprobs", "prompt_logprobs", "device_seconds", "reports")
 # How often a sleeper looks by itself, should its parent have missed that it sleeps.
 _NAP_SECONDS = 0.1
 
@@ -81,7 +82,7 @@ class Start:
 class Ready:
     """Worker to parent: the model is loaded."""
 
-    geometry: KVGeometry
+    groups: tuple[KVGeometry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +94,14 @@ class Done:
     Attributes:
         tokens: of all rows, one after the other.
         counts: how many each row has; None for one each.
-        logprobs, prompt_logprobs: as in the result; None in most.
+        rest: what else the result has, by field; None in most.
     """
 
     number: int
     step_id: int
     tokens: array[int]
     counts: list[int] | None
-    logprobs: list[list[TokenLogprobs]] | None = None
-    prompt_logprobs: list[list[TokenLogprobs]] | None = None
+    rest: dict[str, Any] | None = None
 
     @staticmethod
     def of(number: int, result: StepResult) -> Done:
@@ -109,17 +109,22 @@ class Done:
         tokens = array("q", chain.from_iterable(result.tokens))
         single = len(tokens) == len(result.tokens)
         counts = None if single else [len(row) for row in result.tokens]
-        scores = result.logprobs, result.prompt_logprobs
-        return Done(number, result.step_id, tokens, counts, *scores)
+        there = ((name, getattr(result, name)) for name in _REST)
+        rest = {name: value for name, value in there if value is not None and value != {}}
+        return Done(number, result.step_id, tokens, counts, rest or None)
 
-    def result(self) -> StepResult:
-        """The result that it was made of."""
+    def result(self, ended_at: float) -> StepResult:
+        """The result that it was made of.
+
+        Args:
+            ended_at: when it came, on the clock of the process that asked for the step.
+        """
         tokens = self.tokens.tolist()
         rows = [[token] for token in tokens]
         if self.counts is not None:
             rest = iter(tokens)
             rows = [list(islice(rest, count)) for count in self.counts]
-        return StepResult(self.step_id, rows, self.logprobs, self.prompt_logprobs)
+        return StepResult(self.step_id, rows, ended_at, **(self.rest or {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +240,7 @@ def main() -> None:
         start: Start = parent.recv()
         rank = start.rank
         runner = start.make_runner(start.config, start.checkpoint, rank)
-        parent.send(Ready(runner.kv_geometry))
+        parent.send(Ready(runner.kv_groups))
         inbox = Inbox(Ring(ring_file, rank.size), rank.index, parent)
         # All ranks have the same results; one of them tells.
         serve(runner, inbox, _forget if rank.index else parent.send)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from config import Config
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
-from engine.types import KVGeometry, StepPlan
+from engine.types import BlockManager, Clock, KVGeometry, StepPlan
 from memory.block_manager import PagedBlockManager
 
 
@@ -14,8 +14,8 @@ class OneAtATime(ContinuousScheduler):
 
     name = "one-at-a-time"
 
-    def __init__(self, config: Config, block_manager: object) -> None:
-        super().__init__(config, block_manager)  # type: ignore[arg-type]
+    def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
+        super().__init__(config, block_manager, clock)
         self._queue: list[Sequence] = []
         self.num_plans = 0
 
@@ -44,9 +44,9 @@ class ShuffledBlocks(PagedBlockManager):
         self._free.sort(key=lambda block: hash((block, 17)))
 
 
-def make_one_at_a_time(config: Config, block_manager: object) -> OneAtATime:
+def make_one_at_a_time(config: Config, block_manager: BlockManager, clock: Clock) -> OneAtATime:
     """A factory instead of a class."""
-    return OneAtATime(config, block_manager)
+    return OneAtATime(config, block_manager, clock)
 
 
 NOT_A_PART = 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.fake_runner import FakeModel
+from engine.checking.fake_runner import FakeModel
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from memory.block_manager import PagedBlockManager

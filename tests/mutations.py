@@ -13,7 +13,10 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
+
+from tests.kernel_mutants import KERNEL_MUTANTS
 
 ROOT = Path(__file__).parents[1]
 _COPIED = ("benchmarks", "engine", "layers", "memory", "models", "tests", "utils")
@@ -37,6 +40,10 @@ STARVATION = (*_PYTEST, "-k", "starves")
 MANAGERS = (*_PYTEST, "-k", "Manager")
 RUNNERS = (*_PYTEST, "-k", "LocalRunner")
 ATTENTION = (*_PYTEST[:-1], "tests/layers/attention/test_torch_sdpa.py")
+LEDGER = (*_PYTEST[:-1], "tests/engine/test_ledger.py")
+GROUPS = (*_PYTEST[:-1], "tests/memory/test_grouped_blocks.py")
+SIMULATED = (*_PYTEST[:-1], "tests/engine/test_simulated_runner.py")
+LEAKS = (*_PYTEST[:-1], "tests/engine/test_leaks.py")
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...] = FU
     return Mutant(name, (Edit(path, old, new),), command)
 
 
-MUTANTS = (
+MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "late free skipped: a row that lands after its request's end releases nothing",
         _LEDGER,
@@ -87,8 +94,8 @@ MUTANTS = (
     _bug(
         "off by one in the blocks that a decode needs",
         _LEDGER,
-        "self._blocks.grow(seq.request_id, seq.num_scheduled + 1)",
-        "self._blocks.grow(seq.request_id, seq.num_scheduled)",
+        "self._blocks.grow(seq.request_id, end)",
+        "self._blocks.grow(seq.request_id, end - 1)",
     ),
     _bug(
         "off by one in the blocks that a table needs",
@@ -252,8 +259,8 @@ MUTANTS = (
     _bug(
         "lost block update: of several new blocks only the last is sent",
         _LEDGER,
-        "BlockUpdate(slot, first, tuple(table[first:]))",
-        "BlockUpdate(slot, first, tuple(table[-1:]))",
+        "BlockUpdate(slot, first, tuple(table[first:]), group)",
+        "BlockUpdate(slot, first, tuple(table[-1:]), group)",
     ),
     _bug(
         "budget overrun by a prompt",
@@ -264,14 +271,14 @@ MUTANTS = (
     _bug(
         "budget overrun by decodes beside prompts",
         _SCHEDULER,
-        "if planned + len(decodes) <= self.budget:",
-        "if planned <= self.budget:",
+        "        if len(decodes) <= left:",
+        "        if left >= 0:",
     ),
     _bug(
         "tokens attributed to the wrong slots",
         _LEDGER,
-        "        new_tokens += tokens\n",
-        "        new_tokens += reversed(list(tokens))\n",
+        "zip(plan.decode, plan.decode_counts, tokens, scores, strict=False)",
+        "zip(plan.decode, plan.decode_counts, reversed([*tokens]), scores, strict=False)",
     ),
     _bug(
         "one token too many in flight at a length limit",
@@ -317,6 +324,217 @@ MUTANTS = (
         STARVATION,
     ),
     _bug(
+        "kept count off by one: what was drafted and not kept is committed",
+        _LEDGER,
+        "num_planned if row < num_chunks else num_taken",
+        "num_planned if row < num_chunks else min(num_taken + 1, num_planned)",
+    ),
+    _bug(
+        "kept count off by one: the next row is taken to start one position early",
+        _LEDGER,
+        "seq.num_scheduled -= num_planned - num_kept",
+        "seq.num_scheduled -= num_planned - num_kept + 1",
+    ),
+    _bug(
+        "kept count forgotten: the next row is taken to start where all would have been kept",
+        _LEDGER,
+        "        seq.num_scheduled -= num_planned - num_kept\n",
+        "",
+    ),
+    _bug(
+        "kept count: a request that kept fewer is not decoded on",
+        _LEDGER,
+        "        seq.num_drafted -= num_planned - 1\n        if _goes_on(seq):\n",
+        "        seq.num_drafted -= num_planned - 1\n        if not seq:\n",
+    ),
+    _bug(
+        "positions forgotten in the budget: every row drafts as many as it may",
+        _QUEUED,
+        "min(self.max_decode_tokens, left // len(seqs))",
+        "self.max_decode_tokens",
+    ),
+    _bug(
+        "block not reserved for drafts",
+        _LEDGER,
+        "        if self.reserve(seq, wanted):\n            return wanted\n",
+        "        if wanted:\n            return wanted\n",
+    ),
+    _bug(
+        "blocks reserved for drafts from the earliest start alone",
+        _LEDGER,
+        "        end = min(seq.num_scheduled + num_positions,",
+        "        end = min(seq.num_scheduled - seq.num_drafted + num_positions,",
+    ),
+    _bug(
+        "log-probabilities longer than tokens after a stop",
+        _LEDGER,
+        "seq.logprobs += scores[:num_taken]",
+        "seq.logprobs += scores",
+    ),
+    _bug(
+        "values longer than tokens after a stop",
+        _LEDGER,
+        "seq.values += reports[row].values[: max(num_taken, 1)]",
+        "seq.values += reports[row].values",
+    ),
+    _bug(
+        "a row that failed is committed like the others",
+        _LEDGER,
+        "                finished.append(seq)\n                continue\n",
+        "                finished.append(seq)\n                seq.finish_reason = None\n",
+    ),
+    _bug(
+        "a prompt without output is sampled from",
+        _LEDGER,
+        "samples = reaches_end and seq.num_prefill < seq.max_total_tokens",
+        "samples = reaches_end",
+    ),
+    _bug(
+        "a window slides by drafted positions",
+        _LEDGER,
+        "self._blocks.commit(seq.request_id, token_ids, committed)",
+        "self._blocks.commit(seq.request_id, token_ids, committed + seq.num_drafted)",
+    ),
+    _bug(
+        "a window gives a block back that the next position reads",
+        "memory/window_blocks.py",
+        "first_read = self._kind.first_read(num_computed) // self._block_size",
+        "first_read = self._kind.first_read(num_computed + 1) // self._block_size",
+    ),
+    _bug(
+        "a window is one position short",
+        "engine/types.py",
+        "return max(0, position - self.window + 1)",
+        "return max(0, position - self.window + 2)",
+        GROUPS,
+    ),
+    _bug(
+        "a window forgets which blocks it gave back",
+        "memory/window_blocks.py",
+        "        del self._tables[request_id][: self._num_freed.pop(request_id)]\n",
+        "        self._num_freed.pop(request_id)\n",
+    ),
+    _bug(
+        "one group grows and another does not",
+        "memory/grouped_blocks.py",
+        "        if wanted > self.num_free_blocks:\n",
+        "        if wanted > self._managers[0].num_free_blocks:\n",
+    ),
+    _bug(
+        "policies see the group that has the most",
+        "memory/grouped_blocks.py",
+        "return min(blocks.num_free_blocks for blocks in self._managers)",
+        "return max(blocks.num_free_blocks for blocks in self._managers)",
+    ),
+    _bug(
+        "of several groups one gets the blocks of the first",
+        _LEDGER,
+        "                table = blocks.table(seq.request_id)\n",
+        "                table = self._blocks.table(seq.request_id)\n",
+    ),
+    _bug(
+        "wall clock read in the scheduler: at admission",
+        _LEDGER,
+        "seq.admitted_at, seq.num_cached = self._clock(), cached",
+        'seq.admitted_at, seq.num_cached = __import__("time").perf_counter(), cached',
+        SIMULATED,
+    ),
+    _bug(
+        "wall clock read in the scheduler: at commit",
+        _LEDGER,
+        "self._blocks.block_size, result.ended_at\n",
+        'self._blocks.block_size, __import__("time").perf_counter()\n',
+        SIMULATED,
+    ),
+    _bug(
+        "wall clock read by the engine: at arrival",
+        "engine/llm_engine.py",
+        "seq.text, seq.added_at = text, self.now()",
+        'seq.text, seq.added_at = text, __import__("time").perf_counter()',
+        SIMULATED,
+    ),
+    _bug(
+        "time to first token from admission",
+        "engine/outputs.py",
+        '"time_to_first_token": times[0] - added if times else None,',
+        '"time_to_first_token": times[0] - (seq.admitted_at or 0) if times else None,',
+        SIMULATED,
+    ),
+    _bug(
+        "stats().preemptions never added",
+        "engine/llm_engine.py",
+        'totals["preemptions"] += seq.num_preemptions',
+        'totals["preemptions"] += 0',
+        SIMULATED,
+    ),
+    _bug(
+        "admission right after a preemption",
+        _SCHEDULER,
+        "may_admit=not num_preemptions",
+        "may_admit=True",
+        (*_PYTEST[:-1], "tests/engine/test_scheduler.py"),
+    ),
+    _bug(
+        "eviction by cost without ageing",
+        "memory/eviction.py",
+        "        self._floor, _, block = self._pop_entry()\n",
+        "        _, _, block = self._pop_entry()\n",
+        (*_PYTEST[:-1], "tests/memory/test_eviction.py"),
+    ),
+    _bug(
+        "min_tokens after a preemption: counted from the output so far",
+        "engine/extras.py",
+        "len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens",
+        "len(q.token_ids) + q.sampling.min_tokens",
+        (*_PYTEST[:-1], "tests/test_sampling.py", "-k", "min_tokens"),
+    ),
+    _bug(
+        "min_tokens after a preemption: the output counts as prompt",
+        _LEDGER,
+        "            len(seq.token_ids) - seq.num_prompt_tokens,\n            tuple(",
+        "            0,\n            tuple(",
+        (*_PYTEST[:-1], "tests/test_sampling.py", "-k", "min_tokens"),
+    ),
+    _bug(
+        "keep_output as a no-op",
+        "engine/sequence.py",
+        "        del self.token_ids[self.num_prompt_tokens + num_tokens :]\n"
+        "        del self.token_times[num_tokens:]\n"
+        "        del self.logprobs[num_tokens:]\n"
+        "        del self.values[num_tokens:]\n",
+        "        return\n",
+        LEDGER,
+    ),
+    _bug(
+        "leak: the cache keeps what it knew of ended requests",
+        _CACHED,
+        "self._withdraw(self._requests.pop(request_id))",
+        "self._withdraw(self._requests[request_id])",
+        LEAKS,
+    ),
+    _bug(
+        "leak: the policy of fair shares keeps what it charged",
+        "engine/policies/fair_share.py",
+        "self._charged.pop(seq.request_id)",
+        "self._charged[seq.request_id]",
+        LEAKS,
+    ),
+    _bug(
+        "leak: the engine goes on reading the text of ended requests",
+        "engine/llm_engine.py",
+        "            if seq.finish_reason is not None:\n"
+        "                del self._read[request_id]\n",
+        "",
+        LEAKS,
+    ),
+    _bug(
+        "leak: who asked for a request is remembered for ever",
+        "llm.py",
+        "first = self._first_of.pop(seq.request_id, -1)",
+        "first = self._first_of.get(seq.request_id, -1)",
+        LEAKS,
+    ),
+    _bug(
         "runner: a slot keeps the seed of its last request",
         "engine/batch.py",
         "            self.seeds[where] = self._int64(seeds)\n",
@@ -358,6 +576,10 @@ MUTANTS = (
         "visible = self._columns[:longest] < lens - 1",
         ATTENTION,
     ),
+)
+
+MUTANTS += tuple(
+    Mutant(name, tuple(starmap(Edit, edits)), command) for name, edits, command in KERNEL_MUTANTS
 )
 
 

@@ -23,7 +23,8 @@ class _Steps(StepHandle):
 
     def result(self) -> StepResult:
         first, *others = (step.result() for step in self._steps)
-        assert all(other == first for other in others), "ranks have sampled different tokens"
+        same = {(str(r.tokens), str(r.logprobs), str(r.prompt_logprobs)) for r in (first, *others)}
+        assert len(same) == 1, "ranks have sampled different tokens"
         return first
 
 
@@ -48,8 +49,8 @@ class ThreadedRanks(ModelRunner):
         self._vocab_size = int(checkpoint.hf_config.vocab_size)
 
     @property
-    def kv_geometry(self) -> KVGeometry:
-        return self.ranks[0].kv_geometry
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
+        return self.ranks[0].kv_groups
 
     def execute(self, plan: StepPlan) -> StepHandle:
         def run(rank: RecordingRunner) -> StepResult:

@@ -140,7 +140,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
         "scheduler='static' does not use it",
     ),
     (
-        {"step_policy": "prefill_first", "scheduler": lambda c, b: StaticScheduler(c, b)},
+        {"step_policy": "prefill_first", "scheduler": lambda c, b, t: StaticScheduler(c, b, t)},
         "step_policy",
         "does not use it",
     ),

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from engine.policies.base import POLICIES
+from engine.parts import KINDS, POLICIES
 from engine.sequence import Sequence
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, Greedy, random_prompts, reference_greedy
-from utils.registry import parts_in
 
 MAX_TOKENS = 64
 # Around the block sizes 16, 64 and 256; several cross a border of 256 while they decode.
@@ -129,9 +128,7 @@ def test_greedy_tokens_of_qwen2_equal_transformers(
 
 def _mixtures() -> list[dict[str, Any]]:
     """Every queue policy under every admission, the rest in turn; and with static batching."""
-    queues, admissions, victims, steps = (
-        sorted(parts_in("engine.policies", base)) for base in POLICIES.values()
-    )
+    queues, admissions, victims, steps = (sorted(KINDS[option].known()) for option in POLICIES)
     mixtures: list[dict[str, Any]] = [
         {
             "queue_policy": queue,

@@ -154,6 +154,25 @@ def test_min_tokens_puts_the_end_off(llm: LLM) -> None:
     assert len(later) >= 6 or later[-1] == end
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_min_tokens_are_counted_from_the_prompt_after_a_preemption(small: Path, depth: int) -> None:
+    """Requests whose only wish is to end, in a cache that holds two of three."""
+
+    def wish(token_ids: list[int], logits: Tensor) -> Tensor:
+        logits[9] += 1e4
+        return logits
+
+    params = SamplingParams(
+        temperature=0, stop_token_ids=[9], min_tokens=30, max_tokens=60, logits_processors=[wish]
+    )
+    options: dict[str, Any] = {"kvcache_block_size": 16, "num_kvcache_blocks": 7}
+    with LLM(small, device="cpu", pipeline_depth=depth, **options) as llm:
+        outputs = llm.generate(random_prompts([20, 20, 20], seed=3), params, use_tqdm=False)
+        assert llm.stats().preemptions > 0
+    assert [len(out["token_ids"]) for out in outputs] == [31] * 3
+    assert [out["token_ids"].index(9) for out in outputs] == [30] * 3
+
+
 @pytest.mark.parametrize("min_tokens", [1, 5])
 def test_min_tokens_is_exact_and_log_probabilities_are_the_models_own(
     llm: LLM, model: Any, min_tokens: int

@@ -1,25 +1,16 @@
-"""What a checkpoint folder says about its model, and the options that follow from it."""
+"""What a checkpoint folder says about its model."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from config import Config
-from utils.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    ConfigError,
-    UnsupportedModelError,
-)
-
-_DEFAULT_MAX_MODEL_LEN = 4096
+from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -127,38 +118,3 @@ def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
     # Those beyond the vocabulary are never sampled.
     size = getattr(hf_config, "vocab_size", None)
     return frozenset(token for token in found if size is None or token < size)
-
-
-def resolve(config: Config, checkpoint: Checkpoint) -> Config:
-    """The config with every None and "auto" that depends on machine or checkpoint filled in.
-
-    Raises:
-        ConfigError: an option asks for what the machine or the checkpoint does not have.
-    """
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
-    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
-    if config.enable_cuda_graphs and device == "cpu":
-        raise ConfigError(
-            "enable_cuda_graphs", True, "there is no CUDA device to capture on", "Leave it at None."
-        )
-    dtype = config.dtype
-    if dtype == "auto":
-        stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
-        dtype = stored if device == "cuda" else "float32"
-    limit = checkpoint.max_position
-    max_model_len = config.max_model_len or min(_DEFAULT_MAX_MODEL_LEN, limit)
-    if max_model_len > limit:
-        raise ConfigError(
-            "max_model_len",
-            max_model_len,
-            f"the checkpoint was made for {limit} positions",
-            f"Use {limit} or less.",
-        )
-    depth = config.pipeline_depth
-    if depth is None:
-        depth = 1 if device == "cuda" else 0
-    return replace(
-        config, device=device, dtype=dtype, max_model_len=max_model_len, pipeline_depth=depth
-    )

@@ -11,8 +11,9 @@ AllmosError
 │   └── WeightsError               missing, unexpected or misshapen tensors
 ├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
 ├── StepError                  a step failed; all unfinished requests have ended
-│   └── KVSanitizerError       a KV block was misused: has .step_id, .request_id and .block
 ├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
+│   └── KVSanitizerError       a KV block was misused: has .step_id, .request_id and .block (also
+│                              a StepError)
 ├── WorkerDiedError            the process of a tensor-parallel rank has ended by itself
 └── EngineClosedError          use after close() (also a RuntimeError)
 """
@@ -95,7 +96,7 @@ class WorkerDiedError(AllmosError):
     """The process of a tensor-parallel rank was killed or crashed; the engine cannot go on."""
 
 
-class KVSanitizerError(StepError):
+class KVSanitizerError(ContractError, StepError):
     """A step reads a KV position that is not written, or writes one that is not its own.
 
     Attributes:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from config import Config
 from engine.ledger import Ledger
 from engine.sequence import Sequence
-from utils.errors import ConfigError
-from utils.registry import construct, find_part
 
 
 class Policy(ABC):
@@ -86,45 +84,3 @@ class StepPolicy(Policy):
             num_decodes: running requests that could each compute one token.
             gap: steps in a row, up to now, in which they had to wait.
         """
-
-
-POLICIES: dict[str, type[Policy]] = {
-    "queue_policy": QueuePolicy,
-    "admission_policy": AdmissionPolicy,
-    "preemption_policy": PreemptionPolicy,
-    "step_policy": StepPolicy,
-}
-
-
-def make_policy(option: str, config: Config) -> Any:
-    """The policy that an option names.
-
-    Raises:
-        ConfigError: there is none, or it does not implement the contract.
-    """
-    base = POLICIES[option]
-    make = find_part(option, getattr(config, option), base, "engine.policies")
-    return construct(option, base, make, config)
-
-
-def check_policies(config: Config, scheduler: object) -> None:
-    """Refuse a policy that cannot be found, or that the scheduler would ignore.
-
-    Args:
-        scheduler: its class or factory; what a factory's product uses is not known before.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    used = getattr(scheduler, "policies", POLICIES)
-    for option, base in POLICIES.items():
-        value = getattr(config, option)
-        if option in used:
-            find_part(option, value, base, "engine.policies")
-        elif value != getattr(Config, option):
-            raise ConfigError(
-                option,
-                value,
-                f"scheduler={config.scheduler!r} does not use it",
-                f"Leave it at {getattr(Config, option)!r} or choose another scheduler.",
-            )

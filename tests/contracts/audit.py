@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from engine.types import BlockCopy, BlockManager, PendingPrefix
+from engine.types import NO_BLOCK, BlockCopy, BlockManager, FullPages, PendingPrefix
 from utils.errors import ContractError
 
 
@@ -21,6 +21,9 @@ class AuditedBlocks:
     It keeps its own account, from the answers alone: which request holds which block, and what
     a block is known to hold. What it does not know, it passes on unchecked.
 
+    Args:
+        kind: of the cache group.
+
     Attributes:
         in_flight: steps in flight of each request; kept by whoever drives.
         salts: the cache salt of each request; likewise, and unknown ones are not compared.
@@ -28,8 +31,9 @@ class AuditedBlocks:
         num_hit_tokens: leading tokens that `begin` found in the cache, over all calls.
     """
 
-    def __init__(self, inner: BlockManager) -> None:
+    def __init__(self, inner: BlockManager, kind: FullPages | None = None) -> None:
         self.inner = inner
+        self._kind = kind or FullPages()
         self.in_flight: Counter[int] = Counter()
         self.salts: dict[int, str] = {}
         self.written: dict[int, int] = {}
@@ -42,6 +46,11 @@ class AuditedBlocks:
         # Requests that wait for a copy: the block, and the key of what it has to hold.
         self._uncopied: dict[int, tuple[int, int]] = {}
         self._check_count("a new manager")
+
+    @property
+    def groups(self) -> tuple[AuditedBlocks, ...]:
+        """Itself, so that nobody passes it by."""
+        return (self,)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -111,15 +120,32 @@ class AuditedBlocks:
         self.inner.commit(request_id, token_ids, num_computed)
         keys = self._chain(self._keys[request_id], token_ids, num_computed)
         mine = self._tables[request_id]
+        self._slide(request_id, num_computed)
         for block, key in zip(mine, keys[1:], strict=False):
             self._content[block] = key
         self._check_count(f"commit({request_id})")
+
+    def _slide(self, request_id: int, num_computed: int) -> None:
+        """Blocks that no later position reads come back, and no others."""
+        mine, table = self._tables[request_id], self.inner.table(request_id)
+        first = self._kind.first_read(num_computed) // self._size
+        for place, block in enumerate(mine[:first]):
+            if block != NO_BLOCK:
+                self._holders[block] -= 1
+                if not self._holders[block]:
+                    del self._holders[block]
+                mine[place] = NO_BLOCK
+        require(
+            table == mine, f"commit({request_id}) of {num_computed} positions leaves table {table}"
+        )
 
     def release(self, request_id: int) -> None:
         """Not while a step in flight uses the blocks."""
         require(not self.in_flight[request_id], f"release({request_id}) with a step in flight")
         require(request_id in self._tables, f"release({request_id}) of a request without a table")
         for block in self._tables.pop(request_id):
+            if block == NO_BLOCK:
+                continue
             self._holders[block] -= 1
             if not self._holders[block]:
                 del self._holders[block]

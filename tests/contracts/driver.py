@@ -9,14 +9,25 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from config import Config
-from engine.fake_runner import FakeModel, FakeRunner
+from engine.checking.fake_runner import FakeModel, FakeRunner
 from engine.sequence import Sequence
-from engine.types import BlockManager, KVGeometry, Scheduler, StepHandle, StepPlan
+from engine.types import (
+    BlockManager,
+    Clock,
+    KVGeometry,
+    Scheduler,
+    StepHandle,
+    StepPlan,
+    WindowPages,
+)
+from memory.block_manager import PagedBlockManager
+from memory.grouped_blocks import grouped
+from memory.window_blocks import WindowBlockManager
 from sampling_params import SamplingParams
 from tests.contracts.audit import AuditedBlocks, require
 from utils.errors import ContractError, RequestTooLongError
 
-MakeScheduler = Callable[[Config, BlockManager], Scheduler]
+MakeScheduler = Callable[[Config, BlockManager, Clock], Scheduler]
 MakeBlocks = Callable[[Config, KVGeometry], BlockManager]
 
 # Bytes of a pickled plan: class names and such; each row, new block and new token at most.
@@ -31,6 +42,9 @@ class Setting:
         budget: max_num_batched_tokens.
         depth: plans in flight besides the one that is waited for.
         options: further options of `Config`.
+        window: of a second cache group, if it is not 0: the layers that see so many positions.
+        window_blocks: of that group.
+        error_chance: probability that a row reports an error in place of a token.
     """
 
     num_blocks: int = 64
@@ -40,12 +54,29 @@ class Setting:
     depth: int = 0
     eos_chance: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    window: int = 0
+    window_blocks: int = 64
+    error_chance: float = 0.0
+
+    @property
+    def groups(self) -> tuple[KVGeometry, ...]:
+        """The cache groups."""
+        size = self.block_size
+        full = KVGeometry(1, 1, 1, size, self.num_blocks, dtype_bytes=4)
+        if not self.window:
+            return (full,)
+        kind = WindowPages(self.window)
+        return full, KVGeometry(1, 1, 1, size, self.window_blocks, dtype_bytes=4, kind=kind)
 
 
 class Driver:
     """The parts under test on a fake runner.
 
+    With two cache groups the block manager under test makes way for those without prefix caching.
+
     Attributes:
+        blocks: the first cache group's manager, under audit.
+        audits: those of all groups.
         seqs: all requests that were taken in, by request_id.
         plans: every plan, in order.
     """
@@ -60,17 +91,24 @@ class Driver:
             max_num_batched_tokens=s.budget,
             **s.options,
         )
-        geometry = KVGeometry(1, 1, 1, s.block_size, s.num_blocks, dtype_bytes=4)
-        self.model = FakeModel(eos_chance=s.eos_chance)
-        self.runner = FakeRunner(config, geometry=geometry, model=self.model)
-        self.blocks = AuditedBlocks(make_blocks(config, geometry))
-        self.scheduler = make_scheduler(config, cast(BlockManager, self.blocks))
+        kinds = tuple(geometry.kind for geometry in s.groups)
+        self.model = FakeModel(
+            eos_chance=s.eos_chance, error_chance=s.error_chance, tells=True, kinds=kinds
+        )
+        self.runner = FakeRunner(config, groups=s.groups, model=self.model)
+        makes = (PagedBlockManager, WindowBlockManager) if s.window else (make_blocks,)
+        self.audits = [
+            AuditedBlocks(make(config, geometry), geometry.kind)
+            for make, geometry in zip(makes, s.groups, strict=True)
+        ]
+        self.blocks = self.audits[0]
+        managers = cast(tuple[BlockManager, ...], tuple(self.audits))
+        self.scheduler = make_scheduler(config, grouped(managers), self.runner.now)
         self.pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self.plans: list[StepPlan] = []
         self.seqs: list[Sequence] = []
         self._unfinished: dict[int, Sequence] = {}
         self._in_slot: dict[int, int] = {}
-        self._planned: dict[int, int] = {}
         self._fruitless_steps = 0
 
     def submit(
@@ -79,16 +117,21 @@ class Driver:
         params: SamplingParams,
         *,
         stop_token_ids: frozenset[int] = frozenset(),
+        prompt_only: bool = False,
     ) -> Sequence:
         """Queue a request.
+
+        Args:
+            prompt_only: it may not get any token, and ends when its prompt is computed.
 
         Raises:
             RequestTooLongError: it can never fit, and the scheduler says so.
         """
         assert params.max_tokens is not None
-        total = len(prompt) + params.max_tokens
+        total = len(prompt) + (0 if prompt_only else params.max_tokens)
         # The last token is only sampled, never computed.
-        fits = total - 1 <= self.setting.num_blocks * self.setting.block_size
+        most = min(geometry.num_blocks for geometry in self.setting.groups)
+        fits = max(len(prompt), total - 1) <= most * self.setting.block_size
         seq = Sequence(
             len(self.seqs),
             prompt,
@@ -97,7 +140,8 @@ class Driver:
             stop_token_ids=stop_token_ids,
             seed=len(self.seqs),
         )
-        self.blocks.salts[seq.request_id] = params.cache_salt
+        for audit in self.audits:
+            audit.salts[seq.request_id] = seq.cache_salt
         try:
             self.scheduler.add(seq)
         except RequestTooLongError:
@@ -115,6 +159,7 @@ class Driver:
         require(aborted is expected, f"abort({request_id}) returned {aborted}, not {expected}")
         if aborted is not None:
             require(aborted.finish_reason == "abort", f"{aborted} was aborted")
+            self.runner.checker.end(request_id)
             self.check_output(aborted)
         return aborted
 
@@ -130,14 +175,21 @@ class Driver:
     def land(self) -> list[Sequence]:
         """Commit the oldest step; the requests that finished with it."""
         plan, handle = self.pipeline.popleft()
-        written = self.blocks.written
-        for slot, end in _rows(plan):
-            request_id = self._in_slot[slot]
-            self.blocks.in_flight[request_id] -= 1
-            written[request_id] = written[request_id] + 1 if end is None else end
+        result = handle.result()
+        failed = {row for row, report in result.reports.items() if report.error is not None}
+        tokens = iter(result.tokens)
+        chunks = [(chunk.num_tokens, chunk.samples) for chunk in plan.prefill]
+        for row, slot in enumerate(plan.rows):
+            num_computed, samples = chunks[row] if row < len(chunks) else (0, True)
+            num_tokens = len(next(tokens)) if samples else 0
+            for audit in self.audits:
+                audit.in_flight[self._in_slot[slot]] -= 1
+                if row not in failed:
+                    # As far as the positions were kept.
+                    audit.written[self._in_slot[slot]] += num_computed or num_tokens
         before = self._num_tokens()
-        finished = self.scheduler.commit(plan, handle.result())
-        grew = self._num_tokens() > before
+        finished = self.scheduler.commit(plan, result)
+        grew = bool(finished) or self._num_tokens() > before
         for seq in finished:
             self._end(seq)
         self._check_progress(grew)
@@ -172,7 +224,8 @@ class Driver:
         require(not self.pipeline and not self._unfinished, "requests are unfinished")
         require(not self.scheduler.has_unfinished, "has_unfinished is true when all have ended")
         require(self.scheduler.schedule() is None, "a plan without a request")
-        self.blocks.check_idle()
+        for audit in self.audits:
+            audit.check_idle()
         held = [seq for seq in self.seqs if seq.slot is not None]
         require(not held, f"{held} have ended and still hold slots")
 
@@ -183,17 +236,16 @@ class Driver:
             require(pickle.loads(data) == plan, f"{plan} changes when pickled")
             news = plan.new_requests
             limit = _PLAN_BYTES + _NEW_BYTES * len(news) + 8 * sum(len(n.token_ids) for n in news)
-            limit += _ROW_BYTES * len([*_rows(plan), *plan.block_updates, *plan.block_copies])
+            limit += _ROW_BYTES * len([*plan.rows, *plan.block_updates, *plan.block_copies])
             limit += 4 * sum(len(update.block_ids) for update in plan.block_updates)
             require(len(data) <= limit, f"a plan of {len(data)} bytes: {plan}")
 
     def check_output(self, seq: Sequence) -> None:
         """Its tokens are those it would have alone."""
         params, output = seq.sampling, seq.output_token_ids
-        assert params.max_tokens is not None
         alone = self.model.alone(
             seq.token_ids[: seq.num_prompt_tokens],
-            params.max_tokens,
+            seq.max_total_tokens - seq.num_prompt_tokens,
             stop_token_ids=seq.stop_token_ids,
             seed=seq.seed,
         )
@@ -201,32 +253,36 @@ class Driver:
         if not ended:
             alone = alone[: len(output)]
         require(output == alone, f"{seq} has tokens {output}, alone it has {alone}")
+        scores = [{token: self.model.logprob(token)} for token in output]
+        scores = scores if params.logprobs is not None else []
+        require(seq.logprobs == scores, f"{seq} has log-probabilities {seq.logprobs}")
+        told = [{"token": token} for token in output]
+        require(seq.values == told, f"{seq} has values {seq.values}, and tokens {output}")
+        require(len(seq.token_times) == len(output), f"{seq} has {len(seq.token_times)} times")
         stopped = bool(alone) and alone[-1] in seq.stop_token_ids
         right = not ended or stopped == (seq.finish_reason == "stop")
         require(right, f"{seq}: a wrong reason")
 
     def _take_off(self, plan: StepPlan) -> None:
-        flying = self.blocks.in_flight
         for new in plan.new_requests:
             seq = self._unfinished.get(new.request_id)
-            require(seq is not None, f"request {new.request_id} enters a slot and has ended")
-            require(not flying[new.request_id], f"{seq} enters a slot while it is in flight")
-            self._in_slot[new.slot] = new.request_id
-        for slot, end in _rows(plan):
-            request_id = self._in_slot.get(slot, -1)
-            seq = self._unfinished.get(request_id)
             if seq is None:
-                raise ContractError(f"slot {slot} is planned, and its request has ended")
-            flying[request_id] += 1
-            planned = self._planned.get(request_id, 0) + 1 if end is None else end
-            require(planned < seq.max_total_tokens, f"{seq} is planned beyond its length limit")
-            self._planned[request_id] = planned
+                raise ContractError(f"request {new.request_id} enters a slot and has ended")
+            told = (new.token_ids, new.max_total_tokens, new.seed)
+            known = (tuple(seq.token_ids), seq.max_total_tokens, seq.seed)
+            require(told == known, f"{new} says {told} of {seq}, which has {known}")
+            self._in_slot[new.slot] = new.request_id
+        for slot in plan.rows:
+            for audit in self.audits:
+                audit.in_flight[self._in_slot.get(slot, -1)] += 1
 
     def _end(self, seq: Sequence) -> None:
         require(
             self._unfinished.pop(seq.request_id, None) is seq, f"{seq} finishes, and is not running"
         )
-        require(seq.finish_reason in ("stop", "length"), f"{seq} has finished")
+        failed = seq.finish_reason == "error" and seq.error is not None
+        require(failed or seq.finish_reason in ("stop", "length"), f"{seq} has finished")
+        self.runner.checker.end(seq.request_id)
         self.check_output(seq)
 
     def _check_progress(self, grew: bool) -> None:
@@ -243,9 +299,3 @@ class Driver:
 
     def _num_tokens(self) -> int:
         return sum([len(seq.token_ids) for seq in self._unfinished.values()])
-
-
-def _rows(plan: StepPlan) -> list[tuple[int, int | None]]:
-    """Slot of each row, and where its prefill chunk ends."""
-    chunks = [(chunk.slot, chunk.start + chunk.num_tokens) for chunk in plan.prefill]
-    return chunks + [(slot, None) for slot in plan.decode]

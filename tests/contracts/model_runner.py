@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from config import Config
+from engine.parts import resolve
 from engine.types import (
     BlockCopy,
     BlockUpdate,
@@ -22,7 +23,7 @@ from engine.types import (
     StepPlan,
 )
 from sampling_params import SamplingParams
-from utils.checkpoint import open_checkpoint, resolve
+from utils.checkpoint import open_checkpoint
 from utils.errors import EngineClosedError
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS = 16, 24, 4
@@ -37,12 +38,14 @@ class Request:
     Attributes:
         tokens: prompt and output so far.
         blocks: enough for all that will come.
+        limit: most tokens, prompt and output together.
     """
 
     slot: int
     tokens: list[int]
     blocks: list[int]
     sampling: SamplingParams
+    limit: int = 128
     num_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +63,8 @@ class Steps:
     def __init__(self, runner: ModelRunner, depth: int) -> None:
         self.runner = runner
         self.depth = depth
-        self._next_step_id = 0
+        self._next_step_id = self._next_request_id = 0
+        self._last_end = runner.now()
         self._in_slot: dict[int, Request] = {}
 
     def enter(
@@ -73,9 +77,18 @@ class Steps:
         copies: tuple[BlockCopy, ...] = (),
     ) -> None:
         """New requests compute `count` positions from `start` on, all the rest if None."""
+        self._next_request_id += len(requests)
+        first_id = self._next_request_id - len(requests)
         news = [
-            NewRequest(r.slot, 7, tuple(r.tokens), r.sampling, r.sampling.seed or 0)
-            for r in requests
+            NewRequest(
+                r.slot,
+                first_id + i,
+                tuple(r.tokens),
+                r.sampling,
+                r.sampling.seed or 0,
+                max_total_tokens=r.limit,
+            )
+            for i, r in enumerate(requests)
         ]
         self._in_slot |= {r.slot: r for r in requests}
         updates = tuple(BlockUpdate(r.slot, 0, tuple(r.blocks)) for r in requests)
@@ -85,11 +98,17 @@ class Steps:
         """A part of a prompt beside decodes."""
         self._finish(self._execute([request], start, count, decodes))
 
-    def decode(self, requests: list[Request], times: int, *, in_flight: int = 1) -> None:
-        """So many steps, `in_flight` of them started before the first one's result is taken."""
+    def decode(
+        self, requests: list[Request], times: int, *, in_flight: int = 1, count: int = 1
+    ) -> None:
+        """So many steps, `in_flight` of them started before the first one's result is taken.
+
+        Args:
+            count: most positions of a row.
+        """
         started: list[tuple[StepPlan, StepHandle]] = []
         for _ in range(times):
-            started.append(self._execute([], 0, None, requests))
+            started.append(self._execute([], 0, None, requests, count=count))
             if len(started) == in_flight:
                 self._finish(started.pop(0))
         for step in started:
@@ -99,19 +118,23 @@ class Steps:
         self,
         prefills: list[Request],
         start: int,
-        count: int | None,
+        chunk: int | None,
         decodes: list[Request] | tuple[()],
         news: tuple[NewRequest, ...] = (),
         updates: tuple[BlockUpdate, ...] = (),
         copies: tuple[BlockCopy, ...] = (),
+        count: int = 1,
     ) -> tuple[StepPlan, StepHandle]:
         chunks = []
         for request in prefills:
-            num_tokens = len(request.tokens) - start if count is None else count
-            samples = start + num_tokens == len(request.tokens)
+            num_tokens = len(request.tokens) - start if chunk is None else chunk
+            samples = start + num_tokens == len(request.tokens) < request.limit
             chunks.append(PrefillChunk(request.slot, start, num_tokens, samples))
         slots = tuple(request.slot for request in decodes)
-        plan = StepPlan(self._next_step_id, news, updates, tuple(chunks), slots, copies)
+        counts = (count,) * len(slots) if count > 1 else ()
+        plan = StepPlan(
+            self._next_step_id, news, updates, tuple(chunks), slots, copies, counts, timed=True
+        )
         self._next_step_id += 1
         return plan, self.runner.execute(plan)
 
@@ -119,9 +142,16 @@ class Steps:
         plan, handle = step
         result = handle.result()
         assert result.step_id == plan.step_id
-        for slot, new in zip(plan.sampled_slots, result.tokens, strict=True):
-            assert len(new) == 1
-            self._in_slot[slot].tokens += new
+        assert self._last_end <= result.ended_at <= self.runner.now()
+        self._last_end = result.ended_at
+        assert result.device_seconds is not None
+        assert result.device_seconds >= 0
+        most = [1] * (len(result.tokens) - len(plan.decode)) + list(plan.decode_counts)
+        for slot, new, count in zip(plan.sampled_slots, result.tokens, most, strict=True):
+            request = self._in_slot[slot]
+            assert 1 <= len(new) <= count
+            request.tokens += new
+            assert len(request.tokens) <= request.limit
 
 
 class ModelRunnerContract:
@@ -177,7 +207,7 @@ class ModelRunnerContract:
             yield runner
 
     def test_it_has_the_cache_that_was_asked_for(self, steps: Steps) -> None:
-        geometry = steps.runner.kv_geometry
+        (geometry,) = steps.runner.kv_groups
         assert (geometry.block_size, geometry.num_blocks) == (BLOCK_SIZE, NUM_BLOCKS)
 
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -262,6 +292,49 @@ class ModelRunnerContract:
         steps.enter(requests)
         steps.decode(requests, NUM_DECODES, in_flight=steps.depth + 1)
         self.check(alone, requests)
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_rows_of_several_positions(
+        self, steps: Steps, alone: Steps, temperature: float
+    ) -> None:
+        """What a runner drafts changes how many tokens a step gives, and none of them."""
+        requests = self.requests(temperature)
+        steps.enter(requests)
+        for count in (2, 4, 1, 3):
+            steps.decode(requests, 1, count=count)
+        steps.decode(requests, 2, count=3, in_flight=steps.depth + 1)
+        assert all(7 <= len(request.output) <= NUM_DECODES for request in requests)
+        self.check(alone, requests)
+
+    def test_no_token_is_kept_beyond_the_limit(self, steps: Steps, alone: Steps) -> None:
+        """The plan allows more positions than the limit leaves, as a plan made ahead may."""
+        request = self.requests()[0]
+        request.limit = request.num_prompt + 4
+        steps.enter([request])
+        while len(request.tokens) < request.limit:
+            steps.decode([request], 1, count=4)
+        self.check(alone, [request])
+
+    def test_a_prompt_without_output(self, steps: Steps, alone: Steps) -> None:
+        """It gives no token, and what it computed can be used by others."""
+        requests = self.requests()
+        first, second = requests[1], requests[0]
+        first.limit = first.num_prompt
+        steps.enter([first])
+        assert first.output == []
+        second.tokens = [*first.tokens[:32], 9, 8, 7]
+        second.num_prompt = 35
+        second.blocks = first.blocks[:2] + second.blocks[:2]
+        steps.enter([second], start=32)
+        steps.decode([second], 3)
+        self.check(alone, [second])
+
+    def test_the_clock_runs_forward(self, steps: Steps) -> None:
+        moment = steps.runner.now() + 1e-3
+        steps.runner.wait_until(moment)
+        assert steps.runner.now() >= moment
+        steps.runner.wait_until(moment - 1.0)
+        assert steps.runner.now() >= moment
 
     def test_a_request_that_leaves_is_not_computed(self, steps: Steps, alone: Steps) -> None:
         requests = self.requests()

@@ -40,9 +40,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         spare=st.integers(0, 24),
         eos_chance=st.sampled_from([0.0, 0.2]),
+        num_drafts=st.integers(0, 3),
+        window=st.sampled_from([0, 0, 1, 5]),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, spare: int, eos_chance: float
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        spare: int,
+        eos_chance: float,
+        num_drafts: int,
+        window: int,
     ) -> None:
         setting = Setting(
             num_blocks,
@@ -51,7 +60,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs + spare,
             self.parts.depth,
             eos_chance,
-            self.parts.options,
+            {**self.parts.options, "num_speculative_tokens": num_drafts},
+            window,
+            num_blocks,
         )
         self.driver = Driver(setting, self.parts.scheduler, self.parts.blocks)
 

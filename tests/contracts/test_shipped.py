@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from engine.fake_runner import FakeRunner
+from engine.checking.fake_runner import FakeRunner
 from engine.model_runner import LocalRunner
 from engine.tensor_parallel import TensorParallelRunner
 from tests.contracts.block_manager import BlockManagerContract

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from engine.policies.base import POLICIES
+from engine.parts import KINDS
 from engine.types import BlockManager, Scheduler
 from memory.eviction import EvictionPolicy
 from sampling_params import SamplingParams
@@ -55,7 +55,7 @@ def shipped_managers() -> list[Any]:
 def shipped_policies(scheduler: Any, blocks: Any) -> dict[str, list[str]]:
     """For each option for a policy that these parts use, the names that the engine knows."""
     used = getattr(scheduler, "policies", ())
-    names = {option: sorted(parts_in("engine.policies", POLICIES[option])) for option in used}
+    names = {option: sorted(KINDS[option].known()) for option in used}
     if getattr(blocks, "caches_prefixes", False):
         names["eviction_policy"] = sorted(parts_in("memory", EvictionPolicy))
     return names
@@ -89,7 +89,10 @@ class Trace:
             budget=max_num_seqs + int(rng.expovariate(1 / 12)),
             depth=parts.depth,
             eos_chance=rng.choice((0.0, 0.05, 0.3)),
-            options=self.options,
+            options={**self.options, "num_speculative_tokens": rng.choice((0, 0, 1, 2, 3))},
+            window=rng.choice((0, 0, 0, rng.randint(1, 20))),
+            window_blocks=rng.randint(2, 24) if rng.random() < 0.8 else 200,
+            error_chance=rng.choice((0.0, 0.0, 0.0, 0.02)),
         )
         self.driver = Driver(self._setting, parts.scheduler, parts.blocks)
         # Prompts are made of few words as long as a block, so that equal blocks appear behind
@@ -103,7 +106,12 @@ class Trace:
         rng, driver = self._rng, self.driver
         for _ in range(rng.randint(1, 16)):
             with suppress(RequestTooLongError):
-                driver.submit(self._prompt(), self._params(), stop_token_ids=rng.choice(_STOPS))
+                driver.submit(
+                    self._prompt(),
+                    self._params(),
+                    stop_token_ids=rng.choice(_STOPS),
+                    prompt_only=rng.random() < 0.05,
+                )
             if driver.seqs and rng.random() < self._aborts:
                 driver.abort(rng.choice(driver.seqs).request_id)
             for _ in range(int(rng.expovariate(0.5))):
@@ -137,5 +145,6 @@ class Trace:
             priority=rng.randint(0, 2),
             user=rng.choice("abc"),
             cache_salt=rng.choice(("", "", "", "salt")),
+            logprobs=rng.choice((None, None, 0)),
             predicted_tokens=rng.choice((None, rng.randint(1, _LONGEST_OUTPUT))),
         )

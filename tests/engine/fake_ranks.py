@@ -83,7 +83,7 @@ def answer(plan: StepPlan) -> StepResult:
     # Steps beyond 10 give some requests several tokens, as speculative decoding will.
     counts = [1 + slot % 3 if plan.step_id > 10 else 1 for slot in plan.sampled_slots]
     tokens = zip(plan.sampled_slots, counts, strict=True)
-    return StepResult(plan.step_id, [[slot + first] * count for slot, count in tokens])
+    return StepResult(plan.step_id, [[slot + first] * count for slot, count in tokens], 0.0)
 
 
 class _Handle(StepHandle):
@@ -107,8 +107,8 @@ class _Runner(ModelRunner):
         self._rank = rank
 
     @property
-    def kv_geometry(self) -> KVGeometry:
-        return GEOMETRY
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
+        return (GEOMETRY,)
 
     def execute(self, plan: StepPlan) -> StepHandle:
         if plan.step_id == 2:

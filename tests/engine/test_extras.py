@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -47,6 +48,17 @@ def _drawn(
     params: list[SamplingParams], sampler: Sampler | None = None
 ) -> tuple[list[int], list[Any], int]:
     """Tokens and log-probabilities of one step, and the most elements written at once."""
+    largest = _Largest()
+    tokens, logprobs, _ = _scored(params, sampler, largest)
+    return tokens, logprobs, largest.numel
+
+
+def _scored(
+    params: list[SamplingParams],
+    sampler: Sampler | None = None,
+    watched: AbstractContextManager[Any] | None = None,
+) -> tuple[list[int], list[Any], list[Any]]:
+    """Tokens of one step, their log-probabilities, and those of the prompts."""
     count = len(params)
     plan = StepPlan(
         0,
@@ -57,15 +69,16 @@ def _drawn(
     assert extras is not None
     tokens = torch.tensor([[i % 7, 5, 0, 0] for i in range(count)], dtype=torch.int32)
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(count, VOCAB_SIZE, generator=generator).bfloat16() * 3
+    rows = count + len(extras.prompt_rows)
+    logits = torch.randn(rows, VOCAB_SIZE, generator=generator).bfloat16() * 3
     temperatures = torch.tensor([p.temperature for p in params])
     keys = (temperatures, torch.arange(count), torch.full((count,), 2))
     sampler = sampler or Sampler(ParallelContext(), CPU, torch.bfloat16)
-    with _Largest() as largest:
+    with watched or nullcontext():
         step = StepLogits(logits, torch.arange(count), keys, lambda tokens: None)
         drawn, scored = extras.draw(sampler, tokens, step)
-    result = scored and scored.result(0, [[t] for t in drawn.tolist()]).logprobs
-    return drawn.tolist(), result or [], largest.numel
+    new, prompts = scored.logprobs(count) if scored else ([], [])
+    return drawn.tolist(), new, prompts
 
 
 def _params(index: int) -> SamplingParams:
@@ -103,3 +116,37 @@ def test_what_special_rows_take_is_bounded_but_for_the_logits() -> None:
     # A block of the larger kind, in the logits' type, and twice in float32.
     assert one == 2 * 512 * 1000 * 2 + max(BLOCK_ROWS, SCORED_ROWS) * 1000 * (2 + 8)
     assert extras_bytes(4, 1000, 2, 1) == 4 * 1000 * (2 * 2 + 2 + 8)
+
+
+def _narrowed(entry: dict[int, float], token: int, num_top: int) -> dict[int, float]:
+    """What is left of a request's log-probabilities if it had asked for fewer."""
+    best = sorted(entry.items(), key=lambda item: item[1], reverse=True)
+    return {token: entry[token], **dict(best[:num_top])}
+
+
+@pytest.mark.parametrize("wanted", [[1, 6], [6, 1], [0, 3, 6, 3, 0], [6, 0]])
+@pytest.mark.parametrize("kind", ["logprobs", "prompt_logprobs"])
+def test_each_request_gets_as_many_log_probabilities_as_it_asked_for(
+    kind: str, wanted: list[int]
+) -> None:
+    """The step's most are computed for all rows, and each request gets its part of them."""
+
+    def of(counts: list[int]) -> tuple[list[int], list[Any]]:
+        params = [SamplingParams(temperature=1.0, **{kind: n}) for n in counts]  # type: ignore[arg-type]
+        tokens, new, prompts = _scored(params)
+        return (tokens, new) if kind == "logprobs" else ([5] * len(counts), prompts)
+
+    tokens, all_wide = of([6] * len(wanted))
+    narrow_tokens, got = of(wanted)
+    assert narrow_tokens == tokens
+    for token, (wide,), (entry,), num_top in zip(tokens, all_wide, got, wanted, strict=True):
+        assert entry == _narrowed(wide, token, num_top)
+        assert len(entry) in (num_top, num_top + 1)
+
+
+def test_a_prompt_and_a_new_token_may_want_different_numbers() -> None:
+    for new_wanted, prompt_wanted in ((1, 5), (5, 1)):
+        wants = SamplingParams(temperature=0.0, logprobs=new_wanted, prompt_logprobs=prompt_wanted)
+        _, ((new,),), ((prompt,),) = _scored([wants])
+        assert len(new) == new_wanted
+        assert len(prompt) in (prompt_wanted, prompt_wanted + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from config import Config
-from engine.fake_runner import FakeModel, FakeRunner
+from engine.checking.fake_runner import FakeModel, FakeRunner
 from engine.types import BlockCopy, BlockUpdate, KVGeometry, NewRequest, PrefillChunk, StepPlan
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError, ContractError, EngineClosedError
@@ -32,7 +31,7 @@ SECOND, THIRD = StepPlan(1, decode=(1,)), StepPlan(2, decode=(1,))
 
 def _runner(**options: object) -> FakeRunner:
     config = Config(model="none", max_num_seqs=3, max_num_batched_tokens=16)
-    return FakeRunner(config, geometry=KVGeometry(1, 1, 1, 4, 6, 4), **options)  # type: ignore[arg-type]
+    return FakeRunner(config, groups=(KVGeometry(1, 1, 1, 4, 6, 4),), **options)  # type: ignore[arg-type]
 
 
 def _play(*plans: StepPlan) -> list[int]:
@@ -47,7 +46,8 @@ def test_a_request_gets_the_tokens_of_the_model() -> None:
 
 
 def test_the_model_is_the_same_in_every_process() -> None:
-    code = f"from engine.fake_runner import *; print(FakeModel().alone({[*PROMPT]}, 8, seed=5))"
+    alone = f"FakeModel().alone({[*PROMPT]}, 8, seed=5)"
+    code = f"from engine.checking.fake_runner import *; print({alone})"
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
     assert out.stdout.decode().strip() == str(ALONE)
@@ -139,7 +139,7 @@ _WRONG = {
     "no request ever entered": [StepPlan(0, decode=(1,))],
     "a gap": [replace(FIRST, block_updates=(BlockUpdate(1, 1, (3,)),))],
     "no such blocks": [replace(FIRST, block_updates=(BlockUpdate(1, 0, (3, 6)),))],
-    "no block for position 4": [replace(FIRST, block_updates=(BlockUpdate(1, 0, (3,)),))],
+    "position 4 has no block": [replace(FIRST, block_updates=(BlockUpdate(1, 0, (3,)),))],
     "no such blocks: 6, 4": [FIRST, replace(COPYING, block_copies=(BlockCopy(6, 4),))],
     "copies that overlap": [
         FIRST,
@@ -175,24 +175,28 @@ def test_slots_and_blocks_in_flight_are_not_for_others() -> None:
         (BlockUpdate(0, 0, (2,)),),
         (replace(chunk[0], slot=0),),
     )
-    with pytest.raises(ContractError, match=r"block 2 goes to slot 0 while slots \[1\] use it"):
+    with pytest.raises(ContractError, match=r"block 2: goes to slot 0 while slots \[1\] use it"):
         runner.execute(other)
     copying = replace(COPYING, step_id=3, block_copies=(BlockCopy(0, 3),))
-    with pytest.raises(ContractError, match=r"block 3 is overwritten while slots \[1\] use it"):
+    with pytest.raises(ContractError, match=r"block 3: is overwritten while slots \[1\] use it"):
         runner.execute(copying)
     first.result()
     runner.execute(replace(other, step_id=4))
 
 
 def test_a_result_is_late_by_the_time_given() -> None:
-    runner = _runner(seconds=lambda plan: 0.02 * plan.num_tokens)
-    begin = time.monotonic()
-    handles = [runner.execute(FIRST), runner.execute(SECOND)]
-    assert time.monotonic() - begin < 0.1
-    handles[0].result()
-    assert time.monotonic() - begin >= 0.2
-    handles[1].result()
-    assert time.monotonic() - begin >= 0.22
+    runner = _runner(seconds=lambda plan: 0.25 * plan.num_tokens)
+    handles = [runner.execute(FIRST), runner.execute(replace(SECOND, timed=True))]
+    assert (runner.now(), handles[0].done()) == (0.0, False)
+    first = handles[0].result()
+    assert (first.ended_at, first.device_seconds) == (2.5, None)
+    assert (runner.now(), handles[0].done(), handles[1].done()) == (2.5, True, False)
+    runner.wait_until(9.0)
+    second = handles[1].result()
+    assert (second.ended_at, second.device_seconds, runner.now()) == (2.75, 0.25, 9.0)
+    runner.wait_until(1.0)
+    # An idle device starts a step when it is planned.
+    assert runner.execute(THIRD).result().ended_at == 9.25
 
 
 def test_the_end_comes_by_chance() -> None:
@@ -234,7 +238,7 @@ def test_a_closed_runner_executes_nothing() -> None:
 def test_it_has_no_devices_to_share_a_model() -> None:
     config = Config(model="none", max_num_seqs=3, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="tensor_parallel_size"):
-        FakeRunner(config, geometry=KVGeometry(1, 1, 1, 4, 6, 4))
+        FakeRunner(config, groups=(KVGeometry(1, 1, 1, 4, 6, 4),))
 
 
 def test_an_engine_goes_on_after_an_exception(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,9 +127,9 @@ class FreesTwice(PagedBlockManager):
     ("manager", "problem"),
     [
         (PublishesTooEarly, "found in the cache, and 0 of its 16 positions"),
-        (SharesTooMuch, "written while requests"),
+        (SharesTooMuch, "written while requests|goes to slot"),
         (ForgetsCopies, "position 32 is read and was never written"),
-        (CopiesBack, "copied"),
+        (CopiesBack, "copied|overwritten while"),
         (FreesTwice, "hold it"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -137,7 +138,7 @@ def test_a_wrong_block_manager(
     shipped: Path, manager: type[BlockManager], problem: str, depth: int
 ) -> None:
     error = _error(shipped, block_manager=manager, model_runner="fake", pipeline_depth=depth)
-    assert problem in error.problem
+    assert re.search(problem, error.problem)
     assert 0 <= error.block < 12
     assert f"request {error.request_id}, block {error.block}: " in str(error)
 

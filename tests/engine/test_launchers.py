@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -14,10 +15,25 @@ LAUNCHERS = [InlineLauncher, ThreadLauncher]
 
 @pytest.mark.parametrize("make", LAUNCHERS)
 def test_the_result_has_one_token_per_row(make: type[Launcher]) -> None:
-    launcher = make()
+    launcher = make(time.perf_counter)
     handle = launcher.launch(5, lambda: StepOutput(torch.tensor([7, 8])))
-    assert handle.result() == StepResult(5, [[7], [8]])
-    assert handle.result() == StepResult(5, [[7], [8]])
+    result = handle.result()
+    assert result == StepResult(5, [[7], [8]], result.ended_at)
+    assert handle.result() == result
+    launcher.close()
+
+
+@pytest.mark.parametrize("make", LAUNCHERS)
+def test_times_are_those_of_the_clock_and_of_the_step(make: type[Launcher]) -> None:
+    """The clock is read before and after the step, whenever its result is asked for."""
+    moments = iter([3.0, 5.0, 7.0, 11.0])
+    launcher = make(lambda: next(moments))
+    first = launcher.launch(0, lambda: StepOutput(torch.tensor([7])))
+    assert first.result().ended_at == 5.0
+    assert first.result().device_seconds is None
+    second = launcher.launch(1, lambda: StepOutput(torch.tensor([7])), timed=True)
+    assert (second.result().ended_at, second.result().device_seconds) == (11.0, 4.0)
+    assert first.result().ended_at == 5.0
     launcher.close()
 
 
@@ -26,7 +42,7 @@ def test_a_failure_comes_with_the_result(make: type[Launcher]) -> None:
     def fails() -> StepOutput:
         raise RuntimeError("planted")
 
-    launcher = make()
+    launcher = make(time.perf_counter)
     handle = launcher.launch(5, fails)
     for _ in range(2):
         with pytest.raises(StepError, match="step 5 failed: planted"):
@@ -36,7 +52,7 @@ def test_a_failure_comes_with_the_result(make: type[Launcher]) -> None:
 
 
 def test_a_thread_returns_at_once_and_keeps_the_order() -> None:
-    launcher = ThreadLauncher()
+    launcher = ThreadLauncher(time.perf_counter)
     gate = threading.Event()
     order: list[int] = []
 
@@ -54,7 +70,7 @@ def test_a_thread_returns_at_once_and_keeps_the_order() -> None:
 
 
 def test_closing_a_thread_waits_for_what_was_started() -> None:
-    launcher = ThreadLauncher()
+    launcher = ThreadLauncher(time.perf_counter)
     done: list[bool] = []
 
     def step() -> StepOutput:

@@ -7,7 +7,16 @@ import pytest
 from config import Config
 from engine.ledger import Ledger
 from engine.sequence import Sequence
-from engine.types import BlockUpdate, KVGeometry, NewRequest, PrefillChunk, StepPlan, StepResult
+from engine.types import (
+    BlockUpdate,
+    KVGeometry,
+    NewRequest,
+    PrefillChunk,
+    RowReport,
+    SeedKind,
+    StepPlan,
+    StepResult,
+)
 from memory.block_manager import PagedBlockManager
 from sampling_params import SamplingParams
 
@@ -35,7 +44,7 @@ def _ledger(
     num_blocks: int = 8, slots: int = 2, cached: int = 0
 ) -> tuple[Ledger, PublishingBlocks]:
     blocks = PublishingBlocks(num_blocks, cached)
-    return Ledger(blocks, slots), blocks
+    return Ledger(blocks, slots, lambda: 0.0), blocks
 
 
 def _seq(num_prompt: int, request_id: int = 0, max_total: int = 100, stop: int = -1) -> Sequence:
@@ -62,7 +71,7 @@ def test_the_plan_of_an_admission_carries_prompt_blocks_and_chunk() -> None:
     ledger.prefill(seq, 20)
     assert _built(ledger) == StepPlan(
         0,
-        (NewRequest(0, 0, tuple(range(20)), PARAMS, 9),),
+        (NewRequest(0, 0, tuple(range(20)), PARAMS, 9, max_total_tokens=100),),
         (BlockUpdate(0, 0, (0, 1)),),
         (PrefillChunk(0, 0, 20, True),),
         (),
@@ -115,7 +124,7 @@ def test_cached_tokens_are_neither_computed_nor_published_again() -> None:
     plan = _built(ledger)
     assert plan.prefill == (PrefillChunk(0, 32, 8, True),)
     assert plan.block_updates == (BlockUpdate(0, 0, (0, 1, 2)),)
-    ledger.commit(plan, StepResult(0, [[5]]))
+    ledger.commit(plan, StepResult(0, [[5]], 0.0))
     assert blocks.published == []
 
 
@@ -164,13 +173,13 @@ def test_full_blocks_are_published_once_they_are_committed() -> None:
     ledger.prefill(seq, 20)
     second = _built(ledger)
     assert blocks.published == []
-    ledger.commit(first, StepResult(0, []))
+    ledger.commit(first, StepResult(0, [], 0.0))
     assert blocks.published == []
-    ledger.commit(second, StepResult(1, [[7]]))
+    ledger.commit(second, StepResult(1, [[7]], 0.0))
     assert blocks.published == [(0, 31, 30)]
     for step in range(2, 4):
         ledger.decode([seq])
-        ledger.commit(_built(ledger), StepResult(step, [[7]]))
+        ledger.commit(_built(ledger), StepResult(step, [[7]], 0.0))
     assert blocks.published == [(0, 31, 30), (0, 33, 32)]
 
 
@@ -179,7 +188,7 @@ def test_several_tokens_of_one_step_stop_at_the_first_end() -> None:
     seq = _seq(4, stop=50)
     ledger.admit(seq)
     ledger.prefill(seq, 4)
-    assert ledger.commit(_built(ledger), StepResult(0, [[7, 50, 8]])) == [seq]
+    assert ledger.commit(_built(ledger), StepResult(0, [[7, 50, 8]], 0.0)) == [seq]
     assert (seq.output_token_ids, seq.finish_reason) == ([7, 50], "stop")
 
 
@@ -191,7 +200,7 @@ def test_a_finished_request_keeps_slot_and_blocks_while_in_flight() -> None:
     plan = _built(ledger)
     ledger.finish(seq, "abort")
     assert (seq.slot, ledger.num_running, blocks.num_free_blocks) == (0, 1, 7)
-    assert ledger.commit(plan, StepResult(0, [[1]])) == []
+    assert ledger.commit(plan, StepResult(0, [[1]], 0.0)) == []
     assert (seq.slot, ledger.num_running, blocks.num_free_blocks) == (None, 0, 8)
 
 
@@ -209,7 +218,7 @@ def test_preemption_forgets_what_was_computed_and_keeps_the_output() -> None:
     seq = _seq(4)
     ledger.admit(seq)
     ledger.prefill(seq, 4)
-    ledger.commit(_built(ledger), StepResult(0, [[42]]))
+    ledger.commit(_built(ledger), StepResult(0, [[42]], 0.0))
     ledger.preempt(seq)
     assert (seq.slot, seq.num_scheduled, seq.num_committed, seq.capacity) == (None, 0, 0, 0)
     assert (seq.num_preemptions, seq.token_ids) == (1, [0, 1, 2, 3, 42])
@@ -228,3 +237,148 @@ def test_a_request_admitted_and_ended_before_the_plan_leaves_no_trace_in_it() ->
     plan = _built(ledger)
     assert [new.request_id for new in plan.new_requests] == [1]
     assert len(plan.block_updates) == 1
+
+
+def _running(num_prompt: int = 4, **options: int) -> tuple[Ledger, PublishingBlocks, Sequence]:
+    """A request whose prompt has been computed and committed, with one token of output."""
+    ledger, blocks = _ledger()
+    seq = _seq(num_prompt, **options)
+    ledger.admit(seq)
+    ledger.prefill(seq, num_prompt)
+    ledger.commit(_built(ledger), StepResult(0, [[7]], 0.0))
+    return ledger, blocks, seq
+
+
+def test_what_is_committed_rises_by_what_was_kept() -> None:
+    ledger, blocks, seq = _running(14)
+    ledger.decode([seq], 4)
+    plan = _built(ledger)
+    assert (plan.decode_tokens, plan.num_tokens, seq.num_scheduled) == ((4,), 4, 18)
+    ledger.commit(plan, StepResult(1, [[8]], 0.0))
+    assert (seq.num_committed, seq.num_scheduled, seq.num_drafted) == (15, 15, 0)
+    assert blocks.published == []
+    ledger.decode([seq], 4)
+    ledger.commit(_built(ledger), StepResult(2, [[1, 2, 3]], 0.0))
+    assert (seq.num_committed, seq.token_ids[14:]) == (18, [7, 8, 1, 2, 3])
+    assert blocks.published == [(0, 19, 18)]
+
+
+def test_plans_of_one_position_a_row_are_as_they_were() -> None:
+    ledger, _, seq = _running()
+    ledger.decode([seq])
+    plan = _built(ledger)
+    assert (plan.decode_tokens, plan.decode_counts, plan.num_tokens) == ((), (1,), 1)
+
+
+def test_blocks_are_reserved_for_the_latest_start_in_flight() -> None:
+    ledger, _, seq = _running(12)
+    ledger.decode([seq], 3)
+    assert _built(ledger).block_updates == ()
+    # 12 to 15 positions are computed then: up to 18 with three more.
+    ledger.decode([seq], 3)
+    assert _built(ledger).block_updates == (BlockUpdate(0, 1, (1,)),)
+    assert (seq.num_scheduled, seq.num_drafted) == (18, 4)
+
+
+def test_drafts_take_nobody_s_blocks() -> None:
+    ledger, _ = _ledger(num_blocks=1)
+    seq = _seq(12)
+    ledger.admit(seq)
+    ledger.prefill(seq, 12)
+    ledger.commit(_built(ledger), StepResult(0, [[7]], 0.0))
+    ledger.decode([seq], 9)
+    plan = _built(ledger)
+    assert (plan.decode_tokens, plan.block_updates) == ((4,), ())
+
+
+def test_a_request_that_may_have_reached_its_limit_waits_and_goes_on() -> None:
+    ledger, _, seq = _running(4, max_total=8)
+    ledger.decode([seq], 3)
+    plan = _built(ledger)
+    assert plan.decode_tokens == (3,)
+    assert seq.request_id not in ledger.decoding
+    ledger.commit(plan, StepResult(1, [[1]], 0.0))
+    assert list(ledger.decoding) == [seq.request_id]
+    ledger.decode([seq], 3)
+    plan = _built(ledger)
+    # Position 7 would be that of the last token, which is never computed.
+    assert plan.decode_tokens == (2,)
+    assert ledger.commit(plan, StepResult(2, [[2, 3]], 0.0)) == [seq]
+    assert (seq.output_token_ids, seq.finish_reason) == ([7, 1, 2, 3], "length")
+
+
+def test_a_row_may_reach_the_limit_from_its_earliest_start() -> None:
+    """The runner cuts it if it starts later, so no step is lost if it does not."""
+    ledger, _, seq = _running(4, max_total=12)
+    ledger.decode([seq], 4)
+    _built(ledger)
+    # 5 to 8 positions are computed then, of 11.
+    ledger.decode([seq], 9)
+    plan = _built(ledger)
+    assert plan.decode_tokens == (6,)
+    assert (seq.num_scheduled, seq.capacity) == (14, 16)
+
+
+def test_tokens_log_probabilities_times_and_values_end_at_the_same_place() -> None:
+    ledger, blocks, seq = _running(4, stop=50)
+    ledger.decode([seq], 4)
+    scores = [[{token: -1.0} for token in (1, 50, 3, 4)]]
+    told = tuple({"hash": token} for token in (1, 50, 3, 4))
+    result = StepResult(1, [[1, 50, 3, 4]], 2.5, scores, reports={0: RowReport(values=told)})
+    assert ledger.commit(_built(ledger), result) == [seq]
+    assert (seq.output_token_ids, seq.finish_reason) == ([7, 1, 50], "stop")
+    assert seq.logprobs == [{1: -1.0}, {50: -1.0}]
+    assert seq.values == [{"hash": 1}, {"hash": 50}]
+    assert seq.token_times == [0.0, 2.5, 2.5]
+    assert blocks.num_free_blocks == 8
+
+
+def test_output_that_is_not_kept_takes_all_along_that_belongs_to_it() -> None:
+    _, _, seq = _running()
+    seq.token_ids += [8, 9]
+    seq.token_times += [1.0, 2.0]
+    seq.logprobs += [{7: -1.0}, {8: -1.0}, {9: -1.0}]
+    seq.values += [{"a": 7}, {"a": 8}, {"a": 9}]
+    seq.keep_output(2)
+    assert (seq.output_token_ids, seq.token_times) == ([7, 8], [0.0, 1.0])
+    assert (seq.logprobs, seq.values) == ([{7: -1.0}, {8: -1.0}], [{"a": 7}, {"a": 8}])
+
+
+def test_an_error_of_a_row_ends_its_request_and_publishes_nothing() -> None:
+    ledger, blocks = _ledger()
+    broken, other = _seq(16), _seq(16, request_id=1)
+    error = ValueError("no finite logit")
+    for seq in (broken, other):
+        ledger.admit(seq)
+        ledger.prefill(seq, 16)
+    result = StepResult(0, [[1], [2]], 0.0, reports={0: RowReport(error=error)})
+    assert ledger.commit(_built(ledger), result) == [broken]
+    assert (broken.finish_reason, broken.error, broken.output_token_ids) == ("error", error, [])
+    assert blocks.published == [(1, 17, 16)]
+    assert list(ledger.decoding) == [1]
+
+
+def test_a_request_without_output_ends_with_its_prompt() -> None:
+    ledger, _ = _ledger()
+    seq = _seq(20, max_total=20)
+    ledger.check_fits(seq)
+    ledger.admit(seq)
+    ledger.prefill(seq, 12)
+    assert ledger.commit(_built(ledger), StepResult(0, [], 0.0)) == []
+    ledger.prefill(seq, 12)
+    plan = _built(ledger)
+    assert plan.prefill == (PrefillChunk(0, 12, 8, samples=False),)
+    assert (plan.sampled_slots, ledger.decoding) == ([], {})
+    told = RowReport(values=({"state": 1},))
+    assert ledger.commit(plan, StepResult(1, [], 0.0, reports={0: told})) == [seq]
+    assert (seq.finish_reason, seq.output_token_ids) == ("length", [])
+    assert seq.values == [{"state": 1}]
+
+
+def test_a_new_request_tells_its_limit_and_where_its_seed_comes_from() -> None:
+    ledger, _ = _ledger()
+    seq = Sequence(0, [1], PARAMS, max_total_tokens=9, seed=4, seed_kind=SeedKind.GIVEN, sample=2)
+    ledger.admit(seq)
+    ledger.prefill(seq, 1)
+    (new,) = _built(ledger).new_requests
+    assert (new.max_total_tokens, new.seed, new.seed_kind, new.sample) == (9, 4, 1, 2)

@@ -12,12 +12,13 @@ import torch
 import models.qwen2
 import models.qwen3
 from config import Config
-from engine.model_runner import LocalRunner, captures_graphs, find_architecture, make_backend
+from engine.model_runner import LocalRunner, find_architecture
+from engine.parts import captures_graphs, make_backend, resolve
 from engine.types import StepPlan
 from layers.attention.base import AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
 from tests.checkpoints import Checkpoints
-from utils.checkpoint import Checkpoint, open_checkpoint, resolve
+from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 
 SPEC = AttentionSpec(4, 2, 64, 0.125, 16, 128, 4, torch.float32, torch.device("cpu"))
@@ -91,7 +92,7 @@ def test_nothing_is_captured_on_a_cpu() -> None:
 def test_a_closed_runner_executes_nothing(checkpoints: Checkpoints, depth: int) -> None:
     checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
     runner = LocalRunner(resolve(_config(pipeline_depth=depth), checkpoint), checkpoint)
-    assert runner.kv_geometry.num_blocks > 0
+    assert runner.kv_groups[0].num_blocks > 0
     runner.close()
     runner.close()
     with pytest.raises(EngineClosedError):

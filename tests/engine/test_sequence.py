@@ -27,7 +27,7 @@ def _decoding() -> Sequence:
     seq = _seq([1, 2])
     seq.token_ids.append(3)
     seq.slot, seq.num_scheduled, seq.num_committed, seq.capacity = 4, 3, 2, 16
-    seq.num_prefill, seq.num_pending, seq.num_in_flight, seq.num_preemptions = 2, 1, 1, 2
+    seq.num_prefill, seq.num_drafted, seq.num_in_flight, seq.num_preemptions = 2, 1, 1, 2
     return seq
 
 
@@ -36,7 +36,7 @@ def test_reset_forgets_the_computation_and_keeps_tokens_and_preemptions() -> Non
     seq.reset()
     assert seq.slot is None
     assert (seq.num_scheduled, seq.num_prefill, seq.num_committed, seq.capacity) == (0, 0, 0, 0)
-    assert (seq.num_pending, seq.num_in_flight) == (0, 0)
+    assert (seq.num_drafted, seq.num_in_flight) == (0, 0)
     assert (seq.token_ids, seq.num_preemptions) == ([1, 2, 3], 2)
 
 

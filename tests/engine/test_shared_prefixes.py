@@ -96,7 +96,7 @@ def test_only_those_who_share_wait(depth: int) -> None:
 
 def test_a_follower_waits_for_the_shared_part_alone() -> None:
     blocks = PrefixCacheManager(Config(model="none"), KVGeometry(1, 1, 1, 16, 64, 4))
-    ledger = Ledger(blocks, max_num_seqs=2)
+    ledger = Ledger(blocks, max_num_seqs=2, clock=lambda: 0.0)
     leader, follower = (
         Sequence(i, _prompt(48, own, i), SamplingParams(), max_total_tokens=500)
         for i, own in enumerate((400, 5))
@@ -110,12 +110,12 @@ def test_a_follower_waits_for_the_shared_part_alone() -> None:
         ledger.prefill(leader, num_tokens)
         plan = ledger.build()
         assert plan is not None
-        ledger.commit(plan, StepResult(plan.step_id, []))
+        ledger.commit(plan, StepResult(plan.step_id, [], 0.0))
         assert ledger.woken() == []
     ledger.prefill(leader, 1)
     plan = ledger.build()
     assert plan is not None
-    ledger.commit(plan, StepResult(plan.step_id, []))
+    ledger.commit(plan, StepResult(plan.step_id, [], 0.0))
     assert ledger.woken() == [follower]
     assert ledger.woken() == []
     assert ledger.pending(follower) is None

@@ -10,7 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from engine.tensor_parallel import TensorParallelRunner
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from sampling_params import SamplingParams
 from tests.engine.fake_ranks import GEOMETRY, FakeRank, Trouble, answer
+from tests.engine.waits import PATIENCE, no_wait_runs_out
 from utils.errors import ConfigError, EngineClosedError, StepError, WorkerDiedError
 
 ROOT = Path(__file__).parents[2]
-# How soon a death must be noticed.
-LIMIT = 5.0
 
 
 def _config(size: int = 2, **options: Any) -> Config:
@@ -51,18 +50,16 @@ def _alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _assert_all_end(pids: list[int], seconds: float = LIMIT) -> None:
-    deadline = time.monotonic() + seconds
+def _assert_ended(pids: list[int]) -> None:
+    assert not any(map(_alive, pids)), "workers outlive their engine"
+
+
+def _wait_for_end(pids: list[int]) -> None:
+    """Of workers that have to notice by themselves."""
+    deadline = time.monotonic() + PATIENCE
     while any(map(_alive, pids)):
         assert time.monotonic() < deadline, "workers outlive their engine"
         time.sleep(0.02)
-
-
-@contextmanager
-def _soon(seconds: float = LIMIT) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < seconds
 
 
 def _shared_memory() -> set[str]:
@@ -98,9 +95,13 @@ class TestSteps:
             StepPlan(5, decode=(3, 1)),
         ]
         runner = _runner(FakeRank(step_seconds=0.01), size=3)
-        assert runner.kv_geometry == GEOMETRY
+        assert runner.kv_groups == (GEOMETRY,)
+        begin = runner.now()
         handles = [runner.execute(plan) for plan in plans]
-        assert [handles[i].result() for i in (4, 0, 0, 3, 2, 1)] == [
+        results = [handles[i].result() for i in (4, 0, 0, 3, 2, 1)]
+        # When a result came is told by the clock here, not by the rank's.
+        assert all(begin <= result.ended_at <= runner.now() for result in results)
+        assert [replace(result, ended_at=0.0) for result in results] == [
             answer(plans[i]) for i in (4, 0, 0, 3, 2, 1)
         ]
         time.sleep(0.3)  # the workers have gone to sleep
@@ -110,7 +111,7 @@ class TestSteps:
         assert len(set(pids)) == 3
         runner.close()
         runner.close()
-        _assert_all_end(pids, 0)
+        _assert_ended(pids)
         with pytest.raises(EngineClosedError):
             runner.execute(_plan(7))
 
@@ -144,7 +145,7 @@ class TestSteps:
         runner = _runner()
         pids = runner._workers.pids
         del runner
-        _assert_all_end(pids, 0)
+        _assert_ended(pids)
 
 
 RANKS = [0, 1]
@@ -159,13 +160,16 @@ class TestFailure:
         pids = runner._workers.pids
         assert runner.execute(_plan(0)).result() == answer(_plan(0))
         handle = runner.execute(_plan(2))
-        with _soon(), pytest.raises(StepError, match=f"trouble in step of rank {rank}") as caught:
+        with (
+            no_wait_runs_out(),
+            pytest.raises(StepError, match=f"trouble in step of rank {rank}") as caught,
+        ):
             handle.result()
         assert "fake_ranks.py" in str(caught.value.__cause__)
         assert f"rank {rank}" in str(caught.value.__cause__)
-        _assert_all_end(pids, 0)
+        _assert_ended(pids)
         for use in (handle.result, lambda: runner.execute(_plan(3))):
-            with _soon(1), pytest.raises(StepError, match="construct a new one"):
+            with no_wait_runs_out(), pytest.raises(StepError, match="construct a new one"):
                 use()
         runner.close()
         again = _runner()
@@ -176,28 +180,31 @@ class TestFailure:
         runner = _runner(FakeRank(Trouble("step", rank, "kill", others)))
         pids = runner._workers.pids
         handle = runner.execute(_plan(2))
-        with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+        with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
             handle.result()
-        _assert_all_end(pids, 0)
-        with _soon(1), pytest.raises(WorkerDiedError, match="construct a new one"):
+        _assert_ended(pids)
+        with no_wait_runs_out(), pytest.raises(WorkerDiedError, match="construct a new one"):
             runner.execute(_plan(3))
         runner.close()
 
     def test_an_error_while_loading_is_raised_as_it_is(self, rank: int, others: str) -> None:
-        with _soon(), pytest.raises(ValueError, match=f"trouble in load of rank {rank}") as caught:
+        with (
+            no_wait_runs_out(),
+            pytest.raises(ValueError, match=f"trouble in load of rank {rank}") as caught,
+        ):
             _runner(FakeRank(Trouble("load", rank, "raise", others)))
         assert "fake_ranks.py" in str(caught.value.__cause__)
 
     def test_a_death_while_loading_is_noticed(self, rank: int, others: str) -> None:
-        with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+        with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
             _runner(FakeRank(Trouble("load", rank, "kill", others)))
 
     def test_a_death_while_closing_is_noticed(self, rank: int, others: str) -> None:
         runner = _runner(FakeRank(Trouble("close", rank, "kill", others)))
         pids = runner._workers.pids
-        with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+        with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
             runner.close()
-        _assert_all_end(pids, 0)
+        _assert_ended(pids)
         runner.close()
 
 
@@ -211,7 +218,7 @@ def test_a_worker_killed_from_outside_while_idle(rank: int) -> None:
         while True:
             runner.execute(_plan(0)).result()
 
-    with _soon(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
+    with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
         run_on()
     runner.close()
 
@@ -224,19 +231,19 @@ def test_a_death_while_the_ring_is_full() -> None:
     long = StepPlan(3, (prompt,), (), (PrefillChunk(0, 0, 1, False),))
     killer = threading.Timer(1.0, os.kill, (runner._workers.pids[1], signal.SIGKILL))
     killer.start()
-    with _soon(), pytest.raises(WorkerDiedError, match="SIGKILL"):
+    with no_wait_runs_out(), pytest.raises(WorkerDiedError, match="SIGKILL"):
         runner.execute(long)
     runner.close()
 
 
 def test_a_process_that_ends_before_it_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_CODE", "import sys; sys.exit(3)")
-    with _soon(), pytest.raises(WorkerDiedError, match="exited with 3"):
+    with no_wait_runs_out(), pytest.raises(WorkerDiedError, match="exited with 3"):
         _runner()
 
 
 def test_an_error_that_cannot_be_sent_still_brings_its_text() -> None:
-    with _soon(), pytest.raises(Exception, match="1 and 2"):
+    with no_wait_runs_out(), pytest.raises(Exception, match="1 and 2"):
         _runner(FakeRank(Trouble("load", 1, "raise-unsendable")))
 
 
@@ -251,6 +258,7 @@ def test_parts_that_cannot_be_sent_are_refused() -> None:
 SCRIPT = """
 import signal
 import sys
+import time
 from config import Config
 from engine.processes import Workers
 from engine.types import StepPlan
@@ -267,7 +275,7 @@ if phase == "load":
         print("pid", self.pid, flush=True)
     subprocess.Popen.__init__ = watched
 config = Config(model="none", device="cpu", tensor_parallel_size=2)
-workers = Workers(config, None, FakeRank(Trouble(phase, 0, "hang")))
+workers = Workers(config, None, FakeRank(Trouble(phase, 0, "hang")), time.perf_counter)
 for pid in workers.pids:
     print("pid", pid, flush=True)
 print("ready", flush=True)
@@ -300,8 +308,7 @@ def test_workers_end_with_their_parent(phase: str, how: signal.Signals) -> None:
         assert all(map(_alive, pids))
         parent.send_signal(how)
         try:
-            with _soon():
-                parent.wait(LIMIT)
+            parent.wait(PATIENCE)
         finally:
             parent.kill()
-        _assert_all_end(pids)
+        _wait_for_end(pids)

@@ -42,7 +42,7 @@ def test_an_empty_plan_computes_nothing() -> None:
 
 
 def test_plans_and_results_survive_pickling() -> None:
-    for value in (PLAN, StepResult(7, [[1], [2, 3]]), KVGeometry(2, 2, 64, 16, 8, 4)):
+    for value in (PLAN, StepResult(7, [[1], [2, 3]], 0.5), KVGeometry(2, 2, 64, 16, 8, 4)):
         assert pickle.loads(pickle.dumps(value)) == value
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from config import Config
 from engine.collectives import GroupContext, gloo_context
 from engine.model_runner import LocalRunner
+from engine.parts import resolve
 from engine.sequence import Sequence
 from layers.parallel import ParallelContext
 from llm import LLM, SamplingParams
 from tests.checkpoints import VOCAB_SIZE, Checkpoints, random_prompts
 from tests.ranks import ThreadedRanks
 from tests.recording import Logits, RecordingRunner
-from utils.checkpoint import open_checkpoint, resolve
+from utils.checkpoint import open_checkpoint
 from utils.errors import ConfigError
 
 TOLERANCE = 1e-5
@@ -108,7 +109,7 @@ def test_the_cache_is_that_of_the_rank_with_the_fewest_blocks(checkpoints: Check
     def num_blocks(rank: int) -> int:
         mine = replace(config, num_kvcache_blocks=9 - rank)
         runner = LocalRunner(mine, checkpoint, gloo_context(rank, 2, store))
-        return runner.kv_geometry.num_blocks
+        return runner.kv_groups[0].num_blocks
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(num_blocks, range(2))) == [8, 8]

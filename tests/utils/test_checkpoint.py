@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from config import Config
 from engine.model_runner import find_architecture
 from layers.rotary_embedding import rotary_table
 from tests.checkpoints import VARIANTS, Checkpoints
-from utils.checkpoint import Checkpoint, open_checkpoint, resolve
-from utils.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from utils.checkpoint import Checkpoint, open_checkpoint
+from utils.errors import CheckpointError, CheckpointNotFoundError
 from utils.tokenizer import load_tokenizer
 
 QWEN3 = {
@@ -184,51 +183,6 @@ def test_the_older_names_of_rope_fields_are_understood(tmp_path: Path) -> None:
     checkpoint = _open(tmp_path, rope_theta=5e5, rope_scaling=scaling)
     assert checkpoint.max_position == 4000
     assert checkpoint.hf_config.rope_parameters["rope_theta"] == 5e5
-
-
-class TestResolve:
-    @staticmethod
-    def _resolve(path: Path, *, cuda: bool = False, **options: Any) -> Config:
-        config = Config(model=str(path), max_num_seqs=4, **options)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: cuda)
-            return resolve(config, _open(path, dtype="bfloat16"))
-
-    def test_on_a_cpu(self, tmp_path: Path) -> None:
-        config = self._resolve(tmp_path)
-        assert (config.device, config.dtype, config.pipeline_depth) == ("cpu", "float32", 0)
-
-    def test_on_cuda(self, tmp_path: Path) -> None:
-        config = self._resolve(tmp_path, cuda=True)
-        assert (config.device, config.dtype, config.pipeline_depth) == ("cuda", "bfloat16", 1)
-
-    def test_a_cpu_may_be_asked_for_beside_cuda(self, tmp_path: Path) -> None:
-        assert self._resolve(tmp_path, cuda=True, device="cpu").dtype == "float32"
-
-    def test_what_was_given_stays(self, tmp_path: Path) -> None:
-        config = self._resolve(tmp_path, dtype="bfloat16", pipeline_depth=1, max_model_len=17)
-        assert (config.dtype, config.pipeline_depth, config.max_model_len) == ("bfloat16", 1, 17)
-
-    def test_the_context_is_the_checkpoints_if_that_is_short(self, tmp_path: Path) -> None:
-        assert self._resolve(tmp_path).max_model_len == 1000
-
-    def test_the_context_is_4096_if_the_checkpoints_is_longer(self, tmp_path: Path) -> None:
-        checkpoint = _open(tmp_path, max_position_embeddings=32768)
-        config = resolve(Config(model="x", device="cpu"), checkpoint)
-        assert config.max_model_len == 4096
-
-    def test_a_context_beyond_the_checkpoints_is_refused(self, tmp_path: Path) -> None:
-        assert self._resolve(tmp_path, max_model_len=1000).max_model_len == 1000
-        with pytest.raises(ConfigError, match="1000 positions"):
-            self._resolve(tmp_path, max_model_len=1001)
-
-    def test_cuda_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="no usable CUDA device"):
-            self._resolve(tmp_path, device="cuda")
-
-    def test_graphs_without_cuda_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="enable_cuda_graphs"):
-            self._resolve(tmp_path, enable_cuda_graphs=True)
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ class TestAdmission:
     ) -> None:
         config = Config(model="none")
         geometry = KVGeometry(1, 1, 1, block_size, num_blocks, 4)
-        ledger = Ledger(PagedBlockManager(config, geometry), 8)
+        ledger = Ledger(PagedBlockManager(config, geometry), 8, lambda: 0.0)
         seqs = [
             Sequence(i, [1] * prompt, SamplingParams(), max_total_tokens=prompt + output)
             for i, (prompt, output) in enumerate(requests)

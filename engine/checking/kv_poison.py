@@ -31,9 +31,9 @@ class KVPoison:
 
     def fill(self, plan: StepPlan) -> None:
         """Poison the plan's dead blocks, in the order of the current stream."""
-        if plan.poisoned_blocks:
-            tables = self._tables.block_tables
-            blocks = torch.tensor(plan.poisoned_blocks, device=tables.device)
+        # This runner has one cache group.
+        for group in plan.poisoned_blocks:
+            blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
             for layer in self._kv:
                 layer.k[blocks] = float("nan")
                 layer.v[blocks] = float("nan")

@@ -1,0 +1,173 @@
+"""A runner without a device, in virtual time: a step costs what a function says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from config import Config
+from engine.types import (
+    KVGeometry,
+    ModelRunner,
+    NewRequest,
+    RowReport,
+    StepHandle,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from utils.errors import ConfigError, EngineClosedError
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
+
+# Seconds of a step if nothing else is asked for: about one of a small model on a CPU.
+STEP_SECONDS = 0.01
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request in its slot; `num_tokens` counts its prompt and output so far."""
+
+    seed: int
+    num_tokens: int
+    limit: int
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What a step's rows give, as in `StepResult`."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[TokenLogprobs]] | None = None
+    reports: dict[int, RowReport] = field(default_factory=dict)
+
+
+class _Handle(StepHandle):
+    """A step whose result is there at a moment of virtual time."""
+
+    def __init__(self, runner: SimulatedRunner, result: StepResult) -> None:
+        self._runner = runner
+        self._result = result
+
+    def result(self) -> StepResult:
+        self._runner.wait_until(self._result.ended_at)
+        return self._result
+
+    def done(self) -> bool:
+        return self._runner.now() >= self._result.ended_at
+
+
+class SimulatedRunner(ModelRunner):
+    """Runs plans in virtual time: `LLM(path, model_runner="simulated")`.
+
+    Time passes by waiting alone: for the result of a step, or by `wait_until`. The device computes
+    one step at a time, and planning takes no time. So a run depends on nothing but its requests:
+    how busy the machine is changes no plan and no reported time.
+
+    Tokens are a function of a request's seed and their position. A decode row of several positions
+    keeps a number of them that depends on the same two alone.
+
+    Args:
+        config: for the number of blocks, and the model's vocabulary without a checkpoint.
+        checkpoint: only its config is read; a vocabulary of 50 without one.
+        groups: the KV cache; derived from the config if None, which needs a max_model_len.
+        seconds: how long the device takes for a plan; `STEP_SECONDS` for each by default.
+
+    Raises:
+        ConfigError: tensor_parallel_size is above 1.
+    """
+
+    name = "simulated"
+    drafts = True
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint | None = None,
+        *,
+        groups: tuple[KVGeometry, ...] | None = None,
+        seconds: Callable[[StepPlan], float] = lambda plan: STEP_SECONDS,
+    ) -> None:
+        if config.tensor_parallel_size != 1:
+            raise ConfigError(
+                "tensor_parallel_size", config.tensor_parallel_size, "there is no device", "Use 1."
+            )
+        self._groups = groups or (_geometry_of(config),)
+        self._vocab_size = int(checkpoint.hf_config.vocab_size) if checkpoint else 50
+        self._seconds = seconds
+        self._requests: dict[int, _Request] = {}
+        self._now = self._idle_from = 0.0
+        self._closed = False
+
+    @property
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
+        return self._groups
+
+    def now(self) -> float:
+        return self._now
+
+    def wait_until(self, moment: float) -> None:
+        """Move virtual time to `moment`, if it is not there already."""
+        self._now = max(self._now, moment)
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        if self._closed:
+            raise EngineClosedError("execute() after close()")
+        outputs = self._outputs(plan)
+        seconds = self._seconds(plan)
+        self._idle_from = max(self._idle_from, self._now) + seconds
+        result = StepResult(
+            plan.step_id,
+            outputs.tokens,
+            self._idle_from,
+            outputs.logprobs,
+            device_seconds=seconds if plan.timed else None,
+            reports=outputs.reports,
+        )
+        return self._started(_Handle(self, result))
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _started(self, handle: StepHandle) -> StepHandle:
+        """The handle to give away; for subclasses."""
+        return handle
+
+    def _outputs(self, plan: StepPlan) -> Outputs:
+        """What the plan's rows give; its changes are taken in."""
+        for new in plan.new_requests:
+            self._requests[new.slot] = _entered(new)
+        tokens = [
+            self._next(self._requests[chunk.slot], 1) for chunk in plan.prefill if chunk.samples
+        ]
+        for slot, count in zip(plan.decode, plan.decode_counts, strict=True):
+            request = self._requests[slot]
+            most = min(count, request.limit - request.num_tokens)
+            tokens.append(self._next(request, num_kept(request.seed, request.num_tokens, most)))
+        return Outputs(tokens)
+
+    def _next(self, request: _Request, count: int) -> list[int]:
+        start = request.num_tokens
+        request.num_tokens += count
+        places = range(start, request.num_tokens)
+        return [hash((request.seed, place)) % self._vocab_size for place in places]
+
+
+def num_kept(seed: int, position: int, most: int) -> int:
+    """How many of `most` positions a decode row keeps; at least 1."""
+    # Python hashes tuples of integers alike everywhere; only str and bytes are salted.
+    return 1 + hash((seed, position, most)) % most
+
+
+def _entered(new: NewRequest) -> _Request:
+    return _Request(new.seed, len(new.token_ids), new.max_total_tokens)
+
+
+def _geometry_of(config: Config) -> KVGeometry:
+    """A cache of entries of 8 bytes, sized as a real one."""
+    # Here, because it brings torch along.
+    from memory.kv_cache import kv_blocks
+
+    return kv_blocks(config, KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4))

@@ -1,0 +1,142 @@
+"""The simulated runner: virtual time, and runs that depend on nothing but their requests."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import Config
+from engine.llm_engine import LLMEngine
+from engine.outputs import make_output
+from engine.sequence import Sequence
+from engine.simulated_runner import STEP_SECONDS, SimulatedRunner
+from llm import LLM, SamplingParams
+from utils.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "assets" / "qwen3-tiny-python"
+_SPIN = "while True: pass"
+
+
+def simulate(**options: Any) -> str:
+    """Outputs, times and totals of 120 requests that arrive one after the other, as JSON."""
+    rng = random.Random(0)
+    config = Config.from_options(
+        SHIPPED,
+        model_runner="simulated",
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        kvcache_block_size=16,
+        num_kvcache_blocks=24,
+        **options,
+    )
+    engine = LLMEngine(config)
+    seqs: list[Sequence] = []
+    plans = []
+    arrival = 0.0
+    for _ in range(120):
+        arrival += rng.expovariate(20)
+        while engine.has_unfinished and engine.now() < arrival:
+            plans.append(engine.step()[0])
+        engine.wait_until(arrival)
+        prompt = [rng.randrange(100) for _ in range(rng.randint(1, 100))]
+        params = SamplingParams(max_tokens=rng.randint(1, 60), user=rng.choice("ab"))
+        seqs.append(engine.add_request(prompt, params))
+    while engine.has_unfinished:
+        plans.append(engine.step()[0])
+    outputs = [make_output([seq], lambda token_ids: "") for seq in seqs]
+    totals = str(engine.stats)
+    engine.close()
+    return json.dumps([outputs, totals, list(map(str, plans))])
+
+
+@contextmanager
+def _busy(count: int) -> Iterator[None]:
+    """As many processes that take all the time they get."""
+    others = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def simulate_all() -> str:
+    """At both depths, with and without drafts."""
+    return "\n".join(
+        simulate(pipeline_depth=depth, num_speculative_tokens=count)
+        for depth, count in ((0, 0), (1, 3))
+    )
+
+
+def test_a_busy_machine_gives_the_same_run_to_the_byte() -> None:
+    code = f"from {__name__} import simulate_all; print(simulate_all())"
+    with _busy(4):
+        busy = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True
+        )
+    idle = simulate_all()
+    assert busy.stdout == idle + "\n"
+    for line in idle.split("\n"):
+        outputs, totals, plans = json.loads(line)
+        assert len(outputs) == 120
+        assert "preemptions=0" not in totals
+        assert len(plans) > 120
+
+
+def test_times_are_virtual_and_exact() -> None:
+    """Two requests and one slot: the second waits for the first, from its arrival on."""
+    options = {"max_num_seqs": 1, "num_kvcache_blocks": 8}
+    with LLM(SHIPPED, model_runner="simulated", **options) as llm:
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        first, second = llm.generate([[1], [2]], params, use_tqdm=False)
+    # A prefill and three decodes each.
+    assert first["metrics"]["queue_time"] == 0.0
+    assert first["metrics"]["time_to_first_token"] == pytest.approx(STEP_SECONDS)
+    assert second["metrics"]["queue_time"] == pytest.approx(4 * STEP_SECONDS)
+    assert second["metrics"]["time_to_first_token"] == pytest.approx(5 * STEP_SECONDS)
+    assert second["metrics"]["longest_inter_token_time"] == pytest.approx(STEP_SECONDS)
+
+
+def test_planning_ahead_hides_behind_the_device() -> None:
+    """At depth 1 a step begins when the one before it ends, and no step is lost."""
+    ends = []
+    for depth in (0, 1):
+        options = {"pipeline_depth": depth, "num_kvcache_blocks": 8}
+        with LLM(SHIPPED, model_runner="simulated", **options) as llm:
+            llm.generate([[1]], SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
+            ends.append(llm._engine.now())
+    assert ends == [pytest.approx(9 * STEP_SECONDS)] * 2
+
+
+def test_drafts_change_how_many_steps_there_are_and_no_token() -> None:
+    found = []
+    for count in (0, 3):
+        options = {"num_speculative_tokens": count, "num_kvcache_blocks": 8}
+        with LLM(SHIPPED, model_runner="simulated", **options) as llm:
+            params = SamplingParams(max_tokens=50, ignore_eos=True, seed=3)
+            (out,) = llm.generate([[1, 2]], params, use_tqdm=False)
+            found.append((out["token_ids"], llm.stats().steps))
+    (tokens, steps), (drafted, fewer) = found
+    assert tokens == drafted
+    assert fewer < 0.7 * steps
+
+
+def test_it_has_no_devices_to_share_a_model() -> None:
+    config = Config(model="none", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="tensor_parallel_size"):
+        SimulatedRunner(config)
+
+
+def test_who_drafts_nothing_takes_no_speculative_tokens() -> None:
+    with pytest.raises(ConfigError, match=r"num_speculative_tokens=2: .*drafts no tokens"):
+        LLM(SHIPPED, device="cpu", num_speculative_tokens=2)
