@@ -57,11 +57,11 @@ def _check(path: Path, expected: Greedy, *, preempts: bool | None, **options: An
         seqs: list[Sequence] = []
         add = llm._engine.add_request
 
-        def watched(*args: Any) -> Sequence:
-            seqs.append(add(*args))
+        def watched(*args: Any, **options: Any) -> Sequence:
+            seqs.append(add(*args, **options))
             return seqs[-1]
 
-        llm._engine.add_request = watched  # type: ignore[method-assign, assignment]
+        llm._engine.add_request = watched  # type: ignore[method-assign]
         outputs = llm.generate(expected.prompts, params, use_tqdm=False)
         engine = llm._engine
         assert engine.num_free_blocks == engine._blocks.num_blocks

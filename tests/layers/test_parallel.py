@@ -51,11 +51,11 @@ def _run(path: Any, make_runner: Any, depth: int) -> tuple[list[list[int]], Logi
         seqs: list[Sequence] = []
         add = llm._engine.add_request
 
-        def watched(*args: Any) -> Sequence:
-            seqs.append(add(*args))
+        def watched(*args: Any, **options: Any) -> Sequence:
+            seqs.append(add(*args, **options))
             return seqs[-1]
 
-        llm._engine.add_request = watched  # type: ignore[method-assign, assignment]
+        llm._engine.add_request = watched  # type: ignore[method-assign]
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         runner: Any = llm._engine._runner
         logits: Logits = runner.logits
