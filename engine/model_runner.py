@@ -157,8 +157,8 @@ class LocalRunner(ModelRunner):
     def _make_launcher(self, config: Config) -> Launcher:
         depth = config.pipeline_depth or 0
         if self._device.type == "cuda":
-            return StreamLauncher(self.now, self._device, config.max_num_seqs, depth + 2)
-        return ThreadLauncher(self.now) if depth else InlineLauncher(self.now)
+            return StreamLauncher(self.host_clock, self._device, config.max_num_seqs, depth + 2)
+        return ThreadLauncher(self.host_clock) if depth else InlineLauncher(self.host_clock)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         if isinstance(self._launcher, StreamLauncher):

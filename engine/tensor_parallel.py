@@ -41,7 +41,7 @@ class TensorParallelRunner(ModelRunner):
             check_divides(config, checkpoint)
         self._closed = False
         num_threads = max(1, torch.get_num_threads() // config.tensor_parallel_size)
-        self._workers = Workers(config, checkpoint, make_runner, self.now, num_threads)
+        self._workers = Workers(config, checkpoint, make_runner, self.host_clock, num_threads)
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:

@@ -42,7 +42,6 @@ class SanitizedBlocks(BlockManager):
         step_id: the step that is planned next.
     """
 
-    name = "sanitized"
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
@@ -189,7 +188,6 @@ class SanitizedRunner(ModelRunner):
         max_num_seqs, budget: the engine's limits of a step.
     """
 
-    name = "sanitized"
 
     def __init__(self, inner: ModelRunner, max_num_seqs: int, budget: int) -> None:
         self._inner = inner

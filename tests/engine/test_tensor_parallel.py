@@ -19,7 +19,7 @@ import pytest
 from config import Config
 from engine import processes
 from engine.tensor_parallel import TensorParallelRunner
-from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepHandle, StepPlan, StepResult
 from sampling_params import SamplingParams
 from tests.engine.fake_ranks import GEOMETRY, FakeRank, Trouble, answer
 from tests.engine.waits import PATIENCE, no_wait_runs_out
@@ -82,6 +82,11 @@ def _nothing_is_left() -> Iterator[None]:
     assert set(os.listdir("/proc/self/fd")) <= before[1]
 
 
+def _untimed(handle: StepHandle) -> StepResult:
+    """The result without its time, as in `answer`."""
+    return replace(handle.result(), ended_at=0.0)
+
+
 class TestSteps:
     def test_results_are_those_of_the_plans_however_they_are_asked_for(self) -> None:
         prompt = tuple(range(50_000)) * 8
@@ -101,12 +106,11 @@ class TestSteps:
         results = [handles[i].result() for i in (4, 0, 0, 3, 2, 1)]
         # When a result came is told by the clock here, not by the rank's.
         assert all(begin <= result.ended_at <= runner.now() for result in results)
-        assert [replace(result, ended_at=0.0) for result in results] == [
-            answer(plans[i]) for i in (4, 0, 0, 3, 2, 1)
-        ]
+        assert [_untimed(handles[i]) for i in range(5)] == [answer(plan) for plan in plans]
+        assert [result.step_id for result in results] == [5, 0, 0, 4, 3, 1]
         time.sleep(0.3)  # the workers have gone to sleep
         for step_id in (6, 11, 12):
-            assert runner.execute(_plan(step_id)).result() == answer(_plan(step_id))
+            assert _untimed(runner.execute(_plan(step_id))) == answer(_plan(step_id))
         pids = runner._workers.pids
         assert len(set(pids)) == 3
         runner.close()
@@ -122,7 +126,7 @@ class TestSteps:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             handles[0].result()
-        assert [handle.result() for handle in handles] == [answer(_plan(0)), answer(_plan(1))]
+        assert [_untimed(handle) for handle in handles] == [answer(_plan(0)), answer(_plan(1))]
         runner.close()
 
     def test_close_waits_for_what_is_under_way(self) -> None:
@@ -138,7 +142,7 @@ class TestSteps:
             runner._workers._end()
             os._exit(0)
         os.waitpid(fork, 0)
-        assert runner.execute(_plan(0)).result() == answer(_plan(0))
+        assert _untimed(runner.execute(_plan(0))) == answer(_plan(0))
         runner.close()
 
     def test_an_engine_that_is_forgotten_takes_its_workers_with_it(self) -> None:
@@ -158,7 +162,7 @@ class TestFailure:
     def test_an_error_in_a_step_reaches_the_caller(self, rank: int, others: str) -> None:
         runner = _runner(FakeRank(Trouble("step", rank, "raise", others)))
         pids = runner._workers.pids
-        assert runner.execute(_plan(0)).result() == answer(_plan(0))
+        assert _untimed(runner.execute(_plan(0))) == answer(_plan(0))
         handle = runner.execute(_plan(2))
         with (
             no_wait_runs_out(),
@@ -173,7 +177,7 @@ class TestFailure:
                 use()
         runner.close()
         again = _runner()
-        assert again.execute(_plan(0)).result() == answer(_plan(0))
+        assert _untimed(again.execute(_plan(0))) == answer(_plan(0))
         again.close()
 
     def test_a_death_in_a_step_is_noticed(self, rank: int, others: str) -> None:

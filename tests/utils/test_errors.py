@@ -19,7 +19,7 @@ TREE = {
     "WeightsError": ("CheckpointError",),
     "OutOfMemoryError": ("AllmosError", "MemoryError"),
     "StepError": ("AllmosError",),
-    "KVSanitizerError": ("StepError",),
+    "KVSanitizerError": ("ContractError", "StepError"),
     "ContractError": ("AllmosError",),
     "WorkerDiedError": ("AllmosError",),
     "EngineClosedError": ("AllmosError", "RuntimeError"),
