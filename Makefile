@@ -1,6 +1,8 @@
-# make demo            environment, dependencies, then example.py on the shipped model
+# make install         a virtual environment with all that use and tests need
+# make demo            installs what use needs, then example.py on the shipped model
 # make demo MODEL=dir  the same on a checkpoint of yours
-# make test            dependencies, then lint, types and tests
+# make test            installs, then lint, types and tests: what has to pass, in minutes
+# make test-all        the same, and all else that needs no GPU: slow tests, fuzz and mutants
 # make fuzz            100,000 random serving traces through every scheduler and block manager
 # make mutants         plants bugs and sees whether the tests of the parts catch them
 PYTHON ?= python3
@@ -11,7 +13,10 @@ MODEL ?=
 # CPU wheels are taken instead if their index can be reached.
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint types unit-parts unit-rest unit-fuzz fuzz mutants bench clean
+.PHONY: install demo bench test test-all lint types unit-parts unit-rest unit-traces unit-slow
+.PHONY: fuzz mutants clean
+
+install: $(VENV)/.dev
 
 demo: $(VENV)/.run
 	$(BIN)/python example.py $(if $(MODEL),--model $(MODEL))
@@ -19,10 +24,14 @@ demo: $(VENV)/.run
 bench: $(VENV)/.run
 	$(BIN)/python bench.py
 
-# Side by side on two cores; one after the other they took seven minutes, on one core at a time. With two
-# threads each they took 7:36 and 7:15 on two busy cores, with one 6:16 and 5:53.
-test: lint
-	OMP_NUM_THREADS=1 $(MAKE) -j 2 --output-sync=target types unit-parts unit-rest unit-fuzz
+# At most 8 minutes on two cores, once installed. Side by side, since one after the other they leave
+# a core idle most of the time. More than one thread each only gets in the way: on two busy cores
+# 7:36 and 7:15 with two, 6:16 and 5:53 with one.
+test: install lint
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 --output-sync=target types unit-parts unit-rest unit-traces
+
+# A test is slow if it repeats what `make test` has in a smaller form, for longer or in more ways.
+test-all: test unit-slow fuzz mutants
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -31,15 +40,20 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy .
 
+PYTEST := $(BIN)/python -m pytest -q
+
 unit-parts: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/contracts tests/engine tests/kernels --ignore=tests/contracts/test_fuzz.py
+	$(PYTEST) -m "not slow" tests/contracts tests/engine tests/kernels
 
 unit-rest: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests --ignore=tests/contracts --ignore=tests/engine --ignore=tests/kernels
+	$(PYTEST) -m "not slow" tests --ignore=tests/contracts --ignore=tests/engine --ignore=tests/kernels
 
-# A minute of random traces, when one of the halves has ended.
-unit-fuzz: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/contracts/test_fuzz.py
+# Started when two of the others have ended; with another seed each time, which it prints.
+unit-traces: $(VENV)/.dev
+	$(BIN)/python -m tests.contracts.fuzz --jobs 1 --seconds 20
+
+unit-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow tests
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.contracts.fuzz

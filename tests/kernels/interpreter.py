@@ -22,12 +22,14 @@ starts_interpreter = pytest.mark.skipif(
 )
 
 
-def run_in_interpreter(file: str) -> None:
-    """Run the tests of a file in a process with the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+def run_in_interpreter(file: str, marks: str = "not slow") -> None:
+    """Run the tests of a file with these marks, in a process with the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, file], env=environment, cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

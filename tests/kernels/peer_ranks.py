@@ -1,6 +1,6 @@
 """The ranks of an exchange through memory that processes share.
 
-`python -m tests.kernels.peer_ranks file size dtype` with TRITON_INTERPRET=1.
+`python -m tests.kernels.peer_ranks file size dtype rounds` with TRITON_INTERPRET=1.
 """
 
 import multiprocessing
@@ -18,13 +18,15 @@ ROWS, WIDTH = 6, 48
 _SECONDS = 180.0
 
 
-def main(path: str, size: int, dtype: torch.dtype) -> int:
+def main(path: str, size: int, dtype: torch.dtype, rounds: int) -> int:
     """The exit status: whether all ranks ended, and well, in time."""
     patch_interpreter()
     load_whole_values()
     # Forked, since to import torch takes longer than all else here.
     make = multiprocessing.get_context("fork").Process
-    ranks = [make(target=exchange, args=(path, i, size, dtype), daemon=True) for i in range(size)]
+    ranks = [
+        make(target=exchange, args=(path, i, size, dtype, rounds), daemon=True) for i in range(size)
+    ]
     for rank in ranks:
         rank.start()
     deadline = time.monotonic() + _SECONDS
@@ -37,7 +39,7 @@ def main(path: str, size: int, dtype: torch.dtype) -> int:
     return int(any(rank.exitcode != 0 for rank in ranks))
 
 
-def exchange(path: str, rank: int, size: int, dtype: torch.dtype) -> None:
+def exchange(path: str, rank: int, size: int, dtype: torch.dtype, rounds: int) -> None:
     """What one rank does."""
     count = PeerExchange.num_words(size, ROWS, WIDTH)
     memory = torch.from_file(path, shared=True, size=size * count, dtype=torch.int64)
@@ -55,8 +57,9 @@ def exchange(path: str, rank: int, size: int, dtype: torch.dtype) -> None:
     )
     # The interpreter cuts bf16 off instead of rounding.
     exact = dtype == torch.float16
-    PeerChecks(peers, rank, size, ROWS, WIDTH, dtype, device, exact).run(16, seed=7)
+    PeerChecks(peers, rank, size, ROWS, WIDTH, dtype, device, exact).run(rounds, seed=7)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])))
+    file, num_ranks, name, num_rounds = sys.argv[1:]
+    sys.exit(main(file, int(num_ranks), getattr(torch, name), int(num_rounds)))

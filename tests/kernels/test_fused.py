@@ -50,6 +50,12 @@ def test_in_interpreter() -> None:
     run_in_interpreter(__file__)
 
 
+@pytest.mark.slow
+@starts_interpreter
+def test_in_interpreter_what_is_slow() -> None:
+    run_in_interpreter(__file__, "slow")
+
+
 def _words(*values: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor(value) for value in values)
 
@@ -288,8 +294,19 @@ def _by_small_blocks(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     return filtering.launch(logits, filters, block=256, capacity=512, warps=4)
 
 
+# Of values that repeat in another type, or at another place, what the first one shows.
+_SLOW = pytest.mark.slow
+
+
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=_SLOW),
+        pytest.param(torch.float32, marks=_SLOW),
+    ],
+)
 def test_thresholds_of_hard_rows(dtype: torch.dtype) -> None:
     rows = hard_rows(2501, dtype)
     for seed in range(2):
@@ -302,7 +319,14 @@ def _filters(rows: int, **values: float) -> Filters:
 
 
 @interpreted
-@pytest.mark.parametrize("values", [{"top_p": 0.9}, {"top_p": 0.5}, {"top_p": 0.99}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_p": 0.9},
+        pytest.param({"top_p": 0.5}, marks=_SLOW),
+        pytest.param({"top_p": 0.99}, marks=_SLOW),
+    ],
+)
 def test_a_wrong_guess_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, float]
 ) -> None:

@@ -12,8 +12,16 @@ import torch
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(2, "float16"), (4, "float16"), (3, "bfloat16")])
-def test_ranks_get_the_sum_of_all(tmp_path: Path, size: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "dtype", "rounds"),
+    [
+        (2, "float16", 16),
+        (4, "float16", 16),
+        (3, "bfloat16", 16),
+        pytest.param(4, "float16", 200, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_get_the_sum_of_all(tmp_path: Path, size: int, dtype: str, rounds: int) -> None:
     """Of random shapes, by both ways of summing, with ranks that are early or late."""
     from layers.kernels.peer import PeerExchange
     from tests.kernels.peer_ranks import ROWS, WIDTH
@@ -25,8 +33,9 @@ def test_ranks_get_the_sum_of_all(tmp_path: Path, size: int, dtype: str) -> None
     ).view(size, count)
     for mine in ranks_memory:
         PeerExchange.empty(mine, size, ROWS)
+    about = (str(memory), str(size), dtype, str(rounds))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.peer_ranks", str(memory), str(size), dtype],
+        [sys.executable, "-m", "tests.kernels.peer_ranks", *about],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,

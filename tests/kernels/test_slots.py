@@ -59,6 +59,18 @@ def test_in_interpreter() -> None:
     run_in_interpreter(__file__)
 
 
+@pytest.mark.slow
+@starts_interpreter
+def test_in_interpreter_many_seeds() -> None:
+    run_in_interpreter(__file__, "slow")
+
+
+def _seeds(few: int) -> list[Any]:
+    """A few, and many more that are slow."""
+    more = range(few, few + 50)
+    return [*range(few), *(pytest.param(seed, marks=pytest.mark.slow) for seed in more)]
+
+
 @dataclass
 class Tables:
     """Per-slot tables as `SlotTables` has them; the last row is padding."""
@@ -125,7 +137,7 @@ SIZES = [1, 31, 32, 33, 40]
 
 @interpreted
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", _seeds(3))
 def test_gather_decode(size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tables, slots = Tables.random(generator), _some_slots(size, generator)
@@ -145,7 +157,7 @@ def test_gather_decode(size: int, seed: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", _seeds(3))
 def test_scatter_tokens(size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tables, slots = Tables.random(generator), _some_slots(size, generator)
@@ -169,7 +181,7 @@ def _few_tokens_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 @pytest.mark.usefixtures("_few_tokens_a_program")
 @pytest.mark.parametrize("count", [1, 7])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", _seeds(3))
 def test_enter_requests(count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tables = Tables.random(generator)
@@ -231,7 +243,7 @@ def _random_step(generator: torch.Generator) -> list[Row]:
 
 @interpreted
 @pytest.mark.usefixtures("_few_tokens_a_program")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", _seeds(6))
 def test_gather_rows(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tables, step = Tables.random(generator), _random_step(generator)
