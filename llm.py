@@ -107,7 +107,7 @@ class LLM:
                     plan, finished = self._advance()
                     ended = {left.pop(seq.request_id, None) for seq in finished} - {None}
                     done = {i: groups[i] for i in ended if i is not None and _over(groups[i])}
-                    progress.update(plan, len(done))
+                    progress.update(plan, self._engine.num_new_tokens, len(done))
                     # Now, while the device is busy with the next step.
                     for i, group in done.items():
                         outputs[i] = make_output(group, self._decode)

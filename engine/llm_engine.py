@@ -42,6 +42,7 @@ class LLMEngine:
     Attributes:
         config: the same with everything resolved.
         checkpoint: the opened model folder.
+        num_new_tokens: that the last committed step gave to all requests.
     """
 
     def __init__(self, config: Config) -> None:
@@ -56,6 +57,7 @@ class LLMEngine:
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
         self._next_request_id = 0
+        self.num_new_tokens = 0
         self._closed = False
         self._calls = 0
         self._thread = threading.get_ident()
@@ -189,7 +191,9 @@ class LLMEngine:
                 )
             return None, []
         plan, handle = self._pipeline[0]
-        finished = self._scheduler.commit(plan, handle.result())
+        result = handle.result()
+        finished = self._scheduler.commit(plan, result)
+        self.num_new_tokens = sum(map(len, result.tokens))
         self._pipeline.popleft()
         self._totals["steps"] += 1
         self._forget(finished)

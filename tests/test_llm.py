@@ -593,7 +593,7 @@ class TestParts:
 
             return Watched(config, checkpoint)
 
-        def fails(config: Any, blocks: Any) -> Any:
+        def fails(config: Any, blocks: Any, clock: Any) -> Any:
             raise ZeroDivisionError
 
         with pytest.raises(ZeroDivisionError):

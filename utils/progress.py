@@ -25,14 +25,18 @@ class Progress:
         self._seconds = [0.0, 0.0]
         self._last = time.perf_counter()
 
-    def update(self, plan: StepPlan | None, num_finished: int) -> None:
-        """Take in one committed step."""
+    def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
+        """Take in one committed step.
+
+        Args:
+            num_tokens: that it gave to all requests.
+        """
         if self._bar.disable:
             return
         now = time.perf_counter()
         if plan is not None:
             decode = int(not plan.prefill)
-            self._tokens[decode] += len(plan.decode) if decode else plan.num_prefill_tokens
+            self._tokens[decode] += num_tokens if decode else plan.num_prefill_tokens
             self._seconds[decode] += now - self._last
             rates = [
                 f"{tokens / seconds:.0f} tok/s" if seconds else "-"

@@ -42,7 +42,6 @@ class SanitizedBlocks(BlockManager):
         step_id: the step that is planned next.
     """
 
-
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
         self._published: set[int] = set()
@@ -187,7 +186,6 @@ class SanitizedRunner(ModelRunner):
         inner: the runner to watch.
         max_num_seqs, budget: the engine's limits of a step.
     """
-
 
     def __init__(self, inner: ModelRunner, max_num_seqs: int, budget: int) -> None:
         self._inner = inner

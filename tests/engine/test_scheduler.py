@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.types import StepPlan
+from memory.block_manager import PagedBlockManager
+from sampling_params import SamplingParams
+from tests.contracts.driver import Driver, Setting
 from tests.fakes import VOCAB_SIZE, Bench, tokens_alone
 from utils.errors import RequestTooLongError
 
@@ -201,6 +205,24 @@ def test_no_one_is_admitted_in_the_step_of_a_preemption() -> None:
             assert not bench.plans[-1].new_requests
         preemptions = now
     assert preemptions
+
+
+def test_not_even_who_would_fit_is_admitted_in_the_step_of_a_preemption() -> None:
+    """Of two blocks that the victim gives up one is left, and the first that waits needs one."""
+    setting = Setting(4, 16, 3, 64, options={"queue_policy": "shortest_prompt"})
+    driver = Driver(setting, ContinuousScheduler, PagedBlockManager)
+    params = SamplingParams(temperature=0, max_tokens=10)
+    _, victim = (driver.submit([token] * 31, params) for token in (1, 2))
+    driver.step()
+    driver.submit([3], params)
+    while not victim.num_preemptions:
+        assert not driver.plans[-1].new_requests or len(driver.plans) == 1
+        driver.step()
+    assert driver.blocks.num_free_blocks == 1
+    assert not driver.plans[-1].new_requests
+    driver.step()
+    assert [new.request_id for new in driver.plans[-1].new_requests] == [2]
+    driver.finish()
 
 
 def test_out_of_blocks_with_work_in_flight_drains_before_preempting() -> None:

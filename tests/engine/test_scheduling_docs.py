@@ -52,3 +52,14 @@ def test_it_is_a_scheduler_in_20_lines() -> None:
 def test_the_drawings_are_up_to_date(policy: str) -> None:
     (drawing,) = re.findall(rf"<!-- timeline {policy} -->\n```\n(.*?)\n```", PAGE, re.S)
     assert timeline.draw(timeline.simulate(timeline.EXAMPLE, step_policy=policy)) == drawing
+
+
+def test_an_idea_is_tried_in_virtual_time(shipped: Path) -> None:
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "def mean_wait(" in c)
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    exec(code, namespace)
+    options = {"num_kvcache_blocks": 64}
+    in_order = namespace["mean_wait"](shipped, **options)
+    shortest = namespace["mean_wait"](shipped, queue_policy="shortest_prompt", **options)
+    assert 0 < shortest < 0.9 * in_order
+    assert namespace["mean_wait"](shipped, **options) == in_order

@@ -164,7 +164,8 @@ def test_cost_keeps_what_is_dear_to_compute() -> None:
 
 def test_cost_lets_go_of_what_was_dear_long_ago() -> None:
     policy = _make(CostPolicy, block_size=256)
-    _release(policy, _chain(8, first=100))
+    # Worth 4 and more each, where the others are worth 2 on top of what went before.
+    _release(policy, _chain(8, hits=3, first=100))
     for i in range(60):
         _release(policy, _chain(1, hits=1, first=i))
         policy.pop()

@@ -15,9 +15,9 @@ def test_counts_requests_and_shows_both_rates(
     now = iter([0.0, 1.0, 3.0, 7.0])
     monkeypatch.setattr("utils.progress.time.perf_counter", lambda: next(now))
     with Progress(2, enabled=True) as progress:
-        progress.update(PREFILL, 0)
-        progress.update(DECODE, 1)
-        progress.update(DECODE, 1)
+        progress.update(PREFILL, 1, 0)
+        progress.update(DECODE, len(DECODE.decode), 1)
+        progress.update(DECODE, len(DECODE.decode), 1)
     shown = capsys.readouterr().err
     assert "2/2" in shown
     # 100 tokens in one second; six in two and four seconds.
@@ -27,13 +27,13 @@ def test_counts_requests_and_shows_both_rates(
 
 def test_a_step_without_a_plan_counts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1, enabled=True) as progress:
-        progress.update(None, 0)
+        progress.update(None, 0, 0)
     assert "0/1" in capsys.readouterr().err
 
 
 def test_disabled_it_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1, enabled=False) as progress:
-        progress.update(PREFILL, 1)
+        progress.update(PREFILL, 1, 1)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
 
