@@ -7,8 +7,8 @@ A scheduler decides; the ledger keeps the decisions consistent with the step con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import repeat
+from collections.abc import Iterable
+from itertools import chain, repeat
 
 from engine.sequence import Sequence
 from engine.types import (
@@ -52,7 +52,8 @@ class Ledger:
         self._grown: dict[int, int] = {}
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
-        self._decode_tokens: list[int] = []
+        # Positions of the slots in `_decode` that have drafts planned.
+        self._decode_counts: dict[int, int] = {}
         self._next_step_id = 0
         self.running: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
@@ -220,14 +221,16 @@ class Ledger:
                 limit do not allow them.
         """
         ended = []
+        count = 1
         for seq in seqs:
             assert seq.slot is not None
-            count = 1 if num_positions == 1 else self._most_positions(seq, num_positions)
+            if num_positions > 1:
+                count = self._most_positions(seq, num_positions)
+                seq.num_drafted += count - 1
+                self._decode_counts[seq.slot] = count
             seq.num_scheduled += count
-            seq.num_drafted += count - 1
             seq.num_in_flight += 1
             self._decode.append(seq.slot)
-            self._decode_tokens.append(count)
             if not _goes_on(seq):
                 ended.append(seq.request_id)
         for request_id in ended:
@@ -262,7 +265,8 @@ class Ledger:
             for group, blocks in enumerate(self._groups):
                 table = blocks.table(seq.request_id)
                 updates.append(BlockUpdate(slot, first, tuple(table[first:]), group))
-        drafts = len(self._decode) < sum(self._decode_tokens)
+        counts = self._decode_counts
+        drafts = tuple(counts.get(slot, 1) for slot in self._decode) if counts else ()
         plan = StepPlan(
             self._next_step_id,
             tuple(self._new.values()),
@@ -270,10 +274,10 @@ class Ledger:
             tuple(self._chunks),
             tuple(self._decode),
             self._blocks.take_copies(),
-            tuple(self._decode_tokens) if drafts else (),
+            drafts if sum(drafts) > len(drafts) else (),
         )
         self._new, self._grown, self._chunks = {}, {}, []
-        self._decode, self._decode_tokens = [], []
+        self._decode, self._decode_counts = [], {}
         self._next_step_id += 1
         self.num_in_flight += 1
         return plan
@@ -285,6 +289,7 @@ class Ledger:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
         holder, block_size, now = self._holder, self._blocks.block_size, result.ended_at
         num_chunks, reports = len(plan.prefill), result.reports
+        special = bool(reports) or result.logprobs is not None
         finished: list[Sequence] = []
         # One loop without calls for a plain row: this is most of what the host does per token.
         for row, (slot, num_planned, new, scores) in enumerate(_rows(plan, result)):
@@ -300,7 +305,7 @@ class Ledger:
                 # Nothing of the row is committed: what it wrote may be as wrong as its logits.
                 finished.append(seq)
                 continue
-            reason = None
+            before, reason = seq.num_committed, None
             token_ids = seq.token_ids
             num_known = len(token_ids)
             for token in new:
@@ -312,21 +317,17 @@ class Ledger:
                 if len(token_ids) >= seq.max_total_tokens:
                     reason = "length"
                     break
-            # A chunk computes what was planned; a decode row as many positions as tokens, up to
-            # the one that ended the request.
-            num_taken = len(token_ids) - num_known
-            num_computed = num_planned if row < num_chunks else num_taken
-            before = seq.num_committed
-            seq.num_committed = committed = before + num_computed
-            if scores is not None:
-                seq.logprobs += scores[:num_taken]
-            if row in reports:
-                seq.values += reports[row].values[: max(num_taken, 1)]
-            if committed >= seq.max_total_tokens:
-                # The whole prompt of a request that may not get any token.
-                reason = "length"
-            if num_planned != 1 and row >= num_chunks:
-                self._settle_drafts(seq, num_planned, num_taken)
+            if special:
+                self._take_extras(seq, len(token_ids) - num_known, scores, reports.get(row))
+            if num_planned > 1 and row >= num_chunks:
+                # As many positions as tokens, up to the one that ended the request.
+                seq.num_committed = committed = before + len(token_ids) - num_known
+                self._settle_drafts(seq, num_planned, committed - before)
+            else:
+                seq.num_committed = committed = before + num_planned
+                if not new and committed >= seq.max_total_tokens:
+                    # The whole prompt of a request that may not get any token.
+                    reason = "length"
             if committed // block_size != before // block_size:
                 self._blocks.commit(seq.request_id, token_ids, committed)
                 if seq.request_id in self._followers:
@@ -335,6 +336,19 @@ class Ledger:
                 finished.append(seq)
                 self.finish(seq, reason)
         return finished
+
+    @staticmethod
+    def _take_extras(
+        seq: Sequence,
+        num_taken: int,
+        scores: list[TokenLogprobs] | None,
+        report: RowReport | None,
+    ) -> None:
+        """Take in what belongs to the row's tokens, of which `num_taken` were taken."""
+        if scores:
+            seq.logprobs += scores[:num_taken]
+        if report is not None:
+            seq.values += report.values[: max(num_taken, 1)]
 
     def _settle_drafts(self, seq: Sequence, num_planned: int, num_kept: int) -> None:
         """A row of several positions has come back: a request that kept fewer may go on."""
@@ -400,13 +414,15 @@ def _goes_on(seq: Sequence) -> bool:
 
 def _rows(
     plan: StepPlan, result: StepResult
-) -> Iterator[tuple[int, int, list[int], list[TokenLogprobs] | None]]:
+) -> Iterable[tuple[int, int, list[int], list[TokenLogprobs] | None]]:
     """For each row its slot, the positions planned, its tokens and their log-probabilities."""
-    tokens = iter(result.tokens)
-    scores: Iterator[list[TokenLogprobs] | None] = (
-        repeat(None) if result.logprobs is None else iter(result.logprobs)
-    )
-    for chunk in plan.prefill:
-        sampled = (next(tokens), next(scores)) if chunk.samples else ([], None)
-        yield chunk.slot, chunk.num_tokens, *sampled
-    yield from zip(plan.decode, plan.decode_counts, tokens, scores, strict=False)
+    scores: Iterable[list[TokenLogprobs] | None] = result.logprobs or repeat(None)
+    decodes = plan.decode, plan.decode_counts
+    if not plan.prefill:
+        return zip(*decodes, result.tokens, scores, strict=False)
+    rows, left = iter(result.tokens), iter(scores)
+    chunks = [
+        (c.slot, c.num_tokens, *((next(rows), next(left)) if c.samples else ([], None)))
+        for c in plan.prefill
+    ]
+    return chain(chunks, zip(*decodes, rows, left, strict=False))

@@ -277,8 +277,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "tokens attributed to the wrong slots",
         _LEDGER,
-        "zip(plan.decode, plan.decode_counts, tokens, scores, strict=False)",
-        "zip(plan.decode, plan.decode_counts, reversed([*tokens]), scores, strict=False)",
+        "chain(chunks, zip(*decodes, rows, left, strict=False))",
+        "chain(chunks, zip(*decodes, reversed([*rows]), left, strict=False))",
     ),
     _bug(
         "one token too many in flight at a length limit",
@@ -326,8 +326,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "kept count off by one: what was drafted and not kept is committed",
         _LEDGER,
-        "num_planned if row < num_chunks else num_taken",
-        "num_planned if row < num_chunks else min(num_taken + 1, num_planned)",
+        "committed = before + len(token_ids) - num_known\n",
+        "committed = before + min(len(token_ids) - num_known + 1, num_planned)\n",
     ),
     _bug(
         "kept count off by one: the next row is taken to start one position early",
@@ -374,8 +374,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "values longer than tokens after a stop",
         _LEDGER,
-        "seq.values += reports[row].values[: max(num_taken, 1)]",
-        "seq.values += reports[row].values",
+        "seq.values += report.values[: max(num_taken, 1)]",
+        "seq.values += report.values",
     ),
     _bug(
         "a row that failed is committed like the others",
