@@ -191,6 +191,8 @@ class SanitizedRunner(ModelRunner):
         self._inner = inner
         self.drafts = inner.drafts  # type: ignore[misc]
         self._limits = max_num_seqs, budget
+        self._kinds = [geometry.kind for geometry in inner.kv_groups]
+        self._size = inner.kv_groups[0].block_size
         self.watch(())
 
     def watch(self, managers: Iterable[BlockManager]) -> tuple[BlockManager, ...]:
@@ -280,10 +282,10 @@ class SanitizedRunner(ModelRunner):
     def _check(self, row: Row, group: int) -> None:
         """Check one row of the plan, and count its positions as written."""
         blocks, table = self._groups[group], row.tables[group]
-        size, request_id = blocks.block_size, row.state.request_id
+        size, request_id, end = self._size, row.state.request_id, row.end
         # Wherever the row starts, it reads no earlier position than this.
-        earliest = self.kv_groups[group].kind.first_read(row.start)
-        for place in range(earliest // size, -(-row.end // size)):
+        earliest = self._kinds[group].first_read(row.start)
+        for place in range(earliest // size, -(-end // size)):
             block, first = table[place], place * size
             if block == NO_BLOCK:
                 raise blocks.error(request_id, block, f"position {first} has left the window")
@@ -296,10 +298,10 @@ class SanitizedRunner(ModelRunner):
                 raise blocks.error(
                     request_id, block, f"position {first + filled} is read and was never written"
                 )
-            if row.end > first and row.start < first + size:
+            if end > first and row.start < first + size:
                 if len(holders) > 1:
                     others = sorted(holders - {request_id})
                     raise blocks.error(
                         request_id, block, f"written while requests {others} share it"
                     )
-                blocks.filled[block] = max(filled, min(size, row.end - first))
+                blocks.filled[block] = max(filled, min(size, end - first))

@@ -59,7 +59,7 @@ class Row:
         count: most positions that it computes.
         samples: it gives tokens.
         decodes: it is no prefill chunk.
-        tables: the slot's block table of each cache group.
+        tables: the slot's block table of each cache group, which may become longer.
         fresh: of each group, indices of entries that came to the table since the slot's last row.
     """
 
@@ -172,7 +172,7 @@ class PlanChecker:
 
     def _touched(self, row: Row, group: int) -> list[int]:
         first = self._groups[group].kind.first_read(row.start) // self._size
-        return row.tables[group][first:]
+        return row.tables[group][first : -(-row.end // self._size)]
 
     def _check_shape(self, plan: StepPlan) -> None:
         # An exception ends all requests, and step ids start anew.
@@ -266,13 +266,12 @@ class PlanChecker:
         return Row(chunk.slot, state, start, start, chunk.num_tokens, samples, False)
 
     def _decode(self, slot: int, count: int) -> Row:
+        # Without `require`, whose message would be put together for every row.
         state = self._state(slot)
-        require(state.decodes and state.low is not None, f"slot {slot} decodes in its prefill")
-        assert state.low is not None
-        require(
-            state.high + 1 < state.limit,
-            f"slot {slot} may have reached its limit of {state.limit} tokens",
-        )
+        if not state.decodes or state.low is None:
+            raise ContractError(f"slot {slot} decodes in its prefill")
+        if state.high + 1 >= state.limit:
+            raise ContractError(f"slot {slot} may have reached its limit of {state.limit} tokens")
         row = Row(slot, state, state.low, state.high, count, True, True)
         state.low += 1
         state.high += count
@@ -280,10 +279,12 @@ class PlanChecker:
 
     def _check_blocks(self, row: Row) -> None:
         """The row's blocks are there, and no step in flight uses those that came to its table."""
-        state, size = row.state, self._size
-        require(not state.ended, f"slot {row.slot} is planned, and its request has ended")
+        state, size, row_end = row.state, self._size, row.end
+        if state.ended:
+            raise ContractError(f"slot {row.slot} is planned, and its request has ended")
+        row.tables = state.tables
         for group, table in enumerate(state.tables):
-            if row.end > (end := len(table) * size):
+            if row_end > (end := len(table) * size):
                 raise self._misuse(row, -1, f"position {end} has no block in slot {row.slot}")
             for place in state.fresh[group]:
                 # Blocks before the first row's start hold a prefix that was found in the cache.
@@ -291,8 +292,9 @@ class PlanChecker:
                     raise self._misuse(
                         row, table[place], f"goes to slot {row.slot} while slots {users} use it"
                     )
-        row.tables = [list(table) for table in state.tables]
-        row.fresh, state.fresh = state.fresh, [[] for _ in state.tables]
+        row.fresh = state.fresh
+        if any(state.fresh):
+            state.fresh = [[] for _ in state.tables]
 
     def _misuse(self, row: Row, block: int, problem: str) -> KVSanitizerError:
         return KVSanitizerError(self._next_step_id - 1, row.state.request_id, block, problem)
@@ -300,9 +302,8 @@ class PlanChecker:
     def _settle(self, row: Row, num_kept: int) -> None:
         """A row has come back: later ones start where it left off."""
         most = row.count if row.decodes else 1
-        require(
-            1 <= num_kept <= most, f"slot {row.slot}: {num_kept} tokens of {most} positions at most"
-        )
+        if not 1 <= num_kept <= most:
+            raise ContractError(f"slot {row.slot}: {num_kept} tokens of {most} positions at most")
         if row.count == 1 or not row.decodes:
             return
         state = row.state
