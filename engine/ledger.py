@@ -283,7 +283,12 @@ class Ledger:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Append the step's tokens, find stops, publish blocks; returns the finished requests."""
+        """Append the step's tokens, find stops, publish blocks; returns the finished requests.
+
+        Raises:
+            ContractError: the result is not one of the plan's.
+        """
+        result.check(plan)
         self.num_in_flight -= 1
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)

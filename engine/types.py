@@ -21,6 +21,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sampling_params import SamplingParams
+from utils.errors import ContractError
 
 if TYPE_CHECKING:
     from engine.sequence import Sequence
@@ -269,6 +270,38 @@ class StepResult:
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     device_seconds: float | None = None
     reports: Mapping[int, RowReport] = field(default_factory=dict)
+
+    def check(self, plan: StepPlan) -> None:
+        """Refuse a result that would give tokens to the wrong request, or too many or too few.
+
+        Raises:
+            ContractError: rows or tokens are missing or too many.
+        """
+        lengths = list(map(len, self.tokens))
+        sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
+        num_rows = len(sampling) + len(plan.decode)
+        num_scores = num_rows if self.logprobs is None else len(self.logprobs)
+        if self.step_id != plan.step_id or not len(lengths) == num_scores == num_rows:
+            raise ContractError(
+                f"step {plan.step_id} has {num_rows} rows that sample; its result is of step "
+                f"{self.step_id}, with tokens of {len(lengths)} and log-probabilities of "
+                f"{num_scores}"
+            )
+        # Most steps: one token a row.
+        if not plan.decode_tokens and lengths.count(1) == num_rows and self.logprobs is None:
+            return
+        rows = [*sampling, *range(len(plan.prefill), len(plan.rows))]
+        counts = [*([1] * len(sampling)), *plan.decode_counts]
+        scores = self.logprobs or [[]] * num_rows
+        for row, count, length, scored in zip(rows, counts, lengths, scores, strict=True):
+            report = self.reports.get(row)
+            if report is not None and report.error is not None:
+                continue
+            if not 1 <= length <= count or len(scored) not in (0, length):
+                raise ContractError(
+                    f"step {plan.step_id}, row {row}: {length} tokens of {count} positions at "
+                    f"most, and {len(scored)} log-probabilities"
+                )
 
 
 @dataclass(frozen=True, slots=True)

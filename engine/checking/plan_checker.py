@@ -130,28 +130,24 @@ class PlanChecker:
         self._results[result.step_id] = result
         while self._in_flight and self._in_flight[0][0].step_id in self._results:
             plan, rows = self._in_flight.popleft()
-            self._check_result(rows, self._results.pop(plan.step_id))
+            self._check_result(plan, rows, self._results.pop(plan.step_id))
 
     def fail(self) -> None:
         """A step failed: nothing that is in flight matters any more."""
         self._in_flight.clear()
         self._results.clear()
 
-    def _check_result(self, rows: list[Row], result: StepResult) -> None:
-        sampling = [row for row in rows if row.samples]
-        counts = [len(tokens) for tokens in result.tokens]
-        require(len(counts) == len(sampling), f"{len(counts)} rows of tokens for {len(sampling)}")
+    def _check_result(self, plan: StepPlan, rows: list[Row], result: StepResult) -> None:
+        result.check(plan)
         require(set(result.reports) <= set(range(len(rows))), "a report of a row that is not there")
         for index, report in result.reports.items():
             if report.error is not None:
                 self.end(rows[index].state.request_id)
-        if result.logprobs is not None:
-            found = [len(scores) for scores in result.logprobs]
-            right = all(n in (0, count) for n, count in zip(found, counts, strict=True))
-            require(right, f"log-probabilities of {found} tokens, and there are {counts}")
-        for row, count in zip(sampling, counts, strict=True):
-            if not row.state.ended:
-                self._settle(row, count)
+        tokens = iter(result.tokens)
+        for row in rows:
+            num_kept = len(next(tokens)) if row.samples else 0
+            if row.count > 1 and row.decodes and not row.state.ended:
+                self._settle(row, num_kept)
 
     def end(self, request_id: int) -> None:
         """The request has ended: no plan may have a row of it any more."""
@@ -300,12 +296,7 @@ class PlanChecker:
         return KVSanitizerError(self._next_step_id - 1, row.state.request_id, block, problem)
 
     def _settle(self, row: Row, num_kept: int) -> None:
-        """A row has come back: later ones start where it left off."""
-        most = row.count if row.decodes else 1
-        if not 1 <= num_kept <= most:
-            raise ContractError(f"slot {row.slot}: {num_kept} tokens of {most} positions at most")
-        if row.count == 1 or not row.decodes:
-            return
+        """A row of several positions has come back: later ones start where it left off."""
         state = row.state
         require(
             row.start + num_kept < state.limit,

@@ -19,6 +19,7 @@ from engine.types import (
 )
 from memory.block_manager import PagedBlockManager
 from sampling_params import SamplingParams
+from utils.errors import ContractError
 
 PARAMS = SamplingParams(temperature=0.5)
 
@@ -184,12 +185,36 @@ def test_full_blocks_are_published_once_they_are_committed() -> None:
 
 
 def test_several_tokens_of_one_step_stop_at_the_first_end() -> None:
-    ledger, _ = _ledger()
-    seq = _seq(4, stop=50)
-    ledger.admit(seq)
-    ledger.prefill(seq, 4)
-    assert ledger.commit(_built(ledger), StepResult(0, [[7, 50, 8]], 0.0)) == [seq]
-    assert (seq.output_token_ids, seq.finish_reason) == ([7, 50], "stop")
+    ledger, _, seq = _running(4, stop=50)
+    ledger.decode([seq], 3)
+    assert ledger.commit(_built(ledger), StepResult(1, [[8, 50, 9]], 0.0)) == [seq]
+    assert (seq.output_token_ids, seq.finish_reason) == ([7, 8, 50], "stop")
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        (StepResult(2, [[1]], 0.0), "its result is of step 2"),
+        (StepResult(1, [], 0.0), "1 rows that sample; .* tokens of 0"),
+        (StepResult(1, [[1], [2]], 0.0), "1 rows that sample; .* tokens of 2"),
+        (StepResult(1, [[]], 0.0), "row 0: 0 tokens of 3 positions"),
+        (StepResult(1, [[1, 2, 3, 4]], 0.0), "row 0: 4 tokens of 3 positions"),
+        (StepResult(1, [[1, 2]], 0.0, []), "log-probabilities of 0"),
+        (StepResult(1, [[1, 2]], 0.0, [[{1: 0.0}]]), "2 tokens .* and 1 log-probabilities"),
+    ],
+)
+def test_a_result_that_is_not_the_plan_s_is_refused(result: StepResult, problem: str) -> None:
+    ledger, _, seq = _running()
+    ledger.decode([seq], 3)
+    with pytest.raises(ContractError, match=problem):
+        ledger.commit(_built(ledger), result)
+
+
+def test_two_tokens_where_one_was_planned() -> None:
+    ledger, _, seq = _running()
+    ledger.decode([seq])
+    with pytest.raises(ContractError, match="2 tokens of 1 positions"):
+        ledger.commit(_built(ledger), StepResult(1, [[1, 2]], 0.0))
 
 
 def test_a_finished_request_keeps_slot_and_blocks_while_in_flight() -> None:
