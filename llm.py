@@ -80,8 +80,9 @@ class LLM:
 
             - `text`: without special tokens; empty if the checkpoint has no tokenizer;
             - `token_ids`: of the output, an end-of-sequence token included;
-            - `finish_reason`: "stop", "length" or "abort", and in `step` and `stream` "error" after
-              a step failed;
+            - `finish_reason`: "stop", "length", "abort", or "error" if the model gave no usable
+              token for this request; in `step` and `stream` "error" also after a step failed;
+            - `error`: what the runner reported for this request, else None;
             - `prompt_token_ids`;
             - `logprobs`, `prompt_logprobs`: None unless asked for; for each token a dictionary of
               token ids and log-probabilities, the token itself first (None for the prompt's
@@ -132,7 +133,8 @@ class LLM:
 
         Returns:
             An iterator of dictionaries: `index` (of the prompt), `sample` (of its `n`), `text` and
-            `token_ids` that are new, and `finish_reason`, None but for the last one of an output.
+            `token_ids` that are new, and `finish_reason`, None but for the last one of an output,
+            which has `error` as well.
             Texts are whole characters, and put together the text that `generate` returns.
             Closing the iterator, or dropping it, aborts what has not ended.
 

@@ -42,7 +42,8 @@ class LLMEngine:
     Attributes:
         config: the same with everything resolved.
         checkpoint: the opened model folder.
-        num_new_tokens: that the last committed step gave to all requests.
+        num_new_tokens: that the last committed step gave to all requests, those behind a stop
+            included.
     """
 
     def __init__(self, config: Config) -> None:
@@ -164,13 +165,16 @@ class LLMEngine:
                 while len(self._pipeline) <= self._depth and (plan := self._scheduler.schedule()):
                     self._pipeline.append((plan, self._runner.execute(plan)))
                 committed, finished = self._commit_oldest()
+                ended = aborted + finished
                 if self._read:
-                    finished += self._read_texts()
+                    ended += self._read_texts()
+                # Not before: a stop string takes tokens back.
+                self._forget(ended)
             except BaseException:
                 self.reset("error")
                 raise
             self._stale = False
-        return committed, aborted + finished
+        return committed, ended
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -196,7 +200,6 @@ class LLMEngine:
         self.num_new_tokens = sum(map(len, result.tokens))
         self._pipeline.popleft()
         self._totals["steps"] += 1
-        self._forget(finished)
         return plan, finished
 
     def _read_texts(self) -> list[Sequence]:
@@ -210,9 +213,10 @@ class LLMEngine:
             if seq.text.read(seq.output_token_ids, ended=seq.finish_reason is not None):
                 if seq.finish_reason is None:
                     self._scheduler.abort(request_id)
-                    self._forget([seq])
+                    seq.finish_reason = "stop"
                     stopped.append(seq)
-                seq.finish_reason = "stop"
+                elif seq.finish_reason == "length":
+                    seq.finish_reason = "stop"
                 seq.keep_output(seq.text.num_tokens)
             if seq.finish_reason is not None:
                 del self._read[request_id]
@@ -257,7 +261,6 @@ class LLMEngine:
         while self._aborts:
             if seq := self._scheduler.abort(self._aborts.popleft()):
                 aborted.append(seq)
-        self._forget(aborted)
         return aborted
 
     def reset(self, reason: str = "abort") -> None:

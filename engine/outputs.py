@@ -30,6 +30,7 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
         "text": seq.text.text if seq.text is not None and stopped else decode(tokens),
         "token_ids": tokens,
         "finish_reason": seq.finish_reason,
+        "error": seq.error,
         "logprobs": seq.logprobs if seq.sampling.logprobs is not None else None,
         "metrics": _metrics(seq),
     }
@@ -78,9 +79,10 @@ class Increments:
         new = text.text[self._num_chars : chars]
         self._num_tokens += len(tokens)
         self._num_chars = chars
-        return {
+        told = {
             **self._where,
             "text": new,
             "token_ids": tokens,
             "finish_reason": seq.finish_reason,
         }
+        return {**told, "error": seq.error} if self.ended else told

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from config import Config
 from engine.types import BlockManager, Clock, KVGeometry, ModelRunner, Scheduler, WindowPages
 from memory.window_blocks import WindowBlockManager
-from utils.errors import ConfigError
+from utils.errors import ConfigError, ContractError
 from utils.registry import construct, find_part, parts_in
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     """
     import torch
 
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and _has_device(config)
     if config.device == "cuda" and not cuda:
         raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
     device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
@@ -146,6 +146,12 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     make = find("block_manager", config)
     find("model_runner", config)
     return _with_caching(config, make) if isinstance(make, type) else config
+
+
+def _has_device(config: Config) -> bool:
+    """Whether the runner computes anything; what a factory makes is taken to."""
+    make: Any = find("model_runner", config)
+    return bool(getattr(getattr(make, "func", make), "has_device", True))
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
@@ -266,8 +272,11 @@ def make_block_managers(
         config: after it.
 
     Raises:
+        ContractError: the runner has no group.
         ConfigError: there is none, or the options for prefix caching contradict it.
     """
+    if not groups:
+        raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
     windows = [isinstance(group.kind, WindowPages) for group in groups]
     if any(windows) or len(groups) > 1:
         config = _without_caching(asked, config)
@@ -276,8 +285,9 @@ def make_block_managers(
     for group, window in zip(groups, windows, strict=True):
         part = WindowBlockManager if window else make
         managers.append(construct("block_manager", base, part, config, group))
-        config = _with_caching(config, managers[-1])
-    return config, tuple(managers)
+        if len(groups) > 1 and managers[-1].caches_prefixes:
+            raise _no_caching("block_manager", asked)
+    return _with_caching(config, managers[0]), tuple(managers)
 
 
 def _without_caching(asked: Config, config: Config) -> Config:
@@ -286,15 +296,18 @@ def _without_caching(asked: Config, config: Config) -> Config:
     if not config.enable_prefix_caching:
         return config
     for option in ("enable_prefix_caching", "block_manager"):
-        value = getattr(asked, option)
-        if value not in (None, "auto"):
-            raise ConfigError(
-                option,
-                value,
-                "prefixes of a model with sliding windows cannot be cached",
-                f"Leave it at {getattr(Config, option)!r}.",
-            )
+        if getattr(asked, option) not in (None, "auto"):
+            raise _no_caching(option, asked)
     return replace(config, block_manager="paged", enable_prefix_caching=False)
+
+
+def _no_caching(option: str, config: Config) -> ConfigError:
+    return ConfigError(
+        option,
+        getattr(config, option),
+        "with several cache groups, or a window, prefixes cannot be cached",
+        f"Leave it at {getattr(Config, option)!r}.",
+    )
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from engine.types import (
     KVGeometry,
     ModelRunner,
     NewRequest,
+    PrefillChunk,
     RowReport,
     StepHandle,
     StepPlan,
@@ -30,9 +32,8 @@ STEP_SECONDS = 0.01
 class _Request:
     """A request in its slot; `num_tokens` counts its prompt and output so far."""
 
-    seed: int
+    new: NewRequest
     num_tokens: int
-    limit: int
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Outputs:
 
     tokens: list[list[int]]
     logprobs: list[list[TokenLogprobs]] | None = None
+    prompt_logprobs: list[list[TokenLogprobs]] | None = None
     reports: dict[int, RowReport] = field(default_factory=dict)
 
 
@@ -67,7 +69,8 @@ class SimulatedRunner(ModelRunner):
     how busy the machine is changes no plan and no reported time.
 
     Tokens are a function of a request's seed and their position. A decode row of several positions
-    keeps a number of them that depends on the same two alone.
+    keeps a number of them that depends on the same two alone. Log-probabilities are those of a
+    uniform distribution.
 
     Args:
         config: for the number of blocks, and the model's vocabulary without a checkpoint.
@@ -76,11 +79,13 @@ class SimulatedRunner(ModelRunner):
         seconds: how long the device takes for a plan; `STEP_SECONDS` for each by default.
 
     Raises:
-        ConfigError: tensor_parallel_size is above 1.
+        ConfigError: tensor_parallel_size is above 1; from `execute`, `seconds` gives no number of
+            seconds.
     """
 
     name = "simulated"
     drafts = True
+    has_device = False
 
     def __init__(
         self,
@@ -115,14 +120,22 @@ class SimulatedRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
             raise EngineClosedError("execute() after close()")
-        outputs = self._outputs(plan)
         seconds = self._seconds(plan)
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            raise ConfigError(
+                "seconds",
+                seconds,
+                f"is what step {plan.step_id} is said to take",
+                "Return a number of seconds, 0 or more.",
+            )
+        outputs = self._outputs(plan)
         self._idle_from = max(self._idle_from, self._now) + seconds
         result = StepResult(
             plan.step_id,
             outputs.tokens,
             self._idle_from,
             outputs.logprobs,
+            outputs.prompt_logprobs,
             device_seconds=seconds if plan.timed else None,
             reports=outputs.reports,
         )
@@ -138,31 +151,72 @@ class SimulatedRunner(ModelRunner):
     def _outputs(self, plan: StepPlan) -> Outputs:
         """What the plan's rows give; its changes are taken in."""
         for new in plan.new_requests:
-            self._requests[new.slot] = _entered(new)
+            self._requests[new.slot] = _Request(new, len(new.token_ids))
         tokens = [
             self._next(self._requests[chunk.slot], 1) for chunk in plan.prefill if chunk.samples
         ]
         for slot, count in zip(plan.decode, plan.decode_counts, strict=True):
             request = self._requests[slot]
-            most = min(count, request.limit - request.num_tokens)
-            tokens.append(self._next(request, num_kept(request.seed, request.num_tokens, most)))
-        return Outputs(tokens)
+            new, position = request.new, request.num_tokens
+            most = min(count, new.max_total_tokens - position)
+            tokens.append(self._next(request, num_kept(new.seed, position, most)))
+        return self._scored(plan, tokens, {s: r.new for s, r in self._requests.items()})
 
     def _next(self, request: _Request, count: int) -> list[int]:
-        start = request.num_tokens
+        new, start = request.new, request.num_tokens
         request.num_tokens += count
-        places = range(start, request.num_tokens)
-        return [hash((request.seed, place)) % self._vocab_size for place in places]
+        drawn = [
+            (place, hash((new.seed, place)) % self._vocab_size)
+            for place in range(start, request.num_tokens)
+        ]
+        return [allowed(token, self._vocab_size, new, place) for place, token in drawn]
+
+    def _scored(
+        self, plan: StepPlan, tokens: list[list[int]], requests: Mapping[int, NewRequest]
+    ) -> Outputs:
+        """The tokens, with log-probabilities for who asked for them."""
+        outputs = Outputs(tokens)
+        wanted = [requests[slot].sampling.logprobs for slot in plan.sampled_slots]
+        if any(num_top is not None for num_top in wanted):
+            outputs.logprobs = [
+                [] if num_top is None else [self._logprobs(token, num_top) for token in row]
+                for num_top, row in zip(wanted, tokens, strict=True)
+            ]
+        chunks = [(chunk, requests[chunk.slot]) for chunk in plan.prefill]
+        if any(new.sampling.prompt_logprobs is not None for _, new in chunks):
+            outputs.prompt_logprobs = [self._of_prompt(chunk, new) for chunk, new in chunks]
+        return outputs
+
+    def _of_prompt(self, chunk: PrefillChunk, new: NewRequest) -> list[TokenLogprobs]:
+        num_top = new.sampling.prompt_logprobs
+        num_prompt = len(new.token_ids) - new.num_output_tokens
+        end = min(chunk.start + chunk.num_tokens + 1, num_prompt)
+        known = new.token_ids[chunk.start + 1 : end]
+        return [] if num_top is None else [self._logprobs(token, num_top) for token in known]
+
+    def _logprobs(self, token: int, num_top: int) -> TokenLogprobs:
+        even = -math.log(self._vocab_size)
+        # All are equally likely: the lowest ids come first.
+        return {token: even, **dict.fromkeys(range(num_top), even)}
+
+
+def allowed(token: int, vocab_size: int, new: NewRequest, position: int) -> int:
+    """The first token from `token` on that the request may have at a position.
+
+    Before its `min_tokens` those of `NewRequest.stop_token_ids` are not chosen.
+    """
+    num_prompt = len(new.token_ids) - new.num_output_tokens
+    withheld: Collection[int] = ()
+    if position < num_prompt + new.sampling.min_tokens:
+        withheld = new.stop_token_ids
+    choices = ((token + i) % vocab_size for i in range(vocab_size))
+    return next((choice for choice in choices if choice not in withheld), token)
 
 
 def num_kept(seed: int, position: int, most: int) -> int:
     """How many of `most` positions a decode row keeps; at least 1."""
     # Python hashes tuples of integers alike everywhere; only str and bytes are salted.
     return 1 + hash((seed, position, most)) % most
-
-
-def _entered(new: NewRequest) -> _Request:
-    return _Request(new.seed, len(new.token_ids), new.max_total_tokens)
 
 
 def _geometry_of(config: Config) -> KVGeometry:

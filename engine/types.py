@@ -76,6 +76,10 @@ class WindowPages(FullPages):
 
     window: int
 
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ContractError(f"a window of {self.window} positions")
+
     def first_read(self, position: int) -> int:
         return max(0, position - self.window + 1)
 
@@ -287,20 +291,22 @@ class StepResult:
                 f"{self.step_id}, with tokens of {len(lengths)} and log-probabilities of "
                 f"{num_scores}"
             )
-        # Most steps: one token a row.
-        if not plan.decode_tokens and lengths.count(1) == num_rows and self.logprobs is None:
+        # Most steps: one token a row, and nothing else.
+        plain = self.logprobs is None and not self.reports and not plan.decode_tokens
+        if plain and lengths.count(1) == num_rows:
             return
         rows = [*sampling, *range(len(plan.prefill), len(plan.rows))]
         counts = [*([1] * len(sampling)), *plan.decode_counts]
         scores = self.logprobs or [[]] * num_rows
         for row, count, length, scored in zip(rows, counts, lengths, scores, strict=True):
-            report = self.reports.get(row)
-            if report is not None and report.error is not None:
+            report = self.reports.get(row, RowReport())
+            if report.error is not None:
                 continue
-            if not 1 <= length <= count or len(scored) not in (0, length):
+            others = {len(scored), len(report.values)}
+            if not 1 <= length <= count or not others <= {0, length}:
                 raise ContractError(
                     f"step {plan.step_id}, row {row}: {length} tokens of {count} positions at "
-                    f"most, and {len(scored)} log-probabilities"
+                    f"most, {len(scored)} log-probabilities and {len(report.values)} values"
                 )
 
 
@@ -537,10 +543,13 @@ class ModelRunner(ABC):
     Attributes:
         drafts: whether decode rows may compute several positions; the engine refuses
             `num_speculative_tokens` otherwise.
+        has_device: False for a runner that computes nothing. What "auto" and None stand for does
+            then not depend on the machine, so that neither does a run.
     """
 
     name: ClassVar[str]
     drafts: ClassVar[bool] = False
+    has_device: ClassVar[bool] = True
 
     @property
     @abstractmethod

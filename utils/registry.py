@@ -99,8 +99,20 @@ def construct(field: str, base: type, make: Callable[..., Any], *args: Any) -> A
     """Call a part's constructor or factory.
 
     Raises:
-        ConfigError: what comes out does not implement the contract.
+        ConfigError: it takes other arguments, or what comes out does not implement the contract.
     """
+    try:
+        inspect.signature(make).bind(*args)
+    except ValueError:
+        pass  # some callables do not tell their arguments
+    except TypeError as error:
+        kinds = ", ".join(type(arg).__name__ for arg in args)
+        raise ConfigError(
+            field,
+            make,
+            f"cannot be called with ({kinds}): {error}",
+            f"The docstring of {base.__module__}.{base.__name__} tells the arguments.",
+        ) from error
     part = make(*args)
     if not isinstance(part, base):
         raise ConfigError(

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from config import Config
 from engine.checking.plan_checker import PlanChecker, Row
-from engine.simulated_runner import Outputs, SimulatedRunner, num_kept
+from engine.simulated_runner import Outputs, SimulatedRunner, allowed, num_kept
 from engine.types import (
     FullPages,
     KVGeometry,
+    NewRequest,
     RowReport,
     StepHandle,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
 
 if TYPE_CHECKING:
@@ -73,10 +73,6 @@ class FakeModel:
     def fails(self, read: int, seed: int) -> bool:
         """Whether an error comes in place of the token after a context."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
-
-    def logprob(self, token: int) -> float:
-        """What stands for the log-probability of a token."""
-        return -1.0 - token
 
     def alone(
         self,
@@ -151,10 +147,8 @@ class _Pages:
 class _Slot:
     """A request in its slot; `num_computed` is None before its first row."""
 
+    new: NewRequest
     tokens: list[int]
-    seed: int
-    limit: int
-    scored: bool
     num_computed: int | None = None
     failed: bool = False
 
@@ -211,6 +205,7 @@ class FakeRunner(SimulatedRunner):
         super().__init__(config, checkpoint, groups=groups, seconds=seconds)
         kinds = tuple(geometry.kind for geometry in self._groups)
         self.model = model or _model_of(checkpoint, kinds)
+        self._vocab_size = self.model.vocab_size
         limits = config.max_num_seqs, config.max_num_batched_tokens
         self.checker = PlanChecker(self._groups, *limits)
         self._pages = [_Pages(geometry) for geometry in self._groups]
@@ -230,32 +225,17 @@ class FakeRunner(SimulatedRunner):
                 pages.poison(block)
         rows = self.checker.check(plan)
         for new in plan.new_requests:
-            self._slots[new.slot] = _Slot(
-                list(new.token_ids),
-                new.seed,
-                new.max_total_tokens,
-                new.sampling.logprobs is not None,
-            )
+            self._slots[new.slot] = _Slot(new, list(new.token_ids))
         for copy in plan.block_copies:
             self._pages[copy.group].copy(copy.source, copy.target)
-        return self._outputs_of(rows)
-
-    def _outputs_of(self, rows: list[Row]) -> Outputs:
-        outputs = Outputs([])
-        scores: list[list[TokenLogprobs]] = []
-        for index, row in enumerate(rows):
-            slot = self._slots[row.slot]
-            tokens = self._compute(row)
-            if row.samples:
-                outputs.tokens.append(tokens)
-                scored = tokens if slot.scored else []
-                scores.append([{token: self.model.logprob(token)} for token in scored])
-            if slot.failed:
+        computed = [self._compute(row) for row in rows]
+        tokens = [one for one, row in zip(computed, rows, strict=True) if row.samples]
+        outputs = self._scored(plan, tokens, {s: slot.new for s, slot in self._slots.items()})
+        for index, (row, one) in enumerate(zip(rows, computed, strict=True)):
+            if self._slots[row.slot].failed:
                 outputs.reports[index] = RowReport(error=ValueError("a row of the fake model"))
             elif self.model.tells:
-                outputs.reports[index] = RowReport(values=tuple({"token": t} for t in tokens))
-        if any(self._slots[row.slot].scored for row in rows):
-            outputs.logprobs = scores
+                outputs.reports[index] = RowReport(values=tuple({"token": t} for t in one))
         return outputs
 
     def _compute(self, row: Row) -> list[int]:
@@ -269,9 +249,9 @@ class FakeRunner(SimulatedRunner):
             for _ in range(row.count):
                 self._write(slot, row, reads)
             return [self._sample(slot, row)] if row.samples else []
-        most = min(row.count, slot.limit - len(slot.tokens))
+        most = min(row.count, slot.new.max_total_tokens - len(slot.tokens))
         tokens = []
-        for _ in range(num_kept(slot.seed, slot.num_computed, most)):
+        for _ in range(num_kept(slot.new.seed, slot.num_computed, most)):
             self._write(slot, row, reads)
             tokens.append(self._sample(slot, row))
         for rejected in range(slot.num_computed, slot.num_computed + most - len(tokens)):
@@ -295,8 +275,9 @@ class FakeRunner(SimulatedRunner):
         assert end is not None
         # By the pages, not by what was written to them: a block may be in the table twice.
         read = sum(self._reads(row, end - 1, end))
-        slot.failed = slot.failed or self.model.fails(read, slot.seed)
-        token = self.model.sample(read, slot.seed)
+        slot.failed = slot.failed or self.model.fails(read, slot.new.seed)
+        drawn = self.model.sample(read, slot.new.seed)
+        token = allowed(drawn, self.model.vocab_size, slot.new, end)
         slot.tokens.append(token)
         return token
 

@@ -29,6 +29,7 @@ class SlotState:
     Attributes:
         num_known: tokens that its `NewRequest` brought.
         limit: most tokens, prompt and output together.
+        scored: it asked for log-probabilities.
         tables: the block table of each cache group.
         fresh: of each group, indices of table entries that no row has used in this place.
         low, high: fewest and most positions that are computed once all steps in flight have ended;
@@ -41,6 +42,7 @@ class SlotState:
     request_id: int
     num_known: int
     limit: int
+    scored: bool
     tables: list[list[int]]
     fresh: list[list[int]]
     low: int | None = None
@@ -127,6 +129,8 @@ class PlanChecker:
         Raises:
             ContractError: a result breaks a rule.
         """
+        waiting = {plan.step_id for plan, _ in self._in_flight}
+        require(result.step_id in waiting, f"a result of step {result.step_id}, not in flight")
         self._results[result.step_id] = result
         while self._in_flight and self._in_flight[0][0].step_id in self._results:
             plan, rows = self._in_flight.popleft()
@@ -139,6 +143,8 @@ class PlanChecker:
 
     def _check_result(self, plan: StepPlan, rows: list[Row], result: StepResult) -> None:
         result.check(plan)
+        if result.logprobs is not None or any(row.state.scored for row in rows):
+            self._check_scores([row for row in rows if row.samples], result)
         require(set(result.reports) <= set(range(len(rows))), "a report of a row that is not there")
         for index, report in result.reports.items():
             if report.error is not None:
@@ -148,6 +154,17 @@ class PlanChecker:
             num_kept = len(next(tokens)) if row.samples else 0
             if row.count > 1 and row.decodes and not row.state.ended:
                 self._settle(row, num_kept)
+
+    @staticmethod
+    def _check_scores(sampling: list[Row], result: StepResult) -> None:
+        """Who asked for log-probabilities has them, and nobody else."""
+        scores = result.logprobs or [[]] * len(sampling)
+        for row, tokens, scored in zip(sampling, result.tokens, scores, strict=True):
+            wanted = len(tokens) if row.state.scored else 0
+            require(
+                len(scored) == wanted or row.state.ended,
+                f"slot {row.slot}: {len(scored)} log-probabilities, and {wanted} were asked for",
+            )
 
     def end(self, request_id: int) -> None:
         """The request has ended: no plan may have a row of it any more."""
@@ -171,8 +188,9 @@ class PlanChecker:
         return row.tables[group][first : -(-row.end // self._size)]
 
     def _check_shape(self, plan: StepPlan) -> None:
-        # An exception ends all requests, and step ids start anew.
-        if plan.step_id == 0 and not self._in_flight:
+        # An exception ends all requests and steps, and step ids start anew.
+        if plan.step_id == 0:
+            self.fail()
             self._next_step_id = 0
             self.slots.clear()
             self._running.clear()
@@ -215,6 +233,7 @@ class PlanChecker:
             new.request_id,
             len(new.token_ids),
             new.max_total_tokens,
+            new.sampling.logprobs is not None,
             [[] for _ in range(count)],
             [[] for _ in range(count)],
         )

@@ -253,9 +253,9 @@ class Driver:
         if not ended:
             alone = alone[: len(output)]
         require(output == alone, f"{seq} has tokens {output}, alone it has {alone}")
-        scores = [{token: self.model.logprob(token)} for token in output]
-        scores = scores if params.logprobs is not None else []
-        require(seq.logprobs == scores, f"{seq} has log-probabilities {seq.logprobs}")
+        scored = output if params.logprobs is not None else []
+        leads = [next(iter(scores)) for scores in seq.logprobs]
+        require(leads == scored, f"{seq} has log-probabilities {seq.logprobs}")
         told = [{"token": token} for token in output]
         require(seq.values == told, f"{seq} has values {seq.values}, and tokens {output}")
         require(len(seq.token_times) == len(output), f"{seq} has {len(seq.token_times)} times")

@@ -200,7 +200,7 @@ def test_several_tokens_of_one_step_stop_at_the_first_end() -> None:
         (StepResult(1, [[]], 0.0), "row 0: 0 tokens of 3 positions"),
         (StepResult(1, [[1, 2, 3, 4]], 0.0), "row 0: 4 tokens of 3 positions"),
         (StepResult(1, [[1, 2]], 0.0, []), "log-probabilities of 0"),
-        (StepResult(1, [[1, 2]], 0.0, [[{1: 0.0}]]), "2 tokens .* and 1 log-probabilities"),
+        (StepResult(1, [[1, 2]], 0.0, [[{1: 0.0}]]), "2 tokens .* 1 log-probabilities"),
     ],
 )
 def test_a_result_that_is_not_the_plan_s_is_refused(result: StepResult, problem: str) -> None:

@@ -31,7 +31,7 @@ from memory.window_blocks import WindowBlockManager
 from sampling_params import SamplingParams
 from tests.checkpoints import Checkpoints
 from utils.checkpoint import Checkpoint
-from utils.errors import ConfigError
+from utils.errors import ConfigError, ContractError
 
 # Beside these "auto" and None are left to the runner: see `resolve`.
 LEFT_TO_THE_RUNNER = {"attention_backend", "num_kvcache_blocks", "kvcache_memory_bytes"}
@@ -249,7 +249,7 @@ class TestBlockManagers:
         "option", [{"enable_prefix_caching": True}, {"block_manager": "radix"}]
     )
     def test_nor_may_that_be_asked_for(self, option: dict[str, Any]) -> None:
-        with pytest.raises(ConfigError, match="sliding windows") as caught:
+        with pytest.raises(ConfigError, match="several cache groups") as caught:
             self._made((_group(), _group(WindowPages(32))), **option)
         ((field, value),) = option.items()
         assert (caught.value.field, caught.value.value) == (field, value)
@@ -269,6 +269,23 @@ class TestBlockManagers:
             )
         with pytest.raises(ConfigError, match="no BlockManager"):
             self._made((_group(),), block_manager=lambda *args: None)
+
+
+@pytest.mark.parametrize("kinds", [(0, 32), (32, 0), (0, 0)])
+def test_a_factory_of_caching_managers_is_refused_with_several_groups(
+    kinds: tuple[int, ...],
+) -> None:
+    """Whichever group comes first."""
+    asked = _config(block_manager=lambda *args: PrefixCacheManager(*args))
+    groups = tuple(_group(WindowPages(window) if window else FullPages()) for window in kinds)
+    with pytest.raises(ConfigError, match=r"block_manager=.*several cache groups"):
+        make_block_managers(asked, resolve(asked, _checkpoint()), groups)
+
+
+def test_a_runner_without_a_cache_group() -> None:
+    asked = _config()
+    with pytest.raises(ContractError, match="no cache group"):
+        make_block_managers(asked, resolve(asked, _checkpoint()), ())
 
 
 def test_a_scheduler_is_checked_when_a_factory_has_made_it() -> None:

@@ -16,6 +16,7 @@ from engine.types import (
     RowReport,
     StepPlan,
     StepResult,
+    TokenLogprobs,
     WindowPages,
 )
 from sampling_params import SamplingParams
@@ -119,7 +120,8 @@ def test_plans_that_break_a_rule(plan: StepPlan, rule: str) -> None:
         (StepResult(1, [], 0.0), "1 rows that sample; .* tokens of 0"),
         (StepResult(1, [[]], 0.0), "0 tokens of 3 positions"),
         (StepResult(1, [[1, 2, 3, 4]], 0.0), "4 tokens of 3 positions"),
-        (StepResult(1, [[1, 2]], 0.0, [[{1: 0.0}]]), "and 1 log-probabilities"),
+        (StepResult(1, [[1, 2]], 0.0, [[{1: 0.0}]]), "most, 1 log-probabilities"),
+        (StepResult(1, [[1, 2]], 0.0, reports={0: RowReport(values=({},))}), "and 1 values"),
         (StepResult(1, [[1]], 0.0, reports={1: RowReport()}), "a row that is not there"),
     ],
 )
@@ -175,14 +177,35 @@ def test_a_preempted_request_leaves_its_old_slot() -> None:
 
 
 def test_everything_starts_anew_with_step_0() -> None:
+    """Even with a step in flight whose result nobody can take: its handle was never returned."""
     checker = _checker()
     checker.check(_first())
-    with pytest.raises(ContractError, match="step 0 is out of order"):
-        checker.check(_first())
-    checker.fail()
+    with pytest.raises(ContractError, match="step 2 is out of order"):
+        checker.check(_decode(2))
     checker.check(_first())
     checker.take(_result(0, 1))
     checker.check(_decode(1))
+
+
+def test_a_result_of_a_step_that_is_not_in_flight() -> None:
+    checker = _checker()
+    checker.check(_first())
+    with pytest.raises(ContractError, match="a result of step 1, not in flight"):
+        checker.take(_result(1, 1))
+
+
+def test_log_probabilities_are_given_to_those_who_asked() -> None:
+    asks = replace(_new(), sampling=SamplingParams(logprobs=0))
+    cases: list[tuple[NewRequest, list[list[TokenLogprobs]] | None]] = [
+        (asks, None),
+        (asks, [[]]),
+        (_new(), [[{1: 0.0}]]),
+    ]
+    for new, scores in cases:
+        checker = _checker()
+        checker.check(replace(_first(), new_requests=(new,)))
+        with pytest.raises(ContractError, match=r"log-probabilities, and . were asked for"):
+            checker.take(StepResult(0, [[1]], 0.0, scores))
 
 
 def _thief(step_id: int, block: int) -> StepPlan:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from config import Config
+from engine.checking.fake_runner import FakeModel, FakeRunner
 from engine.llm_engine import LLMEngine
 from engine.outputs import make_output
 from engine.sequence import Sequence
 from engine.simulated_runner import STEP_SECONDS, SimulatedRunner
+from engine.types import StepHandle, StepPlan
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError
 
@@ -140,3 +146,111 @@ def test_it_has_no_devices_to_share_a_model() -> None:
 def test_who_drafts_nothing_takes_no_speculative_tokens() -> None:
     with pytest.raises(ConfigError, match=r"num_speculative_tokens=2: .*drafts no tokens"):
         LLM(SHIPPED, device="cpu", num_speculative_tokens=2)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_run_does_not_depend_on_the_devices_of_the_machine(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    for runner in ("simulated", "fake", partial(SimulatedRunner)):
+        with LLM(SHIPPED, model_runner=runner, num_kvcache_blocks=8) as llm:
+            assert (llm.config.device, llm.config.pipeline_depth) == ("cpu", 0)
+            assert llm.config.dtype == "float32"
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf, None, "x"])
+def test_a_cost_that_is_no_time(seconds: Any) -> None:
+    runner = partial(SimulatedRunner, seconds=lambda plan: seconds if plan.step_id == 1 else 0.5)
+    with LLM(SHIPPED, model_runner=runner, num_kvcache_blocks=8) as llm:
+        with pytest.raises(ConfigError, match=r"seconds=.*step 1"):
+            llm.generate([[1]], SamplingParams(max_tokens=4), use_tqdm=False)
+        params = SamplingParams(max_tokens=1)
+        (out,) = llm.generate([[1]], params, use_tqdm=False)
+        assert out["metrics"]["time_to_first_token"] == 0.5
+
+
+@pytest.mark.parametrize("kind", [SimulatedRunner, FakeRunner])
+@pytest.mark.parametrize("where", ["seconds", "execute"])
+def test_an_exception_in_a_step_leaves_the_next_requests_alone(
+    kind: type[SimulatedRunner], where: str
+) -> None:
+    """Also an interruption after the step has been taken in and before its handle is returned."""
+    calls = iter(range(100))
+
+    class Interrupted(kind):  # type: ignore[misc, valid-type]
+        name = "interrupted"
+
+        def execute(self, plan: StepPlan) -> StepHandle:
+            handle: StepHandle = super().execute(plan)
+            if where == "execute" and next(calls) == 2:
+                raise KeyboardInterrupt
+            return handle
+
+    def seconds(plan: StepPlan) -> float:
+        if where == "seconds" and next(calls) == 2:
+            raise KeyboardInterrupt
+        return 0.5
+
+    runner = partial(Interrupted, seconds=seconds)
+    for depth in (0, 1):
+        options: dict[str, Any] = {"pipeline_depth": depth, "num_kvcache_blocks": 8}
+        with LLM(SHIPPED, model_runner=runner, **options) as llm:
+            params = SamplingParams(max_tokens=6, ignore_eos=True, seed=1)
+            if depth == 0:
+                with pytest.raises(KeyboardInterrupt):
+                    llm.generate([[1], [2]], params, use_tqdm=False)
+            first, again = (llm.generate([[1]], params, use_tqdm=False)[0] for _ in range(2))
+            assert first["token_ids"] == again["token_ids"]
+            assert len(first["token_ids"]) == 6
+
+
+@pytest.mark.parametrize("runner", ["simulated", "fake"])
+def test_requests_get_what_they_ask_for(runner: str) -> None:
+    with LLM(SHIPPED, model_runner=runner, num_kvcache_blocks=8) as llm:
+        params = SamplingParams(
+            max_tokens=30,
+            min_tokens=20,
+            stop_token_ids=[*range(0, 4096, 2)],
+            logprobs=2,
+            prompt_logprobs=1,
+            seed=4,
+        )
+        (out,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+    tokens = out["token_ids"]
+    assert len(tokens) > 20
+    assert not any(token % 2 == 0 for token in tokens[:20])
+    assert [next(iter(scores)) for scores in out["logprobs"]] == tokens
+    assert [len(scores) for scores in out["logprobs"][:3]] == [3] * 3
+    assert [scores and next(iter(scores)) for scores in out["prompt_logprobs"]] == [None, 6, 7]
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_totals_count_the_tokens_that_were_given(count: int) -> None:
+    """A stop string takes tokens back that came with it in one step."""
+    given = 0
+    with LLM(SHIPPED, model_runner="fake", num_speculative_tokens=count) as llm:
+        for seed in range(12):
+            params = SamplingParams(max_tokens=20, seed=seed, ignore_eos=True)
+            (full,) = llm.generate([[3, 4]], params, use_tqdm=False)
+            stop = full["text"][4:6] or "none"
+            (out,) = llm.generate([[3, 4]], replace(params, stop=stop), use_tqdm=False)
+            given += len(full["token_ids"]) + len(out["token_ids"])
+        assert llm.stats().output_tokens == given
+
+
+def test_an_error_of_a_row_reaches_its_user_and_nobody_else() -> None:
+    model = FakeModel(4096, 2, error_chance=0.05)
+    with LLM(SHIPPED, model_runner=partial(FakeRunner, model=model)) as llm:
+        params = [SamplingParams(max_tokens=20, seed=i, ignore_eos=True) for i in range(20)]
+        outputs = llm.generate([[i] for i in range(20)], params, use_tqdm=False)
+        stream = [*llm.stream([[i] for i in range(20)], params)]
+    reasons = {out["finish_reason"] for out in outputs}
+    assert reasons == {"error", "length"}
+    for i, out in enumerate(outputs):
+        failed = out["finish_reason"] == "error"
+        assert isinstance(out["error"], ValueError) == failed
+        alone = FakeModel(4096, 2).alone([i], 20, seed=i)
+        assert out["token_ids"] == alone[: len(out["token_ids"])]
+    ends = {told["index"]: told["error"] for told in stream if told["finish_reason"]}
+    assert [ends[i] is None for i in range(20)] == [out["error"] is None for out in outputs]

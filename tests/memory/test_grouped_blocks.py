@@ -111,3 +111,9 @@ def test_plans_name_the_group_and_windows_slide_by_what_is_committed() -> None:
     ledger.commit(plan, StepResult(1, [[9]], 0.0))
     assert blocks.groups[1].table(0) == [NO_BLOCK, 1, 0]
     assert ledger.num_free_blocks == 5
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_without_a_position(window: int) -> None:
+    with pytest.raises(ContractError, match=f"a window of {window} positions"):
+        WindowPages(window)

@@ -16,7 +16,7 @@ from layers.attention.torch_sdpa import TorchAttention
 from memory.block_manager import PagedBlockManager
 from tests.custom_parts import OneAtATime, make_one_at_a_time
 from utils.errors import ConfigError
-from utils.registry import find_part, parts_in
+from utils.registry import construct, find_part, parts_in
 
 
 def _find(spec: Any) -> Any:
@@ -109,3 +109,24 @@ def test_a_mistake_in_a_module_is_not_hidden(package: Path, mistake: str) -> Non
     (package / "mine.py").write_text(mistake + "\n")
     with pytest.raises(ImportError):
         parts_in("made_up", Scheduler)
+
+
+def test_a_part_that_takes_other_arguments() -> None:
+    def two(config: object, blocks: object) -> None: ...
+
+    with pytest.raises(
+        ConfigError, match=r"(?s)scheduler=.*cannot be called with \(int, str, int\)"
+    ):
+        construct("scheduler", object, two, 1, "a", 2)
+
+
+def test_a_type_error_inside_a_constructor_is_its_own() -> None:
+    def fails(one: int) -> None:
+        raise TypeError("inside")
+
+    with pytest.raises(TypeError, match="inside"):
+        construct("scheduler", object, fails, 1)
+
+
+def test_a_callable_without_a_signature() -> None:
+    assert construct("scheduler", object, dict, [(1, 2)]) == {1: 2}
