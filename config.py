@@ -59,7 +59,8 @@ class Config:
         max_model_len: context window in tokens, prompt and output together. None: 4096, or the
             checkpoint's own limit if that is smaller.
         max_num_seqs: most requests running at once.
-        max_num_batched_tokens: most tokens computed in one step; longer prompts take several.
+        max_num_batched_tokens: most positions computed in one step, drafted ones included; longer
+            prompts take several steps.
         gpu_memory_utilization: share of the device memory that weights, activations, graphs
             and KV cache may take together (CUDA only).
         kvcache_block_size: tokens per KV block, a multiple of 16.
@@ -81,14 +82,15 @@ class Config:
             fastest that works here.
         num_speculative_tokens: most positions that a decode row computes beyond its one. The runner
             drafts their tokens and keeps those that it would have sampled; the output is the same.
-            Only runners that draft take it: "fake" and "simulated".
+            Other runners refuse it: only "fake" and "simulated" draft today.
         pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
             previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
         seed: base of the noise of requests without a seed of their own.
         kv_sanitizer: check every use of a KV block and poison dead ones with NaN; for finding
             mistakes, at the cost of waiting for the device after every step.
-        scheduler, block_manager, model_runner: the parts, as for attention_backend. The block
-            manager "auto" is "prefix", or "paged" with enable_prefix_caching=False.
+        scheduler, block_manager, model_runner: the parts, as for attention_backend. Schedulers are
+            "continuous" and "static"; runners "local", and "fake" and "simulated" without a device.
+            The block manager "auto" is "prefix", or "paged" with enable_prefix_caching=False.
         queue_policy: who runs next: "fcfs", "priority", "shortest_prompt", "shortest_job",
             "fair_share", or one of your own, as for attention_backend.
         admission_policy: how many run at once: "optimistic", "reserve", "lookahead".

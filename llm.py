@@ -230,6 +230,14 @@ class LLM:
         ended, self._ended = self._ended, []
         return [{"request_id": g[0].request_id, **make_output(g, self._decode)} for g in ended]
 
+    def now(self) -> float:
+        """Seconds on the clock of all times of requests; virtual with a simulated runner."""
+        return self._engine.now()
+
+    def wait_until(self, moment: float) -> None:
+        """Return when `now` is `moment` or later; a simulated runner moves its time there."""
+        self._engine.wait_until(moment)
+
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to return."""

@@ -185,6 +185,7 @@ class StreamLauncher(Launcher):
 
     Args:
         clock: the runner's.
+        device: whose stream it is.
         max_tokens: most tokens a step returns.
         in_flight: most steps whose results are outstanding at once.
     """

@@ -38,7 +38,8 @@ class Ledger:
         running: the requests that hold a slot and have not finished, by id, in order of
             admission.
         prefilling: those of them with known tokens left to plan.
-        decoding: those past that and surely short of their length limit.
+        decoding: those whose known tokens are all planned, and that have a token left to sample
+            even if all drafts in flight are kept.
         num_in_flight: plans that have not been committed.
     """
 
@@ -183,7 +184,7 @@ class Ledger:
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
         """Make sure that the next positions have blocks; False, unchanged, if too few are free.
 
-        Wherever the request's next row starts: positions in flight count as if all were kept. None
+        Positions in flight count as kept, so that the blocks suffice for the latest start. Nothing
         is reserved for positions beyond the length limit.
         """
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
@@ -213,21 +214,24 @@ class Ledger:
                 self.decoding[seq.request_id] = seq
         return num_tokens
 
-    def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> None:
-        """Plan a decode row for each of `seqs`, all of `decoding` and with one reserved place.
+    def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
+        """Plan a decode row for each of `seqs`; returns the positions planned.
+
+        Each of them has to be in `decoding`, and `reserve` must have succeeded for it.
 
         Args:
             num_positions: most positions of a row. A row has fewer where blocks or the length
                 limit do not allow them.
         """
         ended = []
-        count = 1
+        count, total = 1, 0
         for seq in seqs:
             assert seq.slot is not None
             if num_positions > 1:
                 count = self._most_positions(seq, num_positions)
                 seq.num_drafted += count - 1
                 self._decode_counts[seq.slot] = count
+            total += count
             seq.num_scheduled += count
             seq.num_in_flight += 1
             self._decode.append(seq.slot)
@@ -235,15 +239,16 @@ class Ledger:
                 ended.append(seq.request_id)
         for request_id in ended:
             del self.decoding[request_id]
+        return total
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
         """How many positions, 1 to `wanted`, the request's next row may compute."""
-        # By the earliest start that the row may have: the runner cuts a row that starts later.
+        # Counted from the earliest start. If the row starts later, the runner cuts it at the limit.
         earliest = seq.num_scheduled - seq.num_drafted
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
             return wanted
-        # Drafts are worth no one's blocks: what is there has to do.
+        # No one is preempted for drafts: the row gets the positions that have blocks.
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:

@@ -1,7 +1,7 @@
 """The parts of an engine: where each is found, and what None and "auto" stand for.
 
-How a part of any kind is found and constructed is in `utils.registry`; defaults that depend on
-nothing are in `Config`; what was measured for those here is in docs/LOG.md. Torch is not imported
+How a part of any kind is found and constructed is in `utils.registry`. Fixed defaults are in
+`Config`. The measurements behind the choices made here are in docs/LOG.md. Torch is not imported
 before it is needed: schedulers, which run without it, find their policies here.
 """
 
@@ -268,7 +268,8 @@ def make_block_managers(
     """A block manager for each of the runner's cache groups, and the config with what they do.
 
     Args:
-        asked: the config before `resolve`: what it leaves open gives way to the cache groups.
+        asked: the config as the user gave it, before `resolve`. Prefix caching is switched off for
+            several groups only if the user did not ask for it.
         config: after it.
 
     Raises:

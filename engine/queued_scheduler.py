@@ -70,15 +70,19 @@ class QueuedScheduler(Scheduler):
         for seq in self.ledger.woken():
             self.wait(seq)
 
-    def decode(self, seqs: list[Sequence], left: int) -> None:
-        """Plan decode rows for all of `seqs`, drafts as far as the budget that is left allows.
+    def decode(self, seqs: list[Sequence], left: int) -> int:
+        """Plan decode rows for all of `seqs`, with drafts; returns the positions planned.
+
+        Drafts may use up all that is left of the budget. So prompts that are to share the step are
+        planned before.
 
         Args:
-            left: positions, at least one for each request.
+            left: positions of the budget, at least one for each request.
         """
-        if seqs:
-            # Equal shares: how long a row is must not depend on its place in the batch.
-            self.ledger.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
+        if not seqs:
+            return 0
+        # Equal shares, or the first requests of a batch would be served faster.
+        return self.ledger.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         finished = self.ledger.commit(plan, result)

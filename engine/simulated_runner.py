@@ -64,18 +64,20 @@ class _Handle(StepHandle):
 class SimulatedRunner(ModelRunner):
     """Runs plans in virtual time: `LLM(path, model_runner="simulated")`.
 
-    Time passes by waiting alone: for the result of a step, or by `wait_until`. The device computes
-    one step at a time, and planning takes no time. So a run depends on nothing but its requests:
-    how busy the machine is changes no plan and no reported time.
+    Time moves only when someone waits for a result or calls `wait_until`. Planning takes no time.
+    The device computes one step at a time. So a run depends on nothing but its requests and
+    options: how busy the machine is changes no plan and no reported time, nor do its devices. A
+    function that makes the runner does not tell that there is no device: give `pipeline_depth` too.
 
-    Tokens are a function of a request's seed and their position. A decode row of several positions
-    keeps a number of them that depends on the same two alone. Log-probabilities are those of a
-    uniform distribution.
+    A token is a function of its request's seed and its position. The number of positions that a
+    decode row keeps is drawn evenly from 1 to the most that it may compute, by seed, position and
+    that number. Log-probabilities are those of a uniform distribution.
 
     Args:
-        config: for the number of blocks, and the model's vocabulary without a checkpoint.
-        checkpoint: only its config is read; a vocabulary of 50 without one.
-        groups: the KV cache; derived from the config if None, which needs a max_model_len.
+        config: for the size of the cache.
+        checkpoint: for the vocabulary's size, which is 50 without one.
+        groups: the cache groups. If None, one group sized by the config, whose max_model_len must
+            be set.
         seconds: how long the device takes for a plan; `STEP_SECONDS` for each by default.
 
     Raises:

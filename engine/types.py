@@ -34,7 +34,8 @@ TokenLogprobs = dict[int, float]
 # Seconds since a fixed moment, as `ModelRunner.now` tells them.
 Clock = Callable[[], float]
 
-# The entry of a block table whose block was given back because its positions left the window.
+# In a block manager's table: the block of this entry was given back, because its positions have
+# left the window. Plans never contain it.
 NO_BLOCK = -1
 
 # The length limit of a request without one.
@@ -49,29 +50,40 @@ class SeedKind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class FullPages:
-    """A kind of cache that keeps every position as long as its request runs.
-
-    Other kinds subclass it and say which positions they keep.
-    """
+class CacheKind(ABC):
+    """Which positions a cache group keeps, and what a block of them takes."""
 
     def bytes_per_block(self, geometry: KVGeometry) -> int:
         """Bytes that one block takes over all layers of the group: K and V of its positions."""
         g = geometry
         return g.num_layers * g.block_size * 2 * g.num_kv_heads * g.head_dim * g.dtype_bytes
 
+    @abstractmethod
     def first_read(self, position: int) -> int:
-        """The earliest position that computing `position` reads; never falls as it rises."""
+        """The earliest position that computing `position` reads.
+
+        A later position never has a smaller result.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class FullPages(CacheKind):
+    """Keeps every position as long as its request runs."""
+
+    def first_read(self, position: int) -> int:
         del position
         return 0
 
 
 @dataclass(frozen=True, slots=True)
-class WindowPages(FullPages):
-    """A kind of cache that keeps the last `window` positions, the newest one included.
+class WindowPages(CacheKind):
+    """Keeps the last `window` positions, the newest one included.
 
-    A block is given back when all its positions have left the window of the next position to be
-    computed. The window moves with what was committed, never with drafted positions.
+    A block is given back when the next committed row can read none of its positions. The window
+    moves with committed positions, never with drafted ones.
+
+    Raises:
+        ContractError: the window has no position.
     """
 
     window: int
@@ -99,7 +111,7 @@ class KVGeometry:
     block_size: int
     num_blocks: int
     dtype_bytes: int
-    kind: FullPages = field(default_factory=FullPages)
+    kind: CacheKind = field(default_factory=FullPages)
 
     @property
     def bytes_per_block(self) -> int:
@@ -112,14 +124,16 @@ class NewRequest:
     """A request enters a slot; sent once, so that later steps name the slot alone.
 
     Attributes:
-        token_ids: all tokens known so far: the prompt and, after a preemption, the output.
+        token_ids: all tokens known so far: the prompt and, after a preemption, the output so far.
         seed: key of the request's sampling noise, 0 <= seed < 2**63.
         num_output_tokens: how many of the tokens are output.
-        stop_token_ids: what may not be sampled before `sampling.min_tokens`; empty without it.
+        stop_token_ids: tokens that may not be sampled before `sampling.min_tokens`; empty without
+            it. A runner need not look for the end of an output: the scheduler drops what follows.
         max_total_tokens: most tokens, prompt and output together. The runner keeps no token
-            beyond them, however many positions a plan allows.
+            beyond this length, however many positions a plan allows.
         sample: index of this output among those of its prompt.
-        seed_kind: where the seed comes from.
+        seed_kind: where the seed comes from. Noise may depend on `sample` and `seed_kind` too; that
+            of the shipped runners does not.
     """
 
     slot: int
@@ -137,6 +151,9 @@ class NewRequest:
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
     """`block_ids` become entries `first_index`, `first_index + 1`, ... of a slot's block table.
+
+    A runner is not told when a block leaves a window. Its table keeps the old id, which may belong
+    to another request by then. So no entry may be read that lies before the kind's `first_read`.
 
     Attributes:
         group: the cache group whose table it is.
@@ -162,8 +179,8 @@ class PrefillChunk:
     """Compute positions [start, start + num_tokens) of a slot; earlier ones are in the cache.
 
     Attributes:
-        samples: the next token is sampled. That is so if the chunk reaches the end of the known
-            tokens and the request may become longer; a request that may not ends with it.
+        samples: the next token is sampled: the chunk ends at the last known token, and the length
+            limit allows one more. If the limit allows none, the request ends with this chunk.
     """
 
     slot: int
@@ -179,11 +196,15 @@ class StepPlan:
     A runner applies `new_requests`, then `block_updates`, then makes the `block_copies`, then
     computes the rows: the prefill chunks in order, then one row for each slot in `decode`.
 
-    A decode row computes the position after those computed so far, whose token the runner itself
-    sampled (or received) before. It may compute up to `decode_tokens[i]` positions in all: the
-    runner drafts the tokens of the further ones and keeps those that it would have sampled. The
-    scheduler reserves blocks for all of them. It may plan the next step before it knows how many
-    were kept: the row then starts where the runner left off.
+    A decode row starts at the first position that is not computed. The runner sampled the token of
+    that position in an earlier step. The row may compute up to `decode_tokens[i]` positions. The
+    runner drafts the tokens of the further positions. It keeps (accepts) a position if every
+    drafted token up to it equals the token that it would have sampled there.
+
+    The scheduler reserves blocks for these positions from the latest possible start, but for none
+    at `max_total_tokens - 1` or later. The runner cuts a row there: it neither computes nor writes
+    a position from `max_total_tokens - 1` on. The next step may be planned before the number kept
+    is known; its row then starts where this one left off.
 
     Attributes:
         step_id: 0, 1, 2, ... in order of planning; from 0 again after an exception, which ends all
@@ -224,7 +245,7 @@ class StepPlan:
 
     @property
     def rows(self) -> list[int]:
-        """The slot of each row: of the prefill chunks, then of the decodes."""
+        """The slot of each row: those of the prefill chunks, then those of the decodes."""
         return [chunk.slot for chunk in self.prefill] + list(self.decode)
 
     @property
@@ -240,8 +261,9 @@ class RowReport:
     Attributes:
         error: why the request cannot go on. It ends with finish_reason "error" and without the
             row's tokens; the other requests of the step go on.
-        values: what the request asked for, by name: e.g. hidden states, or a hash of its logits.
-            One entry for each of the row's tokens; one for a last chunk that samples nothing.
+        values: further results by name, e.g. hidden states or a hash of the logits: one entry for
+            each of the row's tokens, one for a last chunk that samples nothing. No option of `LLM`
+            asks for values yet; a runner decides which it reports.
     """
 
     error: Exception | None = None
@@ -257,8 +279,8 @@ class StepResult:
             for a decode row as many as positions were kept. That is at least one, at most the
             row's `decode_tokens`, and never more than the request's length limit allows. A
             position that was computed and not kept is computed again by a later step.
-        ended_at: on the runner's clock, when the host could read the result. A runner that learns
-            of it by waiting tells when the wait ended.
+        ended_at: the time, on the runner's clock, from which on the host could read the result. A
+            runner that cannot see this moment gives the time at which its wait ended.
         logprobs: as `tokens`, for each token its log-probabilities; empty lists for requests that
             did not ask for any, None if no request did.
         prompt_logprobs: for each of the plan's prefill chunks, those of the prompt's tokens at
@@ -448,9 +470,9 @@ class BlockManager(ABC):
         """The KV of the first `num_computed` of `token_ids` is known to be written.
 
         From here on full blocks of them may be shared with other requests, and blocks that no
-        later position reads may be given back: a step in flight computes only later positions.
-        Called at least whenever a block has become full. Positions that were drafted and not
-        kept are never among them.
+        later position reads may be given back. Steps in flight compute only positions from
+        `num_computed` on. Called at least whenever a block has become full. Positions that were
+        drafted and not kept are never among them.
         """
 
     @abstractmethod
@@ -490,12 +512,19 @@ class Scheduler(ABC):
 
     Between `schedule` and `commit` of a plan its requests are *in flight*: they may be planned
     again, but neither preempted nor released. Plans are committed in the order of planning.
-    After an exception the engine makes a new scheduler and a new block manager.
+    After an exception the engine makes a new scheduler and a new block manager, and step ids start
+    at 0.
 
     A decode row in flight keeps between 1 and `decode_tokens[i]` positions, and only `commit`
     tells how many. So the start of the request's next row is known as a range: blocks and budget
     are reserved for the latest one, and what is committed rises by the number kept. A request is
     not planned while it may have reached its length limit, and goes on if it has not.
+
+    `commit` appends to the request's `token_ids`, `token_times` (`ended_at` for each token),
+    `logprobs`, `prompt_logprobs` and `values`, and sets `finish_reason` and `error`. At admission
+    the scheduler sets `admitted_at`, by the clock, and `num_cached`, once; it counts
+    `num_preemptions`. A reported error ends its request with reason "error". `engine.ledger.Ledger`
+    does all of this.
 
     Attributes:
         policies: the options of `Config` for policies that it uses; the engine refuses others.
@@ -519,7 +548,10 @@ class Scheduler(ABC):
 
     @abstractmethod
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can be planned before something is committed."""
+        """The next step, or None if nothing can be planned before something is committed.
+
+        None with nothing in flight while requests are unfinished is a StepError of the engine.
+        """
 
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -539,6 +571,11 @@ class Scheduler(ABC):
 
 class ModelRunner(ABC):
     """Executes plans. Owns the model, the KV tensors, the device and the clock.
+
+    Its constructor takes the `Config` and the `Checkpoint`. `execute` after `close` is an
+    EngineClosedError. A runner that does not draft keeps one position of a decode row, however many
+    the plan allows. Results never have an earlier `ended_at` than those of earlier steps. A runner
+    that overrides `now` also overrides `wait_until`.
 
     Attributes:
         drafts: whether decode rows may compute several positions; the engine refuses
@@ -562,9 +599,10 @@ class ModelRunner(ABC):
 
     @staticmethod
     def host_clock() -> float:
-        """What `now` tells, unless a runner keeps another time; for the runner's own parts.
+        """The default of `now`.
 
-        A part that held the bound `now` would keep its runner, and all its memory, alive.
+        A part of a runner is given this function instead of `runner.now`: a bound method would keep
+        the runner and its memory alive.
         """
         return time.perf_counter()
 

@@ -7,10 +7,9 @@ from utils.errors import ContractError
 
 
 class GroupedBlockManager(BlockManager):
-    """Does for every cache group what is asked, for all of them or for none.
+    """Passes every call to the manager of each group; `grow` succeeds in all groups or in none.
 
-    A prefix that one group has in its cache is of no use without the other groups' part of it, so
-    the managers must not cache prefixes.
+    A cached prefix can be used only if every group has it. So the managers must not cache prefixes.
 
     Args:
         managers: of each group, in order; of equal block sizes.

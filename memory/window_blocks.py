@@ -11,7 +11,7 @@ class WindowBlockManager(PagedBlockManager):
     """Gives a request's blocks back as they leave its window, without prefix caching.
 
     A request gets blocks for its whole prompt when it is admitted, and gives them back as its
-    prefill is committed.
+    prefill is committed. So a window group needs as many blocks as its longest request at first.
 
     Args:
         config: unused; the contract's constructor takes it.

@@ -1,4 +1,4 @@
-"""A runner without model, torch or device, on which every mistake in a plan changes tokens.
+"""A runner without a model or a device, on which every mistake in a plan changes tokens.
 
 Its KV cache is a real array of pages. A position's entry is a hash of its token and of all that
 the block table shows of the positions it reads, and the next token is a hash of all that the table
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config import Config
-from engine.checking.plan_checker import PlanChecker, Row
+from engine.checking.plan_checker import CheckedHandle, PlanChecker, Row
 from engine.simulated_runner import Outputs, SimulatedRunner, allowed, num_kept
 from engine.types import (
+    CacheKind,
     FullPages,
     KVGeometry,
     NewRequest,
     RowReport,
     StepHandle,
     StepPlan,
-    StepResult,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class FakeModel:
     error_chance: float = 0.0
     tells: bool = False
     seed: int = 0
-    kinds: tuple[FullPages, ...] = (FullPages(),)
+    kinds: tuple[CacheKind, ...] = (FullPages(),)
 
     def entry(self, read: int, token: int) -> int:
         """What the cache holds for `token` behind a context of which `read` was read."""
@@ -153,26 +153,11 @@ class _Slot:
     failed: bool = False
 
 
-class _Checked(StepHandle):
-    """A step whose result is checked when it is taken."""
-
-    def __init__(self, inner: StepHandle, take: Callable[[StepResult], None]) -> None:
-        self._inner = inner
-        self._take = take
-        self._result: StepResult | None = None
-
-    def result(self) -> StepResult:
-        if self._result is None:
-            self._result = self._inner.result()
-            self._take(self._result)
-        return self._result
-
-    def done(self) -> bool:
-        return self._inner.done()
-
-
 class FakeRunner(SimulatedRunner):
-    """Executes plans on pages of numbers; `LLM(path, model_runner="fake")`, or without a path.
+    """Executes plans on pages of numbers: `LLM(path, model_runner="fake")`.
+
+    It can be constructed without a checkpoint, and then without torch: `FakeRunner(config,
+    groups=...)`.
 
     A decode row of several positions keeps a number of them that depends on the request's seed and
     the position; the others are left as garbage in the pages, as a real draft leaves them.
@@ -212,7 +197,7 @@ class FakeRunner(SimulatedRunner):
         self._slots: dict[int, _Slot] = {}
 
     def _started(self, handle: StepHandle) -> StepHandle:
-        return _Checked(handle, self.checker.take)
+        return CheckedHandle(handle, self.checker.take, self.checker.fail)
 
     def _outputs(self, plan: StepPlan) -> Outputs:
         """As the contract says.
@@ -294,7 +279,7 @@ class FakeRunner(SimulatedRunner):
                     pages.poison(table[place])
 
 
-def _model_of(checkpoint: Checkpoint | None, kinds: tuple[FullPages, ...]) -> FakeModel:
+def _model_of(checkpoint: Checkpoint | None, kinds: tuple[CacheKind, ...]) -> FakeModel:
     if checkpoint is None:
         return FakeModel(kinds=kinds)
     eos = min(checkpoint.eos_token_ids, default=0)

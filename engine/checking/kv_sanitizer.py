@@ -11,10 +11,10 @@ past a request's end, or in another one's blocks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
-from engine.checking.plan_checker import PlanChecker, Row
+from engine.checking.plan_checker import CheckedHandle, PlanChecker, Row
 from engine.types import (
     NO_BLOCK,
     BlockCopy,
@@ -156,29 +156,6 @@ class SanitizedBlocks(BlockManager):
         self.filled[block] = 0
 
 
-class _Checked(StepHandle):
-    """A step whose result is checked when it is taken."""
-
-    def __init__(self, inner: StepHandle, take: Callable[[StepResult | None], None]) -> None:
-        self._inner = inner
-        self._take = take
-        self._taken = False
-
-    def result(self) -> StepResult:
-        try:
-            result = self._inner.result()
-        except BaseException:
-            self._take(None)
-            raise
-        if not self._taken:
-            self._taken = True
-            self._take(result)
-        return result
-
-    def done(self) -> bool:
-        return self._inner.done()
-
-
 class SanitizedRunner(ModelRunner):
     """Checks every plan, then has the runner execute it.
 
@@ -232,16 +209,16 @@ class SanitizedRunner(ModelRunner):
         dead = tuple(blocks.take_dead() for blocks in self._groups)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))
         self._in_flight.append(rows)
-        return _Checked(handle, self._take)
+        return CheckedHandle(handle, self._take, self._fail)
 
     def close(self) -> None:
         self._inner.close()
 
-    def _take(self, result: StepResult | None) -> None:
-        if result is None:
-            self._in_flight.clear()
-            self._checker.fail()
-            return
+    def _fail(self) -> None:
+        self._in_flight.clear()
+        self._checker.fail()
+
+    def _take(self, result: StepResult) -> None:
         if not self._in_flight:
             # An earlier step failed.
             return

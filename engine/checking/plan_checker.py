@@ -8,6 +8,7 @@ the block manager tells, see `engine.checking.kv_sanitizer`) and the conformance
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.types import (
@@ -16,6 +17,7 @@ from engine.types import (
     KVGeometry,
     NewRequest,
     PrefillChunk,
+    StepHandle,
     StepPlan,
     StepResult,
 )
@@ -31,10 +33,10 @@ class SlotState:
         limit: most tokens, prompt and output together.
         scored: it asked for log-probabilities.
         tables: the block table of each cache group.
-        fresh: of each group, indices of table entries that no row has used in this place.
+        fresh: of each group, indices of table entries added since the slot's last row.
         low, high: fewest and most positions that are computed once all steps in flight have ended;
             `low` is None before its first row. They differ while decode rows of several positions
-            are in flight. `high` is before the length limit is applied.
+            are in flight. `high` may exceed the length limit.
         decodes: its prefill has been planned to the end, and a token is sampled.
         ended: no plan may have a row of it any more.
     """
@@ -80,6 +82,37 @@ class Row:
         """One behind the last position that it may compute."""
         end = self.latest + self.count
         return min(end, self.state.limit - 1) if self.decodes else end
+
+
+class CheckedHandle(StepHandle):
+    """A step whose result is checked when it is first taken.
+
+    Args:
+        take: checks a result.
+        fail: told that the step has none.
+    """
+
+    def __init__(
+        self, inner: StepHandle, take: Callable[[StepResult], None], fail: Callable[[], None]
+    ) -> None:
+        self._inner = inner
+        self._take = take
+        self._fail = fail
+        self._taken = False
+
+    def result(self) -> StepResult:
+        try:
+            result = self._inner.result()
+        except BaseException:
+            self._fail()
+            raise
+        if not self._taken:
+            self._taken = True
+            self._take(result)
+        return result
+
+    def done(self) -> bool:
+        return self._inner.done()
 
 
 class PlanChecker:

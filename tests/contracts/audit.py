@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from engine.types import NO_BLOCK, BlockCopy, BlockManager, FullPages, PendingPrefix
+from engine.types import NO_BLOCK, BlockCopy, BlockManager, CacheKind, FullPages, PendingPrefix
 from utils.errors import ContractError
 
 
@@ -31,7 +31,7 @@ class AuditedBlocks:
         num_hit_tokens: leading tokens that `begin` found in the cache, over all calls.
     """
 
-    def __init__(self, inner: BlockManager, kind: FullPages | None = None) -> None:
+    def __init__(self, inner: BlockManager, kind: CacheKind | None = None) -> None:
         self.inner = inner
         self._kind = kind or FullPages()
         self.in_flight: Counter[int] = Counter()

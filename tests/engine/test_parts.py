@@ -22,7 +22,7 @@ from engine.parts import KINDS, POLICIES, Kind, find, make_block_managers, make_
 from engine.policies.base import Policy
 from engine.scheduler import ContinuousScheduler
 from engine.static_scheduler import StaticScheduler
-from engine.types import FullPages, KVGeometry, WindowPages
+from engine.types import CacheKind, FullPages, KVGeometry, WindowPages
 from memory.block_manager import PagedBlockManager
 from memory.eviction import LFUPolicy, LRUPolicy
 from memory.prefix_cache import PrefixCacheManager
@@ -52,7 +52,7 @@ def _resolved(*, cuda: bool = False, limit: int = 8192, **options: Any) -> Confi
         return resolve(_config(**options), _checkpoint(limit))
 
 
-def _group(kind: FullPages | None = None) -> KVGeometry:
+def _group(kind: CacheKind | None = None) -> KVGeometry:
     return KVGeometry(2, 2, 64, 16, 8, 4, kind or FullPages())
 
 
@@ -239,7 +239,7 @@ class TestBlockManagers:
         assert self._made((_group(),))[1] == [PrefixCacheManager]
 
     @pytest.mark.parametrize("kinds", [(WindowPages(32),), (FullPages(), WindowPages(32))], ids=str)
-    def test_windows_are_not_cached(self, kinds: tuple[FullPages, ...]) -> None:
+    def test_windows_are_not_cached(self, kinds: tuple[CacheKind, ...]) -> None:
         config, made = self._made(tuple(_group(kind) for kind in kinds))
         assert (config.block_manager, config.enable_prefix_caching) == ("paged", False)
         windows = [isinstance(kind, WindowPages) for kind in kinds]
