@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from config import Config
 from engine.scheduler import ContinuousScheduler
-from engine.types import KVGeometry
+from engine.types import CacheKind, FullPages, KVGeometry
 from tests.contracts.audit import AuditedBlocks
 from tests.contracts.driver import MakeBlocks
 from tests.contracts.scheduler import TogetherContract, run_machine
@@ -19,27 +19,32 @@ from tests.contracts.traces import Combination, shipped_policies
 
 
 def audited(
-    make_blocks: MakeBlocks, num_blocks: int, block_size: int, options: dict[str, Any]
+    make_blocks: MakeBlocks,
+    num_blocks: int,
+    block_size: int,
+    options: dict[str, Any],
+    kind: CacheKind,
 ) -> AuditedBlocks:
     """A manager of so many blocks."""
-    geometry = KVGeometry(1, 1, 1, block_size, num_blocks, dtype_bytes=4)
-    return AuditedBlocks(make_blocks(Config(model="none", **options), geometry))
+    geometry = KVGeometry(1, 1, 1, block_size, num_blocks, dtype_bytes=4, kind=kind)
+    return AuditedBlocks(make_blocks(Config(model="none", **options), geometry), kind)
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
     """Any order of calls that the contract allows; the audit compares each answer."""
 
-    def __init__(self, make_blocks: MakeBlocks, options: dict[str, Any]) -> None:
+    def __init__(self, make_blocks: MakeBlocks, options: dict[str, Any], kind: CacheKind) -> None:
         super().__init__()
         self.make_blocks = make_blocks
         self.options = options
+        self.kind = kind
         self.tokens: dict[int, list[int]] = {}
         self.past: list[list[int]] = []
         self.next_id = 0
 
     @initialize(num_blocks=st.integers(1, 12), block_size=st.sampled_from([1, 2, 4]))
     def start(self, num_blocks: int, block_size: int) -> None:
-        self.blocks = audited(self.make_blocks, num_blocks, block_size, self.options)
+        self.blocks = audited(self.make_blocks, num_blocks, block_size, self.options, self.kind)
 
     @rule(
         words=st.lists(st.integers(0, 1), max_size=6),
@@ -126,10 +131,13 @@ class BlockManagerContract(TogetherContract):
     Attributes:
         make_blocks: the class or a factory.
         make_scheduler: what it is driven by in the traces.
+        kind: of the cache group whose blocks it has. In the traces, which the scheduler drives, it
+            has full pages; a second group with a window has `WindowBlockManager` there.
     """
 
     make_blocks: ClassVar[Any]
     make_scheduler: ClassVar[Any] = ContinuousScheduler
+    kind: ClassVar[CacheKind] = FullPages()
 
     def combinations(self, depth: int) -> list[Combination]:
         cls = type(self)
@@ -140,7 +148,9 @@ class BlockManagerContract(TogetherContract):
 
     def test_no_order_of_calls_breaks_a_rule(self) -> None:
         make = type(self).make_blocks
-        run_machine(partial(BlockManagerMachine, make, self.options), 5 * self.num_examples)
+        run_machine(
+            partial(BlockManagerMachine, make, self.options, self.kind), 5 * self.num_examples
+        )
 
     def test_an_empty_cache_finds_nothing(self) -> None:
         blocks = self._blocks()
@@ -183,7 +193,7 @@ class BlockManagerContract(TogetherContract):
 
     def _blocks(self) -> AuditedBlocks:
         make = type(self).make_blocks
-        return audited(make, 8, 4, self.options)
+        return audited(make, 8, 4, self.options, self.kind)
 
     def _caching(self) -> AuditedBlocks:
         blocks = self._blocks()

@@ -9,6 +9,8 @@ import pytest
 from engine.checking.fake_runner import FakeRunner
 from engine.model_runner import LocalRunner
 from engine.tensor_parallel import TensorParallelRunner
+from engine.types import WindowPages
+from memory.window_blocks import WindowBlockManager
 from tests.contracts.block_manager import BlockManagerContract
 from tests.contracts.model_runner import ModelRunnerContract
 from tests.contracts.scheduler import SchedulerContract
@@ -27,6 +29,11 @@ class TestTensorParallelRunner(ModelRunnerContract):
 
 class TestFakeRunner(ModelRunnerContract):
     make_runner = FakeRunner
+
+
+class TestWindowBlockManager(BlockManagerContract):
+    make_blocks = WindowBlockManager
+    kind = WindowPages(5)
 
 
 def _subclass(contract: type, field: str, part: Any) -> type:
