@@ -107,7 +107,8 @@ class Done:
     def of(number: int, result: StepResult) -> Done:
         """A result for the way."""
         tokens = array("q", chain.from_iterable(result.tokens))
-        single = len(tokens) == len(result.tokens)
+        # Rows that failed may have no token.
+        single = len(tokens) == len(result.tokens) and all(result.tokens)
         counts = None if single else [len(row) for row in result.tokens]
         there = ((name, getattr(result, name)) for name in _REST)
         rest = {name: value for name, value in there if value is not None and value != {}}

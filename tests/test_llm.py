@@ -70,7 +70,7 @@ class TestOutputs:
         (out,) = python_llm.generate(["import os\n"], GREEDY, use_tqdm=False)
         assert set(out) == {
             *("text", "token_ids", "finish_reason", "prompt_token_ids"),
-            *("logprobs", "prompt_logprobs", "metrics"),
+            *("error", "logprobs", "prompt_logprobs", "metrics"),
         }
         tokenizer = python_llm.tokenizer
         assert tokenizer is not None

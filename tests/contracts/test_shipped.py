@@ -8,6 +8,7 @@ import pytest
 
 from engine.checking.fake_runner import FakeRunner
 from engine.model_runner import LocalRunner
+from engine.simulated_runner import SimulatedRunner
 from engine.tensor_parallel import TensorParallelRunner
 from engine.types import WindowPages
 from memory.window_blocks import WindowBlockManager
@@ -34,6 +35,10 @@ class TestFakeRunner(ModelRunnerContract):
 class TestWindowBlockManager(BlockManagerContract):
     make_blocks = WindowBlockManager
     kind = WindowPages(5)
+
+
+class TestSimulatedRunner(ModelRunnerContract):
+    make_runner = SimulatedRunner
 
 
 def _subclass(contract: type, field: str, part: Any) -> type:

@@ -93,6 +93,7 @@ class Trace:
             window=rng.choice((0, 0, 0, rng.randint(1, 20))),
             window_blocks=rng.randint(2, 24) if rng.random() < 0.8 else 200,
             error_chance=rng.choice((0.0, 0.0, 0.0, 0.02)),
+            tells=rng.random() < 0.5,
         )
         self.driver = Driver(self._setting, parts.scheduler, parts.blocks)
         # Prompts are made of few words as long as a block, so that equal blocks appear behind

@@ -12,6 +12,7 @@ import pytest
 
 from config import Config
 from engine.checking.fake_runner import FakeModel, FakeRunner
+from engine.simulated_runner import num_kept
 from engine.types import BlockCopy, BlockUpdate, KVGeometry, NewRequest, PrefillChunk, StepPlan
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError, ContractError, EngineClosedError
@@ -256,3 +257,25 @@ def test_an_engine_goes_on_after_an_exception(
         with pytest.raises(ZeroDivisionError):
             llm.generate(prompt, params, use_tqdm=False)
         assert llm.generate(prompt, params, use_tqdm=False)[0]["token_ids"] == expected
+
+
+def test_a_row_fails_if_any_of_its_positions_does() -> None:
+    answers = iter([False, True, False, False, False, False, False])
+
+    class FailsInBetween(FakeModel):
+        def fails(self, read: int, seed: int) -> bool:
+            return next(answers)
+
+    runner = _runner(model=FailsInBetween())
+    assert runner.execute(FIRST).result().reports == {}
+    count = next(n for n in range(2, 7) if num_kept(5, 10, n) > 1)
+    update = BlockUpdate(1, 3, (1,))
+    row = replace(SECOND, block_updates=(update,), decode_tokens=(count,))
+    assert list(runner.execute(row).result().reports) == [0]
+
+
+def test_blocks_are_poisoned_before_anything_else() -> None:
+    """A dead block may be the target of a copy in the same plan."""
+    copied = replace(COPYING, poisoned_blocks=((4,),))
+    assert _play(FIRST, copied)[1:] == FakeModel().alone([*PROMPT[:8]], 1, seed=9)
+    assert _play(FIRST, replace(SECOND, poisoned_blocks=((3,),)))[1:] != ALONE[1:2]

@@ -6,19 +6,34 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from config import Config
+from engine.checking.fake_runner import FakeRunner
+from engine.checking.kv_sanitizer import SanitizedBlocks, SanitizedRunner
 from engine.scheduler import ContinuousScheduler
-from engine.types import BlockCopy, BlockManager, ModelRunner, StepPlan
+from engine.types import (
+    BlockCopy,
+    BlockManager,
+    BlockUpdate,
+    KVGeometry,
+    ModelRunner,
+    NewRequest,
+    PrefillChunk,
+    StepPlan,
+    WindowPages,
+)
 from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from llm import LLM, SamplingParams
 from memory.block_manager import PagedBlockManager
 from memory.prefix_cache import PrefixCacheManager
+from memory.window_blocks import WindowBlockManager
 from tests.checkpoints import random_prompts
 from utils.errors import KVSanitizerError
 
@@ -218,3 +233,99 @@ def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(KVSanitizerError(3, 4, 5, "gone")))
     assert str(error) == "step 3, request 4, block 5: gone"
     assert (error.step_id, error.request_id, error.block) == (3, 4, 5)
+
+
+_CONFIG = Config(model="none", max_num_seqs=3, max_num_batched_tokens=16)
+_SMALL = KVGeometry(1, 1, 1, block_size=4, num_blocks=6, dtype_bytes=4)
+
+
+def _watched() -> tuple[SanitizedRunner, SanitizedBlocks]:
+    """A request with ten positions of a prompt in slot 1, and blocks for sixteen."""
+    runner = SanitizedRunner(FakeRunner(_CONFIG, groups=(_SMALL,)), 3, 16)
+    (blocks,) = runner.watch((PagedBlockManager(_CONFIG, _SMALL),))
+    assert isinstance(blocks, SanitizedBlocks)
+    tokens = list(range(20, 30))
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 16)
+    new = NewRequest(1, 0, tuple(tokens), GREEDY, 5)
+    update = BlockUpdate(1, 0, tuple(blocks.table(0)))
+    plan = StepPlan(0, (new,), (update,), (PrefillChunk(1, 0, 10, True),))
+    runner.execute(plan).result()
+    return runner, blocks
+
+
+def _num_written(blocks: SanitizedBlocks) -> int:
+    return sum(blocks.filled[block] for block in blocks.table(0))
+
+
+def test_drafts_count_as_written_until_they_are_not_kept() -> None:
+    runner, blocks = _watched()
+    handle = runner.execute(StepPlan(1, decode=(1,), decode_tokens=(5,)))
+    assert _num_written(blocks) == 15
+    ((*tokens,),) = handle.result().tokens
+    assert len(tokens) < 5
+    assert _num_written(blocks) == 10 + len(tokens)
+
+
+def test_the_next_step_is_named_while_it_is_planned() -> None:
+    _, blocks = _watched()
+    assert blocks.error(0, 0, "wrong").step_id == 1
+
+
+def test_a_copy_goes_to_a_block_of_one_request() -> None:
+    runner, blocks = _watched()
+    first, *_, last = blocks.table(0)
+    blocks.holders[last].add(7)
+    with pytest.raises(KVSanitizerError, match=r"copied to; holders \[0, 7\]"):
+        runner.execute(StepPlan(1, decode=(1,), block_copies=(BlockCopy(first, last),)))
+
+
+def test_a_copy_is_made_of_a_full_block() -> None:
+    runner, blocks = _watched()
+    *_, source, target = blocks.table(0)
+    with pytest.raises(KVSanitizerError, match="copied, and 2 of its 4 positions are written"):
+        runner.execute(StepPlan(1, decode=(1,), block_copies=(BlockCopy(source, target),)))
+
+
+def test_a_block_that_leaves_the_window_dies_then_and_once() -> None:
+    geometry = replace(_SMALL, kind=WindowPages(4))
+    blocks = SanitizedBlocks(WindowBlockManager(_CONFIG, geometry))
+    tokens = [0] * 12
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 12)
+    first, *rest = blocks.table(0)
+    blocks.take_dead()
+    blocks.commit(0, tokens, 9)
+    assert blocks.take_dead() == (first,)
+    assert blocks.holders[first] == set()
+    blocks.release(0)
+    assert blocks.take_dead() == tuple(sorted(rest))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_drafts_give_the_same_tokens_at_the_same_times(
+    shipped: Path, depth: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the runner is that of the engine, with the sanitizer in between."""
+
+    def sleep(seconds: float) -> None:
+        raise AssertionError(f"a virtual clock, and {seconds} s of sleep")
+
+    monkeypatch.setattr("engine.types.time.sleep", sleep)
+    full = KVGeometry(1, 1, 1, SIZE, 12, dtype_bytes=4)
+    kinds = (full, replace(full, kind=WindowPages(20)))[:groups]
+    runner = partial(FakeRunner, groups=kinds, seconds=lambda plan: 0.25)
+    found = []
+    for sanitizer in (False, True):
+        with _llm(
+            shipped,
+            kv_sanitizer=sanitizer,
+            model_runner=runner,
+            pipeline_depth=depth,
+            num_speculative_tokens=3,
+        ) as llm:
+            llm._engine.wait_until(9.0)
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            found.append((outputs, llm._engine.now()))
+    assert found[0] == found[1]

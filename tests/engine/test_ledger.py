@@ -407,3 +407,22 @@ def test_a_new_request_tells_its_limit_and_where_its_seed_comes_from() -> None:
     ledger.prefill(seq, 1)
     (new,) = _built(ledger).new_requests
     assert (new.max_total_tokens, new.seed, new.seed_kind, new.sample) == (9, 4, 1, 2)
+
+
+def test_log_probabilities_are_taken_in_where_no_row_has_a_report() -> None:
+    ledger, _, seq = _running()
+    ledger.decode([seq])
+    ledger.commit(_built(ledger), StepResult(1, [[8]], 0.0, [[{8: -1.0}]]))
+    assert seq.logprobs == [{8: -1.0}]
+
+
+def test_a_preempted_request_keeps_its_first_admission() -> None:
+    moments = iter([1.0, 2.0])
+    blocks = PublishingBlocks(8)
+    ledger = Ledger(blocks, 2, lambda: next(moments))
+    seq = _seq(20)
+    ledger.admit(seq)
+    ledger.preempt(seq)
+    blocks.cached = 16
+    ledger.admit(seq)
+    assert (seq.admitted_at, seq.num_cached, seq.num_committed) == (1.0, 0, 16)

@@ -245,6 +245,11 @@ class TestBlockManagers:
         windows = [isinstance(kind, WindowPages) for kind in kinds]
         assert made == [WindowBlockManager if w else PagedBlockManager for w in windows]
 
+    def test_nor_are_several_groups_of_full_pages(self) -> None:
+        config, made = self._made((_group(), _group()))
+        assert (config.block_manager, config.enable_prefix_caching) == ("paged", False)
+        assert made == [PagedBlockManager] * 2
+
     @pytest.mark.parametrize(
         "option", [{"enable_prefix_caching": True}, {"block_manager": "radix"}]
     )

@@ -98,6 +98,17 @@ def test_results_may_be_taken_in_any_order() -> None:
         (_decode(1, 7), "position 12 has no block in slot 1"),
         (replace(_decode(1), block_updates=(BlockUpdate(1, 3, (4,), 1),)), "no group 1"),
         (replace(_decode(1), block_copies=(BlockCopy(0, 4, 1),)), "no group 1"),
+        (replace(_decode(1), block_updates=(BlockUpdate(1, -1, (4,)),)), "a gap"),
+        (replace(_decode(1), block_copies=(BlockCopy(0, 4), BlockCopy(2, 4))), "that overlap"),
+        (
+            StepPlan(
+                1,
+                (_new(2, 6, 20, 1),),
+                (BlockUpdate(2, 0, (4, 5)),),
+                (PrefillChunk(2, -1, 7, True),),
+            ),
+            "a negative start",
+        ),
         (replace(_decode(1), new_requests=(_new(1),)), "slot 1 changes hands"),
         (replace(_decode(1), new_requests=(_new(2),)), "enters slot 2 while it is in flight"),
         (
@@ -247,3 +258,35 @@ def test_a_group_without_a_block_for_the_position() -> None:
     short = BlockUpdate(1, 0, (3,), 1)
     with pytest.raises(KVSanitizerError, match="position 4 has no block"):
         checker.check(replace(first, block_updates=(*first.block_updates, short)))
+
+
+def test_step_0_empties_the_slots() -> None:
+    checker = _checker()
+    checker.check(_first())
+    checker.take(_result(0, 1))
+    with pytest.raises(ContractError, match="no request ever entered slot 1"):
+        checker.check(_decode(0))
+
+
+def test_an_update_leaves_the_entries_behind_it() -> None:
+    checker = _checker()
+    checker.check(_first())
+    plan = replace(_decode(1), block_updates=(BlockUpdate(1, 1, (4,)),))
+    (row,) = checker.check(plan)
+    assert row.tables == [[3, 4, 2]]
+
+
+def test_results_from_before_a_failure_are_forgotten() -> None:
+    """One that was taken early is not that of the step which has its number then."""
+    checker = _checker()
+    for _ in range(2):
+        checker.check(_first())
+        checker.check(_decode(1, 3))
+        assert checker.in_flight(0) == 2
+        checker.take(_result(1, 1))
+        assert checker.in_flight(0) == 2
+        checker.fail()
+    checker.check(_first())
+    checker.check(_decode(1, 3))
+    checker.take(_result(0, 1))
+    assert checker.in_flight(0) == 1

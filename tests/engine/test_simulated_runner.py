@@ -23,7 +23,15 @@ from engine.llm_engine import LLMEngine
 from engine.outputs import make_output
 from engine.sequence import Sequence
 from engine.simulated_runner import STEP_SECONDS, SimulatedRunner
-from engine.types import StepHandle, StepPlan
+from engine.types import (
+    BlockUpdate,
+    KVGeometry,
+    NewRequest,
+    PrefillChunk,
+    SeedKind,
+    StepHandle,
+    StepPlan,
+)
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError
 
@@ -254,3 +262,86 @@ def test_an_error_of_a_row_reaches_its_user_and_nobody_else() -> None:
         assert out["token_ids"] == alone[: len(out["token_ids"])]
     ends = {told["index"]: told["error"] for told in stream if told["finish_reason"]}
     assert [ends[i] is None for i in range(20)] == [out["error"] is None for out in outputs]
+
+
+def test_rows_have_as_many_drafts_as_are_asked_for_and_all_tokens_are_counted() -> None:
+    config = Config.from_options(
+        SHIPPED, model_runner="simulated", num_kvcache_blocks=8, num_speculative_tokens=3
+    )
+    engine = LLMEngine(config)
+    seq = engine.add_request([1, 2], SamplingParams(max_tokens=50, ignore_eos=True, seed=3))
+    most = count = 0
+    while engine.has_unfinished:
+        plan, _ = engine.step()
+        assert plan is not None
+        most = max(most, *plan.decode_counts, 0)
+        count += engine.num_new_tokens
+    engine.close()
+    assert most == 4
+    assert count == len(seq.output_token_ids) == 50
+
+
+def test_a_preemption_changes_no_token() -> None:
+    found = []
+    for num_blocks in (64, 8):
+        options = {"kvcache_block_size": 16, "num_kvcache_blocks": num_blocks}
+        with LLM(SHIPPED, model_runner="simulated", num_speculative_tokens=2, **options) as llm:
+            params = [SamplingParams(max_tokens=60, ignore_eos=True, seed=i) for i in range(4)]
+            outs = llm.generate([[1, 2]] * 4, params, use_tqdm=False)
+            found.append(([out["token_ids"] for out in outs], llm.stats().preemptions > 0))
+    (tokens, calm), (others, crowded) = found
+    assert (calm, crowded) == (False, True)
+    assert tokens == others
+
+
+def test_runners_of_one_process_do_not_influence_each_other() -> None:
+    config = Config(model="none")
+    geometry = KVGeometry(1, 1, 1, block_size=16, num_blocks=4, dtype_bytes=4)
+    chunk, update = PrefillChunk(0, 0, 1, True), BlockUpdate(0, 0, (0,))
+
+    def played(seeds: list[int]) -> list[list[list[int]]]:
+        """The tokens of three steps of as many runners, which take turns."""
+        runners = [SimulatedRunner(config, groups=(geometry,)) for _ in seeds]
+        results = []
+        for runner, seed in zip(runners, seeds, strict=True):
+            new = NewRequest(0, 0, (1,), SamplingParams(), seed)
+            results.append(runner.execute(StepPlan(0, (new,), (update,), (chunk,))).result())
+        for step_id in (1, 2):
+            results += [r.execute(StepPlan(step_id, decode=(0,))).result() for r in runners]
+        return [result.tokens for result in results]
+
+    both = played([3, 4])
+    assert (both[::2], both[1::2]) == (played([3]), played([4]))
+
+
+@pytest.mark.parametrize(("seed", "kind"), [(None, SeedKind.DERIVED), (0, SeedKind.GIVEN)])
+def test_the_runner_is_told_of_which_kind_the_seed_is_and_which_output(
+    seed: int | None, kind: SeedKind
+) -> None:
+    config = Config(model=str(SHIPPED), model_runner="simulated", num_kvcache_blocks=8)
+    engine = LLMEngine(config)
+    engine.add_request([1], SamplingParams(max_tokens=1, seed=seed), sample=2)
+    plan, _ = engine.step()
+    engine.close()
+    assert plan is not None
+    (new,) = plan.new_requests
+    assert (new.seed_kind, new.sample) == (kind, 2)
+
+
+def test_a_runner_that_drafts_nothing_is_closed_when_it_is_refused() -> None:
+    closed = []
+
+    class DraftsNothing(SimulatedRunner):
+        drafts = False
+
+        def close(self) -> None:
+            closed.append(self)
+
+    with pytest.raises(ConfigError, match="drafts no tokens"):
+        LLM(
+            SHIPPED,
+            model_runner=lambda *args: DraftsNothing(*args),
+            num_kvcache_blocks=8,
+            num_speculative_tokens=2,
+        )
+    assert len(closed) == 1

@@ -188,3 +188,29 @@ def test_closing_waits_for_what_was_started(stream: FakeStream) -> None:
     launcher.close()
     assert not stream
     assert steps.oldest_is_done
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_step_ended_when_the_host_learned_of_it(stream: FakeStream, asks: bool) -> None:
+    """The clock is read once for each step, however often it is asked for."""
+    moments = iter([3.0, 5.0])
+    launcher = StreamLauncher(lambda: next(moments), CUDA, MAX_TOKENS, 2)
+    for moment in (3.0, 5.0):
+        handle = launcher.launch(0, lambda: StepOutput(torch.tensor([7])))
+        stream.run()
+        for _ in range(2):
+            assert not asks or handle.done()
+            assert handle.result().ended_at == moment
+
+
+def test_the_device_s_time_is_in_seconds(
+    stream: FakeStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_cuda.FakeEvent, "elapsed_time", lambda begin, end: 250.0)
+    launcher = _launcher(2)
+    found = []
+    for timed in (False, True):
+        handle = launcher.launch(0, lambda: StepOutput(torch.tensor([7])), timed=timed)
+        stream.run()
+        found.append(handle.result().device_seconds)
+    assert found == [None, 0.25]

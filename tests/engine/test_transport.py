@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 import threading
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.transport import Close, PlanDecoder, PlanEncoder, Ring, shared_file
-from engine.types import BlockCopy, BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from engine.types import (
+    BlockCopy,
+    BlockUpdate,
+    NewRequest,
+    PrefillChunk,
+    RowReport,
+    StepPlan,
+    StepResult,
+)
+from engine.worker import Done
 from sampling_params import SamplingParams
 
 
@@ -158,3 +168,27 @@ def test_a_decode_step_of_256_requests_is_sent_and_read_with_the_calls_of_one() 
     # What needs more blocks brings its own calls, and as many for each.
     more = [_calls(256, n) - _calls(256, 0) for n in (1, 16)]
     assert more[1] <= 16 * more[0]
+
+
+_SCORES = [{1: -1.0}]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        StepResult(3, [], 2.0),
+        StepResult(3, [[1], [2]], 2.0),
+        StepResult(3, [[1], [2, 3, 4]], 2.0, reports={1: RowReport(values=({"a": 1},))}),
+        StepResult(3, [[1]], 2.0, [_SCORES], [_SCORES, []], 0.25),
+        StepResult(3, [], 2.0, [], [_SCORES], 0.0),
+    ],
+)
+def test_results_come_out_as_they_went_in(result: StepResult) -> None:
+    done = pickle.loads(pickle.dumps(Done.of(7, result)))
+    assert (done.number, done.result(2.0)) == (7, result)
+
+
+def test_a_row_without_tokens_stays_without_them() -> None:
+    """A row that reports an error may have none; as many tokens as rows are not one each."""
+    result = StepResult(3, [[], [1, 2]], 2.0)
+    assert Done.of(0, result).result(2.0).tokens == [[], [1, 2]]

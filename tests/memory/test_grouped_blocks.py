@@ -117,3 +117,13 @@ def test_plans_name_the_group_and_windows_slide_by_what_is_committed() -> None:
 def test_a_window_without_a_position(window: int) -> None:
     with pytest.raises(ContractError, match=f"a window of {window} positions"):
         WindowPages(window)
+
+
+def test_a_window_remembers_nothing_of_who_left() -> None:
+    blocks = _window(6)
+    for request_id in range(3):
+        blocks.begin(request_id, [0] * 12)
+        blocks.grow(request_id, 12)
+        blocks.commit(request_id, [0] * 12, 12)
+        blocks.release(request_id)
+    assert (blocks._num_freed, blocks._tables) == ({}, {})
