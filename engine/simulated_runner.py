@@ -141,14 +141,10 @@ class SimulatedRunner(ModelRunner):
             device_seconds=seconds if plan.timed else None,
             reports=outputs.reports,
         )
-        return self._started(_Handle(self, result))
+        return _Handle(self, result)
 
     def close(self) -> None:
         self._closed = True
-
-    def _started(self, handle: StepHandle) -> StepHandle:
-        """The handle to give away; for subclasses."""
-        return handle
 
     def _outputs(self, plan: StepPlan) -> Outputs:
         """What the plan's rows give; its changes are taken in."""

@@ -196,15 +196,15 @@ class FakeRunner(SimulatedRunner):
         self._pages = [_Pages(geometry) for geometry in self._groups]
         self._slots: dict[int, _Slot] = {}
 
-    def _started(self, handle: StepHandle) -> StepHandle:
-        return CheckedHandle(handle, self.checker.take, self.checker.fail)
-
-    def _outputs(self, plan: StepPlan) -> Outputs:
+    def execute(self, plan: StepPlan) -> StepHandle:
         """As the contract says.
 
         Raises:
             ContractError: the plan asks for what no plan may; the message says what.
         """
+        return CheckedHandle(super().execute(plan), self.checker.take, self.checker.fail)
+
+    def _outputs(self, plan: StepPlan) -> Outputs:
         for pages, blocks in zip(self._pages, plan.poisoned_blocks, strict=False):
             for block in blocks:
                 pages.poison(block)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from engine.model_runner import LocalRunner
+from engine.scheduler import ContinuousScheduler
+from engine.sequence import Sequence
+from engine.types import StepPlan, StepResult
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError, OutOfMemoryError
 
@@ -176,3 +180,25 @@ def test_too_little_memory_is_an_error_with_the_numbers() -> None:
 def test_graphs_that_cannot_be_captured_are_refused() -> None:
     with pytest.raises(ConfigError, match="enable_cuda_graphs"):
         LLM(TINY, attention_backend="torch", enable_cuda_graphs=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=str)
+def test_the_device_s_time_of_a_step_is_told_if_it_is_asked_for(options: dict[str, Any]) -> None:
+    found: list[tuple[bool, float | None]] = []
+
+    class AsksEveryOther(ContinuousScheduler):
+        name = "asks_every_other"
+
+        def schedule(self) -> StepPlan | None:
+            plan = super().schedule()
+            return plan and replace(plan, timed=plan.step_id % 2 == 0)
+
+        def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+            found.append((plan.timed, result.device_seconds))
+            return super().commit(plan, result)
+
+    with LLM(TINY, scheduler=AsksEveryOther, **SMALL, **options) as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=20, ignore_eos=True), use_tqdm=False)
+    assert len(found) >= 20
+    for timed, seconds in found:
+        assert (seconds is not None and seconds > 0) == timed
