@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor
 
 from config import Config
-from engine.batch import SlotTables, StepInputs
-from engine.captured_steps import CapturedSteps
 from engine.checking.kv_poison import KVPoison
-from engine.decode_step import DecodeStep
-from engine.extras import Extras, StepExtras, StepLogits, extras_bytes
-from engine.launchers import InlineLauncher, Launcher, StepOutput, StreamLauncher, ThreadLauncher
+from engine.device_state import DeviceState
+from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
-from engine.prefill_step import PrefillStep
+from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
+from engine.staging import Staging
+from engine.step_handles import HostLauncher, Launcher, StepOutput, StreamLauncher
 from engine.types import (
     BlockUpdate,
     KVGeometry,
@@ -37,6 +35,7 @@ from layers.attention.base import AttentionSpec
 from layers.forward_batch import ForwardBatch
 from layers.parallel import ParallelContext
 from layers.sampler import Sampler
+from layers.step_rows import SampledRows, SlotTables, StepRows
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
 from memory.sizing import fit_blocks, free_bytes, measure_usage, memory_errors, release_device
 from models.base import CausalLM, ModelShape
@@ -76,64 +75,29 @@ class LocalRunner(ModelRunner):
                 f"this runner is one of {parallel.size}",
                 'Leave model_runner at "local": every rank then gets a runner of its own.',
             )
-        assert config.max_model_len is not None
         self._config = config
+        self._parallel = parallel
         self._device = this_device(config)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
         self._launcher = self._make_launcher(config)
-        self._parallel = parallel
-        self._sampler = Sampler(parallel, self._device, self._dtype)
+        self._staging = Staging(self._device)
         before = free_bytes(self._device)
-        architecture = find_architecture(checkpoint)
-        shape = architecture.model_shape(checkpoint.hf_config)
-        spec = self._attention_spec(config, shape, parallel)
+        self._graphs: StepGraphs | None = None
+        self._poison: KVPoison | None = None
         with torch.inference_mode(), self._on_device(), memory_errors(self._device):
-            self._backend = make_backend(config, spec)
-            self._model: CausalLM = architecture.MODEL(
-                shape,
-                checkpoint.hf_config,
-                parallel=parallel,
-                backend=self._backend,
-                max_model_len=config.max_model_len,
-                dtype=self._dtype,
-                device=self._device,
-            )
-            weights = self._model.weight_slots()
-            load_weights(checkpoint.path, weights, tied=shape.tied)
-            # By the whole tensors: ranks, which may have unequal parts, must choose the same steps.
-            total = sum(math.prod(slot.shape) for slot in weights.values())
-            self._weights_per_layer = total // (shape.num_layers * parallel.size)
-            del weights
-            self._model.finish()
-            self._tables = SlotTables(
-                config.max_num_seqs, config.max_model_len, config.kvcache_block_size, self._device
-            )
-            self._extras = Extras(config.max_num_seqs, self._device)
-            vocab_size = int(checkpoint.hf_config.vocab_size)
-            self._extras_bytes = extras_bytes(
-                config.max_num_seqs, vocab_size, self._dtype.itemsize, parallel.size
-            )
-            self._cache: KVCache | None = None
-            self._kv: list[KVLayer] = []
-            self._captured: CapturedSteps | None = None
-            self._captures = captures_graphs(config, self._backend, self._dtype)
-            one_block = KVGeometry(
-                num_layers=shape.num_layers,
-                num_kv_heads=spec.num_kv_heads,
-                head_dim=spec.head_dim,
-                block_size=spec.block_size,
-                num_blocks=1,
-                dtype_bytes=self._dtype.itemsize,
-            )
-            self._geometry = self._smallest(self._sized(one_block, before))
-            self._allocate(self._geometry)
-            self._poison = (
-                KVPoison(self._kv, self._tables, spec.block_size) if config.kv_sanitizer else None
-            )
-            if self._captured:
-                self._compile(self._captured)
-                self._captured.capture(config.max_num_seqs)
+            spec = self._load(checkpoint)
+            self._sampler = Sampler(parallel, self._device, self._dtype)
+            self._sampling = SamplingRows(config.max_num_seqs, self._staging)
+            limits = config.max_num_seqs, spec.max_model_len, spec.block_size
+            self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
+            geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
+            self._allocate(self._smallest(geometry))
+            if config.kv_sanitizer:
+                self._poison = KVPoison(self._kv, self._state.tables, spec.block_size)
+            if self._graphs:
+                self._compile(self._graphs)
+                self._graphs.capture()
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
@@ -142,34 +106,111 @@ class LocalRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
             raise EngineClosedError("execute() after close()")
-        run = self._run if self._poison is None else partial(self._run_poisoned, self._poison)
-        return self._launcher.launch(plan.step_id, lambda: run(plan), timed=plan.timed)
+        return self._launcher.launch(plan.step_id, lambda: self._run(plan), timed=plan.timed)
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._launcher.close()
-        self._captured = self._poison = None
-        del self._model, self._backend, self._cache, self._kv, self._tables
+        self._graphs = self._poison = None
+        del self._model, self._backend, self._cache, self._kv, self._state
         release_device(self._device)
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepOutput:
+        """Enqueue a step: changes, rows, forward pass, tokens."""
+        if self._poison:
+            self._poison.fill(plan)
+        for copy in plan.block_copies:
+            self._cache.copy_block(copy.source, copy.target)
+        with self._staging.group():
+            self._state.apply(plan)
+            special = self._sampling.of(plan)
+            prompt_rows = special.prompt_rows if special and special.prompts else None
+            if self._graphs and prompt_rows is None and self._graphs.serves(plan):
+                logits, sampled = self._graphs.replay(plan)
+                # The graphs have drawn as if no row had options; such rows are drawn again.
+                output = self._draw(logits, sampled, special) if special else None
+                output = output or StepOutput(sampled.tokens)
+            else:
+                rows = self._state.rows(plan)
+                logits = self._forward(rows, prompt_rows)
+                output = self._draw(logits, rows.sampled, special, self._state.all_greedy(plan))
+        if self._poison:
+            self._poison.check(plan)
+        return output
+
+    def _forward(
+        self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Enqueue the forward pass: logits of the sampled rows, then of `prompt_rows` [P].
+
+        Args:
+            out: where the model may put the logits.
+        """
+        # Every row of a decode is sampled.
+        wanted = rows.sampled.rows if rows.num_chunks else None
+        if prompt_rows is not None:
+            wanted = torch.cat((rows.sampled.rows, prompt_rows))
+        batch = ForwardBatch(
+            input_ids=rows.input_ids,
+            slot_mapping=rows.slot_mapping,
+            rotation=self._model.rotary.prepare(rows.positions),
+            attention=self._backend.prepare(rows.attention(self._state.tables.block_tables)),
+            kv=self._kv,
+            sampled_rows=wanted,
+            logits=out,
+        )
+        return self._model(batch)
+
+    def _draw(
+        self,
+        logits: Tensor,
+        sampled: SampledRows,
+        special: SpecialRows | None = None,
+        greedy: bool = False,
+    ) -> StepOutput:
+        """Enqueue the draw of a step's tokens, and write them where the next step reads them.
+
+        Args:
+            greedy: every row has temperature 0.
+        """
+        if special:
+            tokens = self._state.tables.tokens
+            output = StepOutput(*special.draw(self._sampler, tokens, logits, sampled))
+        elif greedy:
+            output = StepOutput(self._sampler.greedy(logits))
+        else:
+            output = StepOutput(self._sampler(logits, sampled))
+        self._state.write(sampled, output.tokens)
+        return output
+
+    def _plain_step(self, rows: StepRows, out: Tensor | None) -> Tensor:
+        """Enqueue a whole step without options, for rows that have their header: its logits."""
+        self._state.fill(rows)
+        logits = self._forward(rows, out=out)
+        self._draw(logits, rows.sampled)
+        return logits
 
     def _make_launcher(self, config: Config) -> Launcher:
         depth = config.pipeline_depth or 0
         if self._device.type == "cuda":
             return StreamLauncher(self.host_clock, self._device, config.max_num_seqs, depth + 2)
-        return ThreadLauncher(self.host_clock) if depth else InlineLauncher(self.host_clock)
+        return HostLauncher(self.host_clock, in_thread=depth > 0)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         if isinstance(self._launcher, StreamLauncher):
             return torch.cuda.stream(self._launcher.stream)
         return nullcontext()
 
-    def _attention_spec(
-        self, config: Config, shape: ModelShape, parallel: ParallelContext
-    ) -> AttentionSpec:
+    def _load(self, checkpoint: Checkpoint) -> AttentionSpec:
+        """Make backend and model, and load the weights."""
+        config, parallel = self._config, self._parallel
+        architecture = find_architecture(checkpoint)
+        shape: ModelShape = architecture.model_shape(checkpoint.hf_config)
         assert config.max_model_len is not None
-        return AttentionSpec(
+        spec = AttentionSpec(
             num_heads=parallel.share("query heads", shape.num_heads),
             num_kv_heads=parallel.kv_heads(shape.num_kv_heads)[1],
             head_dim=shape.head_dim,
@@ -180,31 +221,62 @@ class LocalRunner(ModelRunner):
             dtype=self._dtype,
             device=self._device,
         )
+        self._backend = make_backend(config, spec)
+        self._captures = captures_graphs(config, self._backend, self._dtype)
+        self._model: CausalLM = architecture.MODEL(
+            shape,
+            checkpoint.hf_config,
+            parallel=parallel,
+            backend=self._backend,
+            max_model_len=config.max_model_len,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        weights = self._model.weight_slots()
+        load_weights(checkpoint.path, weights, tied=shape.tied)
+        # By the whole tensors: ranks, which may have unequal parts, must choose the same steps.
+        total = sum(math.prod(slot.shape) for slot in weights.values())
+        self._weights_per_layer = total // (shape.num_layers * parallel.size)
+        del weights
+        self._model.finish()
+        self._one_block = KVGeometry(
+            num_layers=shape.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=spec.block_size,
+            num_blocks=1,
+            dtype_bytes=self._dtype.itemsize,
+        )
+        return spec
 
     def _allocate(self, geometry: KVGeometry) -> None:
+        """Make the KV cache, and the graphs that read it."""
+        self._geometry = geometry
         self._cache = KVCache(geometry, self._dtype, self._device)
-        self._kv = self._cache.layers()
+        self._kv: list[KVLayer] = self._cache.layers()
         if self._captures:
-            parts = self._model, self._backend, self._sampler, self._tables, self._kv
-            self._captured = CapturedSteps(
-                DecodeStep(*parts, geometry.block_size),
-                PrefillStep(*parts, self._config.max_num_batched_tokens),
-                self._weights_per_layer,
-            )
+            most = self._config.max_num_batched_tokens
+            parts = self._plain_step, self._state, self._staging
+            self._graphs = StepGraphs(*parts, most, self._weights_per_layer)
 
-    def _sized(self, one_block: KVGeometry, free_before: int) -> KVGeometry:
+    def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
         """The geometry with the number of blocks that the config asks for or memory allows."""
-        config = self._config
+        config, one_block = self._config, self._one_block
         explicit = config.num_kvcache_blocks or config.kvcache_memory_bytes
         if self._device.type != "cuda" or explicit:
             return kv_blocks(config, one_block)
-        self._allocate(replace(one_block, num_blocks=self._tables.block_tables.shape[1]))
-        if self._captured:
-            self._compile(self._captured)
+        blocks = self._state.tables.block_tables.shape[1]
+        self._allocate(replace(one_block, num_blocks=blocks))
+        if self._graphs:
+            self._compile(self._graphs)
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
-        self._cache, self._kv, self._captured = None, [], None
+        self._graphs = None
+        del self._cache, self._kv
         torch.cuda.empty_cache()
-        usage = replace(usage, peak=usage.peak + self._extras_bytes)
+        special = special_bytes(
+            config.max_num_seqs, vocab_size, self._dtype.itemsize, self._parallel.size
+        )
+        usage = replace(usage, peak=usage.peak + special)
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
     def _smallest(self, geometry: KVGeometry) -> KVGeometry:
@@ -212,12 +284,12 @@ class LocalRunner(ModelRunner):
         count = torch.tensor([-geometry.num_blocks], device=self._device)
         return replace(geometry, num_blocks=-int(self._parallel.all_max(count)))
 
-    def _compile(self, captured: CapturedSteps) -> None:
+    def _compile(self, graphs: StepGraphs) -> None:
         """Run steps that need different kernels side by side, so that these compile in parallel.
 
         All are padding, which reads the same and writes nothing that counts.
         """
-        steps = captured.rehearsals(self._config.max_num_seqs)
+        steps = graphs.rehearsals()
 
         def run(step: Callable[[], object]) -> None:
             # A thread begins on device 0.
@@ -238,7 +310,7 @@ class LocalRunner(ModelRunner):
         assert config.max_model_len is not None
         longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
         count = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // longest))
-        table = tuple(range(self._tables.block_tables.shape[1]))
+        table = tuple(range(self._state.tables.block_tables.shape[1]))
         params = SamplingParams()
         prefill = StepPlan(
             step_id=0,
@@ -248,71 +320,7 @@ class LocalRunner(ModelRunner):
             block_updates=tuple(BlockUpdate(slot, 0, table) for slot in range(count)),
             prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
         )
-        return [lambda: self._run(prefill), *(self._captured.heaviest() if self._captured else ())]
-
-    @torch.inference_mode()
-    def _run_poisoned(self, poison: KVPoison, plan: StepPlan) -> StepOutput:
-        poison.fill(plan)
-        output = self._run(plan)
-        poison.check(plan)
-        return output
-
-    @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> StepOutput:
-        assert self._cache is not None
-        for copy in plan.block_copies:
-            self._cache.copy_block(copy.source, copy.target)
-        extras = self._extras.of(plan)
-        return StepOutput(self._run_plain(plan)) if extras is None else self._run_with(extras, plan)
-
-    def _run_plain(self, plan: StepPlan) -> Tensor:
-        if self._captured and self._captured.serves(plan):
-            return self._captured.run(plan)
-        tables = self._tables
-        inputs = tables.stage(plan)
-        logits = self._forward(inputs)
-        if tables.all_greedy(plan):
-            tokens = self._sampler.greedy(logits)
-        else:
-            slots = inputs.sampled_slots
-            temperatures, seeds = tables.temperatures[slots], tables.seeds[slots]
-            tokens = self._sampler(logits, temperatures, seeds, inputs.sampled_positions)
-        tables.write_back(inputs, tokens)
-        return tokens
-
-    def _run_with(self, extras: StepExtras, plan: StepPlan) -> StepOutput:
-        """A step some of whose tokens are drawn from changed logits, or scored."""
-        if self._captured and not extras.prompts and self._captured.serves(plan):
-            step = self._captured.run_to_logits(plan)
-        else:
-            step = self._to_logits(plan, extras.prompt_rows)
-        return StepOutput(*extras.draw(self._sampler, self._tables.tokens, step))
-
-    def _to_logits(self, plan: StepPlan, prompt_rows: Tensor) -> StepLogits:
-        """Run a plan up to the logits of its new tokens, then of `prompt_rows`."""
-        tables = self._tables
-        inputs = tables.stage(plan)
-        if inputs.sampled_rows is not None:
-            wanted = torch.cat((inputs.sampled_rows, prompt_rows))
-            inputs = replace(inputs, sampled_rows=wanted)
-        slots, positions = inputs.sampled_slots, inputs.sampled_positions
-        return StepLogits(
-            logits=self._forward(inputs),
-            slots=slots,
-            keys=(tables.temperatures[slots], tables.seeds[slots], positions),
-            store=partial(tables.write_back, inputs),
-        )
-
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        batch = ForwardBatch(
-            input_ids=inputs.input_ids,
-            slot_mapping=inputs.slot_mapping,
-            rotation=self._model.rotary.prepare(inputs.positions),
-            attention=self._backend.prepare(inputs.attention),
-            kv=self._kv,
-            sampled_rows=inputs.sampled_rows,
-        )
-        return self._model(batch)
+        return [lambda: self._run(prefill), *(self._graphs.heaviest() if self._graphs else ())]
 
 
 def this_device(config: Config) -> torch.device:

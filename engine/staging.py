@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+# Two steps may be under way while a third one is prepared.
+_NUM_BUFFERS = 3
+
 
 class Staging:
     """Uploads a step's arrays through pinned memory, a few buffers taking turns.
 
-    A copy from pinned memory returns at once and is read by the device later, so a buffer is
-    written again only when the copies out of it are known to have ended.
+    A copy from pinned memory returns at once, and the device reads the memory later. So a buffer
+    is written again only when the copies out of it are known to have ended.
 
     Args:
         device: where to. On a CPU arrays are wrapped in place.
@@ -26,26 +31,36 @@ class Staging:
         self._turn = 0
         self._used = 0
         if self._cuda:
-            # A step has one or two groups of uploads, and two steps may be under way.
-            self._buffers = [self._pinned(num_bytes) for _ in range(4)]
+            self._buffers = [self._pinned(num_bytes) for _ in range(_NUM_BUFFERS)]
             self._read = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _pinned(num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def begin(self) -> None:
-        """Start a group of uploads, on the current stream."""
-        if self._cuda:
-            self._turn = (self._turn + 1) % len(self._buffers)
-            self._used = 0
-            self._read[self._turn].synchronize()
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """The uploads of one step, on the current stream."""
+        if not self._cuda:
+            yield
+            return
+        self._turn = (self._turn + 1) % len(self._buffers)
+        self._used = 0
+        self._read[self._turn].synchronize()
+        try:
+            yield
+        finally:
+            self._read[self._turn].record()
 
-    def upload(self, array: np.ndarray[Any, Any]) -> Tensor:
-        """The array as a tensor on the device; the array itself must not be written any more."""
+    def upload(self, array: np.ndarray[Any, Any], out: Tensor | None = None) -> Tensor:
+        """The array as a tensor on the device; the array itself must not be written any more.
+
+        Args:
+            out: where to put it, of the same shape and type; made when absent.
+        """
         source = torch.from_numpy(array)
         if not self._cuda:
-            return source
+            return source if out is None else out.copy_(source)
         size = array.nbytes
         buffer = self._buffers[self._turn]
         if self._used + size > buffer.numel():
@@ -57,9 +72,6 @@ class Staging:
         pinned.copy_(source)
         # Every array starts on a multiple of 16 bytes, whatever its type.
         self._used += -(-size // 16) * 16
+        if out is not None:
+            return out.copy_(pinned, non_blocking=True)
         return pinned.to(self._device, non_blocking=True)
-
-    def end(self) -> None:
-        """All uploads of the group have been made."""
-        if self._cuda:
-            self._read[self._turn].record()

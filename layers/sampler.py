@@ -24,6 +24,7 @@ from torch import Tensor
 
 from layers.kernels.launch import fused
 from layers.parallel import ParallelContext
+from layers.step_rows import SampledRows
 
 _MASK32 = 0xFFFFFFFF
 
@@ -106,21 +107,6 @@ def sample_shard(
     return best, column + vocab_offset
 
 
-def sample(
-    logits: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    *,
-    vocab_offset: int = 0,
-    least: Tensor | None = None,
-) -> Tensor:
-    """The tokens of `sample_shard`, [R] int64."""
-    return sample_shard(
-        logits, temperatures, seeds, positions, vocab_offset=vocab_offset, least=least
-    )[1]
-
-
 class Sampler:
     """Chooses tokens from logits whose columns are divided over ranks, the same on every rank.
 
@@ -138,19 +124,12 @@ class Sampler:
             self._sample = sampling.sample_shard
 
     def __call__(
-        self,
-        logits: Tensor,
-        temperatures: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        *,
-        least: Tensor | None = None,
+        self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
         """[R] int64 token ids; for the arguments see `sample_shard`."""
+        keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
-        return self._agreed(
-            *self._sample(logits, temperatures, seeds, positions, vocab_offset=first, least=least)
-        )
+        return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
 
     def greedy(self, logits: Tensor) -> Tensor:
         """As a call at temperature 0."""
@@ -178,7 +157,7 @@ class Sampler:
         *,
         least: Tensor | None = None,
     ) -> Tensor:
-        """As a call, for whole rows of logits."""
+        """As a call, for whole rows of logits; for the arguments see `sample_shard`."""
         return self._sample(logits, temperatures, seeds, positions, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:

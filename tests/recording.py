@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from engine.step_handles import StepOutput
 from torch import Tensor
 
-from engine.launchers import StepOutput
 from engine.model_runner import LocalRunner
 from engine.types import StepPlan
 from layers.forward_batch import ForwardBatch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.batch import SlotTables
 from engine.types import StepPlan
+from layers.step_rows import SlotTables
 from memory.kv_cache import KVLayer
 from utils.errors import KVSanitizerError
 

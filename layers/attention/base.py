@@ -36,19 +36,19 @@ class AttentionSpec:
 class AttentionBatch:
     """Which request each query row belongs to; prefill requests first, then decodes.
 
-    The index tensors are int64, or int32 where a kernel staged them.
+    The index tensors are int32.
 
     Attributes:
         block_tables: [slots, max_blocks] int32, one row per *slot*; entries past a request's
             blocks are stale.
         slots: [B] row in block_tables of each request.
-        context_lens: [B] visible tokens of each request, this step's included.
+        context_lens: [B] visible tokens of each request, this step's included; 0 for padding.
         query_start: [num_prefills + 1] first query row of each prefill request, then
             num_prefill_tokens; unused without prefills.
-        num_prefills: leading requests with any number of query rows; the other B - num_prefills
-            have one each.
+        num_prefills: leading requests with any number of query rows; the others are decodes.
         num_prefill_tokens: query rows of the prefill requests; the decodes' rows follow.
         max_query_len: largest number of query rows of a prefill request, 0 without any.
+        rows_per_decode: query rows of each decode, the last ones of its visible tokens.
     """
 
     block_tables: Tensor
@@ -58,6 +58,7 @@ class AttentionBatch:
     num_prefills: int
     num_prefill_tokens: int
     max_query_len: int
+    rows_per_decode: int = 1
 
 
 class AttentionBackend(ABC):

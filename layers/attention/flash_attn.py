@@ -27,10 +27,11 @@ class _Prefills:
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """The requests with one row: block tables [D, N] and lengths [D], int32."""
+    """The decodes: block tables [D, N] and lengths [D], int32, and query rows of each."""
 
     block_table: Tensor
     lens: Tensor
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class FlashAttention(AttentionBackend):
                 table[:count], batch.query_start.int(), key_start, batch.max_query_len
             )
         if count < lens.shape[0]:
-            decodes = _Decodes(table[count:], lens[count:])
+            decodes = _Decodes(table[count:], lens[count:], batch.rows_per_decode)
         return _Prepared(prefills, decodes, batch.num_prefill_tokens)
 
     def attend(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
@@ -109,7 +110,7 @@ class FlashAttention(AttentionBackend):
 
     def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
         out: Tensor = self._with_kvcache(
-            q.unsqueeze(1),
+            q.unflatten(0, (-1, decodes.rows)),
             kv.k,
             kv.v,
             cache_seqlens=decodes.lens,
@@ -117,7 +118,7 @@ class FlashAttention(AttentionBackend):
             softmax_scale=self._spec.scale,
             causal=True,
         )
-        return out.squeeze(1)
+        return out.flatten(0, 1)
 
 
 def _package_problem() -> str | None:

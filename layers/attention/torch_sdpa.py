@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -100,10 +100,11 @@ class TorchAttention(AttentionBackend):
             prefills.append(_Prefill(starts[i], starts[i + 1], rows, mask))
         if len(context_lens) == batch.num_prefills:
             return prefills, None
-        return prefills, self._decodes(batch, context_lens[batch.num_prefills :])
+        return prefills, self._decodes(_one_row_each(batch))
 
-    def _decodes(self, batch: AttentionBatch, context_lens: list[int]) -> _Decodes | _BagDecodes:
+    def _decodes(self, batch: AttentionBatch) -> _Decodes | _BagDecodes:
         first = batch.num_prefill_tokens
+        context_lens = batch.context_lens[batch.num_prefills :].tolist()
         longest = max(context_lens)
         if len(context_lens) == 1:
             rows = self._request_rows(batch, batch.num_prefills, longest)
@@ -224,3 +225,19 @@ class TorchAttention(AttentionBackend):
         pages = self._select(kv.flat, rows).view(n, -1, heads, dim).transpose(1, 2)
         k, v = pages.chunk(2, dim=1)
         return k, v
+
+
+def _one_row_each(batch: AttentionBatch) -> AttentionBatch:
+    """The batch with a request for each row of a decode, which sees what the row sees."""
+    count, first = batch.rows_per_decode, batch.num_prefills
+    if count == 1:
+        return batch
+    hidden = torch.arange(count - 1, -1, -1, device=batch.context_lens.device)
+    lens = batch.context_lens[first:].unsqueeze(1) - hidden
+    slots = batch.slots[first:].repeat_interleave(count)
+    return replace(
+        batch,
+        slots=torch.cat((batch.slots[:first], slots)),
+        context_lens=torch.cat((batch.context_lens[:first], lens.flatten())),
+        rows_per_decode=1,
+    )

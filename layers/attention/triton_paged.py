@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -42,14 +40,7 @@ class TritonAttention(AttentionBackend):
         )
 
     def prepare(self, batch: AttentionBatch) -> AttentionBatch:
-        if batch.slots.dtype == torch.int32:
-            return batch
-        return replace(
-            batch,
-            slots=batch.slots.int(),
-            context_lens=batch.context_lens.int(),
-            query_start=batch.query_start.int(),
-        )
+        return batch
 
     def attend(self, q: Tensor, kv: KVLayer, prepared: AttentionBatch) -> Tensor:
         from layers.kernels.paged_decode import paged_decode
@@ -80,6 +71,7 @@ class TritonAttention(AttentionBackend):
                 batch.context_lens[prefills:],
                 scale=spec.scale,
                 max_context_len=spec.max_model_len,
+                rows_per_decode=batch.rows_per_decode,
                 out=out[rows:],
                 workspace=self._workspace,
                 launch_pdl=self._pdl and not prefills,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from engine.batch import SlotTables
+
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from sampling_params import SamplingParams
 

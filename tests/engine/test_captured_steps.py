@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from engine.captured_steps import CapturedSteps
 from engine.extras import StepLogits
+from torch import Tensor
+
 from engine.types import BlockUpdate, PrefillChunk, StepPlan
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from engine.cuda_graph import capture_sizes
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import engine.extras
 import pytest
 import torch
+from engine.extras import BLOCK_ROWS, Extras, StepLogits, extras_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine.extras
-from engine.extras import BLOCK_ROWS, Extras, StepLogits, extras_bytes
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS
 from layers.parallel import ParallelContext

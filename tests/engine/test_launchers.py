@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-
 from engine.launchers import InlineLauncher, Launcher, StepOutput, ThreadLauncher
+
 from engine.types import StepResult
 from utils.errors import StepError
 

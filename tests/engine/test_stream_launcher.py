@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from engine.extras import Scored
 from engine.launchers import Launcher, StepOutput, StreamLauncher
+
 from engine.model_runner import LocalRunner
 from engine.types import StepHandle
 from layers.logits import TokenScores

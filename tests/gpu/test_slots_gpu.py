@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from engine.batch import SlotTables
+
 from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
 
 pytest.importorskip("triton")

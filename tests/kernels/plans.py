@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import torch
-
 from engine.batch import SlotTables
+
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from sampling_params import SamplingParams
 

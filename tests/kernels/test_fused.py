@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from engine.batch import SlotTables
+
 from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
 from layers.sampler import sample as sample_reference

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from engine.batch import SlotTables
 from engine.decode_step import DecodeStep
+from torch import Tensor
+
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers.parallel import ParallelContext
 from layers.sampler import Sampler
@@ -32,8 +32,6 @@ from tests.kernels.interpreter import (
 )
 
 if INTERPRET and HAS_TRITON:
-    from layers.kernels import slots as slot_kernels
-    from layers.kernels.qkv import qk_norm_rope_store
     from layers.kernels.slots import (
         DecodeRows,
         StepRows,
@@ -44,6 +42,9 @@ if INTERPRET and HAS_TRITON:
         scatter_tokens,
         scatter_tokens_reference,
     )
+
+    from layers.kernels import slots as slot_kernels
+    from layers.kernels.qkv import qk_norm_rope_store
 
     patch_interpreter()
 

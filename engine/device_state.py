@@ -1,0 +1,146 @@
+"""What the device knows of the running requests, and the rows of a step made from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from engine.staging import Staging
+from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from layers import step_rows as reference
+from layers.kernels.launch import has_triton
+from layers.step_rows import SampledRows, SlotTables, StepRows
+
+Array = np.ndarray[Any, Any]
+
+
+class DeviceState:
+    """The per-slot tables of a runner: plans change them, and their rows are read from them.
+
+    Plans bring only changes. Tokens that the runner sampled never leave the device to come back.
+
+    Args:
+        tables: empty ones.
+        staging: uploads what plans bring; a group of uploads has to have begun.
+    """
+
+    def __init__(self, tables: SlotTables, staging: Staging) -> None:
+        self.tables = tables
+        self._staging = staging
+        self._ops: Any = reference
+        if tables.tokens.is_cuda and has_triton():
+            from layers.kernels import step_rows
+
+            self._ops = step_rows
+        self._random_slots: set[int] = set()
+        self._decode: tuple[int, ...] = ()
+        self._decode_rows: StepRows | None = None
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take in the plan's new requests and block tables."""
+        if plan.new_requests:
+            self._enter(plan.new_requests)
+        if plan.block_updates:
+            self._extend(plan.block_updates)
+
+    def rows(self, plan: StepPlan) -> StepRows:
+        """The rows of a plan whose changes are taken in; they count as computed from then on."""
+        if plan.prefill or plan.decode != self._decode or self._decode_rows is None:
+            columns = [_column(chunk) for chunk in plan.prefill]
+            columns += [(slot, -1, 1, 1) for slot in plan.decode]
+            header = header_of(columns)
+            rows = StepRows.empty(
+                self._staging.upload(header),
+                int(header[2].sum()),
+                int(header[5].sum()),
+                num_chunks=len(plan.prefill),
+                num_chunk_rows=plan.num_prefill_tokens,
+                longest_chunk=max((chunk.num_tokens for chunk in plan.prefill), default=0),
+            )
+            # Most steps decode the same requests as the one before.
+            self._decode, self._decode_rows = plan.decode, None if plan.prefill else rows
+        else:
+            rows = self._decode_rows
+        self.fill(rows)
+        return rows
+
+    def fill(self, rows: StepRows) -> None:
+        """Make what `rows` has from its header; its rows count as computed from then on."""
+        self._ops.fill_rows(self.tables, rows)
+
+    def write(self, sampled: SampledRows, tokens: Tensor) -> None:
+        """Store drawn tokens [R] int64 where the next step reads them."""
+        self._ops.write_tokens(self.tables, sampled, tokens)
+
+    def all_greedy(self, plan: StepPlan) -> bool:
+        """Whether every token that the plan samples is taken greedily."""
+        return not self._random_slots or self._random_slots.isdisjoint(plan.sampled_slots)
+
+    def _enter(self, requests: tuple[NewRequest, ...]) -> None:
+        upload = self._staging.upload
+        ids = [np.array(r.token_ids, dtype=np.int32) for r in requests]
+        counts = [len(i) for i in ids]
+        firsts = np.cumsum([0, *counts[:-1]])
+        slots, seeds = [r.slot for r in requests], [r.seed for r in requests]
+        temperatures = [r.sampling.temperature for r in requests]
+        self._ops.enter_requests(
+            self.tables,
+            upload(np.array([slots, firsts, counts, seeds], dtype=np.int64)),
+            upload(np.array(temperatures, dtype=np.float32)),
+            upload(np.concatenate(ids)),
+            max(counts),
+        )
+        self._random_slots.difference_update(slots)
+        self._random_slots.update(r.slot for r in requests if r.sampling.temperature > 0)
+
+    def _extend(self, updates: tuple[BlockUpdate, ...]) -> None:
+        table = self.tables.block_tables
+        width = table.shape[1]
+        at = [u.slot * width + u.first_index + i for u in updates for i in range(len(u.block_ids))]
+        ids = [block for update in updates for block in update.block_ids]
+        where = self._staging.upload(np.array(at, dtype=np.int64))
+        blocks = self._staging.upload(np.array(ids, dtype=np.int32))
+        table.view(-1).index_copy_(0, where, blocks)
+
+
+def _column(chunk: PrefillChunk) -> tuple[int, int, int, int]:
+    return chunk.slot, chunk.start, chunk.num_tokens, int(chunk.samples)
+
+
+def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
+    """The header of `StepRows`, with the sampled rows in order.
+
+    Args:
+        columns: slot, first position, number of rows and of sampled rows of each request.
+    """
+    header = np.empty((6, len(columns)), dtype=np.int64)
+    header[[0, 1, 2, 5]] = np.array(columns, dtype=np.int64).T
+    counts, num_sampled = header[2], header[5]
+    header[3] = np.cumsum(counts) - counts
+    header[4] = np.where(num_sampled > 0, np.cumsum(num_sampled) - num_sampled, -1)
+    return header
+
+
+def chunks_header(
+    chunks: tuple[PrefillChunk, ...], width: int, num_rows: int, padding: int
+) -> Array:
+    """The header of `StepRows` for prefill chunks of a captured step.
+
+    It has `width` requests and one more for the padding behind the last chunk's rows. The sampled
+    rows are the last ones of `width` places, so that those of decodes may follow.
+
+    Args:
+        width: at least as many as there are chunks.
+        num_rows: rows of the step, padding included.
+        padding: the slot for padding.
+    """
+    columns = [_column(chunk) for chunk in chunks]
+    left = num_rows - sum(chunk.num_tokens for chunk in chunks)
+    columns += [(padding, 0, 0, 0)] * (width - len(columns)) + [(padding, 0, left, 0)]
+    header = header_of(columns)
+    samples = header[5, :-1] > 0
+    # Sampled rows to the end of the places, padding before them.
+    header[4, np.concatenate((np.flatnonzero(~samples), np.flatnonzero(samples)))] = range(width)
+    return header

@@ -1,0 +1,201 @@
+"""How a runner starts a step, on the host or on a CUDA stream, and what waits for its end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.sampling_rows import StepScores
+from engine.types import Clock, StepHandle, StepResult
+from utils.errors import StepError
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """A step's new tokens [R] int64, and their log-probabilities if a request wants them."""
+
+    tokens: Tensor
+    scores: StepScores | None = None
+
+    def result(self, step_id: int, ended_at: float, device_seconds: float | None) -> StepResult:
+        """The step's result; tokens and log-probabilities have to be on the host."""
+        tokens = self.tokens.unsqueeze(1).tolist()
+        new, prompt = self.scores.logprobs(len(tokens)) if self.scores else (None, None)
+        return StepResult(step_id, tokens, ended_at, new, prompt, device_seconds)
+
+
+class Launcher(ABC):
+    """Starts steps, one after the other.
+
+    Args:
+        clock: the runner's.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    @abstractmethod
+    def launch(
+        self, step_id: int, step: Callable[[], StepOutput], *, timed: bool = False
+    ) -> StepHandle:
+        """Start `step`, whose output is on the device.
+
+        Args:
+            timed: the result tells how long the device worked on it.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what was started."""
+
+
+class HostLauncher(Launcher):
+    """Runs steps on the host: inside `launch`, or in one worker thread while the caller goes on."""
+
+    def __init__(self, clock: Clock, *, in_thread: bool) -> None:
+        super().__init__(clock)
+        self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
+
+    def launch(
+        self, step_id: int, step: Callable[[], StepOutput], *, timed: bool = False
+    ) -> StepHandle:
+        def run() -> StepResult:
+            begin = self._clock()
+            output = step()
+            end = self._clock()
+            return output.result(step_id, end, end - begin if timed else None)
+
+        if self._worker is not None:
+            return _HostStep(step_id, self._worker.submit(run))
+        ended: Future[StepResult] = Future()
+        try:
+            ended.set_result(run())
+        except Exception as error:
+            ended.set_exception(error)
+        return _HostStep(step_id, ended)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown()
+
+
+class _HostStep(StepHandle):
+    """A step that runs on the host, or has ended there or failed."""
+
+    def __init__(self, step_id: int, ended: Future[StepResult]) -> None:
+        self._step_id = step_id
+        self._ended = ended
+
+    def result(self) -> StepResult:
+        try:
+            return self._ended.result()
+        except Exception as error:
+            raise _step_error(self._step_id, error) from error
+
+    def done(self) -> bool:
+        return self._ended.done()
+
+
+class StreamLauncher(Launcher):
+    """Enqueues steps on a CUDA stream of its own and copies their output back behind them.
+
+    Args:
+        clock: the runner's.
+        device: whose stream it is.
+        max_tokens: most tokens a step returns.
+        in_flight: most steps whose results are outstanding at once.
+    """
+
+    def __init__(self, clock: Clock, device: torch.device, max_tokens: int, in_flight: int) -> None:
+        super().__init__(clock)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._results = [
+            (
+                torch.empty(max_tokens, dtype=torch.int64, pin_memory=True),
+                torch.cuda.Event(),  # type: ignore[no-untyped-call]
+            )
+            for _ in range(in_flight)
+        ]
+        self._turn = 0
+
+    def launch(
+        self, step_id: int, step: Callable[[], StepOutput], *, timed: bool = False
+    ) -> StepHandle:
+        self._turn = (self._turn + 1) % len(self._results)
+        buffer, done = self._results[self._turn]
+        work = (_timer(), _timer()) if timed else None
+        try:
+            with torch.cuda.stream(self.stream):
+                if work:
+                    work[0].record(self.stream)
+                output = step()
+                if work:
+                    work[1].record(self.stream)
+                pinned = buffer[: output.tokens.shape[0]]
+                pinned.copy_(output.tokens, non_blocking=True)
+                scores = output.scores
+                if scores is not None:
+                    scores = replace(scores, found=scores.found.pinned())
+                done.record(self.stream)
+        except Exception as error:
+            failed: Future[StepResult] = Future()
+            failed.set_exception(error)
+            return _HostStep(step_id, failed)
+        return _StreamStep(step_id, StepOutput(pinned, scores), done, self._clock, work)
+
+    def close(self) -> None:
+        self.stream.synchronize()
+
+
+class _StreamStep(StepHandle):
+    """A step enqueued on a stream, its output on its way to pinned memory."""
+
+    def __init__(
+        self,
+        step_id: int,
+        output: StepOutput,
+        done: torch.cuda.Event,
+        clock: Clock,
+        work: tuple[torch.cuda.Event, torch.cuda.Event] | None,
+    ) -> None:
+        self._step_id = step_id
+        self._output = output
+        self._done = done
+        self._clock = clock
+        self._work = work
+        self._ended_at: float | None = None
+
+    def result(self) -> StepResult:
+        try:
+            self._done.synchronize()
+        except RuntimeError as error:
+            raise _step_error(self._step_id, error) from error
+        if self._ended_at is None:
+            self._ended_at = self._clock()
+        seconds = None
+        if self._work is not None:
+            begin, end = self._work
+            seconds = begin.elapsed_time(end) / 1e3
+        return self._output.result(self._step_id, self._ended_at, seconds)
+
+    def done(self) -> bool:
+        try:
+            done = bool(self._done.query())  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return True  # the device failed, as `result` will say
+        if done and self._ended_at is None:
+            self._ended_at = self._clock()
+        return done
+
+
+def _timer() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _step_error(step_id: int, error: Exception) -> StepError:
+    return error if isinstance(error, StepError) else StepError(f"step {step_id} failed: {error}")
