@@ -24,13 +24,16 @@ class DeviceState:
     Args:
         tables: empty ones.
         staging: uploads what plans bring; a group of uploads has to have begun.
+        kernels: make rows by Triton kernels; by default where there is a device for them.
     """
 
-    def __init__(self, tables: SlotTables, staging: Staging) -> None:
+    def __init__(self, tables: SlotTables, staging: Staging, kernels: bool | None = None) -> None:
         self.tables = tables
         self._staging = staging
         self._ops: Any = reference
-        if tables.tokens.is_cuda and has_triton():
+        if kernels is None:
+            kernels = tables.tokens.is_cuda and has_triton()
+        if kernels:
             from layers.kernels import step_rows
 
             self._ops = step_rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,14 +109,14 @@ class StepGraphs:
         steps = [("chunks", size) for size in reversed(self._chunk_sizes)]
         steps += [("decodes", size) for size in reversed(self._decode_sizes)]
         for kind, size in steps:
+            if kind == "chunks":
+                header = chunks_header((), MAX_CHUNKS, size, self._padding)
+                self._chunks.header.copy_(torch.from_numpy(header))
             logits = self._run(kind, size)
             if self._logits is None:
                 shape = (len(self._sampled.rows), logits.shape[1])
                 self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                self._run(kind, size, self._logits)
+            graph = captured(partial(self._run, kind, size, self._logits), pool)
             pool = graph.pool()
             self._graphs[kind, size] = graph
 
@@ -185,3 +186,12 @@ class StepGraphs:
 
 def _at_least(sizes: list[int], count: int) -> int:
     return sizes[bisect_left(sizes, count)]
+
+
+def captured(work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """A graph of what `work` enqueues on the current stream; `pool` is the memory to share."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        work()
+    return graph

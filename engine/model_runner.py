@@ -24,6 +24,7 @@ from engine.staging import Staging
 from engine.step_handles import HostLauncher, Launcher, StepOutput, StreamLauncher
 from engine.types import (
     BlockUpdate,
+    Clock,
     KVGeometry,
     ModelRunner,
     NewRequest,
@@ -80,7 +81,7 @@ class LocalRunner(ModelRunner):
         self._device = this_device(config)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
-        self._launcher = self._make_launcher(config)
+        self._launcher = step_launcher(config, self.host_clock, self._device)
         self._staging = Staging(self._device)
         before = free_bytes(self._device)
         self._graphs: StepGraphs | None = None
@@ -192,12 +193,6 @@ class LocalRunner(ModelRunner):
         logits = self._forward(rows, out=out)
         self._draw(logits, rows.sampled)
         return logits
-
-    def _make_launcher(self, config: Config) -> Launcher:
-        depth = config.pipeline_depth or 0
-        if self._device.type == "cuda":
-            return StreamLauncher(self.host_clock, self._device, config.max_num_seqs, depth + 2)
-        return HostLauncher(self.host_clock, in_thread=depth > 0)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         if isinstance(self._launcher, StreamLauncher):
@@ -321,6 +316,19 @@ class LocalRunner(ModelRunner):
             prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
         )
         return [lambda: self._run(prefill), *(self._graphs.heaviest() if self._graphs else ())]
+
+
+def step_launcher(config: Config, clock: Clock, device: torch.device) -> Launcher:
+    """How a runner starts its steps on a device.
+
+    Args:
+        clock: the runner's.
+    """
+    depth = config.pipeline_depth or 0
+    if device.type == "cuda":
+        # One result more than steps are in flight: of several ranks, one may be ahead of others.
+        return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)
+    return HostLauncher(clock, in_thread=depth > 0)
 
 
 def this_device(config: Config) -> torch.device:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from engine.step_handles import StepOutput
 from torch import Tensor
 
 from engine.model_runner import LocalRunner
+from engine.step_handles import StepOutput
 from engine.types import StepPlan
 from layers.forward_batch import ForwardBatch
 

@@ -88,6 +88,16 @@ class Pinned(Tensor):
             target.copy_(source)
         return self
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave copies out of pinned memory into a tensor of the device for later."""
+        target, *rest = args
+        if func is Tensor.copy_ and not isinstance(target, Pinned) and kwargs:
+            source = rest[0].as_subclass(Tensor)
+            cls.stream.enqueue(lambda: target.copy_(source))
+            return target
+        return super().__torch_function__(func, types, args, kwargs or {})
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Tensor:  # type: ignore[override]
         assert device.type == "cuda"
         source: Tensor = self.as_subclass(Tensor)

@@ -16,7 +16,7 @@ from tests.engine.fake_cuda import FakeStream
 
 CUDA = torch.device("cuda")
 # Groups that may be under way without a wait; what they upload is in as many buffers.
-NUM_BUFFERS = 4
+NUM_BUFFERS = 3
 
 
 @pytest.fixture
@@ -25,10 +25,8 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
 
 
 def _group(staging: Staging, arrays: list[np.ndarray[Any, Any]]) -> list[Tensor]:
-    staging.begin()
-    made = [staging.upload(array) for array in arrays]
-    staging.end()
-    return made
+    with staging.group():
+        return [staging.upload(array) for array in arrays]
 
 
 def _assert_all(uploads: list[tuple[Tensor, np.ndarray[Any, Any]]]) -> None:
@@ -68,7 +66,7 @@ def test_a_buffer_is_waited_for_when_its_turn_comes_again(stream: FakeStream) ->
         uploads += list(zip(_group(staging, [array]), [array], strict=True))
         # The copy and the event of each group that has not been waited for.
         assert len(stream) == 2 * min(number + 1, NUM_BUFFERS)
-    assert [made.tolist()[0] for made, _ in uploads] == [0, 1, 0, 0, 0, 0]
+    assert [made.tolist()[0] for made, _ in uploads] == [0, 1, 0, 0, 0]
     stream.run()
     _assert_all(uploads)
 
@@ -91,3 +89,32 @@ def test_on_a_cpu_arrays_are_wrapped_in_place() -> None:
     (made,) = _group(Staging(torch.device("cpu")), [array])
     array[2] = 9
     assert made.tolist() == [0, 1, 9, 3, 4]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_array_may_go_to_where_one_lies(stream: FakeStream, device: str) -> None:
+    staging = Staging(torch.device(device))
+    target = torch.zeros(2, 3, dtype=torch.int64)
+    with staging.group():
+        made = staging.upload(np.arange(6).reshape(2, 3), out=target)
+    assert made is target
+    assert target.any() == (device == "cpu")
+    stream.run()
+    assert target.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_group_that_fails_is_waited_for_as_well(stream: FakeStream) -> None:
+    staging = Staging(CUDA)
+    uploads = []
+
+    def fails(array: np.ndarray[Any, Any]) -> None:
+        with staging.group():
+            uploads.append((staging.upload(array), array))
+            raise RuntimeError("planted")
+
+    for number in range(NUM_BUFFERS + 1):
+        with pytest.raises(RuntimeError, match="planted"):
+            fails(np.full(5, number))
+    assert len(stream) == 2 * NUM_BUFFERS
+    stream.run()
+    _assert_all(uploads)

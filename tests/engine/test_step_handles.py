@@ -5,17 +5,17 @@ import time
 
 import pytest
 import torch
-from engine.launchers import InlineLauncher, Launcher, StepOutput, ThreadLauncher
 
+from engine.step_handles import HostLauncher, StepOutput
 from engine.types import StepResult
 from utils.errors import StepError
 
-LAUNCHERS = [InlineLauncher, ThreadLauncher]
+IN_THREAD = pytest.mark.parametrize("in_thread", [False, True])
 
 
-@pytest.mark.parametrize("make", LAUNCHERS)
-def test_the_result_has_one_token_per_row(make: type[Launcher]) -> None:
-    launcher = make(time.perf_counter)
+@IN_THREAD
+def test_the_result_has_one_token_per_row(in_thread: bool) -> None:
+    launcher = HostLauncher(time.perf_counter, in_thread=in_thread)
     handle = launcher.launch(5, lambda: StepOutput(torch.tensor([7, 8])))
     result = handle.result()
     assert result == StepResult(5, [[7], [8]], result.ended_at)
@@ -23,11 +23,11 @@ def test_the_result_has_one_token_per_row(make: type[Launcher]) -> None:
     launcher.close()
 
 
-@pytest.mark.parametrize("make", LAUNCHERS)
-def test_times_are_those_of_the_clock_and_of_the_step(make: type[Launcher]) -> None:
+@IN_THREAD
+def test_times_are_those_of_the_clock_and_of_the_step(in_thread: bool) -> None:
     """The clock is read before and after the step, whenever its result is asked for."""
     moments = iter([3.0, 5.0, 7.0, 11.0])
-    launcher = make(lambda: next(moments))
+    launcher = HostLauncher(lambda: next(moments), in_thread=in_thread)
     first = launcher.launch(0, lambda: StepOutput(torch.tensor([7])))
     assert first.result().ended_at == 5.0
     assert first.result().device_seconds is None
@@ -37,12 +37,12 @@ def test_times_are_those_of_the_clock_and_of_the_step(make: type[Launcher]) -> N
     launcher.close()
 
 
-@pytest.mark.parametrize("make", LAUNCHERS)
-def test_a_failure_comes_with_the_result(make: type[Launcher]) -> None:
+@IN_THREAD
+def test_a_failure_comes_with_the_result(in_thread: bool) -> None:
     def fails() -> StepOutput:
         raise RuntimeError("planted")
 
-    launcher = make(time.perf_counter)
+    launcher = HostLauncher(time.perf_counter, in_thread=in_thread)
     handle = launcher.launch(5, fails)
     for _ in range(2):
         with pytest.raises(StepError, match="step 5 failed: planted"):
@@ -52,7 +52,7 @@ def test_a_failure_comes_with_the_result(make: type[Launcher]) -> None:
 
 
 def test_a_thread_returns_at_once_and_keeps_the_order() -> None:
-    launcher = ThreadLauncher(time.perf_counter)
+    launcher = HostLauncher(time.perf_counter, in_thread=True)
     gate = threading.Event()
     order: list[int] = []
 
@@ -70,7 +70,7 @@ def test_a_thread_returns_at_once_and_keeps_the_order() -> None:
 
 
 def test_closing_a_thread_waits_for_what_was_started() -> None:
-    launcher = ThreadLauncher(time.perf_counter)
+    launcher = HostLauncher(time.perf_counter, in_thread=True)
     done: list[bool] = []
 
     def step() -> StepOutput:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from engine.extras import Scored
-from engine.launchers import Launcher, StepOutput, StreamLauncher
 
-from engine.model_runner import LocalRunner
+from config import Config
+from engine.model_runner import step_launcher
+from engine.sampling_rows import StepScores
+from engine.step_handles import Launcher, StepOutput, StreamLauncher
 from engine.types import StepHandle
 from layers.logits import TokenScores
 from tests.engine import fake_cuda
@@ -70,10 +69,8 @@ class _Steps:
 
 def _runner_launcher(depth: int) -> Launcher:
     """What a runner on CUDA launches with."""
-    runner = object.__new__(LocalRunner)
-    runner._device = CUDA
-    config: Any = SimpleNamespace(max_num_seqs=MAX_TOKENS, pipeline_depth=depth)
-    return runner._make_launcher(config)
+    config = Config("model", max_num_seqs=MAX_TOKENS, pipeline_depth=depth)
+    return step_launcher(config, time.perf_counter, CUDA)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 5])
@@ -157,7 +154,7 @@ def test_scores_arrive_with_their_tokens(stream: FakeStream) -> None:
 
         stream.enqueue(run)
         tokens = torch.full((2,), number)
-        return StepOutput(tokens, Scored(scores, [(0, 0), (1, 0)], [], 0))
+        return StepOutput(tokens, StepScores(scores, [(0, 0), (1, 0)], [], 0))
 
     handles = [launcher.launch(i, lambda i=i: step(i)) for i in range(3)]  # type: ignore[misc]
     stream.run()

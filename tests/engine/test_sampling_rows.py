@@ -5,17 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import engine.extras
 import pytest
 import torch
-from engine.extras import BLOCK_ROWS, Extras, StepLogits, extras_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine.sampling_rows
+from engine.sampling_rows import BLOCK_ROWS, SamplingRows, special_bytes
+from engine.staging import Staging
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS
 from layers.parallel import ParallelContext
 from layers.sampler import Sampler
+from layers.step_rows import SampledRows
 from sampling_params import SamplingParams
 
 VOCAB_SIZE = 96
@@ -40,7 +42,9 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Greedy(Sampler):
     """Draws without the noise, which the reference makes for all rows at once."""
 
-    def __call__(self, logits: Tensor, *keys: Tensor, least: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
+    ) -> Tensor:
         return self.greedy(logits)
 
 
@@ -65,18 +69,23 @@ def _scored(
         new_requests=tuple(NewRequest(i, i, (i % 7, 5), p, i) for i, p in enumerate(params)),
         prefill=tuple(PrefillChunk(i, 0, 2, True) for i in range(count)),
     )
-    extras = Extras(count, CPU).of(plan)
-    assert extras is not None
+    special = SamplingRows(count, Staging(CPU)).of(plan)
+    assert special is not None
     tokens = torch.tensor([[i % 7, 5, 0, 0] for i in range(count)], dtype=torch.int32)
     generator = torch.Generator().manual_seed(2)
-    rows = count + len(extras.prompt_rows)
+    rows = count + len(special.prompt_rows)
     logits = torch.randn(rows, VOCAB_SIZE, generator=generator).bfloat16() * 3
-    temperatures = torch.tensor([p.temperature for p in params])
-    keys = (temperatures, torch.arange(count), torch.full((count,), 2))
+    sampled = SampledRows(
+        rows=torch.arange(count),
+        slots=torch.arange(count),
+        positions=torch.full((count,), 2),
+        temperatures=torch.tensor([p.temperature for p in params]),
+        seeds=torch.arange(count),
+        tokens=torch.zeros(count, dtype=torch.int64),
+    )
     sampler = sampler or Sampler(ParallelContext(), CPU, torch.bfloat16)
     with watched or nullcontext():
-        step = StepLogits(logits, torch.arange(count), keys, lambda tokens: None)
-        drawn, scored = extras.draw(sampler, tokens, step)
+        drawn, scored = special.draw(sampler, tokens, logits, sampled)
     new, prompts = scored.logprobs(count) if scored else ([], [])
     return drawn.tolist(), new, prompts
 
@@ -98,7 +107,7 @@ def test_blocks_of_rows_draw_what_one_would(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(set(tokens)) > 10
     assert sum(map(bool, logprobs)) == 10
     for rows in (1, 3, 20):
-        monkeypatch.setattr(engine.extras, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(engine.sampling_rows, "BLOCK_ROWS", rows)
         assert _drawn(params)[:2] == (tokens, logprobs)
 
 
@@ -109,13 +118,13 @@ def test_special_rows_are_worked_through_in_blocks(special: dict[str, Any]) -> N
     assert numel <= max(BLOCK_ROWS, SCORED_ROWS) * VOCAB_SIZE
 
 
-def test_what_special_rows_take_is_bounded_but_for_the_logits() -> None:
-    one, two = (extras_bytes(n, 1000, 2, 1) for n in (512, 1024))
-    assert two - one == 2 * 512 * 1000 * 2
-    assert extras_bytes(512, 1000, 2, 2) > one
+def test_what_special_rows_take_is_bounded_but_for_gathered_logits() -> None:
+    one, two = (special_bytes(n, 1000, 2, 1) for n in (512, 1024))
     # A block of the larger kind, in the logits' type, and twice in float32.
-    assert one == 2 * 512 * 1000 * 2 + max(BLOCK_ROWS, SCORED_ROWS) * 1000 * (2 + 8)
-    assert extras_bytes(4, 1000, 2, 1) == 4 * 1000 * (2 * 2 + 2 + 8)
+    assert one == two == max(BLOCK_ROWS, SCORED_ROWS) * 1000 * (2 + 8)
+    assert special_bytes(4, 1000, 2, 1) == 4 * 1000 * (2 + 8)
+    # Ranks gather whole rows, and add them up.
+    assert special_bytes(512, 1000, 2, 2) == one + 2 * 512 * 1000 * 2
 
 
 def _narrowed(entry: dict[int, float], token: int, num_top: int) -> dict[int, float]:
