@@ -117,12 +117,12 @@ def _batch(
     """`count` requests of `length` tokens on pages in random order; their number of pages."""
     per_request = -(-length // spec.block_size)
     order = torch.randperm(count * per_request, dtype=torch.int32, device=spec.device)
-    long: dict[str, Any] = {"dtype": torch.int64, "device": spec.device}
+    int32: dict[str, Any] = {"dtype": torch.int32, "device": spec.device}
     batch = AttentionBatch(
         block_tables=order.view(count, per_request),
-        slots=torch.arange(count, **long),
-        context_lens=torch.full((count,), length, **long),
-        query_start=torch.arange(0, count * length + 1, length, **long)[: count * prefill + 1],
+        slots=torch.arange(count, **int32),
+        context_lens=torch.full((count,), length, **int32),
+        query_start=torch.arange(0, count * length + 1, length, **int32)[: count * prefill + 1],
         num_prefills=count if prefill else 0,
         num_prefill_tokens=count * length if prefill else 0,
         max_query_len=length if prefill else 0,

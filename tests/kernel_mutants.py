@@ -9,17 +9,19 @@ from __future__ import annotations
 Edits = tuple[tuple[str, str, str], ...]
 PlainMutant = tuple[str, Edits, tuple[str, ...]]
 
-_SLOTS, _STORE = "layers/kernels/slots.py", "layers/kernels/qkv.py"
+_ROWS, _STORE = "layers/kernels/step_rows.py", "layers/kernels/qkv.py"
 _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_prefill.py"
-_LAUNCHERS, _STAGING = "engine/launchers.py", "engine/staging.py"
-_EXTRAS, _SIZING = "engine/extras.py", "memory/sizing.py"
+_HANDLES, _STAGING = "engine/step_handles.py", "engine/staging.py"
+_SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"
+_STATE, _GRAPHS = "engine/device_state.py", "engine/graphs.py"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-SLOTS = (*_PYTEST, "tests/kernels/test_slots.py")
+ROWS = (*_PYTEST, "tests/kernels/test_step_rows.py")
+GRAPHS = (*_PYTEST, "tests/engine/test_graphs.py")
 LARGE_POOL = (*_PYTEST, "tests/kernels/test_large_pool.py")
-LAUNCHER = (*_PYTEST, "tests/engine/test_stream_launcher.py")
+STREAM = (*_PYTEST, "tests/engine/test_stream_steps.py")
 STAGING = (*_PYTEST, "tests/engine/test_staging.py")
-EXTRAS = (*_PYTEST, "tests/engine/test_extras.py")
+SAMPLING = (*_PYTEST, "tests/engine/test_sampling_rows.py")
 SIZING = (*_PYTEST, "tests/memory/test_sizing.py")
 
 
@@ -29,53 +31,88 @@ def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...]) -> 
 
 _PADDING: tuple[PlainMutant, ...] = (
     _bug(
-        "padding: a captured decode step stores its keys and values in block 0",
-        _SLOTS,
-        "tl.store(mapping_out + row, tl.where(live, mapping, -1), mask=mask)",
-        "tl.store(mapping_out + row, mapping, mask=mask)",
-        SLOTS,
-    ),
-    _bug(
-        "padding: a captured prefill stores its keys and values in block 0",
-        _SLOTS,
+        "padding: a captured step stores its keys and values in block 0",
+        _ROWS,
         "tl.store(mapping_out + first + at, tl.where(live, mapping, -1), mask=mask)",
         "tl.store(mapping_out + first + at, tl.where(live, mapping, 0), mask=mask)",
-        SLOTS,
+        ROWS,
     ),
     _bug(
         "padding: the kernel that stores takes it for the first row of the cache",
         _STORE,
         "    block = slot // block_size\n",
         "    slot = tl.maximum(slot, 0)\n    block = slot // block_size\n",
-        SLOTS,
+        ROWS,
     ),
     _bug(
-        "padding: its rows are those of slot 0",
-        "engine/batch.py",
-        "padded = np.full(slots.shape[0], self.padding_slot, dtype=np.int64)",
-        "padded = np.zeros(slots.shape[0], dtype=np.int64)",
-        SLOTS,
+        "padding: decodes of it are those of slot 0",
+        _GRAPHS,
+        "slots = np.full(size, self._padding, dtype=np.int64)",
+        "slots = np.zeros(size, dtype=np.int64)",
+        ROWS,
+    ),
+    _bug(
+        "padding: chunks of it are those of slot 0",
+        _STATE,
+        "columns += [(padding, 0, 0, 0)] * (width - len(columns)) + [(padding, 0, left, 0)]",
+        "columns += [(padding, 0, 0, 0)] * (width - len(columns)) + [(0, 0, left, 0)]",
+        GRAPHS,
     ),
     _bug(
         "padding: attention reads a position of it",
-        _SLOTS,
-        "tl.store(lens_out + row, tl.where(live, position + 1, 0).to(tl.int32), mask=mask)",
-        "tl.store(lens_out + row, (position + 1).to(tl.int32), mask=mask)",
-        SLOTS,
+        _ROWS,
+        "tl.store(lens_out + request, tl.where(live, end, 0).to(tl.int32))",
+        "tl.store(lens_out + request, end.to(tl.int32))",
+        ROWS,
     ),
     _bug(
         "padding: its token is stored",
-        _SLOTS,
-        "tl.store(tokens_ptr + slot * tokens_stride + position, token, mask=live)",
-        "tl.store(tokens_ptr + slot * tokens_stride + position, token, mask=mask)",
-        SLOTS,
+        _ROWS,
+        "token.to(tl.int32), mask=live)",
+        "token.to(tl.int32), mask=mask)",
+        ROWS,
     ),
     _bug(
         "a captured decode step runs with the slots of the one before",
-        "engine/decode_step.py",
-        "        if plan.decode == self._decode:\n",
-        "        if len(plan.decode) == len(self._decode):\n",
-        SLOTS,
+        _GRAPHS,
+        "            if plan.decode != self._decode:\n",
+        "            if len(plan.decode) != len(self._decode):\n",
+        ROWS,
+    ),
+    _bug(
+        "captured steps: what chunks sample is not next to the decodes",
+        _STATE,
+        "np.concatenate((np.flatnonzero(~samples), np.flatnonzero(samples)))",
+        "np.concatenate((np.flatnonzero(samples), np.flatnonzero(~samples)))",
+        GRAPHS,
+    ),
+    _bug(
+        "captured steps: a chunk without a sample counts as one with",
+        _GRAPHS,
+        "num_chunks = sum(chunk.samples for chunk in plan.prefill)",
+        "num_chunks = len(plan.prefill)",
+        GRAPHS,
+    ),
+    _bug(
+        "captured steps: a model that ignores where logits go is believed",
+        _GRAPHS,
+        "        if out is not None and made is not out:\n            out.copy_(made)\n",
+        "",
+        GRAPHS,
+    ),
+    _bug(
+        "rows: of a decode's several rows all get the token of the last",
+        _ROWS,
+        "next_position = tl.where(drawn, end - behind + 1, 0)",
+        "next_position = tl.where(drawn, end, 0)",
+        ROWS,
+    ),
+    _bug(
+        "rows: a state keeps the rows of its last decodes after a prefill",
+        _STATE,
+        "self._decode, self._decode_rows = plan.decode, None if plan.prefill else rows",
+        "self._decode, self._decode_rows = plan.decode, rows",
+        (*_PYTEST, "tests/engine/test_device_state.py"),
     ),
 )
 
@@ -130,18 +167,11 @@ _OFFSETS: tuple[PlainMutant, ...] = (
         LARGE_POOL,
     ),
     _bug(
-        "int32 offsets: rows of the cache of a decode step",
-        _SLOTS,
-        "mask=live, other=0)\n    mapping = block.to(tl.int64) * block_size",
-        "mask=live, other=0)\n    mapping = block * block_size",
-        SLOTS,
-    ),
-    _bug(
-        "int32 offsets: rows of the cache of a step with prefill",
-        _SLOTS,
-        "mask=read, other=0)\n    mapping = block.to(tl.int64) * block_size",
-        "mask=read, other=0)\n    mapping = block * block_size",
-        SLOTS,
+        "int32 offsets: rows of the cache",
+        _ROWS,
+        "mapping = block.to(tl.int64) * block_size",
+        "mapping = block * block_size",
+        ROWS,
     ),
 )
 
@@ -151,53 +181,53 @@ _BUFFERS: tuple[PlainMutant, ...] = (
         "engine/model_runner.py",
         "config.max_num_seqs, depth + 2)",
         "config.max_num_seqs, depth + 1)",
-        LAUNCHER,
+        STREAM,
     ),
     _bug(
         "results: there is one buffer less than promised",
-        _LAUNCHERS,
+        _HANDLES,
         "for _ in range(in_flight)",
         "for _ in range(max(1, in_flight - 1))",
-        LAUNCHER,
+        STREAM,
     ),
     _bug(
         "results: the last buffer never has its turn",
-        _LAUNCHERS,
+        _HANDLES,
         "self._turn = (self._turn + 1) % len(self._results)",
         "self._turn = (self._turn + 1) % max(1, len(self._results) - 1)",
-        LAUNCHER,
+        STREAM,
     ),
     _bug(
         "results: they are read without a wait",
-        _LAUNCHERS,
+        _HANDLES,
         "            self._done.synchronize()\n",
         "            pass\n",
-        LAUNCHER,
+        STREAM,
     ),
     (
         "results: a step is done before its tokens are copied",
         (
-            (_LAUNCHERS, "                done.record(self.stream)\n", ""),
+            (_HANDLES, "                done.record(self.stream)\n", ""),
             (
-                _LAUNCHERS,
+                _HANDLES,
                 "                pinned.copy_(",
                 "                done.record(self.stream)\n                pinned.copy_(",
             ),
         ),
-        LAUNCHER,
+        STREAM,
     ),
     _bug(
         "staging: a buffer is written again without a wait",
         _STAGING,
-        "            self._read[self._turn].synchronize()\n",
+        "        self._read[self._turn].synchronize()\n",
         "",
         STAGING,
     ),
     _bug(
         "staging: the wait is for the wrong buffer",
         _STAGING,
-        "            self._read[self._turn].synchronize()\n",
-        "            self._read[self._turn - 1].synchronize()\n",
+        "        self._read[self._turn].synchronize()\n",
+        "        self._read[self._turn - 1].synchronize()\n",
         STAGING,
     ),
     _bug(
@@ -219,24 +249,24 @@ _BUFFERS: tuple[PlainMutant, ...] = (
 _SCORES: tuple[PlainMutant, ...] = (
     _bug(
         "scores: the request that wants the fewest decides for all",
-        _EXTRAS,
+        _SAMPLING,
         "num_top = max(n for *_, n in (*self.new, *self.prompts))",
         "num_top = min(n for *_, n in (*self.new, *self.prompts))",
-        EXTRAS,
+        SAMPLING,
     ),
     _bug(
         "scores: what prompts want is not counted",
-        _EXTRAS,
+        _SAMPLING,
         "num_top = max(n for *_, n in (*self.new, *self.prompts))",
         "num_top = max(n for *_, n in (self.new or self.prompts))",
-        EXTRAS,
+        SAMPLING,
     ),
     _bug(
         "scores: every request gets as many as the one that wants the most",
-        _EXTRAS,
+        _SAMPLING,
         "zip(ids[:num_top], values[:num_top], strict=True)",
         "zip(ids, values, strict=True)",
-        EXTRAS,
+        SAMPLING,
     ),
 )
 

@@ -483,7 +483,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "min_tokens after a preemption: counted from the output so far",
-        "engine/extras.py",
+        "engine/sampling_rows.py",
         "len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens",
         "len(q.token_ids) + q.sampling.min_tokens",
         (*_PYTEST[:-1], "tests/test_sampling.py", "-k", "min_tokens"),
@@ -536,16 +536,16 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "runner: a slot keeps the seed of its last request",
-        "engine/batch.py",
-        "            self.seeds[where] = self._int64(seeds)\n",
+        "layers/step_rows.py",
+        "    tables.seeds[slots] = seeds\n",
         "",
         RUNNERS,
     ),
     _bug(
         "runner: sampled tokens are stored one position too early",
-        "engine/batch.py",
-        "self.tokens[inputs.sampled_slots, inputs.sampled_positions] = tokens",
-        "self.tokens[inputs.sampled_slots, inputs.sampled_positions - 1] = tokens",
+        "layers/step_rows.py",
+        "    tables.tokens[sampled.slots, sampled.positions] = tokens",
+        "    tables.tokens[sampled.slots, sampled.positions - 1] = tokens",
         RUNNERS,
     ),
     _bug(

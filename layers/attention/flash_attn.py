@@ -72,13 +72,11 @@ class FlashAttention(AttentionBackend):
     def prepare(self, batch: AttentionBatch) -> _Prepared:
         # The kernels take one row per request, in order, where ours lie in slots.
         table = batch.block_tables.index_select(0, batch.slots)
-        lens = batch.context_lens.int()
+        lens = batch.context_lens
         count, prefills, decodes = batch.num_prefills, None, None
         if count:
             key_start = F.pad(lens[:count].cumsum(0, dtype=torch.int32), (1, 0))
-            prefills = _Prefills(
-                table[:count], batch.query_start.int(), key_start, batch.max_query_len
-            )
+            prefills = _Prefills(table[:count], batch.query_start, key_start, batch.max_query_len)
         if count < lens.shape[0]:
             decodes = _Decodes(table[count:], lens[count:], batch.rows_per_decode)
         return _Prepared(prefills, decodes, batch.num_prefill_tokens)

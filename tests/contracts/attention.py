@@ -90,14 +90,16 @@ def make_case(
         queries.append(q)
         outputs.append(_naive(q, keys, values, spec.scale))
     counts = [request.queries for request in prefills]
+    int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
     batch = AttentionBatch(
         block_tables=tables,
-        slots=slots.to(device),
-        context_lens=torch.tensor([request.context for request in requests], device=device),
-        query_start=torch.tensor([0, *counts], device=device).cumsum(0),
+        slots=slots.to(device, torch.int32),
+        context_lens=torch.tensor([request.context for request in requests], **int32),
+        query_start=torch.tensor([0, *counts], **int32).cumsum(0, dtype=torch.int32),
         num_prefills=len(prefills),
         num_prefill_tokens=sum(counts),
         max_query_len=max(counts, default=0),
+        rows_per_decode=decodes[0].queries if decodes else 1,
     )
     return Case(spec, batch, kv, torch.cat(queries), torch.cat(outputs).to(dtype))
 
@@ -178,6 +180,16 @@ class AttentionContract:
             prefills.append(Request(context, below(context + 1)))
         decodes = [Request(below(MAX_LEN)) for _ in range(below(6))]
         self.check(self.case(prefills, decodes, seed=seed))
+
+    @pytest.mark.parametrize("rows", [2, 3, 5])
+    @pytest.mark.parametrize("groups", [(4, 2), (6, 1), (12, 2)], ids=str)
+    def test_decodes_of_several_rows(self, rows: int, groups: tuple[int, int]) -> None:
+        """Every decode has as many, each of which sees one position more than the one before."""
+        decodes = [Request(max(r.context, rows), rows) for r in DECODES]
+        heads, kv_heads = groups
+        for some in (decodes, decodes[:1], [Request(35, rows)] * 3):
+            for prefills in ([], PREFILLS):
+                self.check(self.case(prefills, some, heads=heads, kv_heads=kv_heads))
 
     def test_rows_of_queries_may_be_strided(self) -> None:
         """They are a part of each row of the QKV projection."""

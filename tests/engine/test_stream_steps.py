@@ -69,7 +69,7 @@ class _Steps:
 
 def _runner_launcher(depth: int) -> Launcher:
     """What a runner on CUDA launches with."""
-    config = Config("model", max_num_seqs=MAX_TOKENS, pipeline_depth=depth)
+    config = Config(model="model", max_num_seqs=MAX_TOKENS, pipeline_depth=depth)
     return step_launcher(config, time.perf_counter, CUDA)
 
 

@@ -1,12 +1,15 @@
-"""The first and last kernel of a captured decode step against plain torch."""
+"""Rows of steps made by kernels on a device against plain torch on the CPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from engine.batch import SlotTables
 
-from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
+from engine.device_state import DeviceState
+from engine.staging import Staging
+from engine.types import StepPlan
+from layers.step_rows import SlotTables
+from tests.kernels.plans import BLOCK_SIZE, check_rows, random_plans
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -15,54 +18,19 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("size", [1, 7, 32, 100])
-def test_gather_and_scatter(size: int) -> None:
-    from layers.kernels.slots import (
-        DecodeRows,
-        gather_decode,
-        gather_decode_reference,
-        scatter_tokens,
-        scatter_tokens_reference,
-    )
+class _State(DeviceState):
+    """Tables on a device that take in each plan as one group of uploads."""
 
-    device, rows, width, block = torch.device("cuda"), 129, 96, 16
-    slots = torch.randperm(rows - 1, device=device)[:size]
-    slots[torch.rand(size, device=device) < 0.3] = rows - 1
-    tables = [
-        torch.randint(0, 4096, (rows, width), dtype=torch.int32, device=device),
-        torch.randint(0, 999, (rows, width // block), dtype=torch.int32, device=device),
-        torch.randint(0, width - 1, (rows,), device=device),
-        torch.rand(rows, device=device),
-        torch.randint(0, 2**62, (rows,), device=device),
-    ]
-    results = []
-    for gather, scatter in (
-        (gather_decode, scatter_tokens),
-        (gather_decode_reference, scatter_tokens_reference),
-    ):
-        tokens, block_tables, computed, temperatures, seeds = (t.clone() for t in tables)
-        out = DecodeRows.empty(size, device)
-        gather(
-            slots, tokens, block_tables, computed, temperatures, seeds, block_size=block, out=out
-        )
-        sampled = torch.arange(size, device=device) + 5000
-        scatter(sampled, out, tokens, computed)
-        results.append([*(getattr(out, name) for name in DecodeRows.__slots__), tokens, computed])
-    for ours, expected in zip(*results, strict=True):
-        assert torch.equal(ours, expected)
+    def __init__(self, device: str, num_slots: int) -> None:
+        self._uploads = Staging(torch.device(device), 64)
+        tables = SlotTables.zeros(num_slots, 3000, BLOCK_SIZE, torch.device(device))
+        super().__init__(tables, self._uploads)
 
-
-def _tables(device: str, slots: int) -> SlotTables:
-    return SlotTables(slots, 3000, BLOCK_SIZE, torch.device(device))
+    def apply(self, plan: StepPlan) -> None:
+        with self._uploads.group():
+            super().apply(plan)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_staging_of_mixed_steps(seed: int) -> None:
-    plans = random_plans(seed, 40, 2990, decodes=True)
-    check_staging(_tables("cuda", 40), _tables("cpu", 40), plans)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_staging_of_a_padded_prefill(seed: int) -> None:
-    plans = [p for p in random_plans(seed, 4, 2990, decodes=False) if p.prefill]
-    check_prefill(_tables("cuda", 4), _tables("cpu", 4), plans, 12_000)
+def test_rows_of_random_plans(seed: int) -> None:
+    check_rows(_State("cuda", 40), _State("cpu", 40), random_plans(seed, 40, 2990))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 
 import torch
-from engine.batch import SlotTables
+from torch import Tensor
 
+from engine.device_state import DeviceState
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from layers.step_rows import SampledRows, StepRows
 from sampling_params import SamplingParams
 
 BLOCK_SIZE = 16
 
 
-def random_plans(
-    seed: int, num_slots: int, max_len: int, *, decodes: bool, count: int = 6
-) -> list[StepPlan]:
+def random_plans(seed: int, num_slots: int, max_len: int, count: int = 6) -> list[StepPlan]:
     """Plans of requests that enter, are computed in chunks, decode and give way to others."""
     rng = random.Random(seed)
     known = [0] * num_slots
@@ -36,73 +37,34 @@ def random_plans(
                 size = rng.choice([left, rng.randint(1, left)])
                 chunks.append(PrefillChunk(slot, computed[slot], size, size == left))
                 computed[slot] += size
-            elif known[slot] and decodes:
+            elif known[slot]:
                 decode.append(slot)
                 known[slot] += 1
                 computed[slot] += 1
-            if known[slot] == computed[slot] and not decodes:
-                known[slot] = computed[slot] = 0
         plans.append(StepPlan(step, tuple(new), tuple(updates), tuple(chunks), tuple(decode)))
     return plans
 
 
-def check_staging(fast: SlotTables, slow: SlotTables, plans: list[StepPlan]) -> None:
-    """Both tables make the same rows of every plan, and the same of the tokens sampled for it."""
+def check_rows(fast: DeviceState, slow: DeviceState, plans: list[StepPlan]) -> None:
+    """Both states make the same rows of every plan, and the same of the tokens drawn for it."""
     for plan in plans:
         if not plan.num_tokens:
             continue
-        ours, expected = fast.stage(plan), slow.stage(plan)
-        for name in ("input_ids", "positions", "slot_mapping", "sampled_slots"):
-            assert getattr(ours, name).tolist() == getattr(expected, name).tolist(), name
-        assert ours.sampled_positions.tolist() == expected.sampled_positions.tolist()
-        if expected.sampled_rows is not None:
-            assert ours.sampled_rows is not None
-            assert ours.sampled_rows.tolist() == expected.sampled_rows.tolist()
-        for name in ("slots", "context_lens", "query_start"):
-            theirs = getattr(expected.attention, name).tolist()
-            assert getattr(ours.attention, name).tolist() == theirs, name
-        for name in ("num_prefills", "num_prefill_tokens", "max_query_len"):
-            assert getattr(ours.attention, name) == getattr(expected.attention, name), name
-        sampled = torch.randint(0, 9999, (len(plan.sampled_slots),))
-        fast.write_back(ours, sampled.to(fast.tokens.device))
-        slow.write_back(expected, sampled)
-    for name in ("temperatures", "seeds", "num_computed"):
-        assert getattr(fast, name)[:-1].tolist() == getattr(slow, name)[:-1].tolist()
-
-
-def check_prefill(fast: SlotTables, slow: SlotTables, plans: list[StepPlan], size: int) -> None:
-    """Padded rows of plans without decodes: the rows of `SlotTables.stage`, then padding."""
-    from layers.kernels.slots import StepRows
-
-    device, padding = fast.tokens.device, fast.padding_slot
-    for plan in plans:
-        rows = StepRows.empty(size, len(plan.prefill) + 2, len(plan.prefill) + 1, device)
-        for name in rows.__slots__:
-            getattr(rows, name).fill_(-7)
-        fast.stage_prefill(plan, rows)
-        expected = slow.stage(plan)
-        attention = expected.attention
-        tokens, requests = plan.num_prefill_tokens, len(plan.prefill)
-        for name, fill in (("input_ids", 0), ("positions", 0), ("slot_mapping", -1)):
-            wanted = getattr(expected, name).tolist() + [fill] * (size - tokens)
-            assert getattr(rows, name).tolist() == wanted, name
-        assert rows.slots.tolist() == [*attention.slots.tolist(), padding, padding]
-        assert rows.context_lens.tolist() == [*attention.context_lens.tolist(), 0, 0]
-        assert rows.query_start.tolist() == [*attention.query_start.tolist(), tokens, size]
-        samples = [i for i, chunk in enumerate(plan.prefill) if chunk.samples]
-        assert expected.sampled_rows is not None
-        places = dict(zip(samples, range(len(samples)), strict=True))
-        for i in range(requests + 1):
-            got = [
-                int(getattr(rows, name)[i])
-                for name in ("sampled_rows", "sampled_slots", "sampled_positions")
-            ]
-            if i in places:
-                at = places[i]
-                assert got == [
-                    int(expected.sampled_rows[at]),
-                    int(expected.sampled_slots[at]),
-                    int(expected.sampled_positions[at]),
-                ]
-            else:
-                assert got == [0, padding, 0]
+        for state in (fast, slow):
+            state.apply(plan)
+        ours, expected = fast.rows(plan), slow.rows(plan)
+        for field in fields(StepRows):
+            got, wanted = getattr(ours, field.name), getattr(expected, field.name)
+            if isinstance(got, Tensor):
+                got, wanted = got.tolist(), wanted.tolist()
+            if field.name != "sampled":
+                assert got == wanted, field.name
+        drawn = torch.randint(0, 9999, (len(plan.sampled_slots),))
+        fast.write(ours.sampled, drawn.to(fast.tables.tokens.device))
+        slow.write(expected.sampled, drawn)
+        for field in fields(SampledRows):
+            got, wanted = getattr(ours.sampled, field.name), getattr(expected.sampled, field.name)
+            assert got.tolist() == wanted.tolist(), field.name
+    for name in ("tokens", "block_tables", "temperatures", "seeds", "num_computed"):
+        got, wanted = getattr(fast.tables, name), getattr(slow.tables, name)
+        assert got[:-1].tolist() == wanted[:-1].tolist(), name

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine.batch import SlotTables
 
 from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
@@ -20,7 +19,6 @@ from tests.kernels.interpreter import (
     run_in_interpreter,
     starts_interpreter,
 )
-from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random_plans
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels import search as searching
@@ -241,26 +239,6 @@ def test_skinny_linear_shapes_and_refusals() -> None:
     expected = torch.nn.functional.linear(x, weight, x[0]) + x
     got = skinny_linear_reference(x, weight, x[0], residual=x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
-
-
-def _slot_tables(kernels: bool) -> SlotTables:
-    tables = SlotTables(5, 96, BLOCK_SIZE, torch.device("cpu"))
-    tables._kernels = kernels
-    return tables
-
-
-@interpreted
-@pytest.mark.parametrize("seed", range(4))
-def test_staging_by_kernel(seed: int) -> None:
-    plans = random_plans(seed, 5, 90, decodes=True)
-    check_staging(_slot_tables(True), _slot_tables(False), plans)
-
-
-@interpreted
-@pytest.mark.parametrize("seed", range(3))
-def test_staging_of_a_padded_prefill(seed: int) -> None:
-    plans = [p for p in random_plans(seed, 4, 90, decodes=False) if p.prefill]
-    check_prefill(_slot_tables(True), _slot_tables(False), plans, 500)
 
 
 @interpreted

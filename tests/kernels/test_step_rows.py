@@ -8,18 +8,19 @@ kernel may neither read it nor write to it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
 import torch
-from engine.batch import SlotTables
-from engine.decode_step import DecodeStep
 from torch import Tensor
 
+from engine.device_state import DeviceState
+from engine.graphs import StepGraphs
+from engine.staging import Staging
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
-from layers.parallel import ParallelContext
-from layers.sampler import Sampler
+from layers import step_rows as reference
+from layers.step_rows import SampledRows, SlotTables, StepRows
 from memory.kv_cache import KVLayer
 from sampling_params import SamplingParams
 from tests.kernels.interpreter import (
@@ -30,20 +31,10 @@ from tests.kernels.interpreter import (
     run_in_interpreter,
     starts_interpreter,
 )
+from tests.kernels.plans import check_rows, random_plans
 
 if INTERPRET and HAS_TRITON:
-    from layers.kernels.slots import (
-        DecodeRows,
-        StepRows,
-        enter_requests,
-        gather_decode,
-        gather_decode_reference,
-        gather_rows,
-        scatter_tokens,
-        scatter_tokens_reference,
-    )
-
-    from layers.kernels import slots as slot_kernels
+    from layers.kernels import step_rows as kernels
     from layers.kernels.qkv import qk_norm_rope_store
 
     patch_interpreter()
@@ -53,6 +44,8 @@ BLOCK_SIZE, WIDTH, NUM_SLOTS = 8, 96, 40
 POISON = -7
 # A read at this position would leave the tables, and the process.
 FAR = 1 << 40
+PER_REQUEST = ("input_ids", "positions", "slot_mapping", "slots", "context_lens", "query_start")
+PER_SAMPLED = ("rows", "slots", "positions", "temperatures", "seeds")
 
 
 @starts_interpreter
@@ -72,111 +65,47 @@ def _seeds(few: int) -> list[Any]:
     return [*range(few), *(pytest.param(seed, marks=pytest.mark.slow) for seed in more)]
 
 
-@dataclass
-class Tables:
-    """Per-slot tables as `SlotTables` has them; the last row is padding."""
+def _random_tables(generator: torch.Generator) -> SlotTables:
+    """Block ids are so large that most rows of the cache are beyond 2^31."""
 
-    tokens: Tensor
-    block_tables: Tensor
-    num_computed: Tensor
-    temperatures: Tensor
-    seeds: Tensor
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
 
-    @staticmethod
-    def random(generator: torch.Generator) -> Tables:
-        """Block ids are so large that most rows of the cache are beyond 2^31."""
-
-        def integers(low: int, high: int, *shape: int) -> Tensor:
-            return torch.randint(low, high, shape, generator=generator)
-
-        rows = NUM_SLOTS + 1
-        made = Tables(
-            tokens=integers(0, 150_000, rows, WIDTH).int(),
-            block_tables=integers(0, 2**31 - 1, rows, WIDTH // BLOCK_SIZE).int(),
-            num_computed=integers(0, WIDTH - 1, rows),
-            temperatures=torch.rand(rows, generator=generator),
-            seeds=integers(0, 2**63 - 1, rows),
-        )
-        made.tokens[-1], made.block_tables[-1], made.num_computed[-1] = POISON, POISON, FAR
-        made.temperatures[-1], made.seeds[-1] = float("nan"), POISON
-        return made
-
-    def copy(self) -> Tables:
-        return Tables(*(getattr(self, f.name).clone() for f in fields(self)))
-
-    def assert_equal(self, other: Tables) -> None:
-        for f in fields(self):
-            ours, theirs = getattr(self, f.name), getattr(other, f.name)
-            assert torch.equal(ours[:-1], theirs[:-1]), f.name
-            torch.testing.assert_close(ours[-1], theirs[-1], rtol=0, atol=0, equal_nan=True)
+    rows = NUM_SLOTS + 1
+    made = SlotTables(
+        tokens=integers(0, 150_000, rows, WIDTH).int(),
+        block_tables=integers(0, 2**31 - 1, rows, WIDTH // BLOCK_SIZE).int(),
+        num_computed=integers(0, WIDTH - 8, rows),
+        temperatures=torch.rand(rows, generator=generator),
+        seeds=integers(0, 2**63 - 1, rows),
+        block_size=BLOCK_SIZE,
+    )
+    made.tokens[-1], made.block_tables[-1], made.num_computed[-1] = POISON, POISON, FAR
+    made.temperatures[-1], made.seeds[-1] = float("nan"), POISON
+    return made
 
 
-def _poisoned(rows: Any) -> Any:
-    for name in rows.__slots__:
-        getattr(rows, name).fill_(POISON)
-    return rows
+def _columns(tables: SlotTables) -> list[str]:
+    return [f.name for f in fields(tables) if f.name != "block_size"]
 
 
-def _some_slots(size: int, generator: torch.Generator) -> Tensor:
-    """[size] different slots, three in ten of them replaced by padding."""
-    slots = torch.randperm(NUM_SLOTS, generator=generator)[:size]
-    slots[torch.rand(size, generator=generator) < 0.3] = NUM_SLOTS
-    return slots
+def _copied(tables: SlotTables) -> SlotTables:
+    return replace(tables, **{name: getattr(tables, name).clone() for name in _columns(tables)})
 
 
-def _assert_rows(got: Any, expected: Any, size: int) -> None:
-    """The first rows of each column are the expected ones, and the others as they were."""
-    for name in got.__slots__:
-        column = getattr(got, name)
-        assert column[:size].tolist() == getattr(expected, name)[:size].tolist(), name
-        assert (column[size:] == POISON).all(), name
-
-
-# One row, a program's 32 but for one, all of them, and more.
-SIZES = [1, 31, 32, 33, 40]
-
-
-@interpreted
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seed", _seeds(3))
-def test_gather_decode(size: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tables, slots = Tables.random(generator), _some_slots(size, generator)
-    before = tables.copy()
-    out = _poisoned(DecodeRows.empty(size + 3, CPU))
-    arguments = [getattr(tables, f.name) for f in fields(tables)]
-    gather_decode(slots, *arguments, block_size=BLOCK_SIZE, out=out.first(size))
-    tables.assert_equal(before)
-    expected = DecodeRows.empty(size, CPU)
-    # It reads the padding row, at position 0.
-    gather_decode_reference(slots, *arguments, block_size=BLOCK_SIZE, out=expected)
-    _assert_rows(out, expected, size)
-    padding = out.slots[:size] == NUM_SLOTS
-    assert (out.slot_mapping[:size][padding] == -1).all()
-    assert (out.context_lens[:size][padding] == 0).all()
-
-
-@interpreted
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seed", _seeds(3))
-def test_scatter_tokens(size: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tables, slots = Tables.random(generator), _some_slots(size, generator)
-    rows = _poisoned(DecodeRows.empty(size + 3, CPU))
-    rows.slots[:size] = slots.int()
-    rows.positions[:size] = torch.where(slots == NUM_SLOTS, FAR, tables.num_computed[slots])
-    sampled = torch.randint(0, 2**31, (size,), generator=generator)
-    expected = tables.copy()
-    scatter_tokens(sampled, rows.first(size), tables.tokens, tables.num_computed)
-    scatter_tokens_reference(sampled, rows.first(size), expected.tokens, expected.num_computed)
-    tables.assert_equal(expected)
+def _assert_equal(ours: SlotTables, theirs: SlotTables, *, padding: bool = True) -> None:
+    for name in _columns(ours):
+        got, expected = getattr(ours, name), getattr(theirs, name)
+        assert torch.equal(got[:-1], expected[:-1]), name
+        if padding:
+            torch.testing.assert_close(got[-1], expected[-1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture
 def _few_tokens_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that requests of some tens of tokens take several programs, as those of 1,024 do."""
     if INTERPRET:
-        monkeypatch.setattr(slot_kernels, "_TOKENS", 16)
+        monkeypatch.setattr(kernels, "_MANY", 16)
 
 
 @interpreted
@@ -185,8 +114,8 @@ def _few_tokens_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seed", _seeds(3))
 def test_enter_requests(count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    tables = Tables.random(generator)
-    expected = tables.copy()
+    tables = _random_tables(generator)
+    by_reference, by_hand = _copied(tables), _copied(tables)
     slots = torch.randperm(NUM_SLOTS, generator=generator)[:count]
     lengths = torch.randint(1, WIDTH, (count,), generator=generator)
     # The edges of a program's share, and the longest there can be.
@@ -195,102 +124,194 @@ def test_enter_requests(count: int, seed: int) -> None:
     seeds = torch.randint(0, 2**63 - 1, (count,), generator=generator)
     temperatures = torch.rand(count, generator=generator)
     ids = torch.randint(0, 150_000, (int(lengths.sum()),), generator=generator).int()
-    enter_requests(
-        torch.stack((slots, firsts, lengths, seeds)),
-        temperatures,
-        ids,
-        longest=int(lengths.max()),
-        tokens=tables.tokens,
-        out_temperatures=tables.temperatures,
-        out_seeds=tables.seeds,
-    )
+    header = torch.stack((slots, firsts, lengths, seeds))
+    for ops, changed in ((kernels, tables), (reference, by_reference)):
+        ops.enter_requests(changed, header, temperatures, ids, int(lengths.max()))
     for i, slot in enumerate(slots.tolist()):
-        expected.tokens[slot, : lengths[i]] = ids[firsts[i] : firsts[i] + lengths[i]]
-        expected.temperatures[slot], expected.seeds[slot] = temperatures[i], seeds[i]
-    tables.assert_equal(expected)
+        by_hand.tokens[slot, : lengths[i]] = ids[firsts[i] : firsts[i] + lengths[i]]
+        by_hand.temperatures[slot], by_hand.seeds[slot] = temperatures[i], seeds[i]
+    _assert_equal(tables, by_hand)
+    _assert_equal(by_reference, by_hand)
 
 
 @dataclass(frozen=True)
-class Row:
+class Request:
     """A request's part of a step.
 
     Attributes:
-        start: first position; None for the next one of a decode.
-        samples: None where it has no place among the sampled ones.
+        start: first position; None for the next ones of a decode.
+        sampled: how many of its last rows; with None it has no place among the sampled ones.
     """
 
     slot: int
     start: int | None
     count: int
-    samples: bool | None
+    sampled: int | None
 
 
-def _random_step(generator: torch.Generator) -> list[Row]:
-    """Chunks with and without a sample, decodes, and padding of both kinds."""
+def _random_step(generator: torch.Generator, per_decode: int) -> list[Request]:
+    """Chunks with and without a sample, decodes, and padding of all kinds."""
 
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
     slots = torch.randperm(NUM_SLOTS, generator=generator).tolist()
-    rows = []
+    made = []
     for i, count in enumerate((1, 16, 17, 60, integer(1, 90))):
-        samples = (True, False, None)[integer(0, 2)]
-        rows.append(Row(slots[i], integer(0, WIDTH - count), count, samples))
-    rows += [Row(slot, None, 1, True) for slot in slots[5 : 5 + integer(0, 9)]]
+        sampled = (1, 0, None)[integer(0, 2)]
+        made.append(Request(slots[i], integer(0, WIDTH - count), count, sampled))
     # As of a captured prefill with fewer requests than it was made for.
-    rows += [Row(NUM_SLOTS, 0, 0, False), Row(NUM_SLOTS, 0, integer(1, 40), None)]
+    made += [Request(NUM_SLOTS, 0, 0, 0), Request(NUM_SLOTS, 0, integer(1, 40), None)]
+    return made + _random_decodes(generator, slots[5 : 5 + integer(0, 9)], per_decode)
+
+
+def _random_decodes(generator: torch.Generator, slots: list[int], count: int) -> list[Request]:
+    """Decodes, three in ten of them padding."""
+    padding = torch.rand(len(slots), generator=generator) < 0.3
+    chosen = [NUM_SLOTS if p else s for s, p in zip(slots, padding.tolist(), strict=True)]
+    return [Request(slot, None, count, count) for slot in chosen]
+
+
+def _unset_rows(step: list[Request], per_decode: int) -> StepRows:
+    """Poisoned rows with the step's header, which is a part of a wider one."""
+    columns, place, first = [], 0, 0
+    for r in step:
+        start = -1 if r.start is None else r.start
+        has_place = r.sampled is not None
+        columns.append((r.slot, start, r.count, first, place if has_place else -1, r.sampled or 0))
+        first += r.count
+        place += max(r.sampled or 0, 1) if has_place else 0
+    wide = torch.full((6, len(step) + 3), FAR)
+    wide[:, : len(step)] = torch.tensor(columns).T
+    chunks = [r for r in step if r.start is not None]
+    rows = StepRows.empty(
+        wide[:, : len(step)],
+        first + 5,
+        place + 2,
+        num_chunks=len(chunks),
+        num_chunk_rows=sum(r.count for r in chunks),
+        longest_chunk=max((r.count for r in chunks), default=0),
+        rows_per_decode=per_decode,
+    )
+    for name in PER_REQUEST:
+        getattr(rows, name).fill_(POISON)
+    for name in PER_SAMPLED:
+        getattr(rows.sampled, name).fill_(POISON)
     return rows
+
+
+def _check_rows(rows: StepRows, step: list[Request], before: SlotTables) -> SlotTables:
+    """Compare with what Python makes of the step; returns the tables as they should be now."""
+    after = _copied(before)
+    per_request: dict[str, list[Any]] = {name: [] for name in PER_REQUEST}
+    per_sampled: dict[str, list[Any]] = {name: [] for name in PER_SAMPLED}
+    per_request["query_start"].append(0)
+    for r in step:
+        padding = r.slot == NUM_SLOTS
+        start = int(before.num_computed[r.slot]) if r.start is None else r.start
+        at = range(start, start + r.count)
+        blocks = [0 if padding else int(before.block_tables[r.slot, p // BLOCK_SIZE]) for p in at]
+        pages = [b * BLOCK_SIZE + p % BLOCK_SIZE for b, p in zip(blocks, at, strict=True)]
+        nothing = [0] * r.count
+        per_request["input_ids"] += nothing if padding else before.tokens[r.slot, at].tolist()
+        per_request["positions"] += nothing if padding else at
+        per_request["slot_mapping"] += [-1] * r.count if padding else pages
+        per_request["slots"].append(r.slot)
+        per_request["context_lens"].append(0 if padding else at.stop)
+        if not padding:
+            after.num_computed[r.slot] = at.stop
+        last = per_request["query_start"][-1] + r.count
+        per_request["query_start"].append(last)
+        for i in range(0 if r.sampled is None else max(r.sampled, 1)):
+            entry: tuple[Any, ...] = (0, NUM_SLOTS, 0, 0.0, 0)
+            if not padding and r.sampled:
+                behind = r.sampled - i
+                keys = float(before.temperatures[r.slot]), int(before.seeds[r.slot])
+                entry = (last - behind, r.slot, at.stop - behind + 1, *keys)
+            for name, value in zip(PER_SAMPLED, entry, strict=True):
+                per_sampled[name].append(value)
+    for part, wanted in ((rows, per_request), (rows.sampled, per_sampled)):
+        for name, values in wanted.items():
+            got = getattr(part, name).tolist()
+            assert got == values + [POISON] * (len(got) - len(values)), name
+    return after
 
 
 @interpreted
 @pytest.mark.usefixtures("_few_tokens_a_program")
-@pytest.mark.parametrize("seed", _seeds(6))
-def test_gather_rows(seed: int) -> None:
+@pytest.mark.parametrize("per_decode", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", ["mixed", "decodes"])
+@pytest.mark.parametrize("seed", _seeds(3))
+def test_fill_rows(seed: int, kind: str, per_decode: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    tables, step = Tables.random(generator), _random_step(generator)
-    header, first, place = torch.empty(6, len(step), dtype=torch.int64), 0, 0
-    wanted: dict[str, list[Any]] = {name: [] for name in StepRows.__slots__}
-    after = tables.copy()
-    wanted["query_start"].append(0)
-    for i, row in enumerate(step):
-        padding = row.slot == NUM_SLOTS
-        start = int(tables.num_computed[row.slot]) if row.start is None else row.start
-        at = range(start, start + row.count)
-        block = [int(tables.block_tables[row.slot, p // BLOCK_SIZE]) for p in at]
-        mapping = [b * BLOCK_SIZE + p % BLOCK_SIZE for b, p in zip(block, at, strict=True)]
-        nothing = [0] * row.count
-        wanted["input_ids"] += nothing if padding else tables.tokens[row.slot, at].tolist()
-        wanted["positions"] += nothing if padding else at
-        wanted["slot_mapping"] += [-1] * row.count if padding else mapping
-        wanted["slots"].append(row.slot)
-        wanted["context_lens"].append(0 if padding else at.stop)
-        if not padding:
-            after.num_computed[row.slot] = at.stop
-        header[:4, i] = torch.tensor(
-            [row.slot, -1 if row.start is None else start, row.count, first]
-        )
-        header[4:, i] = torch.tensor([-1 if row.samples is None else place, bool(row.samples)])
-        first += row.count
-        wanted["query_start"].append(first)
-        if row.samples is not None:
-            sampled = (first - 1, row.slot, at.stop) if row.samples else (0, NUM_SLOTS, 0)
-            for name, value in zip(StepRows.__slots__[-3:], sampled, strict=True):
-                wanted[name].append(value)
-            place += 1
-    out = _poisoned(StepRows.empty(first + 5, len(step) + 2, place + 2, CPU))
-    gather_rows(
-        header,
-        tables.tokens,
-        tables.block_tables,
-        tables.num_computed,
-        block_size=BLOCK_SIZE,
-        longest=max(row.count for row in step),
-        out=out,
+    tables = _random_tables(generator)
+    if kind == "mixed":
+        step = _random_step(generator, per_decode)
+    else:
+        slots = torch.randperm(NUM_SLOTS, generator=generator).tolist()
+        step = _random_decodes(generator, slots[: 1 + 13 * seed], per_decode)
+    before = _copied(tables)
+    rows = _unset_rows(step, per_decode)
+    kernels.fill_rows(tables, rows)
+    _assert_equal(tables, _check_rows(rows, step, before))
+    # The reference reads the row of padding, at position 0.
+    by_reference, rows = _copied(before), _unset_rows(step, per_decode)
+    reference.fill_any_rows(by_reference, rows)
+    _assert_equal(by_reference, _check_rows(rows, step, before), padding=False)
+
+
+@pytest.mark.parametrize("seed", _seeds(5))
+def test_rows_of_decodes_alone_by_fewer_operations(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tables = _random_tables(generator)
+    slots = torch.randperm(NUM_SLOTS, generator=generator).tolist()[: 1 + 9 * seed]
+    step = [Request(slot, None, 1, 1) for slot in slots]
+    before, made = _copied(tables), _unset_rows(step, 1)
+    rows = replace(
+        made,
+        sampled=made.sampled[: len(slots)],
+        **{name: getattr(made, name)[: len(slots)] for name in PER_REQUEST[:3]},
     )
-    for name, values in wanted.items():
-        column = getattr(out, name).tolist()
-        assert column == values + [POISON] * (len(column) - len(values)), name
-    tables.assert_equal(after)
+    reference.fill_rows(tables, rows)
+    _assert_equal(tables, _check_rows(rows, step, before))
+
+
+# One row, a program's 32 but for one, all of them, and more.
+@interpreted
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 40])
+@pytest.mark.parametrize("seed", _seeds(3))
+def test_write_tokens(size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tables = _random_tables(generator)
+    slots = torch.randperm(NUM_SLOTS, generator=generator)[:size]
+    slots[torch.rand(size, generator=generator) < 0.3] = NUM_SLOTS
+    sampled = SampledRows.empty(size + 3, CPU)
+    sampled.slots[:size] = slots
+    sampled.positions[:size] = torch.where(slots == NUM_SLOTS, FAR, tables.num_computed[slots])
+    sampled.tokens.fill_(POISON)
+    drawn = torch.randint(0, 2**31, (size,), generator=generator)
+    expected, by_reference = _copied(tables), _copied(tables)
+    columns = slots.tolist(), sampled.positions[:size].tolist(), drawn.tolist()
+    for slot, position, token in zip(*columns, strict=True):
+        if slot != NUM_SLOTS:
+            expected.tokens[slot, position] = token
+    kernels.write_tokens(tables, sampled[:size], drawn)
+    _assert_equal(tables, expected)
+    assert sampled.tokens.tolist() == [*drawn.tolist(), POISON, POISON, POISON]
+    sampled.positions[:size][slots == NUM_SLOTS] = 0
+    reference.write_tokens(by_reference, sampled[:size], drawn)
+    _assert_equal(by_reference, expected, padding=False)
+
+
+def _state(kernels: bool, num_slots: int = 5) -> DeviceState:
+    return DeviceState(SlotTables.zeros(num_slots, WIDTH, 16, CPU), Staging(CPU), kernels)
+
+
+@interpreted
+@pytest.mark.usefixtures("_few_tokens_a_program")
+@pytest.mark.parametrize("seed", _seeds(4))
+def test_rows_of_random_plans(seed: int) -> None:
+    check_rows(_state(True), _state(False), random_plans(seed, 5, 90))
 
 
 def _store(values: Tensor, slot_mapping: Tensor, kv: KVLayer) -> None:
@@ -309,28 +330,21 @@ def _pages(num_blocks: int) -> Tensor:
 @interpreted
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_padding_writes_no_keys_and_values(kind: str) -> None:
-    tables = Tables.random(torch.Generator().manual_seed(0))
+    tables = _random_tables(torch.Generator().manual_seed(0))
     tables.block_tables[:-1] = torch.randperm(NUM_SLOTS * 12).view(NUM_SLOTS, 12).int() + 1
-    pages = _pages(NUM_SLOTS * 12 + 1)
-    kv = KVLayer.of(pages)
-    slots = torch.tensor([3, NUM_SLOTS, 7, NUM_SLOTS])
-    out: DecodeRows | StepRows
+    kv = KVLayer.of(_pages(NUM_SLOTS * 12 + 1))
+    slots = (3, NUM_SLOTS, 7, NUM_SLOTS)
     if kind == "decode":
-        out = rows = DecodeRows.empty(4, CPU)
-        arguments = [getattr(tables, f.name) for f in fields(tables)]
-        gather_decode(slots, *arguments, block_size=BLOCK_SIZE, out=rows)
+        step = [Request(slot, None, 1, 1) for slot in slots]
         positions = [int(tables.num_computed[slot]) for slot in (3, 7)]
     else:
-        out = step = StepRows.empty(11, 4, 4, CPU)
-        counts = torch.tensor([1, 0, 1, 9])
-        zeros = torch.zeros(4, dtype=torch.int64)
-        first = torch.tensor([0, 1, 1, 2])
-        header = torch.stack((slots, zeros + 5, counts, first, zeros - 1, zeros))
-        header[1, 3] = 0
-        names = (tables.tokens, tables.block_tables, tables.num_computed)
-        gather_rows(header, *names, block_size=BLOCK_SIZE, longest=9, out=step)
+        counts = (1, 0, 1, 9)
+        step = [Request(s, 5, n, None) for s, n in zip(slots, counts, strict=True)]
         positions = [5, 5]
-    _store(torch.arange(len(out.input_ids)) + 1, out.slot_mapping, kv)
+    rows = _unset_rows(step, 1)
+    count = sum(r.count for r in step)
+    kernels.fill_rows(tables, rows)
+    _store(torch.arange(count) + 1, rows.slot_mapping[:count], kv)
     written = {
         int(tables.block_tables[slot, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
         for slot, position in zip((3, 7), positions, strict=True)
@@ -339,82 +353,82 @@ def test_padding_writes_no_keys_and_values(kind: str) -> None:
     assert set(there.nonzero().flatten().tolist()) == written
 
 
-class _Summing:
-    """Stands in for model and backend: the next token is that of the sum of all visible tokens.
+class _Graph:
+    """A graph whose replay does the work again."""
 
-    It reads them as K and V from the pages, where each step has stored its own.
-    """
-
-    vocab_size = 97
-
-    def __init__(self) -> None:
-        self.rotary = self
-
-    def prepare(self, about: Any) -> Any:
-        return about
-
-    def __call__(self, batch: Any) -> Tensor:
-        (kv,) = batch.kv
-        _store(batch.input_ids, batch.slot_mapping, kv)
-        about = batch.attention
-        logits = torch.zeros(len(about.slots), self.vocab_size)
-        for row, (slot, length) in enumerate(
-            zip(about.slots.tolist(), about.context_lens.tolist(), strict=True)
-        ):
-            seen = about.block_tables[slot, : -(-length // BLOCK_SIZE)].long()
-            total = kv.k[seen].flatten(0, 1)[:length, 0, 0].sum() if length else torch.tensor(0)
-            logits[row, int(total) % self.vocab_size] = 1.0
-        return logits
+    def __init__(self, work: Callable[[], object], pool: Any) -> None:
+        self.replay = work
+        self.pool = lambda: pool
 
 
-class _Eager:
-    """Stands in for `DecodeGraphs`: a replay calls the step again, on the same slots."""
-
-    pool = None
-
-    def __init__(self, step: Callable[[Tensor], Tensor], slots: Tensor, sizes: list[int]) -> None:
-        self._step, self._slots, self._sizes = step, slots, sizes
-
-    def padded(self, size: int) -> int:
-        return next(s for s in self._sizes if s >= size)
-
-    def replay(self, size: int) -> Tensor:
-        return self._step(self._slots[:size])
+VOCAB_SIZE = 97
 
 
 @interpreted
-def test_a_padded_decode_step_writes_to_its_requests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of fewer and of more requests than the one before, padded and not."""
-    monkeypatch.setattr("engine.decode_step.DecodeGraphs", _Eager)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    tables = SlotTables(8, WIDTH, BLOCK_SIZE, CPU)
+def test_captured_steps_write_to_their_requests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of chunks and decodes, of more and fewer requests than the one before, padded.
+
+    The next token is that of the sum of all tokens up to it. Steps read them from the pages, where
+    each step has stored its own.
+    """
+    monkeypatch.setattr("engine.graphs.captured", _Graph)
+    staging = Staging(CPU)
+    state = DeviceState(SlotTables.zeros(8, 256, BLOCK_SIZE, CPU), staging, kernels=True)
     pages = _pages(40)
-    model: Any = _Summing()
-    sampler = Sampler(ParallelContext(), CPU, torch.float32)
-    step = DecodeStep(model, model, sampler, tables, [KVLayer.of(pages)], BLOCK_SIZE)
-    step.capture([1, 4, 8])
+    kv = KVLayer.of(pages)
+
+    def plain_step(rows: StepRows, out: Tensor | None) -> Tensor:
+        state.fill(rows)
+        _store(rows.input_ids, rows.slot_mapping, kv)
+        logits = torch.zeros(len(rows.sampled.rows), VOCAB_SIZE)
+        known = zip(rows.sampled.slots.tolist(), rows.sampled.positions.tolist(), strict=True)
+        for row, (slot, length) in enumerate(known):
+            seen = state.tables.block_tables[slot, : -(-length // BLOCK_SIZE)].long()
+            total = kv.k[seen].flatten(0, 1)[:length, 0, 0].sum()
+            logits[row, int(total) % VOCAB_SIZE] = 1.0
+        state.write(rows.sampled, logits.argmax(1))
+        return logits if out is None else out.copy_(logits)
+
+    graphs = StepGraphs(plain_step, state, staging, max_tokens=128, weights_per_layer=1)
+    graphs.capture()
     assert pages.isnan().all()
     # Block 0 belongs to nobody: padding that is stored somewhere is likely stored there.
     tokens = {slot: [slot + 1, 5, 2 * slot] for slot in range(8)}
+    computed = dict.fromkeys(tokens, 0)
     blocks = {slot: list(range(4 * slot + 1, 4 * slot + 5)) for slot in range(8)}
     params = SamplingParams(temperature=0.0)
     news = tuple(NewRequest(s, s, tuple(ids), params, 0) for s, ids in tokens.items())
     updates = tuple(BlockUpdate(s, 0, tuple(ids)) for s, ids in blocks.items())
-    chunks = tuple(PrefillChunk(s, 0, 2, False) for s in range(8))
-    inputs = tables.stage(StepPlan(0, news, updates, chunks))
-    _store(inputs.input_ids, inputs.slot_mapping, KVLayer.of(pages))
-    everyone = tuple(range(8))
-    steps = ((3, 1, 6), (3, 1, 6), (5, 2, 4), (2,), everyone, (7, 0))
-    for number, decode in enumerate(steps):
-        got = step.run(StepPlan(number + 1, decode=decode))
-        assert len(got) == len(decode)
+    first, rest, whole = ((0, 2, False), (2, 1, True), (0, 3, True))
+    steps: list[tuple[list[tuple[int, tuple[int, int, bool]]], tuple[int, ...]]] = [
+        ([(3, whole), (1, first)], ()),
+        ([(1, rest), (6, whole)], (3,)),
+        ([], (3, 1, 6)),
+        ([], (3, 1, 6)),
+        ([(s, whole) for s in (2, 4, 5, 7)], (6,)),
+        ([], (5, 2, 4)),
+        ([(0, first)], (2,)),
+        ([], (2,)),
+        ([(0, rest)], tuple(range(1, 8))),
+        ([], tuple(range(8))),
+        ([], (7, 0)),
+    ]
+    for number, (chunks, decode) in enumerate(steps):
+        changes = (news, updates) if number == 0 else ((), ())
+        prefill = tuple(PrefillChunk(slot, *chunk) for slot, chunk in chunks)
+        plan = StepPlan(number, *changes, prefill, decode)
+        state.apply(plan)
+        got = graphs.replay(plan)[1].tokens.tolist()
+        for chunk in prefill:
+            computed[chunk.slot] += chunk.num_tokens
         for slot in decode:
-            tokens[slot].append(sum(tokens[slot]) % model.vocab_size)
-        assert got.tolist() == [tokens[slot][-1] for slot in decode]
+            computed[slot] += 1
+        for slot in plan.sampled_slots:
+            tokens[slot].append(sum(tokens[slot]) % VOCAB_SIZE)
+        assert got == [tokens[slot][-1] for slot in plan.sampled_slots]
         for slot, known in tokens.items():
-            # All but the last token, which the next step computes.
             there = pages[blocks[slot], :, 0, 0, 0].flatten()
-            assert there[: len(known) - 1].tolist() == known[:-1]
-            assert there[len(known) - 1 :].isnan().all()
+            assert there[: computed[slot]].tolist() == known[: computed[slot]]
+            assert there[computed[slot] :].isnan().all()
         assert pages[0].isnan().all()
         assert pages[33:].isnan().all()
