@@ -81,3 +81,13 @@ def test_the_readme_is_short_and_names_its_test_command() -> None:
     # .ci/run runs the command that the README states.
     assert "exec make test" in (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^make test\b", text, re.M)
+
+
+def test_the_log_has_dated_headings_newest_first() -> None:
+    text = (ROOT / "docs" / "LOG.md").read_text()
+    headings = re.findall(r"^## (.*)", text, re.M)
+    dates = [re.match(r"\d{4}-\d\d-\d\d ", heading) for heading in headings]
+    assert [heading for heading, date in zip(headings, dates, strict=True) if not date] == []
+    days = [date[0] for date in dates if date]
+    assert days == sorted(days, reverse=True)
+    assert len(set(headings)) == len(headings)
