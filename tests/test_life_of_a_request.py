@@ -23,7 +23,9 @@ def methods(path: Path) -> set[str]:
     """All "Class.name" of a module's classes: methods and annotated attributes."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        for part in node.body if isinstance(node, ast.ClassDef) else ():
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for part in node.body:
             if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 found.add(f"{node.name}.{part.name}")
             elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
