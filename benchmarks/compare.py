@@ -57,6 +57,16 @@ class Row:
         return statistics.median(self.rates)
 
     @property
+    def is_first_token(self) -> bool:
+        """Whether one token is all there is to generate: its time is told, and no rate."""
+        return self.output_tokens == 1
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Wall time of every repeat in milliseconds, rising."""
+        return sorted(1e3 * s for s in self.seconds)
+
+    @property
     def limit(self) -> float | None:
         """Output tokens per second at the roofline."""
         return None if self.limit_seconds is None else self.output_tokens / self.limit_seconds

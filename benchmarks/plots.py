@@ -38,8 +38,10 @@ def draw_plots(folder: Path, rows: Sequence[Row], traces: dict[str, Trace]) -> l
     engines = list(dict.fromkeys([*(row.engine for row in rows), *traces]))
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(engines)}
     figures: dict[str, Figure] = {}
-    if rows:
-        figures["throughput.png"] = _throughput(rows, colours)
+    if rates := [row for row in rows if not row.is_first_token]:
+        figures["throughput.png"] = _bars(rates, colours)
+    if firsts := [row for row in rows if row.is_first_token]:
+        figures["first_tokens.png"] = _bars(firsts, colours)
     if traces:
         figures["tokens.png"] = _tokens(traces, colours)
         figures["latency.png"] = _latency(traces, colours)
@@ -64,8 +66,8 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
     return figure, list(axes)
 
 
-def _throughput(rows: Sequence[Row], colours: dict[str, str]) -> Figure:
-    """A panel of bars per workload, the limit as a line across."""
+def _bars(rows: Sequence[Row], colours: dict[str, str]) -> Figure:
+    """A panel of bars per workload: rates, or first tokens in ms; the limit as a line across."""
     works = list(dict.fromkeys(row.workload for row in rows))
     longest = max(sum(row.workload == work for row in rows) for work in works)
     width = max(5.0, len(works) * (1.2 + 0.9 * longest))
@@ -73,29 +75,34 @@ def _throughput(rows: Sequence[Row], colours: dict[str, str]) -> Figure:
     for ax, work in zip(axes, works, strict=True):
         own = [row for row in rows if row.workload == work]
         names = [row.engine for row in own]
-        medians = [row.median for row in own]
+        values = [row.milliseconds if row.is_first_token else row.rates for row in own]
+        medians = [statistics.median(rising) for rising in values]
         spread = [
-            [row.median - row.rates[0] for row in own],
-            [row.rates[-1] - row.median for row in own],
+            [median - rising[0] for median, rising in zip(medians, values, strict=True)],
+            [rising[-1] - median for median, rising in zip(medians, values, strict=True)],
         ]
         bars = ax.bar(names, medians, yerr=spread, capsize=4, color=[colours[n] for n in names])
+        limit = own[0].limit
+        if limit is not None and own[0].is_first_token:
+            limit = 1e3 / limit
         # Inside the bars, or above those that are too low for it.
-        top = max(*medians, own[0].limit or 0.0)
+        top = max(*medians, limit or 0.0)
         for inside, place in ((True, "center"), (False, "edge")):
-            labels = [f"{m:,.0f}" if (m > 0.15 * top) is inside else "" for m in medians]
+            labels = [_number(m) if (m > 0.15 * top) is inside else "" for m in medians]
             ax.bar_label(bars, labels=labels, label_type=place, padding=0 if inside else 2)
-        if own[0].limit is not None:
-            ax.axhline(own[0].limit, color="black", linestyle="--", linewidth=1)
+        if limit is not None:
+            ax.axhline(limit, color="black", linestyle="--", linewidth=1)
             ax.annotate(
-                f"limit {own[0].limit:,.0f}",
-                (1, own[0].limit),
+                f"limit {_number(limit)}",
+                (1, limit),
                 xycoords=("axes fraction", "data"),
                 ha="right",
                 va="bottom",
             )
         ax.set_title(work)
         ax.grid(visible=False, axis="x")
-    axes[0].set_ylabel("output tokens / s")
+    unit = "milliseconds" if rows[0].is_first_token else "output tokens / s"
+    axes[0].set_ylabel(unit)
     return figure
 
 

@@ -15,6 +15,7 @@ from utils.percentile import percentile
 # File names of the plots and what they show.
 CAPTIONS = {
     "throughput.png": "Output tokens per second: median, and least to most of the repeats.",
+    "first_tokens.png": "Milliseconds to the first token: median, and least to most.",
     "tokens.png": "Output tokens over time, all requests together.",
     "latency.png": "Time to the first token, and between the tokens of a request.",
     "timeline.png": "Steps from the middle of the run.",
@@ -25,9 +26,12 @@ _LATENCY_HEAD = (
     *("workload", "engine", "to the first token: median", "p99"),
     *("between tokens: median", "p99", "longest"),
 )
-_ROW_HEAD = (
+_RATE_HEAD = (
     *("workload", "engine", "tok/s", "least to most", "time", "tokens", "speed-up"),
     *("of the limit", "memory"),
+)
+_FIRST_TOKEN_HEAD = (
+    *("workload", "engine", "first token", "least to most", "speed-up", "of the limit", "memory"),
 )
 
 
@@ -72,11 +76,11 @@ def write_report(
             if one.watch_problem
         ),
         "## Throughput",
-        _table(_ROW_HEAD, map(_row, rows)),
+        *_tables(rows),
         "Speed-ups are medians over pairs of repeats. The limit is the roofline from the bandwidth "
         "and matmul rate measured in the same run, on CUDA. Memory is the most that was held: of "
         "the device on CUDA, else of the process.",
-        *_plots(drawn, ("throughput.png",)),
+        *_plots(drawn, ("throughput.png", "first_tokens.png")),
     ]
     if watched:
         silent = [one.engine for one in good if one.engine not in traces]
@@ -131,14 +135,15 @@ def _milliseconds(rising: list[float], shares: tuple[float, ...]) -> list[str]:
     return [f"{1e3 * percentile(rising, share):,.1f} ms" if rising else "" for share in shares]
 
 
-def _row(row: Row) -> tuple[str, ...]:
-    speedup = fraction = memory = ""
-    if row.speedups is not None:
-        speedup = f"{statistics.median(row.speedups):.2f} x {row.baseline}"
-    if row.limit is not None:
-        fraction = f"{row.median / row.limit:.3f}"
-    if row.peak_bytes is not None:
-        memory = f"{row.peak_bytes / 2**30:.2f} GiB"
+def _tables(rows: Sequence[Row]) -> list[str]:
+    """Rates, then first tokens, whose times are in milliseconds; either only if there are some."""
+    rates = [row for row in rows if not row.is_first_token]
+    firsts = [row for row in rows if row.is_first_token]
+    tables = [_table(_RATE_HEAD, map(_rate, rates))] if rates or not firsts else []
+    return tables + ([_table(_FIRST_TOKEN_HEAD, map(_first_token, firsts))] if firsts else [])
+
+
+def _rate(row: Row) -> tuple[str, ...]:
     return (
         row.workload,
         row.engine,
@@ -146,7 +151,28 @@ def _row(row: Row) -> tuple[str, ...]:
         f"{row.rates[0]:,.1f} to {row.rates[-1]:,.1f}",
         f"{statistics.median(row.seconds):.3f} s",
         f"{row.output_tokens:,}",
-        speedup,
-        fraction,
-        memory,
+        *_beside(row),
     )
+
+
+def _first_token(row: Row) -> tuple[str, ...]:
+    times = row.milliseconds
+    return (
+        row.workload,
+        row.engine,
+        f"{statistics.median(times):,.2f} ms",
+        f"{times[0]:,.2f} to {times[-1]:,.2f} ms",
+        *_beside(row),
+    )
+
+
+def _beside(row: Row) -> tuple[str, str, str]:
+    """Speed-up, fraction of the limit and memory, each empty where there is none."""
+    speedup = fraction = memory = ""
+    if row.speedups is not None:
+        speedup = f"{statistics.median(row.speedups):.2f} x {row.baseline}"
+    if row.limit is not None:
+        fraction = f"{row.median / row.limit:.3f}"
+    if row.peak_bytes is not None:
+        memory = f"{row.peak_bytes / 2**30:.2f} GiB"
+    return speedup, fraction, memory

@@ -37,18 +37,18 @@ def describe_engine(one: Measured) -> str:
 
 def describe_row(row: Row) -> str:
     """One row in words."""
-    rates = row.rates
+    values = row.milliseconds if row.is_first_token else row.rates
+    digits, unit = (2, "ms") if row.is_first_token else (1, "tok/s")
     line = (
-        f"{row.workload:<22}{row.engine:<16}{row.median:>9.1f} tok/s "
-        f"({rates[0]:.1f} to {rates[-1]:.1f} in {len(rates)})"
+        f"{row.workload:<22}{row.engine:<16}{statistics.median(values):>9.{digits}f} {unit} "
+        f"({values[0]:.{digits}f} to {values[-1]:.{digits}f} in {len(values)})"
     )
     if row.speedups is not None:
         ratio, low, high = statistics.median(row.speedups), row.speedups[0], row.speedups[-1]
         line += f"  {ratio:.2f} times {row.baseline} ({low:.2f} to {high:.2f})"
-    if row.limit is not None:
-        line += f"  {row.median / row.limit:.3f} of the limit {row.limit:.0f}"
-    if row.output_tokens == 1:
-        line += f"  {1e3 * statistics.median(row.seconds):.2f} ms"
+    if row.limit is not None and row.limit_seconds is not None:
+        limit = f"{1e3 * row.limit_seconds:.2f} ms" if row.is_first_token else f"{row.limit:.0f}"
+        line += f"  {row.median / row.limit:.3f} of the limit {limit}"
     if row.peak_bytes is not None:
         line += f"  {row.peak_bytes / 2**30:.2f} GiB"
     return f"{line}  greedy {row.agreement}"

@@ -1,9 +1,10 @@
-"""The README's code runs as it stands, on the model that ships."""
+"""The code of README and docs/options.md runs on the model that ships; links lead to files."""
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,81 @@ import pytest
 from llm import LLM, SamplingParams
 
 ROOT = Path(__file__).parents[1]
-CODE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+def code_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def run(code: str, model: Path, **names: Any) -> dict[str, Any]:
+    """Execute a page's code, with the model that ships in place of the path that it names."""
+    exec(code.replace("path/to/Qwen3-0.6B", str(model)), names)
+    return names
 
 
 def test_the_first_lines(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = CODE[0].replace("path/to/Qwen3-0.6B", str(shipped))
-    assert str(shipped) in code
-    exec(code, {"__name__": "readme"})
+    code = code_of("README.md")[0]
+    assert "path/to/Qwen3-0.6B" in code
+    run(code, shipped)
     lines = capsys.readouterr().out
     assert len(re.findall(r"\] (stop|length)\n", lines)) == 2
 
 
-def test_outputs_streams_and_chats(
-    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_of_your_own(shipped: Path) -> None:
+    """The code itself asserts which request waited longer; in the default order it fails."""
+    code = code_of("README.md")[1]
+    assert run(code, shipped)["llm"].config.queue_policy.__name__ == "LongestFirst"
+    with pytest.raises(AssertionError):
+        run(code.replace("queue_policy=LongestFirst, ", ""), shipped)
+
+
+@pytest.fixture
+def llm(shipped: Path, tmp_path: Path) -> Iterator[LLM]:
     model = tmp_path / "model"
     shutil.copytree(shipped, model)
     # The shipped model is no chat model.
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     with LLM(model, device="cpu") as llm:
-        names: dict[str, Any] = {"llm": llm, "SamplingParams": SamplingParams}
-        exec(CODE[1], names)
-        assert llm.stats().finished_requests == 2 + 2 + 1
+        yield llm
+
+
+def test_outputs_streams_and_chats(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(code_of("docs/options.md")[0], Path(), llm=llm, SamplingParams=SamplingParams)
+    assert llm.stats().finished_requests == 2 + 2 + 1
     assert len(names["out"]["outputs"]) == 2
     assert capsys.readouterr().out
 
 
+def test_the_loop_by_hand(llm: LLM) -> None:
+    names = run(code_of("docs/options.md")[1], Path(), llm=llm, SamplingParams=SamplingParams)
+    assert len(names["outputs"]) == 1
+
+
 def test_there_is_no_other_code() -> None:
-    assert len(CODE) == 2
+    assert [len(code_of(page)) for page in ("README.md", "docs/options.md")] == [2, 2]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    here = [target.partition("#")[0] for target in targets if not target.startswith("http")]
+    assert [target for target in here if target and not (page.parent / target).exists()] == []
+
+
+def test_the_readme_is_short_and_names_its_test_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    # .ci/run runs the command that the README states.
+    assert "exec make test" in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^make test\b", text, re.M)
+
+
+def test_the_log_has_dated_headings_newest_first() -> None:
+    text = (ROOT / "docs" / "LOG.md").read_text()
+    headings = re.findall(r"^## (.*)", text, re.M)
+    dates = [re.match(r"\d{4}-\d\d-\d\d ", heading) for heading in headings]
+    assert [heading for heading, date in zip(headings, dates, strict=True) if not date] == []
+    days = [date[0] for date in dates if date]
+    assert days == sorted(days, reverse=True)
+    assert len(set(headings)) == len(headings)

@@ -222,6 +222,14 @@ def test_speedups_are_taken_repeat_by_repeat() -> None:
     assert f"{second.median / second.limit:.3f} of the limit" in words
 
 
+def test_first_tokens_are_told_in_milliseconds() -> None:
+    words = describe_row(
+        Row("first token of 9", "a", 1, [0.003, 0.002, 0.004], limit_seconds=0.0015)
+    )
+    assert "3.00 ms (2.00 to 4.00 in 3)  0.500 of the limit 1.50 ms" in words
+    assert "tok/s" not in words
+
+
 def test_the_peak_is_of_this_process() -> None:
     before = peak_host_bytes()
     block = bytearray(64 << 20)

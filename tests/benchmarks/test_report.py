@@ -47,6 +47,7 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
         Row(WORK, "ours", 10, [0.5, 0.4], 0.75, 0.2, "vllm", [2.0, 3.0], 3 << 30),
         Row(WORK, "vllm", 10, [1.0, 1.2], 0.75, 0.2),
         Row("another", "ours", 7, [0.01]),
+        Row("first token of 9", "ours", 1, [0.0021, 0.0019, 0.0024], 0.75, 0.001, "vllm", [3.0]),
     ]
     found = [_engine("ours", _trace(0.01)), _engine("vllm", None), _engine("nano-vllm", None)]
     found[2].problem = "RuntimeError: no device"
@@ -54,8 +55,9 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     assert {f.name for f in folder.iterdir()} == {"README.md", "results.json", *CAPTIONS}
     page = (folder / "README.md").read_text()
-    for row in rows:
+    for row in rows[:-1]:
         assert f"| {row.workload} | {row.engine} | {row.median:,.1f} |" in page
+    assert "| first token of 9 | ours | 2.10 ms | 1.90 to 2.40 ms | 3.00 x vllm | 0.476 |" in page
     for text in ("a machine", "2.50 x vllm", "0.450", "3.00 GiB", "RuntimeError: no device"):
         assert text in page
     assert "tell no times: vllm." in page
@@ -74,6 +76,26 @@ def test_without_traces_there_is_the_throughput_alone(tmp_path: Path) -> None:
     assert {f.suffix for f in tmp_path.iterdir()} == {".md", ".json", ".png"}
     assert [f.name for f in tmp_path.glob("*.png")] == ["throughput.png"]
     assert "## Latency" not in (tmp_path / "README.md").read_text()
+
+
+def test_first_tokens_are_drawn_in_milliseconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bars, their spread, the limit and the axis; and there is no plot of rates without rates."""
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, path, **options: figures.update({path.name: figure}),
+    )
+    row = Row("first token of 9", "ours", 1, [0.0021, 0.0019, 0.0025], limit_seconds=0.001)
+    write_report(tmp_path, {}, [_engine("ours", None)], [row])
+    assert list(figures) == ["first_tokens.png"]
+    (ax,) = figures["first_tokens.png"].axes
+    assert ax.get_ylabel() == "milliseconds"
+    (bar,) = ax.patches
+    assert bar.get_extents().transformed(ax.transData.inverted()).height == pytest.approx(2.1)
+    assert {"2.1", "limit 1"} <= {text.get_text() for text in ax.texts}
+    assert "tok/s" not in (tmp_path / "README.md").read_text()
 
 
 def test_without_any_rate_the_page_says_why(tmp_path: Path) -> None:
