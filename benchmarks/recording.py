@@ -26,8 +26,8 @@ from utils.text import Decode
 
 # What the host does for a step; "stage" is a part of "launch".
 PHASES = ("plan", "stage", "launch", "wait", "commit", "detokenize")
-# The methods of SlotTables that bring a plan to the device.
-_STAGING = ("stage", "stage_prefill", "stage_changes", "apply_changes")
+# The methods of DeviceState that bring a plan to the device.
+_STAGING = ("apply", "rows")
 
 
 class Recorder:
@@ -138,7 +138,7 @@ class _RecordedRunner(LocalRunner):
         self._recorder = recorder
         self._step_id = 0
         for name in _STAGING:
-            setattr(self._tables, name, self._staged(getattr(self._tables, name)))
+            setattr(self._state, name, self._staged(getattr(self._state, name)))
 
     def execute(self, plan: StepPlan) -> StepHandle:
         recorder, stream = self._recorder, getattr(self._launcher, "stream", None)

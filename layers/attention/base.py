@@ -19,6 +19,7 @@ class AttentionSpec:
     Attributes:
         scale: factor on the dot products, usually head_dim ** -0.5.
         max_num_seqs: most requests of a batch, for those that allocate by it.
+        rows_per_decode: most query rows of a decode.
     """
 
     num_heads: int
@@ -30,6 +31,7 @@ class AttentionSpec:
     max_num_seqs: int
     dtype: torch.dtype
     device: torch.device
+    rows_per_decode: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ class FlashAttention(AttentionBackend):
 
     def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
         out: Tensor = self._with_kvcache(
-            q.unflatten(0, (-1, decodes.rows)),
+            q.view(-1, decodes.rows, *q.shape[1:]),
             kv.k,
             kv.v,
             cache_seqlens=decodes.lens,

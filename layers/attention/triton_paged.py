@@ -35,9 +35,9 @@ class TritonAttention(AttentionBackend):
 
         self._spec = spec
         self._pdl = dependent_launch(spec.device)
-        self._workspace = decode_workspace(
-            spec.device, spec.num_heads, spec.num_kv_heads, spec.head_dim
-        )
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        rows = spec.rows_per_decode
+        self._workspace = decode_workspace(spec.device, *heads, rows_per_request=rows)
 
     def prepare(self, batch: AttentionBatch) -> AttentionBatch:
         return batch
@@ -71,7 +71,7 @@ class TritonAttention(AttentionBackend):
                 batch.context_lens[prefills:],
                 scale=spec.scale,
                 max_context_len=spec.max_model_len,
-                rows_per_decode=batch.rows_per_decode,
+                rows_per_request=batch.rows_per_decode,
                 out=out[rows:],
                 workspace=self._workspace,
                 launch_pdl=self._pdl and not prefills,

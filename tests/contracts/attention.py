@@ -63,9 +63,9 @@ def make_case(
     max_blocks = -(-max_len // block_size)
     num_slots = len(requests) + 2
     num_blocks = num_slots * max_blocks
-    spec = AttentionSpec(
-        heads, kv_heads, head_dim, 0.11, block_size, max_len, num_slots, dtype, device
-    )
+    per_decode = decodes[0].queries if decodes else 1
+    sizes = heads, kv_heads, head_dim, 0.11, block_size, max_len, num_slots
+    spec = AttentionSpec(*sizes, dtype, device, per_decode)
     geometry = KVGeometry(1, kv_heads, head_dim, block_size, num_blocks, dtype.itemsize)
     (kv,) = KVCache(geometry, dtype, device).layers()
     kv.flat.fill_(float("nan"))
@@ -99,7 +99,7 @@ def make_case(
         num_prefills=len(prefills),
         num_prefill_tokens=sum(counts),
         max_query_len=max(counts, default=0),
-        rows_per_decode=decodes[0].queries if decodes else 1,
+        rows_per_decode=per_decode,
     )
     return Case(spec, batch, kv, torch.cat(queries), torch.cat(outputs).to(dtype))
 

@@ -96,7 +96,7 @@ class Pinned(Tensor):
             source = rest[0].as_subclass(Tensor)
             cls.stream.enqueue(lambda: target.copy_(source))
             return target
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Tensor:  # type: ignore[override]
         assert device.type == "cuda"

@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from layers.logits import Filters, Penalties, penalize, score, thresholds
-from layers.sampler import sample
-from tests.layers.test_sampler import _assert_distributed
+from tests.layers.test_sampler import _assert_distributed, sample
 
 VOCAB_SIZE = 500
 NUM_DRAWS = 20_000

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 import layers.sampler
 from layers.parallel import ParallelContext
-from layers.sampler import Sampler, gumbel_noise, philox4x32, sample
+from layers.sampler import Sampler, gumbel_noise, philox4x32, sample_shard
+from layers.step_rows import SampledRows
 
 VOCAB_SIZE = 40
 NUM_DRAWS = 20_000
@@ -44,6 +46,23 @@ def test_philox_gives_the_published_answers(counter: str, key: str, expected: st
     """The known-answer vectors of Random123's kat_vectors for philox4x32-10."""
     low, high = _words(key)
     assert philox4x32(_words(counter), (low, high)) == _words(expected)
+
+
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    **options: Any,
+) -> Tensor:
+    """One token for each row of logits."""
+    return sample_shard(logits, temperatures, seeds, positions, **options)[1]
+
+
+def _sampled(temperatures: Tensor, seeds: Tensor, positions: Tensor) -> SampledRows:
+    """Rows of a step that draw by these."""
+    places = torch.arange(len(seeds))
+    return SampledRows(places, places, positions, temperatures, seeds, places)
 
 
 def _draws(logits: Tensor, temperature: float, *, by_position: bool = False) -> Tensor:
@@ -217,10 +236,11 @@ def test_ranks_choose_what_one_would(size: int, scale: float) -> None:
     logits[::2] = -logits[::2].abs()
     temperatures = torch.linspace(0, 2 * scale, 200)
     rest = (temperatures, torch.arange(200), torch.arange(200))
-    chosen = _over_ranks(logits, size, lambda sampler, part: sampler(part, *rest))
+    rows = _sampled(*rest)
+    chosen = _over_ranks(logits, size, lambda sampler, part: sampler(part, rows))
     assert torch.equal(chosen, sample(logits, *rest))
     least = logits.sort(1).values[:, -3]
-    kept = _over_ranks(logits, size, lambda sampler, part: sampler(part, *rest, least=least))
+    kept = _over_ranks(logits, size, lambda sampler, part: sampler(part, rows, least=least))
     assert torch.equal(kept, sample(logits, *rest, least=least))
     assert (logits.gather(1, kept.unsqueeze(1)).squeeze(1) >= least).all()
     greedy = _over_ranks(logits, size, lambda sampler, part: sampler.greedy(part))
@@ -240,6 +260,6 @@ def test_ranks_settle_ties_for_the_lowest_token() -> None:
     zeros = torch.zeros(6)
     for choose in (
         lambda sampler, part: sampler.greedy(part),
-        lambda sampler, part: sampler(part, zeros, zeros.long(), zeros.long()),
+        lambda sampler, part: sampler(part, _sampled(zeros, zeros.long(), zeros.long())),
     ):
         assert _over_ranks(logits, 4, choose).tolist() == [17, 20, 20, 63, 0, 5]
