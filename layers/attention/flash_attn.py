@@ -16,29 +16,17 @@ _MIN_VERSION = (2, 7)
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefills:
-    """The leading requests; all int32: block tables [P, N], first rows of q and k [P + 1]."""
-
-    block_table: Tensor
-    query_start: Tensor
-    key_start: Tensor
-    max_query_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Decodes:
-    """The decodes: block tables [D, N] and lengths [D], int32, and query rows of each."""
-
-    block_table: Tensor
-    lens: Tensor
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Prepared:
-    prefills: _Prefills | None
-    decodes: _Decodes | None
-    split: int  # query rows of the prefills
+    """A step's batch as the package's kernels take it, which want one row per request in order.
+
+    Attributes:
+        block_table: [B, N] int32.
+        key_start: [num_prefills + 1] int32 first key of each prefill request, end to end.
+    """
+
+    batch: AttentionBatch
+    block_table: Tensor
+    key_start: Tensor
 
 
 class FlashAttention(AttentionBackend):
@@ -70,49 +58,43 @@ class FlashAttention(AttentionBackend):
         self._with_kvcache = flash_attn.flash_attn_with_kvcache
 
     def prepare(self, batch: AttentionBatch) -> _Prepared:
-        # The kernels take one row per request, in order, where ours lie in slots.
-        table = batch.block_tables.index_select(0, batch.slots)
-        lens = batch.context_lens
-        count, prefills, decodes = batch.num_prefills, None, None
-        if count:
-            key_start = F.pad(lens[:count].cumsum(0, dtype=torch.int32), (1, 0))
-            prefills = _Prefills(table[:count], batch.query_start, key_start, batch.max_query_len)
-        if count < lens.shape[0]:
-            decodes = _Decodes(table[count:], lens[count:], batch.rows_per_decode)
-        return _Prepared(prefills, decodes, batch.num_prefill_tokens)
+        lens = batch.context_lens[: batch.num_prefills]
+        key_start = F.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+        return _Prepared(batch, batch.block_tables.index_select(0, batch.slots), key_start)
 
     def attend(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
-        parts = []
-        if prepared.prefills is not None:
-            parts.append(self._prefill(q[: prepared.split], kv, prepared.prefills))
-        if prepared.decodes is not None:
-            parts.append(self._decode(q[prepared.split :], kv, prepared.decodes))
+        batch, parts = prepared.batch, []
+        if batch.num_prefills:
+            parts.append(self._prefill(q[: batch.num_prefill_tokens], kv, prepared))
+        if batch.num_prefills < batch.slots.shape[0]:
+            parts.append(self._decode(q[batch.num_prefill_tokens :], kv, prepared))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
-    def _prefill(self, q: Tensor, kv: KVLayer, prefills: _Prefills) -> Tensor:
+    def _prefill(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
         out: Tensor = self._varlen(
             q,
             kv.k,
             kv.v,
-            cu_seqlens_q=prefills.query_start,
-            cu_seqlens_k=prefills.key_start,
-            max_seqlen_q=prefills.max_query_len,
+            cu_seqlens_q=prepared.batch.query_start,
+            cu_seqlens_k=prepared.key_start,
+            max_seqlen_q=prepared.batch.max_query_len,
             # Keys beyond it are left out, so a captured step needs the most there can be. The
             # kernels end at a request's last key anyway.
             max_seqlen_k=self._spec.max_model_len,
             softmax_scale=self._spec.scale,
             causal=True,
-            block_table=prefills.block_table,
+            block_table=prepared.block_table[: prepared.batch.num_prefills],
         )
         return out
 
-    def _decode(self, q: Tensor, kv: KVLayer, decodes: _Decodes) -> Tensor:
+    def _decode(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
+        first = prepared.batch.num_prefills
         out: Tensor = self._with_kvcache(
-            q.view(-1, decodes.rows, *q.shape[1:]),
+            q.view(-1, prepared.batch.rows_per_decode, *q.shape[1:]),
             kv.k,
             kv.v,
-            cache_seqlens=decodes.lens,
-            block_table=decodes.block_table,
+            cache_seqlens=prepared.batch.context_lens[first:],
+            block_table=prepared.block_table[first:],
             softmax_scale=self._spec.scale,
             causal=True,
         )
