@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from config import Config
-from engine.collectives import local_rank
-from engine.model_runner import find_architecture
-from engine.processes import Workers
-from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
-from engine.worker import MakeRunner
+from engine.model_runner import LocalRunner, find_architecture
+from engine.ranks.collectives import join_ranks
+from engine.ranks.processes import RankProcesses
+from engine.ranks.worker import MakeRunner, Rank
+from engine.types import ModelRunner
 from layers.parallel import ParallelContext
 from utils.checkpoint import Checkpoint
-from utils.errors import ConfigError, EngineClosedError
+from utils.errors import ConfigError
 
 
-class TensorParallelRunner(ModelRunner):
+def local_rank(
+    config: Config, checkpoint: Checkpoint, rank: Rank, *, peer: bool = True
+) -> ModelRunner:
+    """The runner of one rank, in a process of its own: a `LocalRunner` that has joined the others.
+
+    Args:
+        peer: see `join_ranks`.
+    """
+    context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
+    if config.device == "cpu":
+        # The parent runs ahead already; a thread here would only add its own overhead.
+        config = replace(config, pipeline_depth=0)
+    return LocalRunner(config, checkpoint, context)
+
+
+class TensorParallelRunner(RankProcesses):
     """Sends every plan to the ranks, each of which runs it on its share of the model.
 
     The process that schedules runs no model: a rank that fails takes nothing of the caller's
@@ -38,47 +55,12 @@ class TensorParallelRunner(ModelRunner):
         self, config: Config, checkpoint: Checkpoint, make_runner: MakeRunner = local_rank
     ) -> None:
         if getattr(make_runner, "func", make_runner) is local_rank:
-            check_divides(config, checkpoint)
-        self._closed = False
+            _check_divides(config, checkpoint)
         num_threads = max(1, torch.get_num_threads() // config.tensor_parallel_size)
-        self._workers = Workers(config, checkpoint, make_runner, self.host_clock, num_threads)
-
-    @property
-    def kv_groups(self) -> tuple[KVGeometry, ...]:
-        """Of each rank: its share of the KV heads."""
-        return self._workers.groups
-
-    def execute(self, plan: StepPlan) -> StepHandle:
-        if self._closed:
-            raise EngineClosedError("execute() after close()")
-        return _Sent(self._workers, self._workers.send(plan))
-
-    def close(self) -> None:
-        """End all ranks; may be called twice.
-
-        Raises:
-            WorkerDiedError: one died instead of ending; all the same, nothing is left of any.
-        """
-        self._closed = True
-        self._workers.close()
+        super().__init__(config, checkpoint, make_runner, num_threads)
 
 
-class _Sent(StepHandle):
-    """A step that the ranks run."""
-
-    def __init__(self, workers: Workers, number: int) -> None:
-        self._workers = workers
-        self._number = number
-        self._result: StepResult | None = None
-
-    def result(self) -> StepResult:
-        if self._result is None:
-            self._result = self._workers.result(self._number)
-            self._workers.forget(self._number)
-        return self._result
-
-
-def check_divides(config: Config, checkpoint: Checkpoint) -> None:
+def _check_divides(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse what cannot work before any process is started.
 
     Raises:
