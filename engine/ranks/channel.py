@@ -23,8 +23,13 @@ _LENGTH = struct.Struct("<Q")
 class Channel(socket.socket):
     """One end of a pair of sockets. It carries messages of any length in both directions."""
 
+    def __init__(self, fileno: int) -> None:
+        super().__init__(fileno=fileno)
+        # The program may have called socket.setdefaulttimeout.
+        self.setblocking(True)
+
     def post(self, message: bytes, wait: Callable[[], object] = os.sched_yield) -> None:
-        """Write a message, or nothing if the other process has ended: `receive` tells that.
+        """Write what `encode` made, or nothing if the other process has ended, as `receive` tells.
 
         Args:
             wait: called while the socket is full. After an exception of `wait` the other end has
@@ -39,24 +44,22 @@ class Channel(socket.socket):
             except ConnectionError:
                 return
 
-    def receive(self) -> bytes:
-        """Wait for the next message.
-
-        Raises:
-            EOFError: the other process has closed its end, or has ended.
-        """
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        return self._read(length)
+    def receive(self) -> Any:
+        """Wait for the next message; None if the other process has ended or writes no more."""
+        try:
+            (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+            message = self._read(length)
+        except (EOFError, ConnectionError):
+            return None
+        return pickle.loads(message)
 
     def _read(self, length: int) -> bytes:
         data = b""
-        try:
-            while len(data) < length:
-                data += (part := self.recv(length - len(data), socket.MSG_WAITALL))
-                if not part:
-                    raise EOFError
-        except ConnectionError as error:
-            raise EOFError from error
+        while len(data) < length:
+            part = self.recv(length - len(data), socket.MSG_WAITALL)
+            if not part:
+                raise EOFError
+            data += part
         return data
 
 
@@ -91,7 +94,7 @@ _COMPACT: dict[type, Callable[[Any], Any]] = {
 
 
 def encode(message: object) -> bytes:
-    """Any message; `pickle.loads` is the way back."""
+    """A message for `Channel.post`."""
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, 5)
     pickler.dispatch_table = copyreg.dispatch_table | _COMPACT
@@ -100,29 +103,23 @@ def encode(message: object) -> bytes:
 
 
 class PlanCodec:
-    """Plans as bytes and back. A steady decode step takes a few bytes.
+    """Plans for the way, in order. A steady decode step takes a few bytes.
 
     Where a plan decodes the slots of the plan before, its list of slots stays behind. So a codec
-    that decodes must see every message that the other one encoded. None stands for "no more plans".
+    that decodes must see every message that the other one encoded.
     """
 
     def __init__(self) -> None:
         self._slots: tuple[int, ...] = ()
 
-    def encode(self, plan: StepPlan | None) -> bytes:
-        """One message."""
-        if plan is None or plan.decode != self._slots or not plan.decode:
-            self._slots = plan.decode if plan else ()
-            return encode((plan, False))
-        return encode((replace(plan, decode=()), True))
-
-    def decode(self, message: bytes) -> StepPlan | None:
-        """The plan of the next message."""
-        plan: StepPlan | None
-        plan, same_slots = pickle.loads(message)
-        if plan is None:
-            return None
-        if same_slots:
-            return replace(plan, decode=self._slots)
+    def encode(self, plan: StepPlan) -> bytes:
+        """The message that stands for the next plan."""
+        same = plan.decode == self._slots != ()
         self._slots = plan.decode
-        return plan
+        return encode((replace(plan, decode=()) if same else plan, same))
+
+    def decode(self, message: tuple[StepPlan, bool]) -> StepPlan:
+        """The plan that the next message stands for."""
+        plan, same = message
+        self._slots = self._slots if same else plan.decode
+        return replace(plan, decode=self._slots) if same else plan

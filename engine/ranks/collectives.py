@@ -119,11 +119,7 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """`context` of NCCL with sums of few rows through peer memory, where devices allow it.
-
-    Args:
-        width: elements of a row, the model's hidden size.
-    """
+    """NCCL's context with sums of few rows [T, width] through peer memory, where devices allow."""
     devices = range(context.size)
     device = torch.device("cuda", torch.cuda.current_device())
     mapped = all(

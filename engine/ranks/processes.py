@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,14 +27,13 @@ from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError,
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# After the report of a rank that lost another one: how long that one's own may take to come.
+# A rank tells that it has lost another one: how long the other one's own report may take to come.
 _CAUSE_SECONDS = 2.0
 # A rank that does not end by itself when asked to is killed after this; the longest step is far
 # shorter.
 _CLOSE_SECONDS = 30.0
 # How long to wait for results while the socket of a rank is full, before looking again.
 _FULL_SECONDS = 50e-6
-_CODE = "from engine.ranks.worker import main; main()"
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
@@ -49,7 +49,7 @@ class RankProcesses(ModelRunner):
     The processes end by themselves when this one does, however that happens.
 
     Args:
-        config, checkpoint, make_runner: what every rank runs.
+        config, checkpoint, make_runner: `make_runner(config, checkpoint, rank)` runs in each.
         num_threads: CPU threads of each.
 
     Raises:
@@ -64,7 +64,8 @@ class RankProcesses(ModelRunner):
         self._kv_groups: tuple[KVGeometry, ...] = ()
         self._num_ready = 0
         self._codec = PlanCodec()
-        # The handles' lists for results that have not come, the oldest first.
+        # Of each step under way, the oldest first: the list that gets its result. Handles hold
+        # this object, so it does not hold them.
         self._pending: deque[list[StepResult]] = deque()
         self._error: Exception | None = None
         self._closed = False
@@ -72,7 +73,7 @@ class RankProcesses(ModelRunner):
         self._channels: list[Channel] = []
         self._selector = selectors.DefaultSelector()
         held = (os.getpid(), self._processes, self._channels, self._selector)
-        # Also when this object is forgotten, and when the interpreter ends.
+        # Called also when this object is forgotten, and when the interpreter ends.
         self._end = weakref.finalize(self, _end, *held)
         size = config.tensor_parallel_size
         memory = Path("/dev/shm")
@@ -98,9 +99,17 @@ class RankProcesses(ModelRunner):
         if self._closed:
             raise EngineClosedError("execute() after close()")
         self.take_in(0)
-        self._send(plan)
-        self._pending.append([])
-        return _Sent(self, self._pending[-1])
+        arrived: list[StepResult] = []
+        try:
+            self._pending.append(arrived)
+            message = self._codec.encode(plan)
+            for channel in self._channels:
+                channel.post(message, wait=lambda: self.take_in(_FULL_SECONDS))
+        except BaseException as error:
+            # A rank may have half a message now.
+            self._break(error)
+            raise
+        return _Sent(self, arrived)
 
     def close(self) -> None:
         """End all ranks after what they have under way; may be called twice.
@@ -112,8 +121,8 @@ class RankProcesses(ModelRunner):
         if not self._end.alive:
             return
         try:
-            self.take_in(0)
-            self._send(None)
+            for channel in self._channels:
+                channel.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + _CLOSE_SECONDS
             while self._selector.get_map() and (left := deadline - time.monotonic()) > 0:
                 self.take_in(left)
@@ -121,10 +130,7 @@ class RankProcesses(ModelRunner):
             self._end()
 
     def take_in(self, timeout: float | None) -> None:
-        """Wait for messages of any rank and keep the results among them.
-
-        Args:
-            timeout: seconds; None waits for ever.
+        """Wait `timeout` seconds (None: for ever) for messages of any rank; keep the results.
 
         Raises:
             WorkerDiedError, StepError: a rank has failed.
@@ -132,14 +138,13 @@ class RankProcesses(ModelRunner):
         """
         if self._error is not None:
             kind = WorkerDiedError if isinstance(self._error, WorkerDiedError) else StepError
-            advice = "close this engine and construct a new one"
-            raise kind(f"{self._error}; {advice}") from self._error
+            raise kind(f"{self._error}; close this engine and construct a new one") from self._error
         if not self._end.alive:
             raise EngineClosedError("the runner was closed before the result of the step came")
         ready = self._selector.select(timeout)
         try:
             for key, _ in ready:
-                match self._message_of(key.data):
+                match self._channels[key.data].receive():
                     case StepResult() as result:
                         self._pending.popleft().append(replace(result, ended_at=self.now()))
                     case tuple() as kv_groups:
@@ -156,11 +161,13 @@ class RankProcesses(ModelRunner):
 
     def _spawn(self, index: int, start: bytes, store: int) -> None:
         ours, theirs = socket.socketpair()
-        self._channels.append(Channel(fileno=ours.detach()))
-        self._selector.register(self._channels[-1], selectors.EVENT_READ, index)
+        channel = Channel(fileno=ours.detach())
+        self._channels.append(channel)
+        self._selector.register(channel, selectors.EVENT_READ, index)
         with theirs:
+            code = "from engine.ranks.worker import main; main()"
             process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(), store),
                 stdin=subprocess.DEVNULL,
                 # Ctrl-C is for the parent to handle.
@@ -175,18 +182,7 @@ class RankProcesses(ModelRunner):
                 },
             )
         self._processes.append(process)
-        self._channels[-1].post(start)
-
-    def _send(self, plan: StepPlan | None) -> None:
-        """Send every rank a plan; None: there will be no more."""
-        try:
-            message = self._codec.encode(plan)
-            for channel in self._channels:
-                channel.post(message, wait=lambda: self.take_in(_FULL_SECONDS))
-        except BaseException as error:
-            # A rank may have half a message now.
-            self._break(error)
-            raise
+        channel.post(start)
 
     def _break(self, error: BaseException) -> None:
         if self._error is None:
@@ -194,24 +190,17 @@ class RankProcesses(ModelRunner):
             self._error = error if isinstance(error, AllmosError) else cut_short
         self._end()
 
-    def _message_of(self, index: int) -> object:
-        """A message that waits, or None if the rank has ended."""
-        try:
-            return pickle.loads(self._channels[index].receive())
-        except EOFError:
-            return None
-
     def _fail(self, index: int, cause: object) -> NoReturn:
-        """Raise what went wrong in a rank, or in the one behind its trouble.
+        """Raise what went wrong in a rank, or in the other rank that was the reason.
 
         Args:
-            cause: its `Failure`, or None if it has died.
+            cause: the rank's `Failure`, or None if the rank has died.
         """
         deadline = time.monotonic() + _CAUSE_SECONDS
         reported = {index}
         while isinstance(cause, Failure) and cause.lost_peer and time.monotonic() < deadline:
             for key, _ in self._selector.select(deadline - time.monotonic())[:1]:
-                message = self._message_of(key.data)
+                message = self._channels[key.data].receive()
                 if key.data in reported:
                     # Its end, after its report.
                     self._selector.unregister(key.fileobj)
@@ -227,23 +216,19 @@ class RankProcesses(ModelRunner):
 
     def _died(self, index: int) -> WorkerDiedError:
         process = self._processes[index]
-        try:
-            code = process.wait(1)
-        except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+        if process.returncode is None:
             how = "closed its connection"
+        elif process.returncode < 0:
+            how = f"was killed by {signal.Signals(-process.returncode).name}"
         else:
-            how = (
-                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-            )
+            how = f"exited with {process.returncode}"
         return WorkerDiedError(f"the process of rank {index} (pid {process.pid}) {how}")
 
 
 class _Sent(StepHandle):
-    """A step that the ranks run.
-
-    Args:
-        arrived: gets the result.
-    """
+    """A step that the ranks run. `take_in` appends the step's result to `arrived`."""
 
     def __init__(self, ranks: RankProcesses, arrived: list[StepResult]) -> None:
         self._ranks = ranks

@@ -40,13 +40,11 @@ class TensorParallelRunner(RankProcesses):
 
     Args:
         config: resolved; tensor_parallel_size says how many ranks.
-        checkpoint: the model's folder.
         make_runner: what makes a rank's runner in its process.
 
     Raises:
         ConfigError: the model's heads do not divide by the ranks, or there are too few devices.
-        WorkerDiedError: a rank's process ended while it loaded. Other errors of a rank while it
-            loads are raised as they are.
+        Exception: see `RankProcesses`.
     """
 
     name = "tensor_parallel"
@@ -61,11 +59,7 @@ class TensorParallelRunner(RankProcesses):
 
 
 def _check_divides(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse what cannot work before any process is started.
-
-    Raises:
-        ConfigError: see `TensorParallelRunner`.
-    """
+    """Refuse what cannot work before any process is started."""
     size = config.tensor_parallel_size
     if config.device == "cuda" and size > (count := torch.cuda.device_count()):
         raise ConfigError(

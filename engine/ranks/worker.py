@@ -71,23 +71,20 @@ class Failure:
     def of(error: Exception) -> Failure:
         """The report of an exception being handled."""
         text = "".join(traceback.format_exception(error))
-        causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-            causes.append(cause)
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LostPeerError):
+            cause = cause.__cause__ or cause.__context__
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # whatever a class of unknown make may raise
             error = StepError(f"{type(error).__name__}: {error}")
-        return Failure(error, text, any(isinstance(cause, LostPeerError) for cause in causes))
+        return Failure(error, text, lost_peer=cause is not None)
 
 
 def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
-    """Run plans until there are no more, then close the runner.
+    """Run plans until the channel ends, then close the runner; send results if it `reports`.
 
     The next plan is started while the last one still runs, if the runner can tell (`done`).
-
-    Args:
-        reports: send each step's result.
     """
     codec = PlanCodec()
     poll = select.poll()
@@ -102,8 +99,8 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
             watched_until = time.monotonic() + _SPIN_SECONDS
         elif (pending or time.monotonic() < watched_until) and not poll.poll(0):
             os.sched_yield()
-        elif (plan := codec.decode(channel.receive())) is not None:
-            pending.append(runner.execute(plan))
+        elif (message := channel.receive()) is not None:
+            pending.append(runner.execute(codec.decode(message)))
         else:
             break
     for handle in pending:
@@ -114,7 +111,7 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
 def _end_with_parent(channel: Channel, parent_id: int) -> None:
     """End this process, wherever it is stuck, as soon as its parent has ended."""
     poller = select.poll()
-    # No events asked for: the end of the other side is always told.
+    # No events asked for: told is the end of both directions, not that no more plans will come.
     poller.register(channel, 0)
     # The second test is for a parent whose end of the socket a child of its own inherited.
     while not poller.poll(1000) and os.getppid() == parent_id:
@@ -130,7 +127,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(channel, parent_id), daemon=True).start()
     status = 1
     try:
-        make_runner, config, checkpoint, rank = pickle.loads(channel.receive())
+        make_runner, config, checkpoint, rank = channel.receive()
         runner = make_runner(config, checkpoint, rank)
         channel.post(encode(runner.kv_groups))
         # All ranks have the same results; one of them tells.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -126,6 +127,35 @@ class TestSteps:
         with pytest.raises(KeyboardInterrupt):
             handles[0].result()
         assert [_untimed(handle) for handle in handles] == [answer(_plan(0)), answer(_plan(1))]
+        runner.close()
+
+    def test_timeouts_of_the_programs_own_sockets_are_not_the_ranks(self) -> None:
+        socket.setdefaulttimeout(0.05)
+        try:
+            runner = _runner()
+        finally:
+            socket.setdefaulttimeout(None)
+        stopped = rank_pids()[1]
+        os.kill(stopped, signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (stopped, signal.SIGCONT)).start()
+        new = NewRequest(0, 0, tuple(range(500_000)), SamplingParams(), 0)
+        plan = StepPlan(0, (new,), (), (PrefillChunk(0, 0, 1, True),))
+        assert _untimed(runner.execute(plan)) == answer(plan)
+        runner.close()
+
+    @pytest.mark.usefixtures("_interrupts")
+    def test_an_interrupt_within_a_message_ends_the_ranks(self) -> None:
+        """Whatever follows half a plan would be misread."""
+        runner = _runner()
+        pids = rank_pids()
+        os.kill(pids[0], signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        new = NewRequest(0, 0, tuple(range(500_000)), SamplingParams(), 0)
+        with pytest.raises(KeyboardInterrupt):
+            runner.execute(StepPlan(0, (new,), (), (PrefillChunk(0, 0, 1, True),)))
+        _assert_ended(pids)
+        with pytest.raises(StepError, match=r"cut short .*construct a new one"):
+            runner.execute(_plan(1))
         runner.close()
 
     def test_close_waits_for_what_is_under_way(self) -> None:
@@ -300,6 +330,7 @@ def test_what_every_rank_imports_needs_no_torch() -> None:
 
 SCRIPT = """
 import signal
+import socket
 import subprocess
 import sys
 from config import Config
