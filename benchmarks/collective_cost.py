@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 
 from benchmarks.roofline import median_seconds
 from config import Config
-from engine.collectives import join_ranks
-from engine.processes import Workers
+from engine.ranks.collectives import join_ranks
+from engine.ranks.processes import RankProcesses
+from engine.ranks.worker import Rank
 from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
-from engine.worker import Rank
 
 _REPEATS = 100
 
@@ -83,13 +84,10 @@ def all_reduce_seconds(config: Config, width: int, rows: int, *, peer: bool = Tr
     """Seconds of one sum of [rows, width] over the ranks of a resolved config.
 
     Args:
-        peer: see `engine.collectives.join_ranks`.
+        peer: see `engine.ranks.collectives.join_ranks`.
     """
     checkpoint: Any = None
     make = partial(AllReduceTimer, width=width, peer=peer)
-    workers = Workers(config, checkpoint, make, time.perf_counter)
-    try:
-        result = workers.result(workers.send(StepPlan(0, decode=tuple(range(rows)))))
-    finally:
-        workers.close()
+    with closing(RankProcesses(config, checkpoint, make)) as ranks:
+        result = ranks.execute(StepPlan(0, decode=tuple(range(rows)))).result()
     return result.tokens[0][0] / 1e9

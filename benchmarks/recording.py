@@ -17,9 +17,9 @@ import torch
 from benchmarks.spans import Span
 from config import Config
 from engine.model_runner import LocalRunner
+from engine.ranks.runner import TensorParallelRunner
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
-from engine.tensor_parallel import TensorParallelRunner
 from engine.types import BlockManager, Clock, ModelRunner, StepHandle, StepPlan, StepResult
 from llm import LLM
 from utils.text import Decode

@@ -67,7 +67,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         # "prefix" before "radix", which finds as much: what both cost was not compared.
         "block_manager": Kind("engine.types:BlockManager", ("memory",), ("prefix", "paged")),
         "eviction_policy": Kind("memory.eviction:EvictionPolicy", ("memory",)),
-        "model_runner": Kind("engine.types:ModelRunner", ("engine", "engine.checking")),
+        "model_runner": Kind(
+            "engine.types:ModelRunner", ("engine", "engine.ranks", "engine.checking")
+        ),
         # The fastest first. On an H200 decodes of triton take 208 us and prefills 582, those of
         # flash_attn 227 and 938. "torch" works everywhere.
         "attention_backend": Kind(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from config import Config
-from engine.collectives import gloo_context
+from engine.ranks.collectives import gloo_context
 from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
 from tests.recording import Logits, RecordingRunner
 from utils.checkpoint import Checkpoint

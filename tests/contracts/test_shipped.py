@@ -8,8 +8,8 @@ import pytest
 
 from engine.checking.fake_runner import FakeRunner
 from engine.model_runner import LocalRunner
+from engine.ranks.runner import TensorParallelRunner
 from engine.simulated_runner import SimulatedRunner
-from engine.tensor_parallel import TensorParallelRunner
 from engine.types import WindowPages
 from memory.window_blocks import WindowBlockManager
 from tests.contracts.block_manager import BlockManagerContract

@@ -1,18 +1,41 @@
-"""Ranks without a model, some of which come to grief; nothing here imports torch."""
+"""Ranks without a model, some of which come to grief; nothing here imports torch.
+
+And where to find the processes of ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from config import Config
+from engine.ranks.worker import LostPeerError, Rank
 from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
-from engine.worker import LostPeerError, Rank
 
 GEOMETRY = KVGeometry(1, 1, 1, 16, 8, 4)
+
+
+def rank_pids(others: Collection[int] = ()) -> list[int]:
+    """Process ids of this process's ranks in their order.
+
+    Args:
+        others: ids of other engines' ranks, left out.
+    """
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # The fields after the name, which is in brackets: state, id of the parent, ...
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (folder / "cmdline").read_text()
+        except OSError:  # it has just ended
+            continue
+        if int(parent) == os.getpid() and "engine.ranks.worker" in command:
+            found.append(int(folder.name))
+    return sorted(set(found) - set(others))
 
 
 class UnsendableError(Exception):

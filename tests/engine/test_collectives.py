@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.collectives import nccl_context
-from engine.worker import Failure
+from engine.ranks.collectives import nccl_context
+from engine.ranks.worker import Failure
 from utils.errors import ConfigError
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,11 +18,10 @@ from typing import Any
 import pytest
 
 from config import Config
-from engine import processes
-from engine.tensor_parallel import TensorParallelRunner
+from engine.ranks.runner import TensorParallelRunner
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepHandle, StepPlan, StepResult
 from sampling_params import SamplingParams
-from tests.engine.fake_ranks import GEOMETRY, FakeRank, Trouble, answer
+from tests.engine.fake_ranks import GEOMETRY, FakeRank, Trouble, answer, rank_pids
 from tests.engine.waits import PATIENCE, no_wait_runs_out
 from utils.errors import ConfigError, EngineClosedError, StepError, WorkerDiedError
 
@@ -94,7 +94,7 @@ class TestSteps:
         plans = [
             _plan(0),
             _plan(1),
-            # Larger than the ring.
+            # Larger than a socket's buffer.
             StepPlan(3, (new,), (BlockUpdate(0, 0, (5, 6)),), (PrefillChunk(0, 0, 9, True),), (1,)),
             StepPlan(4, decode=(3, 1)),
             StepPlan(5, decode=(3, 1)),
@@ -111,7 +111,7 @@ class TestSteps:
         time.sleep(0.3)  # the workers have gone to sleep
         for step_id in (6, 11, 12):
             assert _untimed(runner.execute(_plan(step_id))) == answer(_plan(step_id))
-        pids = runner._workers.pids
+        pids = rank_pids()
         assert len(set(pids)) == 3
         runner.close()
         runner.close()
@@ -129,6 +129,35 @@ class TestSteps:
         assert [_untimed(handle) for handle in handles] == [answer(_plan(0)), answer(_plan(1))]
         runner.close()
 
+    def test_timeouts_of_the_programs_own_sockets_are_not_the_ranks(self) -> None:
+        socket.setdefaulttimeout(0.05)
+        try:
+            runner = _runner()
+        finally:
+            socket.setdefaulttimeout(None)
+        stopped = rank_pids()[1]
+        os.kill(stopped, signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (stopped, signal.SIGCONT)).start()
+        new = NewRequest(0, 0, tuple(range(500_000)), SamplingParams(), 0)
+        plan = StepPlan(0, (new,), (), (PrefillChunk(0, 0, 1, True),))
+        assert _untimed(runner.execute(plan)) == answer(plan)
+        runner.close()
+
+    @pytest.mark.usefixtures("_interrupts")
+    def test_an_interrupt_within_a_message_ends_the_ranks(self) -> None:
+        """Whatever follows half a plan would be misread."""
+        runner = _runner()
+        pids = rank_pids()
+        os.kill(pids[0], signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        new = NewRequest(0, 0, tuple(range(500_000)), SamplingParams(), 0)
+        with pytest.raises(KeyboardInterrupt):
+            runner.execute(StepPlan(0, (new,), (), (PrefillChunk(0, 0, 1, True),)))
+        _assert_ended(pids)
+        with pytest.raises(StepError, match=r"cut short .*construct a new one"):
+            runner.execute(_plan(1))
+        runner.close()
+
     def test_close_waits_for_what_is_under_way(self) -> None:
         runner = _runner(FakeRank(step_seconds=0.2))
         for i in range(3):
@@ -139,7 +168,8 @@ class TestSteps:
         runner = _runner()
         fork = os.fork()
         if not fork:
-            runner._workers._end()
+            # Forgotten here, it would end its ranks.
+            del runner
             os._exit(0)
         os.waitpid(fork, 0)
         assert _untimed(runner.execute(_plan(0))) == answer(_plan(0))
@@ -147,7 +177,7 @@ class TestSteps:
 
     def test_an_engine_that_is_forgotten_takes_its_workers_with_it(self) -> None:
         runner = _runner()
-        pids = runner._workers.pids
+        pids = rank_pids()
         del runner
         _assert_ended(pids)
 
@@ -161,7 +191,7 @@ OTHERS = ["hang", "lose"]
 class TestFailure:
     def test_an_error_in_a_step_reaches_the_caller(self, rank: int, others: str) -> None:
         runner = _runner(FakeRank(Trouble("step", rank, "raise", others)))
-        pids = runner._workers.pids
+        pids = rank_pids()
         assert _untimed(runner.execute(_plan(0))) == answer(_plan(0))
         handle = runner.execute(_plan(2))
         with (
@@ -182,7 +212,7 @@ class TestFailure:
 
     def test_a_death_in_a_step_is_noticed(self, rank: int, others: str) -> None:
         runner = _runner(FakeRank(Trouble("step", rank, "kill", others)))
-        pids = runner._workers.pids
+        pids = rank_pids()
         handle = runner.execute(_plan(2))
         with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
             handle.result()
@@ -205,7 +235,7 @@ class TestFailure:
 
     def test_a_death_while_closing_is_noticed(self, rank: int, others: str) -> None:
         runner = _runner(FakeRank(Trouble("close", rank, "kill", others)))
-        pids = runner._workers.pids
+        pids = rank_pids()
         with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=f"rank {rank} .*SIGKILL"):
             runner.close()
         _assert_ended(pids)
@@ -215,7 +245,7 @@ class TestFailure:
 @pytest.mark.parametrize("rank", RANKS)
 def test_a_worker_killed_from_outside_while_idle(rank: int) -> None:
     runner = _runner()
-    os.kill(runner._workers.pids[rank], signal.SIGKILL)
+    os.kill(rank_pids()[rank], signal.SIGKILL)
 
     def run_on() -> None:
         # Ranks without collectives do not miss each other, so the first steps may still succeed.
@@ -227,21 +257,26 @@ def test_a_worker_killed_from_outside_while_idle(rank: int) -> None:
     runner.close()
 
 
-def test_a_death_while_the_ring_is_full() -> None:
+def test_a_death_while_a_channel_is_full() -> None:
     """No rank reads any more, so that a long message cannot be written to its end."""
     runner = _runner(FakeRank(Trouble("step", 1, "hang")))
     runner.execute(_plan(2))
     prompt = NewRequest(0, 0, tuple(range(100_000)) * 10, SamplingParams(), 0)
     long = StepPlan(3, (prompt,), (), (PrefillChunk(0, 0, 1, False),))
-    killer = threading.Timer(1.0, os.kill, (runner._workers.pids[1], signal.SIGKILL))
+    killer = threading.Timer(1.0, os.kill, (rank_pids()[1], signal.SIGKILL))
     killer.start()
     with no_wait_runs_out(), pytest.raises(WorkerDiedError, match="SIGKILL"):
         runner.execute(long)
     runner.close()
 
 
-def test_a_process_that_ends_before_it_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_CODE", "import sys; sys.exit(3)")
+def test_a_process_that_ends_before_it_has_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
     with no_wait_runs_out(), pytest.raises(WorkerDiedError, match="exited with 3"):
         _runner()
 
@@ -259,34 +294,65 @@ def test_parts_that_cannot_be_sent_are_refused() -> None:
     assert caught.value.field == "attention_backend"
 
 
+def test_a_result_that_did_not_come_before_close_never_will() -> None:
+    runner = _runner(FakeRank(step_seconds=0.2))
+    handle = runner.execute(_plan(0))
+    runner.close()
+    with pytest.raises(EngineClosedError, match="before the result"):
+        handle.result()
+
+
+def test_a_result_that_came_before_another_rank_failed_can_be_had() -> None:
+    runner = _runner(FakeRank(Trouble("step", 0, "raise")))
+    first, second, third = (runner.execute(_plan(step_id)) for step_id in (0, 1, 2))
+    with pytest.raises(StepError):
+        third.result()
+    assert [_untimed(first), _untimed(second)] == [answer(_plan(0)), answer(_plan(1))]
+    runner.close()
+
+
+def test_the_first_real_cause_counts_however_many_ranks_lost_their_peer() -> None:
+    runner = _runner(FakeRank(Trouble("step", 2, "raise", "lose")), size=4)
+    handle = runner.execute(_plan(2))
+    with no_wait_runs_out(), pytest.raises(StepError, match="trouble in step of rank 2"):
+        handle.result()
+    runner.close()
+
+
+def test_what_every_rank_imports_needs_no_torch() -> None:
+    """Imports are most of a rank's start; its runner decides what else it needs."""
+    code = (
+        "import sys, engine.ranks.worker; print({'torch', 'numpy', 'asyncio'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout == b"set()\n"
+
+
 SCRIPT = """
 import signal
+import socket
+import subprocess
 import sys
-import time
 from config import Config
-from engine.processes import Workers
+from engine.ranks.processes import RankProcesses
 from engine.types import StepPlan
 from tests.engine.fake_ranks import FakeRank, Trouble
 
 # As in the fixture above.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 phase = sys.argv[1]
-if phase == "load":
-    import subprocess
-    popen = subprocess.Popen.__init__
-    def watched(self, *args, **options):
-        popen(self, *args, **options)
-        print("pid", self.pid, flush=True)
-    subprocess.Popen.__init__ = watched
+popen = subprocess.Popen.__init__
+def watched(self, *args, **options):
+    popen(self, *args, **options)
+    print("pid", self.pid, flush=True)
+subprocess.Popen.__init__ = watched
 config = Config(model="none", device="cpu", tensor_parallel_size=2)
-workers = Workers(config, None, FakeRank(Trouble(phase, 0, "hang")), time.perf_counter)
-for pid in workers.pids:
-    print("pid", pid, flush=True)
+ranks = RankProcesses(config, None, FakeRank(Trouble(phase, 0, "hang")))
 print("ready", flush=True)
 if phase == "step":
-    workers.result(workers.send(StepPlan(2, decode=(1,))))
+    ranks.execute(StepPlan(2, decode=(1,))).result()
 elif phase == "close":
-    workers.close()
+    ranks.close()
 else:
     sys.stdin.read()
 """

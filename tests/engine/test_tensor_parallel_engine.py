@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from config import Config
+from engine.parts import resolve
+from engine.ranks.runner import TensorParallelRunner
 from engine.types import StepPlan
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
+from tests.engine.fake_ranks import rank_pids
 from tests.engine.waits import no_wait_runs_out
+from utils.checkpoint import open_checkpoint
 from utils.errors import ConfigError, RequestError, StepError, WorkerDiedError
 
 PROMPTS = random_prompts([20, 3, 37, 9], seed=31)
@@ -57,7 +63,7 @@ def _tokens(llm: LLM) -> list[list[int]]:
 
 def _run_on(llm: LLM) -> None:
     while True:
-        llm._engine.step()
+        llm.step()
 
 
 def _of_main(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -106,12 +112,12 @@ def test_an_engine_whose_rank_is_killed_can_be_closed_and_built_again(
     long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     with LLM(path, **options) as other:
         expected = _tokens(other)
+        pids = rank_pids()
         llm = LLM(path, **options)
-        runner: Any = llm._engine._runner
-        seq = llm._engine.add_request(PROMPTS[0], long)
-        while len(seq.token_ids) < 30:
-            llm._engine.step()
-        os.kill(runner._workers.pids[1], signal.SIGKILL)
+        llm.add_request(PROMPTS[0], long)
+        for _ in range(30):
+            llm.step()
+        os.kill(rank_pids(others=pids)[1], signal.SIGKILL)
         with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=r"rank 1 .*SIGKILL"):
             _run_on(llm)
         with pytest.raises(WorkerDiedError, match="construct a new one"):
@@ -144,15 +150,18 @@ def test_heads_that_do_not_divide_are_refused_before_a_process_is_started(
     def starts(*args: object, **options: object) -> None:
         raise AssertionError("a process is started")
 
-    monkeypatch.setattr("engine.processes.subprocess.Popen", starts)
+    monkeypatch.setattr("subprocess.Popen", starts)
     with pytest.raises(ConfigError, match=problem) as caught:
         LLM(checkpoints[name], tensor_parallel_size=4, **OPTIONS)
     assert caught.value.field == "tensor_parallel_size"
 
 
 def test_a_step_that_fails_on_the_ranks_is_a_step_error(checkpoints: Checkpoints) -> None:
-    with LLM(checkpoints["qwen3-square-tied"], tensor_parallel_size=2, **OPTIONS) as llm:
-        handle = llm._engine._runner.execute(StepPlan(0, decode=(99,)))
+    path = str(checkpoints["qwen3-square-tied"])
+    checkpoint = open_checkpoint(path)
+    config = resolve(Config(model=path, tensor_parallel_size=2, **OPTIONS), checkpoint)
+    with closing(TensorParallelRunner(config, checkpoint)) as runner:
+        handle = runner.execute(StepPlan(0, decode=(99,)))
         with pytest.raises(StepError, match=r"step 0 failed: .*index") as caught:
             handle.result()
         assert "engine/batch.py" in str(caught.value.__cause__)
@@ -177,8 +186,7 @@ def test_ranks_meet_on_this_machine_alone_and_one_rank_meets_nobody(
     path = checkpoints["qwen3-square-tied"]
     before = _listening(os.getpid())
     with LLM(path, tensor_parallel_size=2, **OPTIONS) as llm:
-        runner: Any = llm._engine._runner
-        places = [place for pid in runner._workers.pids for place in _listening(pid)]
+        places = [place for pid in rank_pids() for place in _listening(pid)]
         assert set(places) == {"0100007F"}  # 127.0.0.1
         assert _listening(os.getpid()) == before
     with LLM(path, **OPTIONS) as llm:

@@ -12,7 +12,7 @@ import pytest
 
 # Against hanging, in seconds; nothing here takes long.
 PATIENCE = 60.0
-# The writer of a full ring looks again every 50 us; all other waits are much longer.
+# The writer of a full socket looks again every 50 us; all other waits are much longer.
 _SHORT = 1e-3
 
 

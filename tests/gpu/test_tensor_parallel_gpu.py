@@ -14,10 +14,11 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from config import Config
-from engine.collectives import PeerContext, join_ranks, local_rank
-from engine.tensor_parallel import TensorParallelRunner
-from engine.worker import Rank
+from engine.ranks.collectives import join_ranks
+from engine.ranks.runner import TensorParallelRunner, local_rank
+from engine.ranks.worker import Rank
 from llm import LLM, SamplingParams
+from tests.engine.fake_ranks import rank_pids
 from tests.engine.waits import no_wait_runs_out
 from tests.gpu.test_engine_gpu import SMALL, TIE, TINY, greedy, random_prompts, worst_gap
 from tests.kernels.peer_checks import PeerChecks
@@ -34,7 +35,7 @@ def exchange_sums(index: int, size: int, store: str) -> None:
     config = Config(model="x", device="cuda", dtype="bfloat16", tensor_parallel_size=size)
     for width in (1024, 4096):
         context = join_ranks(config, Rank(index, size, f"{store}{width}", 1), width)
-        assert isinstance(context, PeerContext)
+        assert context.exchange is not None
         device = torch.device("cuda", index)
         about = (index, size, 256, width, torch.bfloat16, device, True)
         PeerChecks(context.exchange, *about).run(100, seed=width)
@@ -97,15 +98,14 @@ def test_a_killed_rank_is_noticed_and_leaves_no_memory() -> None:
     before = [torch.cuda.mem_get_info(device)[0] for device in range(2)]
     llm = LLM(TINY, tensor_parallel_size=2, gpu_memory_utilization=0.3, max_model_len=2048)
     params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
-    seq = llm._engine.add_request([5, 6, 7], params)
-    while len(seq.token_ids) < 50:
-        llm._engine.step()
-    runner: Any = llm._engine._runner
-    os.kill(runner._workers.pids[1], signal.SIGKILL)
+    llm.add_request([5, 6, 7], params)
+    for _ in range(50):
+        llm.step()
+    os.kill(rank_pids()[1], signal.SIGKILL)
 
     def run_on() -> None:
         while True:
-            llm._engine.step()
+            llm.step()
 
     with no_wait_runs_out(), pytest.raises(WorkerDiedError):
         run_on()

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
-from engine.collectives import GroupContext, gloo_context
 from engine.model_runner import LocalRunner
 from engine.parts import resolve
+from engine.ranks.collectives import GroupContext, gloo_context
 from engine.sequence import Sequence
 from layers.parallel import ParallelContext
 from llm import LLM, SamplingParams

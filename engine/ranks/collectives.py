@@ -14,12 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
-from engine.model_runner import LocalRunner
-from engine.types import ModelRunner
-from engine.worker import LostPeerError, Rank
+from engine.ranks.worker import LostPeerError, Rank
 from layers.kernels.launch import dependent_launch, fused
 from layers.parallel import ParallelContext
-from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,14 +32,19 @@ _PEER_BYTES = 2 << 20
 class GroupContext(ParallelContext):
     """A rank whose collectives are a process group's: gloo's on CPUs, NCCL's on GPUs.
 
-    NCCL's can be captured in CUDA graphs. A faster means for some sizes subclasses this.
+    NCCL's can be captured in CUDA graphs. With an exchange, small tensors go through memory that
+    the devices have mapped instead.
 
     Attributes:
         group: what has a `ProcessGroup`'s `allreduce`.
+        exchange: says which tensors it takes.
+        memory: the exchange's, kept alive.
         rehearses: set in a rehearsal.
     """
 
     group: Any = field(kw_only=True)
+    exchange: PeerExchange | None = field(default=None, kw_only=True)
+    memory: Tensor | None = field(default=None, kw_only=True)
     rehearses: Event = field(default_factory=Event, kw_only=True)
 
     @contextmanager
@@ -54,10 +56,22 @@ class GroupContext(ParallelContext):
             self.rehearses.clear()
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.exchange is not None and self.exchange.takes_sum(x):
+            return self.exchange.all_reduce(x, rehearse=self.rehearses.is_set())
         return self._reduce(x, dist.ReduceOp.SUM)
 
     def all_max(self, x: Tensor) -> Tensor:
+        if self.exchange is not None and self.exchange.takes_max(x):
+            return self.exchange.all_max(x, rehearse=self.rehearses.is_set())
         return self._reduce(x, dist.ReduceOp.MAX)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.exchange is None or not self.exchange.takes_sum(x):
+            return None
+        rehearse = self.rehearses.is_set()
+        return self.exchange.add_rms_norm(x, residual, weight, eps, rehearse=rehearse)
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         if self.rehearses.is_set():
@@ -104,43 +118,8 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
     return GroupContext(index, size, group=dist.group.WORLD)
 
 
-@dataclass(frozen=True, slots=True)
-class PeerContext(GroupContext):
-    """As NCCL's, but what is small goes through memory that the devices have mapped.
-
-    Attributes:
-        exchange: does that, and says what it takes.
-        memory: keeps the memory alive.
-    """
-
-    exchange: PeerExchange = field(kw_only=True)
-    memory: Tensor = field(kw_only=True)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        if self.exchange.takes_sum(x):
-            return self.exchange.all_reduce(x, rehearse=self.rehearses.is_set())
-        return self._reduce(x, dist.ReduceOp.SUM)
-
-    def all_max(self, x: Tensor) -> Tensor:
-        if self.exchange.takes_max(x):
-            return self.exchange.all_max(x, rehearse=self.rehearses.is_set())
-        return self._reduce(x, dist.ReduceOp.MAX)
-
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor] | None:
-        if not self.exchange.takes_sum(x):
-            return None
-        rehearse = self.rehearses.is_set()
-        return self.exchange.add_rms_norm(x, residual, weight, eps, rehearse=rehearse)
-
-
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """`context` of NCCL with sums of few rows through peer memory, where devices allow it.
-
-    Args:
-        width: elements of a row, the model's hidden size.
-    """
+    """NCCL's context with sums of few rows [T, width] through peer memory, where devices allow."""
     devices = range(context.size)
     device = torch.device("cuda", torch.cuda.current_device())
     mapped = all(
@@ -171,9 +150,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
         device=device,
         pdl=dependent_launch(device),
     )
-    return PeerContext(
-        context.rank, context.size, group=context.group, exchange=exchange, memory=memory
-    )
+    return replace(context, exchange=exchange, memory=memory)
 
 
 def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> GroupContext:
@@ -190,18 +167,3 @@ def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> 
     torch.cuda.set_device(rank.index)
     context = nccl_context(rank.index, rank.size, store)
     return peer_context(context, getattr(torch, config.dtype), width) if peer else context
-
-
-def local_rank(
-    config: Config, checkpoint: Checkpoint, rank: Rank, *, peer: bool = True
-) -> ModelRunner:
-    """The runner of one rank, in a process of its own: a `LocalRunner` that has joined the others.
-
-    Args:
-        peer: see `join_ranks`.
-    """
-    context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
-    if config.device == "cpu":
-        # The parent runs ahead already; a thread here would only add its own overhead.
-        config = replace(config, pipeline_depth=0)
-    return LocalRunner(config, checkpoint, context)

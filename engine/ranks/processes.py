@@ -1,0 +1,285 @@
+"""The processes of the ranks: started together, watched, and ended together."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from config import Config
+from engine.ranks.channel import Channel, PlanCodec, encode
+from engine.ranks.worker import Failure, MakeRunner, Rank
+from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
+from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
+
+# A rank tells that it has lost another one: how long the other one's own report may take to come.
+_CAUSE_SECONDS = 2.0
+# A rank that does not end by itself when asked to is killed after this; the longest step is far
+# shorter.
+_CLOSE_SECONDS = 30.0
+# How long to wait for results while the socket of a rank is full, before looking again.
+_FULL_SECONDS = 50e-6
+
+
+class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
+    """What a rank printed, as the cause of the error that its runner raises."""
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
+
+
+class RankProcesses(ModelRunner):
+    """Runs every plan in one process per rank. The first failure of any of them ends all.
+
+    The processes end by themselves when this one does, however that happens.
+
+    Args:
+        config, checkpoint, make_runner: `make_runner(config, checkpoint, rank)` runs in each.
+        num_threads: CPU threads of each.
+
+    Raises:
+        WorkerDiedError: a rank's process ended while it loaded.
+        ConfigError: `config` cannot be sent to another process.
+        Exception: whatever a rank raised while it loaded.
+    """
+
+    def __init__(
+        self, config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, num_threads: int = 1
+    ) -> None:
+        self._kv_groups: tuple[KVGeometry, ...] = ()
+        self._num_ready = 0
+        self._codec = PlanCodec()
+        # Of each step under way, the oldest first: the list that gets its result. Handles hold
+        # this object, so it does not hold them.
+        self._pending: deque[list[StepResult]] = deque()
+        self._error: Exception | None = None
+        self._closed = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._channels: list[Channel] = []
+        self._selector = selectors.DefaultSelector()
+        held = (os.getpid(), self._processes, self._channels, self._selector)
+        # Called also when this object is forgotten, and when the interpreter ends.
+        self._end = weakref.finalize(self, _end, *held)
+        size = config.tensor_parallel_size
+        memory = Path("/dev/shm")
+        try:
+            # A file without a name, preferably in memory; the ranks inherit its descriptor.
+            with tempfile.TemporaryFile(dir=memory if memory.is_dir() else None) as store:
+                for index in range(size):
+                    rank = Rank(index, size, f"/dev/fd/{store.fileno()}", num_threads)
+                    start = _start_message(config, checkpoint, make_runner, rank)
+                    self._spawn(index, start, store.fileno())
+            while self._num_ready < size:
+                self.take_in(None)
+        except BaseException:
+            self._end()
+            raise
+
+    @property
+    def kv_groups(self) -> tuple[KVGeometry, ...]:
+        """Of each rank: its share of the KV heads."""
+        return self._kv_groups
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        if self._closed:
+            raise EngineClosedError("execute() after close()")
+        self.take_in(0)
+        arrived: list[StepResult] = []
+        try:
+            self._pending.append(arrived)
+            message = self._codec.encode(plan)
+            for channel in self._channels:
+                channel.post(message, wait=lambda: self.take_in(_FULL_SECONDS))
+        except BaseException as error:
+            # A rank may have half a message now.
+            self._break(error)
+            raise
+        return _Sent(self, arrived)
+
+    def close(self) -> None:
+        """End all ranks after what they have under way; may be called twice.
+
+        Raises:
+            WorkerDiedError: a rank died instead; all the same, nothing is left of any.
+        """
+        self._closed = True
+        if not self._end.alive:
+            return
+        try:
+            for channel in self._channels:
+                channel.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + _CLOSE_SECONDS
+            while self._selector.get_map() and (left := deadline - time.monotonic()) > 0:
+                self.take_in(left)
+        finally:
+            self._end()
+
+    def take_in(self, timeout: float | None) -> None:
+        """Wait `timeout` seconds (None: for ever) for messages of any rank; keep the results.
+
+        Raises:
+            WorkerDiedError, StepError: a rank has failed.
+            EngineClosedError: all ranks have ended.
+        """
+        if self._error is not None:
+            kind = WorkerDiedError if isinstance(self._error, WorkerDiedError) else StepError
+            raise kind(f"{self._error}; close this engine and construct a new one") from self._error
+        if not self._end.alive:
+            raise EngineClosedError("the runner was closed before the result of the step came")
+        ready = self._selector.select(timeout)
+        try:
+            for key, _ in ready:
+                match self._channels[key.data].receive():
+                    case StepResult() as result:
+                        self._pending.popleft().append(replace(result, ended_at=self.now()))
+                    case tuple() as kv_groups:
+                        self._kv_groups = kv_groups
+                        self._num_ready += 1
+                    case None if self._closed and self._processes[key.data].wait() == 0:
+                        self._selector.unregister(key.fileobj)
+                    case cause:
+                        self._fail(key.data, cause)
+        except BaseException as error:
+            # Interrupted in the middle of a message, what follows it would make no sense.
+            self._break(error)
+            raise
+
+    def _spawn(self, index: int, start: bytes, store: int) -> None:
+        ours, theirs = socket.socketpair()
+        channel = Channel(fileno=ours.detach())
+        self._channels.append(channel)
+        self._selector.register(channel, selectors.EVENT_READ, index)
+        with theirs:
+            code = "from engine.ranks.worker import main; main()"
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(), store),
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C is for the parent to handle.
+                start_new_session=True,
+                env={
+                    # All ranks are on this machine; NVLink multicast needs rights that containers
+                    # often lack.
+                    "NCCL_SOCKET_IFNAME": "lo",
+                    "NCCL_NVLS_ENABLE": "0",
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                },
+            )
+        self._processes.append(process)
+        channel.post(start)
+
+    def _break(self, error: BaseException) -> None:
+        if self._error is None:
+            cut_short = StepError(f"a message was cut short ({error!r})")
+            self._error = error if isinstance(error, AllmosError) else cut_short
+        self._end()
+
+    def _fail(self, index: int, cause: object) -> NoReturn:
+        """Raise what went wrong in a rank, or in the other rank that was the reason.
+
+        Args:
+            cause: the rank's `Failure`, or None if the rank has died.
+        """
+        deadline = time.monotonic() + _CAUSE_SECONDS
+        reported = {index}
+        while isinstance(cause, Failure) and cause.lost_peer and time.monotonic() < deadline:
+            for key, _ in self._selector.select(deadline - time.monotonic())[:1]:
+                message = self._channels[key.data].receive()
+                if key.data in reported:
+                    # Its end, after its report.
+                    self._selector.unregister(key.fileobj)
+                elif message is None or isinstance(message, Failure):
+                    index, cause = key.data, message
+                    reported.add(index)
+        if not isinstance(cause, Failure):
+            raise self._died(index)
+        error = cause.error
+        if self._num_ready == len(self._channels) and not isinstance(error, AllmosError):
+            error = StepError(f"{type(error).__name__}: {error}")
+        raise error from RankTraceback(index, cause.traceback)
+
+    def _died(self, index: int) -> WorkerDiedError:
+        process = self._processes[index]
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+        if process.returncode is None:
+            how = "closed its connection"
+        elif process.returncode < 0:
+            how = f"was killed by {signal.Signals(-process.returncode).name}"
+        else:
+            how = f"exited with {process.returncode}"
+        return WorkerDiedError(f"the process of rank {index} (pid {process.pid}) {how}")
+
+
+class _Sent(StepHandle):
+    """A step that the ranks run. `take_in` appends the step's result to `arrived`."""
+
+    def __init__(self, ranks: RankProcesses, arrived: list[StepResult]) -> None:
+        self._ranks = ranks
+        self._arrived = arrived
+
+    def result(self) -> StepResult:
+        while not self._arrived:
+            self._ranks.take_in(None)
+        return self._arrived[0]
+
+
+def _start_message(
+    config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, rank: Rank
+) -> bytes:
+    """What a rank has to run.
+
+    The config goes without parts that stay here, which need not be fit for sending.
+    """
+    kept: dict[str, Any] = {
+        field.name: field.default
+        for field in fields(config)
+        if callable(getattr(config, field.name)) and field.name != "attention_backend"
+    }
+    try:
+        return encode((make_runner, replace(config, **kept), checkpoint, rank))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            "attention_backend",
+            config.attention_backend,
+            f"cannot be sent to the processes of the ranks ({error})",
+            'Give a name, "package.module:Class", or a class that a module defines.',
+        ) from error
+
+
+def _end(
+    owner: int,
+    processes: list[subprocess.Popen[bytes]],
+    channels: list[Channel],
+    selector: selectors.BaseSelector,
+) -> None:
+    """Kill what still runs, and free what is held here.
+
+    Args:
+        owner: id of the process whose ranks these are; a fork of it must leave them alone.
+    """
+    if os.getpid() != owner:
+        return
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+    selector.close()
+    for channel in channels:
+        channel.close()
