@@ -22,9 +22,9 @@ from layers.logits import (
     Filters,
     Penalties,
     TokenScores,
+    logit_bounds,
     penalize,
     score,
-    thresholds,
 )
 from layers.sampler import Sampler
 from sampling_params import LogitsProcessor
@@ -152,7 +152,7 @@ class Rewritten:
         temperatures, seeds, positions = (key[self.rows] for key in keys)
         changed = logits.index_select(0, self.rows).float()
         self._rewrite(changed, tokens, slots[self.rows], positions)
-        least = thresholds(changed, self.filters) if self.filters else None
+        least = logit_bounds(changed, self.filters) if self.filters else None
         return sampler.whole(changed, temperatures, seeds, positions, least=least)
 
     def _rewrite(self, logits: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -210,7 +210,7 @@ class StepExtras:
         if self.all_rewritten:
             drawn = torch.empty(count, dtype=torch.int64, device=whole.device)
         else:
-            least = thresholds(whole[:count], self.filters) if self.filters else None
+            least = logit_bounds(whole[:count], self.filters) if self.filters else None
             drawn = sampler(step.logits[:count], *keys, least=least)
         for part in self.rewritten:
             anew = part.draw(sampler, tokens, whole[:count], slots, keys)

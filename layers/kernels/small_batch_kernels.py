@@ -1,4 +1,4 @@
-"""The Gluon kernels behind skinny_linear.py, which says what they are for.
+"""The Gluon kernels behind small_batch_linear.py, which says what they are for.
 
 Gluon is Triton's lower-level dialect: layouts and shared memory are explicit. Plain Triton offers
 no way to keep a copy into shared memory in flight across the wait for the preceding kernel.
@@ -26,14 +26,11 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
     """arange(size) along one axis of a three-dimensional layout, shaped to broadcast."""
     if axis == 0:
-        line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-        line = line.expand_dims(1).expand_dims(2)
+        line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     elif axis == 1:
-        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-        line = line.expand_dims(0).expand_dims(2)
+        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     else:
-        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-        line = line.expand_dims(0).expand_dims(1)
+        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     return line
 
 
@@ -59,17 +56,17 @@ def rows_kernel(
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
     EVEN: gl.constexpr,
-    NORM: gl.constexpr,
-    BIAS: gl.constexpr,
-    RESIDUAL: gl.constexpr,
     SWIGLU: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
     """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (N / BN).
 
+    The pointers of bias, norm and residual may be None. EVEN: all of a chunk is inside the weight.
     The accumulator is [warp, n, m]: weight rows are the MMA's 16 rows, tokens its 8 columns. Chunk
     c of warp w covers KC inputs from (c * WARPS + w) * KC on; each warp reads what it copied.
     """
+    BIAS: gl.constexpr = bias_ptr is not None
+    NORM: gl.constexpr = norm_ptr is not None
+    RESIDUAL: gl.constexpr = residual_ptr is not None
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
     )
@@ -84,8 +81,7 @@ def rows_kernel(
     TILE: gl.constexpr = gl.SliceLayout(0, EPILOGUE)
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     dtype: gl.constexpr = w_ptr.dtype.element_ty
-    if PDL:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     start = gl.program_id(0) * BN
     ws = gl.allocate_shared_memory(dtype, [STAGES * PARTS, WARPS, BN, KC], SHARED)
     xs = gl.allocate_shared_memory(dtype, [STAGES, WARPS, BM, KC], SHARED)
@@ -109,9 +105,8 @@ def rows_kernel(
         for c in gl.static_range(CHUNKS):
             k = c * WARPS * KC + xk
             gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    if PDL:
-        # Nothing above this line reads what another kernel of the step writes.
-        gdc_wait()
+    # Nothing above this line reads what another kernel of the step writes.
+    gdc_wait()
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
         x_mask = token < M if EVEN else (token < M) & (k < K)
@@ -158,9 +153,8 @@ def rows_kernel(
     if SWIGLU:
         sums.index(1).store(up)
     if NORM:
-        squares = gl.allocate_shared_memory(
-            gl.float32, [WARPS, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        )
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        squares = gl.allocate_shared_memory(gl.float32, [WARPS, BM], FLAT)
         squares.store(gl.sum(square, 1))
     _barrier()
     out = gl.sum(sums.index(0).load(EPILOGUE), 0)
@@ -196,11 +190,9 @@ def tile_kernel(
     CHUNKS: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
-    BIAS: gl.constexpr,
     SWIGLU: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
-    """out[split, m, n] = x[m, ks] @ w[n, ks].T; grid (N / BN, ceil(M / BM), splits).
+    """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits).
 
     Both operands come through a ring of STAGES stages by TMA, each stage with a barrier of its
     own. With SWIGLU a stage's weight tile is BN rows of the gate above BN rows of the up part.
@@ -212,8 +204,7 @@ def tile_kernel(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDTH, 16]
     )
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
-    if PDL:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     n0 = gl.program_id(0) * BN
     m0 = gl.program_id(1) * BM
     k0 = gl.program_id(2) * (CHUNKS * BK)
@@ -227,15 +218,11 @@ def tile_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.expect(ready.index(s), STAGE_BYTES)
         for p in gl.static_range(PARTS):
-            tma.async_copy_global_to_shared(
-                w_desc,
-                [n0 + p * N, k0 + s * BK],
-                ready.index(s),
-                ws.index(s).slice(p * BN, BN),
-            )
-    if PDL:
-        # Nothing above this line reads what another kernel of the step writes.
-        gdc_wait()
+            stage = ws.index(s).slice(p * BN, BN)  # [BN, BK]
+            place = [n0 + p * N, k0 + s * BK]
+            tma.async_copy_global_to_shared(w_desc, place, ready.index(s), stage)
+    # Nothing above this line reads what another kernel of the step writes.
+    gdc_wait()
     for s in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
     acc = gl.zeros((BM, WIDTH), gl.float32, MMA)
@@ -251,9 +238,8 @@ def tile_kernel(
             k = k0 + (c - 1 + STAGES) * BK
             mbarrier.expect(ready.index(s), STAGE_BYTES)
             for p in gl.static_range(PARTS):
-                tma.async_copy_global_to_shared(
-                    w_desc, [n0 + p * N, k], ready.index(s), ws.index(s).slice(p * BN, BN)
-                )
+                stage = ws.index(s).slice(p * BN, BN)
+                tma.async_copy_global_to_shared(w_desc, [n0 + p * N, k], ready.index(s), stage)
             tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), xs.index(s))
     acc = warpgroup_mma_wait(0, [acc])
     m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]
@@ -264,7 +250,7 @@ def tile_kernel(
         out = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, OUT)
     else:
         out = gl.convert_layout(acc, OUT)
-    if BIAS:
+    if bias_ptr is not None:
         out += gl.load(bias_ptr + n).to(gl.float32)
     target = out_ptr + gl.program_id(2) * split_stride + m * out_stride + n
     gl.store(target, out.to(out_ptr.dtype.element_ty), mask=m < M)
