@@ -10,8 +10,6 @@ decides over time alone, never over the result.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +21,9 @@ LANES = tl.constexpr(8)
 # Leading bits that tell two values of a type apart once they are float32; even, as two are
 # decided in each pass over the row.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
+# With few rows a pass is latency: one program of 32 warps has a multiprocessor to itself. With more
+# rows than the 132 multiprocessors of an H200, two programs of 16 warps share one.
+FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
 @triton.jit
@@ -179,44 +180,42 @@ def guess_range(
 
 
 @triton.jit
-def _pad(out_ptr, count, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+def _pad(out_ptr, count, BLOCK: tl.constexpr):
     """Fill up the last block of `count` gathered logits; where they end then.
 
     Of whole blocks the compiler knows that they can be loaded 16 bytes at once.
     """
     lanes = count + tl.arange(0, BLOCK)
-    tl.store(out_ptr + lanes, float("-inf"), mask=lanes < CAPACITY)
+    tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
     # Other threads of the program read what these wrote.
     tl.debug_barrier()
     return (count + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
-def _gather_from(ptr, out_ptr, end, low, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
     """Copy the groups of lanes with a logit at or above `low`, in order; the logits that makes.
 
-    Whole groups, as they cost one store each. No more than CAPACITY logits are copied.
+    Whole groups, as they cost one store each. No more than two blocks of logits are copied.
     """
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
-        hits = (tl.max(x, axis=1) >= low).to(tl.int32)
+        hits = (tl.max(x, axis=1) >= low).to(tl.int32)  # [BLOCK / lanes]
         found = tl.sum(hits, axis=0)
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
             # 16-bit logits come back as they were.
             value = x.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < CAPACITY))
+            tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
 
 
 @triton.jit
-def _gather_between(
-    ptr, out_ptr, end, low, high, highest, scale, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Copy the logits from `low` up to `high` in order, CAPACITY at most.
+def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
+    """Copy the logits from `low` up to `high` in order, two blocks at most.
 
     Returns:
         Their number, and the mass of those above `high`.
@@ -228,20 +227,18 @@ def _gather_between(
         over = x > high
         above += tl.sum(tl.where(over, tl.exp2((x - highest) * scale), 0.0), axis=1)
         inside = (x >= low) & (over == 0)
-        hits = inside.to(tl.int32)
-        group = tl.sum(hits, axis=1)
+        hits = inside.to(tl.int32)  # [BLOCK / lanes, lanes]
+        group = tl.sum(hits, axis=1)  # [BLOCK / lanes]
         first = count + tl.cumsum(group, axis=0) - group
         place = first[:, None] + tl.cumsum(hits, axis=1) - hits
         value = x.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + place, value, mask=inside & (place < CAPACITY))
+        tl.store(out_ptr + place, value, mask=inside & (place < 2 * BLOCK))
         count += tl.sum(group, axis=0)
     return count, tl.sum(above, axis=0)
 
 
 @triton.jit
-def _narrow_to_mass(
-    ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
-):
+def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Where to look for the logit that reaches top_p of the mass: the whole row if need be.
 
     Returns:
@@ -252,19 +249,17 @@ def _narrow_to_mass(
     highest = tl.max(best, axis=0)
     target = top_p * total
     floor = tl.full((), float("-inf"), tl.float32)
-    if end > CAPACITY:
+    if end > 2 * BLOCK:
         low = _ranked(best, BLOCK // LANES // 2, BITS)
         above = tl.full((), 0.0, tl.float32)
         if tl.sum(_weights(best, low, highest, scale), axis=0) >= target:
-            count = _gather_from(ptr, out_ptr, end, low, CAPACITY, BLOCK)
+            count = _gather_from(ptr, out_ptr, end, low, BLOCK)
         else:
             below = (1 - top_p) * total
             low, high = guess_range(ptr, end, below, highest, scale, BITS, BLOCK)
-            count, above = _gather_between(
-                ptr, out_ptr, end, low, high, highest, scale, CAPACITY, BLOCK
-            )
-        if (count <= CAPACITY) & (above < target):
-            last = _pad(out_ptr, count, CAPACITY, BLOCK)
+            count, above = _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK)
+        if (count <= 2 * BLOCK) & (above < target):
+            last = _pad(out_ptr, count, BLOCK)
             if above + _mass(out_ptr, last, low, highest, scale, BLOCK) >= target:
                 ptr = out_ptr
                 end = last
@@ -285,13 +280,12 @@ def _bounds_kernel(
     stride,
     vocab_size,
     BITS: tl.constexpr,
-    CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The bound of one row; grid (rows). `scratch_ptr` has room for CAPACITY logits a row."""
+    """The bound of one row; grid (rows). `scratch_ptr` has room for two blocks of logits a row."""
     row = tl.program_id(0).to(tl.int64)
     ptr = logits_ptr + row * stride
-    scratch_ptr += row * CAPACITY
+    scratch_ptr += row * (2 * BLOCK)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -306,17 +300,17 @@ def _bounds_kernel(
         target = tl.full((), 0.0, tl.float32)
         if (top_p < 1) & (counts == 0):
             ptr, end, target, least, highest = _narrow_to_mass(
-                ptr, scratch_ptr, end, top_p, scale, BITS, CAPACITY, BLOCK
+                ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            best = _best(ptr, end, BLOCK)
+            best = _best(ptr, end, BLOCK)  # [BLOCK / lanes]
             highest = tl.max(best, axis=0)
             if counts:
-                if (vocab_size > CAPACITY) & (top_k <= BLOCK // LANES // 4 * 3):
+                if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
                     low = _ranked(best, top_k, BITS)
-                    count = _gather_from(ptr, scratch_ptr, end, low, CAPACITY, BLOCK)
-                    if count <= CAPACITY:
-                        end = _pad(scratch_ptr, count, CAPACITY, BLOCK)
+                    count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
+                    if count <= 2 * BLOCK:
+                        end = _pad(scratch_ptr, count, BLOCK)
                         ptr = scratch_ptr
                 least = _search_row(ptr, end, top_k, None, None, None, BITS, BLOCK)
                 if top_p < 1:
@@ -329,37 +323,18 @@ def _bounds_kernel(
     tl.store(out_ptr + row, least)
 
 
-class Tuning(NamedTuple):
-    """How a row is read; block and capacity are powers of two, capacity no smaller than block.
-
-    Attributes:
-        block: logits read at once.
-        capacity: logits gathered at most; rows no longer than that are searched where they lie.
-        warps: of a program, which has a row to itself.
-    """
-
-    block: int
-    capacity: int
-    warps: int
-
-
-# With few rows a pass is latency: one program of 32 warps has a multiprocessor. With more rows than
-# the 132 multiprocessors of an H200, two programs of 16 warps share one.
-FEW_ROWS, MANY_ROWS = Tuning(16384, 32768, 32), Tuning(8192, 16384, 16)
-
-
 def logit_bounds(
-    logits: torch.Tensor, filters: Filters, tuning: Tuning | None = None
+    logits: torch.Tensor, filters: Filters, *, block: int | None = None
 ) -> torch.Tensor:
     """As :func:`layers.logits.logit_bounds_reference`, in passes over the logits where they lie.
 
     Two passes over a row of a large vocabulary, and 8 more for bf16 or 16 for float32 where a guess
-    fails and for a top_k in the hundreds and more.
+    fails and for a top_k in the hundreds and more. Rows of two blocks and less are not gathered.
 
     Args:
         logits: [R, V] bf16, fp16 or fp32; rows may be strided.
         filters: [R] float32 each.
-        tuning: chosen by the number of rows if absent.
+        block: logits of a row read at once, a power of two; chosen by the number of rows if None.
 
     Returns:
         [R] float32; may lie below the reference's, between the same two values of the type.
@@ -367,21 +342,14 @@ def logit_bounds(
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
     rows, vocab_size = logits.shape
-    block, capacity, warps = tuning or (FEW_ROWS if rows <= 132 else MANY_ROWS)
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if block is None:
+        block = FEW_ROWS_BLOCK if rows <= 132 else MANY_ROWS_BLOCK
+    # 64 registers a thread let 1,024 threads share a multiprocessor.
+    options = {"num_warps": max(1, block // 512), "maxnreg": 64}
     if rows:
-        _bounds_kernel[(rows,)](
-            logits,
-            *(getattr(filters, name).contiguous() for name in Filters.__slots__),
-            logits.new_empty(rows, capacity),
-            out,
-            logits.stride(0),
-            vocab_size,
-            BITS=_BITS[logits.dtype],
-            CAPACITY=capacity,
-            BLOCK=block,
-            num_warps=warps,
-            # Two programs of 16 warps share a multiprocessor, or one has it.
-            maxnreg=64,
-        )
+        by = (getattr(filters, name).contiguous() for name in Filters.__slots__)
+        tensors = (logits, *by, logits.new_empty(rows, 2 * block), out)
+        sizes = (logits.stride(0), vocab_size, _BITS[logits.dtype], block)
+        _bounds_kernel[(rows,)](*tensors, *sizes, **options)
     return out

@@ -143,25 +143,13 @@ def sample_shard(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`layers.sampler.sample_shard`, but for roundings of the noise.
 
-    The same (seed, position, logits) give the same token in any batch.
-
-    Args:
-        logits: [R, V] bf16, fp16 or fp32; rows may be strided.
-        temperatures: [R] float32, 0 for greedy.
-        seeds: [R] int64.
-        positions: [R] int32 or int64.
-        vocab_offset: token id of the first column, a multiple of 4.
-        least: [R] float32; tokens whose logit is below it are never drawn.
-
-    Returns:
-        ([R] float32 largest sums, [R] int64 token ids; the lowest of equally good ones).
+    Logits are bf16, fp16 or fp32; their rows may be strided. Positions are int32 or int64.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
     if vocab_offset % 4:
         raise ValueError(f"vocab_offset must be a multiple of 4, got {vocab_offset}")
-    rows, vocab_size = logits.shape
-    device = logits.device
+    (rows, vocab_size), device = logits.shape, logits.device
     token = torch.empty(rows, dtype=torch.int64, device=device)
     best = torch.empty(rows, dtype=torch.float32, device=device)
     if not rows:
@@ -171,22 +159,10 @@ def sample_shard(
     splits = triton.cdiv(total, blocks)
     value = torch.empty((rows, splits), dtype=torch.float32, device=device)
     index = torch.empty((rows, splits), dtype=torch.int32, device=device)
-    _sample_kernel[(rows, splits)](
-        logits,
-        temperatures,
-        seeds,
-        positions,
-        least,
-        value,
-        index,
-        logits.stride(0),
-        vocab_size,
-        vocab_offset,
-        blocks,
-        HARDWARE=logits.is_cuda,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    tensors = (logits, temperatures, seeds, positions, least, value, index)
+    sizes = (logits.stride(0), vocab_size, vocab_offset, blocks)
+    options = {"HARDWARE": logits.is_cuda, "BLOCK": _BLOCK, "num_warps": 4}
+    _sample_kernel[(rows, splits)](*tensors, *sizes, **options)
     padded = triton.next_power_of_2(splits)
     _reduce_kernel[(rows,)](value, index, best, token, splits, SPLITS=padded, num_warps=1)
     return best, token

@@ -7,15 +7,9 @@ no way to keep a copy into shared memory in flight across the wait for the prece
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton 3.7 calls it barrier, 3.6 thread_barrier.
@@ -85,9 +79,9 @@ def rows_kernel(
     start = gl.program_id(0) * BN
     ws = gl.allocate_shared_memory(dtype, [STAGES * PARTS, WARPS, BN, KC], SHARED)
     xs = gl.allocate_shared_memory(dtype, [STAGES, WARPS, BM, KC], SHARED)
-    row = start + _index(1, BN, COPY)
-    token = _index(1, BM, COPY)
-    k0 = _index(0, WARPS, COPY) * KC + _index(2, KC, COPY)
+    row = start + _index(1, BN, COPY)  # [1, BN, 1]
+    token = _index(1, BM, COPY)  # [1, BM, 1]
+    k0 = _index(0, WARPS, COPY) * KC + _index(2, KC, COPY)  # [WARPS, 1, KC]
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
         w_mask = None if EVEN else (row < N) & (k < K)
@@ -95,13 +89,13 @@ def rows_kernel(
             source = w_ptr + (row + p * N) * K + k
             async_copy.async_copy_global_to_shared(ws.index(c * PARTS + p), source, mask=w_mask)
         async_copy.commit_group()
-    n = start + gl.arange(0, BN, gl.SliceLayout(1, TILE))[:, None]
-    m = gl.arange(0, BM, gl.SliceLayout(0, TILE))[None, :]
+    n = start + gl.arange(0, BN, gl.SliceLayout(1, TILE))[:, None]  # [BN, 1]
+    m = gl.arange(0, BM, gl.SliceLayout(0, TILE))[None, :]  # [1, BM]
     if BIAS:
         bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
     gains = ()
     if NORM:
-        xk = _index(0, WARPS, LX) * KC + _index(1, KC, LX)
+        xk = _index(0, WARPS, LX) * KC + _index(1, KC, LX)  # [WARPS, KC, 1]
         for c in gl.static_range(CHUNKS):
             k = c * WARPS * KC + xk
             gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
@@ -123,7 +117,7 @@ def rows_kernel(
     for c in gl.static_range(CHUNKS):
         # With a ring every step commits one group, so that STAGES - 1 younger ones stay in flight.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
-        x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)
+        x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
             # The norm's row scale commutes with the product and is applied at the end.
             x32 = x.to(gl.float32)
@@ -157,9 +151,9 @@ def rows_kernel(
         squares = gl.allocate_shared_memory(gl.float32, [WARPS, BM], FLAT)
         squares.store(gl.sum(square, 1))
     _barrier()
-    out = gl.sum(sums.index(0).load(EPILOGUE), 0)
+    out = gl.sum(sums.index(0).load(EPILOGUE), 0)  # [BN, BM]
     if NORM:
-        total = gl.sum(squares.load(gl.SliceLayout(1, EPILOGUE)), 0)
+        total = gl.sum(squares.load(gl.SliceLayout(1, EPILOGUE)), 0)  # [BM]
         scale = gl.convert_layout(gl.rsqrt(total / K + eps), gl.SliceLayout(0, TILE))[None, :]
         out *= scale
     if BIAS:
@@ -213,7 +207,7 @@ def tile_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
-    fence_async_shared()
+    hopper.fence_async_shared()
     _barrier()
     for s in gl.static_range(STAGES):
         mbarrier.expect(ready.index(s), STAGE_BYTES)
@@ -228,11 +222,11 @@ def tile_kernel(
     acc = gl.zeros((BM, WIDTH), gl.float32, MMA)
     for c in gl.static_range(CHUNKS):
         mbarrier.wait(ready.index(c % STAGES), (c // STAGES) & 1)
-        w = ws.index(c % STAGES).permute([1, 0])
-        acc = warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
+        w = ws.index(c % STAGES).permute([1, 0])  # [BK, WIDTH]
+        acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
         if c > 0 and c - 1 + STAGES < CHUNKS:
             # The chunk before this one has been used by all warps: its stage is filled again.
-            acc = warpgroup_mma_wait(1, [acc])
+            acc = hopper.warpgroup_mma_wait(1, [acc])
             _barrier()
             s = (c - 1) % STAGES
             k = k0 + (c - 1 + STAGES) * BK
@@ -241,12 +235,12 @@ def tile_kernel(
                 stage = ws.index(s).slice(p * BN, BN)
                 tma.async_copy_global_to_shared(w_desc, [n0 + p * N, k], ready.index(s), stage)
             tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), xs.index(s))
-    acc = warpgroup_mma_wait(0, [acc])
-    m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]
-    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]
+    acc = hopper.warpgroup_mma_wait(0, [acc])
+    m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]  # [BM, 1]
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]  # [1, BN]
     if SWIGLU:
         # A thread's accumulators hold column n of the gate and of the up part both.
-        gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()
+        gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()  # [BM, BN] each
         out = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, OUT)
     else:
         out = gl.convert_layout(acc, OUT)

@@ -17,6 +17,7 @@ wait for the predecessor's output. Several kernels' weights are under way at onc
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -66,8 +67,9 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
     # All of a program's weights at once where they fit, else a ring that leaves room for two
     # programs a multiprocessor.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
+    even = k == chunks * warps * kc and n % bn == 0
     tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
-    return {**tile, "EVEN": k == chunks * warps * kc and n % bn == 0, "SWIGLU": swiglu}
+    return {**tile, "EVEN": even}
 
 
 class _Tile(NamedTuple):
@@ -201,29 +203,29 @@ def small_batch_linear(
     Returns:
         [M, N] in ``x``'s dtype, or with ``splits`` [splits, M, N] float32.
     """
-    (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
-    _check_operands(x, weight, bias, swiglu, splits)
+    tokens, n, k = _checked_shape(x, weight, bias, swiglu, splits)
     if out is None:
         shape = (splits, tokens, n) if splits > 1 else (tokens, n)
         dtype = torch.float32 if splits > 1 else x.dtype
         out = torch.empty(shape, dtype=dtype, device=x.device)
     if tokens <= MAX_FUSED_TOKENS:
         tile = _rows_config(tokens, n, k, swiglu)
-        options = {**tile, "num_warps": tile["WARPS"], "launch_pdl": pdl}
+        options = {**tile, "SWIGLU": swiglu, "num_warps": tile["WARPS"], "launch_pdl": pdl}
         tensors = (x, weight, bias, norm_weight, residual, out)
         strides = (x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0))
         grid = (triton.cdiv(n, tile["BN"]),)
         rows_kernel[grid](*tensors, *strides, tokens, n, k, eps, **options)
     elif norm_weight is None and residual is None:
-        _launch_tile(x, weight, bias, out, swiglu, splits, pdl)
+        _launch_tile(x, weight, bias, out, splits, pdl)
     else:
         raise ValueError(f"norm and residual are fused up to {MAX_FUSED_TOKENS} tokens only")
     return out
 
 
-def _check_operands(
+def _checked_shape(
     x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool, splits: int
-) -> None:
+) -> tuple[int, int, int]:
+    """Tokens, outputs and inputs."""
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     if weight.shape[1] != k or not weight.is_contiguous() or weight.dtype != x.dtype:
         raise ValueError(f"weight must be contiguous [N, {k}] in x's dtype, got {weight.shape}")
@@ -233,41 +235,25 @@ def _check_operands(
         raise ValueError(f"no small-batch linear for {tokens} tokens, {n} x {k}, {splits} splits")
     if bias is not None and (swiglu or splits > 1):
         raise ValueError("bias goes with neither swiglu nor splits")
+    return tokens, n, k
 
 
 def _launch_tile(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    swiglu: bool,
-    splits: int,
-    pdl: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, splits: int, pdl: bool
 ) -> None:
     (tokens, k), n = x.shape, out.shape[-1]
+    swiglu = weight.shape[0] == 2 * n
     tile = _tile_config(tokens, n, k, swiglu, splittable=splits > 1)
     assert tile is not None
     chunks = k // tile.BK // splits
     warps = 8 if tile.BM * tile.BN * (2 if swiglu else 1) > 128 * 64 else 4
-    tile_kernel[(n // tile.BN, triton.cdiv(tokens, tile.BM), splits)](
-        _descriptor(x, tile.BM, tile.BK),
-        _descriptor(weight, tile.BN, tile.BK),
-        bias,
-        out,
-        out.stride(-2),
-        out.stride(0) if splits > 1 else 0,
-        tokens,
-        n,
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        CHUNKS=chunks,
-        STAGES=min(tile.STAGES, chunks),
-        WARPS=warps,
-        SWIGLU=swiglu,
-        num_warps=warps,
-        launch_pdl=pdl,
-    )
+    stages = min(tile.STAGES, chunks)
+    sizes = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "CHUNKS": chunks, "STAGES": stages}
+    options = {"WARPS": warps, "SWIGLU": swiglu, "num_warps": warps, "launch_pdl": pdl}
+    descriptors = (_descriptor(x, tile.BM, tile.BK), _descriptor(weight, tile.BN, tile.BK))
+    strides = (out.stride(-2), out.stride(0) if splits > 1 else 0)
+    grid = (n // tile.BN, triton.cdiv(tokens, tile.BM), splits)
+    tile_kernel[grid](*descriptors, bias, out, *strides, tokens, n, **sizes, **options)
 
 
 def _descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
@@ -289,13 +275,11 @@ def small_batch_linear_reference(
     """As :func:`small_batch_linear`, in float32 with one rounding at the end."""
     y = x.float()
     if norm_weight is not None:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm_weight.float()
-    y = y @ weight.float().T
-    if bias is not None:
-        y = y + bias.float()
+        y = F.rms_norm(y, x.shape[-1:], norm_weight.float(), eps)
+    y = F.linear(y, weight.float(), None if bias is None else bias.float())
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
-        y = gate * torch.sigmoid(gate) * up
+        y = F.silu(gate) * up
     if residual is not None:
         y = y + residual.float()
     return y.to(x.dtype)

@@ -25,7 +25,7 @@ from tests.kernels.plans import BLOCK_SIZE, check_prefill, check_staging, random
 if INTERPRET and HAS_TRITON:
     from layers.kernels import logit_bounds as bounds
     from layers.kernels.activation import silu_mul, silu_mul_reference
-    from layers.kernels.logit_bounds import FEW_ROWS, MANY_ROWS, Tuning, logit_bounds
+    from layers.kernels.logit_bounds import FEW_ROWS_BLOCK, MANY_ROWS_BLOCK, logit_bounds
     from layers.kernels.norm import (
         add_rms_norm,
         add_rms_norm_reference,
@@ -277,7 +277,8 @@ def test_staging_of_a_padded_prefill(seed: int) -> None:
 def test_logit_bounds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     def kernel(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
         # The last case as if there were many rows.
-        return logit_bounds(logits, filters, FEW_ROWS if rows == 12 else MANY_ROWS)
+        block = FEW_ROWS_BLOCK if rows == 12 else MANY_ROWS_BLOCK
+        return logit_bounds(logits, filters, block=block)
 
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(rows, vocab_size, generator=generator) * 4).to(dtype)
@@ -291,7 +292,7 @@ def test_logit_bounds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
 
 def _by_small_blocks(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
     """Bounds of a row as of a vocabulary of some 200,000: many blocks, logits gathered."""
-    return logit_bounds(logits, filters, Tuning(block=256, capacity=512, warps=4))
+    return logit_bounds(logits, filters, block=256)
 
 
 # Of values that repeat in another type, or at another place, what the first one shows.
@@ -369,10 +370,10 @@ def test_usual_rows_are_not_searched_as_a_whole(
     logits = (torch.randn(2, 151_936, generator=generator) * scale).bfloat16()
 
     def kernel(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
-        return logit_bounds(logits, filters, MANY_ROWS)
+        return logit_bounds(logits, filters, block=MANY_ROWS_BLOCK)
 
     check_filters(logits, _filters(2, **values), kernel)
-    assert all(length <= MANY_ROWS.capacity for length in lengths)
+    assert all(length <= 2 * MANY_ROWS_BLOCK for length in lengths)
 
 
 @interpreted
