@@ -21,9 +21,9 @@ from layers.logits import (
     Filters,
     Penalties,
     TokenScores,
+    logit_bounds,
     penalize,
     score,
-    thresholds,
 )
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows
@@ -124,7 +124,7 @@ class _ChangedRows:
             ids = tokens[slots[i], : positions[i]].tolist()
             for call in calls:
                 changed[i] = _processed(call, ids, changed[i])
-        least = thresholds(changed, self.filters) if self.filters else None
+        least = logit_bounds(changed, self.filters) if self.filters else None
         return sampler.whole(changed, temperatures, seeds, positions, least=least)
 
 
@@ -168,7 +168,7 @@ class SpecialRows:
         if self.all_changed:
             drawn = torch.empty(count, dtype=torch.int64, device=whole.device)
         else:
-            least = thresholds(whole[:count], self.filters) if self.filters else None
+            least = logit_bounds(whole[:count], self.filters) if self.filters else None
             drawn = sampler(logits[:count], sampled, least=least)
         for part in self.changed:
             drawn.index_copy_(0, part.rows, part.draw(sampler, tokens, whole[:count], sampled))

@@ -100,18 +100,18 @@ def penalize(
     logits.scatter_(1, ids, new)
 
 
-def thresholds(logits: Tensor, filters: Filters) -> Tensor:
+def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
     """[R] float32: the least logit of each row whose token may be drawn."""
     if logits.is_cuda and has_triton():
-        from layers.kernels import thresholds as kernel
+        from layers.kernels import logit_bounds as kernel
 
-        found: Tensor = kernel.thresholds(logits, filters)
+        found: Tensor = kernel.logit_bounds(logits, filters)
         return found
-    return thresholds_reference(logits, filters)
+    return logit_bounds_reference(logits, filters)
 
 
-def thresholds_reference(logits: Tensor, filters: Filters) -> Tensor:
-    """As `thresholds`, by sorting.
+def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
+    """As `logit_bounds`, by sorting.
 
     top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that
     together reach the probability p (nucleus sampling, Holtzman et al., 2020); min_p those at

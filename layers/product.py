@@ -118,14 +118,14 @@ class PackedProduct(Product):
 
 
 class SkinnyProduct(Product):
-    """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond (layers/kernels/skinny_linear).
+    """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond (kernels/small_batch_linear).
 
     Up to 16 tokens norm, gate and residual are part of the kernel; beyond, the gate is, and a
     narrow product may leave partial sums [S, T, N] for the next norm to add up.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        from layers.kernels import skinny_linear as kernels
+        from layers.kernels import small_batch_linear as kernels
 
         super().__init__(weight, bias)
         self._kernels = kernels
@@ -133,17 +133,17 @@ class SkinnyProduct(Product):
 
     def _fits(self, tokens: int, *, swiglu: bool = False, splits: int = 1) -> bool:
         n = self._n // 2 if swiglu else self._n
-        supports = self._kernels.supports_skinny_linear
+        supports = self._kernels.supports_small_batch_linear
         return supports(tokens, n, self._k, swiglu=swiglu, splits=splits)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._fits(x.shape[0]):
             return F.linear(x, self._weight, self._bias)
-        return self._kernels.skinny_linear(x, self._weight, self._bias, pdl=True)
+        return self._kernels.small_batch_linear(x, self._weight, self._bias, pdl=True)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
         if self._fits(x.shape[0]):
-            return self._kernels.skinny_linear(x, self._weight, self._bias, out=out, pdl=True)
+            return self._kernels.small_batch_linear(x, self._weight, self._bias, out=out, pdl=True)
         if self._bias is not None:
             return super().into(x, out)
         # As F.linear without a bias.
@@ -162,7 +162,7 @@ class SkinnyProduct(Product):
         if residual is not None or not self._fuses_norm(x) or not fits:
             # Partial sums where that is the only way to fill the device.
             return super().normed(x, residual, norm, partial=partial and not fits, out=out)
-        run, weight, bias = self._kernels.skinny_linear, self._weight, self._bias
+        run, weight, bias = self._kernels.small_batch_linear, self._weight, self._bias
         y = run(x, weight, bias, norm_weight=norm.weight, eps=norm.eps, out=out, pdl=True)
         return y, x
 
@@ -170,7 +170,7 @@ class SkinnyProduct(Product):
         tokens = x.shape[-2]
         if self._bias is not None or not self._fits(tokens, swiglu=True):
             return super().gated(x, residual, norm)
-        run, weight = self._kernels.skinny_linear, self._weight
+        run, weight = self._kernels.small_batch_linear, self._weight
         if residual is None and self._fuses_norm(x):
             y = run(x, weight, norm_weight=norm.weight, eps=norm.eps, swiglu=True, pdl=True)
             return y, x
@@ -178,14 +178,15 @@ class SkinnyProduct(Product):
         return run(y, weight, swiglu=True, pdl=True), total
 
     def partial(self, x: Tensor) -> Tensor:
-        tokens, run = x.shape[0], self._kernels.skinny_linear
-        splits = 1 if self._bias is not None else self._kernels.skinny_splits(tokens, *self._shape)
+        tokens, run = x.shape[0], self._kernels.small_batch_linear
+        find_splits = self._kernels.small_batch_splits
+        splits = 1 if self._bias is not None else find_splits(tokens, *self._shape)
         if splits > 1 and self._fits(tokens, splits=splits):
             return run(x, self._weight, splits=splits, pdl=True)
         return self(x)
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        run = self._kernels.skinny_linear
+        run = self._kernels.small_batch_linear
         if self._fuses(x) and self._fits(x.shape[0]):
             return run(x, self._weight, self._bias, residual=residual, pdl=True), None
         return self.partial(x), residual

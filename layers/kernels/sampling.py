@@ -1,14 +1,10 @@
-"""Sampling from logits in one pass: Gumbel-max with counter-based noise (see layers/sampler.py)."""
+"""Sampling in one pass over the logits; layers/sampler.py holds the reference and the noise."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
-
-from layers.sampler import sample as sample_reference
-
-__all__ = ["sample", "sample_reference", "sample_shard"]
+from triton.language.extra.cuda import libdevice
 
 # Four logits, and so one Philox call, a thread: with more, Triton reorders words through shared
 # memory.
@@ -18,12 +14,8 @@ _PROGRAMS = 4224
 
 
 @triton.jit
-def _philox_word(c0, position, k0, k1):
-    """Philox4x32-10 of (c0, position, 0, 0): ``c0`` a uint32 tensor, the rest uint32 scalars.
-
-    The keys and the first words are uniform over the program, so the compiler keeps them out of
-    the vector work.
-    """
+def _philox(c0, position, k0, k1):
+    """Philox4x32-10 of (c0, position, 0, 0); c0 is a uint32 tensor, the rest uint32 scalars."""
     c1 = position
     c2 = c0 * 0
     c3 = c2
@@ -49,10 +41,10 @@ def _log2(x, HARDWARE: tl.constexpr):
 def _log2_exponential(x, HARDWARE: tl.constexpr):
     """log2(-log(u)) of uint32 words, u = ((x >> 9) + 0.5) * 2**-23: Gumbel noise / -log(2).
 
-    The hardware's log2 has an absolute error of about 2**-22, which is harmless everywhere but
-    where u is next to 1: there -log(u) is tiny and decides the sample, so it comes from the
-    series of -log(1 - w). Two calls of the exact logarithm cost more than Philox itself
-    (132 us at 256 x 151,936 bf16 on an H200; 67 so, and 22 greedily).
+    The hardware's log2 has an absolute error of about 2**-22. Where u is next to 1 that is too
+    much, as -log(u) is tiny there and decides the sample: it comes from the series of -log(1 - w).
+    Two calls of the exact logarithm cost more than Philox itself (132 us at 256 x 151,936 bf16 on
+    an H200; 67 with the hardware's, and 22 for greedy rows).
     """
     # 2**-23 apart in [1, 2); subtracting 1 - 2**-24 is exact, and so is 1 - u.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
@@ -62,7 +54,11 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     return _log2(tl.where(w < 0.0625, series, exact), HARDWARE)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+# A step's rows begin anywhere in the buffers of captured steps.
+@triton.jit(
+    do_not_specialize=["blocks"],
+    do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "position_ptr", "least_ptr"],
+)
 def _sample_kernel(
     logits_ptr,
     temperature_ptr,
@@ -75,15 +71,10 @@ def _sample_kernel(
     vocab_size,
     vocab_offset,
     blocks,
-    FILTERED: tl.constexpr,
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """One slice of ``blocks * BLOCK`` columns of one row: its best score and that token."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    """Best score and its token of `blocks` * BLOCK columns of one row; grid (rows, splits)."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
@@ -94,20 +85,19 @@ def _sample_kernel(
     k1 = (seed >> 32).to(tl.uint32)
     lanes = tl.arange(0, BLOCK)
     MINUS_INF: tl.constexpr = float("-inf")
+    FILTERED: tl.constexpr = least_ptr is not None
     best = tl.full((BLOCK,), MINUS_INF, tl.float32)
-    index = start + lanes
-    columns = start + lanes
+    index = start + lanes  # [BLOCK], of the best score of each lane
     least = tl.load(least_ptr + row) if FILTERED else MINUS_INF
-    logits = tl.load(
-        logits_ptr + row * stride + columns, mask=columns < vocab_size, other=MINUS_INF
-    )
+    logits_ptr += row * stride
+    logits = tl.load(logits_ptr + index, mask=index < vocab_size, other=MINUS_INF)  # [BLOCK]
     for block in range(blocks):
         columns = start + block * BLOCK + lanes
         score = logits
         # The next block is fetched behind this one's arithmetic.
         ahead = columns + BLOCK
         inside = (ahead < vocab_size) & (block + 1 < blocks)
-        logits = tl.load(logits_ptr + row * stride + ahead, mask=inside, other=MINUS_INF)
+        logits = tl.load(logits_ptr + ahead, mask=inside, other=MINUS_INF)
         score = score.to(tl.float32)
         drawn = temperature > 0
         if FILTERED:
@@ -117,8 +107,8 @@ def _sample_kernel(
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
-            x0, x1, x2, x3 = _philox_word(group.to(tl.uint32), position, k0, k1)
-            # Joined so that lane j of group i lands at 4 * i + j.
+            # Four words of [BLOCK / 4], joined so that word j of group i lands at 4 * i + j.
+            x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
         # Strictly greater keeps the lowest index, and drops NaN.
@@ -133,12 +123,8 @@ def _sample_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _reduce_kernel(
-    value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr, PDL: tl.constexpr
-):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr):
+    """The best of a row's `splits` scores, at most SPLITS; grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits
@@ -152,29 +138,23 @@ def _reduce_kernel(
 
 def sample_shard(
     logits: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
     *,
     vocab_offset: int = 0,
     least: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`sample` over a slice of the vocabulary that starts at ``vocab_offset``.
+    """As :func:`layers.sampler.sample_shard`, but for roundings of the noise.
 
-    Returns:
-        (score [B] float32, token [B] int64): the row's best perturbed logit and its token id in
-        the whole vocabulary. The shard with the greatest score, of equal ones that with the
-        lowest token, holds the sample of the whole row.
+    Logits are bf16, fp16 or fp32; their rows may be strided. Positions are int32 or int64.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
-        raise ValueError(f"logits must be [B, V] with contiguous rows: {tuple(logits.shape)}")
+        raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
     if vocab_offset % 4:
         raise ValueError(f"vocab_offset must be a multiple of 4, got {vocab_offset}")
-    rows, vocab_size = logits.shape
-    device = logits.device
-    token = torch.empty(rows, dtype=torch.int64, device=device) if out is None else out
+    (rows, vocab_size), device = logits.shape, logits.device
+    token = torch.empty(rows, dtype=torch.int64, device=device)
     best = torch.empty(rows, dtype=torch.float32, device=device)
     if not rows:
         return best, token
@@ -183,65 +163,10 @@ def sample_shard(
     splits = triton.cdiv(total, blocks)
     value = torch.empty((rows, splits), dtype=torch.float32, device=device)
     index = torch.empty((rows, splits), dtype=torch.int32, device=device)
-    _sample_kernel[(rows, splits)](
-        logits,
-        temperature,
-        seed,
-        position,
-        least,
-        value,
-        index,
-        logits.stride(0),
-        vocab_size,
-        vocab_offset,
-        blocks,
-        FILTERED=least is not None,
-        HARDWARE=logits.is_cuda,
-        BLOCK=_BLOCK,
-        PDL=pdl,
-        num_warps=4,
-        launch_pdl=pdl,
-    )
-    _reduce_kernel[(rows,)](
-        value,
-        index,
-        best,
-        token,
-        splits,
-        SPLITS=triton.next_power_of_2(splits),
-        PDL=pdl,
-        num_warps=1,
-        launch_pdl=pdl,
-    )
+    tensors = (logits, temperatures, seeds, positions, least, value, index)
+    sizes = (logits.stride(0), vocab_size, vocab_offset, blocks)
+    options = {"HARDWARE": logits.is_cuda, "BLOCK": _BLOCK, "num_warps": 4}
+    _sample_kernel[(rows, splits)](*tensors, *sizes, **options)
+    padded = triton.next_power_of_2(splits)
+    _reduce_kernel[(rows,)](value, index, best, token, splits, SPLITS=padded, num_warps=1)
     return best, token
-
-
-def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
-    *,
-    least: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    pdl: bool = False,
-) -> torch.Tensor:
-    """Draw one token per row from ``softmax(logits / temperature)``; greedy at temperature 0.
-
-    Gumbel-max, ``argmax(logits + temperature * g)``, with the counter-based noise of
-    :mod:`layers.sampler`: the same (seed, position, logits) give the same token in any
-    batch and on any backend.
-
-    Args:
-        logits: [B, V] bf16, fp16 or fp32; rows may be strided.
-        temperature: [B] float32, 0 for greedy (the lowest token of equal ones).
-        seed: [B] int64.
-        position: [B] int32 or int64.
-        least: [B] float32; tokens whose logit is below it are never drawn.
-        out: [B] int64, made when absent.
-        pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
-
-    Returns:
-        [B] int64 token ids.
-    """
-    return sample_shard(logits, temperature, seed, position, least=least, out=out, pdl=pdl)[1]

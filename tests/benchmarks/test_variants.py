@@ -65,17 +65,17 @@ def test_filters_are_timed_in_turn(setting: Setting) -> None:
 def test_a_filter_that_keeps_too_much_has_no_rate(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    monkeypatch.setattr("engine.sampling_rows.thresholds", _broken(broken))
+    monkeypatch.setattr("engine.sampling_rows.logit_bounds", _broken(broken))
     with pytest.raises(WrongOutputError, match="no rate"):
         measure_filters(setting, WORK, repeats=1)
 
 
 def _broken(broken: str) -> Any:
-    """Thresholds that keep all, or that keep all where top_k is above 1."""
-    from layers.logits import thresholds
+    """Bounds that keep all, or that keep all where top_k is above 1."""
+    from layers.logits import logit_bounds
 
     def found(logits: Any, filters: Any) -> Any:
-        least = thresholds(logits, filters)
+        least = logit_bounds(logits, filters)
         narrow = filters.top_k.amax() <= 1
         return least if broken == "above 1" and narrow else least.fill_(float("-inf"))
 
@@ -147,7 +147,7 @@ def test_from_the_command_line(
     assert plain.startswith("plain ")
     assert len(others) == len(FILTERS) - 1
     assert all("a decode step takes" in line and "times plain (" in line for line in others)
-    monkeypatch.setattr("engine.sampling_rows.thresholds", _broken("always"))
+    monkeypatch.setattr("engine.sampling_rows.logit_bounds", _broken("always"))
     with pytest.raises(SystemExit, match="filters: wrong outputs, so no rate"):
         bench.main()
     assert "tok/s" not in capsys.readouterr().out

@@ -18,15 +18,16 @@ from layers.kernels.norm import (
     rms_norm_reference,
 )
 from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
-from layers.kernels.sampling import sample, sample_reference, sample_shard
-from layers.kernels.skinny_linear import (
-    skinny_linear,
-    skinny_linear_reference,
-    skinny_splits,
-    supports_skinny_linear,
+from layers.kernels.sampling import sample_shard
+from layers.kernels.small_batch_linear import (
+    small_batch_linear,
+    small_batch_linear_reference,
+    small_batch_splits,
+    supports_small_batch_linear,
 )
 from layers.sampler import gumbel_noise
-from tests.kernels.filters import check_thresholds, hard_rows
+from layers.sampler import sample_shard as sample_shard_reference
+from tests.kernels.filters import check_bounds, hard_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -137,9 +138,8 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     temperature[::3] = 0
     seed = torch.randint(-(2**62), 2**62, (rows,), device="cuda")
     position = torch.randint(0, 2**20, (rows,), device="cuda", dtype=torch.int32)
-    want = sample_reference(logits, temperature, seed, position)
-    out = torch.full((rows,), -1, device="cuda")
-    got = sample(logits, temperature, seed, position, out=out, pdl=PDL)
+    _, want = sample_shard_reference(logits, temperature, seed, position)
+    _, got = sample_shard(logits, temperature, seed, position)
     # Another logarithm may swap two scores that are within 1e-4 of each other, no others.
     noise = gumbel_noise(seed, position, vocab) * temperature[:, None]
     score = logits.float() + noise
@@ -148,13 +148,13 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     assert (got == want)[temperature == 0].all()
     kept = logits.float().sort(dim=1, descending=True).values[:, min(40, vocab - 1)]
     least = torch.where(temperature > 1, float("-inf"), kept)
-    few = sample(logits, temperature, seed, position, least=least, pdl=PDL)
+    _, few = sample_shard(logits, temperature, seed, position, least=least)
     assert (logits.float().gather(1, few[:, None]).squeeze(1) >= least).all()
     allowed = score.masked_fill(logits.float() < least[:, None], float("-inf"))
     assert (allowed.amax(1) - allowed.gather(1, few[:, None]).squeeze(1)).max() < 1e-4
     cut = vocab // 8 * 4
-    left = sample_shard(logits[:, :cut], temperature, seed, position, pdl=PDL)
-    right = sample_shard(logits[:, cut:], temperature, seed, position, vocab_offset=cut, pdl=PDL)
+    left = sample_shard(logits[:, :cut], temperature, seed, position)
+    right = sample_shard(logits[:, cut:], temperature, seed, position, vocab_offset=cut)
     assert torch.equal(torch.where(right[0] > left[0], right[1], left[1]), got)
 
 
@@ -163,7 +163,7 @@ def test_sampled_shares_follow_softmax() -> None:
     logits = _randn(1, 16, dtype=torch.float32)
     seed = torch.arange(rows, device="cuda")
     temperature = torch.full((rows,), 0.8, device="cuda")
-    drawn = sample(logits.expand(rows, 16), temperature, seed, torch.zeros_like(seed))
+    _, drawn = sample_shard(logits.expand(rows, 16), temperature, seed, torch.zeros_like(seed))
     share = drawn.bincount(minlength=16) / rows
     # Five standard errors of a share of 1/2.
     assert (share - torch.softmax(logits[0] / 0.8, 0)).abs().max() < 5 * (0.25 / rows) ** 0.5
@@ -173,18 +173,19 @@ def test_graph_capture_sees_new_inputs() -> None:
     logits, x, weight = _randn(4, 5000), _randn(4, 1024), _randn(1024)
     temperature = torch.tensor([0.0, 0.7, 1.0, 0.3], device="cuda")
     seed, position = torch.arange(4, device="cuda"), torch.zeros(4, device="cuda").long()
-    sample(logits, temperature, seed, position, pdl=PDL)
+    sample_shard(logits, temperature, seed, position)
     rms_norm(x, weight, 1e-6, pdl=PDL)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        token = sample(logits, temperature, seed, position, pdl=PDL)
+        _, token = sample_shard(logits, temperature, seed, position)
         normed = rms_norm(x, weight, 1e-6, pdl=PDL)
     for _ in range(3):
         logits.normal_()
         x.normal_()
         position += 1
         graph.replay()
-        assert torch.equal(token, sample_reference(logits, temperature, seed, position))
+        _, want = sample_shard_reference(logits, temperature, seed, position)
+        assert torch.equal(token, want)
         _close(normed, rms_norm_reference(x, weight, 1e-6))
 
 
@@ -223,7 +224,7 @@ def _weight(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 @hopper
 @pytest.mark.parametrize(("n", "k", "dtype"), WIDE + NARROW)
-def test_skinny_linear_few_tokens(n: int, k: int, dtype: torch.dtype) -> None:
+def test_small_batch_linear_few_tokens(n: int, k: int, dtype: torch.dtype) -> None:
     for tokens in (1, random.randint(2, 8), random.randint(9, 16)):
         x = _randn(tokens, k + 32, dtype=dtype)[:, :k]
         weight, bias = _weight(n, k, dtype), _randn(n, dtype=dtype)
@@ -236,40 +237,40 @@ def test_skinny_linear_few_tokens(n: int, k: int, dtype: torch.dtype) -> None:
         ]
         for options in cases:
             out = _poisoned(tokens, n, dtype=dtype)
-            skinny_linear(x, weight, **options, out=out, pdl=True)
-            _linear_close(out, skinny_linear_reference(x, weight, **options))
+            small_batch_linear(x, weight, **options, out=out, pdl=True)
+            _linear_close(out, small_batch_linear_reference(x, weight, **options))
 
 
 @hopper
 @pytest.mark.parametrize(("n", "k", "dtype"), GATED)
-def test_skinny_linear_swiglu(n: int, k: int, dtype: torch.dtype) -> None:
+def test_small_batch_linear_swiglu(n: int, k: int, dtype: torch.dtype) -> None:
     weight, gain = _weight(2 * n, k, dtype), _randn(k, dtype=dtype)
     for tokens in (1, 7, 16, 17, 64, 65, random.randint(66, 255), 256):
-        if not supports_skinny_linear(tokens, n, k, swiglu=True):
+        if not supports_small_batch_linear(tokens, n, k, swiglu=True):
             assert tokens > 16
             continue
         x = _randn(tokens, k, dtype=dtype)
         norm = gain if tokens <= 16 else None
         out = _poisoned(tokens, n, dtype=dtype)
-        skinny_linear(x, weight, norm_weight=norm, swiglu=True, out=out, pdl=True)
-        _linear_close(out, skinny_linear_reference(x, weight, norm_weight=norm, swiglu=True))
+        small_batch_linear(x, weight, norm_weight=norm, swiglu=True, out=out, pdl=True)
+        _linear_close(out, small_batch_linear_reference(x, weight, norm_weight=norm, swiglu=True))
 
 
 @hopper
 @pytest.mark.parametrize(("n", "k", "dtype"), WIDE + NARROW)
-def test_skinny_linear_many_tokens(n: int, k: int, dtype: torch.dtype) -> None:
+def test_small_batch_linear_many_tokens(n: int, k: int, dtype: torch.dtype) -> None:
     weight, bias = _weight(n, k, dtype), _randn(n, dtype=dtype)
     for tokens in (17, 64, 65, 128, random.randint(129, 255), 256):
         x = _randn(tokens, k, dtype=dtype)
-        splits = skinny_splits(tokens, n, k)
-        if supports_skinny_linear(tokens, n, k):
+        splits = small_batch_splits(tokens, n, k)
+        if supports_small_batch_linear(tokens, n, k):
             out = _poisoned(tokens, n, dtype=dtype)
-            skinny_linear(x, weight, bias, out=out, pdl=True)
-            _linear_close(out, skinny_linear_reference(x, weight, bias))
-        if splits > 1 and supports_skinny_linear(tokens, n, k, splits=splits):
+            small_batch_linear(x, weight, bias, out=out, pdl=True)
+            _linear_close(out, small_batch_linear_reference(x, weight, bias))
+        if splits > 1 and supports_small_batch_linear(tokens, n, k, splits=splits):
             sums = _poisoned(splits, tokens, n, dtype=torch.float32)
-            skinny_linear(x, weight, splits=splits, out=sums, pdl=True)
-            _linear_close(sums.sum(0), skinny_linear_reference(x.float(), weight.float()))
+            small_batch_linear(x, weight, splits=splits, out=sums, pdl=True)
+            _linear_close(sums.sum(0), small_batch_linear_reference(x.float(), weight.float()))
 
 
 @hopper
@@ -281,7 +282,7 @@ def test_dependent_launch_changes_nothing(tokens: int) -> None:
     down = [_weight(hidden, inner, torch.bfloat16) for _ in range(layers)]
     gain = _randn(hidden).abs()
     start = _randn(tokens, hidden)
-    splits = skinny_splits(tokens, hidden, inner)
+    splits = small_batch_splits(tokens, hidden, inner)
     states = [torch.empty_like(start) for _ in range(2)]
     normed, act = torch.empty_like(start), _poisoned(tokens, inner)
     sums = _poisoned(splits, tokens, hidden, dtype=torch.float32)
@@ -291,12 +292,12 @@ def test_dependent_launch_changes_nothing(tokens: int) -> None:
         for i in range(layers):
             new, old = states[i % 2], states[1 - i % 2]
             if tokens <= 16:
-                skinny_linear(old, up[i], norm_weight=gain, swiglu=True, out=act, pdl=pdl)
-                skinny_linear(act, down[i], residual=old, out=new, pdl=pdl)
+                small_batch_linear(old, up[i], norm_weight=gain, swiglu=True, out=act, pdl=pdl)
+                small_batch_linear(act, down[i], residual=old, out=new, pdl=pdl)
             else:
                 rms_norm(old, gain, 1e-6, out=normed, pdl=pdl)
-                skinny_linear(normed, up[i], swiglu=True, out=act, pdl=pdl)
-                skinny_linear(act, down[i], splits=splits, out=sums, pdl=pdl)
+                small_batch_linear(normed, up[i], swiglu=True, out=act, pdl=pdl)
+                small_batch_linear(act, down[i], splits=splits, out=sums, pdl=pdl)
                 add_rms_norm(sums, old, gain, 1e-6, out=normed, residual_out=new, pdl=pdl)
         return states[(layers - 1) % 2]
 
@@ -314,12 +315,12 @@ def test_dependent_launch_changes_nothing(tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize(("rows", "vocab_size"), [(1, 151_936), (256, 151_936), (33, 4096)])
-def test_thresholds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+def test_logit_bounds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     logits = _randn(rows, vocab_size, dtype=dtype) * 3
     logits[::5] = logits[::5].round()
-    check_thresholds(logits, rows)
+    check_bounds(logits, rows)
     hard = hard_rows(vocab_size, dtype).cuda()
     for seed in range(3):
-        check_thresholds(hard.repeat(-(-rows // len(hard)), 1), seed)
+        check_bounds(hard.repeat(-(-rows // len(hard)), 1), seed)
     # Rows that are not aligned.
-    check_thresholds(logits[:, 1:], rows)
+    check_bounds(logits[:, 1:], rows)

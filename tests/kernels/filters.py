@@ -1,4 +1,4 @@
-"""Rows of logits with filters of every kind, and what the threshold kernel has to find in them."""
+"""Rows of logits with filters of every kind, and what a kernel of logit bounds has to find."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layers.kernels.thresholds import thresholds
-from layers.logits import Filters, thresholds_reference
+from layers.kernels.logit_bounds import logit_bounds
+from layers.logits import Filters, logit_bounds_reference
 
-Thresholds = Callable[[Tensor, Filters], Tensor]
+Bounds = Callable[[Tensor, Filters], Tensor]
 
 
 def _choice(values: tuple[float, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -55,7 +55,7 @@ def hard_rows(vocab_size: int, dtype: torch.dtype) -> Tensor:
     return torch.stack(rows).to(dtype)
 
 
-def check_thresholds(logits: Tensor, seed: int, kernel: Thresholds = thresholds) -> None:
+def check_bounds(logits: Tensor, seed: int, kernel: Bounds = logit_bounds) -> None:
     """The kept distributions of kernel and reference agree; counted ones are the same sets."""
     check_filters(logits, random_filters(logits, seed), kernel)
 
@@ -65,8 +65,8 @@ def check_thresholds(logits: Tensor, seed: int, kernel: Thresholds = thresholds)
 _SUMS = 2e-6
 
 
-def check_filters(logits: Tensor, filters: Filters, kernel: Thresholds) -> None:
-    """As `check_thresholds`, for given filters."""
+def check_filters(logits: Tensor, filters: Filters, kernel: Bounds) -> None:
+    """As `check_bounds`, for given filters."""
     temperatures = torch.where(filters.temperatures > 1e-30, filters.temperatures, 1.0)
 
     def kept(least: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def check_filters(logits: Tensor, filters: Filters, kernel: Thresholds) -> None:
     def wanted(more: float) -> Tensor:
         # At 1 and above nothing is summed.
         top_p = torch.where(filters.top_p >= 1, filters.top_p, filters.top_p + more)
-        return kept(thresholds_reference(logits, replace(filters, top_p=top_p)))
+        return kept(logit_bounds_reference(logits, replace(filters, top_p=top_p)))
 
     found, exact = kept(kernel(logits, filters)), wanted(0)
     scale = temperatures.unsqueeze(1)

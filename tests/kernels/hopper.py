@@ -98,26 +98,27 @@ def compile_rows() -> None:
 
 
 def compile_sampling() -> None:
-    """Sampling and the thresholds of filters."""
-    from layers.kernels.sampling import sample
-    from layers.kernels.thresholds import thresholds
+    """Sampling and the bounds of filters."""
+    from layers.kernels.logit_bounds import logit_bounds
+    from layers.kernels.sampling import sample_shard
     from layers.logits import Filters
 
     for rows in (1, 256):
         logits, column = _bf16(rows, 151_936), torch.zeros(rows)
-        sample(logits, column, column.long(), column.int(), pdl=True)
-        thresholds(logits, Filters(column, column, column, column))
+        for least in (None, column):
+            sample_shard(logits, column, column.long(), column.int(), least=least)
+        logit_bounds(logits, Filters(column, column, column, column))
 
 
 def compile_products() -> None:
     """Products of a few rows, of Qwen3-0.6B's shapes."""
-    from layers.kernels.skinny_linear import skinny_linear, skinny_splits
+    from layers.kernels.small_batch_linear import small_batch_linear, small_batch_splits
 
     for tokens in (1, 16, 64, 128):
         for n, k, swiglu in ((4096, 1024, False), (1024, 3072, False), (3072, 1024, True)):
-            splits = 1 if swiglu or n > k else skinny_splits(tokens, n, k)
+            splits = 1 if swiglu or n > k else small_batch_splits(tokens, n, k)
             x, weight = _bf16(tokens, k), _bf16(n * (2 if swiglu else 1), k)
-            skinny_linear(x, weight, swiglu=swiglu, splits=splits, pdl=True)
+            small_batch_linear(x, weight, swiglu=swiglu, splits=splits, pdl=True)
 
 
 def compile_attention() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Bytes of stack: the thresholds kernel, held to 64 registers, takes 8 with Triton 3.6 and 88 with
-# 3.7, prefill attention 8, all others none.
+# Bytes of stack: the kernel of logit bounds, held to 64 registers, takes 8 with Triton 3.6 and 88
+# with 3.7, prefill attention 8, all others none.
 MOST_STACK = 96
 
 

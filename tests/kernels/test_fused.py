@@ -10,7 +10,6 @@ import torch
 
 from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
-from layers.sampler import sample as sample_reference
 from tests.kernels.interpreter import (
     HAS_TRITON,
     INTERPRET,
@@ -19,11 +18,12 @@ from tests.kernels.interpreter import (
     run_in_interpreter,
     starts_interpreter,
 )
+from tests.layers.test_sampler import sample
 
 if INTERPRET and HAS_TRITON:
-    from layers.kernels import search as searching
-    from layers.kernels import thresholds as filtering
+    from layers.kernels import logit_bounds as bounds
     from layers.kernels.activation import silu_mul, silu_mul_reference
+    from layers.kernels.logit_bounds import FEW_ROWS_BLOCK, MANY_ROWS_BLOCK, logit_bounds
     from layers.kernels.norm import (
         add_rms_norm,
         add_rms_norm_reference,
@@ -31,14 +31,14 @@ if INTERPRET and HAS_TRITON:
         rms_norm_reference,
     )
     from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
-    from layers.kernels.sampling import sample, sample_shard
-    from layers.kernels.skinny_linear import (
-        skinny_linear,
-        skinny_linear_reference,
-        skinny_splits,
-        supports_skinny_linear,
+    from layers.kernels.sampling import sample_shard
+    from layers.kernels.small_batch_linear import (
+        small_batch_linear,
+        small_batch_linear_reference,
+        small_batch_splits,
+        supports_small_batch_linear,
     )
-    from tests.kernels.filters import check_filters, check_thresholds, hard_rows
+    from tests.kernels.filters import check_bounds, check_filters, hard_rows
 
     patch_interpreter()
 
@@ -97,12 +97,12 @@ def test_noise_is_gumbel_and_splits() -> None:
 def test_reference_sampler_follows_softmax() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]]).expand(20_000, 5)
     seeds = torch.arange(20_000)
-    drawn = sample_reference(logits, torch.full((20_000,), 0.7), seeds, torch.zeros_like(seeds))
+    drawn = sample(logits, torch.full((20_000,), 0.7), seeds, torch.zeros_like(seeds))
     share = drawn.bincount(minlength=5) / 20_000
     assert (share - torch.softmax(logits[0] / 0.7, 0)).abs().max() < 0.02
     ties = torch.tensor([[1.0, 3.0, 3.0]])
     one = torch.zeros(1)
-    assert sample_reference(ties, one, one.long(), one.long()).tolist() == [1]
+    assert sample(ties, one, one.long(), one.long()).tolist() == [1]
 
 
 @interpreted
@@ -177,8 +177,8 @@ def test_sample(vocab: int) -> None:
     temperature = torch.tensor([0.0, 0.6, 1.0, 0.0, 2.5, 0.1])
     seed = torch.randint(-(2**62), 2**62, (rows,))
     position = torch.randint(0, 10_000, (rows,), dtype=torch.int32)
-    expected = sample_reference(logits, temperature, seed, position)
-    assert torch.equal(sample(logits, temperature, seed, position), expected)
+    expected = sample(logits, temperature, seed, position)
+    assert torch.equal(sample_shard(logits, temperature, seed, position)[1], expected)
     cut = vocab // 2 // 4 * 4
     if cut:
         left = sample_shard(logits[:, :cut], temperature, seed, position)
@@ -198,10 +198,10 @@ def test_sample_at_or_above_the_least(vocab: int) -> None:
     best = logits.float().amax(1)
     least = best + torch.tensor([-2, 0, -1e9, 1, float("nan"), 0, 0])
     least[5] = -2.0
-    got = sample(logits, temperature, seed, position, least=least)
+    _, got = sample_shard(logits, temperature, seed, position, least=least)
     finite = logits.nan_to_num(float("-inf"))
-    assert torch.equal(got, sample_reference(finite, temperature, seed, position, least=least))
-    assert torch.equal(got[[2, 4]], sample(logits, temperature, seed, position)[[2, 4]])
+    assert torch.equal(got, sample(finite, temperature, seed, position, least=least))
+    assert torch.equal(got[[2, 4]], sample_shard(logits, temperature, seed, position)[1][[2, 4]])
     assert got[1] == logits[1].argmax()
     assert logits[6, got[6]] == best[6]
     cut = vocab // 2 // 4 * 4
@@ -216,28 +216,28 @@ def test_sample_takes_the_lowest_of_equals() -> None:
     logits = torch.zeros(2, 3000)
     logits[0, [1500, 2900]] = 1.0
     zero = torch.zeros(2)
-    assert sample(logits, zero, zero.long(), zero.long()).tolist() == [1500, 0]
+    assert sample_shard(logits, zero, zero.long(), zero.long())[1].tolist() == [1500, 0]
 
 
 @interpreted
-def test_skinny_linear_shapes_and_refusals() -> None:
+def test_small_batch_linear_shapes_and_refusals() -> None:
     """The interpreter does not know Gluon, so the kernels themselves are tested on a GPU."""
-    assert [skinny_splits(64, 1024, k) for k in (2048, 3072, 1000)] == [4, 4, 1]
-    assert [skinny_splits(tokens, 1024, 3072) for tokens in (8, 128, 256)] == [1, 3, 2]
-    assert supports_skinny_linear(16, 48, 80)
-    assert not supports_skinny_linear(17, 48, 80)
-    assert supports_skinny_linear(256, 1024, 1024)
-    assert not supports_skinny_linear(257, 1024, 1024)
-    assert supports_skinny_linear(64, 3072, 1024, swiglu=True)
+    assert [small_batch_splits(64, 1024, k) for k in (2048, 3072, 1000)] == [4, 4, 1]
+    assert [small_batch_splits(tokens, 1024, 3072) for tokens in (8, 128, 256)] == [1, 3, 2]
+    assert supports_small_batch_linear(16, 48, 80)
+    assert not supports_small_batch_linear(17, 48, 80)
+    assert supports_small_batch_linear(256, 1024, 1024)
+    assert not supports_small_batch_linear(257, 1024, 1024)
+    assert supports_small_batch_linear(64, 3072, 1024, swiglu=True)
     x, weight = torch.randn(17, 1024), torch.randn(1024, 1024)
     with pytest.raises(ValueError, match="up to 16 tokens"):
-        skinny_linear(x, weight, residual=x)
+        small_batch_linear(x, weight, residual=x)
     with pytest.raises(ValueError, match="splits"):
-        skinny_linear(x[:4], weight, splits=4)
+        small_batch_linear(x[:4], weight, splits=4)
     with pytest.raises(ValueError, match="aligned"):
-        skinny_linear(x[:, 1:], weight[:, 1:].contiguous())
+        small_batch_linear(x[:, 1:], weight[:, 1:].contiguous())
     expected = torch.nn.functional.linear(x, weight, x[0]) + x
-    got = skinny_linear_reference(x, weight, x[0], residual=x)
+    got = small_batch_linear_reference(x, weight, x[0], residual=x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -252,24 +252,25 @@ def test_skinny_linear_shapes_and_refusals() -> None:
         (11, 9000, torch.bfloat16),
     ],
 )
-def test_thresholds(
-    monkeypatch: pytest.MonkeyPatch, rows: int, vocab_size: int, dtype: torch.dtype
-) -> None:
-    # The last case as if there were many rows.
-    monkeypatch.setattr("layers.kernels.thresholds._FEW_ROWS", 12 if rows == 12 else 0)
+def test_logit_bounds(rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    def kernel(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
+        # The last case as if there were many rows.
+        block = FEW_ROWS_BLOCK if rows == 12 else MANY_ROWS_BLOCK
+        return logit_bounds(logits, filters, block=block)
+
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(rows, vocab_size, generator=generator) * 4).to(dtype)
     logits[3:6] -= 50
     logits[6:9, vocab_size // 3 + 1 :] = float("-inf")
     logits[9:12] = logits[9:12].round()
-    check_thresholds(logits, vocab_size)
+    check_bounds(logits, vocab_size, kernel)
     # Rows may be strided.
-    check_thresholds(logits[::12, : max(1, vocab_size - 2)], 7)
+    check_bounds(logits[::12, : max(1, vocab_size - 2)], 7, kernel)
 
 
 def _by_small_blocks(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """Thresholds of a row as of a vocabulary of some 200,000: many blocks, logits gathered."""
-    return filtering.launch(logits, filters, block=256, capacity=512, warps=4)
+    """Bounds of a row as of a vocabulary of some 200,000: many blocks, logits gathered."""
+    return logit_bounds(logits, filters, block=256)
 
 
 # Of values that repeat in another type, or at another place, what the first one shows.
@@ -285,10 +286,10 @@ _SLOW = pytest.mark.slow
         pytest.param(torch.float32, marks=_SLOW),
     ],
 )
-def test_thresholds_of_hard_rows(dtype: torch.dtype) -> None:
+def test_logit_bounds_of_hard_rows(dtype: torch.dtype) -> None:
     rows = hard_rows(2501, dtype)
     for seed in range(2):
-        check_thresholds(rows, seed, _by_small_blocks)
+        check_bounds(rows, seed, _by_small_blocks)
 
 
 def _filters(rows: int, **values: float) -> Filters:
@@ -314,7 +315,7 @@ def test_a_wrong_guess_changes_nothing(
     right = _by_small_blocks(logits, filters)
     check_filters(logits, filters, _by_small_blocks)
     for low, high in ((-9.0, -7.0), (7.0, 9.0), (0.001, 0.001), (1.0, -1.0), (float("nan"),) * 2):
-        monkeypatch.setattr(filtering, "_guess", lambda *_, ends=(low, high): ends)
+        monkeypatch.setattr(bounds, "guess_range", lambda *_, ends=(low, high): ends)
         assert torch.equal(_by_small_blocks(logits, filters), right)
 
 
@@ -336,26 +337,26 @@ def test_usual_rows_are_not_searched_as_a_whole(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, float], scale: float
 ) -> None:
     lengths = []
-    passes = searching.reached_in_passes
+    passes = bounds.search_in_passes
 
     def counted(ptr: Any, end: Any, *rest: Any) -> Any:
         lengths.append(int(end))
         return passes(ptr, end, *rest)
 
-    monkeypatch.setattr(searching, "reached_in_passes", counted)
+    monkeypatch.setattr(bounds, "search_in_passes", counted)
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(2, 151_936, generator=generator) * scale).bfloat16()
 
     def kernel(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
-        return filtering.launch(logits, filters, block=8192, capacity=16384, warps=16)
+        return logit_bounds(logits, filters, block=MANY_ROWS_BLOCK)
 
     check_filters(logits, _filters(2, **values), kernel)
-    assert all(length <= 16384 for length in lengths)
+    assert all(length <= 2 * MANY_ROWS_BLOCK for length in lengths)
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_thresholds_of_nothing_keep_it() -> None:
+def test_logit_bounds_of_nothing_keep_it() -> None:
     logits = torch.full((1, 2501), float("-inf"))
     for values in ({"top_k": 3.0}, {"top_p": 0.5}, {"top_k": 3.0, "top_p": 0.5, "min_p": 0.1}):
         least = _by_small_blocks(logits, _filters(1, **values))

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layers.logits import Filters, Penalties, penalize, score, thresholds
+from layers.logits import Filters, Penalties, logit_bounds, penalize, score
 from tests.layers.test_sampler import _assert_distributed, sample
 
 VOCAB_SIZE = 500
@@ -34,7 +34,7 @@ def _filters(rows: int, **values: float) -> Filters:
 
 def _kept(logits: Tensor, filters: Filters) -> Tensor:
     """[R, V] logits, -inf for tokens that may not be drawn."""
-    return logits.masked_fill(logits < thresholds(logits, filters).unsqueeze(1), float("-inf"))
+    return logits.masked_fill(logits < logit_bounds(logits, filters).unsqueeze(1), float("-inf"))
 
 
 def _oracle(logits: Tensor, **values: float) -> Tensor:
@@ -85,7 +85,7 @@ def test_tokens_follow_the_filtered_distribution(values: dict[str, float]) -> No
     filters = _filters(1, **values)
     count = torch.arange(NUM_DRAWS)
     temperatures = filters.temperatures.expand(NUM_DRAWS)
-    least = thresholds(logits, filters).expand(NUM_DRAWS)
+    least = logit_bounds(logits, filters).expand(NUM_DRAWS)
     rows = logits.expand(NUM_DRAWS, -1)
     tokens = sample(rows, temperatures, count, count, least=least)
     counts = tokens.bincount(minlength=VOCAB_SIZE)
@@ -98,8 +98,8 @@ def test_rows_are_filtered_each_by_its_own_parameters() -> None:
     logits = _logits(len(CASES))
     together = [_filters(1, **values) for values in CASES]
     rows = Filters(*(torch.cat([getattr(f, n) for f in together]) for n in Filters.__slots__))
-    alone = [thresholds(logits[i : i + 1], f) for i, f in enumerate(together)]
-    assert torch.equal(thresholds(logits, rows), torch.cat(alone))
+    alone = [logit_bounds(logits[i : i + 1], f) for i, f in enumerate(together)]
+    assert torch.equal(logit_bounds(logits, rows), torch.cat(alone))
 
 
 def test_nothing_is_taken_from_rows_without_filters_or_temperature() -> None:

@@ -1,4 +1,4 @@
-"""The Gluon kernels behind skinny_linear.py, which says what they are for.
+"""The Gluon kernels behind small_batch_linear.py, which says what they are for.
 
 Gluon is Triton's lower-level dialect: layouts and shared memory are explicit. Plain Triton offers
 no way to keep a copy into shared memory in flight across the wait for the preceding kernel.
@@ -7,15 +7,9 @@ no way to keep a copy into shared memory in flight across the wait for the prece
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Triton 3.7 calls it barrier, 3.6 thread_barrier.
@@ -26,14 +20,11 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
     """arange(size) along one axis of a three-dimensional layout, shaped to broadcast."""
     if axis == 0:
-        line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-        line = line.expand_dims(1).expand_dims(2)
+        line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     elif axis == 1:
-        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-        line = line.expand_dims(0).expand_dims(2)
+        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     else:
-        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-        line = line.expand_dims(0).expand_dims(1)
+        line = gl.arange(0, size, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     return line
 
 
@@ -59,17 +50,17 @@ def rows_kernel(
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
     EVEN: gl.constexpr,
-    NORM: gl.constexpr,
-    BIAS: gl.constexpr,
-    RESIDUAL: gl.constexpr,
     SWIGLU: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
     """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (N / BN).
 
+    The pointers of bias, norm and residual may be None. EVEN: all of a chunk is inside the weight.
     The accumulator is [warp, n, m]: weight rows are the MMA's 16 rows, tokens its 8 columns. Chunk
     c of warp w covers KC inputs from (c * WARPS + w) * KC on; each warp reads what it copied.
     """
+    BIAS: gl.constexpr = bias_ptr is not None
+    NORM: gl.constexpr = norm_ptr is not None
+    RESIDUAL: gl.constexpr = residual_ptr is not None
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
     )
@@ -84,14 +75,13 @@ def rows_kernel(
     TILE: gl.constexpr = gl.SliceLayout(0, EPILOGUE)
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     dtype: gl.constexpr = w_ptr.dtype.element_ty
-    if PDL:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     start = gl.program_id(0) * BN
     ws = gl.allocate_shared_memory(dtype, [STAGES * PARTS, WARPS, BN, KC], SHARED)
     xs = gl.allocate_shared_memory(dtype, [STAGES, WARPS, BM, KC], SHARED)
-    row = start + _index(1, BN, COPY)
-    token = _index(1, BM, COPY)
-    k0 = _index(0, WARPS, COPY) * KC + _index(2, KC, COPY)
+    row = start + _index(1, BN, COPY)  # [1, BN, 1]
+    token = _index(1, BM, COPY)  # [1, BM, 1]
+    k0 = _index(0, WARPS, COPY) * KC + _index(2, KC, COPY)  # [WARPS, 1, KC]
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
         w_mask = None if EVEN else (row < N) & (k < K)
@@ -99,19 +89,18 @@ def rows_kernel(
             source = w_ptr + (row + p * N) * K + k
             async_copy.async_copy_global_to_shared(ws.index(c * PARTS + p), source, mask=w_mask)
         async_copy.commit_group()
-    n = start + gl.arange(0, BN, gl.SliceLayout(1, TILE))[:, None]
-    m = gl.arange(0, BM, gl.SliceLayout(0, TILE))[None, :]
+    n = start + gl.arange(0, BN, gl.SliceLayout(1, TILE))[:, None]  # [BN, 1]
+    m = gl.arange(0, BM, gl.SliceLayout(0, TILE))[None, :]  # [1, BM]
     if BIAS:
         bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
     gains = ()
     if NORM:
-        xk = _index(0, WARPS, LX) * KC + _index(1, KC, LX)
+        xk = _index(0, WARPS, LX) * KC + _index(1, KC, LX)  # [WARPS, KC, 1]
         for c in gl.static_range(CHUNKS):
             k = c * WARPS * KC + xk
             gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    if PDL:
-        # Nothing above this line reads what another kernel of the step writes.
-        gdc_wait()
+    # Nothing above this line reads what another kernel of the step writes.
+    gdc_wait()
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
         x_mask = token < M if EVEN else (token < M) & (k < K)
@@ -128,7 +117,7 @@ def rows_kernel(
     for c in gl.static_range(CHUNKS):
         # With a ring every step commits one group, so that STAGES - 1 younger ones stay in flight.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
-        x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)
+        x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
             # The norm's row scale commutes with the product and is applied at the end.
             x32 = x.to(gl.float32)
@@ -158,14 +147,13 @@ def rows_kernel(
     if SWIGLU:
         sums.index(1).store(up)
     if NORM:
-        squares = gl.allocate_shared_memory(
-            gl.float32, [WARPS, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        )
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        squares = gl.allocate_shared_memory(gl.float32, [WARPS, BM], FLAT)
         squares.store(gl.sum(square, 1))
     _barrier()
-    out = gl.sum(sums.index(0).load(EPILOGUE), 0)
+    out = gl.sum(sums.index(0).load(EPILOGUE), 0)  # [BN, BM]
     if NORM:
-        total = gl.sum(squares.load(gl.SliceLayout(1, EPILOGUE)), 0)
+        total = gl.sum(squares.load(gl.SliceLayout(1, EPILOGUE)), 0)  # [BM]
         scale = gl.convert_layout(gl.rsqrt(total / K + eps), gl.SliceLayout(0, TILE))[None, :]
         out *= scale
     if BIAS:
@@ -196,11 +184,9 @@ def tile_kernel(
     CHUNKS: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
-    BIAS: gl.constexpr,
     SWIGLU: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
-    """out[split, m, n] = x[m, ks] @ w[n, ks].T; grid (N / BN, ceil(M / BM), splits).
+    """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits).
 
     Both operands come through a ring of STAGES stages by TMA, each stage with a barrier of its
     own. With SWIGLU a stage's weight tile is BN rows of the gate above BN rows of the up part.
@@ -212,8 +198,7 @@ def tile_kernel(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDTH, 16]
     )
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
-    if PDL:
-        gdc_launch_dependents()
+    gdc_launch_dependents()
     n0 = gl.program_id(0) * BN
     m0 = gl.program_id(1) * BM
     k0 = gl.program_id(2) * (CHUNKS * BK)
@@ -222,49 +207,44 @@ def tile_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
-    fence_async_shared()
+    hopper.fence_async_shared()
     _barrier()
     for s in gl.static_range(STAGES):
         mbarrier.expect(ready.index(s), STAGE_BYTES)
         for p in gl.static_range(PARTS):
-            tma.async_copy_global_to_shared(
-                w_desc,
-                [n0 + p * N, k0 + s * BK],
-                ready.index(s),
-                ws.index(s).slice(p * BN, BN),
-            )
-    if PDL:
-        # Nothing above this line reads what another kernel of the step writes.
-        gdc_wait()
+            stage = ws.index(s).slice(p * BN, BN)  # [BN, BK]
+            place = [n0 + p * N, k0 + s * BK]
+            tma.async_copy_global_to_shared(w_desc, place, ready.index(s), stage)
+    # Nothing above this line reads what another kernel of the step writes.
+    gdc_wait()
     for s in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
     acc = gl.zeros((BM, WIDTH), gl.float32, MMA)
     for c in gl.static_range(CHUNKS):
         mbarrier.wait(ready.index(c % STAGES), (c // STAGES) & 1)
-        w = ws.index(c % STAGES).permute([1, 0])
-        acc = warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
+        w = ws.index(c % STAGES).permute([1, 0])  # [BK, WIDTH]
+        acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
         if c > 0 and c - 1 + STAGES < CHUNKS:
             # The chunk before this one has been used by all warps: its stage is filled again.
-            acc = warpgroup_mma_wait(1, [acc])
+            acc = hopper.warpgroup_mma_wait(1, [acc])
             _barrier()
             s = (c - 1) % STAGES
             k = k0 + (c - 1 + STAGES) * BK
             mbarrier.expect(ready.index(s), STAGE_BYTES)
             for p in gl.static_range(PARTS):
-                tma.async_copy_global_to_shared(
-                    w_desc, [n0 + p * N, k], ready.index(s), ws.index(s).slice(p * BN, BN)
-                )
+                stage = ws.index(s).slice(p * BN, BN)
+                tma.async_copy_global_to_shared(w_desc, [n0 + p * N, k], ready.index(s), stage)
             tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), xs.index(s))
-    acc = warpgroup_mma_wait(0, [acc])
-    m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]
-    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]
+    acc = hopper.warpgroup_mma_wait(0, [acc])
+    m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]  # [BM, 1]
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]  # [1, BN]
     if SWIGLU:
         # A thread's accumulators hold column n of the gate and of the up part both.
-        gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()
+        gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()  # [BM, BN] each
         out = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, OUT)
     else:
         out = gl.convert_layout(acc, OUT)
-    if BIAS:
+    if bias_ptr is not None:
         out += gl.load(bias_ptr + n).to(gl.float32)
     target = out_ptr + gl.program_id(2) * split_stride + m * out_stride + n
     gl.store(target, out.to(out_ptr.dtype.element_ty), mask=m < M)

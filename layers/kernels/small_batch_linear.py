@@ -1,38 +1,29 @@
 """Linear layers for decode batches of 1 to 256 tokens, which end before a launch pays off.
 
 A step of a small model at such batches is a chain of a hundred short kernels. What costs time is
-not bandwidth but the gap between one kernel and the next, so these kernels are built for
+not bandwidth but the gap between one kernel and the next. So these kernels are built for
 programmatic dependent launch: they start while their predecessor still runs, copy their slice of
 the *weight*, which no kernel writes, into shared memory with asynchronous copies, and only then
 wait for the predecessor's output. Several kernels' weights are under way at once.
 
-Two kernels share the idea:
-
-* up to 16 tokens, ``rows_kernel``: a program computes 16 or 32 outputs of all tokens with
-  mma.sync, its warps splitting the input dimension, and so can normalise its input and add a
-  residual on the way;
-* beyond, ``tile_kernel``: a program computes a tile of 64 or 128 tokens with wgmma. Where the
+* Up to 16 tokens, ``rows_kernel``: a program computes 16 or 32 outputs of all tokens with
+  mma.sync. Its warps split the input dimension, so the program sees whole inputs and outputs, and
+  can normalise the input and add a residual.
+* Beyond, ``tile_kernel``: a program computes a tile of 64 or 128 tokens with wgmma. Where the
   output is narrow the input dimension is split over programs, and the float32 partial sums are
   added up by the norm that follows (``add_rms_norm``): no atomics, the same bits every time.
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
+from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from layers.kernels.skinny_kernels import rows_kernel, tile_kernel
-
-__all__ = [
-    "MAX_FUSED_TOKENS",
-    "MAX_TOKENS",
-    "skinny_linear",
-    "skinny_linear_reference",
-    "skinny_splits",
-    "supports_skinny_linear",
-]
+from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS = 16
 MAX_TOKENS = 256
@@ -44,7 +35,7 @@ _TALL_WEIGHTS = 14 * 2**20
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
-    """Tile of the rows kernel.
+    """Tile of the rows kernel, and whether all tiles are full.
 
     Measured on an H200, us for all layers in one graph, norms, residuals and SwiGLU fused, against
     cuBLAS's linears alone (and with the three small kernels a layer that the fusion saves):
@@ -76,11 +67,12 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
     # All of a program's weights at once where they fit, else a ring that leaves room for two
     # programs a multiprocessor.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
-    return {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
+    even = k == chunks * warps * kc and n % bn == 0
+    tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
+    return {**tile, "EVEN": even}
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
+class _Tile(NamedTuple):
     """Tile of the wgmma kernel: BM tokens, BN outputs, BK inputs a stage."""
 
     BM: int
@@ -130,7 +122,7 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
         splits = next(enough, max(ways, default=0))
         suits = tile.BM == 64 or (tokens > 64 and n * k <= _TALL_WEIGHTS)
         if splits and chunks // splits <= 20 and suits:
-            return replace(tile, SPLITS=splits)
+            return tile._replace(SPLITS=splits)
     return None
 
 
@@ -153,23 +145,22 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
     return wide if wide.programs(tokens, n) <= _MULTIPROCESSORS else None
 
 
-def skinny_splits(tokens: int, n: int, k: int) -> int:
+def small_batch_splits(tokens: int, n: int, k: int) -> int:
     """How many ways to split the input of an [n, k] weight if a norm adds up what comes out."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
 
-def supports_skinny_linear(
+def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether :func:`skinny_linear` takes these shapes and is worth it on an H200.
+    """Whether :func:`small_batch_linear` takes these shapes and is worth it on an H200.
 
     ``n`` counts the outputs after any SwiGLU.
     """
-    if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16:
-        return False
     # Offsets into the weight are of 32 bits.
-    if n * k * (2 if swiglu else 1) >= 2**31:
+    fits = n * k * (2 if swiglu else 1) < 2**31
+    if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
     if tokens <= MAX_FUSED_TOKENS:
         return splits == 1 and k <= 16 * 1024
@@ -177,152 +168,118 @@ def supports_skinny_linear(
     return tile is not None and splits == tile.SPLITS
 
 
-def skinny_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+def small_batch_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    norm_weight: torch.Tensor | None = None,
+    norm_weight: Tensor | None = None,
     eps: float = 1e-6,
-    residual: torch.Tensor | None = None,
+    residual: Tensor | None = None,
     swiglu: bool = False,
     splits: int = 1,
-    out: torch.Tensor | None = None,
+    out: Tensor | None = None,
     pdl: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens, each part optional.
+
+    Needs compute capability 9.0. Products are accumulated in float32 in an order that depends on
+    the shapes alone.
 
     Args:
         x: [M, K] bf16 or fp16; rows may be strided by a multiple of 16.
         weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. It is read before
             the preceding kernels of the stream have finished, so they must not write it.
-        bias: [N]; not together with ``swiglu``.
+        bias: [N]; not together with ``swiglu`` or ``splits``.
         norm_weight: [K]: the input is RMS-normalised with it first. Up to MAX_FUSED_TOKENS tokens.
         eps: of that norm.
         residual: [M, N], added to the result. Up to MAX_FUSED_TOKENS tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
         splits: above MAX_FUSED_TOKENS tokens, how many slices of K to sum apart (see
-            :func:`skinny_splits`); the result is then [splits, M, N] float32, for
-            :func:`~layers.kernels.norm.add_rms_norm` to add up.
+            :func:`small_batch_splits`), for :func:`~layers.kernels.norm.add_rms_norm` to add up.
         out: made when absent; contiguous rows. It must be none of the inputs.
         pdl: launch with programmatic dependent launch.
 
     Returns:
-        [M, N] in ``x``'s dtype, or the partial sums. Products are accumulated in float32 in an
-        order that depends on the shapes alone.
-
-    Needs compute capability 9.0.
+        [M, N] in ``x``'s dtype, or with ``splits`` [splits, M, N] float32.
     """
-    tokens, k = x.shape
-    n = weight.shape[0] // (2 if swiglu else 1)
+    tokens, n, k = _checked_shape(x, weight, bias, swiglu, splits)
+    if out is None:
+        shape = (splits, tokens, n) if splits > 1 else (tokens, n)
+        dtype = torch.float32 if splits > 1 else x.dtype
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    if tokens <= MAX_FUSED_TOKENS:
+        tile = _rows_config(tokens, n, k, swiglu)
+        options = {**tile, "SWIGLU": swiglu, "num_warps": tile["WARPS"], "launch_pdl": pdl}
+        tensors = (x, weight, bias, norm_weight, residual, out)
+        strides = (x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0))
+        grid = (triton.cdiv(n, tile["BN"]),)
+        rows_kernel[grid](*tensors, *strides, tokens, n, k, eps, **options)
+    elif norm_weight is None and residual is None:
+        _launch_tile(x, weight, bias, out, splits, pdl)
+    else:
+        raise ValueError(f"norm and residual are fused up to {MAX_FUSED_TOKENS} tokens only")
+    return out
+
+
+def _checked_shape(
+    x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool, splits: int
+) -> tuple[int, int, int]:
+    """Tokens, outputs and inputs."""
+    (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     if weight.shape[1] != k or not weight.is_contiguous() or weight.dtype != x.dtype:
         raise ValueError(f"weight must be contiguous [N, {k}] in x's dtype, got {weight.shape}")
     if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16 or weight.data_ptr() % 16:
         raise ValueError("x and weight must be aligned to 16 bytes, rows of x to 16 elements")
-    if not supports_skinny_linear(tokens, n, k, swiglu=swiglu, splits=splits):
-        raise ValueError(f"no skinny linear for {tokens} tokens, {n} x {k}, {splits} splits")
-    fused = tokens <= MAX_FUSED_TOKENS
-    if not fused and (norm_weight is not None or residual is not None):
-        raise ValueError(f"norm and residual are fused up to {MAX_FUSED_TOKENS} tokens only")
+    if not supports_small_batch_linear(tokens, n, k, swiglu=swiglu, splits=splits):
+        raise ValueError(f"no small-batch linear for {tokens} tokens, {n} x {k}, {splits} splits")
     if bias is not None and (swiglu or splits > 1):
         raise ValueError("bias goes with neither swiglu nor splits")
-    if out is None and splits > 1:
-        out = torch.empty((splits, tokens, n), dtype=torch.float32, device=x.device)
-    elif out is None:
-        out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
-    if fused:
-        rows = _rows_config(tokens, n, k, swiglu)
-        rows_kernel[(triton.cdiv(n, rows["BN"]),)](
-            x,
-            weight,
-            x if bias is None else bias,
-            x if norm_weight is None else norm_weight,
-            x if residual is None else residual,
-            out,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            out.stride(0),
-            tokens,
-            n,
-            k,
-            eps,
-            **rows,
-            EVEN=k == rows["CHUNKS"] * rows["WARPS"] * rows["KC"] and n % rows["BN"] == 0,
-            NORM=norm_weight is not None,
-            BIAS=bias is not None,
-            RESIDUAL=residual is not None,
-            SWIGLU=swiglu,
-            PDL=pdl,
-            num_warps=rows["WARPS"],
-            launch_pdl=pdl,
-        )
-        return out
-    _launch_tile(x, weight, bias, out, swiglu, splits, pdl)
-    return out
+    return tokens, n, k
 
 
 def _launch_tile(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    swiglu: bool,
-    splits: int,
-    pdl: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, splits: int, pdl: bool
 ) -> None:
     (tokens, k), n = x.shape, out.shape[-1]
+    swiglu = weight.shape[0] == 2 * n
     tile = _tile_config(tokens, n, k, swiglu, splittable=splits > 1)
     assert tile is not None
+    chunks = k // tile.BK // splits
     warps = 8 if tile.BM * tile.BN * (2 if swiglu else 1) > 128 * 64 else 4
-    tile_kernel[(n // tile.BN, triton.cdiv(tokens, tile.BM), splits)](
-        _descriptor(x, tile.BM, tile.BK),
-        _descriptor(weight, tile.BN, tile.BK),
-        x if bias is None else bias,
-        out,
-        out.stride(-2),
-        out.stride(0) if splits > 1 else 0,
-        tokens,
-        n,
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        CHUNKS=k // tile.BK // splits,
-        STAGES=min(tile.STAGES, k // tile.BK // splits),
-        WARPS=warps,
-        BIAS=bias is not None,
-        SWIGLU=swiglu,
-        PDL=pdl,
-        num_warps=warps,
-        launch_pdl=pdl,
-    )
+    stages = min(tile.STAGES, chunks)
+    sizes = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "CHUNKS": chunks, "STAGES": stages}
+    options = {"WARPS": warps, "SWIGLU": swiglu, "num_warps": warps, "launch_pdl": pdl}
+    descriptors = (_descriptor(x, tile.BM, tile.BK), _descriptor(weight, tile.BN, tile.BK))
+    strides = (out.stride(-2), out.stride(0) if splits > 1 else 0)
+    grid = (n // tile.BN, triton.cdiv(tokens, tile.BM), splits)
+    tile_kernel[grid](*descriptors, bias, out, *strides, tokens, n, **sizes, **options)
 
 
-def _descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
     return TensorDescriptor.from_tensor(tensor, [rows, cols], layout)
 
 
-def skinny_linear_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+def small_batch_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    norm_weight: torch.Tensor | None = None,
+    norm_weight: Tensor | None = None,
     eps: float = 1e-6,
-    residual: torch.Tensor | None = None,
+    residual: Tensor | None = None,
     swiglu: bool = False,
-) -> torch.Tensor:
-    """Plain torch version of :func:`skinny_linear`, in float32 with one rounding at the end."""
+) -> Tensor:
+    """As :func:`small_batch_linear`, in float32 with one rounding at the end."""
     y = x.float()
     if norm_weight is not None:
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm_weight.float()
-    y = y @ weight.float().T
-    if bias is not None:
-        y = y + bias.float()
+        y = F.rms_norm(y, x.shape[-1:], norm_weight.float(), eps)
+    y = F.linear(y, weight.float(), None if bias is None else bias.float())
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
-        y = gate * torch.sigmoid(gate) * up
+        y = F.silu(gate) * up
     if residual is not None:
         y = y + residual.float()
     return y.to(x.dtype)

@@ -1,0 +1,355 @@
+"""Top-k, top-p and min-p without sorting: the least logit of a row that may be drawn, bit by bit.
+
+What takes time is passes over the row (300 KB of bf16 logits for 151,936 tokens). A row is mostly
+read twice: once for its largest logits and its mass, then to gather the few thousand logits among
+which the answer has to lie. The search itself runs over these, mostly in registers.
+
+Which logits to gather is a guess from what the first pass saw, and is checked: if the answer may
+lie elsewhere or they are too many, the search runs over the whole row, two bits a pass. So a guess
+decides over time alone, never over the result.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from layers.logits import Filters
+
+# Logits that a thread loads at once, 16 bytes of half precision, and adds up by itself.
+LANES = tl.constexpr(8)
+# Leading bits that tell two values of a type apart once they are float32; even, as two are
+# decided in each pass over the row.
+_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
+# With few rows a pass is latency: one program of 32 warps has a multiprocessor to itself. With more
+# rows than the 132 multiprocessors of an H200, two programs of 16 warps share one.
+FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
+
+
+@triton.jit
+def _key_value(key):
+    """The float32 of an ordered key (as IEEE's total order), a scalar; -inf for lower ones.
+
+    Keys above that of infinity give NaN, which no logit reaches.
+    """
+    bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
+    return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
+    """[BLOCK / lanes, lanes] float32, -inf from `end` on; rows of it are `spread` rows apart."""
+    columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
+    columns += tl.arange(0, LANES)[None, :]
+    return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _weights(x, floor, highest, scale):
+    """What logits weigh, like x: 1 each if `scale` is None, else their mass: 0 below `floor`."""
+    if scale is None:
+        weights = tl.full(x.shape, 1.0, tl.float32)
+    else:
+        weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
+    return weights
+
+
+@triton.jit
+def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
+    """Sum of the weights of logits in memory."""
+    total = tl.zeros((BLOCK // LANES,), tl.float32)
+    for start in range(0, end, BLOCK):
+        x = _load_block(ptr, start, end, 1, BLOCK)
+        total += tl.sum(_weights(x, floor, highest, scale), axis=1)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _search(x, weights, target, BITS: tl.constexpr):
+    """Key of the greatest of the logits x that, with all above it, reaches `target` in weight.
+
+    In its bits beyond BITS it is as low as can be, which keeps the same logits. All ones for a
+    target of 0 or less.
+    """
+    found = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(BITS):
+        total = tl.sum(tl.where(x >= _key_value(found + bit), weights, 0.0))
+        found += (total >= target).to(tl.uint32) * bit
+        bit = bit >> 1
+    return found
+
+
+@triton.jit
+def search_in_passes(
+    ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """As `_search`, over any number of blocks, two bits a pass."""
+    found = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 1 << 30, tl.uint32)
+    for _ in range(BITS // 2):
+        one = _key_value(found + bit)
+        two = _key_value(found + 2 * bit)
+        three = _key_value(found + 3 * bit)
+        sum1 = tl.zeros((BLOCK // LANES,), tl.float32)
+        sum2 = tl.zeros((BLOCK // LANES,), tl.float32)
+        sum3 = tl.zeros((BLOCK // LANES,), tl.float32)
+        for start in range(0, end, BLOCK):
+            x = _load_block(ptr, start, end, 1, BLOCK)
+            weights = _weights(x, floor, highest, scale)
+            sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
+            sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
+            sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
+        # The sums only fall from one to the next.
+        more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
+        more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
+        more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
+        found += more * bit
+        bit = bit >> 2
+    return found
+
+
+@triton.jit
+def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest logit that, with all above it, reaches `target` in weight."""
+    if end <= BLOCK:
+        # In registers.
+        x = _load_block(ptr, 0, end, 1, BLOCK)
+        found = _search(x, _weights(x, floor, highest, scale), target, BITS)
+    else:
+        found = search_in_passes(ptr, end, target, floor, highest, scale, BITS, BLOCK)
+    return _key_value(found)
+
+
+@triton.jit
+def _best(ptr, end, BLOCK: tl.constexpr):
+    """[BLOCK / lanes] largest logits, of every BLOCK-th group of lanes each."""
+    # Reduced after the loop: a maximum of maxima that is used twice, of rows that are not aligned,
+    # fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
+    best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
+    for start in range(0, end, BLOCK):
+        best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
+    return tl.max(best, axis=1)
+
+
+@triton.jit
+def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
+    """As `_best`, and the mass of the row."""
+    best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK // LANES,), tl.float32)
+    for start in range(0, end, BLOCK):
+        x = _load_block(ptr, start, end, 1, BLOCK)
+        new = tl.maximum(best, tl.max(x, axis=1))
+        # Anything finite will do as long as all are -inf.
+        anchor = tl.where(new == float("-inf"), 0.0, new)
+        mass *= tl.exp2((best - anchor) * scale)
+        mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
+        best = new
+    highest = tl.max(best, axis=0)
+    mass *= tl.exp2((best - tl.where(highest == float("-inf"), 0.0, highest)) * scale)
+    return best, tl.sum(mass, axis=0)
+
+
+@triton.jit
+def _ranked(best, rank, BITS: tl.constexpr):
+    """The `rank`-th of the largest logits; so many logits at least are no smaller."""
+    return _key_value(_search(best, tl.full(best.shape, 1.0, tl.float32), rank, BITS))
+
+
+@triton.jit
+def guess_range(
+    ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Between which logits the mass of all that lie lower may be `below`, by a sample of the row.
+
+    That mass is one of many light tokens, so a sample tells it well where the mass of those above,
+    of which a few may be most of it, would be off.
+    """
+    x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
+    weights = _weights(x, float("-inf"), highest, scale)
+    sampled = tl.sum(weights)
+    share = below * BLOCK / end
+    middle = _key_value(_search(x, weights, sampled - share, BITS))
+    # Four standard errors: of those below `middle` none is heavier than it.
+    heaviest = tl.exp2((middle - highest) * scale)
+    margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
+    low = _search(x, weights, sampled - share * (1 - margin), BITS)
+    high = _search(x, weights, sampled - share * (1 + margin), BITS)
+    # Logits above this one are above that of `high`, whatever its bits beyond BITS.
+    return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
+
+
+@triton.jit
+def _pad(out_ptr, count, BLOCK: tl.constexpr):
+    """Fill up the last block of `count` gathered logits; where they end then.
+
+    Of whole blocks the compiler knows that they can be loaded 16 bytes at once.
+    """
+    lanes = count + tl.arange(0, BLOCK)
+    tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
+    # Other threads of the program read what these wrote.
+    tl.debug_barrier()
+    return (count + BLOCK - 1) // BLOCK * BLOCK
+
+
+@triton.jit
+def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
+    """Copy the groups of lanes with a logit at or above `low`, in order; the logits that makes.
+
+    Whole groups, as they cost one store each. No more than two blocks of logits are copied.
+    """
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, end, BLOCK):
+        x = _load_block(ptr, start, end, 1, BLOCK)
+        hits = (tl.max(x, axis=1) >= low).to(tl.int32)  # [BLOCK / lanes]
+        found = tl.sum(hits, axis=0)
+        if found > 0:
+            place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
+            place = place[:, None] + tl.arange(0, LANES)[None, :]
+            # 16-bit logits come back as they were.
+            value = x.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
+            count += found * LANES
+    return count
+
+
+@triton.jit
+def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
+    """Copy the logits from `low` up to `high` in order, two blocks at most.
+
+    Returns:
+        Their number, and the mass of those above `high`.
+    """
+    count = tl.full((), 0, tl.int32)
+    above = tl.zeros((BLOCK // LANES,), tl.float32)
+    for start in range(0, end, BLOCK):
+        x = _load_block(ptr, start, end, 1, BLOCK)
+        over = x > high
+        above += tl.sum(tl.where(over, tl.exp2((x - highest) * scale), 0.0), axis=1)
+        inside = (x >= low) & (over == 0)
+        hits = inside.to(tl.int32)  # [BLOCK / lanes, lanes]
+        group = tl.sum(hits, axis=1)  # [BLOCK / lanes]
+        first = count + tl.cumsum(group, axis=0) - group
+        place = first[:, None] + tl.cumsum(hits, axis=1) - hits
+        value = x.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place, value, mask=inside & (place < 2 * BLOCK))
+        count += tl.sum(group, axis=0)
+    return count, tl.sum(above, axis=0)
+
+
+@triton.jit
+def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where to look for the logit that reaches top_p of the mass: the whole row if need be.
+
+    Returns:
+        The place, its end, the mass to be reached there, a logit that cannot be above the one
+        sought, and the row's highest.
+    """
+    best, total = _best_and_mass(ptr, end, scale, BLOCK)
+    highest = tl.max(best, axis=0)
+    target = top_p * total
+    floor = tl.full((), float("-inf"), tl.float32)
+    if end > 2 * BLOCK:
+        low = _ranked(best, BLOCK // LANES // 2, BITS)
+        above = tl.full((), 0.0, tl.float32)
+        if tl.sum(_weights(best, low, highest, scale), axis=0) >= target:
+            count = _gather_from(ptr, out_ptr, end, low, BLOCK)
+        else:
+            below = (1 - top_p) * total
+            low, high = guess_range(ptr, end, below, highest, scale, BITS, BLOCK)
+            count, above = _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK)
+        if (count <= 2 * BLOCK) & (above < target):
+            last = _pad(out_ptr, count, BLOCK)
+            if above + _mass(out_ptr, last, low, highest, scale, BLOCK) >= target:
+                ptr = out_ptr
+                end = last
+                target -= above
+                floor = low
+    return ptr, end, target, floor, highest
+
+
+@triton.jit
+def _bounds_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    scratch_ptr,
+    out_ptr,
+    stride,
+    vocab_size,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The bound of one row; grid (rows). `scratch_ptr` has room for two blocks of logits a row."""
+    row = tl.program_id(0).to(tl.int64)
+    ptr = logits_ptr + row * stride
+    scratch_ptr += row * (2 * BLOCK)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    least = tl.full((), float("-inf"), tl.float32)
+    counts = (top_k >= 1) & (top_k < vocab_size)
+    if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
+        # As in the reference, above 0; and log2(e), for exp2.
+        divisor = tl.maximum(temperature, 1e-30)
+        scale = 1.4426950408889634 / divisor
+        end = vocab_size
+        target = tl.full((), 0.0, tl.float32)
+        if (top_p < 1) & (counts == 0):
+            ptr, end, target, least, highest = _narrow_to_mass(
+                ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
+            )
+        else:
+            best = _best(ptr, end, BLOCK)  # [BLOCK / lanes]
+            highest = tl.max(best, axis=0)
+            if counts:
+                if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
+                    low = _ranked(best, top_k, BITS)
+                    count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
+                    if count <= 2 * BLOCK:
+                        end = _pad(scratch_ptr, count, BLOCK)
+                        ptr = scratch_ptr
+                least = _search_row(ptr, end, top_k, None, None, None, BITS, BLOCK)
+                if top_p < 1:
+                    target = top_p * _mass(ptr, end, least, highest, scale, BLOCK)
+        if top_p < 1:
+            least_p = _search_row(ptr, end, target, least, highest, scale, BITS, BLOCK)
+            least = tl.maximum(least, least_p)
+        if min_p > 0:
+            least = tl.maximum(least, highest + divisor * tl.log(min_p))
+    tl.store(out_ptr + row, least)
+
+
+def logit_bounds(
+    logits: torch.Tensor, filters: Filters, *, block: int | None = None
+) -> torch.Tensor:
+    """As :func:`layers.logits.logit_bounds_reference`, in passes over the logits where they lie.
+
+    Two passes over a row of a large vocabulary, and 8 more for bf16 or 16 for float32 where a guess
+    fails and for a top_k in the hundreds and more. Rows of two blocks and less are not gathered.
+
+    Args:
+        logits: [R, V] bf16, fp16 or fp32; rows may be strided.
+        filters: [R] float32 each.
+        block: logits of a row read at once, a power of two; chosen by the number of rows if None.
+
+    Returns:
+        [R] float32; may lie below the reference's, between the same two values of the type.
+    """
+    if logits.dim() != 2 or logits.stride(1) != 1:
+        raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
+    rows, vocab_size = logits.shape
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if block is None:
+        block = FEW_ROWS_BLOCK if rows <= 132 else MANY_ROWS_BLOCK
+    # 64 registers a thread let 1,024 threads share a multiprocessor.
+    options = {"num_warps": max(1, block // 512), "maxnreg": 64}
+    if rows:
+        by = (getattr(filters, name).contiguous() for name in Filters.__slots__)
+        tensors = (logits, *by, logits.new_empty(rows, 2 * block), out)
+        sizes = (logits.stride(0), vocab_size, _BITS[logits.dtype], block)
+        _bounds_kernel[(rows,)](*tensors, *sizes, **options)
+    return out
