@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device_state import DeviceState, chunks_header, header_of
-from engine.staging import Staging
+from engine.device_state import DeviceState, Staging, chunks_header, header_of
 from engine.types import StepPlan
 from layers.step_rows import SampledRows, StepRows
 

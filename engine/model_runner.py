@@ -16,11 +16,10 @@ from torch import Tensor
 
 from config import Config
 from engine.checking.kv_poison import KVPoison
-from engine.device_state import DeviceState
+from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
 from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
-from engine.staging import Staging
 from engine.step_handles import HostLauncher, Launcher, StepOutput, StreamLauncher
 from engine.types import (
     BlockUpdate,

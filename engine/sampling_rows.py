@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.staging import Staging
+from engine.device_state import Staging
 from engine.types import NewRequest, StepPlan, TokenLogprobs
 from layers.logits import (
     SCORED_ROWS,

@@ -11,7 +11,7 @@ PlainMutant = tuple[str, Edits, tuple[str, ...]]
 
 _ROWS, _STORE = "layers/kernels/step_rows.py", "layers/kernels/qkv.py"
 _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_prefill.py"
-_HANDLES, _STAGING = "engine/step_handles.py", "engine/staging.py"
+_HANDLES, _STAGING = "engine/step_handles.py", "engine/device_state.py"
 _SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"
 _STATE, _GRAPHS = "engine/device_state.py", "engine/graphs.py"
 

@@ -51,10 +51,9 @@ class Calls:
             self._in_execute += 1 if event == "call" else -1
         if event == "call":
             self.files.setdefault(name)
-            values = list(frame.f_locals.values())
-            if self._in_execute and any(isinstance(value, StepPlan) for value in values):
-                if self.plan_files[-1:] != [name]:
-                    self.plan_files.append(name)
+            has_plan = any(isinstance(value, StepPlan) for value in frame.f_locals.values())
+            if self._in_execute and has_plan and self.plan_files[-1:] != [name]:
+                self.plan_files.append(name)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """A CUDA stream without a device: what is enqueued runs when the test, or a wait, has it run.
 
-It stands in for what `engine.step_handles` and `engine.staging` use of torch: one stream, events,
+It stands in for what `engine.step_handles` and `engine.device_state` use of torch: one stream, events,
 pinned memory, and copies that return before they are made.
 """
 

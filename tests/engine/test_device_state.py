@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.device_state import DeviceState, chunks_header, header_of
-from engine.staging import Staging
+from engine.device_state import DeviceState, Staging, chunks_header, header_of
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers.step_rows import SlotTables, StepRows
 from sampling_params import SamplingParams

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.device_state import DeviceState
+from engine.device_state import DeviceState, Staging
 from engine.graphs import MAX_CHUNKS, StepGraphs, decode_sizes
-from engine.staging import Staging
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers.step_rows import SlotTables, StepRows, fill_any_rows
 from sampling_params import SamplingParams

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.sampling_rows
+from engine.device_state import Staging
 from engine.sampling_rows import BLOCK_ROWS, SamplingRows, special_bytes
-from engine.staging import Staging
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS
 from layers.parallel import ParallelContext

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.staging import Staging
+from engine.device_state import Staging
 from tests.engine import fake_cuda
 from tests.engine.fake_cuda import FakeStream
 

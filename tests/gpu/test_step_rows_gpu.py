@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.device_state import DeviceState
-from engine.staging import Staging
+from engine.device_state import DeviceState, Staging
 from engine.types import StepPlan
 from layers.step_rows import SlotTables
 from tests.kernels.plans import BLOCK_SIZE, check_rows, random_plans

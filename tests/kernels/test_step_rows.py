@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.device_state import DeviceState
+from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
-from engine.staging import Staging
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers import step_rows as reference
 from layers.step_rows import SampledRows, SlotTables, StepRows
