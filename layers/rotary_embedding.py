@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from layers.forward_batch import Rotation
-from layers.kernels.launch import dependent_launch, fused
 from layers.layernorm import RMSNormalizer
+from layers.parallel import Place
 from memory.kv_cache import KVLayer
 from utils.errors import UnsupportedModelError
 from utils.loader import WeightSlot
@@ -92,25 +92,22 @@ class QKNormRopeStore:
         num_kv_heads: int,
         head_dim: int,
         eps: float | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: Place,
     ) -> None:
         self._num_heads = num_heads
         self._num_qk = num_heads + num_kv_heads
         self._num_all = num_heads + 2 * num_kv_heads
         self._head_dim = head_dim
         self._eps = eps
-        self._fused = fused(device, dtype)
-        self._pdl = self._fused and dependent_launch(device)
+        self._place = place
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
             # One row per head, so that Q and K are normalised in one call.
-            self.qk_weight = torch.empty(self._num_qk, head_dim, dtype=dtype, device=device)
-            self._normalize = RMSNormalizer(head_dim, eps, device)
+            self.qk_weight = place.empty(self._num_qk, head_dim)
+            self._normalize = RMSNormalizer(head_dim, eps, place.device)
 
-    def finish(self) -> None:
+    def prepare(self) -> None:
         """The weights are loaded."""
         if self.qk_weight is not None:
             self._scale = self.qk_weight.float() * self._head_dim**0.5
@@ -126,7 +123,7 @@ class QKNormRopeStore:
             slot_mapping: [T] rows of `kv.flat`; negative ones, which only the fused kernel
                 takes, store nothing.
         """
-        if self._fused:
+        if self._place.fused:
             return self._call_fused(qkv, rotation, slot_mapping, kv)
         heads = qkv.view(-1, self._num_all, self._head_dim)
         qk = heads[:, : self._num_qk]
@@ -156,7 +153,7 @@ class QKNormRopeStore:
             slot_mapping,
             kv.k,
             kv.v,
-            pdl=self._pdl,
+            pdl=self._place.pdl,
         )
 
     def weight_slots(self, q_name: str, k_name: str) -> dict[str, WeightSlot]:
