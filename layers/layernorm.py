@@ -11,7 +11,9 @@ from layers.parallel import Place
 from utils.loader import WeightSlot
 
 
-@dataclass(frozen=True, slots=True)
+# Neither of these two changes once it is made, but they are not frozen: a frozen one takes 0.6 us
+# to make instead of 0.2, together 1 % of a decode step of the shipped model on a CPU.
+@dataclass(slots=True)
 class Stream:
     """The residual stream of T tokens: total + part, the part summed over ranks.
 
@@ -26,7 +28,7 @@ class Stream:
     part: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Normed:
     """The stream under a norm that nobody has computed yet.
 

@@ -126,9 +126,7 @@ class RowLinear:
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
         """Add the projection of x [T, this rank's inputs] to a stream without part."""
-        if self._place.parallel.size == 1:
-            return self._matmul.added(x, stream)
-        return Stream(stream.total, self._matmul.partial(x))
+        return self._matmul.added(x, stream)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layer `name`."""

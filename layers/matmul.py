@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.activation import silu_mul
 from layers.cpu_linear import cpu_linear
 from layers.kernels.launch import has_wgmma
 from layers.layernorm import Normed, RMSNorm, Stream
@@ -50,7 +49,7 @@ class Matmul:
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        """A stream without part, after the product of x [T, K] is added to it."""
+        """A stream without part, with the product of x [T, K] added to it; of a rank, its share."""
         return Stream(stream.total, self.partial(x))
 
     def normed(
@@ -92,6 +91,7 @@ class CPUMatmul(Matmul):
             folded = weight if scale is None else weight * scale
             self._weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self._adds = self._few is not None and bias is None and place.parallel.size == 1
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         few = self._few
@@ -105,7 +105,7 @@ class CPUMatmul(Matmul):
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
         few = self._few
-        if few is None or self._bias is not None or x.shape[0] > few.most_rows:
+        if few is None or not self._adds or x.shape[0] > few.most_rows:
             return super().added(x, stream)
         return Stream(few.added(x, stream.total))
 
@@ -142,7 +142,8 @@ class SmallBatchMatmul(Matmul):
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        if x.shape[0] <= self._most_fused and self._fits(x.shape[0]):
+        alone, tokens = self._place.parallel.size == 1, x.shape[0]
+        if alone and tokens <= self._most_fused and self._fits(tokens):
             return Stream(self._run(x, self._weight, self._bias, residual=stream.total))
         return super().added(x, stream)
 
@@ -175,6 +176,16 @@ class SmallBatchMatmul(Matmul):
         if stream.part is None and fuses:
             return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}
         return *norm.compute(stream), {}
+
+
+def silu_mul(x: Tensor, place: Place) -> Tensor:
+    """silu(gate) * up (SwiGLU, Shazeer 2020) of x = [gate | up]: [T, 2n] -> [T, n]."""
+    if place.fused:
+        from layers.kernels import activation
+
+        return activation.silu_mul(x, pdl=place.pdl)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def make_matmul(

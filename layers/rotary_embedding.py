@@ -61,21 +61,20 @@ class RotaryEmbedding:
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
-        half = table.shape[-1] // 2
         self._gather = gather
         self._cos, self._sin = table
-        # The sine of the second half has the plain sign.
-        self._half_cos = table[0, :, 0, :half].contiguous()
-        self._half_sin = table[1, :, 0, half:].contiguous()
+        if not gather:
+            half = table.shape[-1] // 2
+            # The sine of the second half has the plain sign.
+            self._cos = self._cos[:, 0, :half].contiguous()
+            self._sin = self._sin[:, 0, half:].contiguous()
 
     def prepare(self, positions: Tensor) -> Rotation:
         """What the layers of one step need for tokens at `positions` [T]."""
+        cos, sin = self._cos, self._sin
         if self._gather:
-            cos, sin = self._cos, self._sin
-            return Rotation(
-                positions, cos.index_select(0, positions), sin.index_select(0, positions)
-            )
-        return Rotation(positions, self._half_cos, self._half_sin)
+            cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+        return Rotation(positions, cos, sin)
 
 
 class QKNormRopeStore:
@@ -87,12 +86,7 @@ class QKNormRopeStore:
     """
 
     def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        eps: float | None,
-        place: Place,
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float | None, place: Place
     ) -> None:
         self._num_heads = num_heads
         self._num_qk = num_heads + num_kv_heads
@@ -123,11 +117,26 @@ class QKNormRopeStore:
             slot_mapping: [T] rows of `kv.flat`; negative ones, which only the fused kernel
                 takes, store nothing.
         """
+        weight = self.qk_weight
         if self._place.fused:
-            return self._call_fused(qkv, rotation, slot_mapping, kv)
+            from layers.kernels.qkv import qk_norm_rope_store
+
+            return qk_norm_rope_store(
+                qkv,
+                None if weight is None else weight[0],
+                None if weight is None else weight[-1],
+                self._eps or 0.0,
+                rotation.cos,
+                rotation.sin,
+                rotation.positions,
+                slot_mapping,
+                kv.k,
+                kv.v,
+                pdl=self._place.pdl,
+            )
         heads = qkv.view(-1, self._num_all, self._head_dim)
         qk = heads[:, : self._num_qk]
-        x = qk.float() if self.qk_weight is None else self._normalize(qk).mul_(self._scale)
+        x = qk.float() if weight is None else self._normalize(qk).mul_(self._scale)
         turned = x.roll(self._head_dim // 2, -1)
         if qk.dtype == torch.float32:
             torch.addcmul(x.mul_(rotation.cos), turned, rotation.sin, out=qk)
@@ -135,26 +144,6 @@ class QKNormRopeStore:
             qk.copy_(x.mul_(rotation.cos).addcmul_(turned, rotation.sin))
         kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
         return heads[:, : self._num_heads]
-
-    def _call_fused(
-        self, qkv: Tensor, rotation: Rotation, slot_mapping: Tensor, kv: KVLayer
-    ) -> Tensor:
-        from layers.kernels.qkv import qk_norm_rope_store
-
-        weight = self.qk_weight
-        return qk_norm_rope_store(
-            qkv,
-            None if weight is None else weight[0],
-            None if weight is None else weight[-1],
-            self._eps or 0.0,
-            rotation.cos,
-            rotation.sin,
-            rotation.positions,
-            slot_mapping,
-            kv.k,
-            kv.v,
-            pdl=self._place.pdl,
-        )
 
     def weight_slots(self, q_name: str, k_name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's normalisation weights, [head_dim] each."""

@@ -39,34 +39,12 @@ class DecoderSpec(ModelShape):
 
 
 def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> DecoderSpec:
-    """The shape that a config describes in the fields that Qwen2, Qwen3 and Llama share.
+    """The decoder that a config describes, by the names that Qwen and Llama give its fields.
 
     Raises:
-        UnsupportedModelError: see `check_supported`.
-    """
-    check_supported(hf_config)
-    return DecoderSpec(
-        vocab_size=hf_config.vocab_size,
-        hidden_size=hf_config.hidden_size,
-        intermediate_size=hf_config.intermediate_size,
-        num_layers=hf_config.num_hidden_layers,
-        num_heads=hf_config.num_attention_heads,
-        num_kv_heads=hf_config.num_key_value_heads,
-        head_dim=_head_dim(hf_config),
-        rms_norm_eps=hf_config.rms_norm_eps,
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        qk_norm=qk_norm,
-        tied=hf_config.tie_word_embeddings,
-    )
-
-
-def check_supported(hf_config: Any) -> None:
-    """Refuse what the config asks for and this decoder would silently get wrong.
-
-    Raises:
-        UnsupportedModelError: sliding-window layers, another activation than SiLU, quantised
-            weights, or sizes that do not go together.
+        UnsupportedModelError: the config asks for what this decoder would silently get wrong:
+            sliding-window layers, another activation than SiLU, quantised weights, or sizes that
+            do not go together.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -81,24 +59,28 @@ def check_supported(hf_config: Any) -> None:
         )
     if getattr(hf_config, "quantization_config", None) is not None:
         raise UnsupportedModelError("quantization_config: quantised checkpoints are not built")
-    _check_sizes(hf_config)
-
-
-def _check_sizes(hf_config: Any) -> None:
     heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if heads % kv_heads:
         raise UnsupportedModelError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
-    if _head_dim(hf_config) % 2:
-        raise UnsupportedModelError(
-            f"head_dim={_head_dim(hf_config)}: rotations need an even number"
-        )
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    if head_dim % 2:
+        raise UnsupportedModelError(f"head_dim={head_dim}: rotations need an even number")
     if hf_config.num_hidden_layers < 1:
         raise UnsupportedModelError(f"num_hidden_layers={hf_config.num_hidden_layers}: no layer")
-
-
-def _head_dim(hf_config: Any) -> int:
-    head_dim: int | None = getattr(hf_config, "head_dim", None)
-    return head_dim or hf_config.hidden_size // hf_config.num_attention_heads
+    return DecoderSpec(
+        vocab_size=hf_config.vocab_size,
+        hidden_size=hf_config.hidden_size,
+        intermediate_size=hf_config.intermediate_size,
+        num_layers=hf_config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=hf_config.rms_norm_eps,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        qk_norm=qk_norm,
+        tied=hf_config.tie_word_embeddings,
+    )
 
 
 class Block(Protocol):
