@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from torch import Tensor
 # in float16 alone, for any number of rows, half the memory: [6144, 1024] takes 0.42 of oneDNN's
 # time at 1 row, 0.68 at 8, 0.99 at 32, 1.16 from 512 on; [1024, 3072] 0.44, 0.70, 1.07 and 1.08.
 _HALF_BESIDE = 2**20
-# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
-# 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
-_MKL_WEIGHT = 2**17
 # Rows up to which FBGEMM is ahead of oneDNN with one thread and with two, for every weight of the
 # shipped model: 0.75 to 0.95 of the time at 32 and at 48 rows, 0.83 to 1.0 at 64.
 _MOST_ROWS = 64
@@ -27,38 +23,8 @@ _ALONE = 2**21
 _PACKED_AT_ONCE = 2**23
 
 
-class CPULinear(ABC):
-    """x W^T for up to `most_rows` rows of x.
-
-    Attributes:
-        most_rows: for more rows oneDNN is needed; infinite if it never is.
-    """
-
-    most_rows: float
-
-    @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, K] -> [T, N]."""
-
-    def added(self, x: Tensor, total: Tensor) -> Tensor:
-        """total [T, N] + x W^T."""
-        return total + self(x)
-
-
-class MKLLinear(CPULinear):
-    """One row by MKL, which reads a contiguous W^T; of weight [N, K]."""
-
-    most_rows = 1
-
-    def __init__(self, weight: Tensor) -> None:
-        self._columns = weight.t().contiguous()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self._columns)
-
-
-class HalfLinear(CPULinear):
-    """By FBGEMM, of a weight that float16 holds without loss, so that half the bytes are read.
+class HalfLinear:
+    """x W^T by FBGEMM, of a weight that float16 holds without loss: half the bytes are read.
 
     Most checkpoints are bfloat16, which has 8 significant bits. float16 has 11, and its smaller
     range suffices if the weight is multiplied by a power of two first. FBGEMM converts to float32
@@ -69,6 +35,7 @@ class HalfLinear(CPULinear):
         scale: [K] float32 factors of the inputs; None for none.
 
     Attributes:
+        most_rows: rows up to which this is faster than oneDNN, or infinite to save its memory.
         rows_alone: up to so many rows are multiplied by the calling thread alone.
     """
 
@@ -118,11 +85,13 @@ class HalfLinear(CPULinear):
         )
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
         return self._times(x * self._scale)
 
     def added(self, x: Tensor, total: Tensor) -> Tensor:
+        """total [T, N] + x W^T."""
         if isinstance(self._scale, Tensor):
-            return super().added(x, total)
+            return total + self(x)
         return torch.add(total, self._times(x), alpha=self._inverse)
 
     def _times(self, x: Tensor) -> Tensor:
@@ -131,19 +100,6 @@ class HalfLinear(CPULinear):
             return self._multiply(x, self._packed, None)
         parts: list[Tensor] = [self._multiply_shared(x, part) for part in self._shared]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def cpu_linear(weight: Tensor, scale: Tensor | None) -> CPULinear | None:
-    """The fastest product of few rows for a float32 weight [N, K]; None if oneDNN's is.
-
-    Args:
-        scale: [K] factors of the inputs; None for none.
-    """
-    if HalfLinear.holds(weight):
-        return HalfLinear(weight, scale)
-    if weight.numel() <= _MKL_WEIGHT:
-        return MKLLinear(weight if scale is None else weight * scale)
-    return None
 
 
 def _power_of_two(weight: Tensor) -> float:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.cpu_linear import cpu_linear
+from layers.cpu_linear import HalfLinear
 from layers.kernels.launch import has_wgmma
 from layers.layernorm import Normed, RMSNorm, Stream
 from layers.parallel import Place
@@ -23,6 +24,9 @@ from layers.parallel import Place
 # plain layout 1.2 times at 1 row, 2.4 at 8, 2.9 at 32 and 3.0 at 1,000. (Letting oneDNN add the
 # residual costs 3 us a call, an addition of its own 1.)
 _PACK_ROWS = 64
+# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
+# 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
+_MKL_WEIGHT = 2**17
 
 
 class Matmul:
@@ -32,16 +36,19 @@ class Matmul:
         weight: [N, K].
         bias: [N] or None.
         place: where they are.
+
+    Attributes:
+        weight: in the layout of `F.linear` or oneDNN; empty if neither is needed.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
-        self._weight = weight
+        self.weight = weight
         self._bias = bias
         self._place = place
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, K] -> [T, N], in `out` if it is given."""
-        y = F.linear(x, self._weight, self._bias)
+        y = F.linear(x, self.weight, self._bias)
         return y if out is None else out.copy_(y)
 
     def partial(self, x: Tensor) -> Tensor:
@@ -77,6 +84,9 @@ class CPUMatmul(Matmul):
 
     Args:
         norm: see `make_matmul`; its weight is folded into this one.
+
+    Attributes:
+        few_rows: for more rows oneDNN's layout is used.
     """
 
     def __init__(
@@ -84,30 +94,35 @@ class CPUMatmul(Matmul):
     ) -> None:
         super().__init__(weight, bias, place)
         scale = None if norm is None else norm.take_scale()
-        self._few = cpu_linear(weight, scale)
-        if self._few is not None and self._few.most_rows == math.inf:
-            self._weight = weight.new_empty(0)
+        self._few: Callable[[Tensor], Tensor]
+        self.few_rows: float = 0
+        half = HalfLinear(weight, scale) if HalfLinear.holds(weight) else None
+        if half is not None:
+            self._few, self.few_rows = half, half.most_rows
+        if self.few_rows == math.inf:
+            self.weight = weight.new_empty(0)
         else:
             folded = weight if scale is None else weight * scale
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
+            if half is None and weight.numel() <= _MKL_WEIGHT:
+                columns = folded.t().contiguous()
+                self._few, self.few_rows = lambda x: torch.mm(x, columns), 1
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._adds = self._few is not None and bias is None and place.parallel.size == 1
+        self._adds = half if bias is None and place.parallel.size == 1 else None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        few = self._few
-        if few is None or x.shape[0] > few.most_rows:
-            y: Tensor = self._multiply(x, self._weight, self._bias, "none", [], "")
+        if x.shape[0] > self.few_rows:
+            y: Tensor = self._multiply(x, self.weight, self._bias, "none", [], "")
         else:
-            y = few(x)
+            y = self._few(x)
             if self._bias is not None:
                 y = y + self._bias
         return y if out is None else out.copy_(y)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        few = self._few
-        if few is None or not self._adds or x.shape[0] > few.most_rows:
+        if self._adds is None or x.shape[0] > self.few_rows:
             return super().added(x, stream)
-        return Stream(few.added(x, stream.total))
+        return Stream(self._adds.added(x, stream.total))
 
 
 class SmallBatchMatmul(Matmul):
@@ -128,23 +143,23 @@ class SmallBatchMatmul(Matmul):
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self._fits(x.shape[0]):
-            return self._run(x, self._weight, self._bias, out=out)
+            return self._run(x, self.weight, self._bias, out=out)
         if out is None or self._bias is not None:
             return super().__call__(x, out)
         # As F.linear without a bias.
-        return torch.mm(x, self._weight.t(), out=out)
+        return torch.mm(x, self.weight.t(), out=out)
 
     def partial(self, x: Tensor) -> Tensor:
         tokens = x.shape[0]
-        splits = 1 if self._bias is not None else self._splits(tokens, *self._weight.shape)
+        splits = 1 if self._bias is not None else self._splits(tokens, *self.weight.shape)
         if splits > 1 and self._fits(tokens, splits=splits):
-            return self._run(x, self._weight, splits=splits)
+            return self._run(x, self.weight, splits=splits)
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
         alone, tokens = self._place.parallel.size == 1, x.shape[0]
         if alone and tokens <= self._most_fused and self._fits(tokens):
-            return Stream(self._run(x, self._weight, self._bias, residual=stream.total))
+            return Stream(self._run(x, self.weight, self._bias, residual=stream.total))
         return super().added(x, stream)
 
     def normed(
@@ -154,16 +169,16 @@ class SmallBatchMatmul(Matmul):
             return super().normed(normed, partial=partial, out=out)
         # No partial sums: they are for where nothing else fills the device.
         x, stream, norm = self._input(normed)
-        return self._run(x, self._weight, self._bias, out=out, **norm), stream
+        return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
         if self._bias is not None or not self._fits(normed.stream.total.shape[0], swiglu=True):
             return super().gated(normed)
         x, stream, norm = self._input(normed)
-        return self._run(x, self._weight, swiglu=True, **norm), stream
+        return self._run(x, self.weight, swiglu=True, **norm), stream
 
     def _fits(self, tokens: int, *, swiglu: bool = False, splits: int = 1) -> bool:
-        n, k = self._weight.shape
+        n, k = self.weight.shape
         return self._supports(tokens, n // 2 if swiglu else n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers.cpu_linear import CPULinear, HalfLinear, MKLLinear, cpu_linear
+from layers.cpu_linear import HalfLinear
 from layers.layernorm import RMSNorm, Stream
-from layers.matmul import make_matmul
+from layers.matmul import CPUMatmul, make_matmul
 from tests.layers.tensors import place, rms_norm
 
 EPS = 1e-6
@@ -63,28 +63,38 @@ def test_zeros_are_held() -> None:
 @needs_fbgemm
 @pytest.mark.parametrize("kind", ["half", "half scaled", "mkl"])
 def test_products_and_sums(kind: str) -> None:
-    weight, scale = _bfloat16(40, 24), _random(24, seed=1)
-    few: CPULinear = MKLLinear(weight)
-    if kind != "mkl":
-        few = HalfLinear(weight, scale if kind == "half scaled" else None)
-    rows = int(few.most_rows)
+    weight = _random(40, 24) if kind == "mkl" else _bfloat16(40, 24)
+    scale = _random(24, seed=1) if kind == "half scaled" else None
+    matmul = CPUMatmul(weight, None, place(), None)
+    few = matmul if kind == "mkl" else HalfLinear(weight, scale)
+    rows = int(matmul.few_rows)
+    assert rows == (1 if kind == "mkl" else 64)
     x, residual = _random(rows, 24, seed=2), _random(rows, 40, seed=3)
     before = residual.clone()
-    factors = scale if kind == "half scaled" else torch.ones(24)
+    factors = torch.ones(24) if scale is None else scale
     expected = ((x * factors).double() @ weight.double().t()).float()
     torch.testing.assert_close(few(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(few.added(x, residual), residual + expected, rtol=1e-5, atol=1e-5)
+    if isinstance(few, HalfLinear):
+        total = few.added(x, residual)
+    else:
+        stream = few.added(x, Stream(residual))
+        assert stream.part is not None
+        total = stream.total + stream.part
+    torch.testing.assert_close(total, residual + expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(residual, before)
 
 
 @needs_fbgemm
 def test_the_means_for_each_weight() -> None:
-    assert isinstance(cpu_linear(_bfloat16(256, 256), None), HalfLinear)
-    assert isinstance(cpu_linear(_bfloat16(4096, 256), None), HalfLinear)
-    assert cpu_linear(_bfloat16(4096, 256), None).most_rows == 64  # type: ignore[union-attr]
-    assert cpu_linear(_bfloat16(4096, 257), None).most_rows == math.inf  # type: ignore[union-attr]
-    assert isinstance(cpu_linear(_random(256, 256), None), MKLLinear)
-    assert cpu_linear(_random(513, 256), None) is None
+    def few_rows(weight: Tensor) -> float:
+        return CPUMatmul(weight, None, place(), None).few_rows
+
+    # 64 and more are float16's, 1 is MKL's, 0 leaves all to oneDNN.
+    assert few_rows(_bfloat16(256, 256)) == 64
+    assert few_rows(_bfloat16(4096, 256)) == 64
+    assert few_rows(_bfloat16(4096, 257)) == math.inf
+    assert few_rows(_random(256, 256)) == 1
+    assert few_rows(_random(513, 256)) == 0
 
 
 @needs_fbgemm
@@ -114,7 +124,9 @@ def test_a_large_weight_is_held_in_float16_alone(
     norm.prepare()
     weight = _bfloat16(2100, 1030)
     product = make_matmul(weight, None, place(), norm)
-    assert not product._weight.numel()
+    assert isinstance(product, CPUMatmul)
+    assert product.few_rows == math.inf
+    assert not product.weight.numel()
     for rows in (1, 65, 300):
         x = _random(rows, 1030, seed=rows)
         expected = rms_norm(x, scale, EPS).double() @ weight.double().t()
