@@ -15,13 +15,13 @@ from utils.loader import WeightSlot
 # to make instead of 0.2, together 1 % of a decode step of the shipped model on a CPU.
 @dataclass(slots=True)
 class Stream:
-    """The residual stream of T tokens: total + part, the part summed over ranks.
+    """The residual stream of T tokens: total + part.
 
     Attributes:
-        total: [T, hidden_size].
-        part: what the last layer adds, left to the next norm to add; None if nothing is left.
-            [T, hidden_size], of several ranks this one's share of a sum; or, where kernels are
-            fused, float32 partial sums [S, T, hidden_size] of that.
+        total: [T, hidden_size], the same on every rank.
+        part: what a layer has added and the next norm sums up, None if there is nothing:
+            [T, hidden_size], this rank's share of a sum over ranks; or float32 partial sums of
+            that, [S, T, hidden_size], where kernels are fused.
     """
 
     total: Tensor
@@ -30,9 +30,9 @@ class Stream:
 
 @dataclass(slots=True)
 class Normed:
-    """The stream under a norm that nobody has computed yet.
+    """A stream to be normalised, and the norm: nothing is computed yet.
 
-    The linear that reads it has its own kernel normalise, or calls `norm.compute(stream)`.
+    The linear that reads this value normalises in its own kernel or calls `norm.compute(stream)`.
     """
 
     norm: RMSNorm
@@ -87,7 +87,7 @@ class RMSNorm:
         return scale
 
     def __call__(self, stream: Stream) -> Normed:
-        """The normalised stream, for a linear to compute."""
+        """The normalised stream, which the linear that reads it computes."""
         return Normed(self, stream)
 
     def compute(self, stream: Stream) -> tuple[Tensor, Stream]:

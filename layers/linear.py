@@ -56,7 +56,7 @@ class ColumnLinear:
         self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """The parts side by side [T, sum of this rank's parts], and the stream without part.
+        """The parts side by side [T, sum of this rank's parts], and the stream as its sum.
 
         Args:
             partial: the product may be left in partial sums, see `Matmul.partial`.
@@ -125,7 +125,7 @@ class RowLinear:
         self._matmul, self.weight = make_matmul(self.weight, bias, self._place), None
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
-        """Add the projection of x [T, this rank's inputs] to a stream without part."""
+        """Add the projection of x [T, this rank's inputs] to a stream whose part is None."""
         return self._matmul.added(x, stream)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:

@@ -56,13 +56,13 @@ class Matmul:
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        """A stream without part, with the product of x [T, K] added to it; of a rank, its share."""
+        """Add the product of x [T, K], of several ranks this one's share, to `stream.total`."""
         return Stream(stream.total, self.partial(x))
 
     def normed(
         self, normed: Normed, *, partial: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor, Stream]:
-        """The product of the normalised stream [T, N], and the stream without part.
+        """The product of the normalised stream [T, N], and the stream as its sum.
 
         Args:
             partial: the product may be left in partial sums, see `partial`.
@@ -108,7 +108,7 @@ class CPUMatmul(Matmul):
                 columns = folded.t().contiguous()
                 self._few, self.few_rows = lambda x: torch.mm(x, columns), 1
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._adds = half if bias is None and place.parallel.size == 1 else None
+        self._adding = half if bias is None and place.parallel.size == 1 else None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if x.shape[0] > self.few_rows:
@@ -120,9 +120,9 @@ class CPUMatmul(Matmul):
         return y if out is None else out.copy_(y)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        if self._adds is None or x.shape[0] > self.few_rows:
+        if self._adding is None or x.shape[0] > self.few_rows:
             return super().added(x, stream)
-        return Stream(self._adds.added(x, stream.total))
+        return Stream(self._adding.added(x, stream.total))
 
 
 class SmallBatchMatmul(Matmul):
@@ -182,7 +182,7 @@ class SmallBatchMatmul(Matmul):
         return self._supports(tokens, n // 2 if swiglu else n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """The kernel's input, the stream without part, and the norm if the kernel computes it."""
+        """The kernel's input, the stream as its sum, and the norm if the kernel computes it."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
         # The kernel rounds inputs times the norm's weight before it scales the row, which float16

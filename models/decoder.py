@@ -160,16 +160,14 @@ class MLP:
         }
 
 
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """Norm, attention, norm, MLP."""
 
-    def __init__(
-        self, input_norm: RMSNorm, attention: Block, post_attention_norm: RMSNorm, mlp: Block
-    ) -> None:
-        self.input_norm = input_norm
-        self.attention = attention
-        self.post_attention_norm = post_attention_norm
-        self.mlp = mlp
+    input_norm: RMSNorm
+    attention: Block
+    post_attention_norm: RMSNorm
+    mlp: Block
 
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None

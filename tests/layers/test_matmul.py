@@ -49,10 +49,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return made
 
 
-def _stream(tokens: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Stream:
-    return Stream(torch.ones(tokens, size, dtype=dtype))
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [4, 5, 9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -65,11 +61,11 @@ def test_a_norm_without_a_sum_is_fused_for_few_bfloat16_tokens(
     norm = RMSNorm(K, 1e-6, here)
     norm.weight.fill_(1.0)
     norm.prepare()
-    stream = _stream(tokens, K, dtype)
-    stream.part = torch.ones_like(stream.total) if part else None
+    total = torch.ones(tokens, K, dtype=dtype)
+    stream = Stream(total, total.clone() if part else None)
     _, after = (matmul.gated if gated else matmul.normed)(norm(stream))
     assert after.part is None
-    assert torch.equal(after.total, torch.full_like(stream.total, 2.0 if part else 1.0))
+    assert torch.equal(after.total, torch.full_like(total, 2.0 if part else 1.0))
     fused = {"norm_weight", "eps"} if tokens == 4 and not part and dtype == torch.bfloat16 else {}
     assert calls == ([] if tokens == 9 else [{"pdl", *fused, *(["swiglu"] if gated else [])}])
 
@@ -81,7 +77,7 @@ def test_a_residual_is_added_for_few_tokens_of_one_rank(
 ) -> None:
     here = place(ParallelContext(0, size), torch.bfloat16)
     matmul = SmallBatchMatmul(torch.ones(N, K, dtype=torch.bfloat16), None, here)
-    before = _stream(tokens, N)
+    before = Stream(torch.ones(tokens, N, dtype=torch.bfloat16))
     after = matmul.added(torch.ones(tokens, K, dtype=torch.bfloat16), before)
     fused = size == 1 and tokens == 4
     assert (after.part is None) == fused
@@ -95,5 +91,6 @@ def test_no_sums_are_left_where_the_kernel_normalises(calls: list[set[str]]) -> 
     matmul = SmallBatchMatmul(torch.ones(N, K, dtype=torch.bfloat16), None, here)
     norm = RMSNorm(K, 1e-6, here)
     norm.weight.fill_(1.0)
-    y, _ = matmul.normed(norm(_stream(5, K)), partial=True)
+    stream = Stream(torch.ones(5, K, dtype=torch.bfloat16))
+    y, _ = matmul.normed(norm(stream), partial=True)
     assert (y.dim(), calls) == (2, [{"pdl"}])
