@@ -17,9 +17,9 @@ from torch import Tensor
 from benchmarks.roofline import Ceilings
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
-from layers.layernorm import RMSNorm
-from layers.parallel import ParallelContext
-from layers.product import Product, make_product
+from layers.layernorm import RMSNorm, Stream
+from layers.matmul import Matmul, make_matmul
+from layers.parallel import ParallelContext, Place
 from memory.kv_cache import KVLayer
 from utils.registry import parts_in
 
@@ -178,33 +178,29 @@ class _Layer:
     """The four products of a decoder layer and the two norms before them."""
 
     norms: tuple[RMSNorm, RMSNorm]
-    qkv: Product
-    o: Product
-    gate_up: Product
-    down: Product
+    qkv: Matmul
+    o: Matmul
+    gate_up: Matmul
+    down: Matmul
 
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, width: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, stream: Stream, width: int) -> Stream:
         """As the model does, but for attention: the first `width` outputs of qkv stand for it."""
-        qkv, total = self.qkv.normed(x, residual, self.norms[0])
-        x, residual = self.o.added(qkv[:, :width], total)
-        y, total = self.gate_up.gated(x, residual, self.norms[1])
-        return self.down.added(y, total)
+        qkv, stream = self.qkv.normed(self.norms[0](stream))
+        stream = self.o.added(qkv[:, :width], stream)
+        y, stream = self.gate_up.gated(self.norms[1](stream))
+        return self.down.added(y, stream)
 
 
 def _layer(
     hf_config: dict[str, Any], spec: AttentionSpec, weights: list[Tensor], make: Any
 ) -> _Layer:
-    hidden = hf_config["hidden_size"]
+    place = Place(ParallelContext(), spec.dtype, spec.device)
     norms = []
     for _ in range(2):
-        norm = RMSNorm(
-            hidden, 1e-6, parallel=ParallelContext(), dtype=spec.dtype, device=spec.device
-        )
+        norm = RMSNorm(hf_config["hidden_size"], 1e-6, place)
         norm.weight.fill_(1.0)
         norms.append(norm)
-    return _Layer((norms[0], norms[1]), *(make(weight, None) for weight in weights))
+    return _Layer((norms[0], norms[1]), *(make(weight, None, place) for weight in weights))
 
 
 def _linears(
@@ -222,20 +218,21 @@ def _linears(
     layers, plain = [], None
     for _ in range(hf_config["num_hidden_layers"]):
         weights = [torch.randn(shape, **where) * shape[1] ** -0.5 for shape in shapes]
-        layers.append(_layer(hf_config, spec, weights, make_product))
-        plain = plain or _layer(hf_config, spec, weights, Product)
+        layers.append(_layer(hf_config, spec, weights, make_matmul))
+        plain = plain or _layer(hf_config, spec, weights, Matmul)
     assert plain is not None
     x = torch.randn(batch, hidden, **where)
 
     def total(layer: _Layer) -> Tensor:
-        out, residual = layer(x, None, q)
-        out = out.sum(0) if out.dim() == 3 else out
-        return out if residual is None else out + residual
+        stream = layer(Stream(x), q)
+        if stream.part is None:
+            return stream.total
+        return stream.total + (stream.part.sum(0) if stream.part.dim() == 3 else stream.part)
 
     def step() -> None:
-        out: tuple[Tensor, Tensor | None] = (x, None)
+        stream = Stream(x)
         for layer in layers:
-            out = layer(*out, q)
+            stream = layer(stream, q)
 
     _check(f"linears at batch {batch}", total(layers[0]), total(plain))
     seconds = _graph_seconds(step, repeats)

@@ -33,7 +33,7 @@ from engine.types import (
 )
 from layers.attention.base import AttentionSpec
 from layers.forward_batch import ForwardBatch
-from layers.parallel import ParallelContext
+from layers.parallel import ParallelContext, Place
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows, SlotTables, StepRows
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
@@ -205,7 +205,7 @@ class LocalRunner(ModelRunner):
         shape: ModelShape = architecture.model_shape(checkpoint.hf_config)
         assert config.max_model_len is not None
         spec = AttentionSpec(
-            num_heads=parallel.share("query heads", shape.num_heads),
+            num_heads=parallel.per_rank("query heads", shape.num_heads),
             num_kv_heads=parallel.kv_heads(shape.num_kv_heads)[1],
             head_dim=shape.head_dim,
             scale=shape.head_dim**-0.5,
@@ -220,11 +220,9 @@ class LocalRunner(ModelRunner):
         self._model: CausalLM = architecture.MODEL(
             shape,
             checkpoint.hf_config,
-            parallel=parallel,
+            place=Place(parallel, self._dtype, self._device),
             backend=self._backend,
             max_model_len=config.max_model_len,
-            dtype=self._dtype,
-            device=self._device,
         )
         weights = self._model.weight_slots()
         load_weights(checkpoint.path, weights, tied=shape.tied)
@@ -232,7 +230,7 @@ class LocalRunner(ModelRunner):
         total = sum(math.prod(slot.shape) for slot in weights.values())
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
-        self._model.finish()
+        self._model.prepare()
         self._one_block = KVGeometry(
             num_layers=shape.num_layers,
             num_kv_heads=spec.num_kv_heads,

@@ -1,181 +1,137 @@
 """Linear layers that know their share of a tensor-parallel group.
 
 Column-parallel layers divide the outputs, row-parallel ones the inputs, whose sum the next norm
-forms (Shoeybi et al., Megatron-LM, 2019). Projections that read the same input are merged into one
-matrix, so that one product serves them all.
+forms (Shoeybi et al., Megatron-LM, 2019).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from layers.layernorm import RMSNorm
-from layers.parallel import ParallelContext
-from layers.product import Product, make_product
+from layers.layernorm import Normed, RMSNorm, Stream
+from layers.matmul import Matmul, make_matmul
+from layers.parallel import Place
 from utils.loader import WeightSlot
 
 
-class MergedColumnLinear:
-    """Several column-parallel projections of one normalised input, parts side by side.
+class ColumnLinear:
+    """Several projections of one input, merged so that one product serves them all.
+
+    The weight is [sum of this rank's parts, input_size], with the parts one below the other.
 
     Args:
-        norm: of the input.
         input_size: features of the input.
         sizes: output features of each part, over all ranks.
         bias: whether there is a bias.
-
-    The weight is [sum of this rank's parts, input_size].
+        shares: first output feature and number of them in each part that this rank computes;
+            None divides every part equally.
     """
 
     def __init__(
         self,
-        norm: RMSNorm,
         input_size: int,
         sizes: tuple[int, ...],
         *,
         bias: bool,
-        parallel: ParallelContext,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: Place,
+        shares: tuple[tuple[int, int], ...] | None = None,
     ) -> None:
-        self.norm = norm
-        self.input_size = input_size
-        self.sizes = sizes
-        self._parallel = parallel
-        # (start, length) of the outputs of each part that this rank computes.
-        self._parts = self._divide()
-        rows = sum(length for _, length in self._parts)
-        self.weight: Tensor | None = torch.empty(rows, input_size, dtype=dtype, device=device)
-        self.bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
-        self._product: Product
+        if shares is None:
+            lengths = [place.parallel.per_rank("output features", size) for size in sizes]
+            shares = tuple((place.parallel.rank * length, length) for length in lengths)
+        self._full = [(size, input_size) for size in sizes]
+        self._shares = shares
+        self._place = place
+        rows = sum(length for _, length in shares)
+        self.weight: Tensor | None = place.empty(rows, input_size)
+        self.bias = place.empty(rows) if bias else None
+        self._matmul: Matmul
 
-    def _divide(self) -> list[tuple[int, int]]:
-        lengths = [self._parallel.share("output features", size) for size in self.sizes]
-        return [(self._parallel.rank * length, length) for length in lengths]
+    def prepare(self, norm: RMSNorm | None) -> None:
+        """Lay the loaded weights out for use, and keep only that copy.
 
-    def finish(self) -> None:
-        """The weights are loaded: lay them out for use, and keep only that copy."""
-        assert self.weight is not None
-        self.norm.finish()
-        self._product, self.weight = make_product(self.weight, self.bias, self.norm), None
-
-    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The stream [T, input_size] -> ([T, sum of this rank's parts], the stream's sum).
-
-        For the stream's form see `Product`.
+        For `norm` see `make_matmul`.
         """
-        return self._product.normed(x, residual, self.norm)
+        assert self.weight is not None
+        self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
-    def partial(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As a call, but the parts may be left in partial sums, see `Product.partial`."""
-        return self._product.normed(x, residual, self.norm, partial=True)
+    def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
+        """The parts side by side [T, sum of this rank's parts], and the stream as its sum.
 
-    def gated(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As a call, with silu(first part) * second part in the parts' place."""
-        return self._product.gated(x, residual, self.norm)
+        Args:
+            partial: the product may be left in partial sums, see `Matmul.partial`.
+        """
+        return self._matmul.normed(normed, partial=partial)
+
+    def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
+        """As a call, with silu(first part) * second part instead of the two parts."""
+        return self._matmul.gated(normed)
 
     def weight_slots(self, *names: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layers `names`, one per part, in order."""
         slots: dict[str, WeightSlot] = {}
         row = 0
-        for name, size, (start, length) in zip(names, self.sizes, self._parts, strict=True):
-            for kind, full in (("weight", (size, self.input_size)), ("bias", (size,))):
+        for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
+            for kind, shape in (("weight", full), ("bias", full[:1])):
                 param = getattr(self, kind)
                 if param is not None:
                     target = param[row : row + length]
-                    slots[f"{name}.{kind}"] = WeightSlot(target, full, 0, start, length)
+                    slots[f"{name}.{kind}"] = WeightSlot(target, shape, 0, start, length)
             row += length
         return slots
 
 
-class QKVLinear(MergedColumnLinear):
+class QKVLinear(ColumnLinear):
     """Query, key and value projections; KV heads are replicated where ranks outnumber them.
 
     Args:
-        norm: of the input.
-        num_heads: query heads over all ranks.
-        num_kv_heads: KV heads over all ranks.
+        num_heads, num_kv_heads: heads over all ranks.
     """
 
     def __init__(
         self,
-        norm: RMSNorm,
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         *,
         bias: bool,
-        parallel: ParallelContext,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: Place,
     ) -> None:
-        self._heads = (num_heads, num_kv_heads, head_dim)
-        kv_size = num_kv_heads * head_dim
-        super().__init__(
-            norm,
-            hidden_size,
-            (num_heads * head_dim, kv_size, kv_size),
-            bias=bias,
-            parallel=parallel,
-            dtype=dtype,
-            device=device,
-        )
-
-    def _divide(self) -> list[tuple[int, int]]:
-        num_heads, num_kv_heads, head_dim = self._heads
-        q = self._parallel.share("query heads", num_heads) * head_dim
-        first, count = self._parallel.kv_heads(num_kv_heads)
+        q = place.parallel.per_rank("query heads", num_heads) * head_dim
+        first, count = place.parallel.kv_heads(num_kv_heads)
         kv = (first * head_dim, count * head_dim)
-        return [(self._parallel.rank * q, q), kv, kv]
+        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        shares = ((place.parallel.rank * q, q), kv, kv)
+        super().__init__(hidden_size, sizes, bias=bias, place=place, shares=shares)
 
 
 class RowLinear:
-    """A projection onto the residual stream, its inputs divided over the ranks.
+    """A projection onto the residual stream, its inputs divided over the ranks."""
 
-    What it adds is left to the next norm to sum over the ranks.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        bias: bool,
-        parallel: ParallelContext,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
-        self._parallel = parallel
-        self._columns = parallel.share("input features", input_size)
-        self.weight: Tensor | None = torch.empty(
-            output_size, self._columns, dtype=dtype, device=device
-        )
-        self.bias = torch.empty(output_size, dtype=dtype, device=device) if bias else None
-        self._product: Product
+        self._place = place
+        self._columns = place.parallel.per_rank("input features", input_size)
+        self.weight: Tensor | None = place.empty(output_size, self._columns)
+        self.bias = place.empty(output_size) if bias else None
+        self._matmul: Matmul
 
-    def finish(self) -> None:
-        """The weights are loaded: lay them out for use, and keep only that copy."""
+    def prepare(self) -> None:
+        """Lay the loaded weights out for use, and keep only that copy."""
         assert self.weight is not None
         # The bias enters the sum over ranks once.
-        bias = self.bias if self._parallel.rank == 0 else None
-        self._product, self.weight = make_product(self.weight, bias), None
+        bias = self.bias if self._place.parallel.rank == 0 else None
+        self._matmul, self.weight = make_matmul(self.weight, bias, self._place), None
 
-    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [T, this rank's inputs] and the stream's sum [T, output_size] -> the stream after it.
-
-        For the stream's form see `Product`.
-        """
-        if self._parallel.size == 1:
-            return self._product.added(x, residual)
-        return self._product.partial(x), residual
+    def __call__(self, x: Tensor, stream: Stream) -> Stream:
+        """Add the projection of x [T, this rank's inputs] to a stream whose part is None."""
+        return self._matmul.added(x, stream)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layer `name`."""
         assert self.weight is not None
-        start = self._parallel.rank * self._columns
+        start = self._place.parallel.rank * self._columns
         slots = {f"{name}.weight": WeightSlot(self.weight, self._full, 1, start, self._columns)}
         if self.bias is not None:
             slots[f"{name}.bias"] = WeightSlot(self.bias, self._full[:1])

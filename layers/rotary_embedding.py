@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from layers.forward_batch import Rotation
-from layers.kernels.launch import dependent_launch, fused
 from layers.layernorm import RMSNormalizer
+from layers.parallel import Place
 from memory.kv_cache import KVLayer
 from utils.errors import UnsupportedModelError
 from utils.loader import WeightSlot
@@ -61,21 +61,20 @@ class RotaryEmbedding:
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
-        half = table.shape[-1] // 2
         self._gather = gather
         self._cos, self._sin = table
-        # The sine of the second half has the plain sign.
-        self._half_cos = table[0, :, 0, :half].contiguous()
-        self._half_sin = table[1, :, 0, half:].contiguous()
+        if not gather:
+            half = table.shape[-1] // 2
+            # The sine of the second half has the plain sign.
+            self._cos = self._cos[:, 0, :half].contiguous()
+            self._sin = self._sin[:, 0, half:].contiguous()
 
     def prepare(self, positions: Tensor) -> Rotation:
         """What the layers of one step need for tokens at `positions` [T]."""
+        cos, sin = self._cos, self._sin
         if self._gather:
-            cos, sin = self._cos, self._sin
-            return Rotation(
-                positions, cos.index_select(0, positions), sin.index_select(0, positions)
-            )
-        return Rotation(positions, self._half_cos, self._half_sin)
+            cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+        return Rotation(positions, cos, sin)
 
 
 class QKNormRopeStore:
@@ -87,30 +86,22 @@ class QKNormRopeStore:
     """
 
     def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        eps: float | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float | None, place: Place
     ) -> None:
         self._num_heads = num_heads
         self._num_qk = num_heads + num_kv_heads
         self._num_all = num_heads + 2 * num_kv_heads
         self._head_dim = head_dim
         self._eps = eps
-        self._fused = fused(device, dtype)
-        self._pdl = self._fused and dependent_launch(device)
+        self._place = place
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
             # One row per head, so that Q and K are normalised in one call.
-            self.qk_weight = torch.empty(self._num_qk, head_dim, dtype=dtype, device=device)
-            self._normalize = RMSNormalizer(head_dim, eps, device)
+            self.qk_weight = place.empty(self._num_qk, head_dim)
+            self._normalize = RMSNormalizer(head_dim, eps, place.device)
 
-    def finish(self) -> None:
+    def prepare(self) -> None:
         """The weights are loaded."""
         if self.qk_weight is not None:
             self._scale = self.qk_weight.float() * self._head_dim**0.5
@@ -126,11 +117,26 @@ class QKNormRopeStore:
             slot_mapping: [T] rows of `kv.flat`; negative ones, which only the fused kernel
                 takes, store nothing.
         """
-        if self._fused:
-            return self._call_fused(qkv, rotation, slot_mapping, kv)
+        weight = self.qk_weight
+        if self._place.fused:
+            from layers.kernels.qkv import qk_norm_rope_store
+
+            return qk_norm_rope_store(
+                qkv,
+                None if weight is None else weight[0],
+                None if weight is None else weight[-1],
+                self._eps or 0.0,
+                rotation.cos,
+                rotation.sin,
+                rotation.positions,
+                slot_mapping,
+                kv.k,
+                kv.v,
+                pdl=self._place.pdl,
+            )
         heads = qkv.view(-1, self._num_all, self._head_dim)
         qk = heads[:, : self._num_qk]
-        x = qk.float() if self.qk_weight is None else self._normalize(qk).mul_(self._scale)
+        x = qk.float() if weight is None else self._normalize(qk).mul_(self._scale)
         turned = x.roll(self._head_dim // 2, -1)
         if qk.dtype == torch.float32:
             torch.addcmul(x.mul_(rotation.cos), turned, rotation.sin, out=qk)
@@ -138,26 +144,6 @@ class QKNormRopeStore:
             qk.copy_(x.mul_(rotation.cos).addcmul_(turned, rotation.sin))
         kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
         return heads[:, : self._num_heads]
-
-    def _call_fused(
-        self, qkv: Tensor, rotation: Rotation, slot_mapping: Tensor, kv: KVLayer
-    ) -> Tensor:
-        from layers.kernels.qkv import qk_norm_rope_store
-
-        weight = self.qk_weight
-        return qk_norm_rope_store(
-            qkv,
-            None if weight is None else weight[0],
-            None if weight is None else weight[-1],
-            self._eps or 0.0,
-            rotation.cos,
-            rotation.sin,
-            rotation.positions,
-            slot_mapping,
-            kv.k,
-            kv.v,
-            pdl=self._pdl,
-        )
 
     def weight_slots(self, q_name: str, k_name: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's normalisation weights, [head_dim] each."""

@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
 from layers.forward_batch import ForwardBatch
-from layers.parallel import ParallelContext
+from layers.parallel import Place
 from layers.rotary_embedding import RotaryEmbedding
 from utils.loader import WeightSlot
 
@@ -46,21 +45,27 @@ class CausalLM(ABC):
         shape: Any,
         hf_config: Any,
         *,
-        parallel: ParallelContext,
+        place: Place,
         backend: AttentionBackend,
         max_model_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        """Allocate the weights of what the architecture's `model_shape` returned."""
+        """Allocate the weights.
+
+        Args:
+            shape: what the architecture's `model_shape` returned.
+            hf_config: the checkpoint's config.
+            place: this rank, and dtype and device of the weights.
+            backend: attention, shared by all layers.
+            max_model_len: positions that the rotary table needs.
+        """
 
     @abstractmethod
     def weight_slots(self) -> dict[str, WeightSlot]:
-        """Where each tensor of a Hugging Face checkpoint goes; before `finish`."""
+        """Where each tensor of a Hugging Face checkpoint goes; before `prepare`."""
 
     @abstractmethod
-    def finish(self) -> None:
-        """The weights are loaded: prepare every layer for use."""
+    def prepare(self) -> None:
+        """Prepare every layer for use, its weights being loaded."""
 
     @abstractmethod
     def __call__(self, batch: ForwardBatch) -> Tensor:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
-from layers.embed_head import VocabEmbedding, VocabHead, VocabTable
+from layers.embed_head import VocabEmbedding, VocabHead
 from layers.forward_batch import ForwardBatch
-from layers.kernels.launch import fused
-from layers.layernorm import RMSNorm
-from layers.linear import MergedColumnLinear, QKVLinear, RowLinear
-from layers.parallel import ParallelContext
+from layers.layernorm import Normed, RMSNorm, Stream
+from layers.linear import ColumnLinear, QKVLinear, RowLinear
+from layers.parallel import Place
 from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ModelShape
@@ -40,12 +38,13 @@ class DecoderSpec(ModelShape):
     qk_norm: bool
 
 
-def check_supported(hf_config: Any) -> None:
-    """Refuse what the config asks for and this decoder would silently get wrong.
+def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> DecoderSpec:
+    """The decoder that a config describes, by the names that Qwen and Llama give its fields.
 
     Raises:
-        UnsupportedModelError: sliding-window layers, another activation than SiLU, quantised
-            weights, or sizes that do not go together.
+        UnsupportedModelError: the config asks for what this decoder would silently get wrong:
+            sliding-window layers, another activation than SiLU, quantised weights, or sizes that
+            do not go together.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -60,10 +59,6 @@ def check_supported(hf_config: Any) -> None:
         )
     if getattr(hf_config, "quantization_config", None) is not None:
         raise UnsupportedModelError("quantization_config: quantised checkpoints are not built")
-    _check_sizes(hf_config)
-
-
-def _check_sizes(hf_config: Any) -> None:
     heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
     if heads % kv_heads:
         raise UnsupportedModelError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
@@ -72,185 +67,188 @@ def _check_sizes(hf_config: Any) -> None:
         raise UnsupportedModelError(f"head_dim={head_dim}: rotations need an even number")
     if hf_config.num_hidden_layers < 1:
         raise UnsupportedModelError(f"num_hidden_layers={hf_config.num_hidden_layers}: no layer")
+    return DecoderSpec(
+        vocab_size=hf_config.vocab_size,
+        hidden_size=hf_config.hidden_size,
+        intermediate_size=hf_config.intermediate_size,
+        num_layers=hf_config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=hf_config.rms_norm_eps,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        qk_norm=qk_norm,
+        tied=hf_config.tie_word_embeddings,
+    )
+
+
+class Block(Protocol):
+    """What follows a norm in a layer: `Attention`, `MLP`, or a class of your own in their place."""
+
+    def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
+
+    def prepare(self, norm: RMSNorm) -> None:
+        """Prepare for use, the weights being loaded; `norm` is the prepared one in front."""
+
+    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+        """Where the checkpoint's tensors go whose names begin with `name`."""
 
 
 class Attention:
-    """Norm and self-attention over the paged KV cache."""
+    """Self-attention over the paged KV cache."""
 
-    def __init__(
-        self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
-    ) -> None:
+    def __init__(self, spec: DecoderSpec, place: Place, backend: AttentionBackend) -> None:
+        heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self._backend = backend
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, parallel=parallel, **where)
         self.qkv_proj = QKVLinear(
-            self.norm,
-            spec.hidden_size,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            bias=spec.qkv_bias,
-            parallel=parallel,
-            **where,
+            spec.hidden_size, heads, kv_heads, head_dim, bias=spec.qkv_bias, place=place
         )
         self.store = QKNormRopeStore(
-            parallel.share("query heads", spec.num_heads),
-            parallel.kv_heads(spec.num_kv_heads)[1],
-            spec.head_dim,
+            place.parallel.per_rank("query heads", heads),
+            place.parallel.kv_heads(kv_heads)[1],
+            head_dim,
             spec.rms_norm_eps if spec.qk_norm else None,
-            **where,
+            place,
         )
-        self.o_proj = RowLinear(
-            spec.num_heads * spec.head_dim,
-            spec.hidden_size,
-            bias=spec.o_bias,
-            parallel=parallel,
-            **where,
-        )
+        self.o_proj = RowLinear(heads * head_dim, spec.hidden_size, bias=spec.o_bias, place=place)
 
     def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        batch: ForwardBatch,
-        kv: KVLayer,
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream before and after; see `layers.product.Product` for its form.
-
-        Args:
-            rows: [R] int64: those to go on with, None for all.
-        """
-        qkv, total = self.qkv_proj.partial(x, residual)
+        self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
+    ) -> Stream:
+        """The stream of `rows` [R] int64, or of all if None, with attention added."""
+        qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
         if rows is not None:
-            out, total = out.index_select(0, rows), total.index_select(0, rows)
-        return self.o_proj(out, total)
+            out, stream = out.index_select(0, rows), Stream(stream.total.index_select(0, rows))
+        return self.o_proj(out, stream)
 
-    def finish(self) -> None:
-        self.qkv_proj.finish()
-        self.store.finish()
-        self.o_proj.finish()
+    def prepare(self, norm: RMSNorm) -> None:
+        self.qkv_proj.prepare(norm)
+        self.store.prepare()
+        self.o_proj.prepare()
+
+    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+        return {
+            **self.qkv_proj.weight_slots(*(f"{name}.{p}_proj" for p in "qkv")),
+            **self.store.weight_slots(f"{name}.q_norm", f"{name}.k_norm"),
+            **self.o_proj.weight_slots(f"{name}.o_proj"),
+        }
 
 
 class MLP:
-    """Norm and gated feed-forward: down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, spec: DecoderSpec, parallel: ParallelContext, **where: Any) -> None:
+    def __init__(self, spec: DecoderSpec, place: Place) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
-        self.norm = RMSNorm(hidden, spec.rms_norm_eps, parallel=parallel, **where)
-        self.gate_up_proj = MergedColumnLinear(
-            self.norm, hidden, (inner, inner), bias=False, parallel=parallel, **where
-        )
-        self.down_proj = RowLinear(inner, hidden, bias=False, parallel=parallel, **where)
+        self.gate_up_proj = ColumnLinear(hidden, (inner, inner), bias=False, place=place)
+        self.down_proj = RowLinear(inner, hidden, bias=False, place=place)
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The residual stream before and after; see `layers.product.Product` for its form."""
-        y, total = self.gate_up_proj.gated(x, residual)
-        return self.down_proj(y, total)
+    def __call__(self, normed: Normed) -> Stream:
+        y, stream = self.gate_up_proj.gated(normed)
+        return self.down_proj(y, stream)
 
-    def finish(self) -> None:
-        self.gate_up_proj.finish()
-        self.down_proj.finish()
-
-
-class DecoderLayer:
-    """Attention and MLP."""
-
-    def __init__(
-        self, spec: DecoderSpec, parallel: ParallelContext, backend: AttentionBackend, **where: Any
-    ) -> None:
-        self.self_attn = Attention(spec, parallel, backend, **where)
-        self.mlp = MLP(spec, parallel, **where)
-
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        batch: ForwardBatch,
-        kv: KVLayer,
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `Attention`."""
-        x, residual = self.self_attn(x, residual, batch, kv, rows)
-        return self.mlp(x, residual)
+    def prepare(self, norm: RMSNorm) -> None:
+        self.gate_up_proj.prepare(norm)
+        self.down_proj.prepare()
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        attn, mlp, names = self.self_attn, self.mlp, f"{name}.self_attn"
         return {
-            **attn.norm.weight_slots(f"{name}.input_layernorm"),
-            **attn.qkv_proj.weight_slots(*(f"{names}.{p}_proj" for p in "qkv")),
-            **attn.store.weight_slots(f"{names}.q_norm", f"{names}.k_norm"),
-            **attn.o_proj.weight_slots(f"{names}.o_proj"),
-            **mlp.norm.weight_slots(f"{name}.post_attention_layernorm"),
-            **mlp.gate_up_proj.weight_slots(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
-            **mlp.down_proj.weight_slots(f"{name}.mlp.down_proj"),
+            **self.gate_up_proj.weight_slots(f"{name}.gate_proj", f"{name}.up_proj"),
+            **self.down_proj.weight_slots(f"{name}.down_proj"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Norm, attention, norm, MLP."""
+
+    input_norm: RMSNorm
+    attention: Block
+    post_attention_norm: RMSNorm
+    mlp: Block
+
+    def __call__(
+        self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
+    ) -> Stream:
+        """The stream after this layer; of `rows` alone if they are given, see `Attention`."""
+        stream = self.attention(self.input_norm(stream), batch, kv, rows)
+        return self.mlp(self.post_attention_norm(stream))
+
+    def prepare(self) -> None:
+        self.input_norm.prepare()
+        self.attention.prepare(self.input_norm)
+        self.post_attention_norm.prepare()
+        self.mlp.prepare(self.post_attention_norm)
+
+    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+        return {
+            **self.input_norm.weight_slots(f"{name}.input_layernorm"),
+            **self.attention.weight_slots(f"{name}.self_attn"),
+            **self.post_attention_norm.weight_slots(f"{name}.post_attention_layernorm"),
+            **self.mlp.weight_slots(f"{name}.mlp"),
         }
 
 
 class DecoderLM(CausalLM):
-    """Embedding, layers, final norm and head.
-
-    Args:
-        shape: of the model.
-        hf_config: the checkpoint's config, for the rotary frequencies.
-        parallel: this rank's place.
-        backend: attention, shared by all layers.
-        max_model_len: positions of the rotary table.
-    """
+    """Embedding, layers, final norm and head; an architecture overrides the `make_` methods."""
 
     def __init__(
         self,
         shape: DecoderSpec,
         hf_config: Any,
         *,
-        parallel: ParallelContext,
+        place: Place,
         backend: AttentionBackend,
         max_model_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
-        where: dict[str, Any] = {"dtype": dtype, "device": device}
-        spec = shape
-        self._tied = spec.tied
-        self._embedding = VocabTable(spec.vocab_size, spec.hidden_size, parallel=parallel, **where)
-        self._head = (
-            self._embedding
-            if spec.tied
-            else VocabTable(spec.vocab_size, spec.hidden_size, parallel=parallel, **where)
-        )
-        self.embed_tokens = VocabEmbedding(self._embedding, parallel)
-        self.layers = [
-            DecoderLayer(spec, parallel, backend, **where) for _ in range(spec.num_layers)
-        ]
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, parallel=parallel, **where)
-        self.lm_head = VocabHead(self.norm, self._head)
-        table = rotary_table(hf_config, spec.head_dim, max_model_len, device)
-        self.rotary = RotaryEmbedding(table, gather=not fused(device, dtype))
+        self.spec, self.place, self.backend = shape, place, backend
+        size = shape.vocab_size, shape.hidden_size
+        self.embed_tokens = VocabEmbedding(*size, place)
+        self.layers = [self.make_layer(i) for i in range(shape.num_layers)]
+        self.norm = self.make_norm()
+        self._head = self.embed_tokens if shape.tied else VocabEmbedding(*size, place)
+        self.lm_head = VocabHead(self._head, place)
+        table = rotary_table(hf_config, shape.head_dim, max_model_len, place.device)
+        self.rotary = RotaryEmbedding(table, gather=not place.fused)
+
+    def make_layer(self, index: int) -> DecoderLayer:
+        attention, mlp = self.make_attention(index), self.make_mlp(index)
+        return DecoderLayer(self.make_norm(), attention, self.make_norm(), mlp)
+
+    def make_norm(self) -> RMSNorm:
+        return RMSNorm(self.spec.hidden_size, self.spec.rms_norm_eps, self.place)
+
+    def make_attention(self, index: int) -> Block:
+        """The attention of layer `index`."""
+        return Attention(self.spec, self.place, self.backend)
+
+    def make_mlp(self, index: int) -> Block:
+        """The MLP of layer `index`."""
+        return MLP(self.spec, self.place)
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        x: Tensor = self.embed_tokens(batch.input_ids)
-        residual: Tensor | None = None
+        stream = Stream(self.embed_tokens(batch.input_ids))
         *layers, last = self.layers
         *caches, last_cache = batch.kv
         for layer, kv in zip(layers, caches, strict=True):
-            x, residual = layer(x, residual, batch, kv)
+            stream = layer(stream, batch, kv)
         # Of the last layer's rows only keys and values are needed where nothing is sampled.
-        x, residual = last(x, residual, batch, last_cache, batch.sampled_rows)
-        return self.lm_head(x, residual, batch.logits)
+        stream = last(stream, batch, last_cache, batch.sampled_rows)
+        return self.lm_head(self.norm(stream), batch.logits)
 
-    def finish(self) -> None:
+    def prepare(self) -> None:
         for layer in self.layers:
-            layer.self_attn.finish()
-            layer.mlp.finish()
-        self.lm_head.finish()
+            layer.prepare()
+        self.norm.prepare()
+        self.lm_head.prepare(self.norm)
 
     def weight_slots(self) -> dict[str, WeightSlot]:
-        """Where each tensor of a Hugging Face checkpoint goes; before `finish`."""
-        slots = self._embedding.weight_slots("model.embed_tokens")
+        slots = self.embed_tokens.weight_slots("model.embed_tokens")
         for i, layer in enumerate(self.layers):
             slots |= layer.weight_slots(f"model.layers.{i}")
         slots |= self.norm.weight_slots("model.norm")
-        if not self._tied:
+        if self._head is not self.embed_tokens:
             slots |= self._head.weight_slots("lm_head")
         return slots

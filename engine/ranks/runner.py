@@ -67,5 +67,5 @@ def _check_divides(config: Config, checkpoint: Checkpoint) -> None:
         )
     shape = find_architecture(checkpoint).model_shape(checkpoint.hf_config)
     any_rank = ParallelContext(0, size)
-    any_rank.share("query heads", shape.num_heads)
+    any_rank.per_rank("query heads", shape.num_heads)
     any_rank.kv_heads(shape.num_kv_heads)

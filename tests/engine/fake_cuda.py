@@ -1,7 +1,7 @@
 """A CUDA stream without a device: what is enqueued runs when the test, or a wait, has it run.
 
-It stands in for what `engine.step_handles` and `engine.device_state` use of torch: one stream, events,
-pinned memory, and copies that return before they are made.
+It stands in for what `engine.step_handles` and `engine.device_state` use of torch: one stream,
+events, pinned memory, and copies that return before they are made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors in a checkpoint's place, and the plain norm."""
+"""Tensors in a checkpoint's place, a place for layers, and the plain norm."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layers.parallel import ParallelContext, Place
 from utils.loader import WeightSlot, load_weights
 
 CPU = torch.device("cpu")
+
+
+def place(parallel: ParallelContext | None = None, dtype: torch.dtype = torch.float32) -> Place:
+    """On the CPU, by default alone."""
+    return Place(parallel or ParallelContext(), dtype, CPU)
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:

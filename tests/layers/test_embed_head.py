@@ -9,26 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.embed_head import VocabEmbedding, VocabHead, VocabTable
-from layers.layernorm import RMSNorm
+from layers.embed_head import VocabEmbedding, VocabHead
+from layers.layernorm import RMSNorm, Stream
 from layers.parallel import ParallelContext
-from tests.layers.tensors import CPU, load, random_tensors, rms_norm
+from tests.layers.tensors import load, place, random_tensors, rms_norm
 
 HIDDEN = 16
 CASES = [(10, 1), (10, 2), (10, 3), (11, 4), (5, 4), (3, 4)]
 
 
-def _tables(folder: Path, vocab_size: int, size: int) -> tuple[Tensor, list[VocabTable]]:
+def _tables(folder: Path, vocab_size: int, size: int) -> tuple[Tensor, list[VocabEmbedding]]:
     tensors = random_tensors({"embed.weight": (vocab_size, HIDDEN)})
     tables = []
     for rank in range(size):
-        table = VocabTable(
-            vocab_size,
-            HIDDEN,
-            parallel=ParallelContext(rank, size),
-            dtype=torch.float32,
-            device=CPU,
-        )
+        table = VocabEmbedding(vocab_size, HIDDEN, place(ParallelContext(rank, size)))
         load(folder, tensors, table.weight_slots("embed"))
         tables.append(table)
     return tensors["embed.weight"], tables
@@ -40,10 +34,7 @@ def test_the_embeddings_of_all_ranks_sum_to_the_whole(
 ) -> None:
     weight, tables = _tables(tmp_path, vocab_size, size)
     tokens = torch.arange(vocab_size).repeat(2)
-    parts = [
-        VocabEmbedding(table, ParallelContext(rank, size))(tokens)
-        for rank, table in enumerate(tables)
-    ]
+    parts = [table(tokens) for table in tables]
     assert torch.equal(sum(parts, torch.zeros(1)), F.embedding(tokens, weight))
 
 
@@ -58,13 +49,15 @@ def test_the_logits_of_all_ranks_join_to_the_whole(
     norm_weight = torch.rand(HIDDEN, generator=generator) + 0.5
     parts = []
     for table in tables:
-        norm = RMSNorm(HIDDEN, 1e-6, parallel=ParallelContext(), dtype=torch.float32, device=CPU)
+        norm = RMSNorm(HIDDEN, 1e-6, place())
         norm.weight.copy_(norm_weight)
-        head = VocabHead(norm, table)
-        head.finish()
-        parts.append(head(x, residual))
+        norm.prepare()
+        head = VocabHead(table, place())
+        head.prepare(norm)
+        normed = norm(Stream(residual, x))
+        parts.append(head(normed))
         out = torch.full_like(parts[-1], float("nan"))
-        assert head(x, residual, out) is out
+        assert head(normed, out) is out
         assert torch.equal(out, parts[-1])
     assert len({part.shape for part in parts}) == 1
     logits = torch.cat(parts, 1)

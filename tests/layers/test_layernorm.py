@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from layers.layernorm import RMSNorm, RMSNormalizer
+from layers.layernorm import RMSNorm, RMSNormalizer, Stream
 from layers.parallel import ParallelContext
-from tests.layers.tensors import CPU, rms_norm
+from tests.layers.tensors import CPU, place, rms_norm
 
 EPS = 1e-6
 
 
 def _norm(size: int, dtype: torch.dtype = torch.float32, eps: float = EPS) -> RMSNorm:
-    norm = RMSNorm(size, eps, parallel=ParallelContext(), dtype=dtype, device=CPU)
+    norm = RMSNorm(size, eps, place(dtype=dtype))
     norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    norm.finish()
+    norm.prepare()
     return norm
 
 
@@ -28,24 +28,26 @@ def _random(*shape: int, seed: int = 1) -> torch.Tensor:
 def test_equals_the_formula_in_float64(size: int, scale: float) -> None:
     norm = _norm(size)
     x = _random(9, size) * scale
-    out, total = norm(x, None)
+    out, stream = norm.compute(Stream(x))
     expected = rms_norm(x, norm.weight, EPS)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(total, x)
+    assert stream.part is None
+    assert torch.equal(stream.total, x)
 
 
-def test_adds_to_the_residual_first() -> None:
+def test_adds_the_part_to_the_total_first() -> None:
     norm = _norm(32)
-    x, residual = _random(5, 32), _random(5, 32, seed=2)
-    out, total = norm(x, residual)
-    assert torch.equal(total, x + residual)
-    expected = rms_norm(x + residual, norm.weight, EPS)
+    total, part = _random(5, 32), _random(5, 32, seed=2)
+    out, stream = norm.compute(Stream(total, part))
+    assert stream.part is None
+    assert torch.equal(stream.total, total + part)
+    expected = rms_norm(total + part, norm.weight, EPS)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_a_row_of_zeros_stays_zero(eps: float) -> None:
-    out, _ = _norm(32, eps=eps)(torch.zeros(2, 32), None)
+    out, _ = _norm(32, eps=eps).compute(Stream(torch.zeros(2, 32)))
     assert torch.equal(out, torch.zeros(2, 32))
 
 
@@ -53,31 +55,38 @@ def test_eps_counts_where_the_input_is_small() -> None:
     norm = _norm(32, eps=1e-2)
     x = torch.full((1, 32), 1e-2)
     expected = rms_norm(x, norm.weight, 1e-2)
-    torch.testing.assert_close(norm(x, None)[0].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.compute(Stream(x))[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_is_computed_in_float32() -> None:
     norm = _norm(64, torch.bfloat16)
     x = _random(9, 64).bfloat16()
-    out, _ = norm(x, None)
+    out, _ = norm.compute(Stream(x))
     assert out.dtype == torch.bfloat16
     expected = rms_norm(x, norm.weight, EPS).bfloat16()
     torch.testing.assert_close(out, expected, rtol=2**-8, atol=0)
 
 
+def test_a_call_computes_nothing_yet() -> None:
+    norm, stream = _norm(8), Stream(_random(2, 8))
+    normed = norm(stream)
+    assert normed.norm is norm
+    assert normed.stream is stream
+
+
 def test_rows_are_independent() -> None:
     norm = _norm(32)
     x = _random(9, 32)
-    rows = torch.cat([norm(row.unsqueeze(0), None)[0] for row in x])
-    torch.testing.assert_close(norm(x, None)[0], rows)
+    rows = torch.cat([norm.compute(Stream(row.unsqueeze(0)))[0] for row in x])
+    torch.testing.assert_close(norm.compute(Stream(x))[0], rows)
 
 
 def test_the_scale_can_be_handed_on() -> None:
     norm = _norm(32)
     x = _random(9, 32)
-    expected, _ = norm(x, None)
+    expected, _ = norm.compute(Stream(x))
     scale = norm.take_scale()
-    torch.testing.assert_close(norm(x, None)[0] * scale, expected)
+    torch.testing.assert_close(norm.compute(Stream(x))[0] * scale, expected)
 
 
 def test_the_normalizer_leaves_the_factor_to_the_caller() -> None:
@@ -106,21 +115,22 @@ class _FusedPair(_Pair):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_parts_of_ranks_are_summed_before_the_residual_is_added(splits: int) -> None:
-    norm = RMSNorm(32, EPS, parallel=_Pair(0, 2), dtype=torch.float32, device=CPU)
+    norm = RMSNorm(32, EPS, place(_Pair(0, 2)))
     norm.weight.fill_(1.0)
-    norm.finish()
+    norm.prepare()
     parts, residual = _random(splits, 5, 32), _random(5, 32, seed=2)
-    out, total = norm(parts[0] if splits == 1 else parts, residual)
+    out, stream = norm.compute(Stream(residual, parts[0] if splits == 1 else parts))
     expected = 2 * parts.sum(0) + residual
-    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(stream.total, expected)
     torch.testing.assert_close(out.double(), rms_norm(expected, norm.weight, EPS))
-    # Without a residual x is the whole stream already.
-    assert torch.equal(norm(residual, None)[1], residual)
+    # Without a part the total is the whole stream already.
+    assert torch.equal(norm.compute(Stream(residual))[1].total, residual)
 
 
 def test_a_fused_sum_takes_the_place_of_everything() -> None:
-    norm = RMSNorm(32, EPS, parallel=_FusedPair(0, 2), dtype=torch.float32, device=CPU)
-    x, residual = _random(5, 32), _random(5, 32, seed=2)
-    out, total = norm(x, residual)
-    assert torch.equal(out, x + residual)
-    assert torch.equal(total, residual * EPS)
+    norm = RMSNorm(32, EPS, place(_FusedPair(0, 2)))
+    part, total = _random(5, 32), _random(5, 32, seed=2)
+    out, stream = norm.compute(Stream(total, part))
+    assert stream.part is None
+    assert torch.equal(out, part + total)
+    assert torch.equal(stream.total, total * EPS)

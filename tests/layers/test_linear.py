@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.layernorm import RMSNorm
-from layers.linear import MergedColumnLinear, QKVLinear, RowLinear
+from layers.layernorm import RMSNorm, Stream
+from layers.linear import ColumnLinear, QKVLinear, RowLinear
 from layers.parallel import ParallelContext
-from tests.layers.tensors import CPU, load, random_tensors, rms_norm
+from tests.layers.tensors import load, place, random_tensors, rms_norm
 from utils.errors import ConfigError
 
 HIDDEN = 24
@@ -52,36 +52,25 @@ def _merged(
     parallel: ParallelContext,
     *,
     dtype: torch.dtype = torch.float32,
-) -> MergedColumnLinear:
-    """The layer of all projections in `tensors`, loaded."""
+) -> tuple[RMSNorm, ColumnLinear]:
+    """The layer of all projections in `tensors` and the norm before it, loaded."""
     names = [name.removesuffix(".weight") for name in tensors if name.endswith("weight")][1:]
-    layer = MergedColumnLinear(
-        RMSNorm(HIDDEN, EPS, parallel=parallel, dtype=dtype, device=CPU),
-        HIDDEN,
-        tuple(tensors[f"{name}.weight"].shape[0] for name in names),
-        bias=f"{names[0]}.bias" in tensors,
-        parallel=parallel,
-        dtype=dtype,
-        device=CPU,
-    )
-    load(folder, tensors, layer.weight_slots(*names) | layer.norm.weight_slots("norm"))
-    layer.finish()
-    return layer
+    here = place(parallel, dtype)
+    sizes = tuple(tensors[f"{name}.weight"].shape[0] for name in names)
+    layer = ColumnLinear(HIDDEN, sizes, bias=f"{names[0]}.bias" in tensors, place=here)
+    norm = RMSNorm(HIDDEN, EPS, here)
+    load(folder, tensors, layer.weight_slots(*names) | norm.weight_slots("norm"))
+    norm.prepare()
+    layer.prepare(norm)
+    return norm, layer
 
 
 def _row(
     folder: Path, tensors: dict[str, Tensor], parallel: ParallelContext, output_size: int
 ) -> RowLinear:
-    layer = RowLinear(
-        HIDDEN,
-        output_size,
-        bias="o.bias" in tensors,
-        parallel=parallel,
-        dtype=torch.float32,
-        device=CPU,
-    )
+    layer = RowLinear(HIDDEN, output_size, bias="o.bias" in tensors, place=place(parallel))
     load(folder, tensors, layer.weight_slots("o"))
-    layer.finish()
+    layer.prepare()
     return layer
 
 
@@ -93,8 +82,10 @@ def test_merged_columns(tmp_path: Path, size: int, bias: bool, rows: int) -> Non
     x = _input(rows)
     parts: dict[str, list[Tensor]] = {"gate": [], "up": []}
     for parallel in _ranks(size):
-        out, total = _merged(tmp_path, tensors, parallel)(x, None)
-        assert torch.equal(total, x)
+        norm, layer = _merged(tmp_path, tensors, parallel)
+        out, stream = layer(norm(Stream(x)))
+        assert stream.part is None
+        assert torch.equal(stream.total, x)
         gate, up = torch.split(out, [32 // size, 16 // size], dim=-1)
         parts["gate"].append(gate)
         parts["up"].append(up)
@@ -108,8 +99,10 @@ def test_merged_columns(tmp_path: Path, size: int, bias: bool, rows: int) -> Non
 def test_columns_read_the_sum_of_the_stream(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {name: t.to(dtype) for name, t in _checkpoint({"a": 16}, bias=True).items()}
     x, residual = _input(5).to(dtype), _input(5, seed=1).to(dtype)
-    out, total = _merged(tmp_path, tensors, ParallelContext(), dtype=dtype)(x, residual)
-    assert torch.equal(total, x + residual)
+    norm, layer = _merged(tmp_path, tensors, ParallelContext(), dtype=dtype)
+    out, stream = layer(norm(Stream(residual, x)))
+    assert stream.part is None
+    assert torch.equal(stream.total, x + residual)
     assert out.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(
@@ -123,10 +116,10 @@ def test_gated_columns(tmp_path: Path, size: int, dtype: torch.dtype) -> None:
     tensors = _checkpoint({"gate": 16, "up": 16}, bias=False)
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
     x = _input(5).to(dtype)
-    parts = [
-        _merged(tmp_path, tensors, parallel, dtype=dtype).gated(x, None)[0]
-        for parallel in _ranks(size)
-    ]
+    parts = []
+    for parallel in _ranks(size):
+        norm, layer = _merged(tmp_path, tensors, parallel, dtype=dtype)
+        parts.append(layer.gated(norm(Stream(x)))[0])
     expected = F.silu(_normed(tensors, "gate", x)) * _normed(tensors, "up", x)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(torch.cat(parts, -1), expected, rtol=tolerance, atol=tolerance)
@@ -147,23 +140,15 @@ def test_qkv_with_replicated_kv_heads(
     x = _input(5)
     whole = {name: _normed(tensors, name, x).view(5, -1, head_dim) for name in "qkv"}
     for parallel in _ranks(size):
-        layer = QKVLinear(
-            RMSNorm(HIDDEN, EPS, parallel=parallel, dtype=torch.float32, device=CPU),
-            HIDDEN,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            bias=bias,
-            parallel=parallel,
-            dtype=torch.float32,
-            device=CPU,
-        )
-        slots = layer.weight_slots("q", "k", "v") | layer.norm.weight_slots("norm")
-        load(tmp_path, tensors, slots)
-        layer.finish()
+        here = place(parallel)
+        norm = RMSNorm(HIDDEN, EPS, here)
+        layer = QKVLinear(HIDDEN, num_heads, num_kv_heads, head_dim, bias=bias, place=here)
+        load(tmp_path, tensors, layer.weight_slots("q", "k", "v") | norm.weight_slots("norm"))
+        norm.prepare()
+        layer.prepare(norm)
         mine = num_heads // size
         count = max(1, num_kv_heads // size)
-        heads = layer(x, None)[0].view(5, -1, head_dim)
+        heads = layer(norm(Stream(x)))[0].view(5, -1, head_dim)
         q, k, v = torch.split(heads, [mine, count, count], dim=1)
         for head in range(mine):
             globally = parallel.rank * mine + head
@@ -182,27 +167,30 @@ def test_rows_sum_to_the_whole_and_add_bias_and_residual_once(
 ) -> None:
     tensors = random_tensors({"o.weight": (10, HIDDEN), **({"o.bias": (10,)} if bias else {})})
     x, residual = _input(rows), _input(rows, 10, seed=1)
-    stream = torch.zeros(rows, 10)
-    left: Tensor | None = residual
-    for parallel, part in zip(_ranks(size), x.chunk(size, dim=-1), strict=True):
-        projected, left = _row(tmp_path, tensors, parallel, 10)(part.contiguous(), residual)
-        assert left is None or torch.equal(left, residual)
-        stream += projected
-    if left is not None:
-        stream += left
+    total = residual.clone()
+    for parallel, share in zip(_ranks(size), x.chunk(size, dim=-1), strict=True):
+        layer = _row(tmp_path, tensors, parallel, 10)
+        stream = layer(share.contiguous(), Stream(residual))
+        if stream.part is None:
+            assert size == 1
+            total = stream.total
+        else:
+            assert torch.equal(stream.total, residual)
+            total += stream.part
     expected = residual + _linear(tensors, "o", x)
-    torch.testing.assert_close(stream, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_residual_is_left_as_it_was(tmp_path: Path) -> None:
     tensors = random_tensors({"o.weight": (10, HIDDEN)})
     residual = torch.ones(3, 10)
-    _row(tmp_path, tensors, ParallelContext(), 10)(_input(3), residual)
+    _row(tmp_path, tensors, ParallelContext(), 10)(_input(3), Stream(residual))
     assert torch.equal(residual, torch.ones(3, 10))
 
 
-def test_finish_keeps_one_copy_of_the_weight(tmp_path: Path) -> None:
-    assert _merged(tmp_path, _checkpoint({"a": 16}, False), ParallelContext()).weight is None
+def test_prepare_keeps_one_copy_of_the_weight(tmp_path: Path) -> None:
+    _, layer = _merged(tmp_path, _checkpoint({"a": 16}, False), ParallelContext())
+    assert layer.weight is None
 
 
 @pytest.mark.parametrize("size", [3, 5])

@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from engine.types import KVGeometry
 from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVCache
-from tests.layers.tensors import CPU
+from tests.layers.tensors import CPU, place
 from utils.errors import UnsupportedModelError
 
 HEAD_DIM = 64
@@ -128,19 +128,13 @@ def test_norm_rotation_and_store_equal_transformers(name: str, qk_norm: bool) ->
     targets = torch.randperm(8 * 16, generator=generator)[:rows]
     weights = torch.rand(2, HEAD_DIM, generator=generator) + 0.5
 
-    store = QKNormRopeStore(
-        num_heads,
-        num_kv_heads,
-        HEAD_DIM,
-        1e-6 if qk_norm else None,
-        dtype=torch.float32,
-        device=CPU,
-    )
+    eps = 1e-6 if qk_norm else None
+    store = QKNormRopeStore(num_heads, num_kv_heads, HEAD_DIM, eps, place())
     slots = store.weight_slots("q", "k")
     assert set(slots) == ({"q.weight", "k.weight"} if qk_norm else set())
     for slot, weight in zip(slots.values(), weights, strict=False):
         slot.target.copy_(weight)
-    store.finish()
+    store.prepare()
     rotary = RotaryEmbedding(rotary_table(config, HEAD_DIM, MAX_LEN, CPU), gather=True)
     layer = _pages()
     q, k, v = (

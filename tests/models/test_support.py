@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import Qwen2Config, Qwen3Config
 
-from models.decoder import check_supported
+from models.decoder import DecoderSpec, decoder_spec
 from utils.errors import UnsupportedModelError
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -30,8 +30,14 @@ def test_sliding_windows(model_type: str) -> None:
 
 def _config(**fields: Any) -> SimpleNamespace:
     """As transformers makes them for other architectures, unchecked."""
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    return SimpleNamespace(**{"hidden_act": "silu", "hidden_size": 64, **sizes, **fields})
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
+    others = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    return SimpleNamespace(**{**heads, **sizes, **others, **fields})
+
+
+def _spec(config: Any) -> DecoderSpec:
+    return decoder_spec(config, qkv_bias=False, o_bias=False, qk_norm=False)
 
 
 @pytest.mark.parametrize(
@@ -46,10 +52,10 @@ def _config(**fields: Any) -> SimpleNamespace:
     ],
 )
 def test_sizes_and_windows_of_unchecked_configs(fields: dict[str, Any], problem: str) -> None:
-    check_supported(_config())
-    check_supported(_config(sliding_window=None))
+    assert _spec(_config()).head_dim == 16
+    _spec(_config(sliding_window=None))
     with pytest.raises(UnsupportedModelError, match=problem):
-        check_supported(_config(**fields))
+        _spec(_config(**fields))
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

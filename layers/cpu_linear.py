@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from torch import Tensor
 # in float16 alone, for any number of rows, half the memory: [6144, 1024] takes 0.42 of oneDNN's
 # time at 1 row, 0.68 at 8, 0.99 at 32, 1.16 from 512 on; [1024, 3072] 0.44, 0.70, 1.07 and 1.08.
 _HALF_BESIDE = 2**20
-# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
-# 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
-_MKL_WEIGHT = 2**17
 # Rows up to which FBGEMM is ahead of oneDNN with one thread and with two, for every weight of the
 # shipped model: 0.75 to 0.95 of the time at 32 and at 48 rows, 0.83 to 1.0 at 64.
 _MOST_ROWS = 64
@@ -27,74 +23,42 @@ _ALONE = 2**21
 _PACKED_AT_ONCE = 2**23
 
 
-class FewRows(ABC):
-    """x W^T for up to `most_rows` rows of x.
+class HalfLinear:
+    """x W^T by FBGEMM, of a weight that float16 holds without loss: half the bytes are read.
+
+    Most checkpoints are bfloat16, which has 8 significant bits. float16 has 11, and its smaller
+    range suffices if the weight is multiplied by a power of two first. FBGEMM converts to float32
+    in registers and computes as with the float32 weight.
+
+    Args:
+        weight: [N, K] float32 that `holds` accepts.
+        scale: [K] float32 factors of the inputs; None for none.
 
     Attributes:
-        most_rows: from one more on, oneDNN's layout is needed. Infinite where it never is.
-    """
-
-    most_rows: float
-
-    @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, K] -> [T, N]."""
-
-    def added(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual [T, N] + x W^T."""
-        return residual + self(x)
-
-
-class MKLColumns(FewRows):
-    """One row by MKL, W^T being contiguous.
-
-    Args:
-        weight: [N, K].
-    """
-
-    most_rows = 1
-
-    def __init__(self, weight: Tensor) -> None:
-        self._columns = weight.t().contiguous()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self._columns)
-
-
-class HalfWeight(FewRows):
-    """A weight that float16 holds without loss, so that only half as many bytes are read.
-
-    A few rows are multiplied by the calling thread alone, more by all threads.
-
-    Checkpoints are bfloat16 as a rule: 8 significant bits, of which float16 has 11, and its
-    smaller range suffices if the weight is multiplied by a power of two first. FBGEMM makes
-    float32 of it in registers and computes as with the float32 weight.
-
-    Args:
-        weight: [N, K] float32, one that `holds` float16 without loss.
-        scale: [K] float32 factors of the inputs; None for none.
+        most_rows: rows up to which this is faster than oneDNN, or infinite to save its memory.
+        rows_alone: up to so many rows are multiplied by the calling thread alone.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
         factor = _power_of_two(weight)
-        self.most_rows, self._rows_alone = math.inf, 0
+        self.most_rows, self.rows_alone = math.inf, 0
         if weight.numel() <= _HALF_BESIDE:
             shared = torch.get_num_threads() > 1
             self.most_rows = _MOST_ROWS
-            self._rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
+            self.rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
         # Powers of two lose nothing on the way back either.
         self._inverse = 1.0 / factor
         self._scale: Tensor | float = self._inverse if scale is None else scale * self._inverse
         scaled = weight * factor
-        if self._rows_alone:
+        if self.rows_alone:
             with warnings.catch_warnings():
-                # Packing and the first product warn, once per process, that they will be removed;
-                # without them `holds` is False.
+                # Packing and the first product warn, once per process, that they are deprecated.
+                # A torch without them makes `holds` False.
                 warnings.simplefilter("ignore")
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
                 self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
                 self._multiply(weight[:1], self._packed, None)
-        if self._rows_alone < self.most_rows:
+        if self.rows_alone < self.most_rows:
             pack, rows = torch.ops.quantized.linear_prepack_fp16, _PACKED_AT_ONCE // weight.shape[1]
             self._shared = [pack(part, None) for part in torch.split(scaled, max(1, rows))]
             self._multiply_shared = torch.ops.quantized.linear_dynamic_fp16
@@ -121,28 +85,21 @@ class HalfWeight(FewRows):
         )
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
         return self._times(x * self._scale)
 
-    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+    def added(self, x: Tensor, total: Tensor) -> Tensor:
+        """total [T, N] + x W^T."""
         if isinstance(self._scale, Tensor):
-            return super().added(x, residual)
-        return torch.add(residual, self._times(x), alpha=self._inverse)
+            return total + self(x)
+        return torch.add(total, self._times(x), alpha=self._inverse)
 
     def _times(self, x: Tensor) -> Tensor:
-        """The product with the weight as it is held."""
-        if x.shape[0] <= self._rows_alone:
+        """The product with the scaled weight."""
+        if x.shape[0] <= self.rows_alone:
             return self._multiply(x, self._packed, None)
         parts: list[Tensor] = [self._multiply_shared(x, part) for part in self._shared]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def few_rows(weight: Tensor, scale: Tensor | None) -> FewRows | None:
-    """The fastest means for a float32 weight [N, K] and factors of its inputs; None: oneDNN is."""
-    if HalfWeight.holds(weight):
-        return HalfWeight(weight, scale)
-    if weight.numel() <= _MKL_WEIGHT:
-        return MKLColumns(weight if scale is None else weight * scale)
-    return None
 
 
 def _power_of_two(weight: Tensor) -> float:

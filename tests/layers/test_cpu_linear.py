@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers.few_rows import FewRows, HalfWeight, MKLColumns, few_rows
-from layers.layernorm import RMSNorm
-from layers.parallel import ParallelContext
-from layers.product import make_product
-from tests.layers.tensors import CPU, rms_norm
+from layers.cpu_linear import HalfLinear
+from layers.layernorm import RMSNorm, Stream
+from layers.matmul import CPUMatmul, make_matmul
+from tests.layers.tensors import place, rms_norm
 
 EPS = 1e-6
 needs_fbgemm = pytest.mark.skipif(
-    not HalfWeight.holds(torch.ones(4, 4)), reason="torch has no FBGEMM here"
+    not HalfLinear.holds(torch.ones(4, 4)), reason="torch has no FBGEMM here"
 )
 
 
@@ -38,8 +37,8 @@ def test_a_weight_in_float16_is_the_weight(size: float) -> None:
     """Small elements beside large ones as well: plain float16 would round those below 2^-17."""
     weight = (_random(48, 32) * size).bfloat16().float()
     weight[0] *= 2.0**-16
-    assert HalfWeight.holds(weight)
-    assert torch.equal(HalfWeight(weight, None)(torch.eye(32)), weight.t())
+    assert HalfLinear.holds(weight)
+    assert torch.equal(HalfLinear(weight, None)(torch.eye(32)), weight.t())
 
 
 @pytest.mark.parametrize(
@@ -53,39 +52,49 @@ def test_a_weight_in_float16_is_the_weight(size: float) -> None:
     ids=["float32", "range", "inf", "nan"],
 )
 def test_a_weight_that_would_be_rounded_is_refused(weight: Tensor) -> None:
-    assert not HalfWeight.holds(weight)
+    assert not HalfLinear.holds(weight)
 
 
 @needs_fbgemm
 def test_zeros_are_held() -> None:
-    assert torch.equal(HalfWeight(torch.zeros(16, 8), None)(_random(1, 8)), torch.zeros(1, 16))
+    assert torch.equal(HalfLinear(torch.zeros(16, 8), None)(_random(1, 8)), torch.zeros(1, 16))
 
 
 @needs_fbgemm
 @pytest.mark.parametrize("kind", ["half", "half scaled", "mkl"])
 def test_products_and_sums(kind: str) -> None:
-    weight, scale = _bfloat16(40, 24), _random(24, seed=1)
-    few: FewRows = MKLColumns(weight)
-    if kind != "mkl":
-        few = HalfWeight(weight, scale if kind == "half scaled" else None)
-    rows = int(few.most_rows)
+    weight = _random(40, 24) if kind == "mkl" else _bfloat16(40, 24)
+    scale = _random(24, seed=1) if kind == "half scaled" else None
+    matmul = CPUMatmul(weight, None, place(), None)
+    few = matmul if kind == "mkl" else HalfLinear(weight, scale)
+    rows = int(matmul.few_rows)
+    assert rows == (1 if kind == "mkl" else 64)
     x, residual = _random(rows, 24, seed=2), _random(rows, 40, seed=3)
     before = residual.clone()
-    factors = scale if kind == "half scaled" else torch.ones(24)
+    factors = torch.ones(24) if scale is None else scale
     expected = ((x * factors).double() @ weight.double().t()).float()
     torch.testing.assert_close(few(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(few.added(x, residual), residual + expected, rtol=1e-5, atol=1e-5)
+    if isinstance(few, HalfLinear):
+        total = few.added(x, residual)
+    else:
+        stream = few.added(x, Stream(residual))
+        assert stream.part is not None
+        total = stream.total + stream.part
+    torch.testing.assert_close(total, residual + expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(residual, before)
 
 
 @needs_fbgemm
 def test_the_means_for_each_weight() -> None:
-    assert isinstance(few_rows(_bfloat16(256, 256), None), HalfWeight)
-    assert isinstance(few_rows(_bfloat16(4096, 256), None), HalfWeight)
-    assert few_rows(_bfloat16(4096, 256), None).most_rows == 64  # type: ignore[union-attr]
-    assert few_rows(_bfloat16(4096, 257), None).most_rows == math.inf  # type: ignore[union-attr]
-    assert isinstance(few_rows(_random(256, 256), None), MKLColumns)
-    assert few_rows(_random(513, 256), None) is None
+    def few_rows(weight: Tensor) -> float:
+        return CPUMatmul(weight, None, place(), None).few_rows
+
+    # 64 and more are float16's, 1 is MKL's, 0 leaves all to oneDNN.
+    assert few_rows(_bfloat16(256, 256)) == 64
+    assert few_rows(_bfloat16(4096, 256)) == 64
+    assert few_rows(_bfloat16(4096, 257)) == math.inf
+    assert few_rows(_random(256, 256)) == 1
+    assert few_rows(_random(513, 256)) == 0
 
 
 @needs_fbgemm
@@ -96,8 +105,8 @@ def test_one_thread_and_all_of_them(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weight, x = _bfloat16(384, 256), _random(rows, 256, seed=1)
-    few = HalfWeight(weight, None)
-    assert few._rows_alone == (64 if threads == 1 else 21)
+    few = HalfLinear(weight, None)
+    assert few.rows_alone == (64 if threads == 1 else 21)
     expected = (x.double() @ weight.double().t()).float()
     torch.testing.assert_close(few(x), expected, rtol=1e-5, atol=1e-4)
 
@@ -108,19 +117,21 @@ def test_a_large_weight_is_held_in_float16_alone(
     monkeypatch: pytest.MonkeyPatch, threads: int, packed_at_once: int
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("layers.few_rows._PACKED_AT_ONCE", packed_at_once)
-    norm = RMSNorm(1030, EPS, parallel=ParallelContext(), dtype=torch.float32, device=CPU)
+    monkeypatch.setattr("layers.cpu_linear._PACKED_AT_ONCE", packed_at_once)
+    norm = RMSNorm(1030, EPS, place())
     norm.weight.copy_(_random(1030, seed=2))
     scale = norm.weight.clone()
-    norm.finish()
+    norm.prepare()
     weight = _bfloat16(2100, 1030)
-    product = make_product(weight, None, norm)
-    assert not product._weight.numel()
+    product = make_matmul(weight, None, place(), norm)
+    assert isinstance(product, CPUMatmul)
+    assert product.few_rows == math.inf
+    assert not product.weight.numel()
     for rows in (1, 65, 300):
         x = _random(rows, 1030, seed=rows)
         expected = rms_norm(x, scale, EPS).double() @ weight.double().t()
         torch.testing.assert_close(
-            product.normed(x, None, norm)[0], expected.float(), rtol=1e-5, atol=1e-3
+            product.normed(norm(Stream(x)))[0], expected.float(), rtol=1e-5, atol=1e-3
         )
 
 
@@ -132,27 +143,30 @@ def test_a_product_is_the_same_on_both_sides_of_its_limit(
 ) -> None:
     make = _bfloat16 if exact else _random
     weight, shift = make(40, 24), _random(40, seed=1) if bias else None
-    norm = RMSNorm(24, EPS, parallel=ParallelContext(), dtype=torch.float32, device=CPU)
+    norm = RMSNorm(24, EPS, place())
     norm.weight.copy_(_random(24, seed=2))
-    norm.finish()
+    norm.prepare()
     x, residual = _random(rows, 24, seed=3), _random(rows, 40, seed=4)
-    product = make_product(weight, shift)
+    product = make_matmul(weight, shift, place())
     expected = x @ weight.t() + (0 if shift is None else shift)
     torch.testing.assert_close(product(x), expected, rtol=1e-5, atol=1e-5)
-    stream, left = product.added(x, residual)
-    total = stream if left is None else stream + left
+    stream = product.added(x, Stream(residual))
+    total = stream.total if stream.part is None else stream.total + stream.part
     torch.testing.assert_close(total, residual + expected, rtol=1e-5, atol=1e-5)
     normed = rms_norm(x, norm.weight, EPS).float() @ weight.t() + (0 if shift is None else shift)
-    y, before = make_product(weight, shift, norm).normed(x, None, norm)
+    y, before = make_matmul(weight, shift, place(), norm).normed(norm(Stream(x)))
     torch.testing.assert_close(y, normed, rtol=1e-5, atol=1e-5)
-    assert torch.equal(before, x)
+    assert before.part is None
+    assert torch.equal(before.total, x)
 
 
 def test_nothing_is_printed() -> None:
     """torch calls these operations deprecated; a user can do nothing about it."""
     code = (
-        "import torch; from layers.product import make_product; "
-        "make_product(torch.ones(8, 8), None)(torch.ones(1, 8))"
+        "import torch; from layers.matmul import make_matmul; "
+        "from layers.parallel import ParallelContext, Place; "
+        "place = Place(ParallelContext(), torch.float32, torch.device('cpu')); "
+        "make_matmul(torch.ones(8, 8), None, place)(torch.ones(1, 8))"
     )
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
