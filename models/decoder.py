@@ -8,10 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
-from layers.embed_head import VocabEmbedding, VocabHead
 from layers.forward_batch import ForwardBatch
 from layers.layernorm import Normed, RMSNorm, Stream
-from layers.linear import ColumnLinear, QKVLinear, RowLinear
+from layers.linear import ColumnLinear, QKVLinear, RowLinear, VocabEmbedding, VocabHead
 from layers.parallel import Place
 from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVLayer

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.embed_head import VocabEmbedding, VocabHead
 from layers.layernorm import RMSNorm, Stream
+from layers.linear import VocabEmbedding, VocabHead
 from layers.parallel import ParallelContext
 from tests.layers.tensors import load, place, random_tensors, rms_norm
 
