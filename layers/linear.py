@@ -1,8 +1,8 @@
 """Embedding, linear layers and output head, which know their share of a tensor-parallel group.
 
-Embedding and head divide the vocabulary over ranks, column-parallel layers the outputs, and
-row-parallel
-layers the inputs, whose sum the next norm forms (Shoeybi et al., Megatron-LM, 2019).
+Embedding and head divide the vocabulary over ranks, column-parallel layers their outputs.
+Row-parallel layers divide their inputs, and the next norm sums up what they add (Shoeybi et al.,
+Megatron-LM, 2019).
 """
 
 from __future__ import annotations
