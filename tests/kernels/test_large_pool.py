@@ -10,7 +10,6 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -112,16 +111,16 @@ def test_decode(pool: Pool, tile: int, programs: int, early: bool) -> None:
     q = torch.randn(3, HEADS, DIM).half()
     arguments = (q, pool.kv.k, pool.kv.v, tables, torch.arange(3, dtype=torch.int32), lens)
     out, want = torch.full_like(q, float("nan")), torch.empty(q.shape)
-    about: dict[str, Any] = {"scale": DIM**-0.5, "max_context_len": 112}
     paged_decode(
         *arguments,
-        **about,
+        scale=DIM**-0.5,
+        max_context_len=112,
         out=out,
         workspace=decode_workspace(torch.device("cpu"), HEADS, KV_HEADS, DIM, programs),
         early_reads=early,
         config=DecodeConfig(tile, 4, 2, per_sm=4),
     )
-    paged_decode_reference(*arguments, **about, out=want)
+    paged_decode_reference(*arguments, scale=DIM**-0.5, out=want)
     assert relative_error(out, want) < 1e-3
 
 
