@@ -10,103 +10,16 @@ head and each new token, are the rows of one small matrix product: K and V are r
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from layers.kernels.decode_launch import MAX_PER_SM, DecodeConfig, DecodeWorkspace, decode_config
 from layers.kernels.paged_prefill import paged_prefill_reference
 
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Launch shape of `paged_decode`.
-
-    tile: tokens per tile.
-    warps, stages, max_registers: compiler options.
-    per_sm: programs per multiprocessor, at most 4.
-    unroll: parts that the combination loads at once.
-    pair_cost: what beginning a (request, KV head) pair costs, in tiles, where programs take
-        several pairs.
-    """
-
-    tile: int
-    warps: int
-    stages: int
-    per_sm: int
-    max_registers: int | None = None
-    unroll: int = 4
-    pair_cost: int = 0
-
-
-# One H200, bf16, head_dim 128, in CUDA graphs with `early_reads`.  Few pairs: latency.  Context
-# 400, 16/8 heads, batch 1: 4.2 us against 6.1 us with LARGE; 12/2 heads, batch 8: 5.1 against 9.8.
-# Tiles of 64 were level at batch 1 and slower from batch 2 on (5.2 us against 4.4 us); L2
-# prefetches before the wait, instead of loads, cost 0.1 to 2.5 us.
-SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
-# Between them.  12/2 heads: batch 24 x 1,200 tokens 13.7 us against 15.7 with LARGE, 128 x 900 33.6
-# against 42.6, 192 mixed from 300 to 1,700 53.3 against 54.9, but 256 x 710 53.3 against 49.0.
-# 16/8 heads: 24 x 1,200 35.0 against 37.4, 64 x 1,000 66.2 against 67.5, level beyond.
-MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# Batch 256, context 850: 1.00 of the rate of a large sum with 16/8 heads, 0.91 with 12/2.  Tiles
-# of 64 with 2 programs per multiprocessor: 0.985 and 0.854.  The pair cost takes contexts mixed
-# from 100 to 2000 from 0.970 to 1.014 (16/8) and from 0.836 to 0.860 (12/2).
-LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-# 32 pairs (batch 4, 16/8 heads): 6.7 us against 7.3 us with LARGE; 64 pairs: 8.9 against 8.4.
-SMALL_PAIRS = 32
-MIDDLE_PAIRS = 448
-MAX_PER_SM = 4
-
-
-@dataclass(frozen=True)
-class DecodeWorkspace:
-    """Scratch of `paged_decode`; one serves all batch sizes, and all layers of one stream.
-
-    values: float32 [programs, 2, rows, head_dim] (both padded to powers of two), results of the
-        parts of shared pairs.
-    lse: float32 [programs, 2, rows], their log-sum-exp in base 2.
-    arrived: int32 [programs], zero between calls.
-    """
-
-    values: Tensor
-    lse: Tensor
-    arrived: Tensor
-
-
-def decode_workspace(
-    device: torch.device,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    programs: int = 0,
-    rows_per_request: int = 1,
-) -> DecodeWorkspace:
-    """Allocate the scratch for at most `programs` programs (default: what fills the device).
-
-    `rows_per_request` is the largest one of the calls.  The size depends neither on the batch nor
-    on the context length: 1.1 MB for two query heads of 128 per KV head and one row per request.
-    """
-    if not programs:
-        programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-    rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)
-    shape = (programs, 2, rows, triton.next_power_of_2(head_dim))
-    return DecodeWorkspace(
-        values=torch.empty(shape, dtype=torch.float32, device=device),
-        lse=torch.empty(shape[:3], dtype=torch.float32, device=device),
-        arrived=torch.zeros(programs, dtype=torch.int32, device=device),
-    )
-
-
-def decode_config(pairs: int) -> DecodeConfig:
-    """The launch shape for so many (request, KV head) pairs."""
-    if pairs <= SMALL_PAIRS:
-        return SMALL
-    return MIDDLE if pairs <= MIDDLE_PAIRS else LARGE
 
 
 @triton.jit
@@ -176,7 +89,7 @@ def _combine(
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    columns = tl.arange(0, COLUMNS)
+    columns = tl.arange(0, COLUMNS)  # [COLUMNS], as all below
     row = columns // DIM_PAD
     dim = columns % DIM_PAD
     query, member = _query_and_head(row, GROUP, QUERIES)
@@ -199,11 +112,9 @@ def _combine(
             norm = norm * keep + weight
             total = total * keep + value * weight
             top = new_top
-    tl.store(
-        out_at + query * out_strides[0] + member * out_strides[1] + dim,
-        (total / norm).to(out_at.dtype.element_ty),
-        mask=(row < QUERIES * GROUP) & (dim < DIM),
-    )
+    at = out_at + query * out_strides[0] + member * out_strides[1] + dim
+    live = (row < QUERIES * GROUP) & (dim < DIM)
+    tl.store(at, (total / norm).to(out_at.dtype.element_ty), mask=live)
 
 
 @triton.jit(
@@ -256,7 +167,7 @@ def _paged_decode_kernel(
             gdc_wait()
 
     lane = tl.arange(0, BATCH_PAD)
-    lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)
+    lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
     # The line of work: sequence by sequence, head by head, tile by tile.  An empty sequence
     # counts one tile, so that some program writes its zeros.
@@ -340,7 +251,7 @@ def _paged_decode_kernel(
                 page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
                 if PDL and AHEAD and APART:
                     gdc_wait()
-            q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
+            q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
         # The page id is loaded one tile ahead by hand: left to the pipeliner, it takes a stage.
         if QUERIES == 1:
@@ -349,8 +260,8 @@ def _paged_decode_kernel(
             base, more = _tile_rows(page, t, page_stride, token_stride, PAGE, TILE)
             seen = t * TILE + offsets < seen_tokens
             ok = seen[:, None] & dim_ok[None, :]
-            k = tl.load(k_head + base + more, mask=ok, other=0.0)
-            s = tl.dot(q, tl.trans(k)) * scale
+            k = tl.load(k_head + base + more, mask=ok, other=0.0)  # [TILE, DIM_PAD]
+            s = tl.dot(q, tl.trans(k)) * scale  # [ROWS, TILE]
             if QUERIES == 1:
                 s = tl.where(seen[None, :], s, float("-inf"))
             else:
@@ -360,16 +271,13 @@ def _paged_decode_kernel(
             page = _tile_pages(table, t + 1, seen_tokens, PAGE, TILE)
             top, norm, acc = _accumulate(s, v, top, norm, acc)
 
-        norm_sum = tl.sum(norm, 1)
+        norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
         # Padding counts no arrivals, whoever shares it: in rehearsals other streams do the same.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
-            tl.store(
-                out_at + query * out_row + member * out_head + dims[None, :],
-                result.to(out_ptr.dtype.element_ty),
-                mask=row_ok & (first == 0),
-            )
+            at_row = out_at + query * out_row + member * out_head + dims[None, :]
+            tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=row_ok & (first == 0))
         else:
             # A program has at most one pair that began before it (part 0) and one that
             # outlasts it (part 1); the counter is that of the program where the pair begins.
@@ -380,11 +288,8 @@ def _paged_decode_kernel(
             # A part may hold nothing but the pair cost; -inf would give NaN when combined.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
-            tl.store(
-                values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :],
-                result,
-                mask=used[:, None],
-            )
+            at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
+            tl.store(at_part, result, mask=used[:, None])
             # All threads' stores come before the one thread that announces them.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
@@ -409,8 +314,8 @@ def paged_decode(
     scale: float,
     max_context_len: int,
     out: Tensor,
+    workspace: DecodeWorkspace,
     rows_per_request: int = 1,
-    workspace: DecodeWorkspace | None = None,
     launch_pdl: bool = False,
     early_reads: bool = False,
     config: DecodeConfig | None = None,
@@ -430,7 +335,7 @@ def paged_decode(
         scale: factor of the scores, usually D ** -0.5.
         max_context_len: host-side bound on `context_lens`, for the launch shape alone.
         out: [B * n, Hq, D], last dimension contiguous.
-        workspace: from `decode_workspace`; required under graph capture.
+        workspace: from `decode_workspace`, for as many rows of a request or more.
         launch_pdl: launch with programmatic dependent launch.
         early_reads: with `launch_pdl`, read tables, lengths and, if n is 1, older K and V while
             earlier kernels still run.  The caller promises that none of the kernels in the
@@ -443,21 +348,16 @@ def paged_decode(
         raise ValueError(f"{num_rows} rows are not {rows_per_request} for each request")
     if k_cache.stride() != v_cache.stride():
         raise ValueError(f"strides of K {k_cache.stride()} and V {v_cache.stride()} differ")
-    shape = (num_heads, kv_heads, dim)
-    if workspace is None:
-        workspace = decode_workspace(q.device, *shape, rows_per_request=rows_per_request)
     group, part_rows = num_heads // kv_heads, workspace.lse.shape[2]
     if rows_per_request * group > part_rows:
         raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
     pairs = batch * kv_heads
-    if config is None:
-        config = decode_config(pairs)
+    config = config or decode_config(pairs)
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
     # With enough programs, none takes more than one pair.
     apart = 2 * pairs <= programs
-    options = {"launch_pdl": True} if launch_pdl else {}
     _paged_decode_kernel[(programs,)](
         *(q, k_cache, v_cache, block_tables, slots, context_lens, out),
         (workspace.values, workspace.lse, workspace.arrived),
@@ -470,14 +370,14 @@ def paged_decode(
         PAGE=page,
         TILE=tile,
         BATCH_PAD=16 if batch <= 16 else max(256, triton.next_power_of_2(batch)),
-        UNROLL=config.unroll,
+        UNROLL=max(1, config.unroll // rows_per_request),
         PDL=launch_pdl,
         APART=apart,
         AHEAD=early_reads,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
-        **options,
+        launch_pdl=launch_pdl,
     )
     return out
 

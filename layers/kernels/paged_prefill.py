@@ -103,7 +103,7 @@ def _paged_prefill_kernel(
     heads = head * GROUP + rows % GROUP
     ok = (rows < q_len * GROUP)[:, None] & (dims < DIM)[None, :]
     q_at = q_ptr + ((q_begin + token).to(tl.int64) * q_row + heads * q_head)[:, None]
-    q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)
+    q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
     # Rows past the end see what the last one sees: their scores stay finite.
@@ -157,7 +157,7 @@ def _paged_prefill_kernel(
                 else:
                     k = tl.load(k_at)
                     v = tl.load(v_at)
-            s = tl.dot(q, tl.trans(k))
+            s = tl.dot(q, tl.trans(k))  # [ROWS, TILE]
             if masked:
                 s = tl.where(positions[:, None] >= tokens[None, :], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1) * scale)

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from layers.kernels.paged_decode import decode_workspace, paged_decode, paged_decode_reference
+from layers.kernels.decode_launch import decode_workspace
+from layers.kernels.paged_decode import paged_decode, paged_decode_reference
 from layers.kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from tests.kernels.test_paged_attention import make_case, relative_error
 

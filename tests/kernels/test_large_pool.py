@@ -29,12 +29,8 @@ from tests.kernels.test_paged_attention import relative_error
 from utils.errors import OutOfMemoryError
 
 if INTERPRET and HAS_TRITON:
-    from layers.kernels.paged_decode import (
-        DecodeConfig,
-        decode_workspace,
-        paged_decode,
-        paged_decode_reference,
-    )
+    from layers.kernels.decode_launch import DecodeConfig, decode_workspace
+    from layers.kernels.paged_decode import paged_decode, paged_decode_reference
     from layers.kernels.paged_prefill import (
         PrefillConfig,
         paged_prefill,

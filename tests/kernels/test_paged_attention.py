@@ -21,12 +21,8 @@ from tests.kernels.interpreter import (
 )
 
 if INTERPRET and HAS_TRITON:
-    from layers.kernels.paged_decode import (
-        DecodeConfig,
-        decode_workspace,
-        paged_decode,
-        paged_decode_reference,
-    )
+    from layers.kernels.decode_launch import DecodeConfig, decode_workspace
+    from layers.kernels.paged_decode import paged_decode, paged_decode_reference
     from layers.kernels.paged_prefill import (
         PrefillConfig,
         paged_prefill,
