@@ -155,15 +155,15 @@ _OFFSETS: tuple[PlainMutant, ...] = (
     _bug(
         "int32 offsets: the store of keys",
         _STORE,
-        "row = block * k_stride_block",
-        "row = block.to(tl.int32) * k_stride_block",
+        "row = block * block_stride + offset * slot_stride + (head",
+        "row = block.to(tl.int32) * block_stride + offset * slot_stride + (head",
         LARGE_POOL,
     ),
     _bug(
         "int32 offsets: the store of values",
         _STORE,
-        "row = block * v_stride_block",
-        "row = block.to(tl.int32) * v_stride_block",
+        "row = block * block_stride + offset * slot_stride + value",
+        "row = block.to(tl.int32) * block_stride + offset * slot_stride + value",
         LARGE_POOL,
     ),
     _bug(

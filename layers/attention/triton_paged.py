@@ -31,7 +31,7 @@ class TritonAttention(AttentionBackend):
         return None
 
     def __init__(self, spec: AttentionSpec) -> None:
-        from layers.kernels.paged_decode import decode_workspace
+        from layers.kernels.decode_launch import decode_workspace
 
         self._spec = spec
         self._pdl = dependent_launch(spec.device)

@@ -38,10 +38,7 @@ def silu_mul(
     block = min(1024, triton.next_power_of_2(size))
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(size, block))](
-            gate_up,
-            out,
-            gate_up.stride(0),
-            size,
+            *(gate_up, out, gate_up.stride(0), size),
             BLOCK=block,
             PDL=pdl,
             num_warps=4,

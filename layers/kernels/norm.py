@@ -17,8 +17,7 @@ def _rms_norm_kernel(
     weight_ptr,
     out_ptr,
     residual_out_ptr,
-    x_stride,
-    split_stride,
+    x_strides,
     residual_stride,
     size,
     eps,
@@ -27,9 +26,10 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    x_stride, split_stride = x_strides
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    mask = cols < size
+    mask = cols < size  # [BLOCK], as all below
     if PDL:
         gdc_launch_dependents()
     # The weight never depends on an earlier kernel, so it may be read before the wait.
@@ -50,13 +50,6 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * size + cols, normed, mask=mask)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.dim() != 2 or x.stride(1) != 1:
-        raise ValueError(f"x must be [T, H] with contiguous rows, got {tuple(x.shape)}")
-    if weight.shape != (x.shape[1],) or not weight.is_contiguous():
-        raise ValueError(f"weight must be contiguous [{x.shape[1]}], got {tuple(weight.shape)}")
-
-
 def warps_of_row(size: int) -> int:
     """One warp per 512 columns, 1 to 8: 16 elements and two 16-byte loads a thread."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
@@ -72,33 +65,9 @@ def rms_norm(
 ) -> torch.Tensor:
     """Return ``x / sqrt(mean(x**2) + eps) * weight`` for ``x`` [T, H], in ``x``'s dtype.
 
-    Arithmetic is float32 with one rounding at the end. ``out`` must be contiguous; it may be
-    ``x`` itself when ``x`` is contiguous. ``pdl`` launches with programmatic dependent launch
-    (compute capability 9.0 and later).
+    Arithmetic is float32 with one rounding at the end. For `out` and `pdl` see `add_rms_norm`.
     """
-    _check(x, weight)
-    tokens, size = x.shape
-    out = torch.empty((tokens, size), dtype=x.dtype, device=x.device) if out is None else out
-    if tokens:
-        _rms_norm_kernel[(tokens,)](
-            x,
-            x,
-            weight,
-            out,
-            out,
-            x.stride(0),
-            0,
-            0,
-            size,
-            eps,
-            ADD=False,
-            SPLITS=1,
-            BLOCK=triton.next_power_of_2(size),
-            PDL=pdl,
-            num_warps=warps_of_row(size),
-            launch_pdl=pdl,
-        )
-    return out
+    return _launch(x, None, weight, eps, out, None, pdl)[0]
 
 
 def add_rms_norm(
@@ -125,30 +94,41 @@ def add_rms_norm(
 
     ``s`` is rounded to ``residual``'s dtype before it is normalised.
     """
-    _check(residual, weight)
     if x.shape[-2:] != residual.shape or x.dim() not in (2, 3) or x.stride(-1) != 1:
         raise ValueError(f"x {tuple(x.shape)} does not fit residual {tuple(residual.shape)}")
     if x.dtype != (torch.float32 if x.dim() == 3 else residual.dtype):
         raise ValueError("x must be in residual's dtype, or float32 partial sums [S, T, H]")
-    tokens, size = residual.shape
+    return _launch(x, residual, weight, eps, out, residual_out, pdl)
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+    pdl: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    like = x if residual is None else residual
+    if like.dim() != 2 or like.stride(1) != 1:
+        raise ValueError(f"x must be [T, H] with contiguous rows, got {tuple(like.shape)}")
+    tokens, size = like.shape
+    if weight.shape != (size,) or not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous [{size}], got {tuple(weight.shape)}")
     if out is None:
-        out = torch.empty((tokens, size), dtype=residual.dtype, device=residual.device)
-    if residual_out is None:
-        residual_out = torch.empty((tokens, size), dtype=residual.dtype, device=residual.device)
+        out = torch.empty((tokens, size), dtype=like.dtype, device=like.device)
+    if residual is None:
+        residual_out = out
+    elif residual_out is None:
+        residual_out = torch.empty((tokens, size), dtype=like.dtype, device=like.device)
+    splits, split_stride = (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
     if tokens:
         _rms_norm_kernel[(tokens,)](
-            x,
-            residual,
-            weight,
-            out,
-            residual_out,
-            x.stride(-2),
-            x.stride(0) if x.dim() == 3 else 0,
-            residual.stride(0),
-            size,
-            eps,
-            ADD=True,
-            SPLITS=x.shape[0] if x.dim() == 3 else 1,
+            *(x, like, weight, out, residual_out),
+            *((x.stride(-2), split_stride), 0 if residual is None else like.stride(0), size, eps),
+            ADD=residual is not None,
+            SPLITS=splits,
             BLOCK=triton.next_power_of_2(size),
             PDL=pdl,
             num_warps=warps_of_row(size),

@@ -1,16 +1,14 @@
-"""Attention of one new token per sequence over a paged KV cache (the decode step).
+"""Attention of the newest tokens of each request over a paged KV cache (the decode step).
 
 The work is cut the way Stream-K (Osama et al. 2023) cuts a matrix product: the KV tiles of all
-(sequence, KV head) pairs form one line, and every program takes an equal stretch of it.  Lengths
+(request, KV head) pairs form one line, and every program takes an equal stretch of it.  Lengths
 are read on the device, so one launch shape serves every mix of lengths and can live in a CUDA
 graph; the bound on the context length costs nothing.  A pair that several programs share leaves
 partial softmax sums (Flash-Decoding, Dao et al. 2023); the last program to arrive adds them up,
-so there is no second kernel.  The query heads that share a KV head are the rows of one small
-matrix product: K and V are read once.
+so there is no second kernel.  The queries of a request, one for each query head that shares the KV
+head and each new token, are the rows of one small matrix product: K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,92 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from layers.kernels.decode_launch import MAX_PER_SM, DecodeConfig, DecodeWorkspace, decode_config
+from layers.kernels.paged_prefill import paged_prefill_reference
+
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Launch shape of `paged_decode`.
-
-    tile: tokens per tile.
-    warps, stages, max_registers: compiler options.
-    per_sm: programs per multiprocessor, at most 4.
-    unroll: parts that the combination loads at once.
-    pair_cost: what beginning a (sequence, KV head) pair costs, in tiles, where programs take
-        several pairs.
-    """
-
-    tile: int
-    warps: int
-    stages: int
-    per_sm: int
-    max_registers: int | None = None
-    unroll: int = 4
-    pair_cost: int = 0
-
-
-# One H200, bf16, head_dim 128, in CUDA graphs with `early_reads`.  Few pairs: latency.  Context
-# 400, 16/8 heads, batch 1: 4.2 us against 6.1 us with LARGE; 12/2 heads, batch 8: 5.1 against 9.8.
-# Tiles of 64 were level at batch 1 and slower from batch 2 on (5.2 us against 4.4 us); L2
-# prefetches before the wait, instead of loads, cost 0.1 to 2.5 us.
-SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
-# Between them.  12/2 heads: batch 24 x 1,200 tokens 13.7 us against 15.7 with LARGE, 128 x 900 33.6
-# against 42.6, 192 mixed from 300 to 1,700 53.3 against 54.9, but 256 x 710 53.3 against 49.0.
-# 16/8 heads: 24 x 1,200 35.0 against 37.4, 64 x 1,000 66.2 against 67.5, level beyond.
-MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# Batch 256, context 850: 1.00 of the rate of a large sum with 16/8 heads, 0.91 with 12/2.  Tiles
-# of 64 with 2 programs per multiprocessor: 0.985 and 0.854.  The pair cost takes contexts mixed
-# from 100 to 2000 from 0.970 to 1.014 (16/8) and from 0.836 to 0.860 (12/2).
-LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-# 32 pairs (batch 4, 16/8 heads): 6.7 us against 7.3 us with LARGE; 64 pairs: 8.9 against 8.4.
-SMALL_PAIRS = 32
-MIDDLE_PAIRS = 448
-MAX_PER_SM = 4
-
-
-@dataclass(frozen=True)
-class DecodeWorkspace:
-    """Scratch of `paged_decode`; one serves all batch sizes, and all layers of one stream.
-
-    values: float32 [programs, 2, group, head_dim] (both padded to powers of two), results of
-        the parts of shared pairs.
-    lse: float32 [programs, 2, group], their log-sum-exp in base 2.
-    arrived: int32 [programs], zero between calls.
-    """
-
-    values: Tensor
-    lse: Tensor
-    arrived: Tensor
-
-    @property
-    def programs(self) -> int:
-        return self.arrived.numel()
-
-
-def decode_workspace(
-    device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, programs: int = 0
-) -> DecodeWorkspace:
-    """Allocate the scratch for at most `programs` programs (default: what fills the device).
-
-    Its size, about `programs * 2 * group * head_dim * 4` bytes, depends neither on the batch nor
-    on the context length: 1.1 MB for two query heads of 128 per KV head.
-    """
-    if not programs:
-        programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-    group = triton.next_power_of_2(num_heads // num_kv_heads)
-    head_dim = triton.next_power_of_2(head_dim)
-    return DecodeWorkspace(
-        values=torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=device),
-        lse=torch.empty(programs, 2, group, dtype=torch.float32, device=device),
-        arrived=torch.zeros(programs, dtype=torch.int32, device=device),
-    )
-
-
-def decode_config(pairs: int) -> DecodeConfig:
-    """The launch shape for so many (sequence, KV head) pairs."""
-    if pairs <= SMALL_PAIRS:
-        return SMALL
-    return MIDDLE if pairs <= MIDDLE_PAIRS else LARGE
 
 
 @triton.jit
@@ -144,27 +60,39 @@ def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.
 
 
 @triton.jit
+def _query_and_head(rows, GROUP: tl.constexpr, QUERIES: tl.constexpr):
+    """The query of its request, and the head of its group, of each row of a pair."""
+    if QUERIES == 1:
+        query, member = 0, rows
+    else:
+        query, member = rows // GROUP, rows % GROUP
+    return query, member
+
+
+@triton.jit
 def _combine(
-    values_ptr,
-    lse_ptr,
+    parts,
     owner,
     final,
     out_at,
-    out_head,
+    out_strides,
     GROUP: tl.constexpr,
-    PART_ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Add up the parts that programs `owner`..`final` left, and store the result [GROUP, DIM].
+    """Add up the parts that programs `owner`..`final` left, and store the result [rows, DIM].
 
     Every column keeps its own copy of its row's statistics, so that nothing crosses threads.
     """
+    values_ptr, lse_ptr, _ = parts
+    PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
+    DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    columns = tl.arange(0, COLUMNS)
+    columns = tl.arange(0, COLUMNS)  # [COLUMNS], as all below
     row = columns // DIM_PAD
     dim = columns % DIM_PAD
+    query, member = _query_and_head(row, GROUP, QUERIES)
     top = tl.full([COLUMNS], float("-inf"), tl.float32)
     norm = tl.zeros([COLUMNS], tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
@@ -173,29 +101,20 @@ def _combine(
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
             # .cg: other programs wrote these, and L1 is not coherent.
-            lse = tl.load(
-                lse_ptr + part * PART_ROWS + row,
-                mask=who <= final,
-                other=float("-inf"),
-                cache_modifier=".cg",
-            )
-            value = tl.load(
-                values_ptr + part * COLUMNS + columns,
-                mask=who <= final,
-                other=0.0,
-                cache_modifier=".cg",
-            )
+            live = who <= final
+            at = lse_ptr + part * PART_ROWS + row
+            lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
+            at = values_ptr + part * COLUMNS + columns
+            value = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
             new_top = tl.maximum(top, lse)
             keep = tl.exp2(top - new_top)
             weight = tl.exp2(lse - new_top)
             norm = norm * keep + weight
             total = total * keep + value * weight
             top = new_top
-    tl.store(
-        out_at + row * out_head + dim,
-        (total / norm).to(out_at.dtype.element_ty),
-        mask=(row < GROUP) & (dim < DIM),
-    )
+    at = out_at + query * out_strides[0] + member * out_strides[1] + dim
+    live = (row < QUERIES * GROUP) & (dim < DIM)
+    tl.store(at, (total / norm).to(out_at.dtype.element_ty), mask=live)
 
 
 @triton.jit(
@@ -210,26 +129,18 @@ def _paged_decode_kernel(
     slot_ptr,
     len_ptr,
     out_ptr,
-    values_ptr,
-    lse_ptr,
-    arrived_ptr,
+    parts,
     scale,
     batch,
     pair_cost,
-    q_row,
-    q_head,
-    page_stride,
-    token_stride,
-    head_stride,
+    q_strides,
+    kv_strides,
     table_row,
-    out_row,
-    out_head,
+    out_strides,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    PART_ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     BATCH_PAD: tl.constexpr,
@@ -238,6 +149,16 @@ def _paged_decode_kernel(
     APART: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
+    values_ptr, lse_ptr, arrived_ptr = parts
+    q_row, q_head = q_strides
+    page_stride, token_stride, head_stride = kv_strides
+    out_row, out_head = out_strides
+    DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
+    PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
+    # The matrix product takes 16 rows at least.
+    ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16
+    # With one query, the current token is added apart, since all others can be read early.
+    NEWEST_APART: tl.constexpr = AHEAD and APART and QUERIES == 1
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     if PDL:
@@ -246,7 +167,7 @@ def _paged_decode_kernel(
             gdc_wait()
 
     lane = tl.arange(0, BATCH_PAD)
-    lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)
+    lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
     # The line of work: sequence by sequence, head by head, tile by tile.  An empty sequence
     # counts one tile, so that some program writes its zeros.
@@ -271,7 +192,7 @@ def _paged_decode_kernel(
     dims = tl.arange(0, DIM_PAD)
     dim_ok = dims < DIM
     rows = tl.arange(0, ROWS)
-    row_ok = (rows < GROUP)[:, None] & dim_ok[None, :]
+    row_ok = (rows < QUERIES * GROUP)[:, None] & dim_ok[None, :]
     offsets = tl.arange(0, TILE)
 
     if PDL and AHEAD and not APART:
@@ -288,11 +209,15 @@ def _paged_decode_kernel(
         table = table_ptr + slot * table_row
         k_head = k_ptr + head * head_stride + dims[None, :]
         v_head = v_ptr + head * head_stride + dims[None, :]
-        q_at = q_ptr + seq.to(tl.int64) * q_row + (head * GROUP + rows[:, None]) * q_head
-        top = tl.full([ROWS], float("-inf"), tl.float32)
+        q_at = q_ptr + seq.to(tl.int64) * QUERIES * q_row
+        first_head = head * GROUP
+        query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
+        q_at += query * q_row + (first_head + member) * q_head
+        # With several queries, a row may see nothing of its first tile: -inf would give NaN.
+        top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-        if AHEAD and APART:
+        if NEWEST_APART:
             # Only q and the current token's K and V come from the kernel before this one.  The
             # first tile is read before the wait, without that token, which is added apart.
             seen_tokens = num_tokens - 1
@@ -322,31 +247,37 @@ def _paged_decode_kernel(
         else:
             seen_tokens = num_tokens
             loop_from = begin
-            q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
+            if QUERIES > 1:
+                page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
+                if PDL and AHEAD and APART:
+                    gdc_wait()
+            q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
         # The page id is loaded one tile ahead by hand: left to the pipeliner, it takes a stage.
-        page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
+        if QUERIES == 1:
+            page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
             base, more = _tile_rows(page, t, page_stride, token_stride, PAGE, TILE)
             seen = t * TILE + offsets < seen_tokens
             ok = seen[:, None] & dim_ok[None, :]
-            k = tl.load(k_head + base + more, mask=ok, other=0.0)
-            s = tl.dot(q, tl.trans(k)) * scale
-            s = tl.where(seen[None, :], s, float("-inf"))
+            k = tl.load(k_head + base + more, mask=ok, other=0.0)  # [TILE, DIM_PAD]
+            s = tl.dot(q, tl.trans(k)) * scale  # [ROWS, TILE]
+            if QUERIES == 1:
+                s = tl.where(seen[None, :], s, float("-inf"))
+            else:
+                until = seen_tokens - QUERIES + 1 + query
+                s = tl.where((t * TILE + offsets)[None, :] < until, s, float("-inf"))
             v = tl.load(v_head + base + more, mask=ok, other=0.0)
             page = _tile_pages(table, t + 1, seen_tokens, PAGE, TILE)
             top, norm, acc = _accumulate(s, v, top, norm, acc)
 
-        norm_sum = tl.sum(norm, 1)
+        norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
-        out_at = out_ptr + seq.to(tl.int64) * out_row + head * GROUP * out_head
+        out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
         # Padding counts no arrivals, whoever shares it: in rehearsals other streams do the same.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
-            tl.store(
-                out_at + rows[:, None] * out_head + dims[None, :],
-                result.to(out_ptr.dtype.element_ty),
-                mask=row_ok & (first == 0),
-            )
+            at_row = out_at + query * out_row + member * out_head + dims[None, :]
+            tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=row_ok & (first == 0))
         else:
             # A program has at most one pair that began before it (part 0) and one that
             # outlasts it (part 1); the counter is that of the program where the pair begins.
@@ -357,29 +288,14 @@ def _paged_decode_kernel(
             # A part may hold nothing but the pair cost; -inf would give NaN when combined.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
-            tl.store(
-                values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :],
-                result,
-                mask=used[:, None],
-            )
+            at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
+            tl.store(at_part, result, mask=used[:, None])
             # All threads' stores come before the one thread that announces them.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
             if before == final - owner:
                 tl.store(arrived_ptr + owner, 0)
-                _combine(
-                    values_ptr,
-                    lse_ptr,
-                    owner,
-                    final,
-                    out_at,
-                    out_head,
-                    GROUP,
-                    PART_ROWS,
-                    DIM,
-                    DIM_PAD,
-                    UNROLL,
-                )
+                _combine(parts, owner, final, out_at, out_strides, GROUP, QUERIES, DIM, UNROLL)
 
         at += last - first
         if at >= seq_begin + seq_span:
@@ -398,69 +314,70 @@ def paged_decode(
     scale: float,
     max_context_len: int,
     out: Tensor,
-    workspace: DecodeWorkspace | None = None,
+    workspace: DecodeWorkspace,
+    rows_per_request: int = 1,
     launch_pdl: bool = False,
     early_reads: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    """Attend from one query token per batch entry to its cached context; returns `out`.
+    """Attend from the newest n = `rows_per_request` tokens of B requests; returns `out`.
+
+    Rows b * n to b * n + n - 1 of `q` are the last n of the `context_lens[b]` visible tokens of
+    request b: row j sees `context_lens[b] - n + 1 + j` of them.  If that is none, its result is 0.
 
     Args:
-        q: [B, Hq, D], bfloat16 or float16; strides are free but for a contiguous last one.
+        q: [B * n, Hq, D], bfloat16 or float16; strides are free but for a contiguous last one.
         k_cache, v_cache: [pages, page_size, Hkv, D], with equal strides, the last one contiguous.
         block_tables: int32 [S, max_pages], page ids; only those that a context needs are read.
-        slots: int32 [B], the row of `block_tables` of each batch entry.
-        context_lens: int32 [B], visible tokens, the current one included, whose K and V are
+        slots: int32 [B], the row of `block_tables` of each request.
+        context_lens: int32 [B], visible tokens, the queries' own included, whose K and V are
             already in the pages.  0 marks padding: zeros come out, nothing is read.
         scale: factor of the scores, usually D ** -0.5.
         max_context_len: host-side bound on `context_lens`, for the launch shape alone.
-        out: [B, Hq, D], last dimension contiguous.
-        workspace: from `decode_workspace`; required under graph capture.
+        out: [B * n, Hq, D], last dimension contiguous.
+        workspace: from `decode_workspace`, for as many rows of a request or more.
         launch_pdl: launch with programmatic dependent launch.
-        early_reads: with `launch_pdl`, read tables, lengths and older K and V while earlier
-            kernels still run.  The caller promises that none of the kernels in the current
-            chain of such launches writes them, as in a graph of one decode step.
+        early_reads: with `launch_pdl`, read tables, lengths and, if n is 1, older K and V while
+            earlier kernels still run.  The caller promises that none of the kernels in the
+            current chain of such launches writes them, as in a graph of one decode step.
     """
-    batch, num_heads, dim = q.shape
+    num_rows, num_heads, dim = q.shape
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    group = num_heads // kv_heads
+    batch, rest = divmod(num_rows, rows_per_request)
+    if rest:
+        raise ValueError(f"{num_rows} rows are not {rows_per_request} for each request")
     if k_cache.stride() != v_cache.stride():
         raise ValueError(f"strides of K {k_cache.stride()} and V {v_cache.stride()} differ")
-    if workspace is None:
-        workspace = decode_workspace(q.device, num_heads, kv_heads, dim)
+    group, part_rows = num_heads // kv_heads, workspace.lse.shape[2]
+    if rows_per_request * group > part_rows:
+        raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
     pairs = batch * kv_heads
-    if config is None:
-        config = decode_config(pairs)
+    config = config or decode_config(pairs)
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
-    programs = max(1, workspace.programs * config.per_sm // MAX_PER_SM)
+    programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
     # With enough programs, none takes more than one pair.
     apart = 2 * pairs <= programs
-    part_rows = triton.next_power_of_2(group)
-    options = {"launch_pdl": True} if launch_pdl else {}
     _paged_decode_kernel[(programs,)](
         *(q, k_cache, v_cache, block_tables, slots, context_lens, out),
-        *(workspace.values, workspace.lse, workspace.arrived),
+        (workspace.values, workspace.lse, workspace.arrived),
         *(scale * LOG2_E, batch, 0 if apart else config.pair_cost),
-        *(q.stride(0), q.stride(1), *k_cache.stride()[:3]),
-        *(block_tables.stride(0), out.stride(0), out.stride(1)),
+        *(q.stride()[:2], k_cache.stride()[:3], block_tables.stride(0), out.stride()[:2]),
         KV_HEADS=kv_heads,
         GROUP=group,
-        ROWS=max(16, part_rows),
-        PART_ROWS=part_rows,
+        QUERIES=rows_per_request,
         DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
         PAGE=page,
         TILE=tile,
         BATCH_PAD=16 if batch <= 16 else max(256, triton.next_power_of_2(batch)),
-        UNROLL=config.unroll,
+        UNROLL=max(1, config.unroll // rows_per_request),
         PDL=launch_pdl,
         APART=apart,
         AHEAD=early_reads,
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
-        **options,
+        launch_pdl=launch_pdl,
     )
     return out
 
@@ -474,20 +391,10 @@ def paged_decode_reference(
     context_lens: Tensor,
     *,
     scale: float,
-    max_context_len: int,
     out: Tensor,
-    workspace: DecodeWorkspace | None = None,
+    rows_per_request: int = 1,
 ) -> Tensor:
-    """`paged_decode` in plain torch and float32, one sequence at a time."""
-    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    group = q.shape[1] // kv_heads
-    for row, (slot, length) in enumerate(zip(slots.tolist(), context_lens.tolist(), strict=True)):
-        if length == 0:
-            out[row] = 0
-            continue
-        pages = block_tables[slot, : -(-length // page)].long()
-        keys = k_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
-        values = v_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
-        scores = torch.einsum("hd,thd->ht", q[row].float(), keys) * scale
-        out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values).to(out.dtype)
-    return out
+    """`paged_decode` in plain torch and float32: a prefill of the newest tokens."""
+    start = torch.arange(0, q.shape[0] + 1, rows_per_request)
+    where = (block_tables, slots, start, context_lens)
+    return paged_prefill_reference(q, k_cache, v_cache, *where, scale=scale, out=out)

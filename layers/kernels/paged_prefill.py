@@ -49,79 +49,6 @@ WIDE_TILES = 256
 LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)
 
 
-@triton.jit
-def _walk(
-    q,
-    top,
-    norm,
-    acc,
-    begin,
-    end,
-    positions,
-    num_tokens,
-    table,
-    k_src,
-    v_src,
-    head,
-    page_stride,
-    token_stride,
-    scale,
-    MASKED: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Attend to the keys [begin, end), both multiples of TILE."""
-    offsets = tl.arange(0, TILE)
-    dims = tl.arange(0, DIM_PAD)
-    page = tl.load(table + begin // PAGE, mask=begin < end, other=0)
-    for at in tl.range(begin, end, TILE):
-        tokens = at + offsets
-        if TMA:
-            row = at % PAGE
-            k = k_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
-            v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
-            page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
-            if MASKED:
-                # The rest of the last page may hold anything: 0 * NaN must not reach the sum.
-                v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
-        else:
-            if PAGE % TILE == 0:
-                base = page.to(tl.int64) * page_stride + at % PAGE * token_stride
-                page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
-                where = offsets[:, None] * token_stride + dims[None, :]
-                k_at = k_src + base + where
-                v_at = v_src + base + where
-            else:
-                ids = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
-                row = ids.to(tl.int64) * page_stride + tokens % PAGE * token_stride
-                where = row[:, None] + dims[None, :]
-                k_at = k_src + where
-                v_at = v_src + where
-            if MASKED:
-                ok = (tokens < num_tokens)[:, None] & (dims < DIM)[None, :]
-                k = tl.load(k_at, mask=ok, other=0.0)
-                v = tl.load(v_at, mask=ok, other=0.0)
-            elif DIM != DIM_PAD:
-                k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0)
-                v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0)
-            else:
-                k = tl.load(k_at)
-                v = tl.load(v_at)
-        s = tl.dot(q, tl.trans(k))
-        if MASKED:
-            s = tl.where(positions[:, None] >= tokens[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - new_top[:, None])
-        keep = tl.exp2(top - new_top)
-        norm = norm * keep + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
-        top = new_top
-    return top, norm, acc
-
-
 @triton.jit(
     do_not_specialize=["batch"],
     do_not_specialize_on_alignment=["table_ptr", "slot_ptr", "start_ptr", "len_ptr"],
@@ -137,24 +64,23 @@ def _paged_prefill_kernel(
     out_ptr,
     scale,
     batch,
-    q_row,
-    q_head,
-    page_stride,
-    token_stride,
-    head_stride,
+    q_strides,
+    kv_strides,
     table_row,
-    out_row,
-    out_head,
+    out_strides,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TMA: tl.constexpr,
     BATCH_PAD: tl.constexpr,
 ):
+    q_row, q_head = q_strides
+    page_stride, token_stride, head_stride = kv_strides
+    out_row, out_head = out_strides
+    DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     head = tl.program_id(0) % KV_HEADS
     place = tl.program_id(0) // KV_HEADS
     lane = tl.arange(0, BATCH_PAD)
@@ -177,14 +103,14 @@ def _paged_prefill_kernel(
     heads = head * GROUP + rows % GROUP
     ok = (rows < q_len * GROUP)[:, None] & (dims < DIM)[None, :]
     q_at = q_ptr + ((q_begin + token).to(tl.int64) * q_row + heads * q_head)[:, None]
-    q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)
+    q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
     # Rows past the end see what the last one sees: their scores stay finite.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
-    end = tl.cdiv(before + last_token + 1, TILE) * TILE
+    last_end = tl.cdiv(before + last_token + 1, TILE) * TILE
 
     if not TMA:
         k_src += head * head_stride
@@ -192,52 +118,54 @@ def _paged_prefill_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    top, norm, acc = _walk(
-        q,
-        top,
-        norm,
-        acc,
-        0,
-        all_see,
-        positions,
-        num_tokens,
-        table,
-        k_src,
-        v_src,
-        head,
-        page_stride,
-        token_stride,
-        scale,
-        False,
-        PAGE,
-        TILE,
-        DIM,
-        DIM_PAD,
-        TMA,
-    )
-    top, norm, acc = _walk(
-        q,
-        top,
-        norm,
-        acc,
-        all_see,
-        end,
-        positions,
-        num_tokens,
-        table,
-        k_src,
-        v_src,
-        head,
-        page_stride,
-        token_stride,
-        scale,
-        True,
-        PAGE,
-        TILE,
-        DIM,
-        DIM_PAD,
-        TMA,
-    )
+    # First the tiles of keys that all rows see, then those that need a mask.
+    for masked in tl.static_range(2):
+        begin = all_see if masked else 0
+        end = last_end if masked else all_see
+        offsets = tl.arange(0, TILE)
+        page = tl.load(table + begin // PAGE, mask=begin < end, other=0)
+        for at in tl.range(begin, end, TILE):
+            tokens = at + offsets
+            if TMA:
+                row = at % PAGE
+                k = k_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
+                v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
+                page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
+                if masked:
+                    # The rest of the last page may hold anything: 0 * NaN must not reach the sum.
+                    v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
+            else:
+                if PAGE % TILE == 0:
+                    base = page.to(tl.int64) * page_stride + at % PAGE * token_stride
+                    page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
+                    where = offsets[:, None] * token_stride + dims[None, :]
+                    k_at = k_src + base + where
+                    v_at = v_src + base + where
+                else:
+                    ids = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
+                    row = ids.to(tl.int64) * page_stride + tokens % PAGE * token_stride
+                    where = row[:, None] + dims[None, :]
+                    k_at = k_src + where
+                    v_at = v_src + where
+                if masked:
+                    seen = (tokens < num_tokens)[:, None] & (dims < DIM)[None, :]
+                    k = tl.load(k_at, mask=seen, other=0.0)
+                    v = tl.load(v_at, mask=seen, other=0.0)
+                elif DIM != DIM_PAD:
+                    k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0)
+                    v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0)
+                else:
+                    k = tl.load(k_at)
+                    v = tl.load(v_at)
+            s = tl.dot(q, tl.trans(k))  # [ROWS, TILE]
+            if masked:
+                s = tl.where(positions[:, None] >= tokens[None, :], s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - new_top[:, None])
+            keep = tl.exp2(top - new_top)
+            norm = norm * keep + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
+            top = new_top
 
     result = acc / norm[:, None]
     out_at = out_ptr + ((q_begin + token).to(tl.int64) * out_row + heads * out_head)[:, None]
@@ -282,8 +210,7 @@ def paged_prefill(
     if config is None:
         tiles = kv_heads * triton.cdiv(q.shape[0] * group, WIDE.rows)
         config = LARGE_HEAD if dim > 128 else WIDE if tiles >= WIDE_TILES else NARROW
-    dim_pad = triton.next_power_of_2(dim)
-    tma = config.tma and page % config.tile == 0 and dim == dim_pad
+    tma = config.tma and page % config.tile == 0 and dim == triton.next_power_of_2(dim)
     if tma:
         box = [1, config.tile, 1, dim]
         k_src = TensorDescriptor(k_cache, list(k_cache.shape), list(k_cache.stride()), box)
@@ -294,12 +221,11 @@ def paged_prefill(
     tiles = triton.cdiv(q.shape[0] * group, config.rows) + batch
     _paged_prefill_kernel[(kv_heads * tiles,)](
         *(q, k_src, v_src, block_tables, slots, query_start, context_lens, out),
-        *(scale * LOG2_E, batch, q.stride(0), q.stride(1), *k_cache.stride()[:3]),
-        *(block_tables.stride(0), out.stride(0), out.stride(1)),
+        *(scale * LOG2_E, batch),
+        *(q.stride()[:2], k_cache.stride()[:3], block_tables.stride(0), out.stride()[:2]),
         KV_HEADS=kv_heads,
         GROUP=group,
         DIM=dim,
-        DIM_PAD=dim_pad,
         PAGE=page,
         ROWS=config.rows,
         TILE=config.tile,
@@ -331,8 +257,6 @@ def paged_prefill_reference(
     starts = query_start.tolist()
     for p, (slot, length) in enumerate(zip(slots.tolist(), context_lens.tolist(), strict=True)):
         begin, end = starts[p], starts[p + 1]
-        if begin == end:
-            continue
         pages = block_tables[slot, : -(-length // page)].long()
         keys = k_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
         values = v_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
@@ -340,5 +264,7 @@ def paged_prefill_reference(
         positions = torch.arange(length - (end - begin), length, device=q.device)
         future = torch.arange(length, device=q.device)[None, :] > positions[:, None]
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        # Padding sees nothing: the softmax is NaN, the result 0.
+        weights = weights.masked_fill(future, 0.0)
         out[begin:end] = torch.einsum("hqt,thd->qhd", weights, values).to(out.dtype)
     return out

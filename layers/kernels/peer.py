@@ -70,9 +70,9 @@ def _cells(x):
 
 
 @triton.jit
-def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr, RANKS: tl.constexpr):
+def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
     """The sum of all ranks' parts, in the order of ranks: the same bits on each."""
-    rank = tl.arange(0, RANKS)[:, None]
+    rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
     # All at once: one after the other each peer would cost the latency of another read.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
@@ -89,21 +89,20 @@ def _sum_kernel(
     total_ptr,
     buffers_ptr,
     count_ptr,
-    x_stride,
-    split_stride,
+    x_strides,
     residual_stride,
     size,
     capacity,
     eps,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
-    RANKS: tl.constexpr,
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
     TWO_SHOT: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    x_stride, split_stride = x_strides
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < size
@@ -131,7 +130,7 @@ def _sum_kernel(
         # The rows are dealt out: a row's owner adds it up and sends the sum.
         owner = row % SIZE
         if owner == RANK:
-            summed = _gathered(mine, own, stride, mask, RANK, SIZE, RANKS).to(mine.dtype)
+            summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
             for rank in tl.static_range(SIZE):
                 if rank != RANK:
                     tl.store(buffers[rank] + sent, _cells(summed), mask=mask)
@@ -144,7 +143,7 @@ def _sum_kernel(
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 tl.store(buffers[rank] + sent, _cells(mine), mask=mask)
-        x = _gathered(mine, own, stride, mask, RANK, SIZE, RANKS)
+        x = _gathered(mine, own, stride, mask, RANK, SIZE)
     tl.store(count_ptr + row, count + 1)
     if NORM:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
@@ -290,19 +289,12 @@ class PeerExchange:
     def all_max(self, x: torch.Tensor, *, rehearse: bool = False) -> torch.Tensor:
         """The largest of each element of x [N] int64 over the ranks; above the least int64."""
         out, count = torch.zeros_like(x) if rehearse else torch.empty_like(x), x.numel()
+        cells = 2 * self._size * self._rows * (self._width // 4)
         self._launch(
             _max_kernel,
             triton.cdiv(count, _MAX_BLOCK),
             rehearse,
-            x,
-            out,
-            self._buffers,
-            self._maxima,
-            2 * self._size * self._rows * (self._width // 4),
-            count,
-            self._rows,
-            RANK=self._rank,
-            SIZE=self._size,
+            *(x, out, self._buffers, self._maxima, cells, count, self._rows),
             BLOCK=_MAX_BLOCK,
             EMPTY=_EMPTY_MAX,
             num_warps=2,
@@ -330,27 +322,14 @@ class PeerExchange:
         if rehearse:
             out.zero_()
             total.zero_()
+        splits, split_stride = (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
         self._launch(
             _sum_kernel,
             rows,
             rehearse,
-            x,
-            residual,
-            weight,
-            out,
-            total,
-            self._buffers,
-            self._sums,
-            x.stride(-2),
-            x.stride(0) if x.dim() == 3 else 0,
-            residual.stride(0),
-            self._width,
-            self._rows,
-            eps,
-            RANK=self._rank,
-            SIZE=self._size,
-            RANKS=triton.next_power_of_2(self._size),
-            SPLITS=x.shape[0] if x.dim() == 3 else 1,
+            *(x, residual, weight, out, total, self._buffers, self._sums),
+            *((x.stride(-2), split_stride), residual.stride(0), self._width, self._rows, eps),
+            SPLITS=splits,
             NORM=norm is not None,
             TWO_SHOT=self.two_shot(rows),
             BLOCK=triton.next_power_of_2(self._width),
@@ -360,6 +339,7 @@ class PeerExchange:
     def _launch(
         self, kernel: Any, programs: int, rehearse: bool, *args: Any, **options: Any
     ) -> None:
+        options |= {"RANK": self._rank, "SIZE": self._size}
         options |= {"PDL": self._pdl, "launch_pdl": self._pdl}
         if rehearse:
             kernel.warmup(*args, grid=(programs,), **options)

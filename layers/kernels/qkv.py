@@ -24,21 +24,14 @@ def _qk_norm_rope_store_kernel(
     q_out_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    qkv_stride,
-    split_stride,
-    k_stride_block,
-    k_stride_slot,
-    k_stride_head,
-    v_stride_block,
-    v_stride_slot,
-    v_stride_head,
+    qkv_strides,
+    cache_strides,
     block_size,
     tokens,
     eps,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     NORM: tl.constexpr,
@@ -47,6 +40,9 @@ def _qk_norm_rope_store_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
+    qkv_stride, split_stride = qkv_strides
+    block_stride, slot_stride, head_stride = cache_strides
+    HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
     # Rows are (token, head) pairs, heads fastest. HEADS divides both head counts, so a program
     # holds query, key or value heads, never a mix.
     rows = tl.arange(0, TOKENS * HEADS)
@@ -97,13 +93,13 @@ def _qk_norm_rope_store_kernel(
             tl.store(target, rotated_a.to(q_out_ptr.dtype.element_ty), mask=mask)
             tl.store(target + HALF, rotated_b.to(q_out_ptr.dtype.element_ty), mask=mask)
         else:
-            row = block * k_stride_block + offset * k_stride_slot + (head - Q_HEADS) * k_stride_head
+            row = block * block_stride + offset * slot_stride + (head - Q_HEADS) * head_stride
             target = k_cache_ptr + row[:, None] + cols[None, :]
             tl.store(target, rotated_a.to(k_cache_ptr.dtype.element_ty), mask=stored)
             tl.store(target + HALF, rotated_b.to(k_cache_ptr.dtype.element_ty), mask=stored)
     else:
         value_head = head - Q_HEADS - KV_HEADS
-        row = block * v_stride_block + offset * v_stride_slot + value_head * v_stride_head
+        row = block * block_stride + offset * slot_stride + value_head * head_stride
         target = v_cache_ptr + row[:, None] + cols[None, :]
         tl.store(target, first.to(v_cache_ptr.dtype.element_ty), mask=stored)
         tl.store(target + HALF, second.to(v_cache_ptr.dtype.element_ty), mask=stored)
@@ -129,16 +125,13 @@ def qk_norm_rope_store(
     Args:
         qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads; or
             [S, T, ...] float32, partial sums that are added up here.
-        q_weight: [D] RMSNorm weight of the query heads, or None for no norm.
-        k_weight: [D] likewise of the key heads; both or neither.
+        q_weight, k_weight: [D] RMSNorm weights of query and key heads, or None twice for no norm.
         eps: of the RMSNorm.
-        cos: [P, D / 2] float32 table, contiguous.
-        sin: likewise.
+        cos, sin: [P, D / 2] float32 tables, contiguous.
         positions: [T] int32 or int64, rows of the tables.
         slot_mapping: [T] int32 or int64, ``block * block_size + offset`` in the cache; a
             negative slot stores nothing.
-        k_cache: [num_blocks, block_size, Hkv, D], any strides but a last one of 1.
-        v_cache: likewise.
+        k_cache, v_cache: [num_blocks, block_size, Hkv, D], with equal strides, the last one 1.
         out: contiguous [T, Hq, D], made when absent.
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
 
@@ -152,8 +145,10 @@ def qk_norm_rope_store(
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit a cache {tuple(k_cache.shape)}")
     if qkv.dim() == 3 and qkv.dtype != torch.float32:
         raise ValueError(f"partial sums must be float32, not {qkv.dtype}")
-    if qkv.stride(-1) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+    if qkv.stride(-1) != 1 or k_cache.stride(3) != 1:
         raise ValueError("the last dimension of qkv and of the caches must be contiguous")
+    if k_cache.stride() != v_cache.stride():
+        raise ValueError(f"strides of K {k_cache.stride()} and V {v_cache.stride()} differ")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("give both q_weight and k_weight, or neither")
     half = dim // 2
@@ -165,38 +160,20 @@ def qk_norm_rope_store(
     # One warp and a few heads a program spread a decode step widely; a prefill wants larger
     # programs: 65,536 one-warp programs took 80 us at 8,192 tokens on an H200, 2.5 times the copy.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
+    weights = (qkv, qkv) if q_weight is None else (q_weight, k_weight)
+    splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)
     if tokens:
         grid = (triton.cdiv(tokens, per_program), (q_heads + 2 * kv_heads) // heads)
         _qk_norm_rope_store_kernel[grid](
-            qkv,
-            qkv if q_weight is None else q_weight,
-            qkv if k_weight is None else k_weight,
-            cos,
-            sin,
-            positions,
-            slot_mapping,
-            out,
-            k_cache,
-            v_cache,
-            qkv.stride(-2),
-            qkv.stride(0) if qkv.dim() == 3 else 0,
-            k_cache.stride(0),
-            k_cache.stride(1),
-            k_cache.stride(2),
-            v_cache.stride(0),
-            v_cache.stride(1),
-            v_cache.stride(2),
-            k_cache.shape[1],
-            tokens,
-            eps,
+            *(qkv, *weights, cos, sin, positions, slot_mapping, out, k_cache, v_cache),
+            *((qkv.stride(-2), split_stride), k_cache.stride()[:3], k_cache.shape[1], tokens, eps),
             Q_HEADS=q_heads,
             KV_HEADS=kv_heads,
             HALF=half,
-            HALF_BLOCK=triton.next_power_of_2(half),
             HEADS=heads,
             TOKENS=per_program,
             NORM=q_weight is not None,
-            SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1,
+            SPLITS=splits,
             PDL=pdl,
             num_warps=1 if per_program == 1 else 4,
             launch_pdl=pdl,

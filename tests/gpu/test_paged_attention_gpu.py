@@ -1,6 +1,7 @@
 """Paged attention on a CUDA device: random shapes, poisoned caches and outputs, graph replay."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from layers.kernels.paged_decode import decode_workspace, paged_decode, paged_decode_reference
+from layers.kernels.decode_launch import decode_workspace
+from layers.kernels.paged_decode import paged_decode, paged_decode_reference
 from layers.kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from tests.kernels.test_paged_attention import make_case, relative_error
 
@@ -47,7 +49,7 @@ def test_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype)
             case.context_lens,
         )
         want = torch.full(q.shape, float("nan"), device="cuda")
-        paged_decode_reference(*arguments, scale=dim**-0.5, max_context_len=4096, out=want)
+        paged_decode_reference(*arguments, scale=dim**-0.5, out=want)
         workspace = decode_workspace(q.device, *heads, dim)
         for pdl, early in ((False, False), (PDL, False), (PDL, True)):
             out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
@@ -61,6 +63,46 @@ def test_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype)
                 early_reads=early,
             )
             assert relative_error(out, want) < LIMIT[dtype], (lens, pdl, early)
+            assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("rows", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("heads", "dim", "page", "dtype"), [*CASES, ((32, 1), 128, 256, torch.bfloat16)]
+)
+def test_decode_of_several_rows(
+    heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype, rows: int
+) -> None:
+    for batch, longest in ((1, 4000), (3, 700), (19, 1500), (120, 300)):
+        # Some requests have fewer visible tokens than rows; pages and tiles end in between.
+        lens = [
+            random.choice((0, 1, rows - 1, rows, page, page + 1, 128 + rows // 2, longest // 2))
+            for _ in range(batch)
+        ]
+        lens[-1] = longest
+        case = make_case(lens, heads[1], dim, page, dtype, "cuda")
+        q = torch.randn(batch * rows, heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
+        q = q[:, : heads[0]]
+        cache = (case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+        want = torch.full(q.shape, float("nan"), device="cuda")
+        about: dict[str, Any] = {"scale": dim**-0.5, "rows_per_request": rows}
+        paged_decode_reference(q, *cache, **about, out=want)
+        visible = case.context_lens[:, None] + torch.arange(1 - rows, 1, device="cuda")
+        workspace = decode_workspace(q.device, *heads, dim, rows_per_request=5)
+        for pdl, early in ((False, False), (PDL, False), (PDL, True)):
+            out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
+            paged_decode(
+                q,
+                *cache,
+                **about,
+                max_context_len=4096,
+                out=out,
+                workspace=workspace,
+                launch_pdl=pdl,
+                early_reads=early,
+            )
+            assert relative_error(out, want) < LIMIT[dtype], (lens, pdl, early)
+            assert not out[visible.flatten() <= 0].any()
             assert not workspace.arrived.any()
 
 
@@ -101,7 +143,7 @@ def test_decode_graph(batch: int) -> None:
         for _ in range(3):
             step = (want.bfloat16(), *arguments[1:])
             want = torch.empty_like(want)
-            paged_decode_reference(*step, scale=dim**-0.5, max_context_len=4096, out=want)
+            paged_decode_reference(*step, scale=dim**-0.5, out=want)
         if lens.any():
             assert relative_error(out, want) < 3 * LIMIT[torch.bfloat16]
         assert not out[lens == 0].any()

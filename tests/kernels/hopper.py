@@ -123,7 +123,8 @@ def compile_products() -> None:
 
 def compile_attention() -> None:
     """Paged attention of decode, few requests to many, and of prefill."""
-    from layers.kernels.paged_decode import decode_workspace, paged_decode
+    from layers.kernels.decode_launch import decode_workspace
+    from layers.kernels.paged_decode import paged_decode
     from layers.kernels.paged_prefill import paged_prefill
 
     tables = torch.zeros(256, 16, dtype=torch.int32)

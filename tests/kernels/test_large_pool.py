@@ -10,7 +10,6 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,12 +29,8 @@ from tests.kernels.test_paged_attention import relative_error
 from utils.errors import OutOfMemoryError
 
 if INTERPRET and HAS_TRITON:
-    from layers.kernels.paged_decode import (
-        DecodeConfig,
-        decode_workspace,
-        paged_decode,
-        paged_decode_reference,
-    )
+    from layers.kernels.decode_launch import DecodeConfig, decode_workspace
+    from layers.kernels.paged_decode import paged_decode, paged_decode_reference
     from layers.kernels.paged_prefill import (
         PrefillConfig,
         paged_prefill,
@@ -112,16 +107,16 @@ def test_decode(pool: Pool, tile: int, programs: int, early: bool) -> None:
     q = torch.randn(3, HEADS, DIM).half()
     arguments = (q, pool.kv.k, pool.kv.v, tables, torch.arange(3, dtype=torch.int32), lens)
     out, want = torch.full_like(q, float("nan")), torch.empty(q.shape)
-    about: dict[str, Any] = {"scale": DIM**-0.5, "max_context_len": 112}
     paged_decode(
         *arguments,
-        **about,
+        scale=DIM**-0.5,
+        max_context_len=112,
         out=out,
         workspace=decode_workspace(torch.device("cpu"), HEADS, KV_HEADS, DIM, programs),
         early_reads=early,
         config=DecodeConfig(tile, 4, 2, per_sm=4),
     )
-    paged_decode_reference(*arguments, **about, out=want)
+    paged_decode_reference(*arguments, scale=DIM**-0.5, out=want)
     assert relative_error(out, want) < 1e-3
 
 

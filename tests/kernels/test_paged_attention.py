@@ -5,6 +5,7 @@ Collected normally, this file offers one test that starts the others in a proces
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,8 @@ from tests.kernels.interpreter import (
 )
 
 if INTERPRET and HAS_TRITON:
-    from layers.kernels.paged_decode import (
-        DecodeConfig,
-        decode_workspace,
-        paged_decode,
-        paged_decode_reference,
-    )
+    from layers.kernels.decode_launch import DecodeConfig, decode_workspace
+    from layers.kernels.paged_decode import paged_decode, paged_decode_reference
     from layers.kernels.paged_prefill import (
         PrefillConfig,
         paged_prefill,
@@ -123,12 +120,96 @@ def test_decode(
             early_reads=early,
             config=config,
         )
-        paged_decode_reference(*arguments, scale=dim**-0.5, max_context_len=1024, out=want)
+        paged_decode_reference(*arguments, scale=dim**-0.5, out=want)
         if any(lens):
             # float16 probabilities against float32 ones: 3e-4 seen.
             assert relative_error(out, want) < 1e-3
         assert not out[case.context_lens == 0].any()
         assert not workspace.arrived.any()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "lens", "heads", "page", "tile", "programs", "early"),
+    [
+        # Contexts about a tile's border, fewer visible tokens than rows, padding; shared pairs.
+        (1, [31, 32, 33, 0], (12, 2), 16, 16, 6, False),
+        (2, [31, 0, 32, 33, 1], (12, 2), 16, 16, 7, False),
+        (2, [64, 65, 66, 0, 2], (16, 8), 32, 32, 40, False),
+        (2, [97], (32, 1), 16, 32, 5, False),
+        (4, [16, 17, 18, 19, 20, 3, 0], (16, 8), 16, 16, 25, False),
+        (4, [70, 0, 4, 131], (12, 2), 64, 32, 9, False),
+        (4, [3, 35], (32, 1), 64, 32, 4, False),
+        (5, [15, 36, 0, 4, 5, 68], (12, 2), 16, 32, 8, False),
+        (5, [120, 33], (32, 1), 16, 16, 11, False),
+        # Programs to spare: pairs in parts, tables and lengths read early.
+        (2, [33, 0, 1, 64], (12, 2), 64, 32, 48, True),
+        (4, [66, 130, 0, 2], (16, 8), 16, 32, 160, True),
+        (5, [240, 3], (12, 2), 32, 16, 64, True),
+        # None to spare, lengths alone read early.
+        (5, [34, 0, 90], (16, 8), 16, 16, 20, True),
+    ],
+)
+def test_decode_of_several_rows(
+    rows: int,
+    lens: list[int],
+    heads: tuple[int, int],
+    page: int,
+    tile: int,
+    programs: int,
+    early: bool,
+) -> None:
+    """Against the reference, and against requests of one row each with as many visible tokens."""
+    torch.manual_seed(rows)
+    dim, count = 16, rows * len(lens)
+    case = make_case(lens, heads[1], dim, page, torch.float16, "cpu")
+    q = torch.randn(count, heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
+    cache = (q, case.k_cache, case.v_cache, case.block_tables)
+    # The largest number of rows decides on the workspace, whatever a call has.
+    workspace = decode_workspace(torch.device("cpu"), *heads, dim, programs, rows_per_request=5)
+    visible = case.context_lens[:, None] + torch.arange(1 - rows, 1)
+    visible = visible.clamp(min=0).flatten().int()
+    want, alone = torch.full((2, *q.shape), float("nan"))
+    about: dict[str, Any] = {"scale": dim**-0.5}
+    paged_decode_reference(
+        *cache, case.slots, case.context_lens, **about, out=want, rows_per_request=rows
+    )
+    paged_decode_reference(*cache, case.slots.repeat_interleave(rows), visible, **about, out=alone)
+    torch.testing.assert_close(want, alone)
+    for pair_cost in (0, 2):
+        out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+        paged_decode(
+            *cache,
+            case.slots,
+            case.context_lens,
+            **about,
+            max_context_len=1024,
+            out=out,
+            rows_per_request=rows,
+            workspace=workspace,
+            early_reads=early,
+            config=DecodeConfig(tile, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost),
+        )
+        assert relative_error(out, want) < 1e-3
+        for row in range(count):
+            # Each row alone, so that no large one hides a small one.
+            torch.testing.assert_close(out[row].float(), want[row], rtol=1e-2, atol=5e-3)
+        assert not out[visible == 0].any()
+        assert not workspace.arrived.any()
+
+
+@interpreted
+def test_decode_refuses_rows_that_do_not_fit() -> None:
+    case = make_case([5, 9], 2, 16, 16, torch.float16, "cpu")
+    cache = (case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+    about: dict[str, Any] = {"scale": 0.25, "max_context_len": 16}
+    about["workspace"] = decode_workspace(torch.device("cpu"), 4, 2, 16, 4, rows_per_request=2)
+    q = torch.randn(7, 4, 16).half()
+    with pytest.raises(ValueError, match="7 rows"):
+        paged_decode(q, *cache, **about, out=q, rows_per_request=2)
+    q = torch.randn(6, 4, 16).half()
+    with pytest.raises(ValueError, match="for 2 rows of a request"):
+        paged_decode(q, *cache, **about, out=q, rows_per_request=3)
 
 
 @interpreted
