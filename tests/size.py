@@ -55,7 +55,9 @@ def size_of(path: Path) -> Size:
         if token.type not in _NO_CODE:
             code.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
             code.difference_update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     return Size(len(source.splitlines()), len(code))
 
