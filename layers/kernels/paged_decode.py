@@ -4,9 +4,9 @@ The work is cut the way Stream-K (Osama et al. 2023) cuts a matrix product: the 
 (request, KV head) pairs form one line, and every program takes an equal stretch of it.  Lengths
 are read on the device, so one launch shape serves every mix of lengths and can live in a CUDA
 graph; the bound on the context length costs nothing.  A pair that several programs share leaves
-partial softmax sums (Flash-Decoding, Dao et al. 2023); the last program to arrive adds them up,
-so there is no second kernel.  The queries of a request, one for each query head that shares the KV
-head and each new token, are the rows of one small matrix product: K and V are read once.
+partial softmax sums (Flash-Decoding, Dao et al. 2023); the last program to arrive adds them up.
+The query heads that share a KV head, once per new token of the request, are the rows of one small
+matrix product: K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -112,8 +112,8 @@ def _combine(
             norm = norm * keep + weight
             total = total * keep + value * weight
             top = new_top
-    at = out_at + query * out_strides[0] + member * out_strides[1] + dim
     live = (row < QUERIES * GROUP) & (dim < DIM)
+    at = out_at + query * out_strides[0] + member * out_strides[1] + dim
     tl.store(at, (total / norm).to(out_at.dtype.element_ty), mask=live)
 
 
@@ -155,8 +155,7 @@ def _paged_decode_kernel(
     out_row, out_head = out_strides
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
-    # The matrix product takes 16 rows at least.
-    ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16
+    ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16  # the least of a tl.dot
     # With one query, the current token is added apart, since all others can be read early.
     NEWEST_APART: tl.constexpr = AHEAD and APART and QUERIES == 1
     pid = tl.program_id(0)
@@ -276,8 +275,9 @@ def _paged_decode_kernel(
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
         # Padding counts no arrivals, whoever shares it: in rehearsals other streams do the same.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
+            stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
-            tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=row_ok & (first == 0))
+            tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
             # A program has at most one pair that began before it (part 0) and one that
             # outlasts it (part 1); the counter is that of the program where the pair begins.
@@ -288,8 +288,9 @@ def _paged_decode_kernel(
             # A part may hold nothing but the pair cost; -inf would give NaN when combined.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
+            used_rows = used[:, None]
             at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
-            tl.store(at_part, result, mask=used[:, None])
+            tl.store(at_part, result, mask=used_rows)
             # All threads' stores come before the one thread that announces them.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
@@ -356,8 +357,7 @@ def paged_decode(
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
-    # With enough programs, none takes more than one pair.
-    apart = 2 * pairs <= programs
+    apart = 2 * pairs <= programs  # no program takes more than one pair then
     _paged_decode_kernel[(programs,)](
         *(q, k_cache, v_cache, block_tables, slots, context_lens, out),
         (workspace.values, workspace.lse, workspace.arrived),
