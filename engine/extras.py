@@ -335,7 +335,7 @@ class Extras:
         withheld = [
             (i, token, len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens)
             for i, (_, q) in enumerate(rows)
-            for token in q.stop_token_ids
+            for token in q.withheld_token_ids
         ]
         parameters = self._parameters[[q.slot for _, q in rows]]
         columns = self._staging.upload(np.ascontiguousarray(parameters.T))
@@ -362,7 +362,7 @@ class Extras:
 def _rewrites(new: NewRequest) -> bool:
     """Whether its tokens are drawn from other logits than the model's."""
     s = new.sampling
-    return bool(s.penalizes or new.stop_token_ids or s.logits_processors)
+    return bool(s.penalizes or new.withheld_token_ids or s.logits_processors)
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:

@@ -20,7 +20,8 @@ ALLOWED = {
     "layers": "layers utils engine.types memory.kv_cache",
     "models": "models layers utils engine.types memory.kv_cache",
     "engine": "engine models layers memory utils config sampling_params",
-    "engine.types": "engine.sequence utils config sampling_params",
+    "engine.types": "engine.sequence engine.step utils config sampling_params",
+    "engine.step": "utils config sampling_params",
     "llm": "engine utils config sampling_params",
 }
 CORE = {name for name in ALLOWED if "." not in name}

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import ClassVar
 
 from config import Config
-from engine.ledger import Ledger
+from engine.running_batch import RunningBatch
 from engine.sequence import Sequence
 
 
@@ -56,11 +56,11 @@ class AdmissionPolicy(Policy):
     """Whether a waiting request may join the running ones."""
 
     @abstractmethod
-    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
+    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         """Whether `seq` may start now.
 
         Asked only while other requests run, for the first of the queue; blocks for the tokens
-        known so far are checked after it. The ledger must not be changed.
+        known so far are checked after it. The batch must not be changed.
         """
 
 

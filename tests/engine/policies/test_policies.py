@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import engine.policies
 from config import Config
-from engine.ledger import Ledger
 from engine.policies.admission import LookAhead
 from engine.policies.base import AdmissionPolicy, PreemptionPolicy
 from engine.policies.queue import KeyedQueue
 from engine.policies.step import PrefillFirst
+from engine.running_batch import RunningBatch
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.types import KVGeometry
@@ -254,17 +254,17 @@ class TestAdmission:
     ) -> None:
         config = Config(model="none")
         geometry = KVGeometry(1, 1, 1, block_size, num_blocks, 4)
-        ledger = Ledger(PagedBlockManager(config, geometry), 8, lambda: 0.0)
+        batch = RunningBatch(PagedBlockManager(config, geometry), 8, lambda: 0.0)
         seqs = [
             Sequence(i, [1] * prompt, SamplingParams(), max_total_tokens=prompt + output)
             for i, (prompt, output) in enumerate(requests)
         ]
-        ledger.running = {seq.request_id: seq for seq in seqs[:-1]}
+        batch.running = {seq.request_id: seq for seq in seqs[:-1]}
         most = max(
-            sum(ledger.blocks_for(p + step) for p, output in requests if step < output)
+            sum(batch.blocks_for(p + step) for p, output in requests if step < output)
             for step in range(40)
         )
-        assert LookAhead(config).admits(seqs[-1], ledger) == (most <= num_blocks)
+        assert LookAhead(config).admits(seqs[-1], batch) == (most <= num_blocks)
 
 
 class Never(AdmissionPolicy):
@@ -272,8 +272,8 @@ class Never(AdmissionPolicy):
 
     name = "never"
 
-    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
-        assert ledger.running
+    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
+        assert batch.running
         return False
 
 
