@@ -90,12 +90,8 @@ class CachingBlockManager(PagedBlockManager):
 
     @property
     def stats(self) -> CacheStats:
-        return CacheStats(
-            queried_tokens=self._queried_tokens,
-            hit_tokens=self._hit_tokens,
-            evicted_blocks=self._evicted_blocks,
-            cached_blocks=len(self._cached),
-        )
+        queried, hits, evicted = self._queried_tokens, self._hit_tokens, self._evicted_blocks
+        return CacheStats(queried, hits, evicted, len(self._cached))
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         super().begin(request_id, token_ids, cache_salt)
@@ -106,10 +102,10 @@ class CachingBlockManager(PagedBlockManager):
                 self._idle.remove(node)
             self._references[node.block] += 1
             table.append(node.block)
-        num_cached = len(hits) * self._block_size
+        num_cached = len(hits) * self.block_size
         if hits and num_cached == len(token_ids):
             num_cached -= self._give_up_last(request_id, hits)
-        num_shared = num_cached // self._block_size
+        num_shared = num_cached // self.block_size
         last = hits[num_shared - 1] if num_shared else cache_salt
         self._requests[request_id] = _Request(
             token_ids, cache_salt, last, num_shared, hits, num_cached
@@ -139,7 +135,7 @@ class CachingBlockManager(PagedBlockManager):
             # What this request published behind it cannot be found any more.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
-        for i in range(request.num_published, num_computed // self._block_size):
+        for i in range(request.num_published, num_computed // self.block_size):
             tokens = self._block_tokens(token_ids, i)
             node = self.find(request.last, tokens)
             if node is None:
@@ -167,7 +163,7 @@ class CachingBlockManager(PagedBlockManager):
         if not self._pending:
             return None
         hits = self._match(token_ids, cache_salt)
-        size, end = self._block_size, (len(hits) + 1) * self._block_size
+        size, end = self.block_size, (len(hits) + 1) * self.block_size
         if end > len(token_ids):
             return None
         key = hits[-1] if hits else cache_salt, self._block_tokens(token_ids, len(hits))
@@ -193,19 +189,19 @@ class CachingBlockManager(PagedBlockManager):
         """Hold a copy of the last hit in its place, or nothing; tokens to be computed again."""
         table = self._tables[request_id]
         source = table.pop()
-        if self._block_size > 1 and self.num_free_blocks:
+        if self.block_size > 1 and self.num_free_blocks:
             table.append(self._take_new())
             self._copies[request_id] = BlockCopy(source, table[-1])
             return 1
         hits.pop()
         self._drop(source)
-        return self._block_size
+        return self.block_size
 
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
         """The cached blocks that the tokens start with."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
-        for i in range(len(token_ids) // self._block_size):
+        for i in range(len(token_ids) // self.block_size):
             node = self.find(parent, self._block_tokens(token_ids, i))
             if node is None:
                 break
@@ -214,8 +210,8 @@ class CachingBlockManager(PagedBlockManager):
         return hits
 
     def _block_tokens(self, token_ids: list[int], index: int) -> bytes:
-        start = index * self._block_size
-        return array("i", token_ids[start : start + self._block_size]).tobytes()
+        start = index * self.block_size
+        return array("i", token_ids[start : start + self.block_size]).tobytes()
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         stale = self._cached.get(node.block)
@@ -234,7 +230,7 @@ class CachingBlockManager(PagedBlockManager):
 
         One is enough: who shares the blocks before it and waits for this one asks again then.
         """
-        if len(request.tokens) >= (request.num_published + 1) * self._block_size:
+        if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
             if self._pending.setdefault(key, request_id) == request_id:
                 request.next_block = key

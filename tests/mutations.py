@@ -101,8 +101,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "off by one in the blocks that a table needs",
         _PAGED,
-        "-(-num_tokens // self._block_size)",
-        "num_tokens // self._block_size",
+        "-(-num_tokens // self.block_size)",
+        "num_tokens // self.block_size",
     ),
     _bug(
         "a failed grow keeps the blocks it got",
@@ -308,8 +308,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "an aborted request stays in the queue",
         "engine/policies/queue.py",
-        "while self._heap and self._heap[0][2].finish_reason is not None:",
-        "while False:",
+        "        self._waiting.remove(seq)\n",
+        "        pass\n",
     ),
     _bug(
         "has_unfinished forgets those that wait",
@@ -399,8 +399,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "a window gives a block back that the next position reads",
         "memory/window_blocks.py",
-        "first_read = self._kind.first_read(num_computed) // self._block_size",
-        "first_read = self._kind.first_read(num_computed + 1) // self._block_size",
+        "first_read = self._kind.first_read(num_computed) // self.block_size",
+        "first_read = self._kind.first_read(num_computed + 1) // self.block_size",
     ),
     _bug(
         "a window is one position short",
@@ -419,13 +419,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "one group grows and another does not",
         "memory/grouped_blocks.py",
         "        if wanted > self.num_free_blocks:\n",
-        "        if wanted > self._managers[0].num_free_blocks:\n",
+        "        if wanted > self.groups[0].num_free_blocks:\n",
     ),
     _bug(
         "policies see the group that has the most",
         "memory/grouped_blocks.py",
-        "return min(blocks.num_free_blocks for blocks in self._managers)",
-        "return max(blocks.num_free_blocks for blocks in self._managers)",
+        "return min(blocks.num_free_blocks for blocks in self.groups)",
+        "return max(blocks.num_free_blocks for blocks in self.groups)",
     ),
     _bug(
         "of several groups one gets the blocks of the first",
@@ -478,8 +478,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "eviction by cost without ageing",
         "memory/eviction.py",
-        "        self._floor, _, block = self._pop_entry()\n",
-        "        _, _, block = self._pop_entry()\n",
+        "        self._floor, block = self.blocks.pop()\n",
+        "        _, block = self.blocks.pop()\n",
         (*_PYTEST[:-1], "tests/memory/test_eviction.py"),
     ),
     _bug(
@@ -516,8 +516,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "leak: the policy of fair shares keeps what it charged",
         "engine/policies/fair_share.py",
-        "self._charged.pop(seq.request_id)",
-        "self._charged[seq.request_id]",
+        "self.charged.pop(seq.request_id)",
+        "self.charged[seq.request_id]",
         LEAKS,
     ),
     _bug(

@@ -172,8 +172,8 @@ class TestFairShare:
         bench.run()
         queue: Any = bench.scheduler
         assert bench.num_preemptions > 0
-        assert dict(queue.queue._levels) == {"a": 55, "b": 55}
-        assert not queue.queue._charged
+        assert dict(queue.queue.levels) == {"a": 55, "b": 55}
+        assert not queue.queue.charged
 
     def test_an_aborted_request_is_charged_what_it_took(self) -> None:
         bench = Bench(queue_policy="fair_share")
@@ -181,7 +181,7 @@ class TestFairShare:
         bench.run(until=lambda: len(seq.output_token_ids) == 3)
         bench.abort(0)
         scheduler: Any = bench.scheduler
-        assert dict(scheduler.queue._levels) == {"a": 8}
+        assert dict(scheduler.queue.levels) == {"a": 8}
 
     def test_an_aborted_request_that_waited_for_a_prefix_is_charged_nothing(self) -> None:
         setting = Setting(options={"queue_policy": "fair_share"})
@@ -192,8 +192,8 @@ class TestFairShare:
         driver.launch()
         driver.abort(1)
         scheduler: Any = driver.scheduler
-        assert scheduler.queue._levels["b"] == 0
-        assert list(scheduler.queue._charged) == [0]
+        assert scheduler.queue.levels["b"] == 0
+        assert list(scheduler.queue.charged) == [0]
         driver.finish()
 
 
