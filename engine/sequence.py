@@ -15,68 +15,42 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Sequence:
-    """A request from arrival to finish.
+    """A request from arrival to finish. All times are seconds on the runner's clock."""
 
-    Attributes:
-        request_id: unique in its engine, rising with arrival.
-        token_ids: prompt and committed output; the prompt that is passed in is copied.
-        sampling: as given by the user.
-        max_total_tokens: length (prompt and output) at which it stops.
-        stop_token_ids: tokens that end it.
-        seed: key of the sampling noise.
-        seed_kind: where the seed comes from.
-        sample: index of this output among those of its prompt.
-        num_prompt_tokens: how many of `token_ids` are the prompt.
-        finish_reason: None while unfinished, else "stop", "length", "abort" or "error".
-        error: what the runner reported, if that ended it.
-        values: what the runner reported for each token of the output, if it was asked for.
-        logprobs: of the committed output, if asked for.
-        prompt_logprobs: of the prompt so far, if asked for; None for its first token.
-        text: reads the output as text, for requests that stream or have stop strings.
-        added_at, admitted_at: seconds on the runner's clock; the latter None before.
-        token_times: when the host could read each token of the output, on the same clock.
-        num_cached: prompt tokens found in the cache when it was first admitted.
-        num_preemptions: times it was thrown out and will be or was recomputed.
-
-    The rest belongs to the scheduler:
-        slot: row in the runner's tables while running, else None.
-        num_scheduled: most leading positions that are computed once all that is in flight has
-            ended; before its length limit is applied.
-        num_drafted: how many of them the runner may not keep.
-        num_prefill: positions computed as prefill: the tokens known when it was admitted.
-        num_in_flight: plans in flight that have a row of it.
-        num_committed: leading positions whose KV is known to be written.
-        capacity: tokens that its block table holds.
-    """
-
-    request_id: int
-    token_ids: list[int]
-    sampling: SamplingParams
+    request_id: int  # unique in its engine, rising with arrival
+    token_ids: list[int]  # prompt and committed output; the prompt that is passed in is copied
+    sampling: SamplingParams  # as given by the user
     _: KW_ONLY
-    max_total_tokens: int
-    stop_token_ids: frozenset[int] = frozenset()
-    seed: int = 0
+    max_total_tokens: int  # length (prompt and output) at which it stops
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end it
+    seed: int = 0  # key of the sampling noise
     seed_kind: SeedKind = SeedKind.DERIVED
-    sample: int = 0
+    sample: int = 0  # index of this output among those of its prompt
     num_prompt_tokens: int = field(init=False)
-    finish_reason: str | None = None
-    error: Exception | None = None
+    finish_reason: str | None = None  # None while unfinished, or "stop", "length", "abort", "error"
+    error: Exception | None = None  # what the runner reported, if that ended the request
+    # What the runner reported for each token of the output, if it was asked for.
     values: list[Mapping[str, Any]] = field(default_factory=list)
+    # Of each token of the output, and of the prompt so far, if asked for; None for its first token.
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    text: TextReader | None = None
+    text: TextReader | None = None  # reads the output of requests that stream or have stop strings
     added_at: float = 0.0
-    admitted_at: float | None = None
-    token_times: list[float] = field(default_factory=list)
-    num_cached: int = 0
-    num_preemptions: int = 0
+    admitted_at: float | None = None  # for the first time
+    token_times: list[float] = field(default_factory=list)  # when the host could read each token
+    num_cached: int = 0  # prompt tokens found in the cache when it was first admitted
+    num_preemptions: int = 0  # times that it was or will be computed again
+
+    # The rest belongs to the scheduler. First the row in the runner's tables, while running.
     slot: int | None = field(init=False)
+    # Most leading positions that are computed once all that is in flight has ended, before the
+    # length limit is applied; how many of them the runner may not keep.
     num_scheduled: int = field(init=False)
     num_drafted: int = field(init=False)
-    num_prefill: int = field(init=False)
-    num_in_flight: int = field(init=False)
-    num_committed: int = field(init=False)
-    capacity: int = field(init=False)
+    num_prefill: int = field(init=False)  # computed as prefill: the tokens known at admission
+    num_in_flight: int = field(init=False)  # plans in flight that have a row of it
+    num_committed: int = field(init=False)  # leading positions whose KV is known to be written
+    capacity: int = field(init=False)  # tokens that its block table holds
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)

@@ -308,7 +308,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "an aborted request stays in the queue",
         "engine/policies/queue.py",
-        "        self._waiting.remove(seq)\n",
+        "        self.waiting.remove(seq)\n",
         "        pass\n",
     ),
     _bug(

@@ -15,23 +15,23 @@ class KeyedQueue(QueuePolicy):
     """Runs the request with the smallest key, the earliest arrival among equals, in O(log n)."""
 
     def __init__(self, config: Config) -> None:
-        self._waiting: LazyHeap[Sequence] = LazyHeap()
+        self.waiting: LazyHeap[Sequence] = LazyHeap()
 
     @abstractmethod
     def key(self, seq: Sequence) -> Any:
         """Comparable; taken when the request is pushed."""
 
     def push(self, seq: Sequence) -> None:
-        self._waiting.push((self.key(seq), seq.request_id), seq)
+        self.waiting.push((self.key(seq), seq.request_id), seq)
 
     def first(self) -> Sequence | None:
-        return self._waiting.first()
+        return self.waiting.first()
 
     def pop(self) -> Sequence:
-        return self._waiting.pop()[1]
+        return self.waiting.pop()[1]
 
     def discard(self, seq: Sequence) -> None:
-        self._waiting.remove(seq)
+        self.waiting.remove(seq)
 
 
 class FirstCome(KeyedQueue):

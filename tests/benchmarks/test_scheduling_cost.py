@@ -26,7 +26,7 @@ class Scanning(FirstCome):
     name = "scanning"
 
     def first(self) -> Sequence | None:
-        self._heap.sort()
+        self.waiting.heap.sort()
         return super().first()
 
 
@@ -36,7 +36,7 @@ class Listing(FirstCome):
     name = "listing"
 
     def first(self) -> Sequence | None:
-        assert all(len(entry) == 3 for entry in self._heap)
+        assert all(len(entry) == 3 for entry in self.waiting.heap)
         return super().first()
 
 
