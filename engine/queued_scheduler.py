@@ -16,11 +16,6 @@ from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan
 class QueuedScheduler(Scheduler):
     """A scheduler that lacks only `schedule`.
 
-    Args:
-        config: the engine's options.
-        block_manager: where KV blocks come from; used by this scheduler alone.
-        clock: the runner's.
-
     Attributes:
         budget: most positions of one step.
         max_decode_tokens: most positions of one decode row.
@@ -86,11 +81,8 @@ class QueuedScheduler(Scheduler):
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
         """Plan decode rows for all of `seqs`, with drafts; returns the positions planned.
 
-        Drafts may use up all that is left of the budget. So prompts that are to share the step are
-        planned before.
-
-        Args:
-            left: positions of the budget, at least one for each request.
+        `left` is what is left of the budget: at least one position for each request. Drafts may use
+        up all of it. So prompts that are to share the step are planned before.
         """
         if not seqs:
             return 0

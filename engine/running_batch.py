@@ -1,9 +1,4 @@
-"""The requests that run, and the plan under construction.
-
-A scheduler decides; the running batch keeps its decisions consistent with the step contract. It
-turns `admit`, `prefill`, `decode` and `preempt` calls into one `StepPlan` of deltas, and a
-`StepResult` back into request state, whatever the pipeline depth.
-"""
+"""The requests that run, and the plan under construction."""
 
 from __future__ import annotations
 
@@ -28,15 +23,13 @@ _Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
 
 class RunningBatch:
-    """Slots and blocks of the running requests, and the plan under construction.
+    """Keeps a scheduler's decisions consistent with the step contract, at any pipeline depth.
 
-    Args:
-        blocks: where KV blocks come from.
-        max_num_seqs: slots in all.
-        clock: the runner's, for the requests' times.
+    `admit`, `prefill`, `decode` and `preempt` calls become one `StepPlan` of deltas, and a
+    `StepResult` becomes request state. There are `max_num_seqs` slots.
 
     Attributes:
-        blocks: as given, to be read alone.
+        blocks: where KV blocks come from; others may read it, and must not change it.
         running: the requests that hold a slot and have not finished, by id, in order of
             admission.
         prefilling: those of them with known tokens left to plan.
@@ -170,11 +163,8 @@ class RunningBatch:
     def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
         """Plan a decode row for each of `seqs`; returns the positions planned.
 
-        Each of them has to be in `decoding`, and `reserve` must have succeeded for it.
-
-        Args:
-            num_positions: most positions of a row. A row has fewer where blocks or the length
-                limit do not allow them.
+        Each of them has to be in `decoding`, and `reserve` must have succeeded for it. A row has
+        `num_positions`, or fewer where blocks or the length limit do not allow them.
         """
         ended = []
         num_row, total = 1, 0

@@ -117,42 +117,29 @@ class KVGeometry:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counters of a prefix cache since its engine started (or started again after an error).
+    """Counters of a prefix cache since its engine started (or started again after an error)."""
 
-    Attributes:
-        queried_tokens: tokens of requests when they were admitted, again after a preemption.
-        hit_tokens: those of them that were in the cache.
-        evicted_blocks: cached blocks given up for their space.
-        cached_blocks: blocks that are cached now.
-    """
-
-    queried_tokens: int = 0
-    hit_tokens: int = 0
-    evicted_blocks: int = 0
-    cached_blocks: int = 0
+    queried_tokens: int = 0  # of requests when they were admitted, again after a preemption
+    hit_tokens: int = 0  # those of them that were in the cache
+    evicted_blocks: int = 0  # cached blocks given up for their space
+    cached_blocks: int = 0  # now
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Totals of an engine since it started, those of the cache perhaps since a failed step.
 
-    Attributes:
-        steps: that were committed.
-        finished_requests: that have ended, however they did; outputs of one prompt count apart.
-        unfinished_requests: that wait or run now.
-        prompt_tokens, output_tokens, preemptions: of those that have ended.
-        num_blocks, num_free_blocks: of the KV cache now.
-        cache: the prefix cache.
+    Outputs of one prompt count as requests of their own.
     """
 
-    steps: int
-    finished_requests: int
-    unfinished_requests: int
-    prompt_tokens: int
+    steps: int  # that were committed
+    finished_requests: int  # that have ended, however they did
+    unfinished_requests: int  # that wait or run now
+    prompt_tokens: int  # of finished requests, like the next two
     output_tokens: int
     preemptions: int
-    num_blocks: int
-    num_free_blocks: int
+    num_blocks: int  # of the KV cache
+    num_free_blocks: int  # of the KV cache, now
     cache: CacheStats
 
 

@@ -10,10 +10,6 @@ class PagedBlockManager(BlockManager):
     """Hands out blocks from a free list; every request owns its blocks alone.
 
     Paging of the KV cache is from vLLM (Kwon et al., SOSP 2023).
-
-    Args:
-        config: unused; the contract's constructor takes it.
-        geometry: for block_size and num_blocks.
     """
 
     name = "paged"

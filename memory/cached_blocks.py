@@ -44,10 +44,6 @@ class CachingBlockManager(PagedBlockManager):
     once more, and nothing may be written to what others share.
 
     Subclasses keep the index: `find`, `link` and `unlink`.
-
-    Args:
-        config: for eviction_policy.
-        geometry: for block_size and num_blocks.
     """
 
     caches_prefixes = True

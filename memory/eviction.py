@@ -41,11 +41,7 @@ class EvictionPolicy(ABC):
 
     What is cached behind a block cannot be found without it, so children should go before their
     parent. A request releases its last block first, so a policy that treats blocks alike keeps
-    that order.
-
-    Args:
-        config: the engine's options.
-        geometry: of the KV cache.
+    that order. The constructor takes the engine's `Config` and the `KVGeometry` of the cache group.
     """
 
     name: ClassVar[str]

@@ -12,11 +12,7 @@ from engine.sequence import Sequence
 
 
 class Policy(ABC):
-    """One decision of a scheduler.
-
-    Args:
-        config: the engine's options, for policies that need them.
-    """
+    """One decision of a scheduler; its constructor takes the engine's options."""
 
     name: ClassVar[str]
 
@@ -57,10 +53,10 @@ class AdmissionPolicy(Policy):
 
     @abstractmethod
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
-        """Whether `seq` may start now.
+        """Whether `seq`, the first of the queue, may start now.
 
-        Asked only while other requests run, for the first of the queue; blocks for the tokens
-        known so far are checked after it. The batch must not be changed.
+        Asked only while other requests run. That there are blocks for the tokens known so far is
+        checked afterwards. The batch must not be changed.
         """
 
 
