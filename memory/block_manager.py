@@ -9,7 +9,7 @@ from engine.types import BlockManager, KVGeometry
 class PagedBlockManager(BlockManager):
     """Hands out blocks from a free list; every request owns its blocks alone.
 
-    Paging of the KV cache is from vLLM (Kwon et al., SOSP 2023).
+    Paging of the KV cache is from vLLM (Kwon et al., SOSP 2023). `config` is not used.
     """
 
     name = "paged"
