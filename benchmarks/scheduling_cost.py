@@ -87,7 +87,7 @@ class Load:
         self._ids += [seq.request_id for seq in arrivals]
 
     def _num_free(self) -> int:
-        return NUM_RUNNING - self._scheduler.ledger.num_running
+        return NUM_RUNNING - self._scheduler.batch.num_running
 
     def _some_waiting(self) -> int:
         while True:

@@ -1,4 +1,4 @@
-"""What schedulers have in common: a queue of the waiting and a ledger of the running."""
+"""What schedulers have in common: a queue of those that wait, and a batch of those that run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import ClassVar
 
 from config import Config
-from engine.ledger import Ledger
 from engine.parts import make_policy
 from engine.policies.base import QueuePolicy
+from engine.running_batch import RunningBatch
 from engine.sequence import Sequence
 from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan, StepResult
 
@@ -16,16 +16,13 @@ from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan
 class QueuedScheduler(Scheduler):
     """A scheduler that lacks only `schedule`.
 
-    Args:
-        config: the engine's options.
-        block_manager: where KV blocks come from; used by this scheduler alone.
-        clock: the runner's.
-
     Attributes:
         budget: most positions of one step.
         max_decode_tokens: most positions of one decode row.
-        ledger: slots, blocks and the plan under construction.
+        batch: the running requests and the plan under construction.
         queue: the waiting requests.
+        deferred: waiting requests that are not in the queue until a running request has computed
+            a prefix of theirs.
     """
 
     policies: ClassVar[Collection[str]] = ("queue_policy",)
@@ -33,16 +30,18 @@ class QueuedScheduler(Scheduler):
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
         self.budget = config.max_num_batched_tokens
         self.max_decode_tokens = 1 + config.num_speculative_tokens
-        self.ledger = Ledger(block_manager, config.max_num_seqs, clock)
+        self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make_policy("queue_policy", config)
+        self.deferred: list[tuple[Sequence, PendingPrefix]] = []
+        self._most_deferred = config.max_num_seqs
         self._waiting: dict[int, Sequence] = {}
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self.ledger.num_running)
+        return bool(self._waiting or self.batch.num_running)
 
     def add(self, seq: Sequence) -> None:
-        self.ledger.check_fits(seq)
+        self.batch.check_fits(seq)
         self.wait(seq)
 
     def wait(self, seq: Sequence) -> None:
@@ -52,40 +51,46 @@ class QueuedScheduler(Scheduler):
 
     def admit(self, seq: Sequence) -> bool:
         """Start the first of the queue; False, unchanged, if slots or blocks do not suffice."""
-        if not self.ledger.admit(seq):
+        if not self.batch.admit(seq):
             return False
         self.queue.pop()
         del self._waiting[seq.request_id]
         return True
 
-    def defer(self, seq: Sequence, prefix: PendingPrefix) -> bool:
-        """Let the first of the queue wait for a prefix, and others pass; False if too many wait."""
-        if not self.ledger.follow(seq, prefix):
+    def defer(self, prefix: PendingPrefix) -> bool:
+        """Let the first of the queue wait for a prefix, and others pass.
+
+        False if as many wait as could ever run: a step's cost must not grow with the queue.
+        """
+        if len(self.deferred) >= self._most_deferred:
             return False
-        self.queue.pop()
+        self.deferred.append((self.queue.pop(), prefix))
         return True
 
     def rejoin(self) -> None:
-        """Put those that waited for a prefix back into the queue."""
-        for seq in self.ledger.woken():
-            self.wait(seq)
+        """Put those back into the queue whose prefix has come, or never will."""
+        running, deferred = self.batch.running, self.deferred
+        self.deferred = []
+        for seq, prefix in deferred:
+            leader = running.get(prefix.request_id)
+            if leader is not None and leader.num_committed < prefix.num_tokens:
+                self.deferred.append((seq, prefix))
+            else:
+                self.queue.push(seq)
 
-    def decode(self, seqs: list[Sequence], left: int) -> int:
+    def decode_all(self, seqs: list[Sequence], left: int) -> int:
         """Plan decode rows for all of `seqs`, with drafts; returns the positions planned.
 
-        Drafts may use up all that is left of the budget. So prompts that are to share the step are
-        planned before.
-
-        Args:
-            left: positions of the budget, at least one for each request.
+        `left` is what is left of the budget: at least one position for each request. Drafts may use
+        up all of it. So prompts that are to share the step are planned before.
         """
         if not seqs:
             return 0
         # Equal shares, or the first requests of a batch would be served faster.
-        return self.ledger.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
+        return self.batch.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        finished = self.ledger.commit(plan, result)
+        finished = self.batch.commit(plan, result)
         for seq in finished:
             self.queue.ended(seq)
         return finished
@@ -93,12 +98,14 @@ class QueuedScheduler(Scheduler):
     def abort(self, request_id: int) -> Sequence | None:
         seq = self._waiting.pop(request_id, None)
         if seq is not None:
-            self.ledger.finish(seq, "abort")
-            if self.ledger.unfollow(seq):
+            self.batch.finish(seq, "abort")
+            others = [entry for entry in self.deferred if entry[0] is not seq]
+            if len(others) < len(self.deferred):
                 # Popped and never run: it has to cost its user nothing.
+                self.deferred = others
                 self.queue.push(seq)
             self.queue.discard(seq)
-        elif seq := self.ledger.running.get(request_id):
-            self.ledger.finish(seq, "abort")
+        elif seq := self.batch.running.get(request_id):
+            self.batch.finish(seq, "abort")
             self.queue.ended(seq)
         return seq

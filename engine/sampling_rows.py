@@ -273,7 +273,7 @@ class SamplingRows:
         withheld = [
             (i, token, len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens)
             for i, q in enumerate(requests)
-            for token in q.stop_token_ids
+            for token in q.withheld_token_ids
         ]
         parameters = self._parameters[[q.slot for q in requests]]
         *filters, repetition, presence, frequency, num_prompt = self._staging.upload(
@@ -300,7 +300,7 @@ class SamplingRows:
 def _changes(new: NewRequest) -> bool:
     """Whether a request's tokens are drawn from other logits than the model's."""
     s = new.sampling
-    return bool(s.penalizes or new.stop_token_ids or s.logits_processors)
+    return bool(s.penalizes or new.withheld_token_ids or s.logits_processors)
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:

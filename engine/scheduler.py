@@ -36,52 +36,52 @@ class ContinuousScheduler(QueuedScheduler):
         if num_preemptions is None:
             return None
         # Those whose prefill ends in this step decode from the next one on.
-        decodes = list(self.ledger.decoding.values())
+        decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
         # Admitting right after a preemption would hand the blocks back to the victim.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
         left = self.budget - planned
         if len(decodes) <= left:
-            self.decode(decodes, left)
+            self.decode_all(decodes, left)
             self._gap = 0
         else:
             self._gap += 1
-        return self.ledger.build()
+        return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
         """Plan prompts, begun ones first; returns the number of tokens."""
         left = budget
-        for seq in list(self.ledger.prefilling.values()):
+        for seq in list(self.batch.prefilling.values()):
             if left > 0:
-                left -= self.ledger.prefill(seq, left)
+                left -= self.batch.prefill(seq, left)
+        self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
-            left -= self.ledger.prefill(admitted, left)
+            left -= self.batch.prefill(admitted, left)
         return budget - left
 
     def _admit_first(self) -> Sequence | None:
-        self.rejoin()
-        while self.ledger.num_free_slots and (seq := self.queue.first()):
+        while self.batch.num_free_slots and (seq := self.queue.first()):
             # Alone, every request fits: no policy may keep the engine from going on.
-            if self.ledger.running and not self._admission.admits(seq, self.ledger):
+            if self.batch.running and not self._admission.admits(seq, self.batch):
                 break
-            prefix = self.ledger.pending(seq)
+            prefix = self.batch.blocks.pending(seq.token_ids, seq.cache_salt)
             if prefix is None:
                 return seq if self.admit(seq) else None
             # What a running request is about to compute is not computed twice.
-            if not self.defer(seq, prefix):
+            if not self.defer(prefix):
                 break
         return None
 
     def _reserve_decodes(self) -> int | None:
         """A block for each next decode position; the number of preemptions, None to drain."""
         num_preemptions = 0
-        full = [s for s in self.ledger.decoding.values() if s.num_scheduled >= s.capacity]
+        full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
-            while seq.slot is not None and not self.ledger.reserve(seq):
-                if self.ledger.num_in_flight:
+            while seq.slot is not None and not self.batch.reserve(seq):
+                if self.batch.num_in_flight:
                     return None
-                victim = self._preemption.victim(self.ledger.running.values())
-                self.ledger.preempt(victim)
+                victim = self._preemption.victim(self.batch.running.values())
+                self.batch.preempt(victim)
                 self.wait(victim)
                 num_preemptions += 1
         return num_preemptions

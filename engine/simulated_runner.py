@@ -201,12 +201,12 @@ class SimulatedRunner(ModelRunner):
 def allowed(token: int, vocab_size: int, new: NewRequest, position: int) -> int:
     """The first token from `token` on that the request may have at a position.
 
-    Before its `min_tokens` those of `NewRequest.stop_token_ids` are not chosen.
+    Before its `min_tokens` those of `NewRequest.withheld_token_ids` are not chosen.
     """
     num_prompt = len(new.token_ids) - new.num_output_tokens
     withheld: Collection[int] = ()
     if position < num_prompt + new.sampling.min_tokens:
-        withheld = new.stop_token_ids
+        withheld = new.withheld_token_ids
     choices = ((token + i) % vocab_size for i in range(vocab_size))
     return next((choice for choice in choices if choice not in withheld), token)
 

@@ -17,22 +17,22 @@ class StaticScheduler(QueuedScheduler):
     name = "static"
 
     def schedule(self) -> StepPlan | None:
-        ledger = self.ledger
-        if not ledger.num_running:
+        batch = self.batch
+        if not batch.num_running:
             self._admit_batch()
         left = self.budget
-        prompts = list(ledger.prefilling.values())
+        prompts = list(batch.prefilling.values())
         for seq in prompts:
             if left > 0:
-                left -= ledger.prefill(seq, left)
+                left -= batch.prefill(seq, left)
         if not prompts:
-            decodes = [seq for seq in ledger.decoding.values() if ledger.reserve(seq)]
-            self.decode(decodes, self.budget)
-        return ledger.build()
+            decodes = [seq for seq in batch.decoding.values() if batch.reserve(seq)]
+            self.decode_all(decodes, self.budget)
+        return batch.build()
 
     def _admit_batch(self) -> None:
         num_blocks = 0
         while seq := self.queue.first():
-            num_blocks += self.ledger.most_blocks(seq)
-            if num_blocks > self.ledger.num_blocks or not self.admit(seq):
+            num_blocks += self.batch.most_blocks(seq)
+            if num_blocks > self.batch.blocks.num_blocks or not self.admit(seq):
                 break

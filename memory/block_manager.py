@@ -9,31 +9,18 @@ from engine.types import BlockManager, KVGeometry
 class PagedBlockManager(BlockManager):
     """Hands out blocks from a free list; every request owns its blocks alone.
 
-    Paging of the KV cache is from vLLM (Kwon et al., SOSP 2023).
-
-    Args:
-        config: unused; the contract's constructor takes it.
-        geometry: for block_size and num_blocks.
+    Paging of the KV cache is from vLLM (Kwon et al., SOSP 2023). `config` is not used.
     """
 
     name = "paged"
+    block_size = num_blocks = 0
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
-        del config
-        self._block_size = geometry.block_size
-        self._num_blocks = geometry.num_blocks
+        self.block_size, self.num_blocks = geometry.block_size, geometry.num_blocks
         # A stack, lowest id on top: recently used blocks come back first.
         self._free = list(range(geometry.num_blocks - 1, -1, -1))
         self._references = [0] * geometry.num_blocks
         self._tables: dict[int, list[int]] = {}
-
-    @property
-    def block_size(self) -> int:
-        return self._block_size
-
-    @property
-    def num_blocks(self) -> int:
-        return self._num_blocks
 
     @property
     def num_free_blocks(self) -> int:
@@ -46,7 +33,7 @@ class PagedBlockManager(BlockManager):
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
         table = self._tables[request_id]
-        wanted = -(-num_tokens // self._block_size) - len(table)
+        wanted = -(-num_tokens // self.block_size) - len(table)
         if wanted > self.num_free_blocks:
             return False
         for _ in range(wanted):

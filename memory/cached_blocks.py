@@ -12,31 +12,24 @@ from memory.block_manager import PagedBlockManager
 from memory.eviction import CachedBlock, EvictionPolicy
 from utils.registry import construct, find_part
 
+# A block, by the cached block or the cache salt before it and by its tokens.
+_Key = tuple[CachedBlock | str, bytes]
+
 
 @dataclass(slots=True)
 class _Request:
-    """A request that has begun.
+    """A request that has begun."""
 
-    Attributes:
-        tokens: the caller's own list, which grows.
-        last: the cached block that stands for its last published one; its salt before the first.
-        num_published: leading blocks that can be found by others.
-        twins: cached blocks that stand for equal ones of this request, which does not hold them.
-        hits: blocks that it found; forgotten when it has got all blocks that it asked for.
-        num_cached: leading tokens that it found.
-        next_block: key of its first unpublished block among the pending ones.
-        publishes: False from a reset of the cache on.
-    """
-
-    tokens: list[int]
+    tokens: list[int]  # the caller's own list, which grows
     salt: str
-    last: CachedBlock | str
-    num_published: int
-    hits: list[CachedBlock] | None
-    num_cached: int
+    last: CachedBlock | str  # stands for its last published block; its salt before the first
+    num_published: int  # leading blocks that others can find
+    hits: list[CachedBlock] | None  # blocks that it found; None once it has all its blocks
+    num_cached: int  # leading tokens that it found
+    # Cached blocks that stand for equal ones of this request, which does not hold them.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: tuple[CachedBlock | str, bytes] | None = None
-    publishes: bool = True
+    next_block: _Key | None = None  # its first unpublished block, among the pending ones
+    publishes: bool = True  # until the cache is reset
 
 
 class CachingBlockManager(PagedBlockManager):
@@ -51,23 +44,18 @@ class CachingBlockManager(PagedBlockManager):
     once more, and nothing may be written to what others share.
 
     Subclasses keep the index: `find`, `link` and `unlink`.
-
-    Args:
-        config: for eviction_policy.
-        geometry: for block_size and num_blocks.
     """
 
     caches_prefixes = True
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         super().__init__(config, geometry)
-        make = find_part("eviction_policy", config.eviction_policy, EvictionPolicy, "memory")
-        self._idle: EvictionPolicy = construct(
-            "eviction_policy", EvictionPolicy, make, config, geometry
-        )
+        option, base = "eviction_policy", EvictionPolicy
+        make = find_part(option, config.eviction_policy, base, "memory")
+        self._idle: EvictionPolicy = construct(option, base, make, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
-        self._pending: dict[tuple[CachedBlock | str, bytes], int] = {}
+        self._pending: dict[_Key, int] = {}
         # By request; each holds a reference to its source.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
@@ -90,30 +78,24 @@ class CachingBlockManager(PagedBlockManager):
 
     @property
     def stats(self) -> CacheStats:
-        return CacheStats(
-            queried_tokens=self._queried_tokens,
-            hit_tokens=self._hit_tokens,
-            evicted_blocks=self._evicted_blocks,
-            cached_blocks=len(self._cached),
-        )
+        queried, hits, evicted = self._queried_tokens, self._hit_tokens, self._evicted_blocks
+        return CacheStats(queried, hits, evicted, len(self._cached))
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         super().begin(request_id, token_ids, cache_salt)
         hits = self._match(token_ids, cache_salt)
-        table = self._tables[request_id]
         for node in hits:
             if self._references[node.block] == 0:
                 self._idle.remove(node)
             self._references[node.block] += 1
-            table.append(node.block)
-        num_cached = len(hits) * self._block_size
+            self._tables[request_id].append(node.block)
+        num_cached = len(hits) * self.block_size
         if hits and num_cached == len(token_ids):
             num_cached -= self._give_up_last(request_id, hits)
-        num_shared = num_cached // self._block_size
+        num_shared = num_cached // self.block_size
         last = hits[num_shared - 1] if num_shared else cache_salt
-        self._requests[request_id] = _Request(
-            token_ids, cache_salt, last, num_shared, hits, num_cached
-        )
+        request = _Request(token_ids, cache_salt, last, num_shared, hits, num_cached)
+        self._requests[request_id] = request
         return num_cached
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
@@ -139,7 +121,7 @@ class CachingBlockManager(PagedBlockManager):
             # What this request published behind it cannot be found any more.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
-        for i in range(request.num_published, num_computed // self._block_size):
+        for i in range(request.num_published, num_computed // self.block_size):
             tokens = self._block_tokens(token_ids, i)
             node = self.find(request.last, tokens)
             if node is None:
@@ -167,7 +149,7 @@ class CachingBlockManager(PagedBlockManager):
         if not self._pending:
             return None
         hits = self._match(token_ids, cache_salt)
-        size, end = self._block_size, (len(hits) + 1) * self._block_size
+        size, end = self.block_size, (len(hits) + 1) * self.block_size
         if end > len(token_ids):
             return None
         key = hits[-1] if hits else cache_salt, self._block_tokens(token_ids, len(hits))
@@ -175,10 +157,8 @@ class CachingBlockManager(PagedBlockManager):
         if request_id is None:
             return None
         theirs = self._requests[request_id].tokens
-        while end + size <= len(token_ids):
-            if token_ids[end : end + size] != theirs[end : end + size]:
-                break
-            end += size
+        while (last := end + size) <= len(token_ids) and token_ids[end:last] == theirs[end:last]:
+            end = last
         return PendingPrefix(request_id, end)
 
     def reset_prefix_cache(self) -> None:
@@ -193,19 +173,19 @@ class CachingBlockManager(PagedBlockManager):
         """Hold a copy of the last hit in its place, or nothing; tokens to be computed again."""
         table = self._tables[request_id]
         source = table.pop()
-        if self._block_size > 1 and self.num_free_blocks:
+        if self.block_size > 1 and self.num_free_blocks:
             table.append(self._take_new())
             self._copies[request_id] = BlockCopy(source, table[-1])
             return 1
         hits.pop()
         self._drop(source)
-        return self._block_size
+        return self.block_size
 
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
         """The cached blocks that the tokens start with."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
-        for i in range(len(token_ids) // self._block_size):
+        for i in range(len(token_ids) // self.block_size):
             node = self.find(parent, self._block_tokens(token_ids, i))
             if node is None:
                 break
@@ -214,17 +194,15 @@ class CachingBlockManager(PagedBlockManager):
         return hits
 
     def _block_tokens(self, token_ids: list[int], index: int) -> bytes:
-        start = index * self._block_size
-        return array("i", token_ids[start : start + self._block_size]).tobytes()
+        start = index * self.block_size
+        return array("i", token_ids[start : start + self.block_size]).tobytes()
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
-        stale = self._cached.get(node.block)
-        if stale is not None:
+        if stale := self._cached.get(node.block):
             # Published before, behind a block that was given up since.
             self.unlink(stale)
             self._forget(stale)
-        displaced = self.link(node)
-        if displaced is not None:
+        if displaced := self.link(node):
             self._forget(displaced)
         self._cached[node.block] = node
         return node
@@ -234,7 +212,7 @@ class CachingBlockManager(PagedBlockManager):
 
         One is enough: who shares the blocks before it and waits for this one asks again then.
         """
-        if len(request.tokens) >= (request.num_published + 1) * self._block_size:
+        if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
             if self._pending.setdefault(key, request_id) == request_id:
                 request.next_block = key
@@ -255,11 +233,10 @@ class CachingBlockManager(PagedBlockManager):
         return block
 
     def _give(self, block: int) -> None:
-        node = self._cached.get(block)
-        if node is None:
-            self._free.append(block)
-        else:
+        if node := self._cached.get(block):
             self._idle.add(node)
+        else:
+            self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
         """A block without its place in the index is an ordinary one."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from heapq import heapify, heappop, heappush
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 from config import Config
 from engine.types import KVGeometry
+from utils.lazy_heap import LazyHeap
 
 # Where the attention of one token costs about as much as all its matrix products: 4 * layers *
 # heads * head_dim * position against 2 * parameters, some 4,000 in the shape of Qwen3-0.6B.
@@ -23,32 +22,26 @@ class CachedBlock:
         block: its id; -1 once it has been given up.
         parent: the cached block before it; of a request's first block the cache salt.
         tokens: its token ids, int32 each.
-        depth: blocks before it.
         hits: requests that found it.
-        digest: of parent and tokens, for those who look it up that way.
+        digest: of parent and tokens, for `PrefixCacheManager`.
+        worth: the least that `CostPolicy` gives it: what a block behind it was worth when released.
+        depth: blocks before it.
     """
 
-    __slots__ = ("__weakref__", "block", "depth", "digest", "hits", "parent", "tokens")
+    __slots__ = ("__weakref__", "block", "depth", "digest", "hits", "parent", "tokens", "worth")
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
-        self.block = block
-        self.parent = parent
-        self.tokens = tokens
+        self.block, self.parent, self.tokens = block, parent, tokens
         self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
-        self.hits = 0
-        self.digest = b""
+        self.hits, self.digest, self.worth = 0, b"", 0.0
 
 
 class EvictionPolicy(ABC):
     """Holds the cached blocks that no request holds, and chooses among them.
 
     What is cached behind a block cannot be found without it, so children should go before their
-    parent. A request gives its blocks up last one first: those that share their fate come in
-    that order.
-
-    Args:
-        config: the engine's options.
-        geometry: of the KV cache.
+    parent. A request releases its last block first, so a policy that treats blocks alike keeps
+    that order. The constructor takes the engine's `Config` and the `KVGeometry` of the cache group.
     """
 
     name: ClassVar[str]
@@ -79,62 +72,42 @@ class LRUPolicy(EvictionPolicy):
     name = "lru"
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
-        del config, geometry
-        self._blocks: OrderedDict[CachedBlock, None] = OrderedDict()
+        self.blocks: OrderedDict[CachedBlock, None] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
     def add(self, block: CachedBlock) -> None:
-        self._blocks[block] = None
+        self.blocks[block] = None
 
     def remove(self, block: CachedBlock) -> None:
-        del self._blocks[block]
+        del self.blocks[block]
 
     def pop(self) -> CachedBlock:
-        return self._blocks.popitem(last=False)[0]
+        return self.blocks.popitem(last=False)[0]
 
 
 class LowestFirst(EvictionPolicy):
     """The block of the lowest `value` when it was released, among equals the earliest."""
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
-        del config, geometry
-        # Removed blocks stay in the heap until they surface; the number tells them from later
-        # entries of the same block.
-        self._heap: list[tuple[float, int, CachedBlock]] = []
-        self._entries: dict[CachedBlock, int] = {}
-        self._count = 0
+        self.blocks: LazyHeap[CachedBlock] = LazyHeap()
 
     @abstractmethod
     def value(self, block: CachedBlock) -> float:
         """What keeping the block is worth."""
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.blocks)
 
     def add(self, block: CachedBlock) -> None:
-        self._count += 1
-        self._entries[block] = self._count
-        heappush(self._heap, (self.value(block), self._count, block))
-        if len(self._heap) > 2 * len(self._entries) + 64:
-            self._heap = [entry for entry in self._heap if self._is_current(entry)]
-            heapify(self._heap)
+        self.blocks.push(self.value(block), block)
 
     def remove(self, block: CachedBlock) -> None:
-        del self._entries[block]
+        self.blocks.remove(block)
 
     def pop(self) -> CachedBlock:
-        return self._pop_entry()[2]
-
-    def _pop_entry(self) -> tuple[float, int, CachedBlock]:
-        while not self._is_current(entry := heappop(self._heap)):
-            pass
-        del self._entries[entry[2]]
-        return entry
-
-    def _is_current(self, entry: tuple[float, int, CachedBlock]) -> bool:
-        return self._entries.get(entry[2]) == entry[1]
+        return self.blocks.pop()[1]
 
 
 class LFUPolicy(LowestFirst):
@@ -160,19 +133,16 @@ class CostPolicy(LowestFirst):
         super().__init__(config, geometry)
         self._cost_per_depth = geometry.block_size / _ATTENTION_PARITY_TOKENS
         self._floor = 0.0
-        # Weakly: a block that is forgotten need not come by here.
-        self._behind: WeakKeyDictionary[CachedBlock, float] = WeakKeyDictionary()
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
         # Deeper blocks cost more and need those before them: a parent is worth what its
         # children are.
-        value: float = max(own, self._behind.get(block, 0.0))
+        value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
-            self._behind[block.parent] = max(value, self._behind.get(block.parent, 0.0))
+            block.parent.worth = max(value, block.parent.worth)
         return value
 
     def pop(self) -> CachedBlock:
-        self._floor, _, block = self._pop_entry()
-        self._behind.pop(block, None)
+        self._floor, block = self.blocks.pop()
         return block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.types import BlockCopy, BlockManager
+from engine.types import BlockManager
 from utils.errors import ContractError
 
 
@@ -18,63 +18,52 @@ class GroupedBlockManager(BlockManager):
         ContractError: block sizes differ, or a manager caches prefixes.
     """
 
+    groups: tuple[BlockManager, ...] = ()
+
     def __init__(self, managers: tuple[BlockManager, ...]) -> None:
         sizes = {blocks.block_size for blocks in managers}
         if len(sizes) != 1:
             raise ContractError(f"cache groups of different block sizes: {sorted(sizes)}")
         if any(blocks.caches_prefixes for blocks in managers):
             raise ContractError("several cache groups, and a block manager that caches prefixes")
-        self._managers = managers
-
-    @property
-    def groups(self) -> tuple[BlockManager, ...]:
-        return self._managers
+        self.groups = managers
 
     @property
     def block_size(self) -> int:
-        return self._managers[0].block_size
+        return self.groups[0].block_size
 
     @property
     def num_blocks(self) -> int:
-        return min(blocks.num_blocks for blocks in self._managers)
+        return min(blocks.num_blocks for blocks in self.groups)
 
     @property
     def num_free_blocks(self) -> int:
-        return min(blocks.num_free_blocks for blocks in self._managers)
+        return min(blocks.num_free_blocks for blocks in self.groups)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        for blocks in self._managers:
-            blocks.begin(request_id, token_ids, cache_salt)
-        return 0
+        return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
         # Tables of all groups have the same length: freed entries stay in them.
-        wanted = -(-num_tokens // self.block_size) - len(self._managers[0].table(request_id))
+        wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False
-        for blocks in self._managers:
+        for blocks in self.groups:
             if not blocks.grow(request_id, num_tokens):
                 raise ContractError(f"{type(blocks).__name__} does not grow, and has free blocks")
         return True
 
     def table(self, request_id: int) -> list[int]:
         """The first group's; those of the others are had from `groups`."""
-        return self._managers[0].table(request_id)
+        return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        for blocks in self._managers:
+        for blocks in self.groups:
             blocks.commit(request_id, token_ids, num_computed)
 
     def release(self, request_id: int) -> None:
-        for blocks in self._managers:
+        for blocks in self.groups:
             blocks.release(request_id)
-
-    def take_copies(self) -> tuple[BlockCopy, ...]:
-        """None: nothing is found in a cache, so nothing has to be copied."""
-        return ()
-
-    def reset_prefix_cache(self) -> None:
-        """Nothing is cached."""
 
 
 def grouped(managers: tuple[BlockManager, ...]) -> BlockManager:

@@ -14,7 +14,7 @@ from config import Config
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# Without a size asked for: small beside a laptop's memory, and touched only as it fills.
+# Small beside a laptop's memory, and touched only as it fills.
 _DEFAULT_BYTES = 2**30
 
 
@@ -95,6 +95,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
     """`geometry` with num_blocks as the config asks: a number, or what a byte budget holds.
 
+    If the config asks for neither, every request has room for the longest context, up to a GiB.
+
     Raises:
         OutOfMemoryError: the budget holds no block.
     """
@@ -102,14 +104,7 @@ def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
         return replace(geometry, num_blocks=config.num_kvcache_blocks)
     assert config.max_model_len is not None
     budget = config.kvcache_memory_bytes
-    if budget is not None:
-        return replace(geometry, num_blocks=_fitting(geometry, budget))
-    per_request = -(-config.max_model_len // geometry.block_size)
-    wanted = per_request * config.max_num_seqs
-    return replace(geometry, num_blocks=min(wanted, _fitting(geometry, _DEFAULT_BYTES)))
-
-
-def _fitting(geometry: KVGeometry, num_bytes: int) -> int:
+    num_bytes = _DEFAULT_BYTES if budget is None else budget
     count = num_bytes // geometry.bytes_per_block
     if count < 1:
         raise OutOfMemoryError(
@@ -117,4 +112,6 @@ def _fitting(geometry: KVGeometry, num_bytes: int) -> int:
             f"takes {geometry.bytes_per_block}. Raise kvcache_memory_bytes, or lower "
             "kvcache_block_size."
         )
-    return count
+    if budget is None:
+        count = min(count, -(-config.max_model_len // geometry.block_size) * config.max_num_seqs)
+    return replace(geometry, num_blocks=count)

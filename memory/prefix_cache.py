@@ -25,13 +25,13 @@ class PrefixCacheManager(CachingBlockManager):
         self._table: dict[bytes, CachedBlock] = {}
 
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        node = self._table.get(self._digest(parent, tokens))
+        node = self._table.get(self.digest(parent, tokens))
         if node is None or node.parent != parent or node.tokens != tokens:
             return None
         return node
 
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        node.digest = self._digest(node.parent, node.tokens)
+        node.digest = self.digest(node.parent, node.tokens)
         displaced = self._table.get(node.digest)
         self._table[node.digest] = node
         return displaced
@@ -40,7 +40,8 @@ class PrefixCacheManager(CachingBlockManager):
         del self._table[node.digest]
 
     @staticmethod
-    def _digest(parent: CachedBlock | str, tokens: bytes) -> bytes:
+    def digest(parent: CachedBlock | str, tokens: bytes) -> bytes:
+        """Where the block of `tokens` behind `parent` is looked up."""
         if isinstance(parent, str):
             return xxhash.xxh128_digest(parent.encode("utf-8", "surrogatepass") + tokens)
         return xxhash.xxh128_digest(parent.digest + tokens)

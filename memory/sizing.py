@@ -19,19 +19,12 @@ _MARGIN_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Device memory in bytes.
+    """Device memory in bytes."""
 
-    Attributes:
-        total: of the device.
-        free_before: free before this engine took any; what others hold is not in it.
-        weights: taken by this engine and kept.
-        peak: taken on top by its heaviest steps, all kept for reuse.
-    """
-
-    total: int
-    free_before: int
-    weights: int
-    peak: int
+    total: int  # of the device
+    free_before: int  # before this engine took any; what others hold is not in it
+    weights: int  # taken by this engine and kept
+    peak: int  # taken on top by its heaviest steps, all kept for reuse
 
 
 @contextmanager

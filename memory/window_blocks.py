@@ -12,10 +12,6 @@ class WindowBlockManager(PagedBlockManager):
 
     A request gets blocks for its whole prompt when it is admitted, and gives them back as its
     prefill is committed. So a window group needs as many blocks as its longest request at first.
-
-    Args:
-        config: unused; the contract's constructor takes it.
-        geometry: for block_size, num_blocks and the window.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
@@ -31,7 +27,7 @@ class WindowBlockManager(PagedBlockManager):
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
         """Give back what computing position `num_computed`, or any later one, does not read."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
-        first_read = self._kind.first_read(num_computed) // self._block_size
+        first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):
             self._drop(table[place])
             table[place] = NO_BLOCK

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 _COPIED = ("benchmarks", "engine", "layers", "memory", "models", "tests", "utils")
 # A bug that the kit cannot see in so many seconds counts as missed.
 _TIMEOUT = 300
-_LEDGER, _SCHEDULER, _QUEUED = (
-    "engine/ledger.py",
+_BATCH, _SCHEDULER, _QUEUED = (
+    "engine/running_batch.py",
     "engine/scheduler.py",
     "engine/queued_scheduler.py",
 )
@@ -40,7 +40,7 @@ STARVATION = (*_PYTEST, "-k", "starves")
 MANAGERS = (*_PYTEST, "-k", "Manager")
 RUNNERS = (*_PYTEST, "-k", "LocalRunner")
 ATTENTION = (*_PYTEST[:-1], "tests/layers/attention/test_torch_sdpa.py")
-LEDGER = (*_PYTEST[:-1], "tests/engine/test_ledger.py")
+BATCH = (*_PYTEST[:-1], "tests/engine/test_running_batch.py")
 GROUPS = (*_PYTEST[:-1], "tests/memory/test_grouped_blocks.py")
 SIMULATED = (*_PYTEST[:-1], "tests/engine/test_simulated_runner.py")
 LEAKS = (*_PYTEST[:-1], "tests/engine/test_leaks.py")
@@ -75,33 +75,34 @@ def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...] = FU
 MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "late free skipped: a row that lands after its request's end releases nothing",
-        _LEDGER,
+        _BATCH,
         "                if seq.num_in_flight == 0:\n                    self._release(seq)\n",
         "",
     ),
     _bug(
         "early free: a request that ends with a step in flight releases its blocks",
-        _LEDGER,
+        _BATCH,
         "        if seq.num_in_flight == 0 and seq.slot is not None:",
         "        if seq.slot is not None:",
     ),
     _bug(
         "double free: an abort releases at once, and the row in flight again",
-        _LEDGER,
+        _BATCH,
         "        if seq.num_in_flight == 0 and seq.slot is not None:",
-        '        if (seq.num_in_flight == 0 or reason == "abort") and seq.slot is not None:',
+        '        aborted = seq.finish_reason == "abort"\n'
+        "        if (seq.num_in_flight == 0 or aborted) and seq.slot is not None:",
     ),
     _bug(
         "off by one in the blocks that a decode needs",
-        _LEDGER,
-        "self._blocks.grow(seq.request_id, end)",
-        "self._blocks.grow(seq.request_id, end - 1)",
+        _BATCH,
+        "self.blocks.grow(seq.request_id, end)",
+        "self.blocks.grow(seq.request_id, end - 1)",
     ),
     _bug(
         "off by one in the blocks that a table needs",
         _PAGED,
-        "-(-num_tokens // self._block_size)",
-        "num_tokens // self._block_size",
+        "-(-num_tokens // self.block_size)",
+        "num_tokens // self.block_size",
     ),
     _bug(
         "a failed grow keeps the blocks it got",
@@ -113,16 +114,16 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "published before it is computed: a prompt, on admission",
-        _LEDGER,
+        _BATCH,
         "        self._grown[slot] = 0\n",
         "        self._grown[slot] = 0\n"
-        "        self._blocks.commit(seq.request_id, seq.token_ids, len(seq.token_ids))\n",
+        "        self.blocks.commit(seq.request_id, seq.token_ids, len(seq.token_ids))\n",
     ),
     _bug(
         "published before it is computed: the token just sampled",
-        _LEDGER,
-        "self._blocks.commit(seq.request_id, token_ids, committed)",
-        "self._blocks.commit(seq.request_id, token_ids, len(token_ids))",
+        _BATCH,
+        "self.blocks.commit(seq.request_id, token_ids, committed)",
+        "self.blocks.commit(seq.request_id, token_ids, len(token_ids))",
     ),
     Mutant(
         "hash without parent, and a hit is trusted without comparing the parent",
@@ -165,9 +166,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "copy dropped: a plan goes without it",
-        _LEDGER,
-        "            self._blocks.take_copies(),\n",
-        "            self._blocks.take_copies()[1:],\n",
+        _BATCH,
+        "            self.blocks.take_copies(),\n",
+        "            self.blocks.take_copies()[1:],\n",
     ),
     _bug(
         "copy dropped: only the manager forgets it",
@@ -213,26 +214,26 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "the cache salt is not passed on by the scheduler",
-        _LEDGER,
-        "self._blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)",
-        "self._blocks.begin(seq.request_id, seq.token_ids)",
+        _BATCH,
+        "self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)",
+        "self.blocks.begin(seq.request_id, seq.token_ids)",
     ),
     _bug(
         "who waits for a prefix is not told that it will not come",
-        _LEDGER,
-        "            self._wake(seq.request_id, None)\n",
-        "            self._followers.pop(seq.request_id)\n",
+        _QUEUED,
+        "if leader is not None and leader.num_committed",
+        "if leader is None or leader.num_committed",
     ),
     Mutant(
         "victim in flight: blocks run out, and no one waits for the step under way",
         (
             Edit(
                 _SCHEDULER,
-                "                if self.ledger.num_in_flight:\n                    return None\n",
+                "                if self.batch.num_in_flight:\n                    return None\n",
                 "",
             ),
             Edit(
-                _LEDGER,
+                _BATCH,
                 'assert seq.num_in_flight == 0, "a request in flight cannot be preempted"',
                 "pass",
             ),
@@ -240,33 +241,33 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "stale table: a request that was preempted keeps the table it had",
-        _LEDGER,
+        _BATCH,
         "        self._grown[slot] = 0\n",
         "        if not seq.num_preemptions:\n            self._grown[slot] = 0\n",
     ),
     _bug(
         "a preempted request forgets its output",
-        _LEDGER,
+        _BATCH,
         "            tuple(seq.token_ids),\n",
         "            tuple(seq.token_ids[: seq.num_prompt_tokens]),\n",
     ),
     _bug(
         "lost block update: a new block is not sent",
-        _LEDGER,
+        _BATCH,
         "        self._grown.setdefault(seq.slot, seq.capacity // block_size)\n",
         "",
     ),
     _bug(
         "lost block update: of several new blocks only the last is sent",
-        _LEDGER,
+        _BATCH,
         "BlockUpdate(slot, first, tuple(table[first:]), group)",
         "BlockUpdate(slot, first, tuple(table[-1:]), group)",
     ),
     _bug(
         "budget overrun by a prompt",
         _SCHEDULER,
-        "left -= self.ledger.prefill(admitted, left)",
-        "left -= self.ledger.prefill(admitted, self.budget)",
+        "left -= self.batch.prefill(admitted, left)",
+        "left -= self.batch.prefill(admitted, self.budget)",
     ),
     _bug(
         "budget overrun by decodes beside prompts",
@@ -276,45 +277,45 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "tokens attributed to the wrong slots",
-        _LEDGER,
-        "chain(chunks, zip(*decodes, rows, left, strict=False))",
-        "chain(chunks, zip(*decodes, reversed([*rows]), left, strict=False))",
+        _BATCH,
+        "plan.decode_counts, tokens, scores,",
+        "plan.decode_counts, reversed([*tokens]), scores,",
     ),
     _bug(
         "one token too many in flight at a length limit",
-        _LEDGER,
+        _BATCH,
         "return seq.num_scheduled + 1 < seq.max_total_tokens",
         "return seq.num_scheduled < seq.max_total_tokens",
     ),
     _bug(
         "late token: what was computed after the end is appended",
-        _LEDGER,
+        _BATCH,
         "            if seq.finish_reason is not None:\n",
         '            if seq.finish_reason == "abort":\n',
     ),
     _bug(
         "a stop token does not stop",
-        _LEDGER,
+        _BATCH,
         "if token in seq.stop_token_ids:",
         "if token == max(seq.stop_token_ids, default=-1):",
     ),
     _bug(
         "a request that can never fit is taken in",
-        _LEDGER,
+        _BATCH,
         "        if needed > there:",
         "        if needed > there + 1:",
     ),
     _bug(
         "an aborted request stays in the queue",
         "engine/policies/queue.py",
-        "while self._heap and self._heap[0][2].finish_reason is not None:",
-        "while False:",
+        "        self.waiting.remove(seq)\n",
+        "        pass\n",
     ),
     _bug(
         "has_unfinished forgets those that wait",
         _QUEUED,
-        "return bool(self._waiting or self.ledger.num_running)",
-        "return bool(self.ledger.num_running)",
+        "return bool(self._waiting or self.batch.num_running)",
+        "return bool(self.batch.num_running)",
     ),
     _bug(
         "starvation: prompts always come before decodes",
@@ -325,25 +326,25 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "kept count off by one: what was drafted and not kept is committed",
-        _LEDGER,
+        _BATCH,
         "committed = before + len(token_ids) - num_known\n",
         "committed = before + min(len(token_ids) - num_known + 1, num_planned)\n",
     ),
     _bug(
         "kept count off by one: the next row is taken to start one position early",
-        _LEDGER,
+        _BATCH,
         "seq.num_scheduled -= num_planned - num_kept",
         "seq.num_scheduled -= num_planned - num_kept + 1",
     ),
     _bug(
         "kept count forgotten: the next row is taken to start where all would have been kept",
-        _LEDGER,
+        _BATCH,
         "        seq.num_scheduled -= num_planned - num_kept\n",
         "",
     ),
     _bug(
         "kept count: a request that kept fewer is not decoded on",
-        _LEDGER,
+        _BATCH,
         "        seq.num_drafted -= num_planned - 1\n        if _goes_on(seq):\n",
         "        seq.num_drafted -= num_planned - 1\n        if not seq:\n",
     ),
@@ -355,51 +356,51 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "block not reserved for drafts",
-        _LEDGER,
+        _BATCH,
         "        if self.reserve(seq, wanted):\n            return wanted\n",
         "        if wanted:\n            return wanted\n",
     ),
     _bug(
         "blocks reserved for drafts from the earliest start alone",
-        _LEDGER,
+        _BATCH,
         "        end = min(seq.num_scheduled + num_positions,",
         "        end = min(seq.num_scheduled - seq.num_drafted + num_positions,",
     ),
     _bug(
         "log-probabilities longer than tokens after a stop",
-        _LEDGER,
-        "seq.logprobs += scores[:num_taken]",
+        _BATCH,
+        "seq.logprobs += scores[: len(token_ids) - num_known]",
         "seq.logprobs += scores",
     ),
     _bug(
         "values longer than tokens after a stop",
-        _LEDGER,
-        "seq.values += report.values[: max(num_taken, 1)]",
+        _BATCH,
+        "seq.values += report.values[: max(len(token_ids) - num_known, 1)]",
         "seq.values += report.values",
     ),
     _bug(
         "a row that failed is committed like the others",
-        _LEDGER,
-        "                finished.append(seq)\n                continue\n",
-        "                finished.append(seq)\n                seq.finish_reason = None\n",
+        _BATCH,
+        '                self.finish(seq, "error")\n                continue\n',
+        '                self.finish(seq, "error")\n                seq.finish_reason = None\n',
     ),
     _bug(
         "a prompt without output is sampled from",
-        _LEDGER,
+        _BATCH,
         "samples = reaches_end and seq.num_prefill < seq.max_total_tokens",
         "samples = reaches_end",
     ),
     _bug(
         "a window slides by drafted positions",
-        _LEDGER,
-        "self._blocks.commit(seq.request_id, token_ids, committed)",
-        "self._blocks.commit(seq.request_id, token_ids, committed + seq.num_drafted)",
+        _BATCH,
+        "self.blocks.commit(seq.request_id, token_ids, committed)",
+        "self.blocks.commit(seq.request_id, token_ids, committed + seq.num_drafted)",
     ),
     _bug(
         "a window gives a block back that the next position reads",
         "memory/window_blocks.py",
-        "first_read = self._kind.first_read(num_computed) // self._block_size",
-        "first_read = self._kind.first_read(num_computed + 1) // self._block_size",
+        "first_read = self._kind.first_read(num_computed) // self.block_size",
+        "first_read = self._kind.first_read(num_computed + 1) // self.block_size",
     ),
     _bug(
         "a window is one position short",
@@ -418,32 +419,32 @@ MUTANTS: tuple[Mutant, ...] = (
         "one group grows and another does not",
         "memory/grouped_blocks.py",
         "        if wanted > self.num_free_blocks:\n",
-        "        if wanted > self._managers[0].num_free_blocks:\n",
+        "        if wanted > self.groups[0].num_free_blocks:\n",
     ),
     _bug(
         "policies see the group that has the most",
         "memory/grouped_blocks.py",
-        "return min(blocks.num_free_blocks for blocks in self._managers)",
-        "return max(blocks.num_free_blocks for blocks in self._managers)",
+        "return min(blocks.num_free_blocks for blocks in self.groups)",
+        "return max(blocks.num_free_blocks for blocks in self.groups)",
     ),
     _bug(
         "of several groups one gets the blocks of the first",
-        _LEDGER,
+        _BATCH,
         "                table = blocks.table(seq.request_id)\n",
-        "                table = self._blocks.table(seq.request_id)\n",
+        "                table = self.blocks.table(seq.request_id)\n",
     ),
     _bug(
         "wall clock read in the scheduler: at admission",
-        _LEDGER,
+        _BATCH,
         "seq.admitted_at, seq.num_cached = self._clock(), cached",
         'seq.admitted_at, seq.num_cached = __import__("time").perf_counter(), cached',
         SIMULATED,
     ),
     _bug(
         "wall clock read in the scheduler: at commit",
-        _LEDGER,
-        "self._blocks.block_size, result.ended_at\n",
-        'self._blocks.block_size, __import__("time").perf_counter()\n',
+        _BATCH,
+        "self.blocks.block_size, result.ended_at\n",
+        'self.blocks.block_size, __import__("time").perf_counter()\n',
         SIMULATED,
     ),
     _bug(
@@ -477,8 +478,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "eviction by cost without ageing",
         "memory/eviction.py",
-        "        self._floor, _, block = self._pop_entry()\n",
-        "        _, _, block = self._pop_entry()\n",
+        "        self._floor, block = self.blocks.pop()\n",
+        "        _, block = self.blocks.pop()\n",
         (*_PYTEST[:-1], "tests/memory/test_eviction.py"),
     ),
     _bug(
@@ -490,7 +491,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "min_tokens after a preemption: the output counts as prompt",
-        _LEDGER,
+        _BATCH,
         "            len(seq.token_ids) - seq.num_prompt_tokens,\n            tuple(",
         "            0,\n            tuple(",
         (*_PYTEST[:-1], "tests/test_sampling.py", "-k", "min_tokens"),
@@ -503,7 +504,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        del self.logprobs[num_tokens:]\n"
         "        del self.values[num_tokens:]\n",
         "        return\n",
-        LEDGER,
+        BATCH,
     ),
     _bug(
         "leak: the cache keeps what it knew of ended requests",
@@ -515,8 +516,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "leak: the policy of fair shares keeps what it charged",
         "engine/policies/fair_share.py",
-        "self._charged.pop(seq.request_id)",
-        "self._charged[seq.request_id]",
+        "self.charged.pop(seq.request_id)",
+        "self.charged[seq.request_id]",
         LEAKS,
     ),
     _bug(

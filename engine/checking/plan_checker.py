@@ -230,7 +230,7 @@ class PlanChecker:
             self._ended.clear()
         require(plan.step_id == self._next_step_id, f"step {plan.step_id} is out of order")
         self._next_step_id += 1
-        rows, counts = plan.rows, plan.decode_tokens
+        rows, counts = plan.row_slots, plan.decode_tokens
         require(bool(rows), "the plan computes nothing")
         require(len(set(rows)) == len(rows), "a slot has two rows in one step")
         require(len(rows) <= self._max_num_seqs, f"{len(rows)} rows exceed max_num_seqs")

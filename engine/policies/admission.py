@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from engine.ledger import Ledger
 from engine.policies.base import AdmissionPolicy
+from engine.running_batch import RunningBatch
 from engine.sequence import Sequence
 
 
@@ -14,7 +14,7 @@ class Optimistic(AdmissionPolicy):
 
     name = "optimistic"
 
-    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
+    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         return True
 
 
@@ -23,10 +23,10 @@ class ReserveOutput(AdmissionPolicy):
 
     name = "reserve"
 
-    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
-        held = sum(s.capacity for s in ledger.running.values()) // ledger.block_size
-        most = sum(ledger.most_blocks(s) for s in (*ledger.running.values(), seq))
-        return most - held <= ledger.num_free_blocks
+    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
+        held = sum(s.capacity for s in batch.running.values()) // batch.blocks.block_size
+        most = sum(batch.most_blocks(s) for s in (*batch.running.values(), seq))
+        return most - held <= batch.blocks.num_free_blocks
 
 
 class LookAhead(AdmissionPolicy):
@@ -38,8 +38,8 @@ class LookAhead(AdmissionPolicy):
 
     name = "lookahead"
 
-    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
-        size, seqs = ledger.block_size, [*ledger.running.values(), seq]
+    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
+        size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
         # Steps to the end, and the position of the newest token; the last to end comes first.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
@@ -51,6 +51,6 @@ class LookAhead(AdmissionPolicy):
             # At `steps` from now `count` requests are left, each with `steps - 1` more positions.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
-            if full + count * (more + 1) + crossed > ledger.num_blocks:
+            if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
                 return False
         return True

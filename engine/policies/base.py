@@ -7,16 +7,12 @@ from collections.abc import Collection
 from typing import ClassVar
 
 from config import Config
-from engine.ledger import Ledger
+from engine.running_batch import RunningBatch
 from engine.sequence import Sequence
 
 
 class Policy(ABC):
-    """One decision of a scheduler.
-
-    Args:
-        config: the engine's options, for policies that need them.
-    """
+    """One decision of a scheduler; its constructor takes the engine's options."""
 
     name: ClassVar[str]
 
@@ -56,11 +52,11 @@ class AdmissionPolicy(Policy):
     """Whether a waiting request may join the running ones."""
 
     @abstractmethod
-    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
-        """Whether `seq` may start now.
+    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
+        """Whether `seq`, the first of the queue, may start now.
 
-        Asked only while other requests run, for the first of the queue; blocks for the tokens
-        known so far are checked after it. The ledger must not be changed.
+        Asked only while other requests run. That there are blocks for the tokens known so far is
+        checked afterwards. The batch must not be changed.
         """
 
 

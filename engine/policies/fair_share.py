@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import defaultdict
 
 from config import Config
 from engine.policies.base import QueuePolicy
 from engine.policies.queue import FirstCome
 from engine.sequence import Sequence
+from utils.lazy_heap import LazyHeap
 
 
 class _UserQueue(QueuePolicy):
     """The next request of the user at the lowest level; a user's own in order of arrival."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
+        # One number for every user seen; users who wait are also in a queue and in the order.
+        self.levels: defaultdict[str, int] = defaultdict(int)
         self._queues: defaultdict[str, FirstCome] = defaultdict(lambda: FirstCome(config))
-        # The levels, one number for every user seen, and a heap of them: each user who waits is
-        # in it with the present level, and maybe with outdated ones.
-        self._levels: defaultdict[str, int] = defaultdict(int)
-        self._order: list[tuple[int, str]] = []
+        self._order: LazyHeap[str] = LazyHeap()
         self._now = 0
 
     def push(self, seq: Sequence) -> None:
@@ -28,29 +26,29 @@ class _UserQueue(QueuePolicy):
         returns = user not in self._queues
         self._queues[user].push(seq)
         if returns:
-            self._raise(user, max(0, self._now - self._levels[user]))
+            self._raise(user, max(0, self._now - self.levels[user]))
 
     def first(self) -> Sequence | None:
-        while self._order:
-            level, user = self._order[0]
-            if user in self._queues and level == self._levels[user]:
-                if seq := self._queues[user].first():
-                    return seq
-                del self._queues[user]
-            heapq.heappop(self._order)
+        while (user := self._order.first()) is not None:
+            if seq := self._queues[user].first():
+                return seq
+            del self._queues[user]
+            self._order.remove(user)
         return None
 
     def pop(self) -> Sequence:
-        self._now, user = self._order[0]
+        user = self._order.first()
+        assert user is not None, "pop() of an empty queue"
+        self._now = self.levels[user]
         return self._queues[user].pop()
 
     def discard(self, seq: Sequence) -> None:
         self._queues[seq.sampling.user].discard(seq)
 
     def _raise(self, user: str, tokens: int) -> None:
-        self._levels[user] += tokens
+        self.levels[user] += tokens
         if user in self._queues:
-            heapq.heappush(self._order, (self._levels[user], user))
+            self._order.push((self.levels[user], user), user)
 
 
 class FairShare(_UserQueue):
@@ -66,16 +64,16 @@ class FairShare(_UserQueue):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._charged: dict[int, int] = {}
+        self.charged: dict[int, int] = {}
 
     def push(self, seq: Sequence) -> None:
-        if seq.request_id in self._charged:
+        if seq.request_id in self.charged:
             self._settle(seq, 0)
         super().push(seq)
 
     def pop(self) -> Sequence:
         seq = super().pop()
-        self._charged[seq.request_id] = seq.num_expected_tokens
+        self.charged[seq.request_id] = seq.num_expected_tokens
         self._raise(seq.sampling.user, seq.num_expected_tokens)
         return seq
 
@@ -83,4 +81,4 @@ class FairShare(_UserQueue):
         self._settle(seq, len(seq.token_ids))
 
     def _settle(self, seq: Sequence, tokens: int) -> None:
-        self._raise(seq.sampling.user, tokens - self._charged.pop(seq.request_id))
+        self._raise(seq.sampling.user, tokens - self.charged.pop(seq.request_id))

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import heapq
 from abc import abstractmethod
 from typing import Any
 
 from config import Config
 from engine.policies.base import QueuePolicy
 from engine.sequence import Sequence
+from utils.lazy_heap import LazyHeap
 
 
 class KeyedQueue(QueuePolicy):
-    """Runs the request with the smallest key, the earliest arrival among equals.
-
-    A heap; aborted requests stay in it until they surface or are half of it, so that each
-    operation costs O(log n).
-    """
+    """Runs the request with the smallest key, the earliest arrival among equals, in O(log n)."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self._heap: list[tuple[Any, int, Sequence]] = []
-        self._num_dead = 0
+        self.waiting: LazyHeap[Sequence] = LazyHeap()
 
     @abstractmethod
     def key(self, seq: Sequence) -> Any:
         """Comparable; taken when the request is pushed."""
 
     def push(self, seq: Sequence) -> None:
-        heapq.heappush(self._heap, (self.key(seq), seq.request_id, seq))
+        self.waiting.push((self.key(seq), seq.request_id), seq)
 
     def first(self) -> Sequence | None:
-        while self._heap and self._heap[0][2].finish_reason is not None:
-            heapq.heappop(self._heap)
-            self._num_dead -= 1
-        return self._heap[0][2] if self._heap else None
+        return self.waiting.first()
 
     def pop(self) -> Sequence:
-        return heapq.heappop(self._heap)[2]
+        return self.waiting.pop()[1]
 
     def discard(self, seq: Sequence) -> None:
-        self._num_dead += 1
-        if 2 * self._num_dead > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2].finish_reason is None]
-            heapq.heapify(self._heap)
-            self._num_dead = 0
+        self.waiting.remove(seq)
 
 
 class FirstCome(KeyedQueue):

@@ -26,7 +26,7 @@ class Scanning(FirstCome):
     name = "scanning"
 
     def first(self) -> Sequence | None:
-        self._heap.sort()
+        self.waiting.heap.sort()
         return super().first()
 
 
@@ -36,7 +36,7 @@ class Listing(FirstCome):
     name = "listing"
 
     def first(self) -> Sequence | None:
-        assert all(len(entry) == 3 for entry in self._heap)
+        assert all(len(entry) == 3 for entry in self.waiting.heap)
         return super().first()
 
 
@@ -100,7 +100,7 @@ def test_the_queue_keeps_its_length() -> None:
     scheduler = load._scheduler
     # One may have been admitted since the last arrivals.
     assert len(load._waiting) == len(scheduler._waiting) in (49, 50)
-    assert scheduling_cost.NUM_RUNNING - scheduler.ledger.num_running in (0, 1)
+    assert scheduling_cost.NUM_RUNNING - scheduler.batch.num_running in (0, 1)
     assert len(load.seconds) == 30
 
 

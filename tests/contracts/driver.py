@@ -181,7 +181,7 @@ class Driver:
         failed = {row for row, report in result.reports.items() if report.error is not None}
         tokens = iter(result.tokens)
         chunks = [(chunk.num_tokens, chunk.samples) for chunk in plan.prefill]
-        for row, slot in enumerate(plan.rows):
+        for row, slot in enumerate(plan.row_slots):
             num_computed, samples = chunks[row] if row < len(chunks) else (0, True)
             num_tokens = len(next(tokens)) if samples else 0
             for audit in self.audits:
@@ -238,7 +238,7 @@ class Driver:
             require(pickle.loads(data) == plan, f"{plan} changes when pickled")
             news = plan.new_requests
             limit = _PLAN_BYTES + _NEW_BYTES * len(news) + 8 * sum(len(n.token_ids) for n in news)
-            limit += _ROW_BYTES * len([*plan.rows, *plan.block_updates, *plan.block_copies])
+            limit += _ROW_BYTES * len([*plan.row_slots, *plan.block_updates, *plan.block_copies])
             limit += 4 * sum(len(update.block_ids) for update in plan.block_updates)
             require(len(data) <= limit, f"a plan of {len(data)} bytes: {plan}")
 
@@ -274,7 +274,7 @@ class Driver:
             known = (tuple(seq.token_ids), seq.max_total_tokens, seq.seed)
             require(told == known, f"{new} says {told} of {seq}, which has {known}")
             self._in_slot[new.slot] = new.request_id
-        for slot in plan.rows:
+        for slot in plan.row_slots:
             for audit in self.audits:
                 audit.in_flight[self._in_slot.get(slot, -1)] += 1
 

@@ -29,7 +29,7 @@ def _slots(plan: StepPlan | None) -> list[int]:
 
 def test_scheduling_needs_no_torch() -> None:
     code = (
-        "import sys, engine.scheduler, engine.ledger, memory.block_manager, tests.fakes; "
+        "import sys, engine.scheduler, engine.running_batch, memory.block_manager, tests.fakes; "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from config import Config
-from engine.ledger import Ledger
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.static_scheduler import StaticScheduler
@@ -39,9 +38,10 @@ def _prefill_tokens(driver: Driver) -> int:
     return sum(plan.num_prefill_tokens for plan in driver.plans)
 
 
-def _waiting_for_prefixes(driver: Driver) -> list[Sequence]:
-    ledger = driver.scheduler.ledger  # type: ignore[attr-defined]
-    return [seq for followers in ledger._followers.values() for _, seq in followers]
+def _deferred(driver: Driver) -> list[Sequence]:
+    scheduler = driver.scheduler
+    assert isinstance(scheduler, ContinuousScheduler)
+    return [seq for seq, _ in scheduler.deferred]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -95,32 +95,41 @@ def test_only_those_who_share_wait(depth: int) -> None:
 
 
 def test_a_follower_waits_for_the_shared_part_alone() -> None:
-    blocks = PrefixCacheManager(Config(model="none"), KVGeometry(1, 1, 1, 16, 64, 4))
-    ledger = Ledger(blocks, max_num_seqs=2, clock=lambda: 0.0)
+    config = Config(model="none", max_num_seqs=2, max_num_batched_tokens=500)
+    blocks = PrefixCacheManager(config, KVGeometry(1, 1, 1, 16, 64, 4))
+    scheduler = ContinuousScheduler(config, blocks, lambda: 0.0)
+    batch = scheduler.batch
     leader, follower = (
         Sequence(i, _prompt(48, own, i), SamplingParams(), max_total_tokens=500)
         for i, own in enumerate((400, 5))
     )
-    assert ledger.pending(leader) is None
-    assert ledger.admit(leader)
-    prefix = ledger.pending(follower)
+    scheduler.add(leader)
+    assert blocks.pending(leader.token_ids) is None
+    assert scheduler.admit(leader)
+    scheduler.add(follower)
+    prefix = blocks.pending(follower.token_ids)
     assert prefix == PendingPrefix(0, 48)
-    assert ledger.follow(follower, prefix)
+    assert scheduler.defer(prefix)
+    assert scheduler.queue.first() is None
     for num_tokens in (32, 15):
-        ledger.prefill(leader, num_tokens)
-        plan = ledger.build()
+        batch.prefill(leader, num_tokens)
+        plan = batch.build()
         assert plan is not None
-        ledger.commit(plan, StepResult(plan.step_id, [], 0.0))
-        assert ledger.woken() == []
-    ledger.prefill(leader, 1)
-    plan = ledger.build()
+        scheduler.commit(plan, StepResult(plan.step_id, [], 0.0))
+        scheduler.rejoin()
+        assert scheduler.deferred == [(follower, prefix)]
+        assert scheduler.queue.first() is None
+    batch.prefill(leader, 1)
+    plan = batch.build()
     assert plan is not None
-    ledger.commit(plan, StepResult(plan.step_id, [], 0.0))
-    assert ledger.woken() == [follower]
-    assert ledger.woken() == []
-    assert ledger.pending(follower) is None
-    assert ledger.admit(follower)
+    scheduler.commit(plan, StepResult(plan.step_id, [], 0.0))
+    scheduler.rejoin()
+    assert scheduler.deferred == []
+    assert scheduler.queue.first() is follower
+    assert blocks.pending(follower.token_ids) is None
+    assert scheduler.admit(follower)
     assert follower.num_scheduled == 48
+    assert scheduler.queue.first() is None
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -128,7 +137,7 @@ def test_no_one_waits_for_an_aborted_request(depth: int) -> None:
     driver = _driver(max_num_seqs=4, budget=512, depth=depth)
     leader, *followers = (_submit(driver, _prompt(400, 5, i)) for i in range(3))
     driver.launch()
-    assert _waiting_for_prefixes(driver) == followers
+    assert _deferred(driver) == followers
     driver.abort(leader.request_id)
     driver.finish()
     assert all(seq.finish_reason == "length" for seq in followers)
@@ -142,7 +151,7 @@ def test_a_follower_can_be_aborted(depth: int) -> None:
     leader, follower, last = (_submit(driver, _prompt(100, 5, i)) for i in range(3))
     driver.launch()
     driver.abort(follower.request_id)
-    assert _waiting_for_prefixes(driver) == [last]
+    assert _deferred(driver) == [last]
     driver.finish()
     assert (leader.finish_reason, last.finish_reason) == ("length", "length")
     assert follower.output_token_ids == []
@@ -155,7 +164,7 @@ def test_no_more_wait_than_could_run(depth: int) -> None:
     for i in range(60):
         _submit(driver, _prompt(160, 3, i), max_tokens=2)
     driver.launch()
-    assert len(_waiting_for_prefixes(driver)) == 4
+    assert len(_deferred(driver)) == 4
     driver.finish()
     assert _prefill_tokens(driver) == 160 + 60 * 3
 

@@ -9,6 +9,7 @@ import pytest
 from config import Config
 from engine.types import BlockManager, KVGeometry
 from memory.block_manager import PagedBlockManager
+from memory.prefix_cache import PrefixCacheManager
 
 
 def _blocks(num_blocks: int = 8, block_size: int = 16) -> PagedBlockManager:
@@ -107,19 +108,20 @@ def test_release_of_a_block_that_is_free_already_fails() -> None:
     for request_id in (0, 1):
         blocks.begin(request_id, [])
     blocks.grow(0, 16)
-    blocks._tables[1] = list(blocks.table(0))
+    blocks.table(1).append(blocks.table(0)[0])
     blocks.release(0)
     with pytest.raises(AssertionError, match="free block"):
         blocks.release(1)
 
 
 def test_a_block_that_two_requests_hold_stays_until_both_release_it() -> None:
-    blocks = _blocks()
-    for request_id in (0, 1):
-        blocks.begin(request_id, [])
-    blocks.grow(0, 16)
-    blocks._tables[1] = list(blocks.table(0))
-    blocks._references[blocks.table(0)[0]] += 1
+    blocks = PrefixCacheManager(Config(model="none"), KVGeometry(1, 1, 1, 16, 8, 4))
+    tokens = [1] * 17
+    blocks.begin(0, tokens)
+    blocks.grow(0, 17)
+    blocks.commit(0, tokens, 16)
+    assert blocks.begin(1, tokens) == 16
+    assert blocks.table(1) == blocks.table(0)[:1]
     blocks.release(0)
     assert blocks.num_free_blocks == 7
     blocks.release(1)

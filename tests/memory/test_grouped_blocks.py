@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from config import Config
-from engine.ledger import Ledger
+from engine.running_batch import RunningBatch
 from engine.sequence import Sequence
 from engine.types import NO_BLOCK, BlockUpdate, KVGeometry, StepResult, WindowPages
 from memory.block_manager import PagedBlockManager
@@ -94,23 +94,23 @@ def test_groups_that_cannot_be_together() -> None:
 
 def test_plans_name_the_group_and_windows_slide_by_what_is_committed() -> None:
     blocks = grouped((_paged(), _window(3)))
-    ledger = Ledger(blocks, 2, lambda: 0.0)
+    batch = RunningBatch(blocks, 2, lambda: 0.0)
     seq = Sequence(0, [*range(6)], SamplingParams(), max_total_tokens=30)
-    ledger.admit(seq)
-    ledger.prefill(seq, 6)
-    plan = ledger.build()
+    batch.admit(seq)
+    batch.prefill(seq, 6)
+    plan = batch.build()
     assert plan is not None
     assert plan.block_updates == (BlockUpdate(0, 0, (0, 1)), BlockUpdate(0, 0, (0, 1), group=1))
-    ledger.commit(plan, StepResult(0, [[9]], 0.0))
+    batch.commit(plan, StepResult(0, [[9]], 0.0))
     assert blocks.groups[1].table(0) == [NO_BLOCK, 1]
-    ledger.decode([seq], 6)
-    plan = ledger.build()
+    batch.decode([seq], 6)
+    plan = batch.build()
     assert plan is not None
     assert plan.block_updates == (BlockUpdate(0, 2, (2,)), BlockUpdate(0, 2, (0,), group=1))
     # One position of six is kept: the window ends behind position 6, and block 1 is in it.
-    ledger.commit(plan, StepResult(1, [[9]], 0.0))
+    batch.commit(plan, StepResult(1, [[9]], 0.0))
     assert blocks.groups[1].table(0) == [NO_BLOCK, 1, 0]
-    assert ledger.num_free_blocks == 5
+    assert batch.blocks.num_free_blocks == 5
 
 
 @pytest.mark.parametrize("window", [0, -3])
@@ -126,4 +126,6 @@ def test_a_window_remembers_nothing_of_who_left() -> None:
         blocks.grow(request_id, 12)
         blocks.commit(request_id, [0] * 12, 12)
         blocks.release(request_id)
-    assert (blocks._num_freed, blocks._tables) == ({}, {})
+    kept = {name: value for name, value in vars(blocks).items() if isinstance(value, dict)}
+    assert kept
+    assert not any(kept.values())

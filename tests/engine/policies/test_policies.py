@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import engine.policies
 from config import Config
-from engine.ledger import Ledger
 from engine.policies.admission import LookAhead
 from engine.policies.base import AdmissionPolicy, PreemptionPolicy
 from engine.policies.queue import KeyedQueue
 from engine.policies.step import PrefillFirst
+from engine.running_batch import RunningBatch
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.types import KVGeometry
@@ -172,8 +172,8 @@ class TestFairShare:
         bench.run()
         queue: Any = bench.scheduler
         assert bench.num_preemptions > 0
-        assert dict(queue.queue._levels) == {"a": 55, "b": 55}
-        assert not queue.queue._charged
+        assert dict(queue.queue.levels) == {"a": 55, "b": 55}
+        assert not queue.queue.charged
 
     def test_an_aborted_request_is_charged_what_it_took(self) -> None:
         bench = Bench(queue_policy="fair_share")
@@ -181,7 +181,7 @@ class TestFairShare:
         bench.run(until=lambda: len(seq.output_token_ids) == 3)
         bench.abort(0)
         scheduler: Any = bench.scheduler
-        assert dict(scheduler.queue._levels) == {"a": 8}
+        assert dict(scheduler.queue.levels) == {"a": 8}
 
     def test_an_aborted_request_that_waited_for_a_prefix_is_charged_nothing(self) -> None:
         setting = Setting(options={"queue_policy": "fair_share"})
@@ -192,8 +192,8 @@ class TestFairShare:
         driver.launch()
         driver.abort(1)
         scheduler: Any = driver.scheduler
-        assert scheduler.queue._levels["b"] == 0
-        assert list(scheduler.queue._charged) == [0]
+        assert scheduler.queue.levels["b"] == 0
+        assert list(scheduler.queue.charged) == [0]
         driver.finish()
 
 
@@ -254,17 +254,17 @@ class TestAdmission:
     ) -> None:
         config = Config(model="none")
         geometry = KVGeometry(1, 1, 1, block_size, num_blocks, 4)
-        ledger = Ledger(PagedBlockManager(config, geometry), 8, lambda: 0.0)
+        batch = RunningBatch(PagedBlockManager(config, geometry), 8, lambda: 0.0)
         seqs = [
             Sequence(i, [1] * prompt, SamplingParams(), max_total_tokens=prompt + output)
             for i, (prompt, output) in enumerate(requests)
         ]
-        ledger.running = {seq.request_id: seq for seq in seqs[:-1]}
+        batch.running = {seq.request_id: seq for seq in seqs[:-1]}
         most = max(
-            sum(ledger.blocks_for(p + step) for p, output in requests if step < output)
+            sum(batch.blocks_for(p + step) for p, output in requests if step < output)
             for step in range(40)
         )
-        assert LookAhead(config).admits(seqs[-1], ledger) == (most <= num_blocks)
+        assert LookAhead(config).admits(seqs[-1], batch) == (most <= num_blocks)
 
 
 class Never(AdmissionPolicy):
@@ -272,8 +272,8 @@ class Never(AdmissionPolicy):
 
     name = "never"
 
-    def admits(self, seq: Sequence, ledger: Ledger) -> bool:
-        assert ledger.running
+    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
+        assert batch.running
         return False
 
 

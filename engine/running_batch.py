@@ -1,40 +1,35 @@
-"""The bookkeeping every scheduler needs: slots, blocks, and what is in flight.
-
-A scheduler decides; the ledger keeps the decisions consistent with the step contract. It turns
-`admit`, `prefill`, `decode` and `preempt` calls into one `StepPlan` of deltas, and a
-`StepResult` back into request state, whatever the pipeline depth.
-"""
+"""The requests that run, and the plan under construction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain, repeat
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, repeat
 
 from engine.sequence import Sequence
-from engine.types import (
-    BlockManager,
+from engine.step import (
     BlockUpdate,
-    Clock,
     NewRequest,
-    PendingPrefix,
     PrefillChunk,
     RowReport,
     StepPlan,
     StepResult,
     TokenLogprobs,
 )
+from engine.types import BlockManager, Clock
 from utils.errors import RequestTooLongError
 
+# Slot, positions planned, tokens, their log-probabilities, report.
+_Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
-class Ledger:
-    """Slots and blocks of the running requests, and the plan under construction.
 
-    Args:
-        block_manager: where KV blocks come from.
-        max_num_seqs: slots in all.
-        clock: the runner's, for the requests' times.
+class RunningBatch:
+    """Keeps a scheduler's decisions consistent with the step contract, at any pipeline depth.
+
+    `admit`, `prefill`, `decode` and `preempt` calls become one `StepPlan` of deltas, and a
+    `StepResult` becomes request state. There are `max_num_seqs` slots.
 
     Attributes:
+        blocks: where KV blocks come from; others may read it, and must not change it.
         running: the requests that hold a slot and have not finished, by id, in order of
             admission.
         prefilling: those of them with known tokens left to plan.
@@ -43,26 +38,23 @@ class Ledger:
         num_in_flight: plans that have not been committed.
     """
 
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int, clock: Clock) -> None:
-        self._blocks = block_manager
-        self._groups = block_manager.groups
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
+        self.blocks = blocks
+        self.running: dict[int, Sequence] = {}
+        self.prefilling: dict[int, Sequence] = {}
+        self.decoding: dict[int, Sequence] = {}
+        self.num_in_flight = 0
         self._clock = clock
         self._holder: list[Sequence | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._next_step_id = 0
+        # By slot: who enters it, and the first entry of its table that the runner does not have.
         self._new: dict[int, NewRequest] = {}
         self._grown: dict[int, int] = {}
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
         # Positions of the slots in `_decode` that have drafts planned.
         self._decode_counts: dict[int, int] = {}
-        self._next_step_id = 0
-        self.running: dict[int, Sequence] = {}
-        self.prefilling: dict[int, Sequence] = {}
-        self.decoding: dict[int, Sequence] = {}
-        self.num_in_flight = 0
-        # By the running request whose prefix they wait for: (tokens it has to commit, request).
-        self._followers: dict[int, list[tuple[int, Sequence]]] = {}
-        self._woken: list[Sequence] = []
 
     @property
     def num_free_slots(self) -> int:
@@ -74,24 +66,9 @@ class Ledger:
         """Requests that hold a slot, finished ones with a step in flight included."""
         return len(self._holder) - len(self._free_slots)
 
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        return self._blocks.block_size
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in all; of several cache groups those of the smallest."""
-        return self._blocks.num_blocks
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that could be handed out now; of several cache groups those of the scarcest."""
-        return self._blocks.num_free_blocks
-
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
-        return -(-num_tokens // self._blocks.block_size)
+        return -(-num_tokens // self.blocks.block_size)
 
     def most_blocks(self, seq: Sequence) -> int:
         """Blocks that the request holds at its length limit."""
@@ -105,7 +82,7 @@ class Ledger:
         Raises:
             RequestTooLongError: at its length limit it exceeds the whole cache.
         """
-        needed, there = self.most_blocks(seq), self._blocks.num_blocks
+        needed, there = self.most_blocks(seq), self.blocks.num_blocks
         if needed > there:
             raise RequestTooLongError(
                 "prompt",
@@ -122,16 +99,16 @@ class Ledger:
         """
         if not self._free_slots:
             return False
-        cached = self._blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
-        if not self._blocks.grow(seq.request_id, len(seq.token_ids)):
-            self._blocks.release(seq.request_id)
+        cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
+        if not self.blocks.grow(seq.request_id, len(seq.token_ids)):
+            self.blocks.release(seq.request_id)
             return False
         slot = self._free_slots.pop()
         self._holder[slot] = seq
         seq.slot = slot
         seq.num_scheduled = seq.num_committed = cached
         seq.num_prefill = len(seq.token_ids)
-        seq.capacity = self.blocks_for(len(seq.token_ids)) * self._blocks.block_size
+        seq.capacity = self.blocks_for(len(seq.token_ids)) * self.blocks.block_size
         if seq.admitted_at is None:
             seq.admitted_at, seq.num_cached = self._clock(), cached
         self._new[slot] = NewRequest(
@@ -150,37 +127,6 @@ class Ledger:
         self.running[seq.request_id] = self.prefilling[seq.request_id] = seq
         return True
 
-    def pending(self, seq: Sequence) -> PendingPrefix | None:
-        """A prefix of the request that a running one is about to compute: worth waiting for."""
-        return self._blocks.pending(seq.token_ids, seq.cache_salt)
-
-    def follow(self, seq: Sequence, prefix: PendingPrefix) -> bool:
-        """Let a request wait until `woken` returns it: its prefix has come, or never will.
-
-        False if as many wait as could ever run: a step's cost must not grow with the queue.
-        """
-        if sum(map(len, self._followers.values())) >= len(self._holder):
-            return False
-        self._followers.setdefault(prefix.request_id, []).append((prefix.num_tokens, seq))
-        return True
-
-    def unfollow(self, seq: Sequence) -> bool:
-        """Forget a request that waits for a prefix; False if it does not."""
-        for followers in self._followers.values():
-            for i, (_, follower) in enumerate(followers):
-                if follower is seq:
-                    del followers[i]
-                    return True
-        if seq in self._woken:
-            self._woken.remove(seq)
-            return True
-        return False
-
-    def woken(self) -> list[Sequence]:
-        """Requests that need not wait for a prefix any longer; each is returned once."""
-        woken, self._woken = self._woken, []
-        return woken
-
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
         """Make sure that the next positions have blocks; False, unchanged, if too few are free.
 
@@ -190,10 +136,10 @@ class Ledger:
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
             return True
-        if not self._blocks.grow(seq.request_id, end):
+        if not self.blocks.grow(seq.request_id, end):
             return False
         assert seq.slot is not None
-        block_size = self._blocks.block_size
+        block_size = self.blocks.block_size
         self._grown.setdefault(seq.slot, seq.capacity // block_size)
         seq.capacity = self.blocks_for(end) * block_size
         return True
@@ -217,22 +163,19 @@ class Ledger:
     def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
         """Plan a decode row for each of `seqs`; returns the positions planned.
 
-        Each of them has to be in `decoding`, and `reserve` must have succeeded for it.
-
-        Args:
-            num_positions: most positions of a row. A row has fewer where blocks or the length
-                limit do not allow them.
+        Each of them has to be in `decoding`, and `reserve` must have succeeded for it. A row has
+        `num_positions`, or fewer where blocks or the length limit do not allow them.
         """
         ended = []
-        count, total = 1, 0
+        num_row, total = 1, 0
         for seq in seqs:
             assert seq.slot is not None
             if num_positions > 1:
-                count = self._most_positions(seq, num_positions)
-                seq.num_drafted += count - 1
-                self._decode_counts[seq.slot] = count
-            total += count
-            seq.num_scheduled += count
+                num_row = self._most_positions(seq, num_positions)
+                seq.num_drafted += num_row - 1
+                self._decode_counts[seq.slot] = num_row
+            total += num_row
+            seq.num_scheduled += num_row
             seq.num_in_flight += 1
             self._decode.append(seq.slot)
             if not _goes_on(seq):
@@ -254,8 +197,7 @@ class Ledger:
     def preempt(self, seq: Sequence) -> None:
         """Take slot and blocks away; the request starts over from all its tokens, later."""
         assert seq.num_in_flight == 0, "a request in flight cannot be preempted"
-        self._drop(seq)
-        self._release(seq)
+        self._stop(seq)
         seq.reset()
         seq.num_preemptions += 1
 
@@ -267,7 +209,7 @@ class Ledger:
         for slot, first in self._grown.items():
             seq = self._holder[slot]
             assert seq is not None
-            for group, blocks in enumerate(self._groups):
+            for group, blocks in enumerate(self.blocks.groups):
                 table = blocks.table(seq.request_id)
                 updates.append(BlockUpdate(slot, first, tuple(table[first:]), group))
         counts = self._decode_counts
@@ -278,7 +220,7 @@ class Ledger:
             tuple(updates),
             tuple(self._chunks),
             tuple(self._decode),
-            self._blocks.take_copies(),
+            self.blocks.take_copies(),
             drafts if sum(drafts) > len(drafts) else (),
         )
         self._new, self._grown, self._chunks = {}, {}, []
@@ -297,12 +239,11 @@ class Ledger:
         self.num_in_flight -= 1
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
-        holder, block_size, now = self._holder, self._blocks.block_size, result.ended_at
-        num_chunks, reports = len(plan.prefill), result.reports
-        special = bool(reports) or result.logprobs is not None
+        holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
+        num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
         # One loop without calls for a plain row: this is most of what the host does per token.
-        for row, (slot, num_planned, new, scores) in enumerate(_rows(plan, result)):
+        for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None
             seq.num_in_flight -= 1
@@ -311,9 +252,11 @@ class Ledger:
                 if seq.num_in_flight == 0:
                     self._release(seq)
                 continue
-            if reports and self._failed(seq, reports.get(row)):
+            if report is not None and report.error is not None:
                 # Nothing of the row is committed: what it wrote may be as wrong as its logits.
+                seq.error = report.error
                 finished.append(seq)
+                self.finish(seq, "error")
                 continue
             before, reason = seq.num_committed, None
             token_ids = seq.token_ids
@@ -327,8 +270,10 @@ class Ledger:
                 if len(token_ids) >= seq.max_total_tokens:
                     reason = "length"
                     break
-            if special:
-                self._take_extras(seq, len(token_ids) - num_known, scores, reports.get(row))
+            if scores:
+                seq.logprobs += scores[: len(token_ids) - num_known]
+            if report is not None:
+                seq.values += report.values[: max(len(token_ids) - num_known, 1)]
             if num_planned > 1 and row >= num_chunks:
                 # As many positions as tokens, up to the one that ended the request.
                 seq.num_committed = committed = before + len(token_ids) - num_known
@@ -339,26 +284,11 @@ class Ledger:
                     # The whole prompt of a request that may not get any token.
                     reason = "length"
             if committed // block_size != before // block_size:
-                self._blocks.commit(seq.request_id, token_ids, committed)
-                if seq.request_id in self._followers:
-                    self._wake(seq.request_id, committed)
+                self.blocks.commit(seq.request_id, token_ids, committed)
             if reason is not None:
                 finished.append(seq)
                 self.finish(seq, reason)
         return finished
-
-    @staticmethod
-    def _take_extras(
-        seq: Sequence,
-        num_taken: int,
-        scores: list[TokenLogprobs] | None,
-        report: RowReport | None,
-    ) -> None:
-        """Take in what belongs to the row's tokens, of which `num_taken` were taken."""
-        if scores:
-            seq.logprobs += scores[:num_taken]
-        if report is not None:
-            seq.values += report.values[: max(num_taken, 1)]
 
     def _settle_drafts(self, seq: Sequence, num_planned: int, num_kept: int) -> None:
         """A row of several positions has come back: a request that kept fewer may go on."""
@@ -366,14 +296,6 @@ class Ledger:
         seq.num_drafted -= num_planned - 1
         if _goes_on(seq):
             self.decoding[seq.request_id] = seq
-
-    def _failed(self, seq: Sequence, report: RowReport | None) -> bool:
-        """End the request if its row reports an error; returns whether it does."""
-        if report is None or report.error is None:
-            return False
-        seq.error = report.error
-        self.finish(seq, "error")
-        return True
 
     def _take_prompt_logprobs(
         self, plan: StepPlan, prompt_logprobs: list[list[TokenLogprobs]]
@@ -388,28 +310,17 @@ class Ledger:
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a request; slot and blocks are kept until nothing in flight uses them."""
         seq.finish_reason = reason
-        self._drop(seq)
+        self._stop(seq)
+
+    def _stop(self, seq: Sequence) -> None:
+        for group in (self.running, self.prefilling, self.decoding):
+            group.pop(seq.request_id, None)
         if seq.num_in_flight == 0 and seq.slot is not None:
             self._release(seq)
 
-    def _drop(self, seq: Sequence) -> None:
-        for group in (self.running, self.prefilling, self.decoding):
-            group.pop(seq.request_id, None)
-
-    def _wake(self, request_id: int, num_committed: int | None) -> None:
-        """End the wait of those whose prefix has been committed; of all if nothing more comes."""
-        followers = self._followers.pop(request_id)
-        for num_tokens, seq in followers:
-            if num_committed is None or num_tokens <= num_committed:
-                self._woken.append(seq)
-            else:
-                self._followers.setdefault(request_id, []).append((num_tokens, seq))
-
     def _release(self, seq: Sequence) -> None:
         assert seq.slot is not None
-        self._blocks.release(seq.request_id)
-        if seq.request_id in self._followers:
-            self._wake(seq.request_id, None)
+        self.blocks.release(seq.request_id)
         self._new.pop(seq.slot, None)
         self._grown.pop(seq.slot, None)
         self._holder[seq.slot] = None
@@ -422,17 +333,14 @@ def _goes_on(seq: Sequence) -> bool:
     return seq.num_scheduled + 1 < seq.max_total_tokens
 
 
-def _rows(
-    plan: StepPlan, result: StepResult
-) -> Iterable[tuple[int, int, list[int], list[TokenLogprobs] | None]]:
-    """For each row its slot, the positions planned, its tokens and their log-probabilities."""
-    scores: Iterable[list[TokenLogprobs] | None] = result.logprobs or repeat(None)
-    decodes = plan.decode, plan.decode_counts
-    if not plan.prefill:
-        return zip(*decodes, result.tokens, scores, strict=False)
-    rows, left = iter(result.tokens), iter(scores)
-    chunks = [
-        (c.slot, c.num_tokens, *((next(rows), next(left)) if c.samples else ([], None)))
-        for c in plan.prefill
-    ]
-    return chain(chunks, zip(*decodes, rows, left, strict=False))
+def _rows(plan: StepPlan, result: StepResult) -> Iterator[_Row]:
+    """The rows of a step that has come back, in the plan's order."""
+    tokens = iter(result.tokens)
+    scores: Iterator[list[TokenLogprobs] | None] = iter(result.logprobs or repeat(None))
+    reports = map(result.reports.get, count()) if result.reports else repeat(None)
+    chunks: list[_Row] = []
+    for chunk in plan.prefill:
+        drawn = (next(tokens), next(scores)) if chunk.samples else ([], None)
+        chunks.append((chunk.slot, chunk.num_tokens, *drawn, next(reports)))
+    decodes = zip(plan.decode, plan.decode_counts, tokens, scores, reports, strict=False)
+    return chain(chunks, decodes)
