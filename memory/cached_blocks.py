@@ -10,7 +10,7 @@ from config import Config
 from engine.types import BlockCopy, CacheStats, KVGeometry, PendingPrefix
 from memory.block_manager import PagedBlockManager
 from memory.eviction import CachedBlock, EvictionPolicy
-from utils.registry import construct, find_part
+from utils.registry import PartKind
 
 
 @dataclass(slots=True)
@@ -61,10 +61,8 @@ class CachingBlockManager(PagedBlockManager):
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         super().__init__(config, geometry)
-        make = find_part("eviction_policy", config.eviction_policy, EvictionPolicy, "memory")
-        self._idle: EvictionPolicy = construct(
-            "eviction_policy", EvictionPolicy, make, config, geometry
-        )
+        kind = PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",))
+        self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
         self._pending: dict[tuple[CachedBlock | str, bytes], int] = {}

@@ -449,13 +449,13 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "wall clock read by the engine: at arrival",
         "engine/llm_engine.py",
-        "seq.text, seq.added_at = text, self.now()",
+        "seq.text, seq.added_at = text, self.runner.now()",
         'seq.text, seq.added_at = text, __import__("time").perf_counter()',
         SIMULATED,
     ),
     _bug(
         "time to first token from admission",
-        "engine/outputs.py",
+        "engine/requests.py",
         '"time_to_first_token": times[0] - added if times else None,',
         '"time_to_first_token": times[0] - (seq.admitted_at or 0) if times else None,',
         SIMULATED,
@@ -530,8 +530,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "leak: who asked for a request is remembered for ever",
         "llm.py",
-        "first = self._first_of.pop(seq.request_id, -1)",
-        "first = self._first_of.get(seq.request_id, -1)",
+        "del self._groups[seq.request_id]",
+        "self._groups[seq.request_id]",
         LEAKS,
     ),
     _bug(

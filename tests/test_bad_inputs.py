@@ -58,8 +58,8 @@ def _serves_afterwards(llm: LLM) -> Iterator[None]:
 
     before = serve()
     yield
-    assert not llm._engine.has_unfinished
-    assert llm._engine.num_free_blocks == 3
+    assert not llm.has_unfinished
+    assert llm.stats().num_free_blocks == 3
     assert serve() == before
 
 
@@ -112,10 +112,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
         "enable_prefix_caching",
         "does not cache prefixes",
     ),
-    ({"tensor_parallel_size": 0}, "tensor_parallel_size", ">= 1"),
-    ({"tensor_parallel_size": 9}, "tensor_parallel_size", "at most 8"),
-    ({"pipeline_depth": 2}, "pipeline_depth", "0 or 1"),
-    ({"pipeline_depth": -1}, "pipeline_depth", ">= 0"),
+    ({"tensor_parallel_size": 0}, "tensor_parallel_size", "from 1 to 8"),
+    ({"tensor_parallel_size": 9}, "tensor_parallel_size", "from 1 to 8"),
+    ({"pipeline_depth": 2}, "pipeline_depth", "from 0 to 1"),
+    ({"pipeline_depth": -1}, "pipeline_depth", "from 0 to 1"),
     ({"seed": -1}, "seed", ">= 0"),
     ({"seed": None}, "seed", "integer"),
     ({"attention_backend": "torsch"}, "attention_backend", "Did you mean 'torch'?"),
@@ -293,7 +293,7 @@ def test_requests_that_never_fit(
 
 
 def test_a_bad_prompt_at_the_end_starts_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm._engine, "step", lambda: pytest.fail("a step was made"))
+    monkeypatch.setattr(llm.engine, "step", lambda: pytest.fail("a step was made"))
     with pytest.raises(RequestError):
         llm.generate([[1, 2], [3, 4], [VOCAB_SIZE]], GREEDY, use_tqdm=False)
 

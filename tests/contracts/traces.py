@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from engine.parts import KINDS
+from engine.parts import PART_KINDS
 from engine.types import BlockManager, Scheduler
 from memory.eviction import EvictionPolicy
 from sampling_params import SamplingParams
@@ -55,7 +55,7 @@ def shipped_managers() -> list[Any]:
 def shipped_policies(scheduler: Any, blocks: Any) -> dict[str, list[str]]:
     """For each option for a policy that these parts use, the names that the engine knows."""
     used = getattr(scheduler, "policies", ())
-    names = {option: sorted(KINDS[option].known()) for option in used}
+    names = {option: sorted(PART_KINDS[option].known()) for option in used}
     if getattr(blocks, "caches_prefixes", False):
         names["eviction_policy"] = sorted(parts_in("memory", EvictionPolicy))
     return names

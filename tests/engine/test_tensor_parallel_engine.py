@@ -57,7 +57,7 @@ def _tokens(llm: LLM) -> list[list[int]]:
 
 def _run_on(llm: LLM) -> None:
     while True:
-        llm._engine.step()
+        llm.engine.step()
 
 
 def _of_main(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -107,10 +107,10 @@ def test_an_engine_whose_rank_is_killed_can_be_closed_and_built_again(
     with LLM(path, **options) as other:
         expected = _tokens(other)
         llm = LLM(path, **options)
-        runner: Any = llm._engine._runner
-        seq = llm._engine.add_request(PROMPTS[0], long)
+        runner: Any = llm.engine.runner
+        seq = llm.engine.add_request(PROMPTS[0], long)
         while len(seq.token_ids) < 30:
-            llm._engine.step()
+            llm.engine.step()
         os.kill(runner._workers.pids[1], signal.SIGKILL)
         with no_wait_runs_out(), pytest.raises(WorkerDiedError, match=r"rank 1 .*SIGKILL"):
             _run_on(llm)
@@ -152,7 +152,7 @@ def test_heads_that_do_not_divide_are_refused_before_a_process_is_started(
 
 def test_a_step_that_fails_on_the_ranks_is_a_step_error(checkpoints: Checkpoints) -> None:
     with LLM(checkpoints["qwen3-square-tied"], tensor_parallel_size=2, **OPTIONS) as llm:
-        handle = llm._engine._runner.execute(StepPlan(0, decode=(99,)))
+        handle = llm.engine.runner.execute(StepPlan(0, decode=(99,)))
         with pytest.raises(StepError, match=r"step 0 failed: .*index") as caught:
             handle.result()
         assert "engine/batch.py" in str(caught.value.__cause__)
@@ -177,7 +177,7 @@ def test_ranks_meet_on_this_machine_alone_and_one_rank_meets_nobody(
     path = checkpoints["qwen3-square-tied"]
     before = _listening(os.getpid())
     with LLM(path, tensor_parallel_size=2, **OPTIONS) as llm:
-        runner: Any = llm._engine._runner
+        runner: Any = llm.engine.runner
         places = [place for pid in runner._workers.pids for place in _listening(pid)]
         assert set(places) == {"0100007F"}  # 127.0.0.1
         assert _listening(os.getpid()) == before

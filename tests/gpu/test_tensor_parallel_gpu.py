@@ -97,15 +97,15 @@ def test_a_killed_rank_is_noticed_and_leaves_no_memory() -> None:
     before = [torch.cuda.mem_get_info(device)[0] for device in range(2)]
     llm = LLM(TINY, tensor_parallel_size=2, gpu_memory_utilization=0.3, max_model_len=2048)
     params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True)
-    seq = llm._engine.add_request([5, 6, 7], params)
+    seq = llm.engine.add_request([5, 6, 7], params)
     while len(seq.token_ids) < 50:
-        llm._engine.step()
-    runner: Any = llm._engine._runner
+        llm.engine.step()
+    runner: Any = llm.engine.runner
     os.kill(runner._workers.pids[1], signal.SIGKILL)
 
     def run_on() -> None:
         while True:
-            llm._engine.step()
+            llm.engine.step()
 
     with no_wait_runs_out(), pytest.raises(WorkerDiedError):
         run_on()
