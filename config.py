@@ -138,43 +138,26 @@ class Config:
             if value not in choices:
                 raise ConfigError(name, value, "unknown choice", did_you_mean(str(value), choices))
         check_rules(self, _RULES, ConfigError)
-        size = self.kvcache_block_size
-        for wrong, name, problem, fix in (
-            (
-                size % 16,
-                "kvcache_block_size",
-                "must be a multiple of 16",
-                f"Use {size + -size % 16}.",
-            ),
-            (
-                self.enforce_eager and self.enable_cuda_graphs,
-                "enforce_eager",
-                "contradicts enable_cuda_graphs=True",
-                "Give one of the two.",
-            ),
-            (
-                self.num_kvcache_blocks is not None and self.kvcache_memory_bytes is not None,
-                "num_kvcache_blocks",
-                f"contradicts kvcache_memory_bytes={self.kvcache_memory_bytes}",
-                "Give one of the two.",
-            ),
-            (
-                self.device == "cpu" and self.enable_cuda_graphs,
-                "enable_cuda_graphs",
-                'contradicts device="cpu"',
-                "Leave it at None.",
-            ),
-            (
-                self.max_num_batched_tokens < self.max_num_seqs,
-                "max_num_batched_tokens",
-                f"is below max_num_seqs={self.max_num_seqs}: a decode step would not fit",
-                f"Use {self.max_num_seqs} or more, or lower max_num_seqs.",
-            ),
-        ):
-            if wrong:
-                raise ConfigError(name, getattr(self, name), problem, fix)
+        size, budget = self.kvcache_block_size, self.max_num_batched_tokens
+        if size % 16:
+            fix = f"Use {size + -size % 16}."
+            raise ConfigError("kvcache_block_size", size, "must be a multiple of 16", fix)
+        if budget < self.max_num_seqs:
+            problem = f"is below max_num_seqs={self.max_num_seqs}: a decode step would not fit"
+            fix = f"Use {self.max_num_seqs} or more, or lower max_num_seqs."
+            raise ConfigError("max_num_batched_tokens", budget, problem, fix)
+        for one, other in _EITHER:
+            value, contradiction = getattr(self, one), getattr(self, other)
+            if value and contradiction:
+                problem = f"contradicts {other}={contradiction!r}"
+                raise ConfigError(one, value, problem, "Give one of the two.")
 
 
+# Options that contradict each other if both are given.
+_EITHER = (
+    ("enforce_eager", "enable_cuda_graphs"),
+    ("num_kvcache_blocks", "kvcache_memory_bytes"),
+)
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),

@@ -148,7 +148,8 @@ class LLMEngine:
         with self._inside():
             self._stale = True
             try:
-                ended = self._abort_asked()
+                asked = [self._aborts.popleft() for _ in range(len(self._aborts))]
+                ended = [seq for one in asked if (seq := self.scheduler.abort(one))]
                 while len(self._pipeline) <= depth and (plan := self.scheduler.schedule()):
                     self._pipeline.append((plan, self.runner.execute(plan)))
                 committed, finished = self._commit_oldest()
@@ -238,10 +239,6 @@ class LLMEngine:
                 if self.scheduler.abort(seq.request_id):
                     self._forget([seq])
         return True
-
-    def _abort_asked(self) -> list[Sequence]:
-        found = [self.scheduler.abort(self._aborts.popleft()) for _ in range(len(self._aborts))]
-        return [seq for seq in found if seq is not None]
 
     def reset(self, reason: str = "abort") -> None:
         """End every request, wait for what is in flight, and go on with fresh parts.

@@ -134,25 +134,25 @@ def _with_caching(config: Config, blocks: Any) -> Config:
     Raises:
         ConfigError: the options for prefix caching contradict it.
     """
-    name, wanted = config.block_manager, config.enable_prefix_caching
     caches = blocks.caches_prefixes
-    if wanted is not None and caches != wanted:
-        raise ConfigError(
-            "enable_prefix_caching",
-            wanted,
-            f"block_manager={name!r} {'always caches' if caches else 'does not cache'} prefixes",
-            "Leave it at None or choose another block_manager.",
-        )
+    problem = "always caches prefixes" if caches else "does not cache prefixes"
+    if config.enable_prefix_caching not in (None, caches):
+        raise _conflict(config, "enable_prefix_caching", "block_manager", problem)
     if caches:
         find("eviction_policy", config)
     elif config.eviction_policy != Config.eviction_policy:
-        raise ConfigError(
-            "eviction_policy",
-            config.eviction_policy,
-            f"block_manager={name!r} does not cache prefixes",
-            "Leave it at its default or choose another block_manager.",
-        )
+        raise _conflict(config, "eviction_policy", "block_manager", problem)
     return replace(config, enable_prefix_caching=caches)
+
+
+def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigError:
+    """The error for an option that the part of a kind cannot serve."""
+    return ConfigError(
+        option,
+        getattr(config, option),
+        f"{kind}={getattr(config, kind)!r} {problem}",
+        f"Leave it at {getattr(Config, option)!r} or choose another {kind}.",
+    )
 
 
 def find(option: str, config: Config) -> Callable[..., Any]:
@@ -175,11 +175,13 @@ def _make(option: str, config: Config, *args: Any) -> Any:
     return PART_KINDS[option].make(getattr(config, option), *args)
 
 
-def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """The scheduler.
+def make_policy(option: str, config: Config) -> Any:
+    """The policy that an option names; a ConfigError if there is none."""
+    return _make(option, config, config)
 
-    Args:
-        clock: the runner's.
+
+def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
+    """The scheduler, with the runner's clock.
 
     Raises:
         ConfigError: there is none, or a policy was chosen that it would ignore.
@@ -188,15 +190,6 @@ def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Schedu
     # What a factory makes is known only now.
     check_policies(config, scheduler)
     return scheduler
-
-
-def make_policy(option: str, config: Config) -> Any:
-    """The policy that an option names.
-
-    Raises:
-        ConfigError: there is none, or it does not implement the contract.
-    """
-    return _make(option, config, config)
 
 
 def check_policies(config: Config, scheduler: object) -> None:
@@ -210,16 +203,10 @@ def check_policies(config: Config, scheduler: object) -> None:
     """
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
-        value, default = getattr(config, option), getattr(Config, option)
         if option in used:
             find(option, config)
-        elif value != default:
-            raise ConfigError(
-                option,
-                value,
-                f"scheduler={config.scheduler!r} does not use it",
-                f"Leave it at {default!r} or choose another scheduler.",
-            )
+        elif getattr(config, option) != getattr(Config, option):
+            raise _conflict(config, option, "scheduler", "does not use it")
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
@@ -232,9 +219,7 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
     runner: ModelRunner = _make("model_runner", config, config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
-        problem = f"model_runner={config.model_runner!r} drafts no tokens"
-        option = "num_speculative_tokens"
-        raise ConfigError(option, config.num_speculative_tokens, problem, "Use 0.")
+        raise _conflict(config, "num_speculative_tokens", "model_runner", "drafts no tokens")
     return runner
 
 
@@ -261,19 +246,16 @@ def make_block_managers(
         raise ConfigError(option, value, problem, fix)
 
     windows = [isinstance(group.kind, WindowPages) for group in groups]
-    # A prefix in one group is of no use without the others' part of it. What a factory makes tells
-    # only then whether it caches prefixes; until then the option is None.
+    # A prefix in one group is of no use without the others' part of it. Where a factory makes the
+    # managers, the option is None here, and the managers themselves tell below.
     if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
         for option in ("enable_prefix_caching", "block_manager"):
             if getattr(asked, option) not in (None, "auto"):
                 refuse(option)
         config = replace(config, block_manager="paged", enable_prefix_caching=False)
-    managers = tuple(
-        PART_KINDS["block_manager"].make(
-            WindowBlockManager if window else config.block_manager, config, group
-        )
-        for group, window in zip(groups, windows, strict=True)
-    )
+    specs = [WindowBlockManager if window else config.block_manager for window in windows]
+    make = PART_KINDS["block_manager"].make
+    managers = tuple(make(spec, config, group) for spec, group in zip(specs, groups, strict=True))
     if len(groups) > 1 and any(manager.caches_prefixes for manager in managers):
         refuse("block_manager")
     return _with_caching(config, managers[0]), managers

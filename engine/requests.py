@@ -103,12 +103,9 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The requests of one prompt, one for each of its `n` outputs.
+    """The requests `seqs` of prompt `index` of a call, one for each of its `n` outputs.
 
-    Attributes:
-        index: of the prompt in its call.
-        seqs: the requests.
-        ended: where the group is put when all of them have ended.
+    When all of them have ended, the group is put into `ended`.
     """
 
     index: int

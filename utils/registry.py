@@ -39,9 +39,40 @@ class PartKind:
         return base
 
     def known(self) -> dict[str, type]:
-        """The parts that can be had by name."""
-        found = [parts_in(package, self.base) for package in self.packages]
-        return {name: part for parts in found for name, part in parts.items()}
+        """The parts that can be had by name: concrete subclasses of the contract in `packages`.
+
+        A class without a `name` of its own is only there to be subclassed or chosen by the engine.
+        A module whose optional dependency is missing is passed over.
+
+        Raises:
+            ImportError: a module imports what an installed package does not have.
+        """
+        return {
+            vars(value)["name"]: value
+            for module in self._modules().values()
+            if isinstance(module, ModuleType)
+            for value in vars(module).values()
+            if inspect.isclass(value)
+            and issubclass(value, self.base)
+            and value.__module__ == module.__name__
+            and not inspect.isabstract(value)
+            and "name" in vars(value)
+        }
+
+    def _modules(self) -> dict[str, ModuleType | ModuleNotFoundError]:
+        """The modules of `packages`; for one that needs a package not installed, the error."""
+        modules: dict[str, ModuleType | ModuleNotFoundError] = {}
+        for package in self.packages:
+            for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                name = f"{package}.{info.name}"
+                try:
+                    modules[name] = importlib.import_module(name)
+                except ModuleNotFoundError as error:
+                    missing = (error.name or name).partition(".")[0]
+                    if importlib.util.find_spec(missing) is not None:
+                        raise
+                    modules[name] = error
+        return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
         """What constructs the part that `spec` stands for.
@@ -77,8 +108,7 @@ class PartKind:
         known = self.known()
         if spec in known:
             return known[spec]
-        tried = [item for package in self.packages for item in _modules(package).items()]
-        passed_over = [f"{name} ({m})" for name, m in tried if not isinstance(m, ModuleType)]
+        passed_over = [f"{n} ({m})" for n, m in self._modules().items() if isinstance(m, Exception)]
         without = f", not counting {', '.join(passed_over)}" if passed_over else ""
         raise ConfigError(
             self.option,
@@ -112,43 +142,6 @@ class PartKind:
             problem, fix = f"made {part!r}, no {base.__name__}", f"Return a {base.__name__}."
             raise ConfigError(self.option, make, problem, fix)
         return part
-
-
-def parts_in(package: str, base: type) -> dict[str, type]:
-    """The concrete subclasses of `base` defined in the modules of `package`, by their `name`.
-
-    A class without a name of its own is only there to be subclassed or chosen by the engine. A
-    module whose optional dependency is missing is passed over.
-
-    Raises:
-        ImportError: a module imports what an installed package does not have.
-    """
-    return {
-        vars(value)["name"]: value
-        for module in _modules(package).values()
-        if isinstance(module, ModuleType)
-        for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, base)
-        and value.__module__ == module.__name__
-        and not inspect.isabstract(value)
-        and "name" in vars(value)
-    }
-
-
-def _modules(package: str) -> dict[str, ModuleType | ModuleNotFoundError]:
-    """The modules of a package; for one that needs a package not installed, the error."""
-    modules: dict[str, ModuleType | ModuleNotFoundError] = {}
-    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        name = f"{package}.{info.name}"
-        try:
-            modules[name] = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            missing = (error.name or name).partition(".")[0]
-            if importlib.util.find_spec(missing) is not None:
-                raise
-            modules[name] = error
-    return modules
 
 
 def _imported(path: str) -> Any:

@@ -9,12 +9,9 @@ from itertools import product
 from typing import Any
 
 from engine.parts import PART_KINDS
-from engine.types import BlockManager, Scheduler
-from memory.eviction import EvictionPolicy
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting
 from utils.errors import RequestTooLongError
-from utils.registry import parts_in
 
 _BLOCK_SIZES = (1, 2, 3, 4, 8)
 _LONGEST_OUTPUT = 24
@@ -44,12 +41,12 @@ class Combination:
 
 def shipped_schedulers() -> list[Any]:
     """Found, not listed: a new one is tested from its first day on."""
-    return list(parts_in("engine", Scheduler).values())
+    return list(PART_KINDS["scheduler"].known().values())
 
 
 def shipped_managers() -> list[Any]:
     """Likewise."""
-    return list(parts_in("memory", BlockManager).values())
+    return list(PART_KINDS["block_manager"].known().values())
 
 
 def shipped_policies(scheduler: Any, blocks: Any) -> dict[str, list[str]]:
@@ -57,7 +54,7 @@ def shipped_policies(scheduler: Any, blocks: Any) -> dict[str, list[str]]:
     used = getattr(scheduler, "policies", ())
     names = {option: sorted(PART_KINDS[option].known()) for option in used}
     if getattr(blocks, "caches_prefixes", False):
-        names["eviction_policy"] = sorted(parts_in("memory", EvictionPolicy))
+        names["eviction_policy"] = sorted(PART_KINDS["eviction_policy"].known())
     return names
 
 

@@ -332,10 +332,21 @@ def _engine(model: Path, **options: Any) -> Iterator[LLMEngine]:
 
 def test_engines_of_one_process_do_not_influence_each_other(checkpoints: Checkpoints) -> None:
     model = checkpoints["qwen2-square"]
+    lfu: list[LFUPolicy] = []
+    lru: list[LRUPolicy] = []
+
+    def make_lfu(config: Config, geometry: KVGeometry) -> LFUPolicy:
+        lfu.append(LFUPolicy(config, geometry))
+        return lfu[-1]
+
+    def make_lru(config: Config, geometry: KVGeometry) -> LRUPolicy:
+        lru.append(LRUPolicy(config, geometry))
+        return lru[-1]
+
     with (
-        _engine(model, block_manager="radix", eviction_policy="lfu") as first,
+        _engine(model, block_manager="radix", eviction_policy=make_lfu) as first,
         _engine(model, scheduler="static", block_manager="paged") as second,
-        _engine(model) as third,
+        _engine(model, eviction_policy=make_lru) as third,
     ):
         engines = first, second, third
         params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -352,7 +363,6 @@ def test_engines_of_one_process_do_not_influence_each_other(checkpoints: Checkpo
             (StaticScheduler, PagedBlockManager),
             (ContinuousScheduler, PrefixCacheManager),
         ]
-        for engine, policy in ((first, LFUPolicy), (third, LRUPolicy)):
-            blocks = engine.blocks
-            assert isinstance(blocks, PrefixCacheManager | RadixCacheManager)
-            assert type(blocks._idle) is policy
+        # Each cache was made twice, the second time by `reset`.
+        assert [type(one) for one in lfu] == [LFUPolicy] * 2
+        assert [type(one) for one in lru] == [LRUPolicy] * 2

@@ -12,14 +12,17 @@ import pytest
 
 from engine.scheduler import ContinuousScheduler
 from engine.types import Scheduler
-from layers.attention.base import AttentionBackend
 from layers.attention.torch_sdpa import TorchAttention
 from memory.block_manager import PagedBlockManager
 from tests.custom_parts import OneAtATime, make_one_at_a_time
 from utils.errors import ConfigError
-from utils.registry import PartKind, parts_in
+from utils.registry import PartKind
 
 SCHEDULERS = PartKind("scheduler", "engine.types:Scheduler", ("engine",))
+BACKENDS = PartKind(
+    "attention_backend", "layers.attention.base:AttentionBackend", ("layers.attention",)
+)
+MADE_UP = replace(SCHEDULERS, packages=("made_up",))
 ANYTHING = PartKind("scheduler", "builtins:object", ())
 
 
@@ -44,9 +47,9 @@ def test_by_class_and_factory() -> None:
 
 
 def test_parts_are_found_without_a_table() -> None:
-    assert parts_in("engine", Scheduler)["continuous"] is ContinuousScheduler
-    assert parts_in("layers.attention", AttentionBackend)["torch"] is TorchAttention
-    assert "one-at-a-time" not in parts_in("engine", Scheduler)
+    assert SCHEDULERS.known()["continuous"] is ContinuousScheduler
+    assert BACKENDS.known()["torch"] is TorchAttention
+    assert "one-at-a-time" not in SCHEDULERS.known()
 
 
 def test_a_name_may_be_in_any_of_several_packages() -> None:
@@ -103,9 +106,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_module_whose_dependency_is_missing_is_passed_over_and_named(package: Path) -> None:
     (package / "mine.py").write_text("import not_installed_anywhere\n")
-    assert parts_in("made_up", Scheduler) == {}
+    assert MADE_UP.known() == {}
     with pytest.raises(ConfigError, match=r"not counting made_up\.mine .*not_installed_anywhere"):
-        replace(SCHEDULERS, packages=("made_up",)).find("mine")
+        MADE_UP.find("mine")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_a_module_whose_dependency_is_missing_is_passed_over_and_named(package: 
 def test_a_mistake_in_a_module_is_not_hidden(package: Path, mistake: str) -> None:
     (package / "mine.py").write_text(mistake + "\n")
     with pytest.raises(ImportError):
-        parts_in("made_up", Scheduler)
+        MADE_UP.known()
 
 
 def test_a_part_that_takes_other_arguments() -> None:
