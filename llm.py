@@ -9,7 +9,13 @@ from typing import Any
 
 from config import Config
 from engine.llm_engine import LLMEngine
-from engine.requests import Group, increments, make_output, params_per_prompt
+from engine.requests import (
+    Group,
+    ParamsForPrompts,
+    increments,
+    make_output,
+    params_per_prompt,
+)
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
@@ -61,7 +67,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompts,
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Continue every prompt.
@@ -103,11 +109,9 @@ class LLM:
                     plan = self._advance()
                     progress.update(plan, self.engine.num_new_tokens, len(ended))
                     # Now, while the device is busy with the next step.
-                    outputs |= {
-                        group.index: make_output(group.seqs, self.decode) for group in ended
-                    }
+                    outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
                     ended.clear()
-            self._finish_steps()
+            self.engine.finish_steps()
         except (RequestError, EngineClosedError):
             raise
         except BaseException:
@@ -117,9 +121,7 @@ class LLM:
         return [outputs[i] for i in range(len(groups))]
 
     def stream(
-        self,
-        prompts: Prompts,
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        self, prompts: Prompts, sampling_params: ParamsForPrompts = None
     ) -> Generator[dict[str, Any], None, None]:
         """Continue every prompt, telling the outputs as they grow.
 
@@ -144,7 +146,7 @@ class LLM:
     def chat(
         self,
         messages: list[dict[str, str]] | list[list[dict[str, str]]],
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Answer a conversation, or several, through the checkpoint's chat template.
@@ -168,11 +170,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """What the checkpoint's generation_config.json asks for, changed by `overrides`.
-
-        Raises:
-            RequestError, CheckpointError: see `SamplingParams.from_generation_config`.
-        """
+        """As `SamplingParams.from_generation_config`, for this checkpoint."""
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
@@ -184,11 +182,7 @@ class LLM:
         return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes.
-
-        Raises:
-            EngineClosedError: after close().
-        """
+        """Forget all cached prefixes, those that running requests would leave included."""
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
@@ -240,9 +234,8 @@ class LLM:
         unknown and finished requests are passed over.
         """
         group = self._groups.get(request_id)
-        for seq in group.seqs if group else ():
-            self.engine.abort(seq.request_id)
-        self.engine.abort(request_id)
+        for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
+            self.engine.abort(one)
 
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""
@@ -255,10 +248,7 @@ class LLM:
         self.close()
 
     def _add(
-        self,
-        prompts: Prompts,
-        params: SamplingParams | list[SamplingParams] | None,
-        ended: list[Group] | None = None,
+        self, prompts: Prompts, params: ParamsForPrompts, ended: list[Group] | None = None
     ) -> list[Group]:
         """Queue the requests of all prompts, or none of them; `n` for each.
 
@@ -302,13 +292,7 @@ class LLM:
                             del left[one]
                         yield news
         finally:
-            if self.engine.drop([seq for seq, _ in seqs]):
-                self._finish_steps()
-
-    def _finish_steps(self) -> None:
-        """Take in the last steps of requests that ended before them."""
-        while not self.engine.stats.unfinished_requests and self.engine.has_unfinished:
-            self._advance()
+            self.engine.drop([seq for seq, _ in seqs])
 
     def _advance(self) -> StepPlan | None:
         """Run one step and put the prompts that have ended where they are waited for."""
@@ -329,7 +313,7 @@ class LLM:
         """
         for request_id in list(self._groups) if request_ids is None else request_ids:
             group = self._groups.get(request_id)
-            if group is not None and group.has_ended:
+            if group and all(seq.finish_reason is not None for seq in group.seqs):
                 for seq in group.seqs:
                     del self._groups[seq.request_id]
                 group.ended.append(group)

@@ -95,12 +95,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         check_rules(self, _RULES, RequestError)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(
-                "min_tokens",
-                self.min_tokens,
-                f"exceeds max_tokens={self.max_tokens}",
-                "Lower it or raise max_tokens.",
-            )
+            problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
+            raise RequestError("min_tokens", self.min_tokens, problem, fix)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         # Tuples, so that nobody's list can change the request later.
@@ -150,18 +146,9 @@ class SamplingParams:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether plain Gumbel-max sampling of one token a step is not enough.
-
-        That is so with filters, penalties, `min_tokens`, processors or log-probabilities.
-        """
-        return bool(
-            self.filters
-            or self.penalizes
-            or self.min_tokens
-            or self.logits_processors
-            or self.logprobs is not None
-            or self.prompt_logprobs is not None
-        )
+        """Whether filters, penalties, log-probabilities or the like rule out plain Gumbel-max."""
+        asked = (self.filters, self.penalizes, self.min_tokens, self.logits_processors)
+        return any(asked) or (self.logprobs, self.prompt_logprobs) != (None, None)
 
 
 # Fields of generation_config.json, and ours.

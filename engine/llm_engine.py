@@ -31,11 +31,8 @@ from utils.text import TextReader
 class LLMEngine:
     """Scheduler, block manager and runner of one model, and the steps in flight.
 
-    Args:
-        config: the options; see `Config`.
-
     Attributes:
-        config: the same with everything resolved.
+        config: the options, with everything resolved.
         checkpoint: the opened model folder.
         runner, scheduler, blocks: the parts. Scheduler and block manager are others after an
             exception; of several cache groups `blocks` is the manager of all.
@@ -91,8 +88,7 @@ class LLMEngine:
             text: reads the output as it comes, and finds the stop strings.
 
         Raises:
-            RequestError: the prompt is empty or has a token id outside the vocabulary; or the
-                parameters ask for what this model, or this call, cannot give.
+            RequestError: model, ranks or this call cannot serve the prompt or a parameter.
             RequestTooLongError: it exceeds max_model_len or the KV cache.
             EngineClosedError: after close().
         """
@@ -220,25 +216,27 @@ class LLMEngine:
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 
-    def drop(self, seqs: list[Sequence]) -> bool:
+    def drop(self, seqs: list[Sequence]) -> None:
         """End requests that nobody asks for any more: at once if possible, else at the next step.
 
         Whoever drops a stream may be the garbage collector, in the middle of any call and in any
         thread, that of a step included.
-
-        Returns:
-            Whether they have ended.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
                 self.abort(seq.request_id)
-            return False
+            return
         with self._inside():
             for seq in seqs:
                 self._read.pop(seq.request_id, None)
                 if self.scheduler.abort(seq.request_id):
                     self._forget([seq])
-        return True
+        self.finish_steps()
+
+    def finish_steps(self) -> None:
+        """Take in steps in flight if all requests have ended before them."""
+        while self.has_unfinished and not self._live:
+            self.step()
 
     def reset(self, reason: str = "abort") -> None:
         """End every request, wait for what is in flight, and go on with fresh parts.

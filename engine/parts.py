@@ -126,13 +126,10 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """The config that says whether prefixes are cached.
+    """The config that says whether prefixes are cached; a ConfigError if options contradict that.
 
     Args:
         blocks: the block manager or its class; what a factory makes is not known before.
-
-    Raises:
-        ConfigError: the options for prefix caching contradict it.
     """
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
@@ -156,11 +153,7 @@ def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigErr
 
 
 def find(option: str, config: Config) -> Callable[..., Any]:
-    """What constructs the part that an option names; not for "auto".
-
-    Raises:
-        ConfigError: there is no such part, or it does not implement the contract.
-    """
+    """What constructs the part that an option names (not "auto"); a ConfigError without one."""
     return PART_KINDS[option].find(getattr(config, option))
 
 
@@ -171,21 +164,17 @@ def _first(option: str, fits: Callable[[Any], bool]) -> str:
     return next(name for name in kind.auto if name in known and fits(known[name]))
 
 
-def _make(option: str, config: Config, *args: Any) -> Any:
-    return PART_KINDS[option].make(getattr(config, option), *args)
-
-
 def make_policy(option: str, config: Config) -> Any:
     """The policy that an option names; a ConfigError if there is none."""
     return _make(option, config, config)
 
 
-def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """The scheduler, with the runner's clock.
+def _make(option: str, config: Config, *args: Any) -> Any:
+    return PART_KINDS[option].make(getattr(config, option), *args)
 
-    Raises:
-        ConfigError: there is none, or a policy was chosen that it would ignore.
-    """
+
+def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
+    """The scheduler, with the runner's clock; a ConfigError if it would ignore a policy."""
     scheduler: Scheduler = _make("scheduler", config, config, blocks, clock)
     # What a factory makes is known only now.
     check_policies(config, scheduler)
@@ -197,9 +186,6 @@ def check_policies(config: Config, scheduler: object) -> None:
 
     Args:
         scheduler: itself, its class or its factory; what a factory's uses is not known before.
-
-    Raises:
-        ConfigError: names the option.
     """
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
@@ -298,10 +284,7 @@ def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtyp
         return False
     possible = backend.captures and fused(torch.device(config.device), dtype)
     if config.enable_cuda_graphs and not possible:
-        raise ConfigError(
-            "enable_cuda_graphs",
-            True,
-            f"attention_backend={backend.name!r} with dtype={config.dtype!r} cannot be captured",
-            "Leave it at None, or use the triton backend and half precision.",
-        )
+        part = f"attention_backend={backend.name!r} with dtype={config.dtype!r}"
+        fix = "Leave it at None, or use the triton backend and half precision."
+        raise ConfigError("enable_cuda_graphs", True, f"{part} cannot be captured", fix)
     return possible

@@ -16,25 +16,20 @@ from sampling_params import SamplingParams
 from utils.errors import RequestError, RequestTooLongError
 from utils.text import Decode
 
+ParamsForPrompts = SamplingParams | list[SamplingParams] | None
 
-def params_per_prompt(
-    params: SamplingParams | list[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
+
+def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
     """As many parameters as prompts.
 
     Raises:
         RequestError: there are more or fewer, or something else.
     """
-    if params is None:
-        params = SamplingParams()
-    per_prompt = params if isinstance(params, list) else [params] * count
+    per_prompt = params if isinstance(params, list) else [params or SamplingParams()] * count
     if len(per_prompt) != count:
-        raise RequestError(
-            "sampling_params",
-            f"{len(per_prompt)} of them",
-            f"there are {count} prompts",
-            "Give one SamplingParams for all prompts or one for each.",
-        )
+        given, problem = f"{len(per_prompt)} of them", f"there are {count} prompts"
+        fix = "Give one SamplingParams for all prompts or one for each."
+        raise RequestError("sampling_params", given, problem, fix)
     for one in per_prompt:
         if not isinstance(one, SamplingParams):
             fix = "Construct a SamplingParams."
@@ -64,12 +59,9 @@ def check_request(
     limit, most = config.max_model_len, params.max_tokens
     assert limit is not None
     if len(prompt) + (most or 1) > limit:
-        raise RequestTooLongError(
-            "prompt",
-            f"{len(prompt)} tokens",
-            f"with max_tokens={most} it exceeds max_model_len={limit}",
-            "Shorten the prompt, lower max_tokens, or raise max_model_len.",
-        )
+        problem = f"with max_tokens={most} it exceeds max_model_len={limit}"
+        fix = "Shorten the prompt, lower max_tokens, or raise max_model_len."
+        raise RequestTooLongError("prompt", f"{len(prompt)} tokens", problem, fix)
     if params.n != 1:
         raise RequestError("n", params.n, "this call makes one output", "Call it n times.")
     for name in ("logprobs", "prompt_logprobs"):
@@ -93,12 +85,10 @@ def _check_picklable(params: SamplingParams) -> None:
         if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
             raise TypeError("they are of the module __main__")
     except Exception as error:  # whatever the callables' own pickling raises
-        raise RequestError(
-            "logits_processors",
-            params.logits_processors,
-            f"the ranks cannot be sent them ({error})",
-            "Use functions of a module, or tensor_parallel_size=1.",
-        ) from error
+        problem = f"the ranks cannot be sent them ({error})"
+        fix = "Use functions of a module, or tensor_parallel_size=1."
+        processors = params.logits_processors
+        raise RequestError("logits_processors", processors, problem, fix) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,11 +101,6 @@ class Group:
     index: int
     seqs: list[Sequence]
     ended: list[Group]
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether all of them have."""
-        return all(seq.finish_reason is not None for seq in self.seqs)
 
 
 def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:

@@ -109,13 +109,11 @@ class PartKind:
         if spec in known:
             return known[spec]
         passed_over = [f"{n} ({m})" for n, m in self._modules().items() if isinstance(m, Exception)]
-        without = f", not counting {', '.join(passed_over)}" if passed_over else ""
-        raise ConfigError(
-            self.option,
-            spec,
-            f"no {self.base.__name__} of that name in {' or '.join(self.packages)}{without}",
-            did_you_mean(spec, known) + ' Or give "package.module:Class".',
-        )
+        problem = f"no {self.base.__name__} of that name in {' or '.join(self.packages)}"
+        if passed_over:
+            problem += f", not counting {', '.join(passed_over)}"
+        fix = did_you_mean(spec, known) + ' Or give "package.module:Class".'
+        raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
         """Find a part and call its constructor or factory.
@@ -131,12 +129,9 @@ class PartKind:
             pass  # some callables do not tell their arguments
         except TypeError as error:
             kinds = ", ".join(type(arg).__name__ for arg in args)
-            raise ConfigError(
-                self.option,
-                make,
-                f"cannot be called with ({kinds}): {error}",
-                f"The docstring of {base.__module__}.{base.__name__} tells the arguments.",
-            ) from error
+            problem = f"cannot be called with ({kinds}): {error}"
+            fix = f"The docstring of {base.__module__}.{base.__name__} tells the arguments."
+            raise ConfigError(self.option, make, problem, fix) from error
         part = make(*args)
         if not isinstance(part, base):
             problem, fix = f"made {part!r}, no {base.__name__}", f"Return a {base.__name__}."

@@ -49,9 +49,8 @@ def tokenized(tokenizer: Any | None, prompts: Prompts) -> list[list[int]]:
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, (list, tuple)):
-        raise RequestError(
-            "prompts", prompts, "is no list of prompts", "Give a list of texts or token ids."
-        )
+        fix = "Give a list of texts or token ids."
+        raise RequestError("prompts", prompts, "is no list of prompts", fix)
     if prompts and isinstance(prompts[0], int):
         prompts = [prompts]
     return [_tokens(tokenizer, prompt) for prompt in prompts]
@@ -61,22 +60,16 @@ def _tokens(tokenizer: Any | None, prompt: Any) -> list[int]:
     if isinstance(prompt, (list, tuple)):
         return list(prompt)
     if not isinstance(prompt, str):
-        raise RequestError(
-            "prompt", prompt, "is neither text nor token ids", "Give a str or a list of int."
-        )
+        fix = "Give a str or a list of int."
+        raise RequestError("prompt", prompt, "is neither text nor token ids", fix)
     if tokenizer is None:
-        raise RequestError(
-            "prompt",
-            prompt,
-            "the checkpoint has no tokenizer",
-            "Give token ids, or add the tokenizer's files to the folder.",
-        )
+        fix = "Give token ids, or add the tokenizer's files to the folder."
+        raise RequestError("prompt", prompt, "the checkpoint has no tokenizer", fix)
     try:
         return list(tokenizer.encode(prompt))
     except (TypeError, ValueError) as error:
-        raise RequestError(
-            "prompt", prompt, f"the tokenizer refuses it ({error})", "Give valid Unicode."
-        ) from error
+        problem = f"the tokenizer refuses it ({error})"
+        raise RequestError("prompt", prompt, problem, "Give valid Unicode.") from error
 
 
 def templated(tokenizer: Any | None, messages: Any) -> list[int]:
@@ -86,20 +79,16 @@ def templated(tokenizer: Any | None, messages: Any) -> list[int]:
         RequestError: there is no chat template, or it refuses the messages.
     """
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-        raise RequestError(
-            "messages", messages, "the checkpoint has no chat template", "Use generate()."
-        )
+        problem = "the checkpoint has no chat template"
+        raise RequestError("messages", messages, problem, "Use generate().")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer.encode(text, add_special_tokens=False))
     # Templates are code of the checkpoint and raise what they like.
     except Exception as error:
-        raise RequestError(
-            "messages",
-            messages,
-            f"the chat template refuses them ({error})",
-            'Give a list of {"role": ..., "content": ...}.',
-        ) from error
+        problem = f"the chat template refuses them ({error})"
+        fix = 'Give a list of {"role": ..., "content": ...}.'
+        raise RequestError("messages", messages, problem, fix) from error
 
 
 def decoder(tokenizer: Any | None) -> Decode:
