@@ -25,7 +25,9 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
     Raises:
         RequestError: there are more or fewer, or something else.
     """
-    per_prompt = params if isinstance(params, list) else [params or SamplingParams()] * count
+    if params is None:
+        params = SamplingParams()
+    per_prompt = params if isinstance(params, list) else [params] * count
     if len(per_prompt) != count:
         given, problem = f"{len(per_prompt)} of them", f"there are {count} prompts"
         fix = "Give one SamplingParams for all prompts or one for each."

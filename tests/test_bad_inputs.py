@@ -426,6 +426,7 @@ def test_logits_processors_that_fail(llm: LLM, processor: Any) -> None:
         pytest.param(5, id="int"),
         pytest.param("greedy", id="text"),
         pytest.param({"temperature": 0}, id="dict"),
+        pytest.param({}, id="empty-dict"),
         pytest.param([GREEDY, None], id="none-in-list"),
         pytest.param([GREEDY, {}], id="dict-in-list"),
         pytest.param(SamplingParams, id="class"),
