@@ -171,11 +171,7 @@ _RULES = {
     ),
     "top_k": integer(-1, fix="Use 0 to keep all."),
     "min_p": number(0, 1, "Use 0 to keep all."),
-    "repetition_penalty": Rule(
-        lambda v: is_number(v, 1e-6, 1e6),
-        "must be a number above 0, from 1e-6 to 1e6",
-        "Use 1 for none.",
-    ),
+    "repetition_penalty": number(1e-6, 1e6, "Use 1 for none."),
     "presence_penalty": number(-2, 2, "Use 0 for none."),
     "frequency_penalty": number(-2, 2, "Use 0 for none."),
     "seed": Rule(

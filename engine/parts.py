@@ -88,7 +88,6 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     config = replace(config, max_model_len=length, model_runner=runner, block_manager=blocks)
     check_policies(config, find("scheduler", config))
     make = find("block_manager", config)
-    find("model_runner", config)
     return _with_caching(config, make) if isinstance(make, type) else config
 
 

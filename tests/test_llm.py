@@ -414,6 +414,16 @@ class TestRequestsOneByOne:
             assert (out["request_id"], out["finish_reason"]) == (ended, "error")
             assert list(_step_to_the_end(llm)) == [other]
 
+    def test_what_a_reset_of_the_engine_ended_comes_with_the_next_step(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            ended = llm.add_request(PROMPTS[0], GREEDY)
+            llm.step()
+            llm.engine.reset()
+            assert llm.has_unfinished
+            (out,) = llm.step()
+            assert (out["request_id"], out["finish_reason"]) == (ended, "abort")
+            assert not llm.has_unfinished
+
     @pytest.mark.parametrize("prompt", [5, None, b"text", {1: 2}])
     def test_no_prompt(self, small: Path, prompt: Any) -> None:
         with _small_llm(small) as llm, pytest.raises(RequestError, match="is no list of prompts"):

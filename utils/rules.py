@@ -49,8 +49,8 @@ def integer(low: int, high: int | None = None, fix: str = "", *, optional: bool 
 
 
 def number(low: float, high: float, fix: str) -> Rule:
-    """Numbers from `low` to `high`, which are whole."""
-    problem = f"must be a number from {low:.0f} to {high:.0f}"
+    """Numbers from `low` to `high`."""
+    problem = f"must be a number from {low:g} to {high:g}"
     return Rule(lambda v: is_number(v, low, high), problem, fix)
 
 

@@ -134,9 +134,7 @@ class TextReader:
     @property
     def settled(self) -> int:
         """Leading characters of `text` that no stop string can take back."""
-        if self.stopped:
-            return len(self.text)
-        longest = max(map(len, self._stop), default=1) - 1
+        longest = 0 if self.stopped else max(map(len, self._stop), default=1) - 1
         for size in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-size:]) for stop in self._stop):
                 return len(self.text) - size
