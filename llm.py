@@ -10,8 +10,8 @@ from typing import Any
 from config import Config
 from engine.llm_engine import LLMEngine
 from engine.requests import (
-    Group,
     ParamsForPrompts,
+    PromptRequests,
     increments,
     make_output,
     params_per_prompt,
@@ -49,9 +49,9 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
         # Prompts of `generate` and `add_request` that have not ended, by the id of each request.
-        self._groups: dict[int, Group] = {}
+        self._unfinished: dict[int, PromptRequests] = {}
         # Those of `add_request` that have ended and that `step` has not returned yet.
-        self._ended: list[Group] = []
+        self._ended: list[PromptRequests] = []
         try:
             self.tokenizer: Any | None = load_tokenizer(self.engine.checkpoint.path)
         except BaseException:
@@ -100,7 +100,7 @@ class LLM:
             StepError: the device failed.
             EngineClosedError: after close().
         """
-        ended: list[Group] = []
+        ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}
         try:
             groups = self._add(prompts, sampling_params, ended)
@@ -225,7 +225,7 @@ class LLM:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to return."""
-        return bool(self._groups or self._ended) or self.engine.has_unfinished
+        return bool(self._unfinished or self._ended) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
         """End a request at the next step, with finish_reason "abort" and the tokens it has.
@@ -233,7 +233,7 @@ class LLM:
         May be called at any time and from any thread, while `generate` or `step` runs as well;
         unknown and finished requests are passed over.
         """
-        group = self._groups.get(request_id)
+        group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
             self.engine.abort(one)
 
@@ -248,8 +248,8 @@ class LLM:
         self.close()
 
     def _add(
-        self, prompts: Prompts, params: ParamsForPrompts, ended: list[Group] | None = None
-    ) -> list[Group]:
+        self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
+    ) -> list[PromptRequests]:
         """Queue the requests of all prompts, or none of them; `n` for each.
 
         Args:
@@ -259,10 +259,10 @@ class LLM:
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
-        groups: list[Group] = []
+        groups: list[PromptRequests] = []
         try:
             for tokens, one in zip(token_lists, per_prompt, strict=True):
-                groups.append(Group(len(groups), [], [] if ended is None else ended))
+                groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
                     # Without a tokenizer the engine refuses stop strings.
@@ -274,10 +274,10 @@ class LLM:
             self.engine.drop([seq for group in groups for seq in group.seqs])
             raise
         if ended is not None:
-            self._groups |= {seq.request_id: group for group in groups for seq in group.seqs}
+            self._unfinished |= {seq.request_id: group for group in groups for seq in group.seqs}
         return groups
 
-    def _increments(self, groups: list[Group]) -> Generator[dict[str, Any], None, None]:
+    def _increments(self, groups: list[PromptRequests]) -> Generator[dict[str, Any], None, None]:
         has_text = self.tokenizer is not None
         seqs = [(seq, group.index) for group in groups for seq in group.seqs]
         left = dict.fromkeys(increments(seq, index, has_text=has_text) for seq, index in seqs)
@@ -311,9 +311,9 @@ class LLM:
         Args:
             request_ids: the requests that may have; None for all, as after an exception.
         """
-        for request_id in list(self._groups) if request_ids is None else request_ids:
-            group = self._groups.get(request_id)
+        for request_id in list(self._unfinished) if request_ids is None else request_ids:
+            group = self._unfinished.get(request_id)
             if group and all(seq.finish_reason is not None for seq in group.seqs):
                 for seq in group.seqs:
-                    del self._groups[seq.request_id]
+                    self._unfinished.pop(seq.request_id, None)
                 group.ended.append(group)

@@ -94,15 +94,15 @@ def _check_picklable(params: SamplingParams) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class PromptRequests:
     """The requests `seqs` of prompt `index` of a call, one for each of its `n` outputs.
 
-    When all of them have ended, the group is put into `ended`.
+    When all of them have ended, this object is put into the list `ended`.
     """
 
     index: int
     seqs: list[Sequence]
-    ended: list[Group]
+    ended: list[PromptRequests]
 
 
 def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:

@@ -530,8 +530,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "leak: who asked for a request is remembered for ever",
         "llm.py",
-        "del self._groups[seq.request_id]",
-        "self._groups[seq.request_id]",
+        "self._unfinished.pop(seq.request_id, None)",
+        "self._unfinished.get(seq.request_id)",
         LEAKS,
     ),
     _bug(

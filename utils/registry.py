@@ -47,13 +47,14 @@ class PartKind:
         Raises:
             ImportError: a module imports what an installed package does not have.
         """
+        base = self.base
         return {
             vars(value)["name"]: value
             for module in self._modules().values()
             if isinstance(module, ModuleType)
             for value in vars(module).values()
             if inspect.isclass(value)
-            and issubclass(value, self.base)
+            and issubclass(value, base)
             and value.__module__ == module.__name__
             and not inspect.isabstract(value)
             and "name" in vars(value)
