@@ -527,11 +527,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "",
         LEAKS,
     ),
-    _bug(
+    Mutant(
         "leak: who asked for a request is remembered for ever",
-        "llm.py",
-        "self._unfinished.pop(seq.request_id, None)",
-        "self._unfinished.get(seq.request_id)",
+        (
+            Edit(
+                "llm.py",
+                "self._unfinished.pop(seq.request_id, None)",
+                "self._unfinished.get(seq.request_id)",
+            ),
+            # Or it would be seen at once: `step` would have something to return for ever.
+            Edit("llm.py", "bool(self._unfinished or self._ended) or", "bool(self._ended) or"),
+        ),
         LEAKS,
     ),
     _bug(
