@@ -8,25 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, did_you_mean
+from utils.rules import Rule, boolean, check_rules, integer, is_number
 
 # A part is named, imported by "package.module:Class", or given as a class or factory.
 PartSpec = str | type | Callable[..., Any]
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_DEVICES = ("auto", "cpu", "cuda")
-_OPTIONAL_BOOLS = ("enable_cuda_graphs", "enable_prefix_caching")
-_PARTS = (
-    "scheduler",
-    "block_manager",
-    "eviction_policy",
-    "model_runner",
-    "attention_backend",
-    "queue_policy",
-    "admission_policy",
-    "preemption_policy",
-    "step_policy",
-)
-_MAX_RANKS = 8
 
 # Sets of options by name; docs/presets.md says why, and what each was measured to do.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -148,99 +133,61 @@ class Config:
         return Config(model=str(model), **options)
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
-        self._check_pairs()
-
-    def _check_choices(self) -> None:
-        if not self.model:
-            raise ConfigError("model", self.model, "is empty", "Give a checkpoint folder.")
-        for name, choices in (("dtype", _DTYPES), ("device", _DEVICES)):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(name, value, "unknown choice", did_you_mean(str(value), choices))
-        for name in ("enforce_eager", "kv_sanitizer", *_OPTIONAL_BOOLS):
-            value = getattr(self, name)
-            optional = name in _OPTIONAL_BOOLS
-            if not isinstance(value, bool) and not (optional and value is None):
-                raise ConfigError(name, value, "must be a bool", "Use True or False.")
-        for name in _PARTS:
-            value = getattr(self, name)
-            if not callable(value) and not (isinstance(value, str) and value):
-                raise ConfigError(
-                    name,
-                    value,
-                    "is neither a name nor something to construct",
-                    'Give a registered name, "package.module:Class", a class or a factory.',
-                )
+        check_rules(self, _RULES, ConfigError)
+        size, budget = self.kvcache_block_size, self.max_num_batched_tokens
+        if size % 16:
+            fix = f"Use {size + -size % 16}."
+            raise ConfigError("kvcache_block_size", size, "must be a multiple of 16", fix)
+        if budget < self.max_num_seqs:
+            problem = f"is below max_num_seqs={self.max_num_seqs}: a decode step would not fit"
+            fix = f"Use {self.max_num_seqs} or more, or lower max_num_seqs."
+            raise ConfigError("max_num_batched_tokens", budget, problem, fix)
+        for one, other in _EITHER:
+            value, contradiction = getattr(self, one), getattr(self, other)
+            if value and contradiction:
+                problem = f"contradicts {other}={contradiction!r}"
+                raise ConfigError(one, value, problem, "Give one of the two.")
 
-    def _check_numbers(self) -> None:
-        least = {
-            "max_model_len": 2,
-            "max_num_seqs": 1,
-            "max_num_batched_tokens": 1,
-            "kvcache_block_size": 16,
-            "num_kvcache_blocks": 1,
-            "kvcache_memory_bytes": 1,
-            "tensor_parallel_size": 1,
-            "num_speculative_tokens": 0,
-            "pipeline_depth": 0,
-            "seed": 0,
-        }
-        optional = ("max_model_len", "num_kvcache_blocks", "kvcache_memory_bytes", "pipeline_depth")
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(
-                    name, value, f"must be an integer >= {low}", f"Use {low} or more."
-                )
-        if self.kvcache_block_size % 16:
-            raise ConfigError(
-                "kvcache_block_size",
-                self.kvcache_block_size,
-                "must be a multiple of 16",
-                f"Use {-(-self.kvcache_block_size // 16) * 16}.",
-            )
-        use = self.gpu_memory_utilization
-        if not isinstance(use, (int, float)) or isinstance(use, bool) or not 0 < use <= 1:
-            raise ConfigError("gpu_memory_utilization", use, "must be in (0, 1]", "Use e.g. 0.9.")
-        if self.tensor_parallel_size > _MAX_RANKS:
-            raise ConfigError(
-                "tensor_parallel_size",
-                self.tensor_parallel_size,
-                f"must be at most {_MAX_RANKS}, the devices of one host",
-                f"Use {_MAX_RANKS} or fewer.",
-            )
-        if self.pipeline_depth is not None and self.pipeline_depth > 1:
-            raise ConfigError(
-                "pipeline_depth", self.pipeline_depth, "must be 0 or 1", "Use 1 to overlap."
-            )
 
-    def _check_pairs(self) -> None:
-        if self.enforce_eager and self.enable_cuda_graphs:
-            raise ConfigError(
-                "enforce_eager",
-                True,
-                "contradicts enable_cuda_graphs=True",
-                "Give one of the two.",
-            )
-        if self.num_kvcache_blocks is not None and self.kvcache_memory_bytes is not None:
-            raise ConfigError(
-                "num_kvcache_blocks",
-                self.num_kvcache_blocks,
-                f"contradicts kvcache_memory_bytes={self.kvcache_memory_bytes}",
-                "Give one of the two.",
-            )
-        if self.device == "cpu" and self.enable_cuda_graphs:
-            raise ConfigError(
-                "enable_cuda_graphs", True, 'contradicts device="cpu"', "Leave it at None."
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                "max_num_batched_tokens",
-                self.max_num_batched_tokens,
-                f"is below max_num_seqs={self.max_num_seqs}: a decode step would not fit",
-                f"Use {self.max_num_seqs} or more, or lower max_num_seqs.",
-            )
+# Options that contradict each other if both are given.
+_EITHER = (
+    ("enforce_eager", "enable_cuda_graphs"),
+    ("num_kvcache_blocks", "kvcache_memory_bytes"),
+)
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda"),
+}
+_RULES = {
+    "model": Rule(bool, "is empty", "Give a checkpoint folder."),
+    "max_model_len": integer(2, optional=True),
+    "max_num_seqs": integer(1),
+    "max_num_batched_tokens": integer(1),
+    "gpu_memory_utilization": Rule(
+        lambda v: is_number(v, 0, 1) and v > 0, "must be in (0, 1]", "Use e.g. 0.9."
+    ),
+    "kvcache_block_size": integer(16),
+    "num_kvcache_blocks": integer(1, optional=True),
+    "kvcache_memory_bytes": integer(1, optional=True),
+    "enable_cuda_graphs": boolean(optional=True),
+    "enforce_eager": boolean(),
+    "enable_prefix_caching": boolean(optional=True),
+    "tensor_parallel_size": integer(1, 8, "One host has 8 devices at most."),
+    "num_speculative_tokens": integer(0),
+    "pipeline_depth": integer(0, 1, "Use 1 to overlap.", optional=True),
+    "seed": integer(0),
+    "kv_sanitizer": boolean(),
+    **{
+        field.name: Rule(
+            lambda v: callable(v) or (isinstance(v, str) and v != ""),
+            "is neither a name nor something to construct",
+            'Give a registered name, "package.module:Class", a class or a factory.',
+        )
+        for field in fields(Config)
+        if field.type == "PartSpec"
+    },
+}

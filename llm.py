@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from config import Config
 from engine.llm_engine import LLMEngine
-from engine.outputs import Increments, make_output
-from engine.sequence import Sequence
+from engine.requests import (
+    ParamsForPrompts,
+    PromptRequests,
+    increments,
+    make_output,
+    params_per_prompt,
+)
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
 from utils.progress import Progress
-from utils.prompts import Prompt, Prompts, params_per_prompt, templated, tokenized
-from utils.text import TextReader, decoder
-from utils.tokenizer import load_tokenizer
+from utils.text import Prompt, Prompts, TextReader, decoder, load_tokenizer, templated, tokenized
 
 __all__ = ["LLM", "SamplingParams"]
 
@@ -33,39 +36,38 @@ class LLM:
         model: checkpoint folder or hub name.
         options: any field of `Config`, and `preset` for several at once (docs/presets.md).
 
+    Attributes:
+        engine: what runs below, with its parts: requests one by one, as `Sequence`, and steps that
+            return their `StepPlan`.
+        tokenizer: transformers' tokenizer of the checkpoint, or None if it has none.
+        decode: token ids to text without special tokens; to nothing without a tokenizer.
+
     Raises:
         ConfigError, CheckpointError, OutOfMemoryError: see `utils.errors`.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self._closed = False
-        self._engine = LLMEngine(Config.from_options(model, **options))
-        # Requests of add_request, a group of n each: unfinished by the id of the first, the first
-        # of each, and those ended but not yet returned by step.
-        self._added: dict[int, list[Sequence]] = {}
-        self._first_of: dict[int, int] = {}
-        self._ended: list[list[Sequence]] = []
+        self.engine = LLMEngine(Config.from_options(model, **options))
+        # Prompts of `generate` and `add_request` that have not ended, by the id of each request.
+        self._unfinished: dict[int, PromptRequests] = {}
+        # Those of `add_request` that have ended and that `step` has not returned yet.
+        self._ended: list[PromptRequests] = []
         try:
-            self._tokenizer = load_tokenizer(self._engine.checkpoint.path)
-            self._decode = decoder(self._tokenizer)
+            self.tokenizer: Any | None = load_tokenizer(self.engine.checkpoint.path)
         except BaseException:
-            self._engine.close()
+            self.engine.close()
             raise
+        self.decode = decoder(self.tokenizer)
 
     @property
     def config(self) -> Config:
         """The options with every default filled in."""
-        return self._engine.config
-
-    @property
-    def tokenizer(self) -> Any | None:
-        """transformers' tokenizer of the checkpoint, or None if it has none."""
-        return self._tokenizer
+        return self.engine.config
 
     def generate(
         self,
         prompts: Prompts,
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Continue every prompt.
@@ -98,33 +100,28 @@ class LLM:
             StepError: the device failed.
             EngineClosedError: after close().
         """
-        groups: list[list[Sequence]] = []
+        ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}
         try:
-            groups += self._add(prompts, sampling_params, streams=False)
-            with Progress(len(groups), enabled=use_tqdm) as progress:
-                left = {seq.request_id: i for i, group in enumerate(groups) for seq in group}
-                while left and self._engine.has_unfinished:
-                    plan, finished = self._advance()
-                    ended = {left.pop(seq.request_id, None) for seq in finished} - {None}
-                    done = {i: groups[i] for i in ended if i is not None and _over(groups[i])}
-                    progress.update(plan, self._engine.num_new_tokens, len(done))
+            groups = self._add(prompts, sampling_params, ended)
+            with closing(Progress(len(groups), enabled=use_tqdm)) as progress:
+                while len(outputs) < len(groups):
+                    plan = self._advance()
+                    progress.update(plan, self.engine.num_new_tokens, len(ended))
                     # Now, while the device is busy with the next step.
-                    for i, group in done.items():
-                        outputs[i] = make_output(group, self._decode)
-            self._finish_steps()
-        except RequestError:
+                    outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
+                    ended.clear()
+            self.engine.finish_steps()
+        except (RequestError, EngineClosedError):
             raise
         except BaseException:
-            self._engine.reset()
+            self.engine.reset()
             self._collect_ended()
             raise
         return [outputs[i] for i in range(len(groups))]
 
     def stream(
-        self,
-        prompts: Prompts,
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        self, prompts: Prompts, sampling_params: ParamsForPrompts = None
     ) -> Generator[dict[str, Any], None, None]:
         """Continue every prompt, telling the outputs as they grow.
 
@@ -141,16 +138,15 @@ class LLM:
         Raises:
             RequestError, StepError, EngineClosedError: as `generate`.
         """
-        groups = self._add(prompts, sampling_params, streams=True)
-        increments = self._increments(groups)
+        stream = self._increments(self._add(prompts, sampling_params))
         # It waits inside its `try` from here on, so that closing it always aborts.
-        next(increments)
-        return increments
+        next(stream)
+        return stream
 
     def chat(
         self,
         messages: list[dict[str, str]] | list[list[dict[str, str]]],
-        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Answer a conversation, or several, through the checkpoint's chat template.
@@ -166,36 +162,28 @@ class LLM:
             RequestError: also if the checkpoint has no chat template or it refuses the messages.
             StepError, EngineClosedError: as `generate`.
         """
-        self._check_open()
+        self.engine.check_usable()
         kinds = (list, tuple)
         several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
         conversations: list[Any] = messages if several else [messages]
-        prompts = [templated(self._tokenizer, one) for one in conversations]
+        prompts = [templated(self.tokenizer, one) for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """What the checkpoint's generation_config.json asks for, changed by `overrides`.
-
-        Raises:
-            RequestError, CheckpointError: see `SamplingParams.from_generation_config`.
-        """
-        return SamplingParams.from_generation_config(self._engine.checkpoint.path, **overrides)
+        """As `SamplingParams.from_generation_config`, for this checkpoint."""
+        return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
         """Totals since the engine started."""
-        return self._engine.stats
+        return self.engine.stats
 
     def cache_stats(self) -> CacheStats:
         """How much of the prompts was found in the prefix cache so far, and what was given up."""
-        return self._engine.cache_stats
+        return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes.
-
-        Raises:
-            EngineClosedError: after close().
-        """
-        self._engine.reset_prefix_cache()
+        """Forget all cached prefixes, those that running requests would leave included."""
+        self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue one request, to be run by `step` (or beside those of `generate`).
@@ -208,11 +196,8 @@ class LLM:
         """
         # A number in a list would pass for a prompt of one token.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
-        (group,) = self._add(prompts, sampling_params, streams=False)
-        first = group[0].request_id
-        self._added[first] = group
-        self._first_of |= {seq.request_id: first for seq in group}
-        return first
+        (group,) = self._add(prompts, sampling_params, self._ended)
+        return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
         """Run one step of all requests.
@@ -225,23 +210,22 @@ class LLM:
             StepError: the device failed; the next `step` returns the requests that it ended.
             EngineClosedError: after close().
         """
-        self._check_open()
         self._advance()
-        ended, self._ended = self._ended, []
-        return [{"request_id": g[0].request_id, **make_output(g, self._decode)} for g in ended]
+        ended, self._ended[:] = [group.seqs for group in self._ended], []
+        return [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
 
     def now(self) -> float:
         """Seconds on the clock of all times of requests; virtual with a simulated runner."""
-        return self._engine.now()
+        return self.engine.runner.now()
 
     def wait_until(self, moment: float) -> None:
         """Return when `now` is `moment` or later; a simulated runner moves its time there."""
-        self._engine.wait_until(moment)
+        self.engine.runner.wait_until(moment)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to return."""
-        return bool(self._added or self._ended) or self._engine.has_unfinished
+        return bool(self._unfinished or self._ended) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
         """End a request at the next step, with finish_reason "abort" and the tokens it has.
@@ -249,104 +233,87 @@ class LLM:
         May be called at any time and from any thread, while `generate` or `step` runs as well;
         unknown and finished requests are passed over.
         """
-        for seq in self._added.get(request_id, ()):
-            self._engine.abort(seq.request_id)
-        self._engine.abort(request_id)
+        group = self._unfinished.get(request_id)
+        for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
+            self.engine.abort(one)
 
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""
-        self._closed = True
-        self._engine.close()
+        self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _add(
-        self,
-        prompts: Prompts,
-        params: SamplingParams | list[SamplingParams] | None,
-        *,
-        streams: bool,
-    ) -> list[list[Sequence]]:
-        """Queue the requests of all prompts, or none of them; `n` for each."""
-        self._check_open()
-        token_lists = tokenized(self._tokenizer, prompts)
+        self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
+    ) -> list[PromptRequests]:
+        """Queue the requests of all prompts, or none of them; `n` for each.
+
+        Args:
+            ended: where a prompt is put when its requests have ended. None for a stream, whose
+                requests all have a reader of their text.
+        """
+        self.engine.check_usable()
+        token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
-        groups: list[list[Sequence]] = []
+        groups: list[PromptRequests] = []
         try:
             for tokens, one in zip(token_lists, per_prompt, strict=True):
-                groups.append([])
+                groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
                     # Without a tokenizer the engine refuses stop strings.
-                    if (streams or one.stop) and not (one.stop and self._tokenizer is None):
-                        text = TextReader(self._decode, tuple(one.stop), one.min_tokens)
-                    seq = self._engine.add_request(tokens, one.of_output(i), text, sample=i)
-                    groups[-1].append(seq)
+                    if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
+                        text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
+                    seq = self.engine.add_request(tokens, one.of_output(i), text, sample=i)
+                    groups[-1].seqs.append(seq)
         except BaseException:
-            self._engine.withdraw([seq for group in groups for seq in group])
+            self.engine.drop([seq for group in groups for seq in group.seqs])
             raise
+        if ended is not None:
+            self._unfinished |= {seq.request_id: group for group in groups for seq in group.seqs}
         return groups
 
-    def _increments(self, groups: list[list[Sequence]]) -> Generator[dict[str, Any], None, None]:
-        seqs = [seq for group in groups for seq in group]
-        has_text = self._tokenizer is not None
-        left = [
-            Increments(seq, i, k, has_text=has_text)
-            for i, group in enumerate(groups)
-            for k, seq in enumerate(group)
-        ]
+    def _increments(self, groups: list[PromptRequests]) -> Generator[dict[str, Any], None, None]:
+        has_text = self.tokenizer is not None
+        seqs = [(seq, group.index) for group in groups for seq in group.seqs]
+        left = dict.fromkeys(increments(seq, index, has_text=has_text) for seq, index in seqs)
         try:
             yield {}
             while left:
-                if self._engine.has_unfinished:
+                if self.engine.has_unfinished:
                     self._advance()
-                for increments in left:
-                    if news := increments.next():
+                for one in list(left):
+                    if news := next(one):
+                        if news["finish_reason"] is not None:
+                            del left[one]
                         yield news
-                left = [increments for increments in left if not increments.ended]
         finally:
-            if not self._closed and self._engine.drop(seqs):
-                self._finish_steps()
+            self.engine.drop([seq for seq, _ in seqs])
 
-    def _finish_steps(self) -> None:
-        """Take in the last steps of requests that ended before them."""
-        while not self._engine.num_unfinished and self._engine.has_unfinished:
-            self._advance()
-
-    def _advance(self) -> tuple[StepPlan | None, list[Sequence]]:
+    def _advance(self) -> StepPlan | None:
+        """Run one step and put the prompts that have ended where they are waited for."""
+        ids = None
         try:
-            plan, finished = self._engine.step()
-        except BaseException:
-            self._collect_ended()
-            raise
-        for seq in finished if self._first_of else ():
-            first = self._first_of.pop(seq.request_id, -1)
-            group = self._added.get(first)
-            if group is not None and _over(group):
-                self._ended.append(self._added.pop(first))
-        return plan, finished
+            plan, finished = self.engine.step()
+            # With nothing to do, whoever still waits has been ended by a reset of the engine.
+            ids = [seq.request_id for seq in finished] if plan else None
+        finally:
+            self._collect_ended(ids)
+        return plan
 
-    def _collect_ended(self) -> None:
-        """Put aside the requests of `add_request` that an exception has ended."""
-        for first, group in list(self._added.items()):
-            if _over(group):
-                self._ended.append(self._added.pop(first))
-                for seq in group:
-                    self._first_of.pop(seq.request_id, None)
+    def _collect_ended(self, request_ids: list[int] | None = None) -> None:
+        """Put prompts that have ended where they are waited for.
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosedError("the LLM was closed; construct a new one")
-
-
-def _over(group: list[Sequence]) -> bool:
-    return all(seq.finish_reason is not None for seq in group)
+        Args:
+            request_ids: the requests that may have; None for all, as after an exception.
+        """
+        for request_id in list(self._unfinished) if request_ids is None else request_ids:
+            group = self._unfinished.get(request_id)
+            if group and all(seq.finish_reason is not None for seq in group.seqs):
+                for seq in group.seqs:
+                    self._unfinished.pop(seq.request_id, None)
+                group.ended.append(group)

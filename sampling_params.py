@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.errors import CheckpointError, RequestError
+from utils.errors import RequestError
+from utils.rules import Rule, boolean, check_rules, integer, is_int, is_number, number, several
 
 # Scores are logits + temperature * noise in float32, and noise reaches 16: beyond this the
 # rounding of the product (1e-2) begins to blur the logits.
@@ -93,17 +93,10 @@ class SamplingParams:
     predicted_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, rule in _RULES.items():
-            value = getattr(self, name)
-            if not rule.allows(value):
-                raise RequestError(name, value, f"must be {rule.words}", rule.fix)
+        check_rules(self, _RULES, RequestError)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(
-                "min_tokens",
-                self.min_tokens,
-                f"exceeds max_tokens={self.max_tokens}",
-                "Lower it or raise max_tokens.",
-            )
+            problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
+            raise RequestError("min_tokens", self.min_tokens, problem, fix)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         # Tuples, so that nobody's list can change the request later.
@@ -122,12 +115,11 @@ class SamplingParams:
             RequestError: a value is out of range.
             CheckpointError: the file is unusable.
         """
-        path = Path(folder) / "generation_config.json"
-        try:
-            found = json.loads(path.read_text()) if path.is_file() else {}
-            values = {_FROM_CONFIG[k]: v for k, v in found.items() if k in _FROM_CONFIG}
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is unusable: {error}") from error
+        # Here, as it imports transformers.
+        from utils.checkpoint import generation_config
+
+        found = generation_config(Path(folder))
+        values = {_FROM_CONFIG[name]: v for name, v in found.items() if name in _FROM_CONFIG}
         if found.get("do_sample") is False:
             values["temperature"] = 0.0
         values = {name: value for name, value in values.items() if value is not None}
@@ -154,15 +146,9 @@ class SamplingParams:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether it takes more than the logits' largest sum with noise to serve the request."""
-        return bool(
-            self.filters
-            or self.penalizes
-            or self.min_tokens
-            or self.logits_processors
-            or self.logprobs is not None
-            or self.prompt_logprobs is not None
-        )
+        """Whether filters, penalties, log-probabilities or the like rule out plain Gumbel-max."""
+        asked = (self.filters, self.penalizes, self.min_tokens, self.logits_processors)
+        return any(asked) or (self.logprobs, self.prompt_logprobs) != (None, None)
 
 
 # Fields of generation_config.json, and ours.
@@ -173,83 +159,48 @@ _FROM_CONFIG = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a field may be, in code and in words."""
-
-    allows: Callable[[Any], bool]
-    words: str
-    fix: str
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _integer(low: int, fix: str, *, optional: bool = False) -> _Rule:
-    words = f"an integer >= {low}" + (" or None" if optional else "")
-    return _Rule(lambda v: (optional and v is None) or (_is_int(v) and v >= low), words, fix)
-
-
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and low <= value <= high
-
-
-def _number(low: float, high: float, fix: str) -> _Rule:
-    words = f"a number from {low:.0f} to {high:.0f}"
-    return _Rule(lambda v: _is_number(v, low, high), words, fix)
-
-
-def _several(allows: Callable[[Any], bool], words: str, fix: str) -> _Rule:
-    def all_allowed(values: Any) -> bool:
-        return isinstance(values, (list, tuple)) and all(map(allows, values))
-
-    return _Rule(all_allowed, f"a list of {words}", fix)
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-_STOPS = _several(_is_text, "str, none of them empty", 'Use e.g. stop="\\n".')
-_TEXT = _Rule(lambda v: isinstance(v, str), "a str", 'Use "" for none.')
+_STOPS = several(_is_text, "str, none of them empty", 'Use e.g. stop="\\n".')
 _RULES = {
-    "temperature": _number(0, MAX_TEMPERATURE, "Use 0 for greedy decoding."),
-    "top_p": _Rule(
-        lambda v: _is_number(v, 0, 1) and v > 0, "a number in (0, 1]", "Use 1 to keep all."
+    "temperature": number(0, MAX_TEMPERATURE, "Use 0 for greedy decoding."),
+    "top_p": Rule(
+        lambda v: is_number(v, 0, 1) and v > 0, "must be a number in (0, 1]", "Use 1 to keep all."
     ),
-    "top_k": _integer(-1, "Use 0 to keep all."),
-    "min_p": _number(0, 1, "Use 0 to keep all."),
-    "repetition_penalty": _Rule(
-        lambda v: _is_number(v, 1e-6, 1e6),
-        "a number above 0, from 1e-6 to 1e6",
-        "Use 1 for none.",
-    ),
-    "presence_penalty": _number(-2, 2, "Use 0 for none."),
-    "frequency_penalty": _number(-2, 2, "Use 0 for none."),
-    "seed": _Rule(
-        lambda v: v is None or (_is_int(v) and 0 <= v < 2**63),
-        "an integer in [0, 2**63) or None",
+    "top_k": integer(-1, fix="Use 0 to keep all."),
+    "min_p": number(0, 1, "Use 0 to keep all."),
+    "repetition_penalty": number(1e-6, 1e6, "Use 1 for none."),
+    "presence_penalty": number(-2, 2, "Use 0 for none."),
+    "frequency_penalty": number(-2, 2, "Use 0 for none."),
+    "seed": Rule(
+        lambda v: v is None or (is_int(v) and 0 <= v < 2**63),
+        "must be an integer in [0, 2**63) or None",
         "Use e.g. seed=0.",
     ),
-    "max_tokens": _integer(1, "Use None to generate up to max_model_len.", optional=True),
-    "min_tokens": _integer(0, "Use 0 for none."),
-    "stop": _Rule(
-        lambda v: _is_text(v) or _STOPS.allows(v), f"a str or {_STOPS.words}", _STOPS.fix
+    "max_tokens": integer(1, fix="Use None to generate up to max_model_len.", optional=True),
+    "min_tokens": integer(0, fix="Use 0 for none."),
+    "stop": Rule(
+        lambda v: _is_text(v) or _STOPS.allows(v),
+        "must be a str or a list of str, none of them empty",
+        _STOPS.fix,
     ),
-    "stop_token_ids": _several(
-        lambda v: _is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2]."
+    "stop_token_ids": several(
+        lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2]."
     ),
-    "ignore_eos": _Rule(lambda v: isinstance(v, bool), "a bool", "Use True or False."),
-    "logprobs": _integer(0, "Use None for none.", optional=True),
-    "prompt_logprobs": _integer(0, "Use None for none.", optional=True),
-    "n": _integer(1, "Use 1 for one output."),
-    "logits_processors": _several(callable, "callables", "Use () for none."),
-    "priority": _Rule(_is_int, "an integer", "Use 0, or more to run earlier."),
-    "user": _TEXT,
+    "ignore_eos": boolean(),
+    "logprobs": integer(0, fix="Use None for none.", optional=True),
+    "prompt_logprobs": integer(0, fix="Use None for none.", optional=True),
+    "n": integer(1, fix="Use 1 for one output."),
+    "logits_processors": several(callable, "callables", "Use () for none."),
+    "priority": Rule(is_int, "must be an integer", "Use 0, or more to run earlier."),
+    "user": Rule(lambda v: isinstance(v, str), "must be a str", 'Use "" for none.'),
     # The rest of a salt behind \0 is the engine's.
-    "cache_salt": _Rule(
-        lambda v: isinstance(v, str) and "\0" not in v, "a str without \\0", 'Use "" for none.'
+    "cache_salt": Rule(
+        lambda v: isinstance(v, str) and "\0" not in v,
+        "must be a str without \\0",
+        'Use "" for none.',
     ),
-    "predicted_tokens": _integer(1, "Use None if there is no guess.", optional=True),
+    "predicted_tokens": integer(1, fix="Use None if there is no guess.", optional=True),
 }

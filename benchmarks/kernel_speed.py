@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.roofline import Ceilings
+from engine.parts import PART_KINDS
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
 from layers.layernorm import RMSNorm, Stream
 from layers.matmul import Matmul, make_matmul
 from layers.parallel import ParallelContext, Place
 from memory.kv_cache import KVLayer
-from utils.registry import parts_in
 
 _PAGE = 256
 # Greatest relative error of a product or an attention in bfloat16, as a ratio of norms.
@@ -66,7 +66,7 @@ def measure_kernels(
     )
     times = []
     with torch.inference_mode():
-        known: dict[str, Any] = parts_in("layers.attention", AttentionBackend)
+        known: dict[str, Any] = PART_KINDS["attention_backend"].known()
         for name, part in known.items():
             if name != TorchAttention.name and part.unsupported(spec) is None:
                 backend = part(spec)

@@ -107,7 +107,7 @@ def recorded_llm(model: str, recorder: Recorder, **options: Any) -> LLM:
         model_runner=lambda config, checkpoint: _recorded_runner(config, checkpoint, recorder),
     )
     if llm.tokenizer is not None:
-        llm._decode = _recorded_decoding(llm._decode, recorder)
+        llm.decode = _recorded_decoding(llm.decode, recorder)
     return llm
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.compare import Measured, Row, figures_of
-from utils.percentile import percentile
+from engine.requests import percentile
 
 # File names of the plots and what they show.
 CAPTIONS = {

@@ -8,13 +8,12 @@ import time
 from dataclasses import dataclass
 
 from config import Config
-from engine.policies.base import QueuePolicy
+from engine.parts import PART_KINDS
 from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.types import KVGeometry, StepResult
 from memory.prefix_cache import PrefixCacheManager
 from sampling_params import SamplingParams
-from utils.registry import parts_in
 
 NUM_RUNNING = 256
 NUM_WAITING = (1_000, 10_000, 100_000)
@@ -123,7 +122,7 @@ def measure_scheduling(num_steps: int) -> list[Cost]:
     """
     costs = _measure([Load("fcfs", 0)], num_steps)
     print(f"{NUM_RUNNING} running, none waiting: {1e3 * costs[0].median:.3f} ms per step")
-    for policy in sorted(parts_in("engine.policies", QueuePolicy)):
+    for policy in sorted(PART_KINDS["queue_policy"].known()):
         new = _measure([Load(policy, n) for n in NUM_WAITING], num_steps)
         times = " / ".join(f"{1e3 * cost.median:.3f}" for cost in new)
         queues = " / ".join(f"{cost.num_waiting:,}" for cost in new)

@@ -209,9 +209,9 @@ def _run(llm: LLM, work: Workload, variant: Variant) -> _Run:
     """
     llm.reset_prefix_cache()
     params = work.sampling_params(**variant.params)
-    decode = llm._decode
+    decode = llm.decode
     if not variant.text:
-        llm._decode = decoder(None)
+        llm.decode = decoder(None)
     outputs: dict[int, dict[str, Any]] = {}
     ends = [time.perf_counter()]
     for prompt, one in zip(work.prompts, params, strict=True):
@@ -219,7 +219,7 @@ def _run(llm: LLM, work: Workload, variant: Variant) -> _Run:
     while llm.has_unfinished:
         outputs |= {out["request_id"]: out for out in llm.step()}
         ends.append(time.perf_counter())
-    llm._decode = decode
+    llm.decode = decode
     ordered = [outputs[request_id] for request_id in sorted(outputs)]
     if [len(out["token_ids"]) for out in ordered] != work.lengths:
         raise WrongOutputError(f"wrong outputs, so no rate: wrong lengths with {variant.name}")

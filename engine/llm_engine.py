@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 from config import Config
 from engine.checking.kv_sanitizer import SanitizedRunner
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
-from engine.request_checks import check_sampling, longest_of
+from engine.requests import check_request
 from engine.sequence import Sequence
 from engine.types import (
     BlockManager,
-    CacheStats,
     EngineStats,
     ModelRunner,
+    Scheduler,
     SeedKind,
     StepHandle,
     StepPlan,
@@ -24,68 +24,54 @@ from engine.types import (
 from memory.grouped_blocks import grouped
 from sampling_params import SEED_STRIDE, SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint
-from utils.errors import (
-    ConfigError,
-    EngineClosedError,
-    RequestError,
-    StepError,
-)
+from utils.errors import EngineClosedError, RequestError, StepError
 from utils.text import TextReader
 
 
 class LLMEngine:
     """Scheduler, block manager and runner of one model, and the steps in flight.
 
-    Args:
-        config: the options; see `Config`.
-
     Attributes:
-        config: the same with everything resolved.
+        config: the options, with everything resolved.
         checkpoint: the opened model folder.
+        runner, scheduler, blocks: the parts. Scheduler and block manager are others after an
+            exception; of several cache groups `blocks` is the manager of all.
         num_new_tokens: that the last committed step gave to all requests, those behind a stop
             included.
     """
 
+    scheduler: Scheduler
+    blocks: BlockManager
+
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
-        self._asked, config = config, resolve(config, self.checkpoint)
-        self.vocab_size = int(self.checkpoint.hf_config.vocab_size)
-        self.config = config
+        self._asked = config
+        self.config = config = resolve(config, self.checkpoint)
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
+        # Unfinished requests by id: all, and those whose text is read.
         self._live: dict[int, Sequence] = {}
         self._read: dict[int, Sequence] = {}
         self._aborts: deque[int] = deque()
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
-        self._next_request_id = 0
-        self.num_new_tokens = 0
+        self._next_request_id = self.num_new_tokens = self._calls = 0
         self._closed = False
-        self._calls = 0
         self._thread = threading.get_ident()
-        self._runner = make_runner(config, self.checkpoint)
-        self._sanitizer = None
+        self.runner: ModelRunner = make_runner(config, self.checkpoint)
+        self._sanitizer: SanitizedRunner | None = None
         if config.kv_sanitizer:
             limits = config.max_num_seqs, config.max_num_batched_tokens
-            self._runner = self._sanitizer = SanitizedRunner(self._runner, *limits)
+            self.runner = self._sanitizer = SanitizedRunner(self.runner, *limits)
         try:
-            check_drafts(config, self._runner)
             self.reset()
         except BaseException:
-            self._runner.close()
+            self.runner.close()
             raise
-
-    def now(self) -> float:
-        """Seconds on the runner's clock, which all times of requests are on."""
-        return self._runner.now()
-
-    def wait_until(self, moment: float) -> None:
-        """Return when `now` is `moment` or later; a simulated runner moves its time there."""
-        self._runner.wait_until(moment)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether requests are waiting, running or in flight."""
-        return bool(self._pipeline) or self._scheduler.has_unfinished
+        return bool(self._pipeline) or self.scheduler.has_unfinished
 
     def add_request(
         self,
@@ -102,20 +88,16 @@ class LLMEngine:
             text: reads the output as it comes, and finds the stop strings.
 
         Raises:
-            RequestError: the prompt is empty or has a token id outside the vocabulary; or the
-                parameters ask for what this model, or this call, cannot give.
+            RequestError: model, ranks or this call cannot serve the prompt or a parameter.
             RequestTooLongError: it exceeds max_model_len or the KV cache.
             EngineClosedError: after close().
         """
-        self._check_usable()
-        limit = self.config.max_model_len
-        assert limit is not None
-        total = longest_of(prompt_token_ids, params, limit, self.vocab_size)
-        check_sampling(params, self.vocab_size, self.config.tensor_parallel_size)
+        self.check_usable()
+        vocab_size = int(self.checkpoint.hf_config.vocab_size)
+        total = check_request(prompt_token_ids, params, self.config, vocab_size)
         if params.stop and text is None:
-            raise RequestError(
-                "stop", params.stop, "there is no tokenizer to find it", "Use stop_token_ids."
-            )
+            problem = "there is no tokenizer to find it"
+            raise RequestError("stop", params.stop, problem, "Use stop_token_ids.")
         request_id = self._next_request_id
         seed = params.seed
         if seed is None:
@@ -131,12 +113,12 @@ class LLMEngine:
             seed_kind=SeedKind.DERIVED if params.seed is None else SeedKind.GIVEN,
             sample=sample,
         )
-        seq.text, seq.added_at = text, self.now()
+        seq.text, seq.added_at = text, self.runner.now()
         self._next_request_id += 1
         with self._inside():
             self._live[request_id] = seq
             try:
-                self._scheduler.add(seq)
+                self.scheduler.add(seq)
             except BaseException:
                 del self._live[request_id]
                 raise
@@ -157,15 +139,17 @@ class LLMEngine:
             WorkerDiedError: a rank's process has ended, as from then on in every step. The same
                 goes for a StepError of several ranks.
         """
-        self._check_usable()
+        self.check_usable()
+        depth = self.config.pipeline_depth or 0
         with self._inside():
             self._stale = True
             try:
-                aborted = self._abort_asked()
-                while len(self._pipeline) <= self._depth and (plan := self._scheduler.schedule()):
-                    self._pipeline.append((plan, self._runner.execute(plan)))
+                asked = [self._aborts.popleft() for _ in range(len(self._aborts))]
+                ended = [seq for one in asked if (seq := self.scheduler.abort(one))]
+                while len(self._pipeline) <= depth and (plan := self.scheduler.schedule()):
+                    self._pipeline.append((plan, self.runner.execute(plan)))
                 committed, finished = self._commit_oldest()
-                ended = aborted + finished
+                ended += finished
                 if self._read:
                     ended += self._read_texts()
                 # Not before: a stop string takes tokens back.
@@ -188,15 +172,15 @@ class LLMEngine:
 
     def _commit_oldest(self) -> tuple[StepPlan | None, list[Sequence]]:
         if not self._pipeline:
-            if self._scheduler.has_unfinished:
+            if self.scheduler.has_unfinished:
                 raise StepError(
-                    f"{type(self._scheduler).__name__} planned nothing although requests are "
+                    f"{type(self.scheduler).__name__} planned nothing although requests are "
                     "unfinished and nothing is in flight"
                 )
             return None, []
         plan, handle = self._pipeline[0]
         result = handle.result()
-        finished = self._scheduler.commit(plan, result)
+        finished = self.scheduler.commit(plan, result)
         self.num_new_tokens = sum(map(len, result.tokens))
         self._pipeline.popleft()
         self._totals["steps"] += 1
@@ -212,7 +196,7 @@ class LLMEngine:
             assert seq.text is not None
             if seq.text.read(seq.output_token_ids, ended=seq.finish_reason is not None):
                 if seq.finish_reason is None:
-                    self._scheduler.abort(request_id)
+                    self.scheduler.abort(request_id)
                     seq.finish_reason = "stop"
                     stopped.append(seq)
                 elif seq.finish_reason == "length":
@@ -232,36 +216,27 @@ class LLMEngine:
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 
-    def withdraw(self, seqs: list[Sequence]) -> None:
-        """End requests at once, between steps."""
-        with self._inside():
-            for seq in seqs:
-                self._read.pop(seq.request_id, None)
-                if self._scheduler.abort(seq.request_id):
-                    self._forget([seq])
-
-    def drop(self, seqs: list[Sequence]) -> bool:
+    def drop(self, seqs: list[Sequence]) -> None:
         """End requests that nobody asks for any more: at once if possible, else at the next step.
 
         Whoever drops a stream may be the garbage collector, in the middle of any call and in any
         thread, that of a step included.
-
-        Returns:
-            Whether they have ended.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
                 self.abort(seq.request_id)
-            return False
-        self.withdraw(seqs)
-        return True
+            return
+        with self._inside():
+            for seq in seqs:
+                self._read.pop(seq.request_id, None)
+                if self.scheduler.abort(seq.request_id):
+                    self._forget([seq])
+        self.finish_steps()
 
-    def _abort_asked(self) -> list[Sequence]:
-        aborted = []
-        while self._aborts:
-            if seq := self._scheduler.abort(self._aborts.popleft()):
-                aborted.append(seq)
-        return aborted
+    def finish_steps(self) -> None:
+        """Take in steps in flight if all requests have ended before them."""
+        while self.has_unfinished and not self._live:
+            self.step()
 
     def reset(self, reason: str = "abort") -> None:
         """End every request, wait for what is in flight, and go on with fresh parts.
@@ -271,21 +246,22 @@ class LLMEngine:
         with self._inside():
             # Interrupted in here, the next use of the engine comes back.
             self._stale = True
-            self._restart(reason)
+            # Wait until no step is in flight, whatever becomes of it.
+            while self._pipeline:
+                with suppress(Exception):
+                    self._pipeline[0][1].result()
+                self._pipeline.popleft()
+            for seq in self._live.values():
+                seq.finish_reason = seq.finish_reason or reason
+            self._forget(list(self._live.values()))
+            self._read.clear()
+            groups = self.runner.kv_groups
+            self.config, managers = make_block_managers(self._asked, self.config, groups)
+            if self._sanitizer:
+                managers = self._sanitizer.watch(managers)
+            self.blocks = grouped(managers)
+            self.scheduler = make_scheduler(self.config, self.blocks, self.runner.now)
             self._stale = False
-
-    def _restart(self, reason: str) -> None:
-        self._drain()
-        for seq in self._live.values():
-            seq.finish_reason = seq.finish_reason or reason
-        self._forget(list(self._live.values()))
-        self._read.clear()
-        groups = self._runner.kv_groups
-        self.config, managers = make_block_managers(self._asked, self.config, groups)
-        if self._sanitizer:
-            managers = self._sanitizer.watch(managers)
-        self._blocks: BlockManager = grouped(managers)
-        self._scheduler = make_scheduler(self.config, self._blocks, self._runner.now)
 
     def close(self) -> None:
         """End all requests and give the memory back; may be called twice."""
@@ -293,34 +269,17 @@ class LLMEngine:
             return
         self.reset()
         self._closed = True
-        self._runner.close()
-
-    def _drain(self) -> None:
-        """Wait until no step is in flight, whatever becomes of it."""
-        while self._pipeline:
-            with suppress(Exception):
-                self._pipeline[0][1].result()
-            self._pipeline.popleft()
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that wait or run."""
-        return len(self._live)
-
-    @property
-    def num_free_blocks(self) -> int:
-        """KV blocks that a new request could take."""
-        return self._blocks.num_free_blocks
+        self.runner.close()
 
     @property
     def stats(self) -> EngineStats:
         """Totals since the engine started."""
         return EngineStats(
             **self._totals,
-            unfinished_requests=self.num_unfinished,
-            num_blocks=self._blocks.num_blocks,
-            num_free_blocks=self._blocks.num_free_blocks,
-            cache=self._blocks.stats,
+            unfinished_requests=len(self._live),
+            num_blocks=self.blocks.num_blocks,
+            num_free_blocks=self.blocks.num_free_blocks,
+            cache=self.blocks.stats,
         )
 
     def _forget(self, seqs: list[Sequence]) -> None:
@@ -333,38 +292,19 @@ class LLMEngine:
             totals["output_tokens"] += len(seq.token_ids) - seq.num_prompt_tokens
             totals["preemptions"] += seq.num_preemptions
 
-    @property
-    def cache_stats(self) -> CacheStats:
-        """Counters of the prefix cache."""
-        return self._blocks.stats
-
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, those that running requests would leave included."""
-        self._check_usable()
+        self.check_usable()
         with self._inside():
-            self._blocks.reset_prefix_cache()
+            self.blocks.reset_prefix_cache()
 
-    @property
-    def _depth(self) -> int:
-        return self.config.pipeline_depth or 0
+    def check_usable(self) -> None:
+        """Take up again what an interrupt of `reset` left.
 
-    def _check_usable(self) -> None:
+        Raises:
+            EngineClosedError: after close().
+        """
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:
             self.reset()
-
-
-def check_drafts(config: Config, runner: ModelRunner) -> None:
-    """Refuse speculative tokens where nobody drafts them.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    if config.num_speculative_tokens and not runner.drafts:
-        raise ConfigError(
-            "num_speculative_tokens",
-            config.num_speculative_tokens,
-            f"model_runner={config.model_runner!r} drafts no tokens",
-            "Use 0.",
-        )

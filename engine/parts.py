@@ -1,16 +1,15 @@
 """The parts of an engine: where each is found, and what None and "auto" stand for.
 
-How a part of any kind is found and constructed is in `utils.registry`. Fixed defaults are in
-`Config`. The measurements behind the choices made here are in docs/LOG.md. Torch is not imported
-before it is needed: schedulers, which run without it, find their policies here.
+How a part of any kind is found and made is in `utils.registry`. Fixed defaults are in `Config`.
+The measurements behind the choices made here are in docs/LOG.md. Torch is not imported before it
+is needed: schedulers, which run without it, find their policies here.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from config import Config
 from engine.types import BlockManager, Clock, KVGeometry, ModelRunner, Scheduler, WindowPages
 from memory.window_blocks import WindowBlockManager
 from utils.errors import ConfigError, ContractError
-from utils.registry import construct, find_part, parts_in
+from utils.registry import PartKind
 
 if TYPE_CHECKING:
     import torch
@@ -27,61 +26,41 @@ if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of part, which an option of `Config` names.
-
-    Attributes:
-        contract: "module:Class" of what it implements; that of attention backends needs torch.
-        packages: where names are looked up.
-        auto: what "auto" takes: the first of these that can do what is asked. Empty: there is no
-            "auto".
-    """
-
-    contract: str
-    packages: tuple[str, ...]
-    auto: tuple[str, ...] = ()
-
-    @property
-    def base(self) -> type:
-        """The contract itself."""
-        module, _, name = self.contract.partition(":")
-        base: type = getattr(importlib.import_module(module), name)
-        return base
-
-    def known(self) -> dict[str, type]:
-        """The parts that can be had by name."""
-        found = [parts_in(package, self.base) for package in self.packages]
-        return {name: part for parts in found for name, part in parts.items()}
-
-
 _POLICIES = ("engine.policies",)
 
-KINDS: Mapping[str, Kind] = MappingProxyType(
+PART_KINDS: Mapping[str, PartKind] = MappingProxyType(
     {
-        "scheduler": Kind("engine.types:Scheduler", ("engine",)),
-        "queue_policy": Kind("engine.policies.base:QueuePolicy", _POLICIES),
-        "admission_policy": Kind("engine.policies.base:AdmissionPolicy", _POLICIES),
-        "preemption_policy": Kind("engine.policies.base:PreemptionPolicy", _POLICIES),
-        "step_policy": Kind("engine.policies.base:StepPolicy", _POLICIES),
-        # "prefix" before "radix", which finds as much: what both cost was not compared.
-        "block_manager": Kind("engine.types:BlockManager", ("memory",), ("prefix", "paged")),
-        "eviction_policy": Kind("memory.eviction:EvictionPolicy", ("memory",)),
-        "model_runner": Kind(
-            "engine.types:ModelRunner", ("engine", "engine.ranks", "engine.checking")
-        ),
-        # The fastest first. On an H200 decodes of triton take 208 us and prefills 582, those of
-        # flash_attn 227 and 938. "torch" works everywhere.
-        "attention_backend": Kind(
-            "layers.attention.base:AttentionBackend",
-            ("layers.attention",),
-            ("triton", "flash_attn", "torch"),
-        ),
+        kind.option: kind
+        for kind in (
+            PartKind("scheduler", "engine.types:Scheduler", ("engine",)),
+            PartKind("queue_policy", "engine.policies.base:QueuePolicy", _POLICIES),
+            PartKind("admission_policy", "engine.policies.base:AdmissionPolicy", _POLICIES),
+            PartKind("preemption_policy", "engine.policies.base:PreemptionPolicy", _POLICIES),
+            PartKind("step_policy", "engine.policies.base:StepPolicy", _POLICIES),
+            # "prefix" before "radix", which finds as much: what both cost was not compared.
+            PartKind(
+                "block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")
+            ),
+            PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
+            PartKind(
+                "model_runner",
+                "engine.types:ModelRunner",
+                ("engine", "engine.ranks", "engine.checking"),
+            ),
+            # The fastest first. On an H200 decodes of triton take 208 us and prefills 582, those
+            # of flash_attn 227 and 938. "torch" works everywhere.
+            PartKind(
+                "attention_backend",
+                "layers.attention.base:AttentionBackend",
+                ("layers.attention",),
+                ("triton", "flash_attn", "torch"),
+            ),
+        )
     }
 )
 
 # The options that name decisions of a scheduler.
-POLICIES = tuple(option for option, kind in KINDS.items() if kind.packages is _POLICIES)
+POLICIES = tuple(option for option, kind in PART_KINDS.items() if kind.packages is _POLICIES)
 
 
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:
@@ -96,37 +75,13 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
             part that does not exist or contradicts another.
         UnsupportedModelError: the checkpoint does not say how long a context may be.
     """
-    import torch
-
-    cuda = torch.cuda.is_available() and _has_device(config)
-    if config.device == "cuda" and not cuda:
-        raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
-    device = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
-    # With prefills beside decodes as graphs 1,024 short requests ran at 94,840 tok/s instead of
-    # 47,729: launching such a step kernel by kernel took the host 10 to 15 ms.
-    graphs = config.enable_cuda_graphs
-    if graphs and device == "cpu":
-        raise ConfigError(
-            "enable_cuda_graphs", True, "there is no CUDA device to capture on", "Leave it at None."
-        )
-    if device == "cpu" or config.enforce_eager:
-        graphs = False
-    # On a CPU half precision is rarely faster and never more exact.
-    dtype = config.dtype
-    if dtype == "auto":
-        stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
-        dtype = stored if device == "cuda" else "float32"
+    config = _on_device(config, checkpoint)
     # 4096 was chosen, not measured: tables of blocks and a CPU's KV cache grow with it.
     limit = checkpoint.max_position
     length = config.max_model_len or min(4096, limit)
     if length > limit:
         problem = f"the checkpoint was made for {limit} positions"
         raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
-    # On CUDA it hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU, whose
-    # cores the step needs itself, a step of one request took 2.4 ms with 1 and 1.3 with 0.
-    depth = config.pipeline_depth
-    if depth is None:
-        depth = 1 if device == "cuda" else 0
     # Each of several devices has a process, which does what "local" does for one.
     divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
     runner = "tensor_parallel" if divided else config.model_runner
@@ -134,100 +89,99 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     blocks, wanted = config.block_manager, config.enable_prefix_caching
     if blocks == "auto":
         blocks = _first("block_manager", lambda part: wanted in (None, part.caches_prefixes))
-    config = replace(
-        config,
-        device=device,
-        dtype=dtype,
-        max_model_len=length,
-        enable_cuda_graphs=graphs,
-        pipeline_depth=depth,
-        model_runner=runner,
-        block_manager=blocks,
-    )
+    config = replace(config, max_model_len=length, model_runner=runner, block_manager=blocks)
     check_policies(config, find("scheduler", config))
     make = find("block_manager", config)
-    find("model_runner", config)
     return _with_caching(config, make) if isinstance(make, type) else config
 
 
-def _has_device(config: Config) -> bool:
-    """Whether the runner computes anything; what a factory makes is taken to."""
-    make: Any = find("model_runner", config)
-    return bool(getattr(getattr(make, "func", make), "has_device", True))
+def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
+    """The config with the device and what depends on it: dtype, graphs, pipeline depth."""
+    import torch
+
+    runner: Any = find("model_runner", config)
+    # What a factory makes is taken to compute something.
+    has_device = getattr(getattr(runner, "func", runner), "has_device", True)
+    cuda = has_device and torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
+    cuda = cuda and config.device != "cpu"
+    # With prefills beside decodes as graphs 1,024 short requests ran at 94,840 tok/s instead of
+    # 47,729: launching such a step kernel by kernel took the host 10 to 15 ms.
+    graphs = config.enable_cuda_graphs
+    if graphs and not cuda:
+        problem = "there is no CUDA device to capture on"
+        raise ConfigError("enable_cuda_graphs", True, problem, "Leave it at None.")
+    if config.enforce_eager or not cuda:
+        graphs = False
+    # On a CPU half precision is rarely faster and never more exact.
+    dtype = config.dtype
+    if dtype == "auto":
+        stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
+        dtype = stored if cuda else "float32"
+    # On CUDA it hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU, whose
+    # cores the step needs itself, a step of one request took 2.4 ms with 1 and 1.3 with 0.
+    depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
+    device = "cuda" if cuda else "cpu"
+    return replace(
+        config, device=device, dtype=dtype, enable_cuda_graphs=graphs, pipeline_depth=depth
+    )
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """The config that says whether prefixes are cached.
+    """The config that says whether prefixes are cached; a ConfigError if options contradict that.
 
     Args:
         blocks: the block manager or its class; what a factory makes is not known before.
-
-    Raises:
-        ConfigError: the options for prefix caching contradict it.
     """
-    name, wanted = config.block_manager, config.enable_prefix_caching
     caches = blocks.caches_prefixes
-    if wanted is not None and caches != wanted:
-        raise ConfigError(
-            "enable_prefix_caching",
-            wanted,
-            f"block_manager={name!r} {'always caches' if caches else 'does not cache'} prefixes",
-            "Leave it at None or choose another block_manager.",
-        )
+    problem = "always caches prefixes" if caches else "does not cache prefixes"
+    if config.enable_prefix_caching not in (None, caches):
+        raise _conflict(config, "enable_prefix_caching", "block_manager", problem)
     if caches:
         find("eviction_policy", config)
     elif config.eviction_policy != Config.eviction_policy:
-        raise ConfigError(
-            "eviction_policy",
-            config.eviction_policy,
-            f"block_manager={name!r} does not cache prefixes",
-            "Leave it at its default or choose another block_manager.",
-        )
+        raise _conflict(config, "eviction_policy", "block_manager", problem)
     return replace(config, enable_prefix_caching=caches)
 
 
-def find(option: str, config: Config) -> Callable[..., Any]:
-    """What constructs the part that an option names; not for "auto".
+def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigError:
+    """The error for an option that the part of a kind cannot serve."""
+    return ConfigError(
+        option,
+        getattr(config, option),
+        f"{kind}={getattr(config, kind)!r} {problem}",
+        f"Leave it at {getattr(Config, option)!r} or choose another {kind}.",
+    )
 
-    Raises:
-        ConfigError: there is no such part, or it does not implement the contract.
-    """
-    kind = KINDS[option]
-    return find_part(option, getattr(config, option), kind.base, *kind.packages)
+
+def find(option: str, config: Config) -> Callable[..., Any]:
+    """What constructs the part that an option names (not "auto"); a ConfigError without one."""
+    return PART_KINDS[option].find(getattr(config, option))
 
 
 def _first(option: str, fits: Callable[[Any], bool]) -> str:
     """The name that "auto" stands for."""
-    known = KINDS[option].known()
-    return next(name for name in KINDS[option].auto if name in known and fits(known[name]))
+    kind = PART_KINDS[option]
+    known = kind.known()
+    return next(name for name in kind.auto if name in known and fits(known[name]))
+
+
+def make_policy(option: str, config: Config) -> Any:
+    """The policy that an option names; a ConfigError if there is none."""
+    return _make(option, config, config)
 
 
 def _make(option: str, config: Config, *args: Any) -> Any:
-    return construct(option, KINDS[option].base, find(option, config), *args)
+    return PART_KINDS[option].make(getattr(config, option), *args)
 
 
 def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """The scheduler.
-
-    Args:
-        clock: the runner's.
-
-    Raises:
-        ConfigError: there is none, or a policy was chosen that it would ignore.
-    """
+    """The scheduler, with the runner's clock; a ConfigError if it would ignore a policy."""
     scheduler: Scheduler = _make("scheduler", config, config, blocks, clock)
     # What a factory makes is known only now.
     check_policies(config, scheduler)
     return scheduler
-
-
-def make_policy(option: str, config: Config) -> Any:
-    """The policy that an option names.
-
-    Raises:
-        ConfigError: there is none, or it does not implement the contract.
-    """
-    return _make(option, config, config)
 
 
 def check_policies(config: Config, scheduler: object) -> None:
@@ -235,22 +189,13 @@ def check_policies(config: Config, scheduler: object) -> None:
 
     Args:
         scheduler: itself, its class or its factory; what a factory's uses is not known before.
-
-    Raises:
-        ConfigError: names the option.
     """
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
-        value, default = getattr(config, option), getattr(Config, option)
         if option in used:
             find(option, config)
-        elif value != default:
-            raise ConfigError(
-                option,
-                value,
-                f"scheduler={config.scheduler!r} does not use it",
-                f"Leave it at {default!r} or choose another scheduler.",
-            )
+        elif getattr(config, option) != getattr(Config, option):
+            raise _conflict(config, option, "scheduler", "does not use it")
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
@@ -261,6 +206,9 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
         UnsupportedModelError, WeightsError, OutOfMemoryError: as the runner says.
     """
     runner: ModelRunner = _make("model_runner", config, config, checkpoint)
+    if config.num_speculative_tokens and not runner.drafts:
+        runner.close()
+        raise _conflict(config, "num_speculative_tokens", "model_runner", "drafts no tokens")
     return runner
 
 
@@ -280,37 +228,26 @@ def make_block_managers(
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
+
+    def refuse(option: str) -> None:
+        value, fix = getattr(asked, option), f"Leave it at {getattr(Config, option)!r}."
+        problem = "with several cache groups, or a window, prefixes cannot be cached"
+        raise ConfigError(option, value, problem, fix)
+
     windows = [isinstance(group.kind, WindowPages) for group in groups]
-    if any(windows) or len(groups) > 1:
-        config = _without_caching(asked, config)
-    make, base = find("block_manager", config), KINDS["block_manager"].base
-    managers: list[BlockManager] = []
-    for group, window in zip(groups, windows, strict=True):
-        part = WindowBlockManager if window else make
-        managers.append(construct("block_manager", base, part, config, group))
-        if len(groups) > 1 and managers[-1].caches_prefixes:
-            raise _no_caching("block_manager", asked)
-    return _with_caching(config, managers[0]), tuple(managers)
-
-
-def _without_caching(asked: Config, config: Config) -> Config:
-    """For several cache groups: a prefix in one is of no use without the others' part of it."""
-    # None: a factory, about which its product will tell.
-    if not config.enable_prefix_caching:
-        return config
-    for option in ("enable_prefix_caching", "block_manager"):
-        if getattr(asked, option) not in (None, "auto"):
-            raise _no_caching(option, asked)
-    return replace(config, block_manager="paged", enable_prefix_caching=False)
-
-
-def _no_caching(option: str, config: Config) -> ConfigError:
-    return ConfigError(
-        option,
-        getattr(config, option),
-        "with several cache groups, or a window, prefixes cannot be cached",
-        f"Leave it at {getattr(Config, option)!r}.",
-    )
+    # A prefix in one group is of no use without the others' part of it. Where a factory makes the
+    # managers, the option is None here, and the managers themselves tell below.
+    if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
+        for option in ("enable_prefix_caching", "block_manager"):
+            if getattr(asked, option) not in (None, "auto"):
+                refuse(option)
+        config = replace(config, block_manager="paged", enable_prefix_caching=False)
+    specs = [WindowBlockManager if window else config.block_manager for window in windows]
+    make = PART_KINDS["block_manager"].make
+    managers = tuple(make(spec, config, group) for spec, group in zip(specs, groups, strict=True))
+    if len(groups) > 1 and any(manager.caches_prefixes for manager in managers):
+        refuse("block_manager")
+    return _with_caching(config, managers[0]), managers
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
@@ -350,10 +287,7 @@ def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtyp
         return False
     possible = backend.captures and fused(torch.device(config.device), dtype)
     if config.enable_cuda_graphs and not possible:
-        raise ConfigError(
-            "enable_cuda_graphs",
-            True,
-            f"attention_backend={backend.name!r} with dtype={config.dtype!r} cannot be captured",
-            "Leave it at None, or use the triton backend and half precision.",
-        )
+        part = f"attention_backend={backend.name!r} with dtype={config.dtype!r}"
+        fix = "Leave it at None, or use the triton backend and half precision."
+        raise ConfigError("enable_cuda_graphs", True, f"{part} cannot be captured", fix)
     return possible

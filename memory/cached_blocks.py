@@ -10,7 +10,7 @@ from config import Config
 from engine.types import BlockCopy, CacheStats, KVGeometry, PendingPrefix
 from memory.block_manager import PagedBlockManager
 from memory.eviction import CachedBlock, EvictionPolicy
-from utils.registry import construct, find_part
+from utils.registry import PartKind
 
 # A block, by the cached block or the cache salt before it and by its tokens.
 _Key = tuple[CachedBlock | str, bytes]
@@ -50,9 +50,8 @@ class CachingBlockManager(PagedBlockManager):
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         super().__init__(config, geometry)
-        option, base = "eviction_policy", EvictionPolicy
-        make = find_part(option, config.eviction_policy, base, "memory")
-        self._idle: EvictionPolicy = construct(option, base, make, config, geometry)
+        kind = PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",))
+        self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
         self._pending: dict[_Key, int] = {}

@@ -450,13 +450,13 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "wall clock read by the engine: at arrival",
         "engine/llm_engine.py",
-        "seq.text, seq.added_at = text, self.now()",
+        "seq.text, seq.added_at = text, self.runner.now()",
         'seq.text, seq.added_at = text, __import__("time").perf_counter()',
         SIMULATED,
     ),
     _bug(
         "time to first token from admission",
-        "engine/outputs.py",
+        "engine/requests.py",
         '"time_to_first_token": times[0] - added if times else None,',
         '"time_to_first_token": times[0] - (seq.admitted_at or 0) if times else None,',
         SIMULATED,
@@ -528,11 +528,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "",
         LEAKS,
     ),
-    _bug(
+    Mutant(
         "leak: who asked for a request is remembered for ever",
-        "llm.py",
-        "first = self._first_of.pop(seq.request_id, -1)",
-        "first = self._first_of.get(seq.request_id, -1)",
+        (
+            Edit(
+                "llm.py",
+                "self._unfinished.pop(seq.request_id, None)",
+                "self._unfinished.get(seq.request_id)",
+            ),
+            # Or it would be seen at once: `step` would have something to return for ever.
+            Edit("llm.py", "bool(self._unfinished or self._ended) or", "bool(self._ended) or"),
+        ),
         LEAKS,
     ),
     _bug(

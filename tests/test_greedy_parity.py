@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from engine.parts import KINDS, POLICIES
+from engine.parts import PART_KINDS, POLICIES
 from engine.sequence import Sequence
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, Greedy, random_prompts, reference_greedy
@@ -55,16 +55,16 @@ def _check(path: Path, expected: Greedy, *, preempts: bool | None, **options: An
     ]
     with LLM(path, device="cpu", **options) as llm:
         seqs: list[Sequence] = []
-        add = llm._engine.add_request
+        add = llm.engine.add_request
 
         def watched(*args: Any, **options: Any) -> Sequence:
             seqs.append(add(*args, **options))
             return seqs[-1]
 
-        llm._engine.add_request = watched  # type: ignore[method-assign]
+        llm.engine.add_request = watched  # type: ignore[method-assign]
         outputs = llm.generate(expected.prompts, params, use_tqdm=False)
-        engine = llm._engine
-        assert engine.num_free_blocks == engine._blocks.num_blocks
+        engine = llm.engine
+        assert engine.blocks.num_free_blocks == engine.blocks.num_blocks
     assert [out["token_ids"] for out in outputs] == expected.outputs
     if preempts is not None:
         assert (sum(seq.num_preemptions for seq in seqs) > 0) == preempts
@@ -128,7 +128,7 @@ def test_greedy_tokens_of_qwen2_equal_transformers(
 
 def _mixtures() -> list[dict[str, Any]]:
     """Every queue policy under every admission, the rest in turn; and with static batching."""
-    queues, admissions, victims, steps = (sorted(KINDS[option].known()) for option in POLICIES)
+    queues, admissions, victims, steps = (sorted(PART_KINDS[option].known()) for option in POLICIES)
     mixtures: list[dict[str, Any]] = [
         {
             "queue_policy": queue,

@@ -8,7 +8,6 @@ import random
 import shutil
 import sys
 import threading
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -59,10 +58,16 @@ def _generate(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[list[int]]:
 
 
 def _assert_idle(llm: LLM) -> None:
-    engine = llm._engine
-    assert not engine.has_unfinished
-    assert not engine._live
-    assert engine.num_free_blocks == engine._blocks.num_blocks
+    stats = llm.stats()
+    assert not llm.has_unfinished
+    assert stats.unfinished_requests == 0
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+def _tensors() -> int:
+    """How many tensors there are in this process."""
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
 
 class TestOutputs:
@@ -226,12 +231,10 @@ class TestSeeds:
         with _small_llm(small) as llm:
             alone = [_generate(llm, [p], s)[0] for p, s in zip(prompts, params, strict=True)]
         with _small_llm(small, num_kvcache_blocks=5, pipeline_depth=depth) as llm:
-            seqs = [llm._engine.add_request(p, s) for p, s in zip(prompts, params, strict=True)]
-            while llm._engine.has_unfinished:
-                llm._engine.step()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             _assert_idle(llm)
-        assert sum(seq.num_preemptions for seq in seqs) > 0
-        assert [seq.output_token_ids for seq in seqs] == alone
+        assert sum(out["metrics"]["preemptions"] for out in outputs) > 0
+        assert _tokens(outputs) == alone
 
     def test_other_seeds_give_other_tokens(self, small: Path) -> None:
         params = [
@@ -302,31 +305,28 @@ class TestLife:
         llm = _small_llm(small, pipeline_depth=depth)
         llm.close()
         with pytest.raises(EngineClosedError):
-            llm._engine.add_request([1], GREEDY)
+            llm.engine.add_request([1], GREEDY)
         with pytest.raises(EngineClosedError):
-            llm._engine.step()
+            llm.engine.step()
 
     @pytest.mark.parametrize("depth", DEPTHS)
     def test_close_with_requests_in_flight_ends_them(self, small: Path, depth: int) -> None:
         llm = _small_llm(small, pipeline_depth=depth, max_num_seqs=2)
-        seqs = [llm._engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
+        seqs = [llm.engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
         for _ in range(3):
-            llm._engine.step()
+            llm.engine.step()
         llm.close()
         assert [seq.finish_reason for seq in seqs] == ["abort"] * 4
         _assert_idle(llm)
 
     @pytest.mark.parametrize("depth", DEPTHS)
     def test_close_gives_the_memory_back(self, small: Path, depth: int) -> None:
+        before = _tensors()
         llm = _small_llm(small, pipeline_depth=depth)
         _generate(llm, PROMPTS)
-        runner: Any = llm._engine._runner
-        storage = weakref.ref(runner._kv[0].flat.untyped_storage())
-        model = weakref.ref(runner._model)
-        assert storage() is not None
+        assert _tensors() > before
         llm.close()
-        gc.collect()
-        assert (storage(), model()) == (None, None)
+        assert _tensors() == before
 
     def test_close_ends_its_threads(self, small: Path) -> None:
         before = threading.active_count()
@@ -337,14 +337,12 @@ class TestLife:
         assert threading.active_count() == before
 
     def test_a_collected_engine_leaves_no_memory_behind(self, small: Path) -> None:
+        before = _tensors()
         llm = _small_llm(small)
         _generate(llm, PROMPTS)
-        runner: Any = llm._engine._runner
-        storage = weakref.ref(runner._kv[0].flat.untyped_storage())
-        assert storage() is not None
-        del llm, runner
-        gc.collect()
-        assert storage() is None
+        assert _tensors() > before
+        del llm
+        assert _tensors() == before
 
     def test_one_device_needs_no_process_group(self, small: Path) -> None:
         with _small_llm(small) as llm:
@@ -377,11 +375,11 @@ def _step_all(llms: list[LLM], seqs: list[list[Sequence]]) -> None:
     """One step of each engine in turn, until all requests have finished."""
     while any(seq.finish_reason is None for group in seqs for seq in group):
         for llm in llms:
-            if llm._engine.has_unfinished:
-                llm._engine.step()
+            if llm.engine.has_unfinished:
+                llm.engine.step()
     for llm in llms:
-        while llm._engine.has_unfinished:
-            llm._engine.step()
+        while llm.engine.has_unfinished:
+            llm.engine.step()
 
 
 class TestRequestsOneByOne:
@@ -408,13 +406,23 @@ class TestRequestsOneByOne:
             def fails(*_: Any) -> None:
                 raise ZeroDivisionError
 
-            monkeypatch.setattr(llm._engine._scheduler, "commit", fails)
+            monkeypatch.setattr(llm.engine.scheduler, "commit", fails)
             with pytest.raises(ZeroDivisionError):
                 _generate(llm, PROMPTS[1:]) if by_generate else llm.step()
             other = llm.add_request(PROMPTS[1], GREEDY)
             (out,) = llm.step()
             assert (out["request_id"], out["finish_reason"]) == (ended, "error")
             assert list(_step_to_the_end(llm)) == [other]
+
+    def test_what_a_reset_of_the_engine_ended_comes_with_the_next_step(self, small: Path) -> None:
+        with _small_llm(small) as llm:
+            ended = llm.add_request(PROMPTS[0], GREEDY)
+            llm.step()
+            llm.engine.reset()
+            assert llm.has_unfinished
+            (out,) = llm.step()
+            assert (out["request_id"], out["finish_reason"]) == (ended, "abort")
+            assert not llm.has_unfinished
 
     @pytest.mark.parametrize("prompt", [5, None, b"text", {1: 2}])
     def test_no_prompt(self, small: Path, prompt: Any) -> None:
@@ -476,12 +484,13 @@ class TestRequestsOneByOne:
         assert len(outputs[0]["token_ids"]) < 125
         assert (beside["request_id"], beside["finish_reason"]) == (request_id, "length")
 
-    def test_a_failed_step_ends_all_and_tells_the_next(self, small: Path) -> None:
+    def test_a_failed_step_ends_all_and_tells_the_next(
+        self, small: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with _small_llm(small) as llm:
             llm.add_request(PROMPTS[0], GREEDY)
             llm.step()
-            scheduler: Any = llm._engine._scheduler
-            scheduler.schedule = lambda: None
+            monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda: None)
             with pytest.raises(StepError, match="planned nothing"):
                 llm.step()
             (out,) = _step_to_the_end(llm).values()
@@ -525,7 +534,7 @@ class TestTwoEngines:
                 alone.append(_generate(llm, PROMPTS, params))
         llms = [_small_llm(p, **o) for p, o in zip(paths, self.OPTIONS, strict=True)]
         seqs = [
-            [llm._engine.add_request(p, s) for p, s in zip(PROMPTS, params, strict=True)]
+            [llm.engine.add_request(p, s) for p, s in zip(PROMPTS, params, strict=True)]
             for llm in llms
         ]
         _step_all(llms, seqs)
@@ -566,7 +575,7 @@ class TestParts:
             expected = _generate(llm, PROMPTS)
         with _small_llm(small, scheduler=scheduler) as llm:
             assert _generate(llm, PROMPTS) == expected
-            used = llm._engine._scheduler
+            used = llm.engine.scheduler
             _assert_idle(llm)
         assert isinstance(used, OneAtATime)
         assert used.num_plans == 12 * len(PROMPTS)
@@ -576,7 +585,7 @@ class TestParts:
         with _small_llm(small) as llm:
             expected = _generate(llm, PROMPTS)
         with _small_llm(small, block_manager=block_manager) as llm:
-            assert isinstance(llm._engine._blocks, ShuffledBlocks)
+            assert isinstance(llm.engine.blocks, ShuffledBlocks)
             assert _generate(llm, PROMPTS) == expected
             _assert_idle(llm)
 
@@ -648,61 +657,72 @@ class TestErrorsInside:
             yield llm
 
     @staticmethod
-    def _check(llm: LLM, error: type[BaseException]) -> None:
+    def _check(llm: LLM, error: type[BaseException], params: Any = GREEDY) -> None:
         with pytest.raises(error):
-            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-        for part in (llm._engine._scheduler, llm._engine._runner):
-            for name in ("schedule", "execute", "commit", "_run"):
-                vars(part).pop(name, None)
+            llm.generate(PROMPTS, params, use_tqdm=False)
         _assert_idle(llm)
-        with _small_llm(llm._engine.checkpoint.path) as fresh:
+        with _small_llm(llm.engine.checkpoint.path) as fresh:
             assert _generate(llm, PROMPTS) == _generate(fresh, PROMPTS)
         _assert_idle(llm)
 
     @pytest.mark.parametrize("step", [0, 1, 5])
     @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-    @pytest.mark.parametrize("part", ["_scheduler.schedule", "_runner.execute"])
-    def test_a_call_that_raises(self, llm: LLM, part: str, step: int, error: BaseException) -> None:
-        owner_name, method = part.split(".")
-        owner = getattr(llm._engine, owner_name)
-        setattr(owner, method, _Raises(getattr(owner, method), step, error))
+    @pytest.mark.parametrize(("part", "method"), [("scheduler", "schedule"), ("runner", "execute")])
+    def test_a_call_that_raises(
+        self,
+        llm: LLM,
+        monkeypatch: pytest.MonkeyPatch,
+        part: str,
+        method: str,
+        step: int,
+        error: BaseException,
+    ) -> None:
+        owner = getattr(llm.engine, part)
+        monkeypatch.setattr(owner, method, _Raises(getattr(owner, method), step, error))
         self._check(llm, type(error))
 
     @pytest.mark.parametrize("before", [True, False])
     @pytest.mark.parametrize("step", [0, 1, 5])
-    def test_a_commit_that_raises(self, llm: LLM, step: int, before: bool) -> None:
-        scheduler: Any = llm._engine._scheduler
-        error = RuntimeError("planted")
-        scheduler.commit = _Raises(scheduler.commit, step, error, before=before)
+    def test_a_commit_that_raises(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch, step: int, before: bool
+    ) -> None:
+        commit = llm.engine.scheduler.commit
+        raises = _Raises(commit, step, RuntimeError("planted"), before=before)
+        monkeypatch.setattr(llm.engine.scheduler, "commit", raises)
         self._check(llm, RuntimeError)
 
     @pytest.mark.parametrize("step", [0, 1, 5])
     def test_a_step_that_fails_on_the_device(self, llm: LLM, step: int) -> None:
-        runner: Any = llm._engine._runner
-        runner._run = _Raises(runner._run, step, RuntimeError("planted"))
-        self._check(llm, StepError)
+        """Logits processors run there."""
+        fails = _Raises(lambda token_ids, logits: logits, step, RuntimeError("planted"))
+        failing = SamplingParams(temperature=0, max_tokens=12, logits_processors=[fails])
+        self._check(llm, StepError, [GREEDY, failing, GREEDY, GREEDY])
 
     @pytest.mark.parametrize("step", [0, 1, 5])
-    def test_a_wait_that_is_interrupted(self, llm: LLM, step: int) -> None:
-        runner: Any = llm._engine._runner
-        execute = runner.execute
+    def test_a_wait_that_is_interrupted(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch, step: int
+    ) -> None:
+        execute, steps = llm.engine.runner.execute, [step]
 
         def wrapped(plan: StepPlan) -> StepHandle:
-            handle: StepHandle = execute(plan)
-            return _InterruptedOnce(handle, KeyboardInterrupt()) if plan.step_id == step else handle
+            handle = execute(plan)
+            if plan.step_id not in steps:
+                return handle
+            steps.clear()
+            return _InterruptedOnce(handle, KeyboardInterrupt())
 
-        runner.execute = wrapped
+        monkeypatch.setattr(llm.engine.runner, "execute", wrapped)
         self._check(llm, KeyboardInterrupt)
 
     def test_the_message_of_a_failed_step_names_the_cause(self, llm: LLM) -> None:
-        runner: Any = llm._engine._runner
-        runner._run = _Raises(runner._run, 0, RuntimeError("planted"))
+        fails = _Raises(lambda token_ids, logits: logits, 0, RuntimeError("planted"))
         with pytest.raises(StepError, match="planted"):
-            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            llm.generate(PROMPTS, SamplingParams(logits_processors=[fails]), use_tqdm=False)
 
-    def test_a_scheduler_that_plans_nothing_is_an_error(self, llm: LLM) -> None:
-        scheduler: Any = llm._engine._scheduler
-        scheduler.schedule = lambda: None
+    def test_a_scheduler_that_plans_nothing_is_an_error(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda: None)
         self._check(llm, StepError)
 
 
@@ -719,7 +739,7 @@ class _Interrupt:
         self.where = ""
 
     def generate(self, llm: LLM) -> None:
-        step = llm._engine.step
+        step = llm.engine.step
 
         def traced() -> Any:
             sys.settrace(self._call)
@@ -728,11 +748,11 @@ class _Interrupt:
             finally:
                 sys.settrace(None)
 
-        llm._engine.step = traced  # type: ignore[method-assign]
+        llm.engine.step = traced  # type: ignore[method-assign]
         try:
             llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
         finally:
-            llm._engine.step = step  # type: ignore[method-assign]
+            llm.engine.step = step  # type: ignore[method-assign]
 
     def _call(self, frame: FrameType, event: str, arg: object) -> Any:
         return self._count if frame.f_code.co_filename in self._files else None
@@ -768,7 +788,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_the_engine_usable(
         try:
             with pytest.raises(KeyboardInterrupt):
                 interrupt.generate(llm)
-            assert not llm._engine._live
+            assert llm.stats().unfinished_requests == 0
             assert _generate(llm, PROMPTS[:2]) == expected
             _assert_idle(llm)
         except Exception as error:

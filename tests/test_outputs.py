@@ -31,8 +31,8 @@ def llm(shipped: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
         pipeline_depth=request.param,
     ) as llm:
         yield llm
-        assert not llm._engine.has_unfinished
-        assert llm._engine.num_free_blocks == llm._engine._blocks.num_blocks
+        assert not llm.has_unfinished
+        assert llm.stats().num_free_blocks == llm.stats().num_blocks
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ class TestStopStrings:
             assert out["finish_reason"] == "stop"
             count = len(out["token_ids"])
             assert out["token_ids"] == whole["token_ids"][:count]
-            decode = llm._decode
+            decode = llm.decode
             assert stop in decode(out["token_ids"])
             assert stop not in decode(out["token_ids"][:-1])
 
@@ -76,7 +76,7 @@ class TestStopStrings:
         self, llm: LLM, free: list[dict[str, Any]]
     ) -> None:
         tokens = free[0]["token_ids"]
-        stop = llm._decode(tokens[4:6])
+        stop = llm.decode(tokens[4:6])
         (out,) = llm.generate(PROMPTS[0], _greedy(stop=stop, min_tokens=5), use_tqdm=False)
         assert out["token_ids"] == tokens[:6]
         (later,) = llm.generate(PROMPTS[0], _greedy(stop=stop, min_tokens=6), use_tqdm=False)
@@ -110,7 +110,7 @@ class TestStopStrings:
             with pytest.raises(RequestError, match="no tokenizer") as caught:
                 llm.generate([[5]], _greedy(stop="x"), use_tqdm=False)
             assert caught.value.field == "stop"
-            assert not llm._engine.has_unfinished
+            assert not llm.has_unfinished
             with pytest.raises(RequestError, match="no tokenizer"):
                 llm.stream([[5]], _greedy(stop="x"))
             parts = list(llm.stream([[5]], _greedy(max_tokens=3)))
@@ -206,8 +206,8 @@ class TestStreams:
         for _ in range(num_parts):
             next(stream)
         stream.close()
-        assert not llm._engine.has_unfinished
-        assert llm._engine.num_free_blocks == llm._engine._blocks.num_blocks
+        assert not llm.has_unfinished
+        assert llm.stats().num_free_blocks == llm.stats().num_blocks
         assert llm.stats().finished_requests == aborted + 3
         assert list(stream) == []
 
@@ -215,7 +215,7 @@ class TestStreams:
         for _ in llm.stream(PROMPTS, FREE):
             break
         llm.stream(PROMPTS, FREE)
-        assert not llm._engine.has_unfinished
+        assert not llm.has_unfinished
 
     @pytest.mark.parametrize("elsewhere", [False, True])
     @pytest.mark.parametrize("method", ["schedule", "commit", "add"])
@@ -230,7 +230,7 @@ class TestStreams:
         """As the garbage collector may: in the middle of anything, in any thread."""
         streams = [llm.stream(PROMPTS[1], FREE)]
         next(streams[0])
-        scheduler = llm._engine._scheduler
+        scheduler = llm.engine.scheduler
         inner = getattr(scheduler, method)
 
         def collecting(*args: Any) -> Any:
@@ -247,8 +247,8 @@ class TestStreams:
         (out,) = llm.generate(PROMPTS[2], FREE, use_tqdm=False)
         assert out["text"] == free[2]["text"]
         assert not streams
-        assert not llm._engine.has_unfinished
-        assert llm._engine.num_free_blocks == llm._engine._blocks.num_blocks
+        assert not llm.has_unfinished
+        assert llm.stats().num_free_blocks == llm.stats().num_blocks
 
     def test_beside_generate_and_another_stream(self, llm: LLM, free: list[dict[str, Any]]) -> None:
         first, second = llm.stream(PROMPTS[0], FREE), llm.stream(PROMPTS[1], FREE)
@@ -261,7 +261,7 @@ class TestStreams:
     def test_mistakes_are_told_at_once(self, llm: LLM) -> None:
         with pytest.raises(RequestError, match="is empty"):
             llm.stream([PROMPTS[0], ""], FREE)
-        assert not llm._engine.has_unfinished
+        assert not llm.has_unfinished
 
     def test_a_failed_step_ends_the_stream(self, llm: LLM) -> None:
         stream = llm.stream(PROMPTS[0], FREE)

@@ -68,7 +68,7 @@ def test_tokens_are_those_of_each_request_alone(
             outputs: dict[int, list[int]] = {}
             preempted = 0
             while llm.has_unfinished:
-                preempted += sum(seq.num_preemptions for seq in llm._engine._live.values())
+                preempted += sum(seq.num_preemptions for seq in llm.engine._live.values())
                 outputs |= {out["request_id"]: out["token_ids"] for out in llm.step()}
             assert [outputs[i] for i in ids] == _alone(shipped)
             assert (preempted > 0) == (num_blocks == 13)
@@ -125,10 +125,10 @@ def test_a_known_prompt_computes_one_token(shipped: Path, manager: str, depth: i
         kv_sanitizer=True,
     ) as llm:
         for prompt in [whole, whole, whole + tail, whole]:
-            seqs = [llm._engine.add_request(prompt, GREEDY) for _ in range(2)]
+            seqs = [llm.engine.add_request(prompt, GREEDY) for _ in range(2)]
             prefilled.append(0)
-            while llm._engine.has_unfinished:
-                plan, _ = llm._engine.step()
+            while llm.engine.has_unfinished:
+                plan, _ = llm.engine.step()
                 prefilled[-1] += plan.num_prefill_tokens if plan else 0
             outputs.append([seq.output_token_ids for seq in seqs])
     assert prefilled == [64 + 1, 1 + 1, 1 + 1, 1 + 1]

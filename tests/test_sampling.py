@@ -110,9 +110,9 @@ def test_after_preemption(llm: LLM, small: Path, depth: int) -> None:
     params = [_special(i, max_tokens=40) for i in range(6)]
     alone = [_tokens(llm, [p], s)[0] for p, s in zip(prompts, params, strict=True)]
     with _engine(small, num_kvcache_blocks=7, pipeline_depth=depth) as tight:
-        seqs = [tight._engine.add_request(p, s) for p, s in zip(prompts, params, strict=True)]
-        while tight._engine.has_unfinished:
-            tight._engine.step()
+        seqs = [tight.engine.add_request(p, s) for p, s in zip(prompts, params, strict=True)]
+        while tight.engine.has_unfinished:
+            tight.engine.step()
     assert sum(seq.num_preemptions for seq in seqs) > 0
     assert [seq.output_token_ids for seq in seqs] == alone
     scored = seqs[5].logprobs

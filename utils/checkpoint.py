@@ -101,15 +101,22 @@ def _from_hub(model: str) -> Path:
         ) from error
 
 
+def generation_config(path: Path) -> dict[str, Any]:
+    """What a checkpoint folder's generation_config.json says; empty without that file.
+
+    Raises:
+        CheckpointError: the file is unusable.
+    """
+    file = path / "generation_config.json"
+    try:
+        return {**json.loads(file.read_text())} if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is unusable: {error}") from error
+
+
 def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
     found: set[int] = set()
-    values = [getattr(hf_config, "eos_token_id", None)]
-    generation_file = path / "generation_config.json"
-    if generation_file.is_file():
-        try:
-            values.append(json.loads(generation_file.read_text()).get("eos_token_id"))
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{generation_file} is unusable: {error}") from error
+    values = (getattr(hf_config, "eos_token_id", None), generation_config(path).get("eos_token_id"))
     for value in values:
         tokens = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int and token >= 0 for token in tokens):

@@ -43,10 +43,7 @@ class FieldError(AllmosError):
         if len(shown) > 80:
             shown = shown[:77] + "..."
         super().__init__(f"{field}={shown}: {problem}. {fix}")
-        self.field = field
-        self.value = value
-        self.problem = problem
-        self.fix = fix
+        self.field, self.value, self.problem, self.fix = field, value, problem, fix
 
     def __reduce__(self) -> tuple[type[FieldError], tuple[str, object, str, str]]:
         return type(self), (self.field, self.value, self.problem, self.fix)
@@ -108,10 +105,8 @@ class KVSanitizerError(ContractError, StepError):
 
     def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
         super().__init__(f"step {step_id}, request {request_id}, block {block}: {problem}")
-        self.step_id = step_id
-        self.request_id = request_id
-        self.block = block
-        self.problem = problem
+        self.step_id, self.request_id = step_id, request_id
+        self.block, self.problem = block, problem
 
     def __reduce__(self) -> tuple[type[KVSanitizerError], tuple[int, int, int, str]]:
         return type(self), (self.step_id, self.request_id, self.block, self.problem)

@@ -92,25 +92,20 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _check(path: Path, slots: Mapping[str, WeightSlot], where: Mapping[str, Any]) -> None:
-    problems = []
-    for kind, names in (
-        ("missing", sorted(slots.keys() - where.keys())),
-        ("unexpected", sorted(where.keys() - slots.keys())),
-    ):
-        if names:
-            problems.append(f"{len(names)} {kind}: {_listed(names)}")
     misshapen, other = [], []
     for name in sorted(slots.keys() & where.keys()):
-        stored = where[name].get_slice(name)
-        shape = tuple(stored.get_shape())
-        if shape != slots[name].shape:
-            misshapen.append(f"{name} is {list(shape)}, expected {list(slots[name].shape)}")
+        stored, expected = where[name].get_slice(name), slots[name].shape
+        if tuple(stored.get_shape()) != expected:
+            misshapen.append(f"{name} is {stored.get_shape()}, expected {list(expected)}")
         if stored.get_dtype() not in _DTYPES:
             other.append(f"{name} is {stored.get_dtype()}")
-    if misshapen:
-        problems.append(f"{len(misshapen)} misshapen: {_listed(misshapen)}")
-    if other:
-        problems.append(f"{len(other)} of another type than {', '.join(_DTYPES)}: {_listed(other)}")
+    found = {
+        "missing": sorted(slots.keys() - where.keys()),
+        "unexpected": sorted(where.keys() - slots.keys()),
+        "misshapen": misshapen,
+        f"of another type than {', '.join(_DTYPES)}": other,
+    }
+    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in found.items() if names]
     if problems:
         raise WeightsError(f"the weights in {path} do not fit its config; " + "; ".join(problems))
 

@@ -1,16 +1,94 @@
-"""Tokens to text: whole outputs, and outputs that grow."""
+"""Text to tokens and tokens to text: tokenizer, prompts, whole outputs and outputs that grow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from utils.errors import CheckpointError, RequestError
+
+Prompt = str | list[int]
+Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
 
 # Token ids -> text without special tokens.
 Decode = Callable[[list[int]], str]
 
+# A checkpoint folder with one of these has a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
 # What bytes become that are no character, or not yet.
 _REPLACEMENT = "\ufffd"
+
+
+def load_tokenizer(path: Path) -> Any | None:
+    """The tokenizer, or None if the folder has none (prompts must then be token ids).
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    # Here, as it takes seconds, and ranks need none.
+    from transformers import AutoTokenizer
+
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    # It raises many unrelated types, Exception itself among them.
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {path} is unusable: {error}") from error
+
+
+def tokenized(tokenizer: Any | None, prompts: Prompts) -> list[list[int]]:
+    """The token ids of every prompt; a single one counts as a list.
+
+    Raises:
+        RequestError: one is neither text nor token ids, or text without a tokenizer.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        fix = "Give a list of texts or token ids."
+        raise RequestError("prompts", prompts, "is no list of prompts", fix)
+    if prompts and isinstance(prompts[0], int):
+        prompts = [prompts]
+    return [_tokens(tokenizer, prompt) for prompt in prompts]
+
+
+def _tokens(tokenizer: Any | None, prompt: Any) -> list[int]:
+    if isinstance(prompt, (list, tuple)):
+        return list(prompt)
+    if not isinstance(prompt, str):
+        fix = "Give a str or a list of int."
+        raise RequestError("prompt", prompt, "is neither text nor token ids", fix)
+    if tokenizer is None:
+        fix = "Give token ids, or add the tokenizer's files to the folder."
+        raise RequestError("prompt", prompt, "the checkpoint has no tokenizer", fix)
+    try:
+        return list(tokenizer.encode(prompt))
+    except (TypeError, ValueError) as error:
+        problem = f"the tokenizer refuses it ({error})"
+        raise RequestError("prompt", prompt, problem, "Give valid Unicode.") from error
+
+
+def templated(tokenizer: Any | None, messages: Any) -> list[int]:
+    """The token ids of a conversation, up to where the answer begins.
+
+    Raises:
+        RequestError: there is no chat template, or it refuses the messages.
+    """
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        problem = "the checkpoint has no chat template"
+        raise RequestError("messages", messages, problem, "Use generate().")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    # Templates are code of the checkpoint and raise what they like.
+    except Exception as error:
+        problem = f"the chat template refuses them ({error})"
+        fix = 'Give a list of {"role": ..., "content": ...}.'
+        raise RequestError("messages", messages, problem, fix) from error
 
 
 def decoder(tokenizer: Any | None) -> Decode:
@@ -56,9 +134,7 @@ class TextReader:
     @property
     def settled(self) -> int:
         """Leading characters of `text` that no stop string can take back."""
-        if self.stopped:
-            return len(self.text)
-        longest = max(map(len, self._stop), default=1) - 1
+        longest = 0 if self.stopped else max(map(len, self._stop), default=1) - 1
         for size in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-size:]) for stop in self._stop):
                 return len(self.text) - size

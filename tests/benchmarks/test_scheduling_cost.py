@@ -14,10 +14,10 @@ import pytest
 from benchmarks import scheduling_cost
 from benchmarks.scheduling_cost import Load
 from config import Config
+from engine.parts import PART_KINDS
 from engine.policies.base import QueuePolicy
 from engine.policies.queue import FirstCome
 from engine.sequence import Sequence
-from utils.registry import parts_in
 
 
 class Scanning(FirstCome):
@@ -82,7 +82,7 @@ def _ratio(policy: object) -> float:
 
 
 @pytest.mark.usefixtures("_entries_counted")
-@pytest.mark.parametrize("policy", sorted(parts_in("engine.policies", QueuePolicy)))
+@pytest.mark.parametrize("policy", sorted(PART_KINDS["queue_policy"].known()))
 def test_a_long_queue_does_not_slow_a_step(policy: str) -> None:
     assert _ratio(policy) < 1.05
 
@@ -106,7 +106,7 @@ def test_the_queue_keeps_its_length() -> None:
 
 def test_every_queue_forgets_the_aborted() -> None:
     """Requests that come and go without ever running must not pile up."""
-    for name, make in parts_in("engine.policies", QueuePolicy).items():
+    for name, make in PART_KINDS["queue_policy"].known().items():
         queue = make(Config(model="none"))
         load = Load("fcfs", 0)
         for _ in range(500):

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from engine.parts import KINDS
-from engine.types import BlockManager, Scheduler
-from memory.eviction import EvictionPolicy
+from engine.parts import PART_KINDS
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting
 from utils.errors import RequestTooLongError
-from utils.registry import parts_in
 
 _BLOCK_SIZES = (1, 2, 3, 4, 8)
 _LONGEST_OUTPUT = 24
@@ -44,20 +41,20 @@ class Combination:
 
 def shipped_schedulers() -> list[Any]:
     """Found, not listed: a new one is tested from its first day on."""
-    return list(parts_in("engine", Scheduler).values())
+    return list(PART_KINDS["scheduler"].known().values())
 
 
 def shipped_managers() -> list[Any]:
     """Likewise."""
-    return list(parts_in("memory", BlockManager).values())
+    return list(PART_KINDS["block_manager"].known().values())
 
 
 def shipped_policies(scheduler: Any, blocks: Any) -> dict[str, list[str]]:
     """For each option for a policy that these parts use, the names that the engine knows."""
     used = getattr(scheduler, "policies", ())
-    names = {option: sorted(KINDS[option].known()) for option in used}
+    names = {option: sorted(PART_KINDS[option].known()) for option in used}
     if getattr(blocks, "caches_prefixes", False):
-        names["eviction_policy"] = sorted(parts_in("memory", EvictionPolicy))
+        names["eviction_policy"] = sorted(PART_KINDS["eviction_policy"].known())
     return names
 
 

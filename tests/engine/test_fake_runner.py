@@ -214,7 +214,7 @@ def test_as_a_runner_of_the_engine(shipped: Path, depth: int) -> None:
     params = [SamplingParams(seed=seed, max_tokens=20, ignore_eos=True) for seed in range(3)]
     options = {"pipeline_depth": depth, "kvcache_block_size": 16, "num_kvcache_blocks": 9}
     with LLM(shipped, model_runner="fake", **options) as llm:
-        vocab_size = llm._engine.vocab_size
+        vocab_size = int(llm.engine.checkpoint.hf_config.vocab_size)
         outputs = llm.generate(prompts, params, use_tqdm=False)
     for prompt, one, out in zip(prompts, params, outputs, strict=True):
         assert one.seed is not None
@@ -248,7 +248,7 @@ def test_an_engine_goes_on_after_an_exception(
     with LLM(shipped, model_runner="fake", num_kvcache_blocks=8) as llm:
         prompt, params = [[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True, seed=3)
         expected = llm.generate(prompt, params, use_tqdm=False)[0]["token_ids"]
-        scheduler = llm._engine._scheduler
+        scheduler = llm.engine.scheduler
 
         def fails(*_: object) -> None:
             raise ZeroDivisionError

@@ -87,7 +87,7 @@ def test_dead_blocks_are_nan(shipped: Path) -> None:
     with _llm(shipped, block_manager="paged", max_num_seqs=1) as llm:
         _run(llm)
         _run(llm)
-        runner: Any = llm._engine._runner
+        runner: Any = llm.engine.runner
         for layer in runner._inner._kv:
             # Written by no request, and not by the padding of a kernel either.
             assert layer.k[-1].isnan().all()
@@ -224,9 +224,9 @@ def test_the_engine_goes_on_after_an_error(shipped: Path) -> None:
 
 def test_without_it_nothing_is_wrapped(shipped: Path) -> None:
     with _llm(shipped, kv_sanitizer=False, model_runner="fake") as llm:
-        runner: ModelRunner = llm._engine._runner
+        runner: ModelRunner = llm.engine.runner
         assert runner.name == "fake"
-        assert isinstance(llm._engine._blocks, PrefixCacheManager)
+        assert isinstance(llm.engine.blocks, PrefixCacheManager)
 
 
 def test_the_error_survives_pickling() -> None:
@@ -325,7 +325,7 @@ def test_drafts_give_the_same_tokens_at_the_same_times(
             pipeline_depth=depth,
             num_speculative_tokens=3,
         ) as llm:
-            llm._engine.wait_until(9.0)
+            llm.wait_until(9.0)
             outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-            found.append((outputs, llm._engine.now()))
+            found.append((outputs, llm.now()))
     assert found[0] == found[1]

@@ -18,7 +18,14 @@ import torch
 from config import Config
 from engine.checking.fake_runner import FakeRunner
 from engine.llm_engine import LLMEngine
-from engine.parts import KINDS, POLICIES, Kind, find, make_block_managers, make_scheduler, resolve
+from engine.parts import (
+    PART_KINDS,
+    POLICIES,
+    find,
+    make_block_managers,
+    make_scheduler,
+    resolve,
+)
 from engine.policies.base import Policy
 from engine.scheduler import ContinuousScheduler
 from engine.static_scheduler import StaticScheduler
@@ -32,6 +39,7 @@ from sampling_params import SamplingParams
 from tests.checkpoints import Checkpoints
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError, ContractError
+from utils.registry import PartKind
 
 # Beside these "auto" and None are left to the runner: see `resolve`.
 LEFT_TO_THE_RUNNER = {"attention_backend", "num_kvcache_blocks", "kvcache_memory_bytes"}
@@ -56,7 +64,7 @@ def _group(kind: CacheKind | None = None) -> KVGeometry:
     return KVGeometry(2, 2, 64, 16, 8, 4, kind or FullPages())
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=PART_KINDS)
 def option(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -64,30 +72,34 @@ def option(request: pytest.FixtureRequest) -> str:
 
 class TestTable:
     def test_every_option_that_names_a_part_is_in_it(self) -> None:
-        assert {field.name for field in fields(Config) if field.type == "PartSpec"} == set(KINDS)
+        options = {field.name for field in fields(Config) if field.type == "PartSpec"}
+        assert options == set(PART_KINDS)
+        assert all(kind.option == option for option, kind in PART_KINDS.items())
 
     def test_policies_are_those_of_the_scheduler(self) -> None:
-        assert set(POLICIES) == {name for name in KINDS if issubclass(KINDS[name].base, Policy)}
+        assert set(POLICIES) == {
+            name for name in PART_KINDS if issubclass(PART_KINDS[name].base, Policy)
+        }
 
     def test_it_cannot_be_changed(self) -> None:
         with pytest.raises(TypeError):
-            KINDS["another"] = Kind("a:B", ())  # type: ignore[index]
+            PART_KINDS["another"] = PartKind("another", "a:B", ())  # type: ignore[index]
 
     def test_a_default_is_auto_or_can_be_found(self, option: str) -> None:
         if getattr(Config, option) == "auto":
-            assert KINDS[option].auto
+            assert PART_KINDS[option].auto
         else:
-            assert find(option, _config()) is KINDS[option].known()[getattr(Config, option)]
+            assert find(option, _config()) is PART_KINDS[option].known()[getattr(Config, option)]
 
     def test_every_name_exists_and_is_the_parts_own(self, option: str) -> None:
-        known = KINDS[option].known()
+        known = PART_KINDS[option].known()
         assert known
-        assert set(KINDS[option].auto) <= set(known)
+        assert set(PART_KINDS[option].auto) <= set(known)
         assert all(vars(part)["name"] == name for name, part in known.items())
 
     def test_every_name_is_in_one_package_only(self, option: str) -> None:
-        kind = KINDS[option]
-        counts = [len(Kind(kind.contract, (package,)).known()) for package in kind.packages]
+        kind = PART_KINDS[option]
+        counts = [len(replace(kind, packages=(one,)).known()) for one in kind.packages]
         assert sum(counts) == len(kind.known())
 
     @pytest.mark.parametrize(
@@ -320,10 +332,21 @@ def _engine(model: Path, **options: Any) -> Iterator[LLMEngine]:
 
 def test_engines_of_one_process_do_not_influence_each_other(checkpoints: Checkpoints) -> None:
     model = checkpoints["qwen2-square"]
+    lfu: list[LFUPolicy] = []
+    lru: list[LRUPolicy] = []
+
+    def make_lfu(config: Config, geometry: KVGeometry) -> LFUPolicy:
+        lfu.append(LFUPolicy(config, geometry))
+        return lfu[-1]
+
+    def make_lru(config: Config, geometry: KVGeometry) -> LRUPolicy:
+        lru.append(LRUPolicy(config, geometry))
+        return lru[-1]
+
     with (
-        _engine(model, block_manager="radix", eviction_policy="lfu") as first,
+        _engine(model, block_manager="radix", eviction_policy=make_lfu) as first,
         _engine(model, scheduler="static", block_manager="paged") as second,
-        _engine(model) as third,
+        _engine(model, eviction_policy=make_lru) as third,
     ):
         engines = first, second, third
         params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -334,13 +357,12 @@ def test_engines_of_one_process_do_not_influence_each_other(checkpoints: Checkpo
         assert len({tuple(seq.output_token_ids) for seq in seqs}) == 1
         for engine in engines:
             engine.reset()
-        parts = [(type(engine._scheduler), type(engine._blocks)) for engine in engines]
+        parts = [(type(engine.scheduler), type(engine.blocks)) for engine in engines]
         assert parts == [
             (ContinuousScheduler, RadixCacheManager),
             (StaticScheduler, PagedBlockManager),
             (ContinuousScheduler, PrefixCacheManager),
         ]
-        for engine, policy in ((first, LFUPolicy), (third, LRUPolicy)):
-            blocks = engine._blocks
-            assert isinstance(blocks, PrefixCacheManager | RadixCacheManager)
-            assert type(blocks._idle) is policy
+        # Each cache was made twice, the second time by `reset`.
+        assert [type(one) for one in lfu] == [LFUPolicy] * 2
+        assert [type(one) for one in lru] == [LRUPolicy] * 2

@@ -20,7 +20,7 @@ import torch
 from config import Config
 from engine.checking.fake_runner import FakeModel, FakeRunner
 from engine.llm_engine import LLMEngine
-from engine.outputs import make_output
+from engine.requests import make_output
 from engine.sequence import Sequence
 from engine.simulated_runner import STEP_SECONDS, SimulatedRunner
 from engine.types import (
@@ -58,9 +58,9 @@ def simulate(**options: Any) -> str:
     arrival = 0.0
     for _ in range(120):
         arrival += rng.expovariate(20)
-        while engine.has_unfinished and engine.now() < arrival:
+        while engine.has_unfinished and engine.runner.now() < arrival:
             plans.append(engine.step()[0])
-        engine.wait_until(arrival)
+        engine.runner.wait_until(arrival)
         prompt = [rng.randrange(100) for _ in range(rng.randint(1, 100))]
         params = SamplingParams(max_tokens=rng.randint(1, 60), user=rng.choice("ab"))
         seqs.append(engine.add_request(prompt, params))
@@ -128,7 +128,7 @@ def test_planning_ahead_hides_behind_the_device() -> None:
         options = {"pipeline_depth": depth, "num_kvcache_blocks": 8}
         with LLM(SHIPPED, model_runner="simulated", **options) as llm:
             llm.generate([[1]], SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
-            ends.append(llm._engine.now())
+            ends.append(llm.now())
     assert ends == [pytest.approx(9 * STEP_SECONDS)] * 2
 
 

@@ -49,15 +49,15 @@ def _run(path: Any, make_runner: Any, depth: int) -> tuple[list[list[int]], Logi
     """Tokens, logits of every position, and preemptions."""
     with LLM(path, model_runner=make_runner, pipeline_depth=depth, **OPTIONS) as llm:
         seqs: list[Sequence] = []
-        add = llm._engine.add_request
+        add = llm.engine.add_request
 
         def watched(*args: Any, **options: Any) -> Sequence:
             seqs.append(add(*args, **options))
             return seqs[-1]
 
-        llm._engine.add_request = watched  # type: ignore[method-assign]
+        llm.engine.add_request = watched  # type: ignore[method-assign]
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
-        runner: Any = llm._engine._runner
+        runner: Any = llm.engine.runner
         logits: Logits = runner.logits
         assert llm.cache_stats().hit_tokens
     return [o["token_ids"] for o in outputs], logits, sum(s.num_preemptions for s in seqs)

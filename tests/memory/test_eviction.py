@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from config import Config
+from engine.parts import PART_KINDS
 from engine.types import KVGeometry
 from memory.eviction import (
     CachedBlock,
@@ -24,7 +25,6 @@ from memory.eviction import (
 )
 from memory.prefix_cache import PrefixCacheManager
 from utils.errors import ConfigError
-from utils.registry import parts_in
 
 GEOMETRY = KVGeometry(1, 1, 1, 16, 64, 4)
 POLICIES = [LRUPolicy, LFUPolicy, CostPolicy]
@@ -53,7 +53,7 @@ def _order(policy: EvictionPolicy) -> list[int]:
 
 
 def test_all_are_found_by_name() -> None:
-    assert parts_in("memory", EvictionPolicy) == {made.name: made for made in POLICIES}
+    assert PART_KINDS["eviction_policy"].known() == {made.name: made for made in POLICIES}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -31,7 +31,7 @@ def _largest_error(path: Path, prompts: list[list[int]], **options: Any) -> tupl
     options |= {"device": "cpu", "max_model_len": CONTEXT, "model_runner": RecordingRunner}
     with LLM(path, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        runner: Any = llm._engine._runner
+        runner: Any = llm.engine.runner
         recorded = runner.logits
     sequences = [out["prompt_token_ids"] + out["token_ids"] for out in outputs]
     expected = reference_logits(reference_model(path), sequences, CONTEXT)

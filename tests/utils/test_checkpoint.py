@@ -15,7 +15,7 @@ from layers.rotary_embedding import rotary_table
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import CheckpointError, CheckpointNotFoundError
-from utils.tokenizer import load_tokenizer
+from utils.text import load_tokenizer
 
 QWEN3 = {
     "model_type": "qwen3",

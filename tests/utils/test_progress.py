@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from engine.types import PrefillChunk, StepPlan
@@ -14,7 +16,7 @@ def test_counts_requests_and_shows_both_rates(
 ) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0])
     monkeypatch.setattr("utils.progress.time.perf_counter", lambda: next(now))
-    with Progress(2, enabled=True) as progress:
+    with closing(Progress(2, enabled=True)) as progress:
         progress.update(PREFILL, 1, 0)
         progress.update(DECODE, len(DECODE.decode), 1)
         progress.update(DECODE, len(DECODE.decode), 1)
@@ -26,20 +28,22 @@ def test_counts_requests_and_shows_both_rates(
 
 
 def test_a_step_without_a_plan_counts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(1, enabled=True) as progress:
+    with closing(Progress(1, enabled=True)) as progress:
         progress.update(None, 0, 0)
     assert "0/1" in capsys.readouterr().err
 
 
 def test_disabled_it_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(1, enabled=False) as progress:
+    with closing(Progress(1, enabled=False)) as progress:
         progress.update(PREFILL, 1, 1)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
 
 
-def test_the_bar_ends_with_an_exception() -> None:
+def test_a_closed_bar_shows_nothing_more(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(1, enabled=True)
-    with pytest.raises(ZeroDivisionError), progress:
+    with pytest.raises(ZeroDivisionError), closing(progress):
         _ = 1 // 0
-    assert progress._bar.disable
+    assert capsys.readouterr().err.endswith("\n")
+    progress.update(PREFILL, 1, 1)
+    assert capsys.readouterr().err == ""

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.scheduler import ContinuousScheduler
-from engine.types import BlockManager, Scheduler
-from layers.attention.base import AttentionBackend
+from engine.types import Scheduler
 from layers.attention.torch_sdpa import TorchAttention
 from memory.block_manager import PagedBlockManager
 from tests.custom_parts import OneAtATime, make_one_at_a_time
 from utils.errors import ConfigError
-from utils.registry import construct, find_part, parts_in
+from utils.registry import PartKind
+
+SCHEDULERS = PartKind("scheduler", "engine.types:Scheduler", ("engine",))
+BACKENDS = PartKind(
+    "attention_backend", "layers.attention.base:AttentionBackend", ("layers.attention",)
+)
+MADE_UP = replace(SCHEDULERS, packages=("made_up",))
+ANYTHING = PartKind("scheduler", "builtins:object", ())
 
 
 def _find(spec: Any) -> Any:
-    return find_part("scheduler", spec, Scheduler, "engine")
+    return SCHEDULERS.find(spec)
 
 
 def test_by_name() -> None:
     assert _find("continuous") is ContinuousScheduler
-    assert find_part("block_manager", "paged", BlockManager, "memory") is PagedBlockManager
+    blocks = PartKind("block_manager", "engine.types:BlockManager", ("memory",))
+    assert blocks.find("paged") is PagedBlockManager
 
 
 def test_by_path() -> None:
@@ -39,16 +47,17 @@ def test_by_class_and_factory() -> None:
 
 
 def test_parts_are_found_without_a_table() -> None:
-    assert parts_in("engine", Scheduler)["continuous"] is ContinuousScheduler
-    assert parts_in("layers.attention", AttentionBackend)["torch"] is TorchAttention
-    assert "one-at-a-time" not in parts_in("engine", Scheduler)
+    assert SCHEDULERS.known()["continuous"] is ContinuousScheduler
+    assert BACKENDS.known()["torch"] is TorchAttention
+    assert "one-at-a-time" not in SCHEDULERS.known()
 
 
 def test_a_name_may_be_in_any_of_several_packages() -> None:
     for packages in (("memory", "engine"), ("engine", "memory")):
-        assert find_part("scheduler", "continuous", Scheduler, *packages) is ContinuousScheduler
+        kind = replace(SCHEDULERS, packages=packages)
+        assert kind.find("continuous") is ContinuousScheduler
         with pytest.raises(ConfigError, match=" or ".join(packages)) as caught:
-            find_part("scheduler", "continuos", Scheduler, *packages)
+            kind.find("continuos")
         assert "Did you mean 'continuous'?" in str(caught.value)
 
 
@@ -97,9 +106,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_module_whose_dependency_is_missing_is_passed_over_and_named(package: Path) -> None:
     (package / "mine.py").write_text("import not_installed_anywhere\n")
-    assert parts_in("made_up", Scheduler) == {}
+    assert MADE_UP.known() == {}
     with pytest.raises(ConfigError, match=r"not counting made_up\.mine .*not_installed_anywhere"):
-        find_part("scheduler", "mine", Scheduler, "made_up")
+        MADE_UP.find("mine")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +117,7 @@ def test_a_module_whose_dependency_is_missing_is_passed_over_and_named(package: 
 def test_a_mistake_in_a_module_is_not_hidden(package: Path, mistake: str) -> None:
     (package / "mine.py").write_text(mistake + "\n")
     with pytest.raises(ImportError):
-        parts_in("made_up", Scheduler)
+        MADE_UP.known()
 
 
 def test_a_part_that_takes_other_arguments() -> None:
@@ -117,7 +126,7 @@ def test_a_part_that_takes_other_arguments() -> None:
     with pytest.raises(
         ConfigError, match=r"(?s)scheduler=.*cannot be called with \(int, str, int\)"
     ):
-        construct("scheduler", object, two, 1, "a", 2)
+        ANYTHING.make(two, 1, "a", 2)
 
 
 def test_a_type_error_inside_a_constructor_is_its_own() -> None:
@@ -125,8 +134,8 @@ def test_a_type_error_inside_a_constructor_is_its_own() -> None:
         raise TypeError("inside")
 
     with pytest.raises(TypeError, match="inside"):
-        construct("scheduler", object, fails, 1)
+        ANYTHING.make(fails, 1)
 
 
 def test_a_callable_without_a_signature() -> None:
-    assert construct("scheduler", object, dict, [(1, 2)]) == {1: 2}
+    assert ANYTHING.make(dict, [(1, 2)]) == {1: 2}

@@ -1,0 +1,66 @@
+"""What a single field of `Config` or `SamplingParams` may be, in code and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from utils.errors import FieldError
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Whether a field's value is allowed, and what to say if it is not."""
+
+    allows: Callable[[Any], bool]
+    problem: str
+    fix: str
+
+
+def check_rules(fields: object, rules: Mapping[str, Rule], error: type[FieldError]) -> None:
+    """Raise `error` for the first of the fields whose rule does not allow its value."""
+    for name, rule in rules.items():
+        value = getattr(fields, name)
+        if not rule.allows(value):
+            raise error(name, value, rule.problem, rule.fix)
+
+
+def is_int(value: object) -> bool:
+    """Whether the value is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Whether the value is an int or a float from `low` to `high`; NaN never is."""
+    return (is_int(value) or isinstance(value, float)) and low <= value <= high
+
+
+def integer(low: int, high: int | None = None, fix: str = "", *, optional: bool = False) -> Rule:
+    """Integers from `low` on, to `high` if it is given, and None if `optional`."""
+    words = f">= {low}" if high is None else f"from {low} to {high}"
+    return Rule(
+        lambda v: (
+            optional if v is None else is_int(v) and low <= v <= (v if high is None else high)
+        ),
+        f"must be an integer {words}" + (" or None" if optional else ""),
+        fix or f"Use {low} or more.",
+    )
+
+
+def number(low: float, high: float, fix: str) -> Rule:
+    """Numbers from `low` to `high`."""
+    problem = f"must be a number from {low:g} to {high:g}"
+    return Rule(lambda v: is_number(v, low, high), problem, fix)
+
+
+def boolean(*, optional: bool = False) -> Rule:
+    """True, False, and None if `optional`."""
+    allowed = (bool, type(None)) if optional else bool
+    return Rule(lambda v: isinstance(v, allowed), "must be a bool", "Use True or False.")
+
+
+def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:
+    """A list or tuple of values that `allows` accepts; `words` name them."""
+    problem = f"must be a list of {words}"
+    return Rule(lambda v: isinstance(v, (list, tuple)) and all(map(allows, v)), problem, fix)
