@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from config import Config
 from engine.checking.plan_checker import CheckedHandle, PlanChecker, Row
-from engine.simulated_runner import Outputs, SimulatedRunner, allowed, num_kept
+from engine.simulated_runner import SimulatedRequest, SimulatedRunner
 from engine.types import (
     CacheKind,
     FullPages,
     KVGeometry,
-    NewRequest,
+    PrefillChunk,
     RowReport,
     StepHandle,
     StepPlan,
@@ -103,54 +104,28 @@ class FakeModel:
 
 
 class _Pages:
-    """The pages of one cache group: entries, and the sum of each page."""
+    """The pages of one cache group, as lists of entries."""
 
     def __init__(self, geometry: KVGeometry) -> None:
         self.kind = geometry.kind
-        self._size = size = geometry.block_size
-        self._entries = [_POISON] * (geometry.num_blocks * size)
-        self._sums = [_POISON * size] * geometry.num_blocks
+        self._size = geometry.block_size
+        self._pages = [[_POISON] * self._size for _ in range(geometry.num_blocks)]
 
     def poison(self, block: int) -> None:
-        size = self._size
-        self._entries[block * size : (block + 1) * size] = [_POISON] * size
-        self._sums[block] = _POISON * size
+        self._pages[block] = [_POISON] * self._size
 
     def copy(self, source: int, target: int) -> None:
-        size = self._size
-        to, start = target * size, source * size
-        self._entries[to : to + size] = self._entries[start : start + size]
-        self._sums[target] = self._sums[source]
+        self._pages[target] = list(self._pages[source])
 
     def write(self, table: list[int], position: int, entry: int) -> None:
-        block = table[position // self._size]
-        place = block * self._size + position % self._size
-        self._sums[block] += entry - self._entries[place]
-        self._entries[place] = entry
+        self._pages[table[position // self._size]][position % self._size] = entry
 
     def read(self, table: list[int], start: int, end: int) -> int:
-        """All that the pages hold for positions `start` to `end`."""
-        size, entries = self._size, self._entries
-        first, skipped = divmod(start, size)
-        full, rest = divmod(end, size)
-        total = sum(map(self._sums.__getitem__, table[first:full]))
-        if rest:
-            at = table[full] * size
-            total += sum(entries[at : at + rest])
-        if skipped:
-            at = table[first] * size
-            total -= sum(entries[at : at + skipped])
-        return total
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A request in its slot; `num_computed` is None before its first row."""
-
-    new: NewRequest
-    tokens: list[int]
-    num_computed: int | None = None
-    failed: bool = False
+        """The sum of all that the pages hold for positions `start` to `end`."""
+        first = start // self._size
+        pages = map(self._pages.__getitem__, table[first : -(-end // self._size)])
+        skipped = first * self._size
+        return sum(islice(chain.from_iterable(pages), start - skipped, end - skipped))
 
 
 class FakeRunner(SimulatedRunner):
@@ -159,8 +134,8 @@ class FakeRunner(SimulatedRunner):
     It can be constructed without a checkpoint, and then without torch: `FakeRunner(config,
     groups=...)`.
 
-    A decode row of several positions keeps a number of them that depends on the request's seed and
-    the position; the others are left as garbage in the pages, as a real draft leaves them.
+    A decode row keeps as many positions as in the simulated runner; the others are left as garbage
+    in the pages, as a real draft leaves them.
 
     Args:
         config: for the number of slots, the token budget and, with a checkpoint, the cache size.
@@ -188,13 +163,13 @@ class FakeRunner(SimulatedRunner):
         seconds: Callable[[StepPlan], float] = lambda plan: 0.0,
     ) -> None:
         super().__init__(config, checkpoint, groups=groups, seconds=seconds)
-        kinds = tuple(geometry.kind for geometry in self._groups)
-        self.model = model or _model_of(checkpoint, kinds)
+        self.model = model or _model_of(checkpoint, tuple(group.kind for group in self._groups))
         self._vocab_size = self.model.vocab_size
         limits = config.max_num_seqs, config.max_num_batched_tokens
         self.checker = PlanChecker(self._groups, *limits)
         self._pages = [_Pages(geometry) for geometry in self._groups]
-        self._slots: dict[int, _Slot] = {}
+        # Those of the step, by slot.
+        self._rows: dict[int, Row] = {}
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """As the contract says.
@@ -202,81 +177,73 @@ class FakeRunner(SimulatedRunner):
         Raises:
             ContractError: the plan asks for what no plan may; the message says what.
         """
-        return CheckedHandle(super().execute(plan), self.checker.take, self.checker.fail)
+        return CheckedHandle(super().execute(plan), self.checker)
 
-    def _outputs(self, plan: StepPlan) -> Outputs:
+    def _start(self, plan: StepPlan) -> None:
         for pages, blocks in zip(self._pages, plan.poisoned_blocks, strict=False):
             for block in blocks:
                 pages.poison(block)
-        rows = self.checker.check(plan)
-        for new in plan.new_requests:
-            self._slots[new.slot] = _Slot(new, list(new.token_ids))
+        self._rows = {row.state.new.slot: row for row in self.checker.check(plan)}
+        super()._start(plan)
         for copy in plan.block_copies:
             self._pages[copy.group].copy(copy.source, copy.target)
-        computed = [self._compute(row) for row in rows]
-        tokens = [one for one, row in zip(computed, rows, strict=True) if row.samples]
-        outputs = self._scored(plan, tokens, {s: slot.new for s, slot in self._slots.items()})
-        for index, (row, one) in enumerate(zip(rows, computed, strict=True)):
-            if self._slots[row.slot].failed:
-                outputs.reports[index] = RowReport(error=ValueError("a row of the fake model"))
-            elif self.model.tells:
-                outputs.reports[index] = RowReport(values=tuple({"token": t} for t in one))
-        return outputs
 
-    def _compute(self, row: Row) -> list[int]:
-        """Write the row's positions; the tokens sampled behind them."""
-        slot = self._slots[row.slot]
-        if slot.num_computed is None:
-            slot.num_computed = row.start
-        self._clear_fresh(row, slot.num_computed)
-        reads = self._reads(row, slot.num_computed, slot.num_computed)
-        if not row.decodes:
-            for _ in range(row.count):
-                self._write(slot, row, reads)
-            return [self._sample(slot, row)] if row.samples else []
-        most = min(row.count, slot.new.max_total_tokens - len(slot.tokens))
-        tokens = []
-        for _ in range(num_kept(slot.new.seed, slot.num_computed, most)):
-            self._write(slot, row, reads)
-            tokens.append(self._sample(slot, row))
-        for rejected in range(slot.num_computed, slot.num_computed + most - len(tokens)):
-            for pages, table in zip(self._pages, row.tables, strict=True):
-                pages.write(table, rejected, _REJECTED)
+    def _prefill(self, chunk: PrefillChunk) -> list[int]:
+        self._clear_fresh(chunk.slot, chunk.start)
+        # `_draw` computes the last known position.
+        for position in range(chunk.start, chunk.start + chunk.num_tokens - chunk.samples):
+            self._compute(self._requests[chunk.slot], position)
+        return super()._prefill(chunk)
+
+    def _decode(self, slot: int, count: int) -> list[int]:
+        start = len(self._requests[slot].tokens) - 1
+        self._clear_fresh(slot, start)
+        tokens = super()._decode(slot, count)
+        end = min(start + count, self._requests[slot].new.max_total_tokens - 1)
+        for position in range(start + len(tokens), end):
+            self._write(slot, position, _REJECTED)
         return tokens
 
-    def _write(self, slot: _Slot, row: Row, reads: list[int]) -> None:
-        """Compute the next position; `reads` becomes what the one after it reads, by group."""
-        position = slot.num_computed
-        assert position is not None
-        entry = self.model.entry(sum(reads), slot.tokens[position])
-        for group, (pages, table) in enumerate(zip(self._pages, row.tables, strict=True)):
+    def _draw(self, request: SimulatedRequest) -> int:
+        """Compute the last token's position, and sample by what the pages hold then."""
+        seed, end = request.new.seed, len(request.tokens)
+        self._compute(request, end - 1)
+        # Not by what was written: a block may be in the table twice.
+        read = self._read(request.new.slot, end - 1, end)
+        request.failed = request.failed or self.model.fails(read, seed)
+        return self.model.sample(read, seed)
+
+    def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:
+        reports = {}
+        for index, (slot, tokens) in enumerate(zip(self._rows, outputs, strict=True)):
+            if self._requests[slot].failed:
+                reports[index] = RowReport(error=ValueError("a row of the fake model"))
+            elif self.model.tells:
+                reports[index] = RowReport(values=tuple({"token": token} for token in tokens))
+        return reports
+
+    def _compute(self, request: SimulatedRequest, position: int) -> None:
+        slot = request.new.slot
+        read = self._read(slot, position, position)
+        self._write(slot, position, self.model.entry(read, request.tokens[position]))
+
+    def _read(self, slot: int, position: int, end: int) -> int:
+        """What computing `position` reads of the entries before `end`, over all groups."""
+        groups = zip(self._pages, self._rows[slot].state.tables, strict=True)
+        return sum(
+            pages.read(table, pages.kind.first_read(position), end) for pages, table in groups
+        )
+
+    def _write(self, slot: int, position: int, entry: int) -> None:
+        for pages, table in zip(self._pages, self._rows[slot].state.tables, strict=True):
             pages.write(table, position, entry)
-            first, then = map(pages.kind.first_read, (position, position + 1))
-            reads[group] += entry - (pages.read(table, first, then) if then > first else 0)
-        slot.num_computed = position + 1
 
-    def _sample(self, slot: _Slot, row: Row) -> int:
-        end = slot.num_computed
-        assert end is not None
-        # By the pages, not by what was written to them: a block may be in the table twice.
-        read = sum(self._reads(row, end - 1, end))
-        slot.failed = slot.failed or self.model.fails(read, slot.new.seed)
-        drawn = self.model.sample(read, slot.new.seed)
-        token = allowed(drawn, self.model.vocab_size, slot.new, end)
-        slot.tokens.append(token)
-        return token
-
-    def _reads(self, row: Row, position: int, end: int) -> list[int]:
-        """What computing `position` reads of the entries before `end`, in each group."""
-        groups = zip(self._pages, row.tables, strict=True)
-        return [pages.read(table, pages.kind.first_read(position), end) for pages, table in groups]
-
-    def _clear_fresh(self, row: Row, num_computed: int) -> None:
+    def _clear_fresh(self, slot: int, start: int) -> None:
         """Poison blocks that came to the table for positions not computed yet."""
-        for pages, table, fresh in zip(self._pages, row.tables, row.fresh, strict=True):
-            for place in fresh:
-                if place * self._groups[0].block_size >= num_computed:
-                    pages.poison(table[place])
+        row = self._rows[slot]
+        for group, place in row.fresh:
+            if place * self.checker.block_size >= start:
+                self._pages[group].poison(row.state.tables[group][place])
 
 
 def _model_of(checkpoint: Checkpoint | None, kinds: tuple[CacheKind, ...]) -> FakeModel:

@@ -20,7 +20,7 @@ from engine.types import (
     WindowPages,
 )
 from sampling_params import SamplingParams
-from utils.errors import ContractError, KVSanitizerError
+from utils.errors import ContractError, PlanError
 
 GREEDY = SamplingParams(temperature=0)
 FULL = KVGeometry(1, 1, 1, block_size=4, num_blocks=6, dtype_bytes=4)
@@ -247,7 +247,7 @@ def test_a_block_that_left_the_window_may_go_to_another() -> None:
 
 @pytest.mark.parametrize("block", [0, 2])
 def test_a_block_in_the_window_may_not(block: int) -> None:
-    with pytest.raises(KVSanitizerError, match=r"goes to slot 0 while slots \[1\] use it") as error:
+    with pytest.raises(PlanError, match=r"goes to slot 0 while slots \[1\] use it") as error:
         _windowed().check(_thief(5, block))
     assert (error.value.step_id, error.value.request_id, error.value.block) == (5, 1, block)
 
@@ -256,7 +256,7 @@ def test_a_group_without_a_block_for_the_position() -> None:
     checker = _checker(FULL, WINDOW)
     first = _first()
     short = BlockUpdate(1, 0, (3,), 1)
-    with pytest.raises(KVSanitizerError, match="position 4 has no block"):
+    with pytest.raises(PlanError, match="position 4 has no block"):
         checker.check(replace(first, block_updates=(*first.block_updates, short)))
 
 
@@ -273,7 +273,7 @@ def test_an_update_leaves_the_entries_behind_it() -> None:
     checker.check(_first())
     plan = replace(_decode(1), block_updates=(BlockUpdate(1, 1, (4,)),))
     (row,) = checker.check(plan)
-    assert row.tables == [[3, 4, 2]]
+    assert row.state.tables == [[3, 4, 2]]
 
 
 def test_results_from_before_a_failure_are_forgotten() -> None:
@@ -285,7 +285,7 @@ def test_results_from_before_a_failure_are_forgotten() -> None:
         assert checker.in_flight(0) == 2
         checker.take(_result(1, 1))
         assert checker.in_flight(0) == 2
-        checker.fail()
+        checker.reset()
     checker.check(_first())
     checker.check(_decode(1, 3))
     checker.take(_result(0, 1))
