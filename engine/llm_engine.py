@@ -65,8 +65,7 @@ class LLMEngine:
         self._runner = make_runner(config, self.checkpoint)
         self._sanitizer = None
         if config.kv_sanitizer:
-            limits = config.max_num_seqs, config.max_num_batched_tokens
-            self._runner = self._sanitizer = SanitizedRunner(self._runner, *limits)
+            self._runner = self._sanitizer = SanitizedRunner(self._runner, config)
         try:
             check_drafts(config, self._runner)
             self.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 # Seconds of a step if nothing else is asked for: about one of a small model on a CPU.
 STEP_SECONDS = 0.01
-
-# As in `StepResult`.
-Logprobs = list[list[TokenLogprobs]] | None
 
 
 @dataclass(slots=True)
@@ -96,11 +93,15 @@ class SimulatedRunner(ModelRunner):
         groups: tuple[KVGeometry, ...] | None = None,
         seconds: Callable[[StepPlan], float] = lambda plan: STEP_SECONDS,
     ) -> None:
-        if config.tensor_parallel_size != 1:
-            raise ConfigError(
-                "tensor_parallel_size", config.tensor_parallel_size, "there is no device", "Use 1."
-            )
-        self._groups = groups or (_geometry_of(config),)
+        if (size := config.tensor_parallel_size) != 1:
+            raise ConfigError("tensor_parallel_size", size, "there is no device", "Use 1.")
+        if not groups:
+            # Here, because it brings torch along.
+            from memory.kv_cache import kv_blocks
+
+            block = KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4)
+            groups = (kv_blocks(config, block),)
+        self._groups = groups
         self._vocab_size = int(checkpoint.hf_config.vocab_size) if checkpoint else 50
         self._seconds = seconds
         self._requests: dict[int, SimulatedRequest] = {}
@@ -123,23 +124,20 @@ class SimulatedRunner(ModelRunner):
             raise EngineClosedError("execute() after close()")
         seconds = self._seconds(plan)
         if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-            raise ConfigError(
-                "seconds",
-                seconds,
-                f"is what step {plan.step_id} is said to take",
-                "Return a number of seconds, 0 or more.",
-            )
+            problem = f"is what step {plan.step_id} is said to take"
+            raise ConfigError("seconds", seconds, problem, "Return a number of seconds, 0 or more.")
         self._start(plan)
         outputs = [self._prefill(chunk) for chunk in plan.prefill]
         outputs += map(self._decode, plan.decode, plan.decode_counts)
         tokens = [new for new in outputs if new]
+        asked = [self._requests[slot].new.sampling.logprobs for slot in plan.sampled_slots]
         self._idle_from = max(self._idle_from, self._now) + seconds
         result = StepResult(
             plan.step_id,
             tokens,
             self._idle_from,
-            self._logprobs(plan, tokens),
-            self._prompt_logprobs(plan),
+            self._logprobs(list(zip(tokens, asked, strict=True))),
+            self._logprobs([self._prompt_part(chunk) for chunk in plan.prefill]),
             device_seconds=seconds if plan.timed else None,
             reports=self._reports(outputs),
         )
@@ -184,37 +182,22 @@ class SimulatedRunner(ModelRunner):
         """Reports of rows with these new tokens, by the row's index."""
         return {}
 
-    def _logprobs(self, plan: StepPlan, tokens: list[list[int]]) -> Logprobs:
-        asked = [self._requests[slot].new.sampling.logprobs for slot in plan.sampled_slots]
-        return self._uniform(tokens, asked)
+    def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
+        """The prompt's tokens that the chunk predicts, and how many of the likeliest are wanted."""
+        new = self._requests[chunk.slot].new
+        end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
+        return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
 
-    def _prompt_logprobs(self, plan: StepPlan) -> Logprobs:
-        tokens: list[Sequence[int]] = []
-        asked = []
-        for chunk in plan.prefill:
-            new = self._requests[chunk.slot].new
-            end = len(new.token_ids) - new.num_output_tokens
-            tokens.append(new.token_ids[:end][chunk.start + 1 :][: chunk.num_tokens])
-            asked.append(new.sampling.prompt_logprobs)
-        return self._uniform(tokens, asked)
-
-    def _uniform(self, rows: Iterable[Sequence[int]], asked: list[int | None]) -> Logprobs:
-        """Log-probabilities of each row's tokens; `asked` tells how many top ones, None for none."""
-        if all(num_top is None for num_top in asked):
+    def _logprobs(
+        self, rows: list[tuple[Sequence[int], int | None]]
+    ) -> list[list[TokenLogprobs]] | None:
+        """Uniform ones of each row's tokens, beside so many of the likeliest; None: nobody asks."""
+        if all(num_top is None for _, num_top in rows):
             return None
         even = -math.log(self._vocab_size)
-        # All are equally likely: the lowest ids come first.
-        return [
-            [{t: even, **dict.fromkeys(range(num_top), even)} for t in tokens]
-            if num_top is not None
-            else []
-            for tokens, num_top in zip(rows, asked, strict=True)
-        ]
-
-
-def _geometry_of(config: Config) -> KVGeometry:
-    """A cache of entries of 8 bytes, sized as a real one."""
-    # Here, because it brings torch along.
-    from memory.kv_cache import kv_blocks
-
-    return kv_blocks(config, KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4))
+        scores = []
+        for tokens, num_top in rows:
+            # All are equally likely: the lowest ids come first.
+            likely = dict.fromkeys(range(num_top or 0), even)
+            scores.append([{t: even, **likely} for t in tokens if num_top is not None])
+        return scores

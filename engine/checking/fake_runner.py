@@ -86,46 +86,19 @@ class FakeModel:
         """The right output of a request, whatever it is batched with."""
         # Sums of the leading entries.
         sums = [0]
+        tokens = list(prompt)
 
         def read(position: int) -> int:
             """What computing `position` reads of the entries that there are."""
             return sum(sums[-1] - sums[kind.first_read(position)] for kind in self.kinds)
 
-        for token in prompt:
-            sums.append(sums[-1] + self.entry(read(len(sums) - 1), token))
-        output: list[int] = []
-        while len(output) < max_tokens:
-            token = self.sample(read(len(sums) - 2), seed)
-            output.append(token)
-            if token in stop_token_ids:
+        while len(tokens) < len(prompt) + max_tokens:
+            for token in tokens[len(sums) - 1 :]:
+                sums.append(sums[-1] + self.entry(read(len(sums) - 1), token))
+            tokens.append(self.sample(read(len(sums) - 2), seed))
+            if tokens[-1] in stop_token_ids:
                 break
-            sums.append(sums[-1] + self.entry(read(len(sums) - 1), token))
-        return output
-
-
-class _Pages:
-    """The pages of one cache group, as lists of entries."""
-
-    def __init__(self, geometry: KVGeometry) -> None:
-        self.kind = geometry.kind
-        self._size = geometry.block_size
-        self._pages = [[_POISON] * self._size for _ in range(geometry.num_blocks)]
-
-    def poison(self, block: int) -> None:
-        self._pages[block] = [_POISON] * self._size
-
-    def copy(self, source: int, target: int) -> None:
-        self._pages[target] = list(self._pages[source])
-
-    def write(self, table: list[int], position: int, entry: int) -> None:
-        self._pages[table[position // self._size]][position % self._size] = entry
-
-    def read(self, table: list[int], start: int, end: int) -> int:
-        """The sum of all that the pages hold for positions `start` to `end`."""
-        first = start // self._size
-        pages = map(self._pages.__getitem__, table[first : -(-end // self._size)])
-        skipped = first * self._size
-        return sum(islice(chain.from_iterable(pages), start - skipped, end - skipped))
+        return tokens[len(prompt) :]
 
 
 class FakeRunner(SimulatedRunner):
@@ -134,21 +107,16 @@ class FakeRunner(SimulatedRunner):
     It can be constructed without a checkpoint, and then without torch: `FakeRunner(config,
     groups=...)`.
 
-    A decode row keeps as many positions as in the simulated runner; the others are left as garbage
-    in the pages, as a real draft leaves them.
+    A decode row keeps as many positions as in the simulated runner. The others are left as garbage
+    in the pages, as a real draft leaves them. Arguments are those of the simulated runner, and:
 
     Args:
-        config: for the number of slots, the token budget and, with a checkpoint, the cache size.
-        checkpoint: for vocabulary and end-of-sequence token; only its config is read.
-        groups: the cache; derived from the config if None, which needs a max_model_len.
-        model: another FakeModel than the checkpoint's vocabulary suggests.
-        seconds: how long a step takes in virtual time.
+        config: also for the number of slots and the token budget.
+        model: another FakeModel than the checkpoint's vocabulary and end of sequence suggest.
+        seconds: a step takes none if it is left out.
 
     Attributes:
         checker: what every plan and result goes through.
-
-    Raises:
-        ConfigError: tensor_parallel_size is above 1.
     """
 
     name = "fake"
@@ -163,11 +131,16 @@ class FakeRunner(SimulatedRunner):
         seconds: Callable[[StepPlan], float] = lambda plan: 0.0,
     ) -> None:
         super().__init__(config, checkpoint, groups=groups, seconds=seconds)
-        self.model = model or _model_of(checkpoint, tuple(group.kind for group in self._groups))
+        eos = min(checkpoint.eos_token_ids, default=0) if checkpoint else 0
+        kinds = tuple(geometry.kind for geometry in self._groups)
+        self.model = model or FakeModel(self._vocab_size, eos, kinds=kinds)
         self._vocab_size = self.model.vocab_size
-        limits = config.max_num_seqs, config.max_num_batched_tokens
-        self.checker = PlanChecker(self._groups, *limits)
-        self._pages = [_Pages(geometry) for geometry in self._groups]
+        self.checker = PlanChecker(self._groups, config)
+        # The entries of each page of each group.
+        self._pages = [
+            [[_POISON] * geometry.block_size for _ in range(geometry.num_blocks)]
+            for geometry in self._groups
+        ]
         # Those of the step, by slot.
         self._rows: dict[int, Row] = {}
 
@@ -180,16 +153,21 @@ class FakeRunner(SimulatedRunner):
         return CheckedHandle(super().execute(plan), self.checker)
 
     def _start(self, plan: StepPlan) -> None:
-        for pages, blocks in zip(self._pages, plan.poisoned_blocks, strict=False):
+        for group, blocks in enumerate(plan.poisoned_blocks):
             for block in blocks:
-                pages.poison(block)
+                self._poison(group, block)
         self._rows = {row.state.new.slot: row for row in self.checker.check(plan)}
         super()._start(plan)
         for copy in plan.block_copies:
-            self._pages[copy.group].copy(copy.source, copy.target)
+            pages = self._pages[copy.group]
+            pages[copy.target] = list(pages[copy.source])
+        for row in self._rows.values():
+            for group, place in row.fresh:
+                # What comes to a table is garbage, but for a prefix that was found in the cache.
+                if place * self.checker.block_size >= row.start:
+                    self._poison(group, row.state.tables[group][place])
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        self._clear_fresh(chunk.slot, chunk.start)
         # `_draw` computes the last known position.
         for position in range(chunk.start, chunk.start + chunk.num_tokens - chunk.samples):
             self._compute(self._requests[chunk.slot], position)
@@ -197,7 +175,6 @@ class FakeRunner(SimulatedRunner):
 
     def _decode(self, slot: int, count: int) -> list[int]:
         start = len(self._requests[slot].tokens) - 1
-        self._clear_fresh(slot, start)
         tokens = super()._decode(slot, count)
         end = min(start + count, self._requests[slot].new.max_total_tokens - 1)
         for position in range(start + len(tokens), end):
@@ -229,25 +206,18 @@ class FakeRunner(SimulatedRunner):
 
     def _read(self, slot: int, position: int, end: int) -> int:
         """What computing `position` reads of the entries before `end`, over all groups."""
-        groups = zip(self._pages, self._rows[slot].state.tables, strict=True)
-        return sum(
-            pages.read(table, pages.kind.first_read(position), end) for pages, table in groups
-        )
+        total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
+        for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
+            first = geometry.kind.first_read(position)
+            read = map(pages.__getitem__, table[first // size : -(-end // size)])
+            skipped = first - first % size
+            total += sum(islice(chain.from_iterable(read), first - skipped, end - skipped))
+        return total
 
     def _write(self, slot: int, position: int, entry: int) -> None:
+        place, offset = divmod(position, self.checker.block_size)
         for pages, table in zip(self._pages, self._rows[slot].state.tables, strict=True):
-            pages.write(table, position, entry)
+            pages[table[place]][offset] = entry
 
-    def _clear_fresh(self, slot: int, start: int) -> None:
-        """Poison blocks that came to the table for positions not computed yet."""
-        row = self._rows[slot]
-        for group, place in row.fresh:
-            if place * self.checker.block_size >= start:
-                self._pages[group].poison(row.state.tables[group][place])
-
-
-def _model_of(checkpoint: Checkpoint | None, kinds: tuple[CacheKind, ...]) -> FakeModel:
-    if checkpoint is None:
-        return FakeModel(kinds=kinds)
-    eos = min(checkpoint.eos_token_ids, default=0)
-    return FakeModel(int(checkpoint.hf_config.vocab_size), eos, kinds=kinds)
+    def _poison(self, group: int, block: int) -> None:
+        self._pages[group][block] = [_POISON] * self.checker.block_size

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
+from config import Config
 from engine.checking.plan_checker import CheckedHandle, PlanChecker, Row
 from engine.types import (
     NO_BLOCK,
@@ -63,7 +64,7 @@ class SanitizedBlocks:
         for block in table[:num_shared]:
             if (filled := self.filled[block]) < size:
                 problem = f"found in the cache, and {filled} of its {size} positions are written"
-                raise self._error(request_id, block, problem)
+                raise KVSanitizerError(self.step_id, request_id, block, problem)
             self.holders[block].add(request_id)
         self._hand_out(request_id, table[num_shared:])
         return cached
@@ -102,7 +103,7 @@ class SanitizedBlocks:
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"
-                raise self._error(request_id, block, problem)
+                raise KVSanitizerError(self.step_id, request_id, block, problem)
             self.holders[block].add(request_id)
             self._kill(block)
 
@@ -119,37 +120,25 @@ class SanitizedBlocks:
         self._published.discard(block)
         self.filled[block] = 0
 
-    def _error(self, request_id: int, block: int, problem: str) -> KVSanitizerError:
-        return KVSanitizerError(self.step_id, request_id, block, problem)
-
 
 class KVSanitizer(PlanChecker):
     """The plan checker, with the account that the block managers keep.
 
-    Args:
-        managers: of each cache group.
+    Attributes:
+        managers: of each cache group; none until they are known.
     """
 
     error = KVSanitizerError
-
-    def __init__(
-        self,
-        groups: tuple[KVGeometry, ...],
-        max_num_seqs: int,
-        budget: int,
-        managers: tuple[SanitizedBlocks, ...],
-    ) -> None:
-        super().__init__(groups, max_num_seqs, budget)
-        self._managers = managers
+    managers: tuple[SanitizedBlocks, ...] = ()
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
         for copy in plan.block_copies:
             self._check_copy(copy)
         for row in rows:
-            for group, blocks in enumerate(self._managers):
+            for group, blocks in enumerate(self.managers):
                 self._check_row(row, group, blocks)
-        for blocks in self._managers:
+        for blocks in self.managers:
             blocks.step_id = plan.step_id + 1
         return rows
 
@@ -157,7 +146,7 @@ class KVSanitizer(PlanChecker):
         super().settle(row, num_kept)
         # What was drafted and not kept is not written, unless a later row computes it.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
-        for table, blocks in zip(row.state.tables, self._managers, strict=False):
+        for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):
                 block, most = table[place], max(0, end - place * self.block_size)
                 # Given up since, it may be another one's already.
@@ -166,7 +155,7 @@ class KVSanitizer(PlanChecker):
 
     def _check_copy(self, copy: BlockCopy) -> None:
         """Check a copy, and count its target as written as far as its source is."""
-        blocks, target = self._managers[copy.group], copy.target
+        blocks, target = self.managers[copy.group], copy.target
         holders, filled = sorted(blocks.holders[target]), blocks.filled[copy.source]
         if len(holders) != 1:
             problem = f"copied to; holders {holders}"
@@ -187,16 +176,16 @@ class KVSanitizer(PlanChecker):
             holders, filled = blocks.holders[block], blocks.filled[block]
             if request_id not in holders:
                 problem = f"used after it was given up; holders {sorted(holders)}"
-                raise self.misuse(request_id, block, problem)
-            if filled < size and first + filled < row.start:
+            elif filled < size and first + filled < row.start:
                 problem = f"position {first + filled} is read and was never written"
-                raise self.misuse(request_id, block, problem)
-            if row.start < first + size:
-                if len(holders) > 1:
-                    others = sorted(holders - {request_id})
-                    problem = f"written while requests {others} share it"
-                    raise self.misuse(request_id, block, problem)
+            elif row.start >= first + size:
+                continue
+            elif len(holders) > 1:
+                problem = f"written while requests {sorted(holders - {request_id})} share it"
+            else:
                 blocks.filled[block] = max(filled, min(size, end - first))
+                continue
+            raise self.misuse(request_id, block, problem)
 
 
 class SanitizedRunner(ModelRunner):
@@ -204,20 +193,19 @@ class SanitizedRunner(ModelRunner):
 
     Args:
         inner: the runner to watch.
-        max_num_seqs, budget: the engine's limits of a step.
+        config: for the engine's limits of a step.
     """
 
-    def __init__(self, inner: ModelRunner, max_num_seqs: int, budget: int) -> None:
+    def __init__(self, inner: ModelRunner, config: Config) -> None:
         self._inner = inner
         self.drafts = inner.drafts  # type: ignore[misc]
-        self._limits = max_num_seqs, budget
-        self.watch(())
+        self._checker = KVSanitizer(inner.kv_groups, config)
 
     def watch(self, managers: Iterable[BlockManager]) -> tuple[BlockManager, ...]:
         """The block managers of the next plans, one for each cache group, in their wrappers."""
-        self._managers = tuple(map(SanitizedBlocks, managers))
-        self._checker = KVSanitizer(self.kv_groups, *self._limits, self._managers)
-        return cast(tuple[BlockManager, ...], self._managers)
+        self._checker.reset()
+        self._checker.managers = tuple(map(SanitizedBlocks, managers))
+        return cast(tuple[BlockManager, ...], self._checker.managers)
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
@@ -237,7 +225,7 @@ class SanitizedRunner(ModelRunner):
             ContractError: it breaks another rule of plans.
         """
         self._checker.check(plan)
-        dead = tuple(blocks.take_dead() for blocks in self._managers)
+        dead = tuple(blocks.take_dead() for blocks in self._checker.managers)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))
         return CheckedHandle(handle, self._checker)
 

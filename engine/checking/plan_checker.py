@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from config import Config
 from engine.types import (
     BlockCopy,
     BlockUpdate,
@@ -101,17 +102,15 @@ class PlanChecker:
 
     Args:
         groups: the cache groups.
-        max_num_seqs: slots.
-        budget: most positions of a step.
+        config: for the number of slots and the token budget.
     """
 
     error: type[PlanError] = PlanError
 
-    def __init__(self, groups: tuple[KVGeometry, ...], max_num_seqs: int, budget: int) -> None:
+    def __init__(self, groups: tuple[KVGeometry, ...], config: Config) -> None:
         self.groups = groups
         self.block_size = groups[0].block_size
-        self._max_num_seqs = max_num_seqs
-        self._budget = budget
+        self._config = config
         self.reset()
 
     def reset(self) -> None:
@@ -120,8 +119,10 @@ class PlanChecker:
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
         # Taken before those of earlier steps, by step.
         self._results: dict[int, StepResult] = {}
-        self._ended: set[int] = set()
         self._slots: dict[int, SlotState] = {}
+        # By request.
+        self._running: dict[int, SlotState] = {}
+        self._ended: set[int] = set()
 
     def check(self, plan: StepPlan) -> list[Row]:
         """Check a plan and take in what it changes; its rows.
@@ -140,7 +141,6 @@ class PlanChecker:
         rows += map(self._decode, plan.decode, plan.decode_counts)
         for row in rows:
             self._check_blocks(row)
-        for row in rows:
             row.state.rows.append(row)
         self._in_flight[plan.step_id] = plan, rows
         return rows
@@ -163,13 +163,7 @@ class PlanChecker:
     def end(self, request_id: int) -> None:
         """The request has ended: no plan may have a row of it any more."""
         self._ended.add(request_id)
-        for state in self._slots.values():
-            state.ended |= state.new.request_id == request_id
-
-    def in_flight(self, request_id: int) -> int:
-        """Rows in flight of a request."""
-        states = self._slots.values()
-        return sum(len(state.rows) for state in states if state.new.request_id == request_id)
+        self._leave(request_id)
 
     def misuse(self, request_id: int, block: int, problem: str) -> PlanError:
         """An error that names them and the step of the last plan."""
@@ -197,31 +191,30 @@ class PlanChecker:
             require(index in range(len(rows)), "a report of a row that is not there")
             if report.error is not None:
                 self.end(rows[index].state.new.request_id)
-        chunks = [row for row, c in zip(rows, plan.prefill, strict=False) if c.samples]
-        decodes = rows[len(plan.prefill) :]
-        scores = result.logprobs or [[]] * len(result.tokens)
-        for row, tokens, scored in zip(chunks + decodes, result.tokens, scores, strict=True):
+        sampling = [row for row, c in zip(rows, plan.prefill, strict=False) if c.samples]
+        sampling += rows[len(plan.prefill) :]
+        scores = result.logprobs or [[]] * len(sampling)
+        for row, tokens, scored in zip(sampling, result.tokens, scores, strict=True):
             new = row.state.new
+            if row.state.ended:
+                continue
             wanted = 0 if new.sampling.logprobs is None else len(tokens)
-            if len(scored) != wanted and not row.state.ended:
-                raise ContractError(
-                    f"slot {new.slot}: {len(scored)} log-probabilities, and {wanted} were asked for"
-                )
-        for row, tokens in zip(decodes, result.tokens[len(chunks) :], strict=True):
-            if row.count > 1 and not row.state.ended:
+            if len(scored) != wanted:
+                problem = f"{len(scored)} log-probabilities, and {wanted} were asked for"
+                raise ContractError(f"slot {new.slot}: {problem}")
+            if row.count > 1 and row.start >= len(new.token_ids):
+                # A decode row.
                 self.settle(row, len(tokens))
 
     def _users(self, group: int, block: int) -> list[int]:
         """Slots that may touch the block in a step in flight."""
-        return [
-            slot
-            for slot, state in self._slots.items()
-            if any(block in self._touched(row, group) for row in state.rows)
-        ]
-
-    def _touched(self, row: Row, group: int) -> list[int]:
-        first = self.groups[group].kind.first_read(row.start) // self.block_size
-        return row.state.tables[group][first : -(-row.end // self.block_size)]
+        users, kind, size = set(), self.groups[group].kind, self.block_size
+        for _, rows in self._in_flight.values():
+            for row in rows:
+                places = slice(kind.first_read(row.start) // size, -(-row.end // size))
+                if block in row.state.tables[group][places]:
+                    users.add(row.state.new.slot)
+        return sorted(users)
 
     def _check_shape(self, plan: StepPlan) -> None:
         if plan.step_id == 0:
@@ -231,31 +224,35 @@ class PlanChecker:
         rows, counts = plan.rows, plan.decode_tokens
         require(bool(rows), "the plan computes nothing")
         require(len(set(rows)) == len(rows), "a slot has two rows in one step")
-        require(len(rows) <= self._max_num_seqs, f"{len(rows)} rows exceed max_num_seqs")
-        require(
-            len(counts) in (0, len(plan.decode)),
-            f"decode_tokens has {len(counts)} entries for {len(plan.decode)} rows",
-        )
+        most = self._config.max_num_seqs
+        require(len(rows) <= most, f"{len(rows)} rows exceed max_num_seqs={most}")
+        entries = f"decode_tokens has {len(counts)} entries for {len(plan.decode)} rows"
+        require(len(counts) in (0, len(plan.decode)), entries)
         require(all(count > 0 for count in counts), f"decode rows of {counts} positions")
-        num_tokens = plan.num_tokens
-        require(num_tokens <= self._budget, f"{num_tokens} tokens exceed the token budget")
+        num_tokens, most = plan.num_tokens, self._config.max_num_batched_tokens
+        require(num_tokens <= most, f"{num_tokens} tokens exceed the token budget of {most}")
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        require(0 <= slot < self._max_num_seqs, f"there is no slot {slot}")
-        busy = slot in self._slots and self._slots[slot].rows
-        require(not busy, f"slot {slot} changes hands while a step uses it")
-        require(request_id not in self._ended, f"request {request_id} has ended")
-        require(
-            not self.in_flight(request_id),
-            f"request {request_id} enters slot {slot} while it is in flight",
-        )
+        # Who held the slot, and the place that a preempted request held.
+        old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
-        require(0 < known <= limit, f"slot {slot}: its tokens")
-        for state in self._slots.values():
-            # The place that a preempted request held is no more.
-            state.ended |= state.new.request_id == request_id
-        self._slots[slot] = SlotState(new, [[] for _ in self.groups], max(known, limit - 1))
+        require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
+        require(not (old and old.rows), f"slot {slot} changes hands while a step uses it")
+        require(request_id not in self._ended, f"request {request_id} has ended")
+        early = f"request {request_id} enters slot {slot} while it is in flight"
+        require(not (before and before.rows), early)
+        require(0 < known <= limit, f"slot {slot}: {known} tokens of at least 1, at most {limit}")
+        if old is not None and not old.ended:
+            self._leave(old.new.request_id)
+        self._leave(request_id)
+        state = SlotState(new, [[] for _ in self.groups], max(known, limit - 1))
+        self._slots[slot] = self._running[request_id] = state
+
+    def _leave(self, request_id: int) -> None:
+        """No plan may have a row of the request in the slot that it held until now."""
+        if state := self._running.pop(request_id, None):
+            state.ended = True
 
     def _update(self, update: BlockUpdate) -> None:
         state, group = self._state(update.slot), update.group

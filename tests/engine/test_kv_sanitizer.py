@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -241,9 +241,9 @@ _SMALL = KVGeometry(1, 1, 1, block_size=4, num_blocks=6, dtype_bytes=4)
 
 def _watched() -> tuple[SanitizedRunner, SanitizedBlocks]:
     """A request with ten positions of a prompt in slot 1, and blocks for sixteen."""
-    runner = SanitizedRunner(FakeRunner(_CONFIG, groups=(_SMALL,)), 3, 16)
-    (blocks,) = runner.watch((PagedBlockManager(_CONFIG, _SMALL),))
-    assert type(blocks) is SanitizedBlocks
+    runner = SanitizedRunner(FakeRunner(_CONFIG, groups=(_SMALL,)), _CONFIG)
+    (watched,) = runner.watch((PagedBlockManager(_CONFIG, _SMALL),))
+    blocks = cast(SanitizedBlocks, watched)
     tokens = list(range(20, 30))
     blocks.begin(0, tokens)
     assert blocks.grow(0, 16)
