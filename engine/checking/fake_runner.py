@@ -80,7 +80,7 @@ class FakeModel:
         prompt: list[int],
         max_tokens: int,
         *,
-        stop_token_ids: Container[int] = frozenset(),
+        stop_token_ids: Container[int] = (),
         seed: int = 0,
     ) -> list[int]:
         """The right output of a request, whatever it is batched with."""

@@ -257,6 +257,8 @@ def test_a_block_in_the_window_may_not(block: int) -> None:
     with pytest.raises(PlanError, match=r"goes to slot 0 while slots \[1\] use it") as error:
         _windowed().check(_thief(5, block))
     assert (error.value.step_id, error.value.request_id, error.value.block) == (5, 1, block)
+    # No sanitizer took part.
+    assert type(error.value) is PlanError
 
 
 def test_a_group_without_a_block_for_the_position() -> None:
