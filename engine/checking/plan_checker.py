@@ -255,8 +255,9 @@ class PlanChecker:
             state.ended = True
 
     def _update(self, update: BlockUpdate) -> None:
-        state, group = self._state(update.slot), update.group
+        group = update.group
         self._check_ids(group, update.block_ids)
+        state = self._state(update.slot)
         table = state.tables[group]
         first, end = update.first_index, update.first_index + len(update.block_ids)
         require(0 <= first <= len(table), f"slot {update.slot}: a gap in the block table")
