@@ -60,8 +60,7 @@ class LLMEngine:
         self.runner: ModelRunner = make_runner(config, self.checkpoint)
         self._sanitizer: SanitizedRunner | None = None
         if config.kv_sanitizer:
-            limits = config.max_num_seqs, config.max_num_batched_tokens
-            self.runner = self._sanitizer = SanitizedRunner(self.runner, *limits)
+            self.runner = self._sanitizer = SanitizedRunner(self.runner, config)
         try:
             self.reset()
         except BaseException:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config import Config
@@ -29,21 +29,17 @@ STEP_SECONDS = 0.01
 
 
 @dataclass(slots=True)
-class _Request:
-    """A request in its slot; `num_tokens` counts its prompt and output so far."""
+class SimulatedRequest:
+    """A request in its slot.
+
+    Attributes:
+        tokens: prompt and output so far.
+        failed: its rows report an error; never so in virtual time alone.
+    """
 
     new: NewRequest
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class Outputs:
-    """What a step's rows give, as in `StepResult`."""
-
-    tokens: list[list[int]]
-    logprobs: list[list[TokenLogprobs]] | None = None
-    prompt_logprobs: list[list[TokenLogprobs]] | None = None
-    reports: dict[int, RowReport] = field(default_factory=dict)
+    tokens: list[int]
+    failed: bool = False
 
 
 class _Handle(StepHandle):
@@ -97,14 +93,18 @@ class SimulatedRunner(ModelRunner):
         groups: tuple[KVGeometry, ...] | None = None,
         seconds: Callable[[StepPlan], float] = lambda plan: STEP_SECONDS,
     ) -> None:
-        if config.tensor_parallel_size != 1:
-            raise ConfigError(
-                "tensor_parallel_size", config.tensor_parallel_size, "there is no device", "Use 1."
-            )
-        self._groups = groups or (_geometry_of(config),)
+        if (size := config.tensor_parallel_size) != 1:
+            raise ConfigError("tensor_parallel_size", size, "there is no device", "Use 1.")
+        if not groups:
+            # Here, because it brings torch along.
+            from memory.kv_cache import kv_blocks
+
+            block = KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4)
+            groups = (kv_blocks(config, block),)
+        self._groups = groups
         self._vocab_size = int(checkpoint.hf_config.vocab_size) if checkpoint else 50
         self._seconds = seconds
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, SimulatedRequest] = {}
         self._now = self._idle_from = 0.0
         self._closed = False
 
@@ -124,102 +124,80 @@ class SimulatedRunner(ModelRunner):
             raise EngineClosedError("execute() after close()")
         seconds = self._seconds(plan)
         if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-            raise ConfigError(
-                "seconds",
-                seconds,
-                f"is what step {plan.step_id} is said to take",
-                "Return a number of seconds, 0 or more.",
-            )
-        outputs = self._outputs(plan)
+            problem = f"is what step {plan.step_id} is said to take"
+            raise ConfigError("seconds", seconds, problem, "Return a number of seconds, 0 or more.")
+        self._start(plan)
+        outputs = [self._prefill(chunk) for chunk in plan.prefill]
+        outputs += map(self._decode, plan.decode, plan.decode_counts)
+        tokens = [new for new in outputs if new]
+        asked = [self._requests[slot].new.sampling.logprobs for slot in plan.sampled_slots]
         self._idle_from = max(self._idle_from, self._now) + seconds
         result = StepResult(
             plan.step_id,
-            outputs.tokens,
+            tokens,
             self._idle_from,
-            outputs.logprobs,
-            outputs.prompt_logprobs,
+            self._logprobs(list(zip(tokens, asked, strict=True))),
+            self._logprobs([self._prompt_part(chunk) for chunk in plan.prefill]),
             device_seconds=seconds if plan.timed else None,
-            reports=outputs.reports,
+            reports=self._reports(outputs),
         )
         return _Handle(self, result)
 
     def close(self) -> None:
         self._closed = True
 
-    def _outputs(self, plan: StepPlan) -> Outputs:
-        """What the plan's rows give; its changes are taken in."""
+    def _start(self, plan: StepPlan) -> None:
+        """Take in what the plan changes."""
         for new in plan.new_requests:
-            self._requests[new.slot] = _Request(new, len(new.token_ids))
-        tokens = [
-            self._next(self._requests[chunk.slot], 1) for chunk in plan.prefill if chunk.samples
-        ]
-        for slot, count in zip(plan.decode, plan.decode_counts, strict=True):
-            request = self._requests[slot]
-            new, position = request.new, request.num_tokens
-            most = min(count, new.max_total_tokens - position)
-            tokens.append(self._next(request, num_kept(new.seed, position, most)))
-        return self._scored(plan, tokens, {s: r.new for s, r in self._requests.items()})
+            self._requests[new.slot] = SimulatedRequest(new, list(new.token_ids))
 
-    def _next(self, request: _Request, count: int) -> list[int]:
-        new, start = request.new, request.num_tokens
-        request.num_tokens += count
-        drawn = [
-            (place, hash((new.seed, place)) % self._vocab_size)
-            for place in range(start, request.num_tokens)
-        ]
-        return [allowed(token, self._vocab_size, new, place) for place, token in drawn]
+    def _prefill(self, chunk: PrefillChunk) -> list[int]:
+        """The new tokens of a chunk."""
+        return [self._next(self._requests[chunk.slot])] if chunk.samples else []
 
-    def _scored(
-        self, plan: StepPlan, tokens: list[list[int]], requests: Mapping[int, NewRequest]
-    ) -> Outputs:
-        """The tokens, with log-probabilities for who asked for them."""
-        outputs = Outputs(tokens)
-        wanted = [requests[slot].sampling.logprobs for slot in plan.sampled_slots]
-        if any(num_top is not None for num_top in wanted):
-            outputs.logprobs = [
-                [] if num_top is None else [self._logprobs(token, num_top) for token in row]
-                for num_top, row in zip(wanted, tokens, strict=True)
-            ]
-        chunks = [(chunk, requests[chunk.slot]) for chunk in plan.prefill]
-        if any(new.sampling.prompt_logprobs is not None for _, new in chunks):
-            outputs.prompt_logprobs = [self._of_prompt(chunk, new) for chunk, new in chunks]
-        return outputs
+    def _decode(self, slot: int, count: int) -> list[int]:
+        """The new tokens of a decode row of at most `count` positions."""
+        request = self._requests[slot]
+        seed, position = request.new.seed, len(request.tokens)
+        most = min(count, request.new.max_total_tokens - position)
+        # Python hashes tuples of integers alike everywhere; only str and bytes are salted.
+        return [self._next(request) for _ in range(1 + hash((seed, position, most)) % most)]
 
-    def _of_prompt(self, chunk: PrefillChunk, new: NewRequest) -> list[TokenLogprobs]:
-        num_top = new.sampling.prompt_logprobs
+    def _next(self, request: SimulatedRequest) -> int:
+        """Give the request the first token from the one drawn on that it may have."""
+        drawn, new, size = self._draw(request), request.new, self._vocab_size
         num_prompt = len(new.token_ids) - new.num_output_tokens
-        end = min(chunk.start + chunk.num_tokens + 1, num_prompt)
-        known = new.token_ids[chunk.start + 1 : end]
-        return [] if num_top is None else [self._logprobs(token, num_top) for token in known]
+        early = len(request.tokens) < num_prompt + new.sampling.min_tokens
+        withheld = new.withheld_token_ids if early else ()
+        choices = ((drawn + i) % size for i in range(size))
+        token = next((choice for choice in choices if choice not in withheld), drawn)
+        request.tokens.append(token)
+        return token
 
-    def _logprobs(self, token: int, num_top: int) -> TokenLogprobs:
+    def _draw(self, request: SimulatedRequest) -> int:
+        """A token for the position behind the last one."""
+        return hash((request.new.seed, len(request.tokens))) % self._vocab_size
+
+    def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:
+        """Reports of rows with these new tokens, by the row's index."""
+        return {}
+
+    def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
+        """The prompt's tokens that the chunk predicts, and how many of the likeliest are wanted."""
+        new = self._requests[chunk.slot].new
+        end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
+        return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
+
+    def _logprobs(
+        self, rows: list[tuple[Sequence[int], int | None]]
+    ) -> list[list[TokenLogprobs]] | None:
+        """Uniform ones of each row's tokens, beside so many of the likeliest; None: nobody asks."""
+        if all(num_top is None for _, num_top in rows):
+            return None
         even = -math.log(self._vocab_size)
-        # All are equally likely: the lowest ids come first.
-        return {token: even, **dict.fromkeys(range(num_top), even)}
-
-
-def allowed(token: int, vocab_size: int, new: NewRequest, position: int) -> int:
-    """The first token from `token` on that the request may have at a position.
-
-    Before its `min_tokens` those of `NewRequest.withheld_token_ids` are not chosen.
-    """
-    num_prompt = len(new.token_ids) - new.num_output_tokens
-    withheld: Collection[int] = ()
-    if position < num_prompt + new.sampling.min_tokens:
-        withheld = new.withheld_token_ids
-    choices = ((token + i) % vocab_size for i in range(vocab_size))
-    return next((choice for choice in choices if choice not in withheld), token)
-
-
-def num_kept(seed: int, position: int, most: int) -> int:
-    """How many of `most` positions a decode row keeps; at least 1."""
-    # Python hashes tuples of integers alike everywhere; only str and bytes are salted.
-    return 1 + hash((seed, position, most)) % most
-
-
-def _geometry_of(config: Config) -> KVGeometry:
-    """A cache of entries of 8 bytes, sized as a real one."""
-    # Here, because it brings torch along.
-    from memory.kv_cache import kv_blocks
-
-    return kv_blocks(config, KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4))
+        scores = []
+        for tokens, num_top in rows:
+            # All are equally likely: the lowest ids come first.
+            likely = dict.fromkeys(range(num_top or 0), even)
+            scores.append([{t: even, **likely} for t in tokens if num_top is not None])
+        return scores

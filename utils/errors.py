@@ -12,8 +12,9 @@ AllmosError
 ├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
 ├── StepError                  a step failed; all unfinished requests have ended
 ├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
-│   └── KVSanitizerError       a KV block was misused: has .step_id, .request_id and .block (also
-│                              a StepError)
+│   └── PlanError              a plan misuses a KV block: has .step_id, .request_id and .block (also
+│       │                      a StepError)
+│       └── KVSanitizerError   the same, or NaN in a block, found with kv_sanitizer=True
 ├── WorkerDiedError            the process of a tensor-parallel rank has ended by itself
 └── EngineClosedError          use after close() (also a RuntimeError)
 """
@@ -93,8 +94,8 @@ class WorkerDiedError(AllmosError):
     """The process of a tensor-parallel rank was killed or crashed; the engine cannot go on."""
 
 
-class KVSanitizerError(ContractError, StepError):
-    """A step reads a KV position that is not written, or writes one that is not its own.
+class PlanError(ContractError, StepError):
+    """A step has no block for a KV position, or uses a block that is not its own.
 
     Attributes:
         step_id: the step that does, or was about to be planned.
@@ -108,8 +109,12 @@ class KVSanitizerError(ContractError, StepError):
         self.step_id, self.request_id = step_id, request_id
         self.block, self.problem = block, problem
 
-    def __reduce__(self) -> tuple[type[KVSanitizerError], tuple[int, int, int, str]]:
+    def __reduce__(self) -> tuple[type[PlanError], tuple[int, int, int, str]]:
         return type(self), (self.step_id, self.request_id, self.block, self.problem)
+
+
+class KVSanitizerError(PlanError):
+    """A KV block was misused, and `Config(kv_sanitizer=True)` found the step that did so."""
 
 
 class EngineClosedError(AllmosError, RuntimeError):

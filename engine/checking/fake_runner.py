@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from config import Config
 from engine.checking.plan_checker import CheckedHandle, PlanChecker, Row
-from engine.simulated_runner import Outputs, SimulatedRunner, allowed, num_kept
+from engine.simulated_runner import SimulatedRequest, SimulatedRunner
 from engine.types import (
     CacheKind,
     FullPages,
     KVGeometry,
-    NewRequest,
+    PrefillChunk,
     RowReport,
     StepHandle,
     StepPlan,
@@ -79,78 +80,25 @@ class FakeModel:
         prompt: list[int],
         max_tokens: int,
         *,
-        stop_token_ids: Container[int] = frozenset(),
+        stop_token_ids: Container[int] = (),
         seed: int = 0,
     ) -> list[int]:
         """The right output of a request, whatever it is batched with."""
         # Sums of the leading entries.
         sums = [0]
+        tokens = list(prompt)
 
         def read(position: int) -> int:
             """What computing `position` reads of the entries that there are."""
             return sum(sums[-1] - sums[kind.first_read(position)] for kind in self.kinds)
 
-        for token in prompt:
-            sums.append(sums[-1] + self.entry(read(len(sums) - 1), token))
-        output: list[int] = []
-        while len(output) < max_tokens:
-            token = self.sample(read(len(sums) - 2), seed)
-            output.append(token)
-            if token in stop_token_ids:
+        while len(tokens) < len(prompt) + max_tokens:
+            for token in tokens[len(sums) - 1 :]:
+                sums.append(sums[-1] + self.entry(read(len(sums) - 1), token))
+            tokens.append(self.sample(read(len(sums) - 2), seed))
+            if tokens[-1] in stop_token_ids:
                 break
-            sums.append(sums[-1] + self.entry(read(len(sums) - 1), token))
-        return output
-
-
-class _Pages:
-    """The pages of one cache group: entries, and the sum of each page."""
-
-    def __init__(self, geometry: KVGeometry) -> None:
-        self.kind = geometry.kind
-        self._size = size = geometry.block_size
-        self._entries = [_POISON] * (geometry.num_blocks * size)
-        self._sums = [_POISON * size] * geometry.num_blocks
-
-    def poison(self, block: int) -> None:
-        size = self._size
-        self._entries[block * size : (block + 1) * size] = [_POISON] * size
-        self._sums[block] = _POISON * size
-
-    def copy(self, source: int, target: int) -> None:
-        size = self._size
-        to, start = target * size, source * size
-        self._entries[to : to + size] = self._entries[start : start + size]
-        self._sums[target] = self._sums[source]
-
-    def write(self, table: list[int], position: int, entry: int) -> None:
-        block = table[position // self._size]
-        place = block * self._size + position % self._size
-        self._sums[block] += entry - self._entries[place]
-        self._entries[place] = entry
-
-    def read(self, table: list[int], start: int, end: int) -> int:
-        """All that the pages hold for positions `start` to `end`."""
-        size, entries = self._size, self._entries
-        first, skipped = divmod(start, size)
-        full, rest = divmod(end, size)
-        total = sum(map(self._sums.__getitem__, table[first:full]))
-        if rest:
-            at = table[full] * size
-            total += sum(entries[at : at + rest])
-        if skipped:
-            at = table[first] * size
-            total -= sum(entries[at : at + skipped])
-        return total
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A request in its slot; `num_computed` is None before its first row."""
-
-    new: NewRequest
-    tokens: list[int]
-    num_computed: int | None = None
-    failed: bool = False
+        return tokens[len(prompt) :]
 
 
 class FakeRunner(SimulatedRunner):
@@ -159,21 +107,16 @@ class FakeRunner(SimulatedRunner):
     It can be constructed without a checkpoint, and then without torch: `FakeRunner(config,
     groups=...)`.
 
-    A decode row of several positions keeps a number of them that depends on the request's seed and
-    the position; the others are left as garbage in the pages, as a real draft leaves them.
+    A decode row keeps as many positions as in the simulated runner. The others are left as garbage
+    in the pages, as a real draft leaves them. Arguments are those of the simulated runner, and:
 
     Args:
-        config: for the number of slots, the token budget and, with a checkpoint, the cache size.
-        checkpoint: for vocabulary and end-of-sequence token; only its config is read.
-        groups: the cache; derived from the config if None, which needs a max_model_len.
-        model: another FakeModel than the checkpoint's vocabulary suggests.
-        seconds: how long a step takes in virtual time.
+        config: also for the number of slots and the token budget.
+        model: another FakeModel than the checkpoint's vocabulary and end of sequence suggest.
+        seconds: a step takes none if it is left out.
 
     Attributes:
         checker: what every plan and result goes through.
-
-    Raises:
-        ConfigError: tensor_parallel_size is above 1.
     """
 
     name = "fake"
@@ -188,13 +131,18 @@ class FakeRunner(SimulatedRunner):
         seconds: Callable[[StepPlan], float] = lambda plan: 0.0,
     ) -> None:
         super().__init__(config, checkpoint, groups=groups, seconds=seconds)
+        eos = min(checkpoint.eos_token_ids, default=0) if checkpoint else 0
         kinds = tuple(geometry.kind for geometry in self._groups)
-        self.model = model or _model_of(checkpoint, kinds)
+        self.model = model or FakeModel(self._vocab_size, eos, kinds=kinds)
         self._vocab_size = self.model.vocab_size
-        limits = config.max_num_seqs, config.max_num_batched_tokens
-        self.checker = PlanChecker(self._groups, *limits)
-        self._pages = [_Pages(geometry) for geometry in self._groups]
-        self._slots: dict[int, _Slot] = {}
+        self.checker = PlanChecker(self._groups, config)
+        # The entries of each page of each group.
+        self._pages = [
+            [[_POISON] * geometry.block_size for _ in range(geometry.num_blocks)]
+            for geometry in self._groups
+        ]
+        # Those of the step, by slot.
+        self._rows: dict[int, Row] = {}
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """As the contract says.
@@ -202,85 +150,74 @@ class FakeRunner(SimulatedRunner):
         Raises:
             ContractError: the plan asks for what no plan may; the message says what.
         """
-        return CheckedHandle(super().execute(plan), self.checker.take, self.checker.fail)
+        return CheckedHandle(super().execute(plan), self.checker)
 
-    def _outputs(self, plan: StepPlan) -> Outputs:
-        for pages, blocks in zip(self._pages, plan.poisoned_blocks, strict=False):
+    def _start(self, plan: StepPlan) -> None:
+        for group, blocks in enumerate(plan.poisoned_blocks):
             for block in blocks:
-                pages.poison(block)
-        rows = self.checker.check(plan)
-        for new in plan.new_requests:
-            self._slots[new.slot] = _Slot(new, list(new.token_ids))
+                self._poison(group, block)
+        self._rows = {row.state.new.slot: row for row in self.checker.check(plan)}
+        super()._start(plan)
         for copy in plan.block_copies:
-            self._pages[copy.group].copy(copy.source, copy.target)
-        computed = [self._compute(row) for row in rows]
-        tokens = [one for one, row in zip(computed, rows, strict=True) if row.samples]
-        outputs = self._scored(plan, tokens, {s: slot.new for s, slot in self._slots.items()})
-        for index, (row, one) in enumerate(zip(rows, computed, strict=True)):
-            if self._slots[row.slot].failed:
-                outputs.reports[index] = RowReport(error=ValueError("a row of the fake model"))
-            elif self.model.tells:
-                outputs.reports[index] = RowReport(values=tuple({"token": t} for t in one))
-        return outputs
+            pages = self._pages[copy.group]
+            pages[copy.target] = list(pages[copy.source])
+        for row in self._rows.values():
+            for group, place in row.fresh:
+                # What comes to a table is garbage, but for a prefix that was found in the cache.
+                if place * self.checker.block_size >= row.start:
+                    self._poison(group, row.state.tables[group][place])
 
-    def _compute(self, row: Row) -> list[int]:
-        """Write the row's positions; the tokens sampled behind them."""
-        slot = self._slots[row.slot]
-        if slot.num_computed is None:
-            slot.num_computed = row.start
-        self._clear_fresh(row, slot.num_computed)
-        reads = self._reads(row, slot.num_computed, slot.num_computed)
-        if not row.decodes:
-            for _ in range(row.count):
-                self._write(slot, row, reads)
-            return [self._sample(slot, row)] if row.samples else []
-        most = min(row.count, slot.new.max_total_tokens - len(slot.tokens))
-        tokens = []
-        for _ in range(num_kept(slot.new.seed, slot.num_computed, most)):
-            self._write(slot, row, reads)
-            tokens.append(self._sample(slot, row))
-        for rejected in range(slot.num_computed, slot.num_computed + most - len(tokens)):
-            for pages, table in zip(self._pages, row.tables, strict=True):
-                pages.write(table, rejected, _REJECTED)
+    def _prefill(self, chunk: PrefillChunk) -> list[int]:
+        # `_draw` computes the last known position.
+        for position in range(chunk.start, chunk.start + chunk.num_tokens - chunk.samples):
+            self._compute(self._requests[chunk.slot], position)
+        return super()._prefill(chunk)
+
+    def _decode(self, slot: int, count: int) -> list[int]:
+        start = len(self._requests[slot].tokens) - 1
+        tokens = super()._decode(slot, count)
+        end = min(start + count, self._requests[slot].new.max_total_tokens - 1)
+        for position in range(start + len(tokens), end):
+            self._write(slot, position, _REJECTED)
         return tokens
 
-    def _write(self, slot: _Slot, row: Row, reads: list[int]) -> None:
-        """Compute the next position; `reads` becomes what the one after it reads, by group."""
-        position = slot.num_computed
-        assert position is not None
-        entry = self.model.entry(sum(reads), slot.tokens[position])
-        for group, (pages, table) in enumerate(zip(self._pages, row.tables, strict=True)):
-            pages.write(table, position, entry)
-            first, then = map(pages.kind.first_read, (position, position + 1))
-            reads[group] += entry - (pages.read(table, first, then) if then > first else 0)
-        slot.num_computed = position + 1
+    def _draw(self, request: SimulatedRequest) -> int:
+        """Compute the last token's position, and sample by what the pages hold then."""
+        seed, end = request.new.seed, len(request.tokens)
+        self._compute(request, end - 1)
+        # Not by what was written: a block may be in the table twice.
+        read = self._read(request.new.slot, end - 1, end)
+        request.failed = request.failed or self.model.fails(read, seed)
+        return self.model.sample(read, seed)
 
-    def _sample(self, slot: _Slot, row: Row) -> int:
-        end = slot.num_computed
-        assert end is not None
-        # By the pages, not by what was written to them: a block may be in the table twice.
-        read = sum(self._reads(row, end - 1, end))
-        slot.failed = slot.failed or self.model.fails(read, slot.new.seed)
-        drawn = self.model.sample(read, slot.new.seed)
-        token = allowed(drawn, self.model.vocab_size, slot.new, end)
-        slot.tokens.append(token)
-        return token
+    def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:
+        reports = {}
+        for index, (slot, tokens) in enumerate(zip(self._rows, outputs, strict=True)):
+            if self._requests[slot].failed:
+                reports[index] = RowReport(error=ValueError("a row of the fake model"))
+            elif self.model.tells:
+                reports[index] = RowReport(values=tuple({"token": token} for token in tokens))
+        return reports
 
-    def _reads(self, row: Row, position: int, end: int) -> list[int]:
-        """What computing `position` reads of the entries before `end`, in each group."""
-        groups = zip(self._pages, row.tables, strict=True)
-        return [pages.read(table, pages.kind.first_read(position), end) for pages, table in groups]
+    def _compute(self, request: SimulatedRequest, position: int) -> None:
+        slot = request.new.slot
+        read = self._read(slot, position, position)
+        self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
-    def _clear_fresh(self, row: Row, num_computed: int) -> None:
-        """Poison blocks that came to the table for positions not computed yet."""
-        for pages, table, fresh in zip(self._pages, row.tables, row.fresh, strict=True):
-            for place in fresh:
-                if place * self._groups[0].block_size >= num_computed:
-                    pages.poison(table[place])
+    def _read(self, slot: int, position: int, end: int) -> int:
+        """What computing `position` reads of the entries before `end`, over all groups."""
+        total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
+        for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
+            first = geometry.kind.first_read(position)
+            read = map(pages.__getitem__, table[first // size : -(-end // size)])
+            skipped = first - first % size
+            total += sum(islice(chain.from_iterable(read), first - skipped, end - skipped))
+        return total
 
+    def _write(self, slot: int, position: int, entry: int) -> None:
+        place, offset = divmod(position, self.checker.block_size)
+        for pages, table in zip(self._pages, self._rows[slot].state.tables, strict=True):
+            pages[table[place]][offset] = entry
 
-def _model_of(checkpoint: Checkpoint | None, kinds: tuple[CacheKind, ...]) -> FakeModel:
-    if checkpoint is None:
-        return FakeModel(kinds=kinds)
-    eos = min(checkpoint.eos_token_ids, default=0)
-    return FakeModel(int(checkpoint.hf_config.vocab_size), eos, kinds=kinds)
+    def _poison(self, group: int, block: int) -> None:
+        self._pages[group][block] = [_POISON] * self.checker.block_size

@@ -35,8 +35,7 @@ class KVPoison:
         for group in plan.poisoned_blocks:
             blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
             for layer in self._kv:
-                layer.k[blocks] = float("nan")
-                layer.v[blocks] = float("nan")
+                layer.k[blocks] = layer.v[blocks] = float("nan")
 
     def check(self, plan: StepPlan) -> None:
         """Wait for the step and look at the rows that it wrote.

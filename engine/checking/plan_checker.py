@@ -1,16 +1,17 @@
 """The rules that every plan and every result has to keep, as one state machine.
 
-It sees plans when they are executed and results when they are taken, and knows nothing else of
-scheduler, block manager or runner. So it serves the fake runner, the KV sanitizer (which adds what
-the block manager tells, see `engine.checking.kv_sanitizer`) and the conformance kit alike.
+The checker sees plans when they are executed and results when they are taken. Scheduler, block
+manager and runner are unknown to it. So it serves the fake runner, the conformance kit and the KV
+sanitizer, which adds what the block manager tells (`engine.checking.kv_sanitizer`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from config import Config
 from engine.types import (
     BlockCopy,
     BlockUpdate,
@@ -21,7 +22,7 @@ from engine.types import (
     StepPlan,
     StepResult,
 )
-from utils.errors import ContractError, KVSanitizerError
+from utils.errors import ContractError, PlanError
 
 
 @dataclass(slots=True)
@@ -29,27 +30,24 @@ class SlotState:
     """A request in its slot, as far as plans and results tell.
 
     Attributes:
-        num_known: tokens that its `NewRequest` brought.
-        limit: most tokens, prompt and output together.
-        scored: it asked for log-probabilities.
         tables: the block table of each cache group.
-        fresh: of each group, indices of table entries added since the slot's last row.
+        num_positions: positions that rows may compute; that of the last token is not computed
+            unless the token belongs to the prompt.
         low, high: fewest and most positions that are computed once all steps in flight have ended;
             `low` is None before its first row. They differ while decode rows of several positions
             are in flight. `high` may exceed the length limit.
-        decodes: its prefill has been planned to the end, and a token is sampled.
+        fresh: (group, index) of each table entry added since the slot's last row.
+        rows: its rows in flight, oldest first.
         ended: no plan may have a row of it any more.
     """
 
-    request_id: int
-    num_known: int
-    limit: int
-    scored: bool
+    new: NewRequest
     tables: list[list[int]]
-    fresh: list[list[int]]
+    num_positions: int
     low: int | None = None
     high: int = 0
-    decodes: bool = False
+    fresh: list[tuple[int, int]] = field(default_factory=list)
+    rows: deque[Row] = field(default_factory=deque)
     ended: bool = False
 
 
@@ -61,54 +59,38 @@ class Row:
         start, latest: earliest and latest position at which it starts; equal but for decode rows
             behind others of several positions.
         count: most positions that it computes.
-        samples: it gives tokens.
-        decodes: it is no prefill chunk.
-        tables: the slot's block table of each cache group, which may become longer.
-        fresh: of each group, indices of entries that came to the table since the slot's last row.
+        fresh: (group, index) of each table entry added since the slot's last row.
     """
 
-    slot: int
     state: SlotState
     start: int
     latest: int
     count: int
-    samples: bool
-    decodes: bool
-    tables: list[list[int]] = field(default_factory=list)
-    fresh: list[list[int]] = field(default_factory=list)
+    fresh: Sequence[tuple[int, int]] = ()
 
     @property
     def end(self) -> int:
         """One behind the last position that it may compute."""
-        end = self.latest + self.count
-        return min(end, self.state.limit - 1) if self.decodes else end
+        return min(self.latest + self.count, self.state.num_positions)
 
 
 class CheckedHandle(StepHandle):
-    """A step whose result is checked when it is first taken.
+    """A step whose result is checked when it is first taken."""
 
-    Args:
-        take: checks a result.
-        fail: told that the step has none.
-    """
-
-    def __init__(
-        self, inner: StepHandle, take: Callable[[StepResult], None], fail: Callable[[], None]
-    ) -> None:
+    def __init__(self, inner: StepHandle, checker: PlanChecker) -> None:
         self._inner = inner
-        self._take = take
-        self._fail = fail
+        self._checker = checker
         self._taken = False
 
     def result(self) -> StepResult:
         try:
             result = self._inner.result()
         except BaseException:
-            self._fail()
+            self._checker.reset()
             raise
         if not self._taken:
             self._taken = True
-            self._take(result)
+            self._checker.take(result)
         return result
 
     def done(self) -> bool:
@@ -120,28 +102,34 @@ class PlanChecker:
 
     Args:
         groups: the cache groups.
-        max_num_seqs: slots.
-        budget: most positions of a step.
+        config: for the number of slots and the token budget.
     """
 
-    def __init__(self, groups: tuple[KVGeometry, ...], max_num_seqs: int, budget: int) -> None:
-        self._groups = groups
-        self._size = groups[0].block_size
-        self._max_num_seqs = max_num_seqs
-        self._budget = budget
+    error: type[PlanError] = PlanError
+
+    def __init__(self, groups: tuple[KVGeometry, ...], config: Config) -> None:
+        self.groups = groups
+        self.block_size = groups[0].block_size
+        self._config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: an exception ends all requests and steps, and step ids start anew."""
         self._next_step_id = 0
-        self._in_flight: deque[tuple[StepPlan, list[Row]]] = deque()
+        self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
         # Taken before those of earlier steps, by step.
         self._results: dict[int, StepResult] = {}
+        self._slots: dict[int, SlotState] = {}
+        # By request.
         self._running: dict[int, SlotState] = {}
         self._ended: set[int] = set()
-        self.slots: dict[int, SlotState] = {}
 
     def check(self, plan: StepPlan) -> list[Row]:
         """Check a plan and take in what it changes; its rows.
 
         Raises:
-            ContractError: the plan asks for what no plan may; the message says what.
+            PlanError: the plan misuses a block.
+            ContractError: the plan breaks another rule; the message says which.
         """
         self._check_shape(plan)
         for new in plan.new_requests:
@@ -153,7 +141,8 @@ class PlanChecker:
         rows += map(self._decode, plan.decode, plan.decode_counts)
         for row in rows:
             self._check_blocks(row)
-        self._in_flight.append((plan, rows))
+            row.state.rows.append(row)
+        self._in_flight[plan.step_id] = plan, rows
         return rows
 
     def take(self, result: StepResult) -> None:
@@ -162,126 +151,118 @@ class PlanChecker:
         Raises:
             ContractError: a result breaks a rule.
         """
-        waiting = {plan.step_id for plan, _ in self._in_flight}
-        require(result.step_id in waiting, f"a result of step {result.step_id}, not in flight")
-        self._results[result.step_id] = result
-        while self._in_flight and self._in_flight[0][0].step_id in self._results:
-            plan, rows = self._in_flight.popleft()
-            self._check_result(plan, rows, self._results.pop(plan.step_id))
-
-    def fail(self) -> None:
-        """A step failed: nothing that is in flight matters any more."""
-        self._in_flight.clear()
-        self._results.clear()
-
-    def _check_result(self, plan: StepPlan, rows: list[Row], result: StepResult) -> None:
-        result.check(plan)
-        if result.logprobs is not None or any(row.state.scored for row in rows):
-            self._check_scores([row for row in rows if row.samples], result)
-        require(set(result.reports) <= set(range(len(rows))), "a report of a row that is not there")
-        for index, report in result.reports.items():
-            if report.error is not None:
-                self.end(rows[index].state.request_id)
-        tokens = iter(result.tokens)
-        for row in rows:
-            num_kept = len(next(tokens)) if row.samples else 0
-            if row.count > 1 and row.decodes and not row.state.ended:
-                self._settle(row, num_kept)
-
-    @staticmethod
-    def _check_scores(sampling: list[Row], result: StepResult) -> None:
-        """Who asked for log-probabilities has them, and nobody else."""
-        scores = result.logprobs or [[]] * len(sampling)
-        for row, tokens, scored in zip(sampling, result.tokens, scores, strict=True):
-            wanted = len(tokens) if row.state.scored else 0
-            require(
-                len(scored) == wanted or row.state.ended,
-                f"slot {row.slot}: {len(scored)} log-probabilities, and {wanted} were asked for",
-            )
+        if self._next_step_id == 0:
+            # An earlier step failed.
+            return
+        step_id = result.step_id
+        require(step_id in self._in_flight, f"a result of step {step_id}, not in flight")
+        self._results[step_id] = result
+        while self._in_flight and (oldest := next(iter(self._in_flight))) in self._results:
+            self._check_result(*self._in_flight.pop(oldest), self._results.pop(oldest))
 
     def end(self, request_id: int) -> None:
         """The request has ended: no plan may have a row of it any more."""
         self._ended.add(request_id)
-        state = self._running.pop(request_id, None)
-        if state is not None:
-            state.ended = True
+        self._leave(request_id)
 
-    def users(self, group: int, block: int) -> list[int]:
+    def misuse(self, request_id: int, block: int, problem: str) -> PlanError:
+        """An error that names them and the step of the last plan."""
+        return self.error(self._next_step_id - 1, request_id, block, problem)
+
+    def settle(self, row: Row, num_kept: int) -> None:
+        """A row of several positions has come back: later ones start where it left off."""
+        state = row.state
+        limit = state.new.max_total_tokens
+        if row.start + num_kept >= limit:
+            raise ContractError(f"slot {state.new.slot} has more than its limit of {limit} tokens")
+        more, less = num_kept - 1, row.count - num_kept
+        assert state.low is not None
+        state.low += more
+        state.high -= less
+        for later in state.rows:
+            later.start += more
+            later.latest -= less
+
+    def _check_result(self, plan: StepPlan, rows: list[Row], result: StepResult) -> None:
+        for row in rows:
+            row.state.rows.popleft()
+        result.check(plan)
+        for index, report in result.reports.items():
+            require(index in range(len(rows)), "a report of a row that is not there")
+            if report.error is not None:
+                self.end(rows[index].state.new.request_id)
+        sampling = [row for row, c in zip(rows, plan.prefill, strict=False) if c.samples]
+        sampling += rows[len(plan.prefill) :]
+        scores = result.logprobs or [[]] * len(sampling)
+        for row, tokens, scored in zip(sampling, result.tokens, scores, strict=True):
+            new = row.state.new
+            if row.state.ended:
+                continue
+            wanted = 0 if new.sampling.logprobs is None else len(tokens)
+            if len(scored) != wanted:
+                problem = f"{len(scored)} log-probabilities, and {wanted} were asked for"
+                raise ContractError(f"slot {new.slot}: {problem}")
+            if row.count > 1 and row.start >= len(new.token_ids):
+                # A decode row.
+                self.settle(row, len(tokens))
+
+    def _users(self, group: int, block: int) -> list[int]:
         """Slots that may touch the block in a step in flight."""
-        rows = [row for _, rows in self._in_flight for row in rows]
-        return [row.slot for row in rows if block in self._touched(row, group)]
-
-    def in_flight(self, request_id: int) -> int:
-        """Rows in flight of a request."""
-        rows = (row for _, rows in self._in_flight for row in rows)
-        return sum(row.state.request_id == request_id for row in rows)
-
-    def _touched(self, row: Row, group: int) -> list[int]:
-        first = self._groups[group].kind.first_read(row.start) // self._size
-        return row.tables[group][first : -(-row.end // self._size)]
+        users, kind, size = set(), self.groups[group].kind, self.block_size
+        for _, rows in self._in_flight.values():
+            for row in rows:
+                places = slice(kind.first_read(row.start) // size, -(-row.end // size))
+                if block in row.state.tables[group][places]:
+                    users.add(row.state.new.slot)
+        return sorted(users)
 
     def _check_shape(self, plan: StepPlan) -> None:
-        # An exception ends all requests and steps, and step ids start anew.
         if plan.step_id == 0:
-            self.fail()
-            self._next_step_id = 0
-            self.slots.clear()
-            self._running.clear()
-            self._ended.clear()
+            self.reset()
         require(plan.step_id == self._next_step_id, f"step {plan.step_id} is out of order")
         self._next_step_id += 1
         rows, counts = plan.row_slots, plan.decode_tokens
         require(bool(rows), "the plan computes nothing")
         require(len(set(rows)) == len(rows), "a slot has two rows in one step")
-        require(len(rows) <= self._max_num_seqs, f"{len(rows)} rows exceed max_num_seqs")
-        require(
-            len(counts) in (0, len(plan.decode)),
-            f"decode_tokens has {len(counts)} entries for {len(plan.decode)} rows",
-        )
+        most = self._config.max_num_seqs
+        require(len(rows) <= most, f"{len(rows)} rows exceed max_num_seqs={most}")
+        entries = f"decode_tokens has {len(counts)} entries for {len(plan.decode)} rows"
+        require(len(counts) in (0, len(plan.decode)), entries)
         require(all(count > 0 for count in counts), f"decode rows of {counts} positions")
-        require(
-            plan.num_tokens <= self._budget, f"{plan.num_tokens} tokens exceed the token budget"
-        )
+        num_tokens, most = plan.num_tokens, self._config.max_num_batched_tokens
+        require(num_tokens <= most, f"{num_tokens} tokens exceed the token budget of {most}")
 
     def _enter(self, new: NewRequest) -> None:
-        slot = new.slot
-        require(0 <= slot < self._max_num_seqs, f"there is no slot {slot}")
-        busy = any(row.slot == slot for _, rows in self._in_flight for row in rows)
-        require(not busy, f"slot {slot} changes hands while a step uses it")
-        require(new.request_id not in self._ended, f"request {new.request_id} has ended")
-        require(
-            not self.in_flight(new.request_id),
-            f"request {new.request_id} enters slot {slot} while it is in flight",
-        )
-        require(0 < len(new.token_ids) <= new.max_total_tokens, f"slot {slot}: its tokens")
-        # Who held the slot, and the place that a preempted request held, are no more.
-        old = self.slots.pop(slot, None)
-        if old is not None and self._running.get(old.request_id) is old:
-            del self._running[old.request_id]
-        before = self._running.get(new.request_id)
-        if before is not None:
-            before.ended = True
-        count = len(self._groups)
-        state = SlotState(
-            new.request_id,
-            len(new.token_ids),
-            new.max_total_tokens,
-            new.sampling.logprobs is not None,
-            [[] for _ in range(count)],
-            [[] for _ in range(count)],
-        )
-        self.slots[slot] = self._running[new.request_id] = state
+        slot, request_id = new.slot, new.request_id
+        # Who held the slot, and the place that a preempted request held.
+        old, before = self._slots.get(slot), self._running.get(request_id)
+        known, limit = len(new.token_ids), new.max_total_tokens
+        require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
+        require(not (old and old.rows), f"slot {slot} changes hands while a step uses it")
+        require(request_id not in self._ended, f"request {request_id} has ended")
+        early = f"request {request_id} enters slot {slot} while it is in flight"
+        require(not (before and before.rows), early)
+        require(0 < known <= limit, f"slot {slot}: {known} tokens of at least 1, at most {limit}")
+        if old is not None and not old.ended:
+            self._leave(old.new.request_id)
+        self._leave(request_id)
+        state = SlotState(new, [[] for _ in self.groups], max(known, limit - 1))
+        self._slots[slot] = self._running[request_id] = state
+
+    def _leave(self, request_id: int) -> None:
+        """No plan may have a row of the request in the slot that it held until now."""
+        if state := self._running.pop(request_id, None):
+            state.ended = True
 
     def _update(self, update: BlockUpdate) -> None:
-        require(update.group in range(len(self._groups)), f"there is no group {update.group}")
-        state, valid = self._state(update.slot), range(self._groups[update.group].num_blocks)
-        table, fresh = state.tables[update.group], state.fresh[update.group]
+        group = update.group
+        self._check_ids(group, update.block_ids)
+        state = self._state(update.slot)
+        table = state.tables[group]
         first, end = update.first_index, update.first_index + len(update.block_ids)
         require(0 <= first <= len(table), f"slot {update.slot}: a gap in the block table")
-        known = all(block in valid for block in update.block_ids)
-        require(known, f"there are no such blocks as {update.block_ids}")
         table[first:end] = update.block_ids
-        fresh.extend(range(first, end))
+        state.fresh.extend((group, place) for place in range(first, end))
 
     def _check_copies(self, copies: tuple[BlockCopy, ...]) -> None:
         sources = {(copy.group, copy.source) for copy in copies}
@@ -289,83 +270,63 @@ class PlanChecker:
         clear = sources.isdisjoint(targets) and len(set(targets)) == len(targets)
         require(clear, f"copies that overlap: {copies}")
         for copy in copies:
-            require(copy.group in range(len(self._groups)), f"there is no group {copy.group}")
-            source, target = copy.source, copy.target
-            valid = range(self._groups[copy.group].num_blocks)
-            require(source in valid and target in valid, f"no such blocks: {source}, {target}")
-            if users := self.users(copy.group, target):
-                problem = f"is overwritten while slots {users} use it"
-                raise KVSanitizerError(self._next_step_id - 1, -1, target, problem)
+            self._check_ids(copy.group, (copy.source, copy.target))
+            if users := self._users(copy.group, copy.target):
+                raise self.misuse(-1, copy.target, f"is overwritten while slots {users} use it")
+
+    def _check_ids(self, group: int, blocks: tuple[int, ...]) -> None:
+        require(group in range(len(self.groups)), f"there is no group {group}")
+        valid = range(self.groups[group].num_blocks)
+        if not all(block in valid for block in blocks):
+            raise ContractError(f"there are no such blocks as {blocks}")
 
     def _chunk(self, chunk: PrefillChunk) -> Row:
         state = self._state(chunk.slot)
-        start, end = chunk.start, chunk.start + chunk.num_tokens
+        start, end, known = chunk.start, chunk.start + chunk.num_tokens, len(state.new.token_ids)
         where = f"slot {chunk.slot}, positions {start} to {end}"
         require(chunk.num_tokens > 0, f"{where}: an empty chunk")
-        if state.low is None:
-            require(start >= 0, f"{where}: a negative start")
-        else:
-            require(not state.decodes and start == state.low, f"{where}: {state.low} are computed")
-        require(end <= state.num_known, f"{where}: {state.num_known} tokens are known")
-        samples = end == state.num_known < state.limit
+        require(start >= 0, f"{where}: a negative start")
+        require(state.low in (None, start), f"{where}: {state.low} are computed")
+        require(end <= known, f"{where}: {known} tokens are known")
+        samples = end == known < state.new.max_total_tokens
         require(chunk.samples == samples, f"{where}: samples={chunk.samples} is wrong")
         state.low = state.high = end
-        state.decodes = samples
-        return Row(chunk.slot, state, start, start, chunk.num_tokens, samples, False)
+        return Row(state, start, start, chunk.num_tokens)
 
     def _decode(self, slot: int, count: int) -> Row:
         # Without `require`, whose message would be put together for every row.
         state = self._state(slot)
-        if not state.decodes or state.low is None:
+        limit = state.new.max_total_tokens
+        if state.low is None or state.low < len(state.new.token_ids):
             raise ContractError(f"slot {slot} decodes in its prefill")
-        if state.high + 1 >= state.limit:
-            raise ContractError(f"slot {slot} may have reached its limit of {state.limit} tokens")
-        row = Row(slot, state, state.low, state.high, count, True, True)
+        if state.high + 1 >= limit:
+            raise ContractError(f"slot {slot} may have reached its limit of {limit} tokens")
+        row = Row(state, state.low, state.high, count)
         state.low += 1
         state.high += count
         return row
 
     def _check_blocks(self, row: Row) -> None:
         """The row's blocks are there, and no step in flight uses those that came to its table."""
-        state, size, row_end = row.state, self._size, row.end
+        state, size, row_end = row.state, self.block_size, row.end
+        new = state.new
         if state.ended:
-            raise ContractError(f"slot {row.slot} is planned, and its request has ended")
-        row.tables = state.tables
-        for group, table in enumerate(state.tables):
+            raise ContractError(f"slot {new.slot} is planned, and its request has ended")
+        for table in state.tables:
             if row_end > (end := len(table) * size):
-                raise self._misuse(row, -1, f"position {end} has no block in slot {row.slot}")
-            for place in state.fresh[group]:
-                # Blocks before the first row's start hold a prefix that was found in the cache.
-                if place * size >= row.start and (users := self.users(group, table[place])):
-                    raise self._misuse(
-                        row, table[place], f"goes to slot {row.slot} while slots {users} use it"
-                    )
-        row.fresh = state.fresh
-        if any(state.fresh):
-            state.fresh = [[] for _ in state.tables]
-
-    def _misuse(self, row: Row, block: int, problem: str) -> KVSanitizerError:
-        return KVSanitizerError(self._next_step_id - 1, row.state.request_id, block, problem)
-
-    def _settle(self, row: Row, num_kept: int) -> None:
-        """A row of several positions has come back: later ones start where it left off."""
-        state = row.state
-        require(
-            row.start + num_kept < state.limit,
-            f"slot {row.slot} has more than its limit of {state.limit} tokens",
-        )
-        more, less = num_kept - 1, row.count - num_kept
-        assert state.low is not None
-        state.low += more
-        state.high -= less
-        for _, rows in self._in_flight:
-            for later in rows:
-                if later.state is state:
-                    later.start += more
-                    later.latest -= less
+                problem = f"position {end} has no block in slot {new.slot}"
+                raise self.misuse(new.request_id, -1, problem)
+        if state.fresh:
+            row.fresh, state.fresh = state.fresh, []
+        for group, place in row.fresh:
+            block = state.tables[group][place]
+            # Blocks before the first row's start hold a prefix that was found in the cache.
+            if place * size >= row.start and (users := self._users(group, block)):
+                problem = f"goes to slot {new.slot} while slots {users} use it"
+                raise self.misuse(new.request_id, block, problem)
 
     def _state(self, slot: int) -> SlotState:
-        state = self.slots.get(slot)
+        state = self._slots.get(slot)
         if state is None:
             raise ContractError(f"no request ever entered slot {slot}")
         return state

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -241,9 +241,9 @@ _SMALL = KVGeometry(1, 1, 1, block_size=4, num_blocks=6, dtype_bytes=4)
 
 def _watched() -> tuple[SanitizedRunner, SanitizedBlocks]:
     """A request with ten positions of a prompt in slot 1, and blocks for sixteen."""
-    runner = SanitizedRunner(FakeRunner(_CONFIG, groups=(_SMALL,)), 3, 16)
-    (blocks,) = runner.watch((PagedBlockManager(_CONFIG, _SMALL),))
-    assert isinstance(blocks, SanitizedBlocks)
+    runner = SanitizedRunner(FakeRunner(_CONFIG, groups=(_SMALL,)), _CONFIG)
+    (watched,) = runner.watch((PagedBlockManager(_CONFIG, _SMALL),))
+    blocks = cast(SanitizedBlocks, watched)
     tokens = list(range(20, 30))
     blocks.begin(0, tokens)
     assert blocks.grow(0, 16)
@@ -269,7 +269,11 @@ def test_drafts_count_as_written_until_they_are_not_kept() -> None:
 
 def test_the_next_step_is_named_while_it_is_planned() -> None:
     _, blocks = _watched()
-    assert blocks.error(0, 0, "wrong").step_id == 1
+    for holders in blocks.holders:
+        holders.add(7)
+    with pytest.raises(KVSanitizerError, match="handed out while requests") as error:
+        blocks.grow(0, 17)
+    assert (error.value.step_id, error.value.request_id) == (1, 0)
 
 
 def test_a_copy_goes_to_a_block_of_one_request() -> None:

@@ -164,7 +164,7 @@ def test_a_step_that_fails_on_the_ranks_is_a_step_error(checkpoints: Checkpoints
         handle = runner.execute(StepPlan(0, decode=(99,)))
         with pytest.raises(StepError, match=r"step 0 failed: .*index") as caught:
             handle.result()
-        assert "engine/batch.py" in str(caught.value.__cause__)
+        assert "layers/step_rows.py" in str(caught.value.__cause__)
 
 
 def _listening(pid: int) -> list[str]:
