@@ -20,7 +20,7 @@ from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
 from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
-from engine.step_handles import HostLauncher, Launcher, StepOutput, StreamLauncher
+from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
 from engine.types import (
     BlockUpdate,
     Clock,
@@ -315,7 +315,9 @@ class LocalRunner(ModelRunner):
         return [lambda: self._run(prefill), *(self._graphs.heaviest() if self._graphs else ())]
 
 
-def step_launcher(config: Config, clock: Clock, device: torch.device) -> Launcher:
+def step_launcher(
+    config: Config, clock: Clock, device: torch.device
+) -> HostLauncher | StreamLauncher:
     """How a runner starts its steps on a device.
 
     Args:
