@@ -12,7 +12,7 @@ import torch
 from benchmarks.roofline import median_seconds
 from config import Config
 from engine.ranks.collectives import join_ranks
-from engine.ranks.processes import RankProcesses
+from engine.ranks.runner import TensorParallelRunner
 from engine.ranks.worker import Rank
 from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResult
 
@@ -88,6 +88,6 @@ def all_reduce_seconds(config: Config, width: int, rows: int, *, peer: bool = Tr
     """
     checkpoint: Any = None
     make = partial(AllReduceTimer, width=width, peer=peer)
-    with closing(RankProcesses(config, checkpoint, make)) as ranks:
+    with closing(TensorParallelRunner(config, checkpoint, make)) as ranks:
         result = ranks.execute(StepPlan(0, decode=tuple(range(rows)))).result()
     return result.tokens[0][0] / 1e9

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from engine.checking.kv_poison import KVPoison
+from engine.checking.kv_sanitizer import KVPoison
 from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
@@ -168,7 +168,7 @@ class LocalRunner(ModelRunner):
             geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
             self._allocate(self._smallest(geometry))
             if config.kv_sanitizer:
-                self._poison = KVPoison(self._cache.layers(), self._state.tables, spec.block_size)
+                self._poison = KVPoison(self._cache.layers(), self._state.tables)
             if self._graphs:
                 self._compile(self._graphs)
                 self._graphs.capture()

@@ -8,17 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config import Config
-from engine.types import (
-    KVGeometry,
-    ModelRunner,
-    NewRequest,
-    PrefillChunk,
-    RowReport,
-    StepHandle,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from engine.step import NewRequest, PrefillChunk, RowReport, StepPlan, StepResult, TokenLogprobs
+from engine.types import KVGeometry, ModelRunner, StepHandle
 from utils.errors import ConfigError, EngineClosedError
 
 if TYPE_CHECKING:
@@ -30,55 +21,46 @@ STEP_SECONDS = 0.01
 
 @dataclass(slots=True)
 class SimulatedRequest:
-    """A request in its slot.
-
-    Attributes:
-        tokens: prompt and output so far.
-        failed: its rows report an error; never so in virtual time alone.
-    """
+    """A request in its slot."""
 
     new: NewRequest
-    tokens: list[int]
-    failed: bool = False
+    tokens: list[int]  # prompt and output so far
+    failed: bool = False  # its rows report an error; only of the fake runner
 
 
+@dataclass(slots=True, eq=False)
 class _Handle(StepHandle):
     """A step whose result is there at a moment of virtual time."""
 
-    def __init__(self, runner: SimulatedRunner, result: StepResult) -> None:
-        self._runner = runner
-        self._result = result
+    runner: SimulatedRunner
+    answer: StepResult
 
     def result(self) -> StepResult:
-        self._runner.wait_until(self._result.ended_at)
-        return self._result
+        self.runner.wait_until(self.answer.ended_at)
+        return self.answer
 
     def done(self) -> bool:
-        return self._runner.now() >= self._result.ended_at
+        return self.runner.now() >= self.answer.ended_at
 
 
 class SimulatedRunner(ModelRunner):
     """Runs plans in virtual time: `LLM(path, model_runner="simulated")`.
 
-    Time moves only when someone waits for a result or calls `wait_until`. Planning takes no time.
-    The device computes one step at a time. So a run depends on nothing but its requests and
-    options: how busy the machine is changes no plan and no reported time, nor do its devices. A
-    function that makes the runner does not tell that there is no device: give `pipeline_depth` too.
+    Time moves only when someone waits for a result or calls `wait_until`. Planning takes no time,
+    and the device computes one step at a time. So a run depends on its requests and options alone,
+    not on the machine. A function that makes the runner does not tell that there is no device:
+    give `pipeline_depth` too.
 
-    A token is a function of its request's seed and its position. The number of positions that a
-    decode row keeps is drawn evenly from 1 to the most that it may compute, by seed, position and
-    that number. Log-probabilities are those of a uniform distribution.
+    A token depends on its request's seed and its position. A decode row keeps 1 to all of its
+    positions, evenly drawn by seed, position and their number. Log-probabilities are uniform.
 
     Args:
-        config: for the size of the cache.
         checkpoint: for the vocabulary's size, which is 50 without one.
-        groups: the cache groups. If None, one group sized by the config, whose max_model_len must
-            be set.
+        groups: the cache groups; by default one, sized by a config with max_model_len.
         seconds: how long the device takes for a plan; `STEP_SECONDS` for each by default.
 
     Raises:
-        ConfigError: tensor_parallel_size is above 1; from `execute`, `seconds` gives no number of
-            seconds.
+        ConfigError: tensor_parallel_size is above 1; `seconds` gives no time (from `execute`).
     """
 
     name = "simulated"
@@ -132,16 +114,10 @@ class SimulatedRunner(ModelRunner):
         tokens = [new for new in outputs if new]
         asked = [self._requests[slot].new.sampling.logprobs for slot in plan.sampled_slots]
         self._idle_from = max(self._idle_from, self._now) + seconds
-        result = StepResult(
-            plan.step_id,
-            tokens,
-            self._idle_from,
-            self._logprobs(list(zip(tokens, asked, strict=True))),
-            self._logprobs([self._prompt_part(chunk) for chunk in plan.prefill]),
-            device_seconds=seconds if plan.timed else None,
-            reports=self._reports(outputs),
-        )
-        return _Handle(self, result)
+        scores = self._logprobs(list(zip(tokens, asked, strict=True)))
+        prompt_scores = self._logprobs([self._prompt_part(chunk) for chunk in plan.prefill])
+        others = scores, prompt_scores, seconds if plan.timed else None, self._reports(outputs)
+        return _Handle(self, StepResult(plan.step_id, tokens, self._idle_from, *others))
 
     def close(self) -> None:
         self._closed = True
@@ -156,7 +132,7 @@ class SimulatedRunner(ModelRunner):
         return [self._next(self._requests[chunk.slot])] if chunk.samples else []
 
     def _decode(self, slot: int, count: int) -> list[int]:
-        """The new tokens of a decode row of at most `count` positions."""
+        """The new tokens of a decode row."""
         request = self._requests[slot]
         seed, position = request.new.seed, len(request.tokens)
         most = min(count, request.new.max_total_tokens - position)
@@ -166,13 +142,11 @@ class SimulatedRunner(ModelRunner):
     def _next(self, request: SimulatedRequest) -> int:
         """Give the request the first token from the one drawn on that it may have."""
         drawn, new, size = self._draw(request), request.new, self._vocab_size
-        num_prompt = len(new.token_ids) - new.num_output_tokens
-        early = len(request.tokens) < num_prompt + new.sampling.min_tokens
-        withheld = new.withheld_token_ids if early else ()
+        num_output = len(request.tokens) - len(new.token_ids) + new.num_output_tokens
+        withheld = new.withheld_token_ids if num_output < new.sampling.min_tokens else ()
         choices = ((drawn + i) % size for i in range(size))
-        token = next((choice for choice in choices if choice not in withheld), drawn)
-        request.tokens.append(token)
-        return token
+        request.tokens.append(next((c for c in choices if c not in withheld), drawn))
+        return request.tokens[-1]
 
     def _draw(self, request: SimulatedRequest) -> int:
         """A token for the position behind the last one."""
@@ -191,13 +165,12 @@ class SimulatedRunner(ModelRunner):
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]
     ) -> list[list[TokenLogprobs]] | None:
-        """Uniform ones of each row's tokens, beside so many of the likeliest; None: nobody asks."""
+        """Of each row's tokens, beside so many of the likeliest; None if no row asks for any."""
         if all(num_top is None for _, num_top in rows):
             return None
         even = -math.log(self._vocab_size)
-        scores = []
-        for tokens, num_top in rows:
-            # All are equally likely: the lowest ids come first.
-            likely = dict.fromkeys(range(num_top or 0), even)
-            scores.append([{t: even, **likely} for t in tokens if num_top is not None])
-        return scores
+        # All are equally likely: the lowest ids come first.
+        return [
+            [] if top is None else [{t: even, **dict.fromkeys(range(top), even)} for t in tokens]
+            for tokens, top in rows
+        ]

@@ -24,9 +24,8 @@ ALLOWED = {
     "engine.step": "utils config sampling_params",
     "engine.ranks": "engine.ranks engine.types engine.model_runner layers utils config",
     # What every rank imports before its runner does: nothing that needs torch.
-    "engine.ranks.processes": "engine.ranks.channel engine.ranks.worker engine.types utils config",
     "engine.ranks.worker": "engine.ranks.channel engine.types utils config",
-    "engine.ranks.channel": "engine.types",
+    "engine.ranks.channel": "engine.step",
     "llm": "engine utils config sampling_params",
 }
 CORE = {name for name in ALLOWED if "." not in name}

@@ -1,9 +1,8 @@
 """A runner without a model or a device, on which every mistake in a plan changes tokens.
 
-Its KV cache is a real array of pages. A position's entry is a hash of its token and of all that
-the block table shows of the positions it reads, and the next token is a hash of all that the table
-shows up to there. A wrong block, one that was freed early, a stale prefix, a lost write: each gives
-tokens other than `FakeModel.alone`, and what a plan may never ask for is a ContractError.
+Its KV cache is an array of pages. A position's entry is a hash of its token and of what the block
+table shows of the positions that it reads; so is the next token. A wrong block, one freed early, a
+stale prefix, a lost write: each gives other tokens than `FakeModel.alone`.
 """
 
 from __future__ import annotations
@@ -16,52 +15,34 @@ from typing import TYPE_CHECKING
 from config import Config
 from engine.checking.plan_checker import CheckedHandle, PlanChecker, Row
 from engine.simulated_runner import SimulatedRequest, SimulatedRunner
-from engine.types import (
-    CacheKind,
-    FullPages,
-    KVGeometry,
-    PrefillChunk,
-    RowReport,
-    StepHandle,
-    StepPlan,
-)
+from engine.step import PrefillChunk, RowReport, StepPlan
+from engine.types import CacheKind, FullPages, KVGeometry, StepHandle
 
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# What a page holds before anything of its request was written.
-_POISON = 0x7EADBEEF
-# What a position that was drafted and not kept holds.
-_REJECTED = 0x5EADBEEF
+# What positions hold before their request wrote them, and what drafts that were not kept leave.
+_POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """The arithmetic that stands for a model, the same in every process.
+    """Arithmetic in place of a model: hashes of integers, which are the same in every process.
 
-    The entries of a context add up to what is *read* from it: like attention, which knows order
-    from the entries alone, so the sum is the same whatever the page size. Of several cache groups
-    all have the same entries, and each adds those that it keeps.
-
-    Attributes:
-        eos_chance: probability that a token is `eos_token_id`, beside its share of the others.
-        error_chance: probability that a row reports an error in place of a token.
-        tells: every row reports its tokens as values.
-        seed: another seed, another model.
-        kinds: of each cache group.
+    What is *read* from a context is the sum of its entries, whatever the page size. Several cache
+    groups have the same entries, and each adds those that it keeps.
     """
 
     vocab_size: int = 50
     eos_token_id: int = 0
-    eos_chance: float = 0.0
-    error_chance: float = 0.0
-    tells: bool = False
-    seed: int = 0
-    kinds: tuple[CacheKind, ...] = (FullPages(),)
+    eos_chance: float = 0.0  # that a token is `eos_token_id`, beside its share of the others
+    error_chance: float = 0.0  # that a row reports an error in place of a token
+    tells: bool = False  # every row reports its tokens as values
+    seed: int = 0  # another seed, another model
+    kinds: tuple[CacheKind, ...] = (FullPages(),)  # of each cache group
 
     def entry(self, read: int, token: int) -> int:
         """What the cache holds for `token` behind a context of which `read` was read."""
-        # Python hashes tuples of integers alike everywhere; only str and bytes are salted.
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
@@ -72,7 +53,7 @@ class FakeModel:
         return draw % self.vocab_size
 
     def fails(self, read: int, seed: int) -> bool:
-        """Whether an error comes in place of the token after a context."""
+        """Whether an error comes in place of that token."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
 
     def alone(
@@ -84,12 +65,9 @@ class FakeModel:
         seed: int = 0,
     ) -> list[int]:
         """The right output of a request, whatever it is batched with."""
-        # Sums of the leading entries.
-        sums = [0]
-        tokens = list(prompt)
+        sums, tokens = [0], list(prompt)  # sums of the leading entries
 
         def read(position: int) -> int:
-            """What computing `position` reads of the entries that there are."""
             return sum(sums[-1] - sums[kind.first_read(position)] for kind in self.kinds)
 
         while len(tokens) < len(prompt) + max_tokens:
@@ -104,19 +82,12 @@ class FakeModel:
 class FakeRunner(SimulatedRunner):
     """Executes plans on pages of numbers: `LLM(path, model_runner="fake")`.
 
-    It can be constructed without a checkpoint, and then without torch: `FakeRunner(config,
-    groups=...)`.
-
-    A decode row keeps as many positions as in the simulated runner. The others are left as garbage
-    in the pages, as a real draft leaves them. Arguments are those of the simulated runner, and:
+    `FakeRunner(config, groups=...)` needs no checkpoint and no torch. A step takes no time by
+    default. A decode row keeps as many positions as in the simulated runner; the others are
+    garbage, as a real draft leaves them.
 
     Args:
-        config: also for the number of slots and the token budget.
-        model: another FakeModel than the checkpoint's vocabulary and end of sequence suggest.
-        seconds: a step takes none if it is left out.
-
-    Attributes:
-        checker: what every plan and result goes through.
+        model: another one than the checkpoint's vocabulary and end of sequence suggest.
     """
 
     name = "fake"
@@ -136,20 +107,13 @@ class FakeRunner(SimulatedRunner):
         self.model = model or FakeModel(self._vocab_size, eos, kinds=kinds)
         self._vocab_size = self.model.vocab_size
         self.checker = PlanChecker(self._groups, config)
-        # The entries of each page of each group.
-        self._pages = [
-            [[_POISON] * geometry.block_size for _ in range(geometry.num_blocks)]
-            for geometry in self._groups
-        ]
-        # Those of the step, by slot.
-        self._rows: dict[int, Row] = {}
+        size = self.checker.block_size
+        # Entries of each page, by group.
+        self._pages = [[[_POISON] * size for _ in range(g.num_blocks)] for g in self._groups]
+        self._rows: dict[int, Row] = {}  # of the step, by slot
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """As the contract says.
-
-        Raises:
-            ContractError: the plan asks for what no plan may; the message says what.
-        """
+        """As the contract says; a plan that breaks a rule is a ContractError."""
         return CheckedHandle(super().execute(plan), self.checker)
 
     def _start(self, plan: StepPlan) -> None:
@@ -163,7 +127,7 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # What comes to a table is garbage, but for a prefix that was found in the cache.
+                # A block that comes to a table is garbage, except a prefix found in the cache.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
@@ -187,7 +151,7 @@ class FakeRunner(SimulatedRunner):
         self._compute(request, end - 1)
         # Not by what was written: a block may be in the table twice.
         read = self._read(request.new.slot, end - 1, end)
-        request.failed = request.failed or self.model.fails(read, seed)
+        request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
 
     def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:

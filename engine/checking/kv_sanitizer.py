@@ -1,11 +1,9 @@
 """Finds the wrong use of a KV block in the step that makes it: `Config(kv_sanitizer=True)`.
 
-The block manager and the runner are wrapped. Together they keep an account of which requests hold
-each block, and of how many of its positions are written. Every plan is checked against the account
-and by the rules for all plans (`engine.checking.plan_checker`) before it runs. Dead blocks are
-filled with NaN on the device (`StepPlan.poisoned_blocks`), and what a step writes must not be NaN
-(`engine.checking.kv_poison`). So misuse that no plan shows is found as well: a kernel that reads
-past a request's end, or in another request's blocks.
+Every plan is checked before it runs: by the rules for all plans, and against an account of who
+holds each block and how much of it is written. On the device dead blocks are filled with NaN, and
+what a step writes must not be NaN. This finds misuse that no plan shows: a kernel that reads past
+a request's end, or in another request's blocks.
 """
 
 from __future__ import annotations
@@ -14,40 +12,29 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
+
 from config import Config
 from engine.checking.plan_checker import CheckedHandle, PlanChecker, Row
-from engine.types import (
-    NO_BLOCK,
-    BlockCopy,
-    BlockManager,
-    KVGeometry,
-    ModelRunner,
-    StepHandle,
-    StepPlan,
-)
+from engine.types import NO_BLOCK, BlockManager, KVGeometry, ModelRunner, StepHandle, StepPlan
+from layers.step_rows import SlotTables
+from memory.kv_cache import KVLayer
 from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Passes every call on to a block manager, and keeps the account.
-
-    Args:
-        inner: the block manager to watch; a new one.
-
-    Attributes:
-        holders: requests that hold each block, by block.
-        filled: leading positions of each block that are written, or will be by planned steps.
-        step_id: the step that is planned next.
-    """
+    """Passes every call on to a new block manager, and keeps the account."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
         # All blocks: what the device holds before anything was written is dead as well.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
+        # Requests that hold each block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
+        # Leading positions of each block that are written, or will be by planned steps.
         self.filled = [0] * inner.num_blocks
-        self.step_id = 0
+        self.step_id = 0  # of the step that is planned next
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -122,23 +109,18 @@ class SanitizedBlocks:
 
 
 class KVSanitizer(PlanChecker):
-    """The plan checker, with the account that the block managers keep.
-
-    Attributes:
-        managers: of each cache group; none until they are known.
-    """
+    """The plan checker, with the account that the block managers keep."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()
+    managers: tuple[SanitizedBlocks, ...] = ()  # of each cache group, once they are known
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
         for copy in plan.block_copies:
-            self._check_copy(copy)
-        for row in rows:
-            for group, blocks in enumerate(self.managers):
+            self._check_copy(copy.source, copy.target, self.managers[copy.group])
+        for group, blocks in enumerate(self.managers):
+            for row in rows:
                 self._check_row(row, group, blocks)
-        for blocks in self.managers:
             blocks.step_id = plan.step_id + 1
         return rows
 
@@ -153,16 +135,15 @@ class KVSanitizer(PlanChecker):
                 if row.state.new.request_id in blocks.holders[block]:
                     blocks.filled[block] = min(blocks.filled[block], most)
 
-    def _check_copy(self, copy: BlockCopy) -> None:
+    def _check_copy(self, source: int, target: int, blocks: SanitizedBlocks) -> None:
         """Check a copy, and count its target as written as far as its source is."""
-        blocks, target = self.managers[copy.group], copy.target
-        holders, filled = sorted(blocks.holders[target]), blocks.filled[copy.source]
+        holders, filled = sorted(blocks.holders[target]), blocks.filled[source]
         if len(holders) != 1:
             problem = f"copied to; holders {holders}"
             raise self.misuse(min(holders, default=-1), target, problem)
         if filled < self.block_size:
             problem = f"copied, and {filled} of its {self.block_size} positions are written"
-            raise self.misuse(holders[0], copy.source, problem)
+            raise self.misuse(holders[0], source, problem)
         blocks.filled[target] = filled
 
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
@@ -189,12 +170,7 @@ class KVSanitizer(PlanChecker):
 
 
 class SanitizedRunner(ModelRunner):
-    """Checks every plan, then has the runner execute it.
-
-    Args:
-        inner: the runner to watch.
-        config: for the engine's limits of a step.
-    """
+    """Checks every plan, then has the runner execute it."""
 
     def __init__(self, inner: ModelRunner, config: Config) -> None:
         self._inner = inner
@@ -218,12 +194,7 @@ class SanitizedRunner(ModelRunner):
         self._inner.wait_until(moment)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """As the contract says.
-
-        Raises:
-            KVSanitizerError: the plan reads what is not written, or writes what is not its own.
-            ContractError: it breaks another rule of plans.
-        """
+        """As the contract says; for what is raised see `PlanChecker.check`."""
         self._checker.check(plan)
         dead = tuple(blocks.take_dead() for blocks in self._checker.managers)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))
@@ -231,3 +202,41 @@ class SanitizedRunner(ModelRunner):
 
     def close(self) -> None:
         self._inner.close()
+
+
+class KVPoison:
+    """The device's part: NaN in dead blocks before a step, and a look at what the step wrote.
+
+    What was read from a dead block makes the keys and values of the following layers NaN, so the
+    last layer's are looked at.
+    """
+
+    def __init__(self, kv: list[KVLayer], tables: SlotTables) -> None:
+        self._kv = kv
+        self._tables = tables
+        self._requests: dict[int, int] = {}  # by slot
+
+    def fill(self, plan: StepPlan) -> None:
+        """Poison the plan's dead blocks, of one cache group, in the order of the current stream."""
+        for group in plan.poisoned_blocks:
+            blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
+            for layer in self._kv:
+                layer.k[blocks] = layer.v[blocks] = float("nan")
+
+    def check(self, plan: StepPlan) -> None:
+        """Wait for the step; a KVSanitizerError if a position that it wrote is NaN."""
+        self._requests |= {new.slot: new.request_id for new in plan.new_requests}
+        tables, size = self._tables, self._tables.block_size
+        per_row = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
+        slots, counts = torch.tensor([plan.row_slots, per_row], device=tables.num_computed.device)
+        # Every row ends at the last position that counts as computed.
+        behind = counts.cumsum(0).repeat_interleave(counts)
+        behind -= torch.arange(len(behind), device=behind.device)
+        slots = slots.repeat_interleave(counts)
+        positions = tables.num_computed[slots] - behind
+        blocks = tables.block_tables[slots, positions // size].long()
+        written = self._kv[-1].flat[blocks * size + positions % size]
+        if len(bad := written.isnan().flatten(1).any(1).nonzero()):
+            slot, position, block = (int(x[bad[0]]) for x in (slots, positions, blocks))
+            problem = f"position {position} is NaN: the model, or a read of a dead block"
+            raise KVSanitizerError(plan.step_id, self._requests[slot], block, problem)

@@ -1,8 +1,7 @@
 """The rules that every plan and every result has to keep, as one state machine.
 
-The checker sees plans when they are executed and results when they are taken. Scheduler, block
-manager and runner are unknown to it. So it serves the fake runner, the conformance kit and the KV
-sanitizer, which adds what the block manager tells (`engine.checking.kv_sanitizer`).
+The checker sees plans when they are executed and results when they are taken. So the fake runner,
+the conformance kit and the KV sanitizer can use it; the sanitizer adds what a block manager tells.
 """
 
 from __future__ import annotations
@@ -12,61 +11,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from config import Config
-from engine.types import (
-    BlockCopy,
-    BlockUpdate,
-    KVGeometry,
-    NewRequest,
-    PrefillChunk,
-    StepHandle,
-    StepPlan,
-    StepResult,
-)
+from engine.step import BlockCopy, BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepResult
+from engine.types import KVGeometry, StepHandle
 from utils.errors import ContractError, PlanError
 
 
 @dataclass(slots=True)
 class SlotState:
-    """A request in its slot, as far as plans and results tell.
-
-    Attributes:
-        tables: the block table of each cache group.
-        num_positions: positions that rows may compute; that of the last token is not computed
-            unless the token belongs to the prompt.
-        low, high: fewest and most positions that are computed once all steps in flight have ended;
-            `low` is None before its first row. They differ while decode rows of several positions
-            are in flight. `high` may exceed the length limit.
-        fresh: (group, index) of each table entry added since the slot's last row.
-        rows: its rows in flight, oldest first.
-        ended: no plan may have a row of it any more.
-    """
+    """A request in its slot, as far as plans and results tell."""
 
     new: NewRequest
-    tables: list[list[int]]
-    num_positions: int
-    low: int | None = None
+    tables: list[list[int]]  # of each cache group
+    num_positions: int  # that rows may compute: the last token's only if it belongs to the prompt
+    # Fewest and most positions that are computed once all steps in flight have ended. They differ
+    # while decode rows of several positions are in flight; `high` may exceed the length limit.
+    low: int = -1  # before the first row
     high: int = 0
+    # (group, index) of each table entry added since the slot's last row.
     fresh: list[tuple[int, int]] = field(default_factory=list)
-    rows: deque[Row] = field(default_factory=deque)
-    ended: bool = False
+    rows: deque[Row] = field(default_factory=deque)  # in flight, oldest first
+    ended: bool = False  # no plan may have a row of it any more
 
 
 @dataclass(slots=True)
 class Row:
-    """A row of a step.
-
-    Attributes:
-        start, latest: earliest and latest position at which it starts; equal but for decode rows
-            behind others of several positions.
-        count: most positions that it computes.
-        fresh: (group, index) of each table entry added since the slot's last row.
-    """
+    """A row of a step."""
 
     state: SlotState
     start: int
-    latest: int
-    count: int
-    fresh: Sequence[tuple[int, int]] = ()
+    latest: int  # start; later than `start` for decode rows behind others of several positions
+    count: int  # most positions that it computes
+    samples: bool = True
+    fresh: Sequence[tuple[int, int]] = ()  # see SlotState
 
     @property
     def end(self) -> int:
@@ -74,36 +50,31 @@ class Row:
         return min(self.latest + self.count, self.state.num_positions)
 
 
+@dataclass(slots=True, eq=False)
 class CheckedHandle(StepHandle):
     """A step whose result is checked when it is first taken."""
 
-    def __init__(self, inner: StepHandle, checker: PlanChecker) -> None:
-        self._inner = inner
-        self._checker = checker
-        self._taken = False
+    inner: StepHandle
+    checker: PlanChecker
+    taken: bool = False
 
     def result(self) -> StepResult:
         try:
-            result = self._inner.result()
+            result = self.inner.result()
         except BaseException:
-            self._checker.reset()
+            self.checker.reset()
             raise
-        if not self._taken:
-            self._taken = True
-            self._checker.take(result)
+        if not self.taken:
+            self.taken = True
+            self.checker.take(result)
         return result
 
     def done(self) -> bool:
-        return self._inner.done()
+        return self.inner.done()
 
 
 class PlanChecker:
-    """Checks plans and results in the order of their steps.
-
-    Args:
-        groups: the cache groups.
-        config: for the number of slots and the token budget.
-    """
+    """Checks plans and results in the order of their steps, and by the limits of the config."""
 
     error: type[PlanError] = PlanError
 
@@ -117,11 +88,9 @@ class PlanChecker:
         """Forget everything: an exception ends all requests and steps, and step ids start anew."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        # Taken before those of earlier steps, by step.
-        self._results: dict[int, StepResult] = {}
+        self._results: dict[int, StepResult] = {}  # taken before those of earlier steps
         self._slots: dict[int, SlotState] = {}
-        # By request.
-        self._running: dict[int, SlotState] = {}
+        self._running: dict[int, SlotState] = {}  # by request
         self._ended: set[int] = set()
 
     def check(self, plan: StepPlan) -> list[Row]:
@@ -146,14 +115,9 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check the result of a step in flight, as soon as those before it have been taken.
-
-        Raises:
-            ContractError: a result breaks a rule.
-        """
+        """Check a result as soon as those before it have been taken; a ContractError if wrong."""
         if self._next_step_id == 0:
-            # An earlier step failed.
-            return
+            return  # an earlier step failed
         step_id = result.step_id
         require(step_id in self._in_flight, f"a result of step {step_id}, not in flight")
         self._results[step_id] = result
@@ -175,13 +139,11 @@ class PlanChecker:
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
             raise ContractError(f"slot {state.new.slot} has more than its limit of {limit} tokens")
-        more, less = num_kept - 1, row.count - num_kept
-        assert state.low is not None
-        state.low += more
-        state.high -= less
+        state.low += num_kept - 1
+        state.high -= row.count - num_kept
         for later in state.rows:
-            later.start += more
-            later.latest -= less
+            later.start += num_kept - 1
+            later.latest -= row.count - num_kept
 
     def _check_result(self, plan: StepPlan, rows: list[Row], result: StepResult) -> None:
         for row in rows:
@@ -191,8 +153,7 @@ class PlanChecker:
             require(index in range(len(rows)), "a report of a row that is not there")
             if report.error is not None:
                 self.end(rows[index].state.new.request_id)
-        sampling = [row for row, c in zip(rows, plan.prefill, strict=False) if c.samples]
-        sampling += rows[len(plan.prefill) :]
+        sampling = [row for row in rows if row.samples]
         scores = result.logprobs or [[]] * len(sampling)
         for row, tokens, scored in zip(sampling, result.tokens, scores, strict=True):
             new = row.state.new
@@ -202,8 +163,7 @@ class PlanChecker:
             if len(scored) != wanted:
                 problem = f"{len(scored)} log-probabilities, and {wanted} were asked for"
                 raise ContractError(f"slot {new.slot}: {problem}")
-            if row.count > 1 and row.start >= len(new.token_ids):
-                # A decode row.
+            if row.count > 1 and row.start >= len(new.token_ids):  # a decode row
                 self.settle(row, len(tokens))
 
     def _users(self, group: int, block: int) -> list[int]:
@@ -228,7 +188,7 @@ class PlanChecker:
         require(len(rows) <= most, f"{len(rows)} rows exceed max_num_seqs={most}")
         entries = f"decode_tokens has {len(counts)} entries for {len(plan.decode)} rows"
         require(len(counts) in (0, len(plan.decode)), entries)
-        require(all(count > 0 for count in counts), f"decode rows of {counts} positions")
+        require(min(counts, default=1) > 0, f"decode rows of {counts} positions")
         num_tokens, most = plan.num_tokens, self._config.max_num_batched_tokens
         require(num_tokens <= most, f"{num_tokens} tokens exceed the token budget of {most}")
 
@@ -250,7 +210,7 @@ class PlanChecker:
         self._slots[slot] = self._running[request_id] = state
 
     def _leave(self, request_id: int) -> None:
-        """No plan may have a row of the request in the slot that it held until now."""
+        """End the request in the slot that it held until now."""
         if state := self._running.pop(request_id, None):
             state.ended = True
 
@@ -277,7 +237,7 @@ class PlanChecker:
     def _check_ids(self, group: int, blocks: tuple[int, ...]) -> None:
         require(group in range(len(self.groups)), f"there is no group {group}")
         valid = range(self.groups[group].num_blocks)
-        if not all(block in valid for block in blocks):
+        if not all(map(valid.__contains__, blocks)):
             raise ContractError(f"there are no such blocks as {blocks}")
 
     def _chunk(self, chunk: PrefillChunk) -> Row:
@@ -286,18 +246,18 @@ class PlanChecker:
         where = f"slot {chunk.slot}, positions {start} to {end}"
         require(chunk.num_tokens > 0, f"{where}: an empty chunk")
         require(start >= 0, f"{where}: a negative start")
-        require(state.low in (None, start), f"{where}: {state.low} are computed")
+        require(state.low in (-1, start), f"{where}: {state.low} are computed")
         require(end <= known, f"{where}: {known} tokens are known")
         samples = end == known < state.new.max_total_tokens
         require(chunk.samples == samples, f"{where}: samples={chunk.samples} is wrong")
         state.low = state.high = end
-        return Row(state, start, start, chunk.num_tokens)
+        return Row(state, start, start, chunk.num_tokens, samples)
 
     def _decode(self, slot: int, count: int) -> Row:
         # Without `require`, whose message would be put together for every row.
         state = self._state(slot)
         limit = state.new.max_total_tokens
-        if state.low is None or state.low < len(state.new.token_ids):
+        if state.low < len(state.new.token_ids):
             raise ContractError(f"slot {slot} decodes in its prefill")
         if state.high + 1 >= limit:
             raise ContractError(f"slot {slot} may have reached its limit of {limit} tokens")
@@ -308,8 +268,7 @@ class PlanChecker:
 
     def _check_blocks(self, row: Row) -> None:
         """The row's blocks are there, and no step in flight uses those that came to its table."""
-        state, size, row_end = row.state, self.block_size, row.end
-        new = state.new
+        state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
         for table in state.tables:
@@ -326,10 +285,9 @@ class PlanChecker:
                 raise self.misuse(new.request_id, block, problem)
 
     def _state(self, slot: int) -> SlotState:
-        state = self._slots.get(slot)
-        if state is None:
+        if slot not in self._slots:
             raise ContractError(f"no request ever entered slot {slot}")
-        return state
+        return self._slots[slot]
 
 
 def require(holds: bool, rule: str) -> None:

@@ -1,11 +1,12 @@
-"""What ranks compute together: sums and maxima over a process group."""
+"""A rank with a model: its runner, and sums and maxima over a process group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
+from itertools import permutations, starmap
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
+from engine.model_runner import LocalRunner, find_architecture
 from engine.ranks.worker import LostPeerError, Rank
 from layers.kernels.launch import dependent_launch, fused
 from layers.parallel import ParallelContext
+from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,18 +37,13 @@ class GroupContext(ParallelContext):
 
     NCCL's can be captured in CUDA graphs. With an exchange, small tensors go through memory that
     the devices have mapped instead.
-
-    Attributes:
-        group: what has a `ProcessGroup`'s `allreduce`.
-        exchange: says which tensors it takes.
-        memory: the exchange's, kept alive.
-        rehearses: set in a rehearsal.
     """
 
-    group: Any = field(kw_only=True)
-    exchange: PeerExchange | None = field(default=None, kw_only=True)
-    memory: Tensor | None = field(default=None, kw_only=True)
-    rehearses: Event = field(default_factory=Event, kw_only=True)
+    _: KW_ONLY
+    group: Any  # has a `ProcessGroup`'s `allreduce`
+    exchange: PeerExchange | None = None
+    memory: Tensor | None = None  # the exchange's, kept alive
+    rehearses: Event = field(default_factory=Event)  # set in a rehearsal
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -81,8 +79,7 @@ class GroupContext(ParallelContext):
         # On the current stream, instead of one of NCCL's own.
         options.asyncOp = False
         try:
-            work = self.group.allreduce([x], options)
-            if work is not None:
+            if (work := self.group.allreduce([x], options)) is not None:
                 work.wait()
         except RuntimeError as error:
             raise LostPeerError(str(error)) from error
@@ -98,33 +95,25 @@ def gloo_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def nccl_context(index: int, size: int, store: Any) -> GroupContext:
-    """A rank on the current CUDA device.
-
-    Raises:
-        ConfigError: NCCL does not connect the devices.
-    """
+    """A rank on the current CUDA device; a ConfigError if NCCL does not connect the devices."""
     device = torch.device("cuda", torch.cuda.current_device())
     about: Any = {"rank": index, "world_size": size, "timeout": _TIMEOUT, "device_id": device}
     try:
         dist.init_process_group("nccl", store=store, **about)
     except dist.DistBackendError as error:
+        problem = f"NCCL does not connect these devices ({error})"
+        fix = "Choose others by CUDA_VISIBLE_DEVICES, or use 1."
         # If another rank has ended, that one's report counts.
-        raise ConfigError(
-            "tensor_parallel_size",
-            size,
-            f"NCCL does not connect these devices ({error})",
-            "Choose others by CUDA_VISIBLE_DEVICES, or use 1.",
-        ) from LostPeerError(str(error))
+        lost = LostPeerError(str(error))
+        raise ConfigError("tensor_parallel_size", size, problem, fix) from lost
     return GroupContext(index, size, group=dist.group.WORLD)
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
     """NCCL's context with sums of few rows [T, width] through peer memory, where devices allow."""
-    devices = range(context.size)
     device = torch.device("cuda", torch.cuda.current_device())
-    mapped = all(
-        torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b
-    )
+    pairs = permutations(range(context.size), 2)
+    mapped = all(starmap(torch.cuda.can_device_access_peer, pairs))
     if not mapped or width % 8 or not fused(device, dtype):
         return context
     from torch.distributed import _symmetric_memory as symmetric
@@ -141,24 +130,16 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
     torch.cuda.synchronize(device)
     # Nobody writes before all have emptied theirs.
     mapping.barrier()
-    exchange = PeerExchange(
-        context.rank,
-        [int(address) for address in mapping.buffer_ptrs],
-        rows=rows,
-        width=width,
-        dtype=dtype,
-        device=device,
-        pdl=dependent_launch(device),
-    )
+    addresses = [int(address) for address in mapping.buffer_ptrs]
+    about: Any = {"dtype": dtype, "device": device, "pdl": dependent_launch(device)}
+    exchange = PeerExchange(context.rank, addresses, rows=rows, width=width, **about)
     return replace(context, exchange=exchange, memory=memory)
 
 
 def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> GroupContext:
     """This process's place among the ranks; on CUDA it takes the device of its index.
 
-    Args:
-        width: the model's hidden size.
-        peer: use peer memory for small sums, if possible.
+    With `peer`, sums of few rows [T, width] go through peer memory where that is possible.
     """
     torch.set_num_threads(rank.num_threads)
     store = dist.FileStore(rank.store, rank.size)  # type: ignore[attr-defined]
@@ -167,3 +148,26 @@ def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> 
     torch.cuda.set_device(rank.index)
     context = nccl_context(rank.index, rank.size, store)
     return peer_context(context, getattr(torch, config.dtype), width) if peer else context
+
+
+def local_rank(
+    config: Config, checkpoint: Checkpoint, rank: Rank, *, peer: bool = True
+) -> LocalRunner:
+    """The runner of one rank, in a process of its own; for `peer` see `join_ranks`."""
+    context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
+    if config.device == "cpu":
+        # The parent runs ahead already; a thread here would only add its own overhead.
+        config = replace(config, pipeline_depth=0)
+    return LocalRunner(config, checkpoint, context)
+
+
+def check_divides(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuse with a ConfigError what cannot work, before any process is started."""
+    size = config.tensor_parallel_size
+    if config.device == "cuda" and size > (count := torch.cuda.device_count()):
+        problem = f"there are {count} CUDA devices"
+        raise ConfigError("tensor_parallel_size", size, problem, f"Use {count} or less.")
+    shape = find_architecture(checkpoint).model_shape(checkpoint.hf_config)
+    any_rank = ParallelContext(0, size)
+    any_rank.per_rank("query heads", shape.num_heads)
+    any_rank.kv_heads(shape.num_kv_heads)

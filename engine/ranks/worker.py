@@ -1,7 +1,4 @@
-"""One rank's process: it takes plans from its channel, runs them, and reports to the runner.
-
-Nothing here imports torch: the runner that the first message asks for does.
-"""
+"""One rank's process: it runs the plans that come, and reports. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -26,24 +23,19 @@ from utils.errors import StepError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# A rank without work watches its channel for this long before it sleeps: longer than the runner
-# takes from one step to the next, too short to burden an idle machine.
+# A rank without work watches its channel for so long before it sleeps: longer than the runner takes
+# from one step to the next, too short to burden an idle machine.
 _SPIN_SECONDS = 500e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One rank's place among the processes of an engine.
-
-    Attributes:
-        store: path of the file through which the ranks find each other.
-        num_threads: CPU threads for its share of the work.
-    """
+    """One rank's place among the processes of an engine."""
 
     index: int
     size: int
-    store: str
-    num_threads: int
+    store: str  # path of the file through which the ranks find each other
+    num_threads: int  # of the CPU, for its share of the work
 
 
 # What a rank runs; a function that the other process can import.
@@ -56,16 +48,11 @@ class LostPeerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Rank to runner, before the rank ends: what was raised.
-
-    Attributes:
-        traceback: as Python prints it.
-        lost_peer: the cause is another rank's end.
-    """
+    """Rank to runner, before the rank ends: what was raised."""
 
     error: Exception
-    traceback: str
-    lost_peer: bool
+    traceback: str  # as Python prints it
+    lost_peer: bool  # the cause is another rank's end
 
     @staticmethod
     def of(error: Exception) -> Failure:
@@ -110,11 +97,11 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
 
 def _end_with_parent(channel: Channel, parent_id: int) -> None:
     """End this process, wherever it is stuck, as soon as its parent has ended."""
-    poller = select.poll()
+    poll = select.poll()
     # No events asked for: told is the end of both directions, not that no more plans will come.
-    poller.register(channel, 0)
+    poll.register(channel, 0)
     # The second test is for a parent whose end of the socket a child of its own inherited.
-    while not poller.poll(1000) and os.getppid() == parent_id:
+    while not poll.poll(1000) and os.getppid() == parent_id:
         pass
     os._exit(1)
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from config import Config
 from engine.checking.fake_runner import FakeRunner
@@ -32,6 +33,7 @@ from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from llm import LLM, SamplingParams
 from memory.block_manager import PagedBlockManager
+from memory.kv_cache import KVLayer
 from memory.prefix_cache import PrefixCacheManager
 from memory.window_blocks import WindowBlockManager
 from tests.checkpoints import random_prompts
@@ -84,11 +86,20 @@ def test_right_parts_give_the_same_tokens(shipped: Path, manager: str, depth: in
 
 
 def test_dead_blocks_are_nan(shipped: Path) -> None:
-    with _llm(shipped, block_manager="paged", max_num_seqs=1) as llm:
+    layers: dict[int, KVLayer] = {}
+
+    class Watched(TorchAttention):
+        """Takes note of the pages that it reads."""
+
+        def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
+            layers[kv.k.data_ptr()] = kv
+            return super().attend(q, kv, prepared)
+
+    with _llm(shipped, block_manager="paged", max_num_seqs=1, attention_backend=Watched) as llm:
         _run(llm)
         _run(llm)
-        runner: Any = llm.engine.runner
-        for layer in runner._inner._kv:
+        assert len(layers) == llm.engine.runner.kv_groups[0].num_layers
+        for layer in layers.values():
             # Written by no request, and not by the padding of a kernel either.
             assert layer.k[-1].isnan().all()
             assert layer.v[-1].isnan().all()

@@ -334,7 +334,7 @@ import socket
 import subprocess
 import sys
 from config import Config
-from engine.ranks.processes import RankProcesses
+from engine.ranks.runner import TensorParallelRunner
 from engine.types import StepPlan
 from tests.engine.fake_ranks import FakeRank, Trouble
 
@@ -347,7 +347,7 @@ def watched(self, *args, **options):
     print("pid", self.pid, flush=True)
 subprocess.Popen.__init__ = watched
 config = Config(model="none", device="cpu", tensor_parallel_size=2)
-ranks = RankProcesses(config, None, FakeRank(Trouble(phase, 0, "hang")))
+ranks = TensorParallelRunner(config, None, FakeRank(Trouble(phase, 0, "hang")))
 print("ready", flush=True)
 if phase == "step":
     ranks.execute(StepPlan(2, decode=(1,))).result()

@@ -14,8 +14,8 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from config import Config
-from engine.ranks.collectives import join_ranks
-from engine.ranks.runner import TensorParallelRunner, local_rank
+from engine.ranks.collectives import join_ranks, local_rank
+from engine.ranks.runner import TensorParallelRunner
 from engine.ranks.worker import Rank
 from llm import LLM, SamplingParams
 from tests.engine.fake_ranks import rank_pids

@@ -70,7 +70,7 @@ def test_in_another_process_it_describes_the_same_model(
 def test_another_process_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     """What a rank of several imports: seconds of its start."""
     code = (
-        "import pickle, sys, engine.ranks.runner; pickle.load(sys.stdin.buffer);"
+        "import pickle, sys, engine.ranks.collectives; pickle.load(sys.stdin.buffer);"
         "print({'torch._dynamo', 'sympy', 'transformers.generation.utils'} & set(sys.modules))"
     )
     done = subprocess.run(
