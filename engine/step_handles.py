@@ -55,8 +55,16 @@ class HostLauncher:
             end = self._clock()
             return output.result(step_id, end, end - begin if timed else None)
 
+        def run_in_worker() -> StepResult:
+            try:
+                return run()
+            except Exception:
+                raise
+            except BaseException as error:  # what a step raises ends the step, not its waiter
+                raise _step_error(step_id, error) from error
+
         if self._worker is not None:
-            return _HostStep(step_id, self._worker.submit(run))
+            return _HostStep(step_id, self._worker.submit(run_in_worker))
         ended: Future[StepResult] = Future()
         try:
             ended.set_result(run())
@@ -80,6 +88,8 @@ class _HostStep(StepHandle):
     def result(self) -> StepResult:
         try:
             return self._ended.result()
+        except StepError:
+            raise
         except Exception as error:
             raise _step_error(self._step_id, error) from error
 
@@ -176,5 +186,5 @@ def _timer() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _step_error(step_id: int, error: Exception) -> StepError:
-    return error if isinstance(error, StepError) else StepError(f"step {step_id} failed: {error}")
+def _step_error(step_id: int, error: BaseException) -> StepError:
+    return StepError(f"step {step_id} failed: {error}")

@@ -27,21 +27,32 @@ class Channel(socket.socket):
         super().__init__(fileno=fileno)
         # The program may have called socket.setdefaulttimeout.
         self.setblocking(True)
+        self._unsent = bytearray()
 
-    def post(self, message: bytes, wait: Callable[[], object] = os.sched_yield) -> None:
-        """Write what `encode` made, or nothing if the other process has ended, as `receive` tells.
+    def queue(self, message: bytes) -> None:
+        """Have `flush` write what `encode` made, behind what it has not written yet."""
+        self._unsent += _LENGTH.pack(len(message)) + message
 
-        `wait` is called while the socket is full. If it raises, the other end has half a message,
-        and the channel is unusable.
+    def flush(self) -> bool:
+        """Write as much as the socket takes; False if something is left.
+
+        What is queued is dropped if the other process has ended, as `receive` will tell.
         """
-        rest = memoryview(_LENGTH.pack(len(message)) + message)
-        while rest:
+        while self._unsent:
             try:
-                rest = rest[self.send(rest, socket.MSG_DONTWAIT) :]
-            except BlockingIOError:  # noqa: PERF203
-                wait()
+                sent = self.send(self._unsent, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
             except ConnectionError:
-                return
+                sent = len(self._unsent)
+            del self._unsent[:sent]
+        return True
+
+    def post(self, message: bytes) -> None:
+        """Write a message, and wait until the socket has taken it."""
+        self.queue(message)
+        while not self.flush():
+            os.sched_yield()
 
     def receive(self) -> Any:
         """Wait for the next message; None if the other process has ended or writes no more."""

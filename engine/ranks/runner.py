@@ -110,11 +110,14 @@ class TensorParallelRunner(ModelRunner):
             self._pending.append(arrived)
             message = self._codec.encode(plan)
             for channel in self._channels:
-                channel.post(message, wait=lambda: self.take_in(_FULL_SECONDS))
+                channel.queue(message)
         except BaseException as error:
-            # A rank may have half a message now.
+            # Some ranks have the plan and others do not.
             self._break(error)
             raise
+        # Interrupted here, the next call goes on.
+        while not self._flush():
+            self.take_in(_FULL_SECONDS)
         return _Sent(self, arrived)
 
     def close(self) -> None:
@@ -126,9 +129,11 @@ class TensorParallelRunner(ModelRunner):
         if not self._end.alive:
             return
         try:
+            deadline = time.monotonic() + _CLOSE_SECONDS
+            while not self._flush() and time.monotonic() < deadline:
+                self.take_in(_FULL_SECONDS)
             for channel in self._channels:
                 channel.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + _CLOSE_SECONDS
             while self._selector.get_map() and (left := deadline - time.monotonic()) > 0:
                 self.take_in(left)
         finally:
@@ -146,6 +151,9 @@ class TensorParallelRunner(ModelRunner):
             raise kind(f"{self._error}; close this engine and construct a new one") from self._error
         if not self._end.alive:
             raise EngineClosedError("the runner was closed before the result of the step came")
+        if not self._flush():
+            # The ranks may be waiting for the rest of a message.
+            timeout = _FULL_SECONDS if timeout is None else min(timeout, _FULL_SECONDS)
         ready = self._selector.select(timeout)
         try:
             for key, _ in ready:
@@ -163,12 +171,17 @@ class TensorParallelRunner(ModelRunner):
             self._break(error)
             raise
 
+    def _flush(self) -> bool:
+        """Write what the ranks' sockets take; False if something is left."""
+        return all([channel.flush() for channel in self._channels])
+
     def _spawn(self, index: int, start: bytes, store: int) -> None:
         ours, theirs = socket.socketpair()
         channel = self._held.enter_context(Channel(fileno=ours.detach()))
         self._channels.append(channel)
         self._selector.register(channel, selectors.EVENT_READ, index)
-        code = "from engine.ranks.worker import main; main()"
+        # -c puts the current directory first, which the parent's path need not have.
+        code = "import sys; del sys.path[:1]; from engine.ranks.worker import main; main()"
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
@@ -182,6 +195,8 @@ class TensorParallelRunner(ModelRunner):
                     # NVLink multicast needs rights that containers often lack.
                     "NCCL_NVLS_ENABLE": "0",
                     **os.environ,
+                    # It would keep -c from putting the current directory there.
+                    "PYTHONSAFEPATH": "",
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },
             )

@@ -59,8 +59,12 @@ class Failure:
         """The report of an exception being handled."""
         text = "".join(traceback.format_exception(error))
         cause: BaseException | None = error
+        seen: set[int] = set()
         while cause is not None and not isinstance(cause, LostPeerError):
+            seen.add(id(cause))
             cause = cause.__cause__ or cause.__context__
+            # An exception may be its own cause.
+            cause = None if id(cause) in seen else cause
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # whatever a class of unknown make may raise

@@ -30,7 +30,6 @@ from engine.types import (
 )
 from sampling_params import SamplingParams
 from tests.engine.waits import PATIENCE
-from utils.errors import WorkerDiedError
 
 
 def _channels() -> tuple[Channel, Channel]:
@@ -70,38 +69,33 @@ def test_messages_of_any_length_arrive_in_order_in_both_directions() -> None:
         end.close()
 
 
-def test_a_full_channel_waits_for_its_reader_and_may_give_up() -> None:
+def test_a_full_channel_keeps_what_it_could_not_write() -> None:
     writer, reader = _channels()
-    waits = 0
     # More than a socket holds.
-    messages = [b"x" * 10_000_000, b"y"]
+    messages = [b"x" * 10_000_000, b"y", b"z"]
     got: list[bytes] = []
-    threads: list[threading.Thread] = []
-
-    def read() -> None:
-        got.extend(reader.receive() for _ in messages)
-
-    def wait() -> None:
-        nonlocal waits
-        waits += 1
-        if waits == 3:
-            assert not got
-            threads.append(_thread(read))
-        time.sleep(1e-3)
-
-    for message in messages:
-        writer.post(encode(message), wait=wait)
-    threads[0].join(60)
-    assert waits >= 3
+    for message in messages[:2]:
+        writer.queue(encode(message))
+    assert not writer.flush()
+    assert not writer.flush()
+    thread = _thread(lambda: got.extend(reader.receive() for _ in messages))
+    # The rest goes before what comes later.
+    writer.post(encode(messages[2]))
+    assert writer.flush()
+    thread.join(PATIENCE)
     assert got == messages
-
-    def give_up() -> None:
-        raise WorkerDiedError
-
-    with pytest.raises(WorkerDiedError):
-        writer.post(encode(messages[0]), wait=give_up)
     for end in (writer, reader):
         end.close()
+
+
+def test_what_is_left_for_a_process_that_has_ended_is_dropped() -> None:
+    writer, reader = _channels()
+    writer.queue(encode(b"x" * 10_000_000))
+    assert not writer.flush()
+    reader.close()
+    assert writer.flush()
+    assert writer.receive() is None
+    writer.close()
 
 
 @pytest.mark.parametrize("end", [Channel.close, lambda channel: channel.shutdown(socket.SHUT_WR)])

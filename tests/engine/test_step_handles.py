@@ -81,3 +81,30 @@ def test_closing_a_thread_waits_for_what_was_started() -> None:
         launcher.launch(i, step)
     launcher.close()
     assert done == [True] * 3
+
+
+@IN_THREAD
+def test_an_error_that_is_meant_for_the_user_comes_as_it_is(in_thread: bool) -> None:
+    """An exception that is its own cause would have who looks for causes run in circles."""
+
+    def fails() -> StepOutput:
+        raise StepError("planted")
+
+    launcher = HostLauncher(time.perf_counter, in_thread=in_thread)
+    with pytest.raises(StepError, match="^planted$") as caught:
+        launcher.launch(5, fails).result()
+    assert caught.value.__cause__ is None
+    launcher.close()
+
+
+def test_what_would_end_a_thread_ends_its_step_alone() -> None:
+    def leaves() -> StepOutput:
+        raise SystemExit(3)
+
+    launcher = HostLauncher(time.perf_counter, in_thread=True)
+    handle = launcher.launch(5, leaves)
+    for _ in range(2):
+        with pytest.raises(StepError, match="step 5 failed: 3"):
+            handle.result()
+    assert launcher.launch(6, lambda: StepOutput(torch.tensor([1]))).result().tokens == [[1]]
+    launcher.close()
