@@ -173,7 +173,8 @@ class TensorParallelRunner(ModelRunner):
 
     def _flush(self) -> bool:
         """Write what the ranks' sockets take; False if something is left."""
-        return all([channel.flush() for channel in self._channels])
+        written = [channel.flush() for channel in self._channels]
+        return all(written)
 
     def _spawn(self, index: int, start: bytes, store: int) -> None:
         ours, theirs = socket.socketpair()

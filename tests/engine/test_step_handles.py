@@ -91,7 +91,7 @@ def test_an_error_that_is_meant_for_the_user_comes_as_it_is(in_thread: bool) -> 
         raise StepError("planted")
 
     launcher = HostLauncher(time.perf_counter, in_thread=in_thread)
-    with pytest.raises(StepError, match="^planted$") as caught:
+    with pytest.raises(StepError, match=r"^planted$") as caught:
         launcher.launch(5, fails).result()
     assert caught.value.__cause__ is None
     launcher.close()
