@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from config import Config
 from engine.checking.kv_sanitizer import SanitizedRunner
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
-from engine.requests import check_request
-from engine.sequence import Sequence
+from engine.requests import Sequence, check_request
 from engine.types import (
     BlockManager,
     EngineStats,

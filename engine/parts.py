@@ -33,10 +33,10 @@ PART_KINDS: Mapping[str, PartKind] = MappingProxyType(
         kind.option: kind
         for kind in (
             PartKind("scheduler", "engine.types:Scheduler", ("engine",)),
-            PartKind("queue_policy", "engine.policies.base:QueuePolicy", _POLICIES),
-            PartKind("admission_policy", "engine.policies.base:AdmissionPolicy", _POLICIES),
-            PartKind("preemption_policy", "engine.policies.base:PreemptionPolicy", _POLICIES),
-            PartKind("step_policy", "engine.policies.base:StepPolicy", _POLICIES),
+            PartKind("queue_policy", "engine.policies:QueuePolicy", _POLICIES),
+            PartKind("admission_policy", "engine.policies:AdmissionPolicy", _POLICIES),
+            PartKind("preemption_policy", "engine.policies:PreemptionPolicy", _POLICIES),
+            PartKind("step_policy", "engine.policies:StepPolicy", _POLICIES),
             # "prefix" before "radix", which finds as much: what both cost was not compared.
             PartKind(
                 "block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, repeat
 
-from engine.sequence import Sequence
+from engine.requests import Sequence
 from engine.step import (
     BlockUpdate,
     NewRequest,
@@ -44,7 +44,7 @@ class RunningBatch:
         self.prefilling: dict[int, Sequence] = {}
         self.decoding: dict[int, Sequence] = {}
         self.num_in_flight = 0
-        self._clock = clock
+        self._groups, self._clock = blocks.groups, clock
         self._holder: list[Sequence | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._next_step_id = 0
@@ -209,7 +209,7 @@ class RunningBatch:
         for slot, first in self._grown.items():
             seq = self._holder[slot]
             assert seq is not None
-            for group, blocks in enumerate(self.blocks.groups):
+            for group, blocks in enumerate(self._groups):
                 table = blocks.table(seq.request_id)
                 updates.append(BlockUpdate(slot, first, tuple(table[first:]), group))
         counts = self._decode_counts

@@ -17,9 +17,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from engine.sequence import Sequence
 from engine.step import (
     NO_LIMIT,
     BlockCopy,
@@ -33,6 +32,9 @@ from engine.step import (
     TokenLogprobs,
 )
 from utils.errors import ContractError
+
+if TYPE_CHECKING:
+    from engine.requests import Sequence
 
 # fmt: off
 __all__ = [
@@ -362,18 +364,9 @@ class ModelRunner(ABC):
     def execute(self, plan: StepPlan) -> StepHandle:
         """Start a step and return at once. Steps take effect in the order of these calls."""
 
-    @staticmethod
-    def host_clock() -> float:
-        """The default of `now`.
-
-        A part of a runner is given this function instead of `runner.now`: a bound method would keep
-        the runner and its memory alive.
-        """
-        return time.perf_counter()
-
-    def now(self) -> float:
-        """Seconds since a fixed moment: the engine's only clock."""
-        return self.host_clock()
+    # Seconds since a fixed moment: the engine's only clock. Being no bound method, the default does
+    # not keep the runner and its memory alive where a part of the runner holds it.
+    now: Clock = staticmethod(time.perf_counter)
 
     def wait_until(self, moment: float) -> None:
         """Return when `now` is `moment` or later: sleep, or move virtual time there."""
