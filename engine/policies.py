@@ -27,8 +27,7 @@ class Policy(ABC):
 class QueuePolicy(Policy):
     """Holds the waiting requests and says which runs next.
 
-    A step asks a few times whatever the number that waits, so no method may look at all of them.
-    `KeyedQueue` does the work for every order given by a key.
+    Thousands may wait: no method may look at all of them. `KeyedQueue` does the work for a key.
     """
 
     @abstractmethod
@@ -57,10 +56,9 @@ class AdmissionPolicy(Policy):
 
     @abstractmethod
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
-        """Whether `seq`, the first of the queue, may start now.
+        """Whether `seq`, the first of the queue, may start beside those that run.
 
-        Asked only while other requests run. That there are blocks for the tokens known so far is
-        checked afterwards. The batch must not be changed.
+        Blocks for its known tokens are checked afterwards. The batch must not be changed.
         """
 
 
@@ -79,10 +77,8 @@ class StepPolicy(Policy):
     def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
         """Tokens, 1 to `budget`, that prompts may take; the decodes run if the rest holds them all.
 
-        Args:
-            budget: tokens of the whole step, not less than the requests that can run.
-            num_decodes: running requests that could each compute one token.
-            gap: steps in a row, up to now, in which they had to wait.
+        `budget` is at least the number of requests that can run. `num_decodes` running requests
+        could each compute one token, and had to wait in the last `gap` steps.
         """
 
 
@@ -213,9 +209,8 @@ class FairShare(_UserQueue):
     """The user who was served the fewest tokens first.
 
     The virtual token counter of Sheng et al. (Fairness in Serving Large Language Models, OSDI
-    2024): a user who comes back is lifted to the level of those served now, so that idle time
-    gives no credit. A request is charged its expected tokens when it starts, and settled to
-    what it took when it ends; a preempted one, computed again, is charged once.
+    2024). Idle time gives no credit: a user who comes back is lifted to the level of those served
+    now. A request is charged its expected tokens when it starts, and what it took when it ends.
     """
 
     name = "fair_share"
@@ -265,8 +260,8 @@ class ReserveOutput(AdmissionPolicy):
 class LookAhead(AdmissionPolicy):
     """Admits if the running requests fit at every moment, each growing to its expected length.
 
-    Of all moments to come, the worst is one at which a request ends. The idea is from
-    Past-Future (Gong et al., ASPLOS 2025), which learns the expected lengths.
+    The worst moment is one at which a request ends. The idea is from Past-Future (Gong et al.,
+    ASPLOS 2025), which learns the expected lengths.
     """
 
     name = "lookahead"
@@ -326,10 +321,9 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts take the whole step, `max_gap` times in a row at most while requests decode.
+    """Prompts take whole steps, at most `max_gap` in a row while requests decode.
 
-    First tokens come sooner, the others less evenly. Two tokens of a running request are never
-    more than `max_gap` + 1 steps apart.
+    First tokens come sooner, the others less evenly.
     """
 
     name = "prefill_first"

@@ -1,4 +1,4 @@
-"""Requests as users give them and get them back: checks, outputs, streams."""
+"""Requests: state, checks, outputs and streams."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Sequence:
 
     # The rest belongs to the scheduler. First the row in the runner's tables, while running.
     slot: int | None = field(init=False)
-    # Most leading positions that are computed once all that is in flight has ended, before the
-    # length limit is applied; how many of them the runner may not keep.
+    # Most leading positions that are computed once nothing is in flight, before the length limit is
+    # applied; how many of them the runner may not keep.
     num_scheduled: int = field(init=False)
     num_drafted: int = field(init=False)
     num_prefill: int = field(init=False)  # computed as prefill: the tokens known at admission
@@ -112,11 +112,7 @@ ParamsForPrompts = SamplingParams | list[SamplingParams] | None
 
 
 def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
-    """As many parameters as prompts.
-
-    Raises:
-        RequestError: there are more or fewer, or something else.
-    """
+    """As many parameters as prompts; a RequestError if there are more, fewer, or something else."""
     if params is None:
         params = SamplingParams()
     per_prompt = params if isinstance(params, list) else [params] * count
@@ -136,12 +132,7 @@ def check_request(
 ) -> int:
     """Most tokens, prompt and output together, that a request for one output may come to.
 
-    Args:
-        config: resolved.
-
-    Raises:
-        RequestError: model or ranks cannot serve the prompt or a parameter; the message names it.
-        RequestTooLongError: the request exceeds max_model_len.
+    A RequestError names what model or ranks cannot serve; RequestTooLongError is one of them.
     """
     ids = f"Token ids are integers from 0 to {vocab_size - 1}."
     if not prompt:
@@ -187,10 +178,7 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
-    """The requests `seqs` of prompt `index` of a call, one for each of its `n` outputs.
-
-    When all of them have ended, this object is put into the list `ended`.
-    """
+    """The requests of prompt `index`, one for each output; put into `ended` when all have ended."""
 
     index: int
     seqs: list[Sequence]
@@ -199,8 +187,7 @@ class PromptRequests:
 
 def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
     """The dictionary of a prompt's outputs; see `LLM.generate`."""
-    outputs = [_one_output(seq, decode) for seq in seqs]
-    first = seqs[0]
+    outputs, first = [_one_output(seq, decode) for seq in seqs], seqs[0]
     asked = first.sampling.prompt_logprobs is not None
     out = {
         **outputs[0],
@@ -233,14 +220,7 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
 
 
 def percentile(rising: list[float], share: float) -> float:
-    """The least of the values that a share of them does not exceed: the nearest rank.
-
-    Always one of the values, so that a p99 of few is their largest.
-
-    Args:
-        rising: at least one value, in rising order.
-        share: above 0 and at most 1.
-    """
+    """The least of the values (one or more) that a share (0, 1] of them does not exceed."""
     return rising[math.ceil(share * len(rising)) - 1]
 
 
@@ -249,12 +229,8 @@ def increments(
 ) -> Generator[dict[str, Any] | None, None, None]:
     """What an output has gained since the last time; None if nothing can be shown yet.
 
-    Ends after the increment with a finish_reason.
-
-    Args:
-        seq: has a reader of its text.
-        index: of its prompt.
-        has_text: False without a tokenizer; tokens are then told as they come.
+    Ends after the increment with a finish_reason. Without a tokenizer (`has_text` False) tokens are
+    told as they come. `index` is that of the prompt.
     """
     text, reason = seq.text, None
     num_tokens = num_chars = 0

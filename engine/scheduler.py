@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import ClassVar
 
 from config import Config
-from engine.parts import POLICIES, make_policy
+from engine.parts import POLICIES, make
 from engine.policies import AdmissionPolicy, PreemptionPolicy, QueuePolicy, StepPolicy
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
@@ -14,24 +14,16 @@ from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan
 
 
 class QueuedScheduler(Scheduler):
-    """A scheduler that lacks only `schedule`.
-
-    Attributes:
-        budget: most positions of one step.
-        max_decode_tokens: most positions of one decode row.
-        batch: the running requests and the plan under construction.
-        queue: the waiting requests.
-        deferred: waiting requests that are not in the queue until a running request has computed
-            a prefix of theirs.
-    """
+    """A scheduler that lacks only `schedule`: a queue of those that wait, a batch that runs."""
 
     policies: ClassVar[Collection[str]] = ("queue_policy",)
 
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
-        self.budget = config.max_num_batched_tokens
-        self.max_decode_tokens = 1 + config.num_speculative_tokens
+        self.budget = config.max_num_batched_tokens  # positions of a step
+        self.max_decode_tokens = 1 + config.num_speculative_tokens  # positions of a decode row
         self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
-        self.queue: QueuePolicy = make_policy("queue_policy", config)
+        self.queue: QueuePolicy = make("queue_policy", config)
+        # Waiting, and not in the queue until a running request has computed a prefix of theirs.
         self.deferred: list[tuple[Sequence, PendingPrefix]] = []
         self._most_deferred = config.max_num_seqs
         self._waiting: dict[int, Sequence] = {}
@@ -58,10 +50,8 @@ class QueuedScheduler(Scheduler):
         return True
 
     def defer(self, prefix: PendingPrefix) -> bool:
-        """Let the first of the queue wait for a prefix, and others pass.
-
-        False if as many wait as could ever run: a step's cost must not grow with the queue.
-        """
+        """Let the first of the queue wait for a prefix, and others pass; False if too many do."""
+        # A step's cost must not grow with the queue.
         if len(self.deferred) >= self._most_deferred:
             return False
         self.deferred.append((self.queue.pop(), prefix))
@@ -69,20 +59,26 @@ class QueuedScheduler(Scheduler):
 
     def rejoin(self) -> None:
         """Put those back into the queue whose prefix has come, or never will."""
-        running, deferred = self.batch.running, self.deferred
-        self.deferred = []
+        deferred, self.deferred = self.deferred, []
         for seq, prefix in deferred:
-            leader = running.get(prefix.request_id)
+            leader = self.batch.running.get(prefix.request_id)
             if leader is not None and leader.num_committed < prefix.num_tokens:
                 self.deferred.append((seq, prefix))
             else:
                 self.queue.push(seq)
 
+    def prefill_begun(self, left: int) -> int:
+        """Go on with the prompts of running requests; returns what is left of `left` tokens."""
+        for seq in list(self.batch.prefilling.values()):
+            if left > 0:
+                left -= self.batch.prefill(seq, left)
+        return left
+
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
         """Plan decode rows for all of `seqs`, with drafts; returns the positions planned.
 
-        `left` is what is left of the budget: at least one position for each request. Drafts may use
-        up all of it. So prompts that are to share the step are planned before.
+        `left` of the budget has a position for each request. Drafts may use up all of it, so plan
+        prompts before.
         """
         if not seqs:
             return 0
@@ -96,8 +92,7 @@ class QueuedScheduler(Scheduler):
         return finished
 
     def abort(self, request_id: int) -> Sequence | None:
-        seq = self._waiting.pop(request_id, None)
-        if seq is not None:
+        if seq := self._waiting.pop(request_id, None):
             self.batch.finish(seq, "abort")
             others = [entry for entry in self.deferred if entry[0] is not seq]
             if len(others) < len(self.deferred):
@@ -114,12 +109,8 @@ class QueuedScheduler(Scheduler):
 class ContinuousScheduler(QueuedScheduler):
     """Each step decodes the running requests and fills its token budget with prefill.
 
-    Requests join in the order of the queue policy as long as slots, blocks, budget and the
-    admission policy allow. When a running request needs a block and none is free, the victim of
-    the preemption policy gives up its blocks and is computed again later. Iteration-level
-    scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from vLLM (Kwon
-    et al., SOSP 2023), prefill in chunks beside decodes from Sarathi-Serve (Agrawal et al.,
-    OSDI 2024).
+    Iterations are from Orca (Yu et al., OSDI 2022), preemption by recomputation is from vLLM (Kwon
+    et al., SOSP 2023), prefill beside decodes from Sarathi-Serve (Agrawal et al., OSDI 2024).
     """
 
     name = "continuous"
@@ -127,9 +118,9 @@ class ContinuousScheduler(QueuedScheduler):
 
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
         super().__init__(config, block_manager, clock)
-        self._admission: AdmissionPolicy = make_policy("admission_policy", config)
-        self._preemption: PreemptionPolicy = make_policy("preemption_policy", config)
-        self._step: StepPolicy = make_policy("step_policy", config)
+        self._admission: AdmissionPolicy = make("admission_policy", config)
+        self._preemption: PreemptionPolicy = make("preemption_policy", config)
+        self._step: StepPolicy = make("step_policy", config)
         self._gap = 0
 
     def schedule(self) -> StepPlan | None:
@@ -151,10 +142,7 @@ class ContinuousScheduler(QueuedScheduler):
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
         """Plan prompts, begun ones first; returns the number of tokens."""
-        left = budget
-        for seq in list(self.batch.prefilling.values()):
-            if left > 0:
-                left -= self.batch.prefill(seq, left)
+        left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
             left -= self.batch.prefill(admitted, left)
@@ -192,8 +180,7 @@ class StaticScheduler(QueuedScheduler):
     """Admits a batch and runs it to its end before it admits the next one.
 
     A batch is the first of the queue that fit with all outputs at their limits, so no one is
-    preempted. Its prompts are prefilled first, then all decode together; requests that end
-    early leave their slots empty. What Orca (Yu et al., OSDI 2022) compares with.
+    preempted. Requests that end early leave their slots empty. The baseline of Orca.
     """
 
     name = "static"
@@ -201,20 +188,14 @@ class StaticScheduler(QueuedScheduler):
     def schedule(self) -> StepPlan | None:
         batch = self.batch
         if not batch.num_running:
-            self._admit_batch()
-        left = self.budget
-        prompts = list(batch.prefilling.values())
-        for seq in prompts:
-            if left > 0:
-                left -= batch.prefill(seq, left)
-        if not prompts:
+            num_blocks = 0
+            while seq := self.queue.first():
+                num_blocks += batch.most_blocks(seq)
+                if num_blocks > batch.blocks.num_blocks or not self.admit(seq):
+                    break
+        if batch.prefilling:
+            self.prefill_begun(self.budget)
+        else:
             decodes = [seq for seq in batch.decoding.values() if batch.reserve(seq)]
             self.decode_all(decodes, self.budget)
         return batch.build()
-
-    def _admit_batch(self) -> None:
-        num_blocks = 0
-        while seq := self.queue.first():
-            num_blocks += self.batch.most_blocks(seq)
-            if num_blocks > self.batch.blocks.num_blocks or not self.admit(seq):
-                break

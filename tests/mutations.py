@@ -341,20 +341,20 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "kept count off by one: the next row is taken to start one position early",
         _BATCH,
-        "seq.num_scheduled -= num_planned - num_kept",
-        "seq.num_scheduled -= num_planned - num_kept + 1",
+        "seq.num_scheduled -= before + num_planned - committed",
+        "seq.num_scheduled -= before + num_planned - committed + 1",
     ),
     _bug(
         "kept count forgotten: the next row is taken to start where all would have been kept",
         _BATCH,
-        "        seq.num_scheduled -= num_planned - num_kept\n",
+        "                seq.num_scheduled -= before + num_planned - committed\n",
         "",
     ),
     _bug(
         "kept count: a request that kept fewer is not decoded on",
         _BATCH,
-        "        seq.num_drafted -= num_planned - 1\n        if _goes_on(seq):\n",
-        "        seq.num_drafted -= num_planned - 1\n        if not seq:\n",
+        "seq.num_drafted -= num_planned - 1\n                if _goes_on(seq):\n",
+        "seq.num_drafted -= num_planned - 1\n                if not seq:\n",
     ),
     _bug(
         "positions forgotten in the budget: every row drafts as many as it may",
