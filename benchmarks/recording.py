@@ -18,8 +18,8 @@ from benchmarks.spans import Span
 from config import Config
 from engine.model_runner import LocalRunner
 from engine.ranks.runner import TensorParallelRunner
+from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from engine.types import BlockManager, Clock, ModelRunner, StepHandle, StepPlan, StepResult
 from llm import LLM
 from utils.text import Decode

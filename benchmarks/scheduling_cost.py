@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from config import Config
 from engine.parts import PART_KINDS
+from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from engine.types import KVGeometry, StepResult
 from memory.prefix_cache import PrefixCacheManager
 from sampling_params import SamplingParams

@@ -6,8 +6,8 @@ from typing import Any
 
 from config import Config
 from engine.checking.fake_runner import FakeRunner
+from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from engine.types import KVGeometry, StepPlan
 from memory.block_manager import PagedBlockManager
 from sampling_params import SamplingParams

@@ -10,17 +10,9 @@ from contextlib import contextmanager, suppress
 from config import Config
 from engine.checking.kv_sanitizer import SanitizedRunner
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
-from engine.requests import check_request
-from engine.sequence import Sequence
-from engine.types import (
-    BlockManager,
-    EngineStats,
-    ModelRunner,
-    Scheduler,
-    SeedKind,
-    StepHandle,
-    StepPlan,
-)
+from engine.requests import Sequence, check_request
+from engine.step import SeedKind, StepPlan
+from engine.types import BlockManager, EngineStats, ModelRunner, Scheduler, StepHandle
 from memory.grouped_blocks import grouped
 from sampling_params import SEED_STRIDE, SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint
@@ -29,19 +21,13 @@ from utils.text import TextReader
 
 
 class LLMEngine:
-    """Scheduler, block manager and runner of one model, and the steps in flight.
+    """Scheduler, block manager and runner of one model, and the steps in flight."""
 
-    Attributes:
-        config: the options, with everything resolved.
-        checkpoint: the opened model folder.
-        runner, scheduler, blocks: the parts. Scheduler and block manager are others after an
-            exception; of several cache groups `blocks` is the manager of all.
-        num_new_tokens: that the last committed step gave to all requests, those behind a stop
-            included.
-    """
-
+    # After an exception these are others.
     scheduler: Scheduler
-    blocks: BlockManager
+    blocks: BlockManager  # of all cache groups
+    # Tokens of the last committed step, those behind a stop included.
+    num_new_tokens: int
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
@@ -80,11 +66,9 @@ class LLMEngine:
         *,
         sample: int = 0,
     ) -> Sequence:
-        """Check a request for one output and queue it.
+        """Check a request for one output, number `sample` of its prompt, and queue it.
 
-        Args:
-            sample: index of the output among those of its prompt.
-            text: reads the output as it comes, and finds the stop strings.
+        `text` reads the output as it comes, and finds the stop strings.
 
         Raises:
             RequestError: model, ranks or this call cannot serve the prompt or a parameter.
@@ -128,15 +112,14 @@ class LLMEngine:
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         """Keep the pipeline full, then take in its oldest step.
 
-        Returns:
-            The step that was committed (None if there was nothing to do) and the requests that
-            finished with it or were aborted before it.
+        Returns the step (None if there was nothing to do) and the requests that finished with it or
+        were aborted before it.
 
         Raises:
             StepError: the step failed. As after any other exception (a part's mistake, Ctrl-C)
-                all unfinished requests have ended then, and the next ones are served.
-            WorkerDiedError: a rank's process has ended, as from then on in every step. The same
-                goes for a StepError of several ranks.
+                all unfinished requests have ended, and the next ones are served.
+            WorkerDiedError: a rank's process has ended. After this error, or a StepError of several
+                ranks, every step fails.
         """
         self.check_usable()
         depth = self.config.pipeline_depth or 0
@@ -172,10 +155,8 @@ class LLMEngine:
     def _commit_oldest(self) -> tuple[StepPlan | None, list[Sequence]]:
         if not self._pipeline:
             if self.scheduler.has_unfinished:
-                raise StepError(
-                    f"{type(self.scheduler).__name__} planned nothing although requests are "
-                    "unfinished and nothing is in flight"
-                )
+                problem = "although requests are unfinished and nothing is in flight"
+                raise StepError(f"{type(self.scheduler).__name__} planned nothing {problem}")
             return None, []
         plan, handle = self._pipeline[0]
         result = handle.result()
@@ -186,10 +167,7 @@ class LLMEngine:
         return plan, finished
 
     def _read_texts(self) -> list[Sequence]:
-        """Read what has been committed; returns the requests that a stop string ended.
-
-        What they have in flight is discarded as after an abort.
-        """
+        """Read what has been committed; returns the requests that a stop string ended."""
         stopped = []
         for request_id, seq in list(self._read.items()):
             assert seq.text is not None
@@ -206,10 +184,7 @@ class LLMEngine:
         return stopped
 
     def abort(self, request_id: int) -> None:
-        """End a request at the next `step`; may be called from any thread at any time.
-
-        Unknown and finished requests are passed over.
-        """
+        """End a request, if there is one, at the next `step`; from any thread at any time."""
         # One that is not there yet must not end a later one. Appending is atomic, so that no step
         # ever sees half of it.
         if request_id < self._next_request_id:
@@ -218,8 +193,7 @@ class LLMEngine:
     def drop(self, seqs: list[Sequence]) -> None:
         """End requests that nobody asks for any more: at once if possible, else at the next step.
 
-        Whoever drops a stream may be the garbage collector, in the middle of any call and in any
-        thread, that of a step included.
+        The caller may be the garbage collector, in any thread and in the middle of any call.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
@@ -238,10 +212,7 @@ class LLMEngine:
             self.step()
 
     def reset(self, reason: str = "abort") -> None:
-        """End every request, wait for what is in flight, and go on with fresh parts.
-
-        Scheduler and block manager are made anew: an exception may have struck them anywhere.
-        """
+        """End every request, wait for what is in flight, and make scheduler and blocks anew."""
         with self._inside():
             # Interrupted in here, the next use of the engine comes back.
             self._stale = True
@@ -298,11 +269,7 @@ class LLMEngine:
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Take up again what an interrupt of `reset` left.
-
-        Raises:
-            EngineClosedError: after close().
-        """
+        """Take up what an interrupt of `reset` left; an EngineClosedError after close()."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

@@ -154,7 +154,7 @@ class LocalRunner(ModelRunner):
         self._device = this_device(config)
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
-        self._launcher = step_launcher(config, self.host_clock, self._device)
+        self._launcher = step_launcher(config, self.now, self._device)
         self._staging = Staging(self._device)
         before = free_bytes(self._device)
         self._graphs: StepGraphs | None = None

@@ -1,8 +1,6 @@
 """The parts of an engine: where each is found, and what None and "auto" stand for.
 
-How a part of any kind is found and made is in `utils.registry`. Fixed defaults are in `Config`.
-The measurements behind the choices made here are in docs/LOG.md. Torch is not imported before it
-is needed: schedulers, which run without it, find their policies here.
+Torch is not imported before it is needed: schedulers, which run without it, find policies here.
 """
 
 from __future__ import annotations
@@ -25,50 +23,36 @@ if TYPE_CHECKING:
     from layers.attention.base import AttentionBackend, AttentionSpec
     from utils.checkpoint import Checkpoint
 
-
-_POLICIES = ("engine.policies",)
-
-PART_KINDS: Mapping[str, PartKind] = MappingProxyType(
-    {
-        kind.option: kind
-        for kind in (
-            PartKind("scheduler", "engine.types:Scheduler", ("engine",)),
-            PartKind("queue_policy", "engine.policies.base:QueuePolicy", _POLICIES),
-            PartKind("admission_policy", "engine.policies.base:AdmissionPolicy", _POLICIES),
-            PartKind("preemption_policy", "engine.policies.base:PreemptionPolicy", _POLICIES),
-            PartKind("step_policy", "engine.policies.base:StepPolicy", _POLICIES),
-            # "prefix" before "radix", which finds as much: what both cost was not compared.
-            PartKind(
-                "block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")
-            ),
-            PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
-            PartKind(
-                "model_runner",
-                "engine.types:ModelRunner",
-                ("engine", "engine.ranks", "engine.checking"),
-            ),
-            # The fastest first. On an H200 decodes of triton take 208 us and prefills 582, those
-            # of flash_attn 227 and 938. "torch" works everywhere.
-            PartKind(
-                "attention_backend",
-                "layers.attention.base:AttentionBackend",
-                ("layers.attention",),
-                ("triton", "flash_attn", "torch"),
-            ),
-        )
-    }
-)
-
 # The options that name decisions of a scheduler.
-POLICIES = tuple(option for option, kind in PART_KINDS.items() if kind.packages is _POLICIES)
+POLICIES = ("queue_policy", "admission_policy", "preemption_policy", "step_policy")
+_RUNNERS = ("engine", "engine.ranks", "engine.checking")
+_ATTENTION = "layers.attention"
+_KINDS = (
+    PartKind("scheduler", "engine.types:Scheduler", ("engine",)),
+    PartKind("queue_policy", "engine.policies:QueuePolicy", ("engine.policies",)),
+    PartKind("admission_policy", "engine.policies:AdmissionPolicy", ("engine.policies",)),
+    PartKind("preemption_policy", "engine.policies:PreemptionPolicy", ("engine.policies",)),
+    PartKind("step_policy", "engine.policies:StepPolicy", ("engine.policies",)),
+    # "prefix" before "radix", which finds as much: what both cost was not compared.
+    PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
+    PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
+    PartKind("model_runner", "engine.types:ModelRunner", _RUNNERS),
+    # The fastest first (docs/LOG.md). "torch" works everywhere.
+    PartKind(
+        "attention_backend",
+        f"{_ATTENTION}.base:AttentionBackend",
+        (_ATTENTION,),
+        ("triton", "flash_attn", "torch"),
+    ),
+)
+PART_KINDS: Mapping[str, PartKind] = MappingProxyType({kind.option: kind for kind in _KINDS})
 
 
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     """The config with every None and "auto" that depends on machine or checkpoint filled in.
 
-    What only a runner knows stays open: how many KV blocks fit and, as both depend on the model's
-    heads, an attention backend "auto" and on CUDA graphs. So does enable_prefix_caching where a
-    factory makes the block manager.
+    What only a runner knows stays open: the number of KV blocks, an attention backend "auto", and
+    CUDA graphs. So does enable_prefix_caching where a factory makes the block manager.
 
     Raises:
         ConfigError: an option asks for what the machine or the checkpoint does not have, or for a
@@ -91,8 +75,8 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
         blocks = _first("block_manager", lambda part: wanted in (None, part.caches_prefixes))
     config = replace(config, max_model_len=length, model_runner=runner, block_manager=blocks)
     check_policies(config, find("scheduler", config))
-    make = find("block_manager", config)
-    return _with_caching(config, make) if isinstance(make, type) else config
+    part = find("block_manager", config)
+    return _with_caching(config, part) if isinstance(part, type) else config
 
 
 def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
@@ -119,8 +103,8 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
     if dtype == "auto":
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
-    # On CUDA it hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU, whose
-    # cores the step needs itself, a step of one request took 2.4 ms with 1 and 1.3 with 0.
+    # On CUDA it hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU it took
+    # cores from the step: 2.4 ms for a step of one request instead of 1.3.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -129,10 +113,9 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """The config that says whether prefixes are cached; a ConfigError if options contradict that.
+    """The config that says whether `blocks`, a block manager or its class, caches prefixes.
 
-    Args:
-        blocks: the block manager or its class; what a factory makes is not known before.
+    A ConfigError if options contradict that.
     """
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
@@ -147,12 +130,9 @@ def _with_caching(config: Config, blocks: Any) -> Config:
 
 def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigError:
     """The error for an option that the part of a kind cannot serve."""
-    return ConfigError(
-        option,
-        getattr(config, option),
-        f"{kind}={getattr(config, kind)!r} {problem}",
-        f"Leave it at {getattr(Config, option)!r} or choose another {kind}.",
-    )
+    problem = f"{kind}={getattr(config, kind)!r} {problem}"
+    fix = f"Leave it at {getattr(Config, option)!r} or choose another {kind}."
+    return ConfigError(option, getattr(config, option), problem, fix)
 
 
 def find(option: str, config: Config) -> Callable[..., Any]:
@@ -167,29 +147,22 @@ def _first(option: str, fits: Callable[[Any], bool]) -> str:
     return next(name for name in kind.auto if name in known and fits(known[name]))
 
 
-def make_policy(option: str, config: Config) -> Any:
-    """The policy that an option names; a ConfigError if there is none."""
-    return _make(option, config, config)
-
-
-def _make(option: str, config: Config, *args: Any) -> Any:
-    return PART_KINDS[option].make(getattr(config, option), *args)
+def make(option: str, config: Config, *args: Any) -> Any:
+    """The part that an option names, made with `config` and `args`; a ConfigError without one."""
+    return PART_KINDS[option].make(getattr(config, option), config, *args)
 
 
 def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
     """The scheduler, with the runner's clock; a ConfigError if it would ignore a policy."""
-    scheduler: Scheduler = _make("scheduler", config, config, blocks, clock)
+    scheduler: Scheduler = make("scheduler", config, blocks, clock)
     # What a factory makes is known only now.
     check_policies(config, scheduler)
     return scheduler
 
 
 def check_policies(config: Config, scheduler: object) -> None:
-    """Refuse a policy that cannot be found, or that the scheduler would ignore.
-
-    Args:
-        scheduler: itself, its class or its factory; what a factory's uses is not known before.
-    """
+    """Refuse a policy that cannot be found, or that the scheduler (or its class) would ignore."""
+    # What the scheduler of a factory uses is not known before it is made.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:
@@ -199,13 +172,8 @@ def check_policies(config: Config, scheduler: object) -> None:
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
-    """The runner, with the model loaded.
-
-    Raises:
-        ConfigError: there is none, or it cannot do what the options ask.
-        UnsupportedModelError, WeightsError, OutOfMemoryError: as the runner says.
-    """
-    runner: ModelRunner = _make("model_runner", config, config, checkpoint)
+    """The runner, with the model loaded; a ConfigError if it cannot do what the options ask."""
+    runner: ModelRunner = make("model_runner", config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
         raise _conflict(config, "num_speculative_tokens", "model_runner", "drafts no tokens")
@@ -215,16 +183,10 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
 def make_block_managers(
     asked: Config, config: Config, groups: tuple[KVGeometry, ...]
 ) -> tuple[Config, tuple[BlockManager, ...]]:
-    """A block manager for each of the runner's cache groups, and the config with what they do.
+    """The config with what the managers do, and a block manager for each of the runner's groups.
 
-    Args:
-        asked: the config as the user gave it, before `resolve`. Prefix caching is switched off for
-            several groups only if the user did not ask for it.
-        config: after it.
-
-    Raises:
-        ContractError: the runner has no group.
-        ConfigError: there is none, or the options for prefix caching contradict it.
+    Several groups and windows switch prefix caching off, unless the user `asked` for it: a
+    ConfigError. `config` is what `resolve` made of `asked`.
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
@@ -243,19 +205,17 @@ def make_block_managers(
                 refuse(option)
         config = replace(config, block_manager="paged", enable_prefix_caching=False)
     specs = [WindowBlockManager if window else config.block_manager for window in windows]
-    make = PART_KINDS["block_manager"].make
-    managers = tuple(make(spec, config, group) for spec, group in zip(specs, groups, strict=True))
+    kind = PART_KINDS["block_manager"]
+    managers = tuple(
+        kind.make(spec, config, group) for spec, group in zip(specs, groups, strict=True)
+    )
     if len(groups) > 1 and any(manager.caches_prefixes for manager in managers):
         refuse("block_manager")
     return _with_caching(config, managers[0]), managers
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """The attention backend.
-
-    Raises:
-        ConfigError: it does not exist or cannot serve this model on this machine.
-    """
+    """The attention backend; a ConfigError if it cannot serve this model on this machine."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
         name = _first(option, lambda part: part.unsupported(spec) is None)
@@ -263,22 +223,15 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
     # A class says so before it is constructed, what a factory makes after it.
-    backend: Any = part if is_class else _make(option, config, spec)
+    backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
     reason = backend.unsupported(spec)
     if reason is not None:
         raise ConfigError(option, value, reason, 'Use "auto".')
-    return _make(option, config, spec) if is_class else backend  # type: ignore[no-any-return]
+    return PART_KINDS[option].make(part, spec) if is_class else backend  # type: ignore[no-any-return]
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether decodes and short prefills are captured.
-
-    Args:
-        config: resolved.
-
-    Raises:
-        ConfigError: graphs were asked for and cannot be had.
-    """
+    """Whether decodes and short prefills are captured; a ConfigError if they cannot be and must."""
     import torch
 
     from layers.kernels.launch import fused

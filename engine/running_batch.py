@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, repeat
 
-from engine.sequence import Sequence
-from engine.step import (
-    BlockUpdate,
-    NewRequest,
-    PrefillChunk,
-    RowReport,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
-from engine.types import BlockManager, Clock
+from engine.requests import Sequence
+from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepResult
+from engine.types import BlockManager, Clock, RowReport, TokenLogprobs
 from utils.errors import RequestTooLongError
 
 # Slot, positions planned, tokens, their log-probabilities, report.
@@ -27,24 +19,18 @@ class RunningBatch:
 
     `admit`, `prefill`, `decode` and `preempt` calls become one `StepPlan` of deltas, and a
     `StepResult` becomes request state. There are `max_num_seqs` slots.
-
-    Attributes:
-        blocks: where KV blocks come from; others may read it, and must not change it.
-        running: the requests that hold a slot and have not finished, by id, in order of
-            admission.
-        prefilling: those of them with known tokens left to plan.
-        decoding: those whose known tokens are all planned, and that have a token left to sample
-            even if all drafts in flight are kept.
-        num_in_flight: plans that have not been committed.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
-        self.blocks = blocks
+        self.blocks = blocks  # others may read it, and must not change it
+        # By id and in order of admission: the requests that hold a slot and have not finished, ...
         self.running: dict[int, Sequence] = {}
+        # those of them with known tokens left to plan, ...
         self.prefilling: dict[int, Sequence] = {}
+        # those that have a token left to sample even if all drafts in flight are kept.
         self.decoding: dict[int, Sequence] = {}
-        self.num_in_flight = 0
-        self._clock = clock
+        self.num_in_flight = 0  # plans that have not been committed
+        self._groups, self._clock = blocks.groups, clock
         self._holder: list[Sequence | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._next_step_id = 0
@@ -77,35 +63,24 @@ class RunningBatch:
         return self.blocks_for(max(seq.max_total_tokens - 1, seq.num_prompt_tokens))
 
     def check_fits(self, seq: Sequence) -> None:
-        """Refuse a request that could never run.
-
-        Raises:
-            RequestTooLongError: at its length limit it exceeds the whole cache.
-        """
+        """A RequestTooLongError if the request, at its length limit, exceeds the whole cache."""
         needed, there = self.most_blocks(seq), self.blocks.num_blocks
         if needed > there:
-            raise RequestTooLongError(
-                "prompt",
-                f"{seq.num_prompt_tokens} tokens",
-                f"with its output it needs {needed} KV blocks and the whole cache has {there}",
-                "Lower max_tokens, or give the engine more num_kvcache_blocks, "
-                "kvcache_memory_bytes or gpu_memory_utilization.",
-            )
+            problem = f"with its output it needs {needed} KV blocks and the whole cache has {there}"
+            more = "num_kvcache_blocks, kvcache_memory_bytes or gpu_memory_utilization"
+            fix = f"Lower max_tokens, or give the engine more {more}."
+            raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
     def admit(self, seq: Sequence) -> bool:
-        """Give a request a slot and blocks for all its tokens; False, unchanged, if none are free.
-
-        Leading tokens found in the cache count as scheduled.
-        """
+        """Give a request a slot and blocks for its tokens; False, unchanged, if none are free."""
         if not self._free_slots:
             return False
         cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
         if not self.blocks.grow(seq.request_id, len(seq.token_ids)):
             self.blocks.release(seq.request_id)
             return False
-        slot = self._free_slots.pop()
+        seq.slot = slot = self._free_slots.pop()
         self._holder[slot] = seq
-        seq.slot = slot
         seq.num_scheduled = seq.num_committed = cached
         seq.num_prefill = len(seq.token_ids)
         seq.capacity = self.blocks_for(len(seq.token_ids)) * self.blocks.block_size
@@ -128,11 +103,8 @@ class RunningBatch:
         return True
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
-        """Make sure that the next positions have blocks; False, unchanged, if too few are free.
-
-        Positions in flight count as kept, so that the blocks suffice for the latest start. Nothing
-        is reserved for positions beyond the length limit.
-        """
+        """Make sure that the next positions have blocks; False, unchanged, if too few are free."""
+        # Positions in flight count as kept, so that the blocks suffice for the latest start.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
             return True
@@ -161,14 +133,13 @@ class RunningBatch:
         return num_tokens
 
     def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
-        """Plan a decode row for each of `seqs`; returns the positions planned.
+        """Plan a decode row for each of `seqs`, and return the number of positions planned.
 
-        Each of them has to be in `decoding`, and `reserve` must have succeeded for it. A row has
+        All `seqs` are in `decoding`, and `reserve` has succeeded for them. A row has
         `num_positions`, or fewer where blocks or the length limit do not allow them.
         """
-        ended = []
         num_row, total = 1, 0
-        for seq in seqs:
+        for seq in list(seqs):
             assert seq.slot is not None
             if num_positions > 1:
                 num_row = self._most_positions(seq, num_positions)
@@ -179,9 +150,7 @@ class RunningBatch:
             seq.num_in_flight += 1
             self._decode.append(seq.slot)
             if not _goes_on(seq):
-                ended.append(seq.request_id)
-        for request_id in ended:
-            del self.decoding[request_id]
+                del self.decoding[seq.request_id]
         return total
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
@@ -209,7 +178,7 @@ class RunningBatch:
         for slot, first in self._grown.items():
             seq = self._holder[slot]
             assert seq is not None
-            for group, blocks in enumerate(self.blocks.groups):
+            for group, blocks in enumerate(self._groups):
                 table = blocks.table(seq.request_id)
                 updates.append(BlockUpdate(slot, first, tuple(table[first:]), group))
         counts = self._decode_counts
@@ -230,16 +199,12 @@ class RunningBatch:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Append the step's tokens, find stops, publish blocks; returns the finished requests.
-
-        Raises:
-            ContractError: the result is not one of the plan's.
-        """
-        result.check(plan)
+        """Append the step's tokens, find stops, publish blocks; returns the finished requests."""
+        result.check(plan)  # a ContractError if it is not one of the plan's
         self.num_in_flight -= 1
+        holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
-        holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
         num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
         # One loop without calls for a plain row: this is most of what the host does per token.
@@ -277,7 +242,10 @@ class RunningBatch:
             if num_planned > 1 and row >= num_chunks:
                 # As many positions as tokens, up to the one that ended the request.
                 seq.num_committed = committed = before + len(token_ids) - num_known
-                self._settle_drafts(seq, num_planned, committed - before)
+                seq.num_scheduled -= before + num_planned - committed
+                seq.num_drafted -= num_planned - 1
+                if _goes_on(seq):
+                    self.decoding[seq.request_id] = seq
             else:
                 seq.num_committed = committed = before + num_planned
                 if not new and committed >= seq.max_total_tokens:
@@ -289,13 +257,6 @@ class RunningBatch:
                 finished.append(seq)
                 self.finish(seq, reason)
         return finished
-
-    def _settle_drafts(self, seq: Sequence, num_planned: int, num_kept: int) -> None:
-        """A row of several positions has come back: a request that kept fewer may go on."""
-        seq.num_scheduled -= num_planned - num_kept
-        seq.num_drafted -= num_planned - 1
-        if _goes_on(seq):
-            self.decoding[seq.request_id] = seq
 
     def _take_prompt_logprobs(
         self, plan: StepPlan, prompt_logprobs: list[list[TokenLogprobs]]

@@ -1,24 +1,116 @@
-"""Continuous batching by policies, with chunked prefill and preemption by recomputation."""
+"""The schedulers: what they have in common, continuous batching, and static batching."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import ClassVar
+
 from config import Config
-from engine.parts import POLICIES, make_policy
-from engine.policies.base import AdmissionPolicy, PreemptionPolicy, StepPolicy
-from engine.queued_scheduler import QueuedScheduler
-from engine.sequence import Sequence
-from engine.types import BlockManager, Clock, StepPlan
+from engine.parts import POLICIES, make
+from engine.policies import AdmissionPolicy, PreemptionPolicy, QueuePolicy, StepPolicy
+from engine.requests import Sequence
+from engine.running_batch import RunningBatch
+from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan, StepResult
+
+
+class QueuedScheduler(Scheduler):
+    """A scheduler that lacks only `schedule`: a queue of those that wait, a batch that runs."""
+
+    policies: ClassVar[Collection[str]] = ("queue_policy",)
+
+    def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
+        self.budget = config.max_num_batched_tokens  # positions of a step
+        self.max_decode_tokens = 1 + config.num_speculative_tokens  # positions of a decode row
+        self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
+        self.queue: QueuePolicy = make("queue_policy", config)
+        # Waiting, and not in the queue until a running request has computed a prefix of theirs.
+        self.deferred: list[tuple[Sequence, PendingPrefix]] = []
+        self._most_deferred = config.max_num_seqs
+        self._waiting: dict[int, Sequence] = {}
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._waiting or self.batch.num_running)
+
+    def add(self, seq: Sequence) -> None:
+        self.batch.check_fits(seq)
+        self.wait(seq)
+
+    def wait(self, seq: Sequence) -> None:
+        """Put a request into the queue."""
+        self._waiting[seq.request_id] = seq
+        self.queue.push(seq)
+
+    def admit(self, seq: Sequence) -> bool:
+        """Start the first of the queue; False, unchanged, if slots or blocks do not suffice."""
+        if not self.batch.admit(seq):
+            return False
+        self.queue.pop()
+        del self._waiting[seq.request_id]
+        return True
+
+    def defer(self, prefix: PendingPrefix) -> bool:
+        """Let the first of the queue wait for a prefix, and others pass; False if too many do."""
+        # A step's cost must not grow with the queue.
+        if len(self.deferred) >= self._most_deferred:
+            return False
+        self.deferred.append((self.queue.pop(), prefix))
+        return True
+
+    def rejoin(self) -> None:
+        """Put those back into the queue whose prefix has come, or never will."""
+        deferred, self.deferred = self.deferred, []
+        for seq, prefix in deferred:
+            leader = self.batch.running.get(prefix.request_id)
+            if leader is not None and leader.num_committed < prefix.num_tokens:
+                self.deferred.append((seq, prefix))
+            else:
+                self.queue.push(seq)
+
+    def prefill_begun(self, left: int) -> int:
+        """Go on with the prompts of running requests; returns what is left of `left` tokens."""
+        for seq in list(self.batch.prefilling.values()):
+            if left > 0:
+                left -= self.batch.prefill(seq, left)
+        return left
+
+    def decode_all(self, seqs: list[Sequence], left: int) -> int:
+        """Plan decode rows for all of `seqs`, with drafts; returns the positions planned.
+
+        `left` of the budget has a position for each request. Drafts may use up all of it, so plan
+        prompts before.
+        """
+        if not seqs:
+            return 0
+        # Equal shares, or the first requests of a batch would be served faster.
+        return self.batch.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+        finished = self.batch.commit(plan, result)
+        for seq in finished:
+            self.queue.ended(seq)
+        return finished
+
+    def abort(self, request_id: int) -> Sequence | None:
+        if seq := self._waiting.pop(request_id, None):
+            self.batch.finish(seq, "abort")
+            others = [entry for entry in self.deferred if entry[0] is not seq]
+            if len(others) < len(self.deferred):
+                # Popped and never run: it has to cost its user nothing.
+                self.deferred = others
+                self.queue.push(seq)
+            self.queue.discard(seq)
+        elif seq := self.batch.running.get(request_id):
+            self.batch.finish(seq, "abort")
+            self.queue.ended(seq)
+        return seq
 
 
 class ContinuousScheduler(QueuedScheduler):
     """Each step decodes the running requests and fills its token budget with prefill.
 
-    Requests join in the order of the queue policy as long as slots, blocks, budget and the
-    admission policy allow. When a running request needs a block and none is free, the victim of
-    the preemption policy gives up its blocks and is computed again later. Iteration-level
-    scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from vLLM (Kwon
-    et al., SOSP 2023), prefill in chunks beside decodes from Sarathi-Serve (Agrawal et al.,
-    OSDI 2024).
+    Iterations are from Orca (Yu et al., OSDI 2022), preemption by recomputation is from vLLM (Kwon
+    et al., SOSP 2023), prefill beside decodes from Sarathi-Serve (Agrawal et al., OSDI 2024).
     """
 
     name = "continuous"
@@ -26,9 +118,9 @@ class ContinuousScheduler(QueuedScheduler):
 
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
         super().__init__(config, block_manager, clock)
-        self._admission: AdmissionPolicy = make_policy("admission_policy", config)
-        self._preemption: PreemptionPolicy = make_policy("preemption_policy", config)
-        self._step: StepPolicy = make_policy("step_policy", config)
+        self._admission: AdmissionPolicy = make("admission_policy", config)
+        self._preemption: PreemptionPolicy = make("preemption_policy", config)
+        self._step: StepPolicy = make("step_policy", config)
         self._gap = 0
 
     def schedule(self) -> StepPlan | None:
@@ -50,10 +142,7 @@ class ContinuousScheduler(QueuedScheduler):
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
         """Plan prompts, begun ones first; returns the number of tokens."""
-        left = budget
-        for seq in list(self.batch.prefilling.values()):
-            if left > 0:
-                left -= self.batch.prefill(seq, left)
+        left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
             left -= self.batch.prefill(admitted, left)
@@ -85,3 +174,28 @@ class ContinuousScheduler(QueuedScheduler):
                 self.wait(victim)
                 num_preemptions += 1
         return num_preemptions
+
+
+class StaticScheduler(QueuedScheduler):
+    """Admits a batch and runs it to its end before it admits the next one.
+
+    A batch is the first of the queue that fit with all outputs at their limits, so no one is
+    preempted. Requests that end early leave their slots empty. The baseline of Orca.
+    """
+
+    name = "static"
+
+    def schedule(self) -> StepPlan | None:
+        batch = self.batch
+        if not batch.num_running:
+            num_blocks = 0
+            while seq := self.queue.first():
+                num_blocks += batch.most_blocks(seq)
+                if num_blocks > batch.blocks.num_blocks or not self.admit(seq):
+                    break
+        if batch.prefilling:
+            self.prefill_begun(self.budget)
+        else:
+            decodes = [seq for seq in batch.decoding.values() if batch.reserve(seq)]
+            self.decode_all(decodes, self.budget)
+        return batch.build()

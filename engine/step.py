@@ -1,7 +1,6 @@
-"""The values of a step: the plan that a scheduler writes, and the result that a runner returns.
+"""Values of a step: plan and result, frozen, picklable, without tensors.
 
-All of them are frozen, picklable and free of tensors. `engine.types` explains the vocabulary and
-exports these values too.
+`engine.types` explains the vocabulary and exports them too.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from typing import Any
 from sampling_params import SamplingParams
 from utils.errors import ContractError
 
-# Token id -> log-probability in one place: the token that stands there first, then the most likely
-# ones in falling order.
+# Token id -> log-probability at one position: the token itself first, then the likeliest in order.
 TokenLogprobs = dict[int, float]
 
 # The length limit of a request without one.
@@ -31,30 +29,18 @@ class SeedKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request enters a slot; sent once, so that later steps name the slot alone.
-
-    Attributes:
-        token_ids: all tokens known so far: the prompt and, after a preemption, the output so far.
-        seed: key of the request's sampling noise, 0 <= seed < 2**63.
-        num_output_tokens: how many of the tokens are output.
-        withheld_token_ids: tokens that may not be sampled before `sampling.min_tokens`; empty
-            without it. The scheduler finds the end of an output, so a runner need not look for it.
-        max_total_tokens: most tokens, prompt and output together. The runner keeps no token
-            beyond this length, however many positions a plan allows.
-        sample: index of this output among those of its prompt.
-        seed_kind: where the seed comes from. Noise may depend on `sample` and `seed_kind` too; that
-            of the shipped runners does not.
-    """
+    """A request enters a slot; sent once, so that later steps name the slot alone."""
 
     slot: int
     request_id: int
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # the prompt and, after a preemption, the output so far
     sampling: SamplingParams
-    seed: int
-    num_output_tokens: int = 0
-    withheld_token_ids: tuple[int, ...] = ()
-    max_total_tokens: int = NO_LIMIT
-    sample: int = 0
+    seed: int  # key of the sampling noise, 0 <= seed < 2**63
+    num_output_tokens: int = 0  # how many of the tokens are output
+    withheld_token_ids: tuple[int, ...] = ()  # not to be sampled before `sampling.min_tokens`
+    max_total_tokens: int = NO_LIMIT  # the runner keeps no token beyond this length
+    # Noise may depend on these two; that of the shipped runners does not.
+    sample: int = 0  # index of this output among those of its prompt
     seed_kind: SeedKind = SeedKind.DERIVED
 
 
@@ -62,9 +48,8 @@ class NewRequest:
 class BlockUpdate:
     """`block_ids` become entries `first_index`, `first_index + 1`, ... of a slot's block table.
 
-    `group` is the cache group whose table it is. A runner is not told when a block leaves a window:
-    its table keeps the old id, and the block may belong to another request by then. So a runner
-    must not read an entry before the kind's `first_read`.
+    A runner is not told when a block leaves a window and goes to another request: it must not read
+    positions before the `first_read` of the kind of its cache group.
     """
 
     slot: int
@@ -86,9 +71,7 @@ class BlockCopy:
 class PrefillChunk:
     """Compute positions [start, start + num_tokens) of a slot; earlier ones are in the cache.
 
-    Attributes:
-        samples: the next token is sampled: the chunk ends at the last known token, and the length
-            limit allows one more. If the limit allows none, the request ends with this chunk.
+    `samples`: the chunk ends at the last known token, and the length limit allows the next one.
     """
 
     slot: int
@@ -104,35 +87,25 @@ class StepPlan:
     A runner applies `new_requests`, then `block_updates`, then makes the `block_copies`, then
     computes the rows: the prefill chunks in order, then one row for each slot in `decode`.
 
-    A decode row starts at the first position that is not computed. The runner sampled the token of
-    that position in an earlier step. The row may compute up to `decode_tokens[i]` positions. The
-    runner drafts the tokens of the further positions. It keeps (accepts) a position if every
-    drafted token up to it equals the token that it would have sampled there.
-
-    The runner neither computes nor writes a position from `max_total_tokens - 1` on: it cuts a row
-    there, and the scheduler reserves no block for such positions.
-
-    Attributes:
-        step_id: 0, 1, 2, ... in order of planning; from 0 again after an exception, which ends all
-            requests and steps.
-        block_copies: in any order; no target is a source or another one's target. What a source
-            holds was written by earlier steps; later ones may write to it.
-        decode_tokens: most positions that each row of `decode` computes, each at least 1; empty
-            stands for 1 each.
-        poisoned_blocks: for each cache group the blocks to fill with NaN before anything else;
-            empty stands for none. Only the KV sanitizer sets it.
-        timed: the result has to have `device_seconds`.
+    A decode row starts at the first position that is not computed, whose token the runner sampled
+    in an earlier step. The row may compute up to `decode_tokens[i]` positions. The runner drafts
+    the tokens of the further ones, and keeps (accepts) a position if every drafted token up to it
+    equals the token that it would have sampled there. It cuts a row before position
+    `max_total_tokens - 1`, for which the scheduler reserves no block.
     """
 
-    step_id: int
+    step_id: int  # 0, 1, 2, ... in order of planning; from 0 again after an exception
     new_requests: tuple[NewRequest, ...] = ()
     block_updates: tuple[BlockUpdate, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
+    # In any order; no target is a source or another one's target. What a source holds was written
+    # by earlier steps; later ones may write to it.
     block_copies: tuple[BlockCopy, ...] = ()
-    decode_tokens: tuple[int, ...] = ()
+    decode_tokens: tuple[int, ...] = ()  # for each row of `decode`, at least 1; empty: 1 each
+    # For each cache group the blocks to fill with NaN first; only the KV sanitizer sets it.
     poisoned_blocks: tuple[tuple[int, ...], ...] = ()
-    timed: bool = False
+    timed: bool = False  # the result has to have `device_seconds`
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -162,62 +135,44 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """What a row has beside its tokens.
+    """What a row has beside its tokens."""
 
-    Attributes:
-        error: why the request cannot go on. It ends with finish_reason "error" and without the
-            row's tokens; the other requests of the step go on.
-        values: further results by name, e.g. hidden states or a hash of the logits: one entry for
-            each of the row's tokens, one for a last chunk that samples nothing. No option of `LLM`
-            asks for values yet; a runner decides which it reports.
-    """
-
+    # Why the request ends, with finish_reason "error" and without the row's tokens.
     error: Exception | None = None
+    # Results by name that the runner decides to report, e.g. hidden states: one entry for each of
+    # the row's tokens, one for a last chunk that samples nothing.
     values: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step produced.
-
-    Attributes:
-        tokens: for each of the plan's `sampled_slots`, in order, its new tokens: one for a chunk,
-            for a decode row one for each position kept. That is at least one, at most the row's
-            `decode_tokens`, and never more than the request's length limit allows. A position that
-            was computed and not kept is computed again by a later step.
-        ended_at: the time, on the runner's clock, from which on the host could read the result. A
-            runner that cannot see this moment gives the time at which its wait ended.
-        logprobs: as `tokens`, for each token its log-probabilities; empty lists for requests that
-            did not ask for any, None if no request did.
-        prompt_logprobs: for each of the plan's prefill chunks, those of the prompt's tokens at
-            start + 1, start + 2, ..., which the chunk's positions predict; else as `logprobs`.
-        device_seconds: how long the device worked on the step, if the plan is `timed`.
-        reports: of rows that have one, by the row's index in `StepPlan.row_slots`.
-    """
+    """What a step produced."""
 
     step_id: int
+    # For each of the plan's `sampled_slots`: one token for a chunk, for a decode row one for each
+    # position kept, at least one and never beyond the request's length limit.
     tokens: list[list[int]]
-    ended_at: float
+    ended_at: float  # on the runner's clock: when the host could read the result, or had waited
+    # For each of `tokens`; empty lists for requests that did not ask, None if no request did.
     logprobs: list[list[TokenLogprobs]] | None = None
+    # For each of the plan's chunks, those of the prompt's tokens at start + 1, start + 2, ...,
+    # which the chunk's positions predict; else as `logprobs`.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
-    device_seconds: float | None = None
+    device_seconds: float | None = None  # of the device's work, if the plan is `timed`
+    # Of rows that have one, by the row's index in `StepPlan.row_slots`.
     reports: Mapping[int, RowReport] = field(default_factory=dict)
 
     def check(self, plan: StepPlan) -> None:
-        """Refuse a result that would give tokens to the wrong request, or too many or too few.
-
-        Raises:
-            ContractError: rows or tokens are missing or too many.
-        """
+        """Refuse, by a ContractError, a result with rows or tokens that are missing or too many."""
         lengths = list(map(len, self.tokens))
         sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
         num_rows = len(sampling) + len(plan.decode)
         num_scores = num_rows if self.logprobs is None else len(self.logprobs)
         if self.step_id != plan.step_id or not len(lengths) == num_scores == num_rows:
+            found = f"with tokens of {len(lengths)} and log-probabilities of {num_scores}"
             raise ContractError(
                 f"step {plan.step_id} has {num_rows} rows that sample; its result is of step "
-                f"{self.step_id}, with tokens of {len(lengths)} and log-probabilities of "
-                f"{num_scores}"
+                f"{self.step_id}, {found}"
             )
         # Most steps: one token a row, and nothing else.
         plain = self.logprobs is None and not self.reports and not plan.decode_tokens

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from config import Config
+from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from engine.types import BlockManager, Clock, KVGeometry, StepPlan
 from memory.block_manager import PagedBlockManager
 

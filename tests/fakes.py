@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.checking.fake_runner import FakeModel
+from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from memory.block_manager import PagedBlockManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, MakeBlocks, MakeScheduler, Setting

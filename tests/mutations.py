@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[1]
 _COPIED = ("benchmarks", "engine", "layers", "memory", "models", "tests", "utils")
 # A bug that the kit cannot see in so many seconds counts as missed.
 _TIMEOUT = 300
-_BATCH, _SCHEDULER, _QUEUED = (
+_BATCH, _SCHEDULER, _POLICIES = (
     "engine/running_batch.py",
     "engine/scheduler.py",
-    "engine/queued_scheduler.py",
+    "engine/policies.py",
 )
 _PAGED, _CACHED, _PREFIX = (
     "memory/block_manager.py",
@@ -220,7 +220,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "who waits for a prefix is not told that it will not come",
-        _QUEUED,
+        _SCHEDULER,
         "if leader is not None and leader.num_committed",
         "if leader is None or leader.num_committed",
     ),
@@ -306,20 +306,28 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if needed > there + 1:",
     ),
     _bug(
-        "an aborted request stays in the queue",
-        "engine/policies/queue.py",
+        "an aborted request stays in a queue by key",
+        _POLICIES,
         "        self.waiting.remove(seq)\n",
         "        pass\n",
     ),
     _bug(
+        "an aborted request stays in the queue by arrival",
+        _POLICIES,
+        "        if not self._arrived.pop(seq.request_id, None):\n"
+        "            self._back.remove(seq)\n",
+        "        if self._back:\n            self._back.pop(0)\n        else:\n"
+        "            self._arrived.popitem(last=False)\n",
+    ),
+    _bug(
         "has_unfinished forgets those that wait",
-        _QUEUED,
+        _SCHEDULER,
         "return bool(self._waiting or self.batch.num_running)",
         "return bool(self.batch.num_running)",
     ),
     _bug(
         "starvation: prompts always come before decodes",
-        "engine/policies/step.py",
+        _POLICIES,
         "return budget if gap < self.max_gap else budget - num_decodes",
         "return budget",
         STARVATION,
@@ -333,24 +341,24 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "kept count off by one: the next row is taken to start one position early",
         _BATCH,
-        "seq.num_scheduled -= num_planned - num_kept",
-        "seq.num_scheduled -= num_planned - num_kept + 1",
+        "seq.num_scheduled -= before + num_planned - committed",
+        "seq.num_scheduled -= before + num_planned - committed + 1",
     ),
     _bug(
         "kept count forgotten: the next row is taken to start where all would have been kept",
         _BATCH,
-        "        seq.num_scheduled -= num_planned - num_kept\n",
+        "                seq.num_scheduled -= before + num_planned - committed\n",
         "",
     ),
     _bug(
         "kept count: a request that kept fewer is not decoded on",
         _BATCH,
-        "        seq.num_drafted -= num_planned - 1\n        if _goes_on(seq):\n",
-        "        seq.num_drafted -= num_planned - 1\n        if not seq:\n",
+        "seq.num_drafted -= num_planned - 1\n                if _goes_on(seq):\n",
+        "seq.num_drafted -= num_planned - 1\n                if not seq:\n",
     ),
     _bug(
         "positions forgotten in the budget: every row drafts as many as it may",
-        _QUEUED,
+        _SCHEDULER,
         "min(self.max_decode_tokens, left // len(seqs))",
         "self.max_decode_tokens",
     ),
@@ -498,7 +506,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "keep_output as a no-op",
-        "engine/sequence.py",
+        "engine/requests.py",
         "        del self.token_ids[self.num_prompt_tokens + num_tokens :]\n"
         "        del self.token_times[num_tokens:]\n"
         "        del self.logprobs[num_tokens:]\n"
@@ -515,7 +523,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "leak: the policy of fair shares keeps what it charged",
-        "engine/policies/fair_share.py",
+        _POLICIES,
         "self.charged.pop(seq.request_id)",
         "self.charged[seq.request_id]",
         LEAKS,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.static_scheduler import StaticScheduler
+from engine.scheduler import StaticScheduler
 from llm import LLM, SamplingParams
 from tests.custom_parts import OneAtATime
 from utils.errors import (

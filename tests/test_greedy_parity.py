@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.parts import PART_KINDS, POLICIES
-from engine.sequence import Sequence
+from engine.requests import Sequence
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, Greedy, random_prompts, reference_greedy
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "layers": "layers utils engine.types memory.kv_cache",
     "models": "models layers utils engine.types memory.kv_cache",
     "engine": "engine models layers memory utils config sampling_params",
-    "engine.types": "engine.sequence engine.step utils config sampling_params",
+    "engine.types": "engine.requests engine.step utils config sampling_params",
     "engine.step": "utils config sampling_params",
     "engine.ranks": "engine.ranks engine.types engine.model_runner layers utils config",
     # What every rank imports before its runner does: nothing that needs torch.

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.sequence import Sequence
+from engine.requests import Sequence
 from engine.types import StepHandle, StepPlan, StepResult
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts

@@ -22,7 +22,7 @@ class PartKind:
     Attributes:
         option: that option.
         contract: "module:Class" of what the parts implement; imported when it is needed.
-        packages: where names are looked up.
+        packages: packages or modules where names are looked up.
         auto: what "auto" takes: the first of these that can do what is asked. Empty: there is no
             "auto".
     """
@@ -64,7 +64,8 @@ class PartKind:
         """The modules of `packages`; for one that needs a package not installed, the error."""
         modules: dict[str, ModuleType | ModuleNotFoundError] = {}
         for package in self.packages:
-            for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            modules[package] = found = importlib.import_module(package)
+            for info in pkgutil.iter_modules(getattr(found, "__path__", ())):
                 name = f"{package}.{info.name}"
                 try:
                     modules[name] = importlib.import_module(name)

@@ -15,12 +15,18 @@ from benchmarks import scheduling_cost
 from benchmarks.scheduling_cost import Load
 from config import Config
 from engine.parts import PART_KINDS
-from engine.policies.base import QueuePolicy
-from engine.policies.queue import FirstCome
-from engine.sequence import Sequence
+from engine.policies import KeyedQueue, QueuePolicy
+from engine.requests import Sequence
 
 
-class Scanning(FirstCome):
+class InOrder(KeyedQueue):
+    """The requests in order of arrival."""
+
+    def key(self, seq: Sequence) -> int:
+        return seq.request_id
+
+
+class Scanning(InOrder):
     """Looks at all that wait."""
 
     name = "scanning"
@@ -30,7 +36,7 @@ class Scanning(FirstCome):
         return super().first()
 
 
-class Listing(FirstCome):
+class Listing(InOrder):
     """Looks at all that wait, and compares nothing."""
 
     name = "listing"

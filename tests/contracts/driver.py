@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from config import Config
 from engine.checking.fake_runner import FakeModel, FakeRunner
-from engine.sequence import Sequence
+from engine.requests import Sequence
 from engine.types import (
     BlockManager,
     Clock,

@@ -26,9 +26,8 @@ from engine.parts import (
     make_scheduler,
     resolve,
 )
-from engine.policies.base import Policy
-from engine.scheduler import ContinuousScheduler
-from engine.static_scheduler import StaticScheduler
+from engine.policies import Policy
+from engine.scheduler import ContinuousScheduler, StaticScheduler
 from engine.types import CacheKind, FullPages, KVGeometry, WindowPages
 from memory.block_manager import PagedBlockManager
 from memory.eviction import LFUPolicy, LRUPolicy

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from config import Config
+from engine.requests import Sequence
 from engine.running_batch import RunningBatch
-from engine.sequence import Sequence
 from engine.types import (
     BlockUpdate,
     KVGeometry,

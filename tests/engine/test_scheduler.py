@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from engine.types import StepPlan
 from memory.block_manager import PagedBlockManager
 from sampling_params import SamplingParams

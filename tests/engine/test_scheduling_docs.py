@@ -44,7 +44,7 @@ class TestTheSchedulerOfOnesOwn(SchedulerContract):
 
 
 def test_it_is_a_scheduler_in_20_lines() -> None:
-    (code,) = re.findall(r"```python\n(from engine.queued_scheduler.*?)```", PAGE, re.S)
+    (code,) = re.findall(r"```python\n(from engine.scheduler.*?)```", PAGE, re.S)
     assert len(code.splitlines()) <= 20
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from engine.sequence import Sequence
+from engine.requests import Sequence
 from sampling_params import SamplingParams
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from config import Config
-from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
-from engine.static_scheduler import StaticScheduler
+from engine.requests import Sequence
+from engine.scheduler import ContinuousScheduler, StaticScheduler
 from engine.types import KVGeometry, PendingPrefix, StepResult
 from memory.prefix_cache import PrefixCacheManager
 from memory.radix_cache import RadixCacheManager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.static_scheduler import StaticScheduler
+from engine.scheduler import StaticScheduler
 from memory.block_manager import PagedBlockManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting

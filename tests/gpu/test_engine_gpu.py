@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from engine.model_runner import StepPass
+from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from engine.types import StepPlan, StepResult
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError, OutOfMemoryError

@@ -16,7 +16,7 @@ from config import Config
 from engine.model_runner import LocalRunner
 from engine.parts import resolve
 from engine.ranks.collectives import GroupContext, gloo_context
-from engine.sequence import Sequence
+from engine.requests import Sequence
 from layers.parallel import ParallelContext
 from llm import LLM, SamplingParams
 from tests.checkpoints import VOCAB_SIZE, Checkpoints, random_prompts

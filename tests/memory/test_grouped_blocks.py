@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from config import Config
+from engine.requests import Sequence
 from engine.running_batch import RunningBatch
-from engine.sequence import Sequence
 from engine.types import NO_BLOCK, BlockUpdate, KVGeometry, StepResult, WindowPages
 from memory.block_manager import PagedBlockManager
 from memory.grouped_blocks import GroupedBlockManager, grouped

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,13 +15,17 @@ from hypothesis import strategies as st
 
 import engine.policies
 from config import Config
-from engine.policies.admission import LookAhead
-from engine.policies.base import AdmissionPolicy, PreemptionPolicy
-from engine.policies.queue import KeyedQueue
-from engine.policies.step import PrefillFirst
+from engine.policies import (
+    AdmissionPolicy,
+    FirstCome,
+    KeyedQueue,
+    LookAhead,
+    PreemptionPolicy,
+    PrefillFirst,
+)
+from engine.requests import Sequence
 from engine.running_batch import RunningBatch
 from engine.scheduler import ContinuousScheduler
-from engine.sequence import Sequence
 from engine.types import KVGeometry
 from memory.block_manager import PagedBlockManager
 from memory.prefix_cache import PrefixCacheManager
@@ -69,11 +74,15 @@ class Bench(Driver):
 
 
 def test_every_policy_is_short() -> None:
-    for path in Path(engine.policies.__path__[0]).glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef):
-                assert node.end_lineno is not None
-                assert node.end_lineno - node.lineno < 40, node.name
+    for node in ast.parse(Path(engine.policies.__file__).read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 40, node.name
+
+
+class ByArrival(KeyedQueue):
+    def key(self, seq: Sequence) -> int:
+        return seq.request_id
 
 
 class TestQueue:
@@ -95,6 +104,34 @@ class TestQueue:
         bench.add(3, 8, priority=7)
         bench.run()
         assert bench.admitted == expected
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.tuples(st.sampled_from(["new", "back", "pop", "discard"]), st.randoms())))
+    def test_fcfs_is_a_heap_by_arrival(self, moves: list[tuple[str, Random]]) -> None:
+        config, started = Config(model="none"), list[Sequence]()
+        queue, heap, waiting = FirstCome(config), ByArrival(config), list[Sequence]()
+        for number, (move, random) in enumerate(moves):
+            if move == "new":
+                seq = Sequence(number, [1], SamplingParams(), max_total_tokens=2)
+            elif move == "back" and started:
+                seq = started.pop(random.randrange(len(started)))
+            elif move == "pop" and waiting:
+                seq = queue.pop()
+                assert heap.pop() is seq
+                started.append(seq)
+            elif move == "discard" and waiting:
+                seq = random.choice(waiting)
+                queue.discard(seq)
+                heap.discard(seq)
+            else:
+                continue
+            if move in ("new", "back"):
+                queue.push(seq)
+                heap.push(seq)
+                waiting.append(seq)
+            else:
+                waiting.remove(seq)
+            assert queue.first() is heap.first()
 
     def test_a_prediction_beyond_max_tokens_is_not_believed(self) -> None:
         bench = Bench(max_num_seqs=1, queue_policy="shortest_job")

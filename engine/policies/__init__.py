@@ -1,1 +1,0 @@
-"""The decisions of a scheduler, each a short class."""
