@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, did_you_mean
-from utils.rules import Rule, boolean, check_rules, integer, is_number
+from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rules_of, share
 
 # A part is named, imported by "package.module:Class", or given as a class or factory.
 PartSpec = str | type | Callable[..., Any]
@@ -30,6 +30,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kvcache_block_size": 64,
     },
 }
+
+
+_PART = Rule(
+    lambda v: callable(v) or (isinstance(v, str) and v != ""),
+    "is neither a name nor something to construct",
+    'Give a registered name, "package.module:Class", a class or a factory.',
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,32 +95,32 @@ class Config:
     """
 
     model: str
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 512
-    max_num_batched_tokens: int = 16384
-    gpu_memory_utilization: float = 0.9
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int | None = None
-    kvcache_memory_bytes: int | None = None
-    enable_cuda_graphs: bool | None = None
-    enforce_eager: bool = False
-    enable_prefix_caching: bool | None = None
-    eviction_policy: PartSpec = "lru"
-    tensor_parallel_size: int = 1
-    attention_backend: PartSpec = "auto"
-    num_speculative_tokens: int = 0
-    pipeline_depth: int | None = None
-    seed: int = 0
-    kv_sanitizer: bool = False
-    scheduler: PartSpec = "continuous"
-    block_manager: PartSpec = "auto"
-    model_runner: PartSpec = "local"
-    queue_policy: PartSpec = "fcfs"
-    admission_policy: PartSpec = "optimistic"
-    preemption_policy: PartSpec = "latest"
-    step_policy: PartSpec = "decode_first"
+    dtype: str = ruled("auto", choice("auto", "float32", "bfloat16", "float16"))
+    device: str = ruled("auto", choice("auto", "cpu", "cuda"))
+    max_model_len: int | None = ruled(None, integer(2, optional=True))
+    max_num_seqs: int = ruled(512, integer(1))
+    max_num_batched_tokens: int = ruled(16384, integer(1))
+    gpu_memory_utilization: float = ruled(0.9, share("Use e.g. 0.9."))
+    kvcache_block_size: int = ruled(256, integer(16))
+    num_kvcache_blocks: int | None = ruled(None, integer(1, optional=True))
+    kvcache_memory_bytes: int | None = ruled(None, integer(1, optional=True))
+    enable_cuda_graphs: bool | None = ruled(None, boolean(optional=True))
+    enforce_eager: bool = ruled(False, boolean())
+    enable_prefix_caching: bool | None = ruled(None, boolean(optional=True))
+    eviction_policy: PartSpec = ruled("lru", _PART)
+    tensor_parallel_size: int = ruled(1, integer(1, 8, "One host has 8 devices at most."))
+    attention_backend: PartSpec = ruled("auto", _PART)
+    num_speculative_tokens: int = ruled(0, integer(0))
+    pipeline_depth: int | None = ruled(None, integer(0, 1, "Use 1 to overlap.", optional=True))
+    seed: int = ruled(0, integer(0))
+    kv_sanitizer: bool = ruled(False, boolean())
+    scheduler: PartSpec = ruled("continuous", _PART)
+    block_manager: PartSpec = ruled("auto", _PART)
+    model_runner: PartSpec = ruled("local", _PART)
+    queue_policy: PartSpec = ruled("fcfs", _PART)
+    admission_policy: PartSpec = ruled("optimistic", _PART)
+    preemption_policy: PartSpec = ruled("latest", _PART)
+    step_policy: PartSpec = ruled("decode_first", _PART)
 
     @staticmethod
     def from_options(model: str | Path, preset: str | None = None, **options: Any) -> Config:
@@ -133,10 +140,8 @@ class Config:
         return Config(model=str(model), **options)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(name, value, "unknown choice", did_you_mean(str(value), choices))
+        if not self.model:
+            raise ConfigError("model", self.model, "is empty", "Give a checkpoint folder.")
         check_rules(self, _RULES, ConfigError)
         size, budget = self.kvcache_block_size, self.max_num_batched_tokens
         if size % 16:
@@ -153,41 +158,9 @@ class Config:
                 raise ConfigError(one, value, problem, "Give one of the two.")
 
 
+_RULES = rules_of(Config)
 # Options that contradict each other if both are given.
 _EITHER = (
     ("enforce_eager", "enable_cuda_graphs"),
     ("num_kvcache_blocks", "kvcache_memory_bytes"),
 )
-_CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "device": ("auto", "cpu", "cuda"),
-}
-_RULES = {
-    "model": Rule(bool, "is empty", "Give a checkpoint folder."),
-    "max_model_len": integer(2, optional=True),
-    "max_num_seqs": integer(1),
-    "max_num_batched_tokens": integer(1),
-    "gpu_memory_utilization": Rule(
-        lambda v: is_number(v, 0, 1) and v > 0, "must be in (0, 1]", "Use e.g. 0.9."
-    ),
-    "kvcache_block_size": integer(16),
-    "num_kvcache_blocks": integer(1, optional=True),
-    "kvcache_memory_bytes": integer(1, optional=True),
-    "enable_cuda_graphs": boolean(optional=True),
-    "enforce_eager": boolean(),
-    "enable_prefix_caching": boolean(optional=True),
-    "tensor_parallel_size": integer(1, 8, "One host has 8 devices at most."),
-    "num_speculative_tokens": integer(0),
-    "pipeline_depth": integer(0, 1, "Use 1 to overlap.", optional=True),
-    "seed": integer(0),
-    "kv_sanitizer": boolean(),
-    **{
-        field.name: Rule(
-            lambda v: callable(v) or (isinstance(v, str) and v != ""),
-            "is neither a name nor something to construct",
-            'Give a registered name, "package.module:Class", a class or a factory.',
-        )
-        for field in fields(Config)
-        if field.type == "PartSpec"
-    },
-}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from config import Config
 from engine.llm_engine import LLMEngine
@@ -19,7 +22,6 @@ from engine.requests import (
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
-from utils.progress import Progress
 from utils.text import Prompt, Prompts, TextReader, decoder, load_tokenizer, templated, tokenized
 
 __all__ = ["LLM", "SamplingParams"]
@@ -65,17 +67,14 @@ class LLM:
         return self.engine.config
 
     def generate(
-        self,
-        prompts: Prompts,
-        sampling_params: ParamsForPrompts = None,
-        use_tqdm: bool = True,
+        self, prompts: Prompts, sampling_params: ParamsForPrompts = None, use_tqdm: bool = True
     ) -> list[dict[str, Any]]:
         """Continue every prompt.
 
         Args:
             prompts: texts, or lists of token ids, or a mixture; a single one counts as a list.
             sampling_params: for all prompts, or one per prompt; defaults if None.
-            use_tqdm: show progress, with prefill and decode rates in tokens per second.
+            use_tqdm: show a bar with prefill and decode rates in tokens per second.
 
         Returns:
             One dictionary per prompt, in order:
@@ -123,17 +122,13 @@ class LLM:
     def stream(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None
     ) -> Generator[dict[str, Any], None, None]:
-        """Continue every prompt, telling the outputs as they grow.
-
-        Args:
-            prompts, sampling_params: as of `generate`.
+        """Continue every prompt, telling the outputs as they grow; arguments as of `generate`.
 
         Returns:
             An iterator of dictionaries: `index` (of the prompt), `sample` (of its `n`), `text` and
             `token_ids` that are new, and `finish_reason`, None but for the last one of an output,
-            which has `error` as well.
-            Texts are whole characters, and put together the text that `generate` returns.
-            Closing the iterator, or dropping it, aborts what has not ended.
+            which has `error` as well. Texts are whole characters, and put together the text that
+            `generate` returns. Closing the iterator, or dropping it, aborts what has not ended.
 
         Raises:
             RequestError, StepError, EngineClosedError: as `generate`.
@@ -149,24 +144,18 @@ class LLM:
         sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
-        """Answer a conversation, or several, through the checkpoint's chat template.
+        """As `generate`, for a conversation or several in the checkpoint's chat template.
 
         Args:
             messages: dictionaries of `role` and `content`; or lists of them.
-            sampling_params, use_tqdm: as of `generate`.
-
-        Returns:
-            As `generate`, one dictionary per conversation.
 
         Raises:
             RequestError: also if the checkpoint has no chat template or it refuses the messages.
-            StepError, EngineClosedError: as `generate`.
         """
         self.engine.check_usable()
         kinds = (list, tuple)
         several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
-        conversations: list[Any] = messages if several else [messages]
-        prompts = [templated(self.tokenizer, one) for one in conversations]
+        prompts = [templated(self.tokenizer, one) for one in (messages if several else [messages])]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
@@ -186,13 +175,10 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue one request, to be run by `step` (or beside those of `generate`).
+        """Queue one request, to be run by `step` (or beside those of `generate`); errors as there.
 
         Returns:
             Its id: for `abort`, and in the output that `step` returns.
-
-        Raises:
-            RequestError, EngineClosedError: as `generate`.
         """
         # A number in a list would pass for a prompt of one token.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
@@ -268,8 +254,8 @@ class LLM:
                     # Without a tokenizer the engine refuses stop strings.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
-                    seq = self.engine.add_request(tokens, one.of_output(i), text, sample=i)
-                    groups[-1].seqs.append(seq)
+                    own = one.of_output(i) if one.n > 1 else one
+                    groups[-1].seqs.append(self.engine.add_request(tokens, own, text, sample=i))
         except BaseException:
             self.engine.drop([seq for group in groups for seq in group.seqs])
             raise
@@ -317,3 +303,34 @@ class LLM:
                 for seq in group.seqs:
                     self._unfinished.pop(seq.request_id, None)
                 group.ended.append(group)
+
+
+class Progress:
+    """The bar of a `generate` call: ended requests, and the rates of prefill and decode.
+
+    A step's time counts as prefill if the step computed prompt tokens, else as decode.
+    """
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        self._bar = tqdm(
+            total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True
+        )
+        self.close = self._bar.close
+        # Tokens and seconds.
+        self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
+        self._last = time.perf_counter()
+
+    def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
+        """Take in a committed step, which gave `num_tokens` to all requests."""
+        if self._bar.disable:
+            return
+        now = time.perf_counter()
+        if plan is not None:
+            kind = "prefill" if plan.prefill else "decode"
+            tokens, seconds = self._done[kind]
+            tokens += plan.num_prefill_tokens or num_tokens
+            self._done[kind] = tokens, seconds + now - self._last
+            rates = {k: f"{n / s:.0f} tok/s" if s else "-" for k, (n, s) in self._done.items()}
+            self._bar.set_postfix(rates, refresh=False)
+        self._last = now
+        self._bar.update(num_finished)

@@ -21,7 +21,7 @@ from engine.types import (
     StepHandle,
     StepPlan,
 )
-from memory.grouped_blocks import grouped
+from memory.cache_groups import grouped
 from sampling_params import SEED_STRIDE, SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import EngineClosedError, RequestError, StepError

@@ -172,7 +172,7 @@ class BlockManager(ABC):
     """Owns the KV blocks: which are free, and the block table of each running request.
 
     A manager has the blocks of one cache group; its constructor takes the `Config` and the
-    group's `KVGeometry`. `memory.grouped_blocks` makes one manager of those of several groups.
+    group's `KVGeometry`. `memory.cache_groups` makes one manager of those of several groups.
 
     Requests are known by their `request_id`. A request's life is `begin`, any number of `grow`
     and `commit`, then `release`. All calls are made between steps, from one thread.

@@ -31,9 +31,8 @@ from engine.types import (
 from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from llm import LLM, SamplingParams
-from memory.block_manager import PagedBlockManager
-from memory.prefix_cache import PrefixCacheManager
-from memory.window_blocks import WindowBlockManager
+from memory.block_manager import PagedBlockManager, PrefixCacheManager
+from memory.cache_groups import WindowBlockManager
 from tests.checkpoints import random_prompts
 from utils.errors import KVSanitizerError
 

@@ -11,8 +11,7 @@ from engine.scheduler import ContinuousScheduler
 from engine.sequence import Sequence
 from engine.static_scheduler import StaticScheduler
 from engine.types import KVGeometry, PendingPrefix, StepResult
-from memory.prefix_cache import PrefixCacheManager
-from memory.radix_cache import RadixCacheManager
+from memory.block_manager import PrefixCacheManager, RadixCacheManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 
