@@ -44,7 +44,7 @@ class Reference:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self._model = self._load(setting.dtype)
+        self.model = self._load(setting.dtype)
         self._exact: Any = None
         self._tolerance = TOLERANCE[setting.dtype]
 
@@ -67,7 +67,7 @@ class Reference:
         for i, (prompt, output) in enumerate(zip(work.prompts, outputs, strict=True)):
             if not output:
                 continue
-            gaps = self._gaps(self._model, prompt, output)
+            gaps = self._gaps(self.model, prompt, output)
             if not gaps.max() <= self._tolerance and self._setting.dtype != "float32":
                 # Without the memory for it the first judgement stands.
                 with suppress(torch.OutOfMemoryError):

@@ -51,42 +51,42 @@ class Load:
         config = Config(model="none", max_num_seqs=NUM_RUNNING, queue_policy=policy)
         geometry = KVGeometry(1, 1, 1, config.kvcache_block_size, 4 * NUM_RUNNING, 2)
         blocks = PrefixCacheManager(config, geometry)
-        self._scheduler = ContinuousScheduler(config, blocks, time.perf_counter)
+        self.scheduler = ContinuousScheduler(config, blocks, time.perf_counter)
         self._rng = random.Random(0)
         self._num_requests = 0
-        self._waiting: set[int] = set()
+        self.waiting: set[int] = set()
         self._ids: list[int] = []
         # The first ones have 1 to 256 tokens to go, so that they do not end together.
-        first = [self._request(1 + i) for i in range(NUM_RUNNING)]
+        first = [self.request(1 + i) for i in range(NUM_RUNNING)]
         self._step([], first)
-        self._step([], [self._request() for _ in range(num_waiting)])
+        self._step([], [self.request() for _ in range(num_waiting)])
         self.seconds.clear()
 
     def step(self) -> None:
         """One step: an abort, arrivals in place of those who left the queue, schedule, commit."""
         aborts = [self._some_waiting()] if self.num_waiting else []
-        missing = self.num_waiting - len(self._waiting) if self.num_waiting else self._num_free()
-        self._step(aborts, [self._request() for _ in range(missing)])
+        missing = self.num_waiting - len(self.waiting) if self.num_waiting else self._num_free()
+        self._step(aborts, [self.request() for _ in range(missing)])
 
     def _step(self, aborts: list[int], arrivals: list[Sequence]) -> None:
         begin = time.perf_counter()
         for request_id in aborts:
-            self._scheduler.abort(request_id)
+            self.scheduler.abort(request_id)
         for seq in arrivals:
-            self._scheduler.add(seq)
-        plan = self._scheduler.schedule()
+            self.scheduler.add(seq)
+        plan = self.scheduler.schedule()
         planned = time.perf_counter()
         assert plan is not None
         result = StepResult(plan.step_id, [[7] for _ in plan.sampled_slots], planned)
         executed = time.perf_counter()
-        self._scheduler.commit(plan, result)
+        self.scheduler.commit(plan, result)
         self.seconds.append(time.perf_counter() - executed + planned - begin)
-        self._waiting.update(seq.request_id for seq in arrivals)
-        self._waiting.difference_update(new.request_id for new in plan.new_requests)
+        self.waiting.update(seq.request_id for seq in arrivals)
+        self.waiting.difference_update(new.request_id for new in plan.new_requests)
         self._ids += [seq.request_id for seq in arrivals]
 
     def _num_free(self) -> int:
-        return NUM_RUNNING - self._scheduler.batch.num_running
+        return NUM_RUNNING - self.scheduler.batch.num_running
 
     def _some_waiting(self) -> int:
         while True:
@@ -94,11 +94,11 @@ class Load:
             request_id = self._ids[place]
             self._ids[place] = self._ids[-1]
             self._ids.pop()
-            if request_id in self._waiting:
-                self._waiting.remove(request_id)
+            if request_id in self.waiting:
+                self.waiting.remove(request_id)
                 return request_id
 
-    def _request(self, num_output: int | None = None) -> Sequence:
+    def request(self, num_output: int | None = None) -> Sequence:
         rng, request_id = self._rng, self._num_requests
         self._num_requests += 1
         prompt = [rng.randrange(_VOCAB_SIZE) for _ in range(rng.randint(48, 64))]

@@ -20,7 +20,7 @@ from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
 from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
-from engine.step_handles import HostLauncher, Launcher, StepOutput, StreamLauncher
+from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
 from engine.types import (
     BlockUpdate,
     Clock,
@@ -31,7 +31,7 @@ from engine.types import (
     StepHandle,
     StepPlan,
 )
-from layers.attention.base import AttentionSpec
+from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.forward_batch import ForwardBatch
 from layers.parallel import ParallelContext, Place
 from layers.sampler import Sampler
@@ -43,6 +43,80 @@ from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from utils.loader import load_weights
+
+
+class StepPass:
+    """What a step enqueues when its rows are known: forward pass, draw and write-back.
+
+    The runner's graphs hold it. It must not refer to the runner: a runner that is forgotten would
+    keep its memory until the garbage collector comes.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        state: DeviceState,
+        kv: list[KVLayer],
+    ) -> None:
+        self.model = model
+        self._backend = backend
+        self._sampler = sampler
+        self._state = state
+        self._kv = kv
+
+    def forward(
+        self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the sampled rows, then of `prompt_rows` [P].
+
+        Args:
+            out: where the model may put the logits.
+        """
+        # Every row of a decode is sampled.
+        wanted = rows.sampled.rows if rows.num_chunks else None
+        if prompt_rows is not None:
+            wanted = torch.cat((rows.sampled.rows, prompt_rows))
+        batch = ForwardBatch(
+            input_ids=rows.input_ids,
+            slot_mapping=rows.slot_mapping,
+            rotation=self.model.rotary.prepare(rows.positions),
+            attention=self._backend.prepare(rows.attention(self._state.tables.block_tables)),
+            kv=self._kv,
+            sampled_rows=wanted,
+            logits=out,
+        )
+        return self.model(batch)
+
+    def draw(
+        self,
+        logits: Tensor,
+        sampled: SampledRows,
+        special: SpecialRows | None = None,
+        greedy: bool = False,
+    ) -> StepOutput:
+        """Draw a step's tokens, and write them where the next step reads them.
+
+        Args:
+            greedy: every row has temperature 0.
+        """
+        if special:
+            tokens = self._state.tables.tokens
+            output = StepOutput(*special.draw(self._sampler, tokens, logits, sampled))
+        elif greedy:
+            output = StepOutput(self._sampler.greedy(logits))
+        else:
+            output = StepOutput(self._sampler(logits, sampled))
+        self._state.write(sampled, output.tokens)
+        return output
+
+    def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
+        """A whole step without options, for rows that have their header: its logits."""
+        self._state.fill(rows)
+        logits = self.forward(rows, out=out)
+        self.draw(logits, rows.sampled)
+        return logits
 
 
 class LocalRunner(ModelRunner):
@@ -94,7 +168,7 @@ class LocalRunner(ModelRunner):
             geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
             self._allocate(self._smallest(geometry))
             if config.kv_sanitizer:
-                self._poison = KVPoison(self._kv, self._state.tables, spec.block_size)
+                self._poison = KVPoison(self._cache.layers(), self._state.tables, spec.block_size)
             if self._graphs:
                 self._compile(self._graphs)
                 self._graphs.capture()
@@ -114,7 +188,7 @@ class LocalRunner(ModelRunner):
         self._closed = True
         self._launcher.close()
         self._graphs = self._poison = None
-        del self._model, self._backend, self._cache, self._kv, self._state
+        del self._model, self._backend, self._cache, self._pass, self._state
         release_device(self._device)
 
     @torch.inference_mode()
@@ -130,68 +204,18 @@ class LocalRunner(ModelRunner):
             prompt_rows = special.prompt_rows if special and special.prompts else None
             if self._graphs and prompt_rows is None and self._graphs.serves(plan):
                 logits, sampled = self._graphs.replay(plan)
-                # The graphs have drawn as if no row had options; such rows are drawn again.
-                output = self._draw(logits, sampled, special) if special else None
-                output = output or StepOutput(sampled.tokens)
+                output = StepOutput(sampled.tokens)
+                if special:
+                    # The graphs have drawn as if no row had options.
+                    output = self._pass.draw(logits, sampled, special)
             else:
                 rows = self._state.rows(plan)
-                logits = self._forward(rows, prompt_rows)
-                output = self._draw(logits, rows.sampled, special, self._state.all_greedy(plan))
+                logits = self._pass.forward(rows, prompt_rows)
+                greedy = self._state.all_greedy(plan)
+                output = self._pass.draw(logits, rows.sampled, special, greedy)
         if self._poison:
             self._poison.check(plan)
         return output
-
-    def _forward(
-        self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Enqueue the forward pass: logits of the sampled rows, then of `prompt_rows` [P].
-
-        Args:
-            out: where the model may put the logits.
-        """
-        # Every row of a decode is sampled.
-        wanted = rows.sampled.rows if rows.num_chunks else None
-        if prompt_rows is not None:
-            wanted = torch.cat((rows.sampled.rows, prompt_rows))
-        batch = ForwardBatch(
-            input_ids=rows.input_ids,
-            slot_mapping=rows.slot_mapping,
-            rotation=self._model.rotary.prepare(rows.positions),
-            attention=self._backend.prepare(rows.attention(self._state.tables.block_tables)),
-            kv=self._kv,
-            sampled_rows=wanted,
-            logits=out,
-        )
-        return self._model(batch)
-
-    def _draw(
-        self,
-        logits: Tensor,
-        sampled: SampledRows,
-        special: SpecialRows | None = None,
-        greedy: bool = False,
-    ) -> StepOutput:
-        """Enqueue the draw of a step's tokens, and write them where the next step reads them.
-
-        Args:
-            greedy: every row has temperature 0.
-        """
-        if special:
-            tokens = self._state.tables.tokens
-            output = StepOutput(*special.draw(self._sampler, tokens, logits, sampled))
-        elif greedy:
-            output = StepOutput(self._sampler.greedy(logits))
-        else:
-            output = StepOutput(self._sampler(logits, sampled))
-        self._state.write(sampled, output.tokens)
-        return output
-
-    def _plain_step(self, rows: StepRows, out: Tensor | None) -> Tensor:
-        """Enqueue a whole step without options, for rows that have their header: its logits."""
-        self._state.fill(rows)
-        logits = self._forward(rows, out=out)
-        self._draw(logits, rows.sampled)
-        return logits
 
     def _on_device(self) -> AbstractContextManager[Any]:
         if isinstance(self._launcher, StreamLauncher):
@@ -245,10 +269,11 @@ class LocalRunner(ModelRunner):
         """Make the KV cache, and the graphs that read it."""
         self._geometry = geometry
         self._cache = KVCache(geometry, self._dtype, self._device)
-        self._kv: list[KVLayer] = self._cache.layers()
+        kv = self._cache.layers()
+        self._pass = StepPass(self._model, self._backend, self._sampler, self._state, kv)
         if self._captures:
             most = self._config.max_num_batched_tokens
-            parts = self._plain_step, self._state, self._staging
+            parts = self._pass.plain, self._state, self._staging
             self._graphs = StepGraphs(*parts, most, self._weights_per_layer)
 
     def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
@@ -263,7 +288,7 @@ class LocalRunner(ModelRunner):
             self._compile(self._graphs)
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
         self._graphs = None
-        del self._cache, self._kv
+        del self._cache, self._pass
         torch.cuda.empty_cache()
         special = special_bytes(
             config.max_num_seqs, vocab_size, self._dtype.itemsize, self._parallel.size
@@ -315,7 +340,9 @@ class LocalRunner(ModelRunner):
         return [lambda: self._run(prefill), *(self._graphs.heaviest() if self._graphs else ())]
 
 
-def step_launcher(config: Config, clock: Clock, device: torch.device) -> Launcher:
+def step_launcher(
+    config: Config, clock: Clock, device: torch.device
+) -> HostLauncher | StreamLauncher:
     """How a runner starts its steps on a device.
 
     Args:

@@ -93,29 +93,33 @@ class _ChangedRows:
 
     Attributes:
         rows: [S] int64 places among the R sampled rows.
-        filters, penalties: None where no row has any.
-        num_prompt: [S] prompt lengths.
+        filters, penalizes: whether any of them has filters, or penalties.
         withheld: [3, W] int64: row of the S, token, position from which it may be chosen.
         processors: (row of the S, what to call) of those that have any.
     """
 
     rows: Tensor
-    filters: Filters | None
-    penalties: Penalties | None
-    num_prompt: Tensor
+    filters: bool
+    penalizes: bool
     withheld: Tensor | None
     processors: list[tuple[int, tuple[LogitsProcessor, ...]]]
 
     def draw(
-        self, sampler: Sampler, tokens: Tensor, logits: Tensor, sampled: SampledRows
+        self,
+        sampler: Sampler,
+        tokens: Tensor,
+        logits: Tensor,
+        sampled: SampledRows,
+        parameters: Tensor,
     ) -> Tensor:
-        """[S] int64 tokens; `logits`, whole rows, and `sampled` are those of all R."""
+        """[S] int64 tokens; `logits`, whole rows, `sampled` and `parameters` are those of all R."""
         slots, positions = sampled.slots[self.rows], sampled.positions[self.rows]
         temperatures, seeds = sampled.temperatures[self.rows], sampled.seeds[self.rows]
+        *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
-        if self.penalties:
-            known = tokens.index_select(0, slots)
-            penalize(changed, known, self.num_prompt, positions, self.penalties)
+        if self.penalizes:
+            penalties = Penalties(repetition, presence, frequency)
+            penalize(changed, tokens.index_select(0, slots), num_prompt, positions, penalties)
         if self.withheld is not None:
             row, token, first = self.withheld
             free = positions[row] >= first
@@ -124,7 +128,7 @@ class _ChangedRows:
             ids = tokens[slots[i], : positions[i]].tolist()
             for call in calls:
                 changed[i] = _processed(call, ids, changed[i])
-        least = logit_bounds(changed, self.filters) if self.filters else None
+        least = logit_bounds(changed, Filters(*filters)) if self.filters else None
         return sampler.whole(changed, temperatures, seeds, positions, least=least)
 
 
@@ -133,6 +137,7 @@ class SpecialRows:
     """The options of one step's R sampled rows, of which some have any.
 
     Attributes:
+        parameters: [8, R] float32, see `_parameters`.
         filters: of all R, neutral where they do not apply; None if there are none.
         changed: the rows that are drawn from other logits, in blocks.
         all_changed: there are no others.
@@ -141,6 +146,7 @@ class SpecialRows:
         prompt_rows, prompt_tokens: [P] int64 rows of the step, and the tokens that follow them.
     """
 
+    parameters: Tensor
     filters: Filters | None
     changed: list[_ChangedRows]
     all_changed: bool
@@ -171,7 +177,8 @@ class SpecialRows:
             least = logit_bounds(whole[:count], self.filters) if self.filters else None
             drawn = sampler(logits[:count], sampled, least=least)
         for part in self.changed:
-            drawn.index_copy_(0, part.rows, part.draw(sampler, tokens, whole[:count], sampled))
+            anew = part.draw(sampler, tokens, whole[:count], sampled, self.parameters)
+            drawn.index_copy_(0, part.rows, anew)
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
@@ -225,11 +232,19 @@ class SamplingRows:
         if not special and not prompts:
             return None
         changed = [(row, new) for row, new in special if _changes(new)]
+        filtered = [row for row, new in special if new.sampling.filters and not _changes(new)]
         scored = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
-        blocks = range(0, len(changed), BLOCK_ROWS)
+        parameters = np.ascontiguousarray(self._parameters[slots].T)
+        # With temperature 0, and so without filters, where they do not apply.
+        filters = np.zeros_like(parameters[:4])
+        filters[:, filtered] = parameters[:4, filtered]
         return SpecialRows(
-            filters=self._filters(special, len(slots)),
-            changed=[self._changed(changed[first : first + BLOCK_ROWS]) for first in blocks],
+            parameters=self._staging.upload(parameters),
+            filters=Filters(*self._staging.upload(filters)) if filtered else None,
+            changed=[
+                self._changed(changed[first : first + BLOCK_ROWS])
+                for first in range(0, len(changed), BLOCK_ROWS)
+            ],
             all_changed=len(changed) == len(slots),
             new=scored,
             prompts=prompts,
@@ -251,46 +266,27 @@ class SamplingRows:
             new = self._requests.get(chunk.slot)
             if new is not None and new.sampling.prompt_logprobs is not None:
                 last = len(new.token_ids) - new.num_output_tokens - 1
-                count = min(chunk.num_tokens, last - chunk.start)
-                if count > 0:
-                    prompts.append((i, count, new.sampling.prompt_logprobs))
-                    rows += range(row, row + count)
-                    tokens += new.token_ids[chunk.start + 1 : chunk.start + 1 + count]
+                count = max(0, min(chunk.num_tokens, last - chunk.start))
+                prompts.append((i, count, new.sampling.prompt_logprobs))
+                rows += range(row, row + count)
+                tokens += new.token_ids[chunk.start + 1 : chunk.start + 1 + count]
             row += chunk.num_tokens
-        return prompts, rows, tokens
-
-    def _filters(self, special: list[tuple[int, NewRequest]], num_sampled: int) -> Filters | None:
-        """Filters of all rows, with temperature 0, and so none, where they do not apply."""
-        rows = [(row, q) for row, q in special if q.sampling.filters and not _changes(q)]
-        if not rows:
-            return None
-        columns = np.zeros((4, num_sampled), dtype=np.float32)
-        columns[:, [row for row, _ in rows]] = self._parameters[[q.slot for _, q in rows], :4].T
-        return Filters(*self._staging.upload(columns))
+        return (prompts, rows, tokens) if rows else ([], [], [])
 
     def _changed(self, rows: list[tuple[int, NewRequest]]) -> _ChangedRows:
-        requests = [new for _, new in rows]
+        options = [new.sampling for _, new in rows]
         withheld = [
             (i, token, len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens)
-            for i, q in enumerate(requests)
+            for i, (_, q) in enumerate(rows)
             for token in q.withheld_token_ids
         ]
-        parameters = self._parameters[[q.slot for q in requests]]
-        *filters, repetition, presence, frequency, num_prompt = self._staging.upload(
-            np.ascontiguousarray(parameters.T)
-        )
-        penalties = Penalties(repetition, presence, frequency)
+        calls = [(i, tuple(s.logits_processors)) for i, s in enumerate(options)]
         return _ChangedRows(
             rows=self._int64([row for row, _ in rows]),
-            filters=Filters(*filters) if any(q.sampling.filters for q in requests) else None,
-            penalties=penalties if any(q.sampling.penalizes for q in requests) else None,
-            num_prompt=num_prompt,
+            filters=any(s.filters for s in options),
+            penalizes=any(s.penalizes for s in options),
             withheld=self._int64(list(zip(*withheld, strict=True))) if withheld else None,
-            processors=[
-                (i, tuple(q.sampling.logits_processors))
-                for i, q in enumerate(requests)
-                if q.sampling.logits_processors
-            ],
+            processors=[(i, some) for i, some in calls if some],
         )
 
     def _int64(self, values: Any) -> Tensor:
@@ -304,7 +300,10 @@ def _changes(new: NewRequest) -> bool:
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:
-    """A request's columns; float32 holds integers up to 2^24 exactly."""
+    """Filters (temperature, top_k, top_p, min_p), penalties and prompt length of a request.
+
+    float32 holds integers up to 2^24 exactly.
+    """
     s = new.sampling
     num_prompt = len(new.token_ids) - new.num_output_tokens
     # A top_p that float32 took for 0 would be reached by nothing.

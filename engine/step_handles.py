@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,41 +28,27 @@ class StepOutput:
         return StepResult(step_id, tokens, ended_at, new, prompt, device_seconds)
 
 
-class Launcher(ABC):
-    """Starts steps, one after the other.
+Step = Callable[[], StepOutput]
+
+
+class HostLauncher:
+    """Runs steps on the host: inside `launch`, or in one worker thread while the caller goes on.
 
     Args:
         clock: the runner's.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    @abstractmethod
-    def launch(
-        self, step_id: int, step: Callable[[], StepOutput], *, timed: bool = False
-    ) -> StepHandle:
-        """Start `step`, whose output is on the device.
-
-        Args:
-            timed: the result tells how long the device worked on it.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Wait for what was started."""
-
-
-class HostLauncher(Launcher):
-    """Runs steps on the host: inside `launch`, or in one worker thread while the caller goes on."""
-
     def __init__(self, clock: Clock, *, in_thread: bool) -> None:
-        super().__init__(clock)
+        self._clock = clock
         self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
 
-    def launch(
-        self, step_id: int, step: Callable[[], StepOutput], *, timed: bool = False
-    ) -> StepHandle:
+    def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
+        """Start a step.
+
+        Args:
+            timed: the result tells how long the device worked on the step.
+        """
+
         def run() -> StepResult:
             begin = self._clock()
             output = step()
@@ -80,16 +65,17 @@ class HostLauncher(Launcher):
         return _HostStep(step_id, ended)
 
     def close(self) -> None:
+        """Wait for what was started."""
         if self._worker is not None:
             self._worker.shutdown()
 
 
+@dataclass(slots=True)
 class _HostStep(StepHandle):
     """A step that runs on the host, or has ended there or failed."""
 
-    def __init__(self, step_id: int, ended: Future[StepResult]) -> None:
-        self._step_id = step_id
-        self._ended = ended
+    _step_id: int
+    _ended: Future[StepResult]
 
     def result(self) -> StepResult:
         try:
@@ -101,7 +87,7 @@ class _HostStep(StepHandle):
         return self._ended.done()
 
 
-class StreamLauncher(Launcher):
+class StreamLauncher:
     """Enqueues steps on a CUDA stream of its own and copies their output back behind them.
 
     Args:
@@ -112,7 +98,7 @@ class StreamLauncher(Launcher):
     """
 
     def __init__(self, clock: Clock, device: torch.device, max_tokens: int, in_flight: int) -> None:
-        super().__init__(clock)
+        self._clock = clock
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._results = [
             (
@@ -123,9 +109,8 @@ class StreamLauncher(Launcher):
         ]
         self._turn = 0
 
-    def launch(
-        self, step_id: int, step: Callable[[], StepOutput], *, timed: bool = False
-    ) -> StepHandle:
+    def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
+        """As `HostLauncher.launch`."""
         self._turn = (self._turn + 1) % len(self._results)
         buffer, done = self._results[self._turn]
         work = (_timer(), _timer()) if timed else None
@@ -149,26 +134,20 @@ class StreamLauncher(Launcher):
         return _StreamStep(step_id, StepOutput(pinned, scores), done, self._clock, work)
 
     def close(self) -> None:
+        """Wait for what was started."""
         self.stream.synchronize()
 
 
+@dataclass(slots=True)
 class _StreamStep(StepHandle):
     """A step enqueued on a stream, its output on its way to pinned memory."""
 
-    def __init__(
-        self,
-        step_id: int,
-        output: StepOutput,
-        done: torch.cuda.Event,
-        clock: Clock,
-        work: tuple[torch.cuda.Event, torch.cuda.Event] | None,
-    ) -> None:
-        self._step_id = step_id
-        self._output = output
-        self._done = done
-        self._clock = clock
-        self._work = work
-        self._ended_at: float | None = None
+    _step_id: int
+    _output: StepOutput
+    _done: torch.cuda.Event
+    _clock: Clock
+    _work: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    _ended_at: float | None = None
 
     def result(self) -> StepResult:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class RecordingRunner(LocalRunner):
         self.logits: Logits = {}
         self.plans: list[StepPlan] = []
         self._requests: dict[int, int] = {}
-        self._model: Any = _AllRows(self._model, self._keep)
+        self._pass.model = cast(Any, _AllRows(self._pass.model, self._keep))
 
     def _run(self, plan: StepPlan) -> StepOutput:
         self.plans.append(plan)

@@ -174,7 +174,7 @@ def test_a_wrong_token_takes_the_rate_away(setting: Setting) -> None:
 def test_a_reference_of_nan_vouches_for_nothing(setting: Setting, where: Any) -> None:
     reference = Reference(setting)
     right = Transformers(setting).generate(WORK)
-    model = reference._model
+    model = reference.model
 
     def broken(ids: Any, logits_to_keep: int) -> Any:
         out = model(ids, logits_to_keep=logits_to_keep)
@@ -182,7 +182,7 @@ def test_a_reference_of_nan_vouches_for_nothing(setting: Setting, where: Any) ->
         return out
 
     broken.device = model.device  # type: ignore[attr-defined]
-    reference._model = broken
+    reference.model = broken
     with pytest.raises(WrongOutputError, match="misses the reference's largest logit by nan"):
         reference.judge(WORK, right)
 
@@ -194,7 +194,7 @@ def test_what_seems_wrong_in_half_precision_is_judged_in_float32(
     right = Transformers(setting).generate(WORK)
     right[1][2] ^= off
     reference = Reference(replace(setting, dtype="bfloat16"))
-    model = reference._model
+    model = reference.model
 
     def rounded(ids: Any, logits_to_keep: int) -> Any:
         out = model(ids, logits_to_keep=logits_to_keep)
@@ -203,7 +203,7 @@ def test_what_seems_wrong_in_half_precision_is_judged_in_float32(
         return out
 
     rounded.device = model.device  # type: ignore[attr-defined]
-    reference._model = rounded
+    reference.model = rounded
     if off:
         with pytest.raises(WrongOutputError, match="token 2 of request 1"):
             reference.judge(WORK, right)

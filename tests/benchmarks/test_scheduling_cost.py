@@ -97,10 +97,9 @@ def test_the_queue_keeps_its_length() -> None:
     load = Load("fcfs", 50)
     for _ in range(30):
         load.step()
-    scheduler = load._scheduler
     # One may have been admitted since the last arrivals.
-    assert len(load._waiting) == len(scheduler._waiting) in (49, 50)
-    assert scheduling_cost.NUM_RUNNING - scheduler.batch.num_running in (0, 1)
+    assert len(load.waiting) in (49, 50)
+    assert scheduling_cost.NUM_RUNNING - load.scheduler.batch.num_running in (0, 1)
     assert len(load.seconds) == 30
 
 
@@ -110,7 +109,7 @@ def test_every_queue_forgets_the_aborted() -> None:
         queue = make(Config(model="none"))
         load = Load("fcfs", 0)
         for _ in range(500):
-            seq = load._request()
+            seq = load.request()
             queue.push(seq)
             seq.finish_reason = "abort"
             queue.discard(seq)

@@ -12,7 +12,7 @@ import torch
 from config import Config
 from engine.model_runner import step_launcher
 from engine.sampling_rows import StepScores
-from engine.step_handles import Launcher, StepOutput, StreamLauncher
+from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
 from engine.types import StepHandle
 from layers.logits import TokenScores
 from tests.engine import fake_cuda
@@ -35,7 +35,7 @@ def _launcher(in_flight: int) -> StreamLauncher:
 class _Steps:
     """Launches steps as a captured one is: each overwrites the tokens of the one before."""
 
-    def __init__(self, launcher: Launcher, stream: FakeStream) -> None:
+    def __init__(self, launcher: HostLauncher | StreamLauncher, stream: FakeStream) -> None:
         self._launcher = launcher
         self._stream = stream
         self._tokens = torch.zeros(MAX_TOKENS, dtype=torch.int64)
@@ -67,7 +67,7 @@ class _Steps:
         return self.outstanding[0][0].done()
 
 
-def _runner_launcher(depth: int) -> Launcher:
+def _runner_launcher(depth: int) -> HostLauncher | StreamLauncher:
     """What a runner on CUDA launches with."""
     config = Config(model="model", max_num_seqs=MAX_TOKENS, pipeline_depth=depth)
     return step_launcher(config, time.perf_counter, CUDA)
@@ -85,7 +85,7 @@ def test_as_many_results_as_promised_may_be_outstanding(stream: FakeStream, in_f
             steps.land()
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [0, 1])
 def test_of_a_runner_a_step_more_may_be_outstanding_than_the_engine_launches(
     stream: FakeStream, depth: int
 ) -> None:
