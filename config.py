@@ -31,7 +31,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-
 _PART = Rule(
     lambda v: callable(v) or (isinstance(v, str) and v != ""),
     "is neither a name nor something to construct",
@@ -46,49 +45,37 @@ class Config:
     Attributes:
         model: checkpoint folder, or a hub name already in (or fetchable to) the local hub cache.
         dtype: of weights, activations and KV cache. "auto": the checkpoint's own on CUDA,
-            float32 on CPU (where half precision is rarely faster and never more exact).
+            float32 on CPU.
         device: "auto" takes CUDA when there is a usable device.
         max_model_len: context window in tokens, prompt and output together. None: 4096, or the
             checkpoint's own limit if that is smaller.
         max_num_seqs: most requests running at once.
-        max_num_batched_tokens: most positions computed in one step, drafted ones included; longer
-            prompts take several steps.
-        gpu_memory_utilization: share of the device memory that weights, activations, graphs
-            and KV cache may take together (CUDA only).
+        max_num_batched_tokens: most positions computed in one step, drafted ones included.
+        gpu_memory_utilization: share of the device memory that the engine takes (CUDA only).
         kvcache_block_size: tokens per KV block, a multiple of 16.
-        num_kvcache_blocks: KV blocks; None derives them from kvcache_memory_bytes or, on CUDA,
-            from gpu_memory_utilization.
-        kvcache_memory_bytes: bytes for the KV cache of one device, instead of
-            num_kvcache_blocks. If neither is given on a CPU: enough for max_num_seqs full
-            contexts, at most 1 GiB.
-        enable_cuda_graphs: replay captured graphs for decodes and short prefills. None: wherever
-            possible.
-        enforce_eager: never capture graphs.
+        num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, in blocks or
+            bytes. Neither: on CUDA what gpu_memory_utilization leaves, on a CPU enough for
+            max_num_seqs full contexts, at most 1 GiB.
+        enable_cuda_graphs: capture decodes and short prefills. None: wherever possible.
+        enforce_eager: never capture.
         enable_prefix_caching: share KV blocks between equal prefixes. None: on, unless the block
             manager cannot.
         eviction_policy: which cached block is given up first: "lru" the least recently used,
-            "lfu" the least often found, "cost" the cheapest to compute again; or as for
-            attention_backend.
+            "lfu" the least often found, "cost" the cheapest to compute again.
         tensor_parallel_size: devices that share one model, 1 to 8; each has a process of its own.
-        attention_backend: name, "package.module:Class", class or factory; "auto" takes the
-            fastest that works here.
+        attention_backend: "auto" takes the fastest that works here.
         num_speculative_tokens: most positions that a decode row computes beyond its one. The runner
             drafts their tokens and keeps those that it would have sampled; the output is the same.
-            Other runners refuse it: only "fake" and "simulated" draft today.
+            Only the runners "fake" and "simulated" draft today; others refuse it.
         pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
             previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
         seed: base of the noise of requests without a seed of their own.
-        kv_sanitizer: check every use of a KV block and poison dead ones with NaN; for finding
-            mistakes, at the cost of waiting for the device after every step.
-        scheduler, block_manager, model_runner: the parts, as for attention_backend. Schedulers are
-            "continuous" and "static"; runners "local", and "fake" and "simulated" without a device.
-            The block manager "auto" is "prefix", or "paged" with enable_prefix_caching=False.
-        queue_policy: who runs next: "fcfs", "priority", "shortest_prompt", "shortest_job",
-            "fair_share", or one of your own, as for attention_backend.
-        admission_policy: how many run at once: "optimistic", "reserve", "lookahead".
-        preemption_policy: who gives up its blocks: "latest", "lowest_priority",
-            "fewest_computed".
-        step_policy: what a step computes first: "decode_first", "prefill_first".
+        kv_sanitizer: check every use of a KV block and poison dead ones with NaN; slow.
+        scheduler, model_runner: "continuous" or "static"; "local", or "fake" and "simulated"
+            without a device.
+        block_manager: "auto" is "prefix", or "paged" with enable_prefix_caching=False.
+        queue_policy, admission_policy, preemption_policy, step_policy: who runs next, how many run
+            at once, who gives up its blocks, what a step computes first (docs/scheduling.md).
 
     Raises:
         ConfigError: an option is out of range or contradicts another.

@@ -55,20 +55,19 @@ class SamplingParams:
     top_p, min_p. Equally likely tokens at the border of top_k or top_p are all kept.
 
     Attributes:
-        temperature: 0 takes the most likely token (greedy); above 0, up to 10,000, it divides
-            the logits.
-        top_p: keep the most likely tokens up to this share of the probability, in (0, 1].
+        temperature: 0 takes the most likely token (greedy); above 0 it divides the logits.
+        top_p: keep the most likely tokens up to this share of the probability.
         top_k: keep this many of the most likely tokens; 0 or -1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
-        repetition_penalty: 1e-6 to 1e6; logits of tokens in prompt or output are divided by it if
-            positive, multiplied if negative. 1 changes nothing.
-        presence_penalty: in [-2, 2]; subtracted from the logit of every token in the output.
-        frequency_penalty: in [-2, 2]; the same, times its count in the output.
-        seed: key of the request's noise, 0 <= seed < 2**63. Equal seeds give equal noise at
-            equal positions, whatever the request is batched with. None takes one from the
-            engine's own `seed` and the order of arrival. Of `n` outputs the first has this one.
-        max_tokens: most tokens to generate. None generates up to the engine's
-            `max_model_len`; it is the only value that is fitted to the context window.
+        min_p: keep tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: logits of tokens in prompt or output are divided by it if positive,
+            multiplied if negative.
+        presence_penalty: subtracted from the logit of every token in the output.
+        frequency_penalty: the same, times its count in the output.
+        seed: key of the request's noise. Equal seeds give equal noise at equal positions, whatever
+            the request is batched with. None takes one from the engine's own `seed` and the order
+            of arrival. Of `n` outputs the first has this one.
+        max_tokens: most tokens to generate. None generates up to the engine's `max_model_len`; it
+            is the only value that is fitted to the context window.
         min_tokens: before so many, tokens that would end the request are not chosen and stop
             strings do not end it.
         stop: a text, or several, that ends the output; it is not part of the text. The tokens
@@ -76,23 +75,21 @@ class SamplingParams:
         stop_token_ids: tokens that end the output as an end-of-sequence token does.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return the log-probability of each generated token and of so many most likely
-            ones; 0 for that of the token alone. They are the model's own, before penalties,
-            temperature and filters.
+            ones. They are the model's own, before penalties, temperature and filters.
         prompt_logprobs: the same for the prompt's tokens, all but the first. Such a request
             takes nothing from the prefix cache, and a step holds the logits of all its tokens at
             once: lower `max_num_batched_tokens` where memory is short.
         n: outputs for the prompt, which is computed once as far as the prefix cache goes.
-        logits_processors: for experiments: callables `(token_ids, logits) -> logits` on the
-            tokens so far and one row of float32 logits, which run in the engine's step.
+        logits_processors: callables `(token_ids, logits) -> logits` on the tokens so far and one
+            row of float32 logits, which run in the engine's step.
         priority: higher runs first and is preempted last, under policies that ask for it.
         user: whose request it is, for policies that share the engine between users.
         cache_salt: requests share cached prefixes only with those of an equal salt.
-        predicted_tokens: a guess of the output's length, for policies that order or admit by
-            it; it never ends the request. None stands for `max_tokens`.
-        penalizes: derived: whether tokens that were there already change the logits.
-        filters: derived: whether top_k, top_p or min_p keep some tokens from being drawn.
-        needs_logits: derived: whether filters, penalties, log-probabilities or the like rule out
-            plain Gumbel-max.
+        predicted_tokens: a guess of the output's length for scheduling policies; it never ends
+            the request. None stands for `max_tokens`.
+        penalizes: derived: tokens that were there already change the logits.
+        filters: derived: top_k, top_p or min_p keep some tokens from being drawn.
+        needs_logits: derived: plain Gumbel-max sampling is not enough.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
@@ -151,15 +148,9 @@ class SamplingParams:
 
     @staticmethod
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
-        """The defaults that a checkpoint's generation_config.json asks for.
+        """The defaults that a checkpoint's generation_config.json, if any, asks for.
 
-        Args:
-            folder: the checkpoint. One without that file asks for nothing.
-            overrides: values that take precedence.
-
-        Raises:
-            RequestError: a value is out of range.
-            CheckpointError: the file is unusable.
+        Overrides take precedence. A CheckpointError says that the file is unusable.
         """
         # Here, as it imports transformers.
         from utils.checkpoint import generation_config

@@ -100,9 +100,6 @@ class CachingBlockManager(PagedBlockManager):
     equal blocks computed side by side only the first is published. A block is found through the
     one before it, so a hit is exact: the tokens of all blocks up to it were compared.
 
-    If all blocks of a prompt are found, the last one is copied: its last token has to be computed
-    once more, and nothing may be written to what others share.
-
     Subclasses keep the index: `find`, `link` and `unlink`.
     """
 
@@ -229,7 +226,11 @@ class CachingBlockManager(PagedBlockManager):
             request.publishes, request.next_block = False, None
 
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
-        """Hold a copy of the last hit in its place, or nothing; tokens to be computed again."""
+        """Of a prompt found whole, hold a copy of the last block or nothing in its place.
+
+        Its last token is computed again, and nothing may be written to what others share. Returns
+        how many tokens have to be computed.
+        """
         table = self._tables[request_id]
         source = table.pop()
         if self.block_size > 1 and self.num_free_blocks:

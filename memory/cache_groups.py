@@ -11,8 +11,8 @@ from utils.errors import ContractError
 class WindowBlockManager(PagedBlockManager):
     """Gives a request's blocks back as they leave its window, without prefix caching.
 
-    A request gets blocks for its whole prompt when it is admitted, and gives them back as its
-    prefill is committed. So a window group needs as many blocks as its longest request at first.
+    A request is admitted with blocks for its whole prompt. So a window group needs as many blocks
+    as its longest request.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:

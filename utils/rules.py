@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any, TypeVar
 
 from utils.errors import FieldError, did_you_mean
@@ -21,7 +22,7 @@ class Rule:
 
 
 def ruled(default: T, rule: Rule) -> T:
-    """A field of a dataclass, with a default and a rule."""
+    """A field of a dataclass with a rule."""
     return field(default=default, metadata={"rule": rule})
 
 
@@ -49,13 +50,11 @@ def _is_number(value: Any, low: float, high: float) -> bool:
     return (is_int(value) or isinstance(value, float)) and low <= value <= high
 
 
-def integer(low: int, high: int | None = None, fix: str = "", *, optional: bool = False) -> Rule:
-    """Integers from `low` on, to `high` if it is given, and None if `optional`."""
-    words = f">= {low}" if high is None else f"from {low} to {high}"
+def integer(low: int, high: float = inf, fix: str = "", *, optional: bool = False) -> Rule:
+    """Integers from `low` to `high`, and None if `optional`."""
+    words = f">= {low}" if high == inf else f"from {low} to {high}"
     return Rule(
-        lambda v: (
-            optional if v is None else is_int(v) and low <= v <= (v if high is None else high)
-        ),
+        lambda v: optional if v is None else is_int(v) and low <= v <= high,
         f"must be an integer {words}" + (" or None" if optional else ""),
         fix or f"Use {low} or more.",
     )
