@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, did_you_mean
-from utils.rules import Rule, boolean, check_rules, integer, is_number
+from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rules_of, share
 
 # A part is named, imported by "package.module:Class", or given as a class or factory.
 PartSpec = str | type | Callable[..., Any]
@@ -31,6 +31,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+_PART = Rule(
+    lambda v: callable(v) or (isinstance(v, str) and v != ""),
+    "is neither a name nor something to construct",
+    'Give a registered name, "package.module:Class", a class or a factory.',
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -39,81 +45,69 @@ class Config:
     Attributes:
         model: checkpoint folder, or a hub name already in (or fetchable to) the local hub cache.
         dtype: of weights, activations and KV cache. "auto": the checkpoint's own on CUDA,
-            float32 on CPU (where half precision is rarely faster and never more exact).
+            float32 on CPU.
         device: "auto" takes CUDA when there is a usable device.
         max_model_len: context window in tokens, prompt and output together. None: 4096, or the
             checkpoint's own limit if that is smaller.
         max_num_seqs: most requests running at once.
-        max_num_batched_tokens: most positions computed in one step, drafted ones included; longer
-            prompts take several steps.
-        gpu_memory_utilization: share of the device memory that weights, activations, graphs
-            and KV cache may take together (CUDA only).
+        max_num_batched_tokens: most positions computed in one step, drafted ones included.
+        gpu_memory_utilization: share of the device memory that the engine takes (CUDA only).
         kvcache_block_size: tokens per KV block, a multiple of 16.
-        num_kvcache_blocks: KV blocks; None derives them from kvcache_memory_bytes or, on CUDA,
-            from gpu_memory_utilization.
-        kvcache_memory_bytes: bytes for the KV cache of one device, instead of
-            num_kvcache_blocks. If neither is given on a CPU: enough for max_num_seqs full
-            contexts, at most 1 GiB.
-        enable_cuda_graphs: replay captured graphs for decodes and short prefills. None: wherever
-            possible.
-        enforce_eager: never capture graphs.
+        num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, in blocks or
+            bytes. Neither: on CUDA what gpu_memory_utilization leaves, on a CPU enough for
+            max_num_seqs full contexts, at most 1 GiB.
+        enable_cuda_graphs: capture decodes and short prefills. None: wherever possible.
+        enforce_eager: never capture.
         enable_prefix_caching: share KV blocks between equal prefixes. None: on, unless the block
             manager cannot.
         eviction_policy: which cached block is given up first: "lru" the least recently used,
-            "lfu" the least often found, "cost" the cheapest to compute again; or as for
-            attention_backend.
+            "lfu" the least often found, "cost" the cheapest to compute again.
         tensor_parallel_size: devices that share one model, 1 to 8; each has a process of its own.
-        attention_backend: name, "package.module:Class", class or factory; "auto" takes the
-            fastest that works here.
+        attention_backend: "auto" takes the fastest that works here.
         num_speculative_tokens: most positions that a decode row computes beyond its one. The runner
             drafts their tokens and keeps those that it would have sampled; the output is the same.
-            Other runners refuse it: only "fake" and "simulated" draft today.
+            Only the runners "fake" and "simulated" draft today; others refuse it.
         pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
             previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
         seed: base of the noise of requests without a seed of their own.
-        kv_sanitizer: check every use of a KV block and poison dead ones with NaN; for finding
-            mistakes, at the cost of waiting for the device after every step.
-        scheduler, block_manager, model_runner: the parts, as for attention_backend. Schedulers are
-            "continuous" and "static"; runners "local", and "fake" and "simulated" without a device.
-            The block manager "auto" is "prefix", or "paged" with enable_prefix_caching=False.
-        queue_policy: who runs next: "fcfs", "priority", "shortest_prompt", "shortest_job",
-            "fair_share", or one of your own, as for attention_backend.
-        admission_policy: how many run at once: "optimistic", "reserve", "lookahead".
-        preemption_policy: who gives up its blocks: "latest", "lowest_priority",
-            "fewest_computed".
-        step_policy: what a step computes first: "decode_first", "prefill_first".
+        kv_sanitizer: check every use of a KV block and poison dead ones with NaN; slow.
+        scheduler, model_runner: "continuous" or "static"; "local", or "fake" and "simulated"
+            without a device.
+        block_manager: "auto" is "prefix", or "paged" with enable_prefix_caching=False.
+        queue_policy, admission_policy, preemption_policy, step_policy: who runs next, how many run
+            at once, who gives up its blocks, what a step computes first (docs/scheduling.md).
 
     Raises:
         ConfigError: an option is out of range or contradicts another.
     """
 
     model: str
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 512
-    max_num_batched_tokens: int = 16384
-    gpu_memory_utilization: float = 0.9
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int | None = None
-    kvcache_memory_bytes: int | None = None
-    enable_cuda_graphs: bool | None = None
-    enforce_eager: bool = False
-    enable_prefix_caching: bool | None = None
-    eviction_policy: PartSpec = "lru"
-    tensor_parallel_size: int = 1
-    attention_backend: PartSpec = "auto"
-    num_speculative_tokens: int = 0
-    pipeline_depth: int | None = None
-    seed: int = 0
-    kv_sanitizer: bool = False
-    scheduler: PartSpec = "continuous"
-    block_manager: PartSpec = "auto"
-    model_runner: PartSpec = "local"
-    queue_policy: PartSpec = "fcfs"
-    admission_policy: PartSpec = "optimistic"
-    preemption_policy: PartSpec = "latest"
-    step_policy: PartSpec = "decode_first"
+    dtype: str = ruled("auto", choice("auto", "float32", "bfloat16", "float16"))
+    device: str = ruled("auto", choice("auto", "cpu", "cuda"))
+    max_model_len: int | None = ruled(None, integer(2, optional=True))
+    max_num_seqs: int = ruled(512, integer(1))
+    max_num_batched_tokens: int = ruled(16384, integer(1))
+    gpu_memory_utilization: float = ruled(0.9, share("Use e.g. 0.9."))
+    kvcache_block_size: int = ruled(256, integer(16))
+    num_kvcache_blocks: int | None = ruled(None, integer(1, optional=True))
+    kvcache_memory_bytes: int | None = ruled(None, integer(1, optional=True))
+    enable_cuda_graphs: bool | None = ruled(None, boolean(optional=True))
+    enforce_eager: bool = ruled(False, boolean())
+    enable_prefix_caching: bool | None = ruled(None, boolean(optional=True))
+    eviction_policy: PartSpec = ruled("lru", _PART)
+    tensor_parallel_size: int = ruled(1, integer(1, 8, "One host has 8 devices at most."))
+    attention_backend: PartSpec = ruled("auto", _PART)
+    num_speculative_tokens: int = ruled(0, integer(0))
+    pipeline_depth: int | None = ruled(None, integer(0, 1, "Use 1 to overlap.", optional=True))
+    seed: int = ruled(0, integer(0))
+    kv_sanitizer: bool = ruled(False, boolean())
+    scheduler: PartSpec = ruled("continuous", _PART)
+    block_manager: PartSpec = ruled("auto", _PART)
+    model_runner: PartSpec = ruled("local", _PART)
+    queue_policy: PartSpec = ruled("fcfs", _PART)
+    admission_policy: PartSpec = ruled("optimistic", _PART)
+    preemption_policy: PartSpec = ruled("latest", _PART)
+    step_policy: PartSpec = ruled("decode_first", _PART)
 
     @staticmethod
     def from_options(model: str | Path, preset: str | None = None, **options: Any) -> Config:
@@ -133,10 +127,8 @@ class Config:
         return Config(model=str(model), **options)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(name, value, "unknown choice", did_you_mean(str(value), choices))
+        if not self.model:
+            raise ConfigError("model", self.model, "is empty", "Give a checkpoint folder.")
         check_rules(self, _RULES, ConfigError)
         size, budget = self.kvcache_block_size, self.max_num_batched_tokens
         if size % 16:
@@ -153,41 +145,9 @@ class Config:
                 raise ConfigError(one, value, problem, "Give one of the two.")
 
 
+_RULES = rules_of(Config)
 # Options that contradict each other if both are given.
 _EITHER = (
     ("enforce_eager", "enable_cuda_graphs"),
     ("num_kvcache_blocks", "kvcache_memory_bytes"),
 )
-_CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "device": ("auto", "cpu", "cuda"),
-}
-_RULES = {
-    "model": Rule(bool, "is empty", "Give a checkpoint folder."),
-    "max_model_len": integer(2, optional=True),
-    "max_num_seqs": integer(1),
-    "max_num_batched_tokens": integer(1),
-    "gpu_memory_utilization": Rule(
-        lambda v: is_number(v, 0, 1) and v > 0, "must be in (0, 1]", "Use e.g. 0.9."
-    ),
-    "kvcache_block_size": integer(16),
-    "num_kvcache_blocks": integer(1, optional=True),
-    "kvcache_memory_bytes": integer(1, optional=True),
-    "enable_cuda_graphs": boolean(optional=True),
-    "enforce_eager": boolean(),
-    "enable_prefix_caching": boolean(optional=True),
-    "tensor_parallel_size": integer(1, 8, "One host has 8 devices at most."),
-    "num_speculative_tokens": integer(0),
-    "pipeline_depth": integer(0, 1, "Use 1 to overlap.", optional=True),
-    "seed": integer(0),
-    "kv_sanitizer": boolean(),
-    **{
-        field.name: Rule(
-            lambda v: callable(v) or (isinstance(v, str) and v != ""),
-            "is neither a name nor something to construct",
-            'Give a registered name, "package.module:Class", a class or a factory.',
-        )
-        for field in fields(Config)
-        if field.type == "PartSpec"
-    },
-}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from config import Config
 from engine.llm_engine import LLMEngine
@@ -19,7 +22,6 @@ from engine.requests import (
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, RequestError
-from utils.progress import Progress
 from utils.text import Prompt, Prompts, TextReader, decoder, load_tokenizer, templated, tokenized
 
 __all__ = ["LLM", "SamplingParams"]
@@ -32,9 +34,7 @@ class LLM:
             for out in llm.generate(["def add(a, b):"], SamplingParams(temperature=0)):
                 print(out["text"])
 
-    Args:
-        model: checkpoint folder or hub name.
-        options: any field of `Config`, and `preset` for several at once (docs/presets.md).
+    Options are the fields of `Config`, and `preset` for several at once (docs/presets.md).
 
     Attributes:
         engine: what runs below, with its parts: requests one by one, as `Sequence`, and steps that
@@ -65,35 +65,19 @@ class LLM:
         return self.engine.config
 
     def generate(
-        self,
-        prompts: Prompts,
-        sampling_params: ParamsForPrompts = None,
-        use_tqdm: bool = True,
+        self, prompts: Prompts, sampling_params: ParamsForPrompts = None, use_tqdm: bool = True
     ) -> list[dict[str, Any]]:
         """Continue every prompt.
 
         Args:
             prompts: texts, or lists of token ids, or a mixture; a single one counts as a list.
             sampling_params: for all prompts, or one per prompt; defaults if None.
-            use_tqdm: show progress, with prefill and decode rates in tokens per second.
+            use_tqdm: show a bar with prefill and decode rates in tokens per second.
 
         Returns:
-            One dictionary per prompt, in order:
-
-            - `text`: without special tokens; empty if the checkpoint has no tokenizer;
-            - `token_ids`: of the output, an end-of-sequence token included;
-            - `finish_reason`: "stop", "length", "abort", or "error" if the model gave no usable
-              token for this request; in `step` and `stream` "error" also after a step failed;
-            - `error`: what the runner reported for this request, else None;
-            - `prompt_token_ids`;
-            - `logprobs`, `prompt_logprobs`: None unless asked for; for each token a dictionary of
-              token ids and log-probabilities, the token itself first (None for the prompt's
-              first token);
-            - `metrics`: in seconds `queue_time`, `time_to_first_token` (from arrival),
-              `mean_inter_token_time`, `p99_inter_token_time` and `longest_inter_token_time`
-              (None where there is no such token); `cached_prompt_tokens`; `preemptions`;
-            - `outputs`: only with n > 1, such dictionaries for all of them; the entries beside it
-              are the first one's.
+            One dictionary per prompt, in order: `text`, `token_ids`, `finish_reason`, `error`,
+            `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`, and with n > 1 `outputs`.
+            docs/options.md explains them.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; then nothing was started.
@@ -123,20 +107,13 @@ class LLM:
     def stream(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None
     ) -> Generator[dict[str, Any], None, None]:
-        """Continue every prompt, telling the outputs as they grow.
-
-        Args:
-            prompts, sampling_params: as of `generate`.
+        """As `generate`, telling the outputs as they grow.
 
         Returns:
             An iterator of dictionaries: `index` (of the prompt), `sample` (of its `n`), `text` and
             `token_ids` that are new, and `finish_reason`, None but for the last one of an output,
-            which has `error` as well.
-            Texts are whole characters, and put together the text that `generate` returns.
-            Closing the iterator, or dropping it, aborts what has not ended.
-
-        Raises:
-            RequestError, StepError, EngineClosedError: as `generate`.
+            which has `error` as well. Texts are whole characters, and put together the text that
+            `generate` returns. Closing the iterator, or dropping it, aborts what has not ended.
         """
         stream = self._increments(self._add(prompts, sampling_params))
         # It waits inside its `try` from here on, so that closing it always aborts.
@@ -149,24 +126,15 @@ class LLM:
         sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
-        """Answer a conversation, or several, through the checkpoint's chat template.
+        """As `generate`, for a conversation or several in the checkpoint's chat template.
 
-        Args:
-            messages: dictionaries of `role` and `content`; or lists of them.
-            sampling_params, use_tqdm: as of `generate`.
-
-        Returns:
-            As `generate`, one dictionary per conversation.
-
-        Raises:
-            RequestError: also if the checkpoint has no chat template or it refuses the messages.
-            StepError, EngineClosedError: as `generate`.
+        A message has `role` and `content`. A RequestError also says that there is no template, or
+        that it refuses the messages.
         """
         self.engine.check_usable()
         kinds = (list, tuple)
         several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
-        conversations: list[Any] = messages if several else [messages]
-        prompts = [templated(self.tokenizer, one) for one in conversations]
+        prompts = [templated(self.tokenizer, one) for one in (messages if several else [messages])]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
@@ -186,13 +154,9 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue one request, to be run by `step` (or beside those of `generate`).
+        """Queue a request, to be run by `step` or beside those of `generate`; errors as there.
 
-        Returns:
-            Its id: for `abort`, and in the output that `step` returns.
-
-        Raises:
-            RequestError, EngineClosedError: as `generate`.
+        Returns its id: for `abort`, and in the output that `step` returns.
         """
         # A number in a list would pass for a prompt of one token.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
@@ -202,13 +166,8 @@ class LLM:
     def step(self) -> list[dict[str, Any]]:
         """Run one step of all requests.
 
-        Returns:
-            The outputs, as of `generate` and with `request_id`, of the requests of `add_request`
-            that have ended.
-
-        Raises:
-            StepError: the device failed; the next `step` returns the requests that it ended.
-            EngineClosedError: after close().
+        Returns the outputs, as of `generate` and with `request_id`, of the requests of
+        `add_request` that have ended. After a StepError the next `step` returns those it ended.
         """
         self._advance()
         ended, self._ended[:] = [group.seqs for group in self._ended], []
@@ -230,8 +189,8 @@ class LLM:
     def abort(self, request_id: int) -> None:
         """End a request at the next step, with finish_reason "abort" and the tokens it has.
 
-        May be called at any time and from any thread, while `generate` or `step` runs as well;
-        unknown and finished requests are passed over.
+        May be called at any time and from any thread; other requests than unfinished ones are
+        passed over.
         """
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
@@ -252,9 +211,8 @@ class LLM:
     ) -> list[PromptRequests]:
         """Queue the requests of all prompts, or none of them; `n` for each.
 
-        Args:
-            ended: where a prompt is put when its requests have ended. None for a stream, whose
-                requests all have a reader of their text.
+        A prompt is put into `ended` when its requests have ended. It is None for a stream, whose
+        requests all have a reader of their text.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
@@ -268,8 +226,8 @@ class LLM:
                     # Without a tokenizer the engine refuses stop strings.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
-                    seq = self.engine.add_request(tokens, one.of_output(i), text, sample=i)
-                    groups[-1].seqs.append(seq)
+                    own = one.of_output(i) if one.n > 1 else one
+                    groups[-1].seqs.append(self.engine.add_request(tokens, own, text, sample=i))
         except BaseException:
             self.engine.drop([seq for group in groups for seq in group.seqs])
             raise
@@ -306,14 +264,41 @@ class LLM:
         return plan
 
     def _collect_ended(self, request_ids: list[int] | None = None) -> None:
-        """Put prompts that have ended where they are waited for.
-
-        Args:
-            request_ids: the requests that may have; None for all, as after an exception.
-        """
+        """Put prompts that have ended where they are waited for; None looks at all requests."""
         for request_id in list(self._unfinished) if request_ids is None else request_ids:
             group = self._unfinished.get(request_id)
             if group and all(seq.finish_reason is not None for seq in group.seqs):
                 for seq in group.seqs:
                     self._unfinished.pop(seq.request_id, None)
                 group.ended.append(group)
+
+
+class Progress:
+    """The bar of a `generate` call: ended requests, and the rates of prefill and decode.
+
+    A step's time counts as prefill if the step computed prompt tokens, else as decode.
+    """
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        self._bar = tqdm(
+            total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True
+        )
+        self.close = self._bar.close
+        # Tokens and seconds.
+        self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
+        self._last = time.perf_counter()
+
+    def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
+        """Take in a committed step, which gave `num_tokens` to all requests."""
+        if self._bar.disable:
+            return
+        now = time.perf_counter()
+        if plan is not None:
+            kind = "prefill" if plan.prefill else "decode"
+            tokens, seconds = self._done[kind]
+            tokens += plan.num_prefill_tokens or num_tokens
+            self._done[kind] = tokens, seconds + now - self._last
+            rates = {k: f"{n / s:.0f} tok/s" if s else "-" for k, (n, s) in self._done.items()}
+            self._bar.set_postfix(rates, refresh=False)
+        self._last = now
+        self._bar.update(num_finished)

@@ -12,7 +12,7 @@ from engine.parts import PART_KINDS
 from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.types import KVGeometry, StepResult
-from memory.prefix_cache import PrefixCacheManager
+from memory.block_manager import PrefixCacheManager
 from sampling_params import SamplingParams
 
 NUM_RUNNING = 256

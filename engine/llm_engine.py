@@ -13,7 +13,7 @@ from engine.parts import make_block_managers, make_runner, make_scheduler, resol
 from engine.requests import Sequence, check_request
 from engine.step import SeedKind, StepPlan
 from engine.types import BlockManager, EngineStats, ModelRunner, Scheduler, StepHandle
-from memory.grouped_blocks import grouped
+from memory.cache_groups import grouped
 from sampling_params import SEED_STRIDE, SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import EngineClosedError, RequestError, StepError

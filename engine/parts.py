@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config
 from engine.types import BlockManager, Clock, KVGeometry, ModelRunner, Scheduler, WindowPages
-from memory.window_blocks import WindowBlockManager
+from memory.cache_groups import WindowBlockManager
 from utils.errors import ConfigError, ContractError
 from utils.registry import PartKind
 

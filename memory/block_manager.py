@@ -1,16 +1,21 @@
-"""Paged KV blocks with reference counts."""
+"""Paged KV blocks with reference counts, and managers that share them between equal prefixes."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from array import array
+from dataclasses import dataclass, field
+
+import xxhash
+
 from config import Config
-from engine.types import BlockManager, KVGeometry
+from engine.types import BlockCopy, BlockManager, CacheStats, KVGeometry, PendingPrefix
+from memory.eviction import CachedBlock, EvictionPolicy
+from utils.registry import PartKind
 
 
 class PagedBlockManager(BlockManager):
-    """Hands out blocks from a free list; every request owns its blocks alone.
-
-    Paging of the KV cache is from vLLM (Kwon et al., SOSP 2023). `config` is not used.
-    """
+    """Hands out blocks from a free list, each to one request (vLLM: Kwon et al., SOSP 2023)."""
 
     name = "paged"
     block_size = num_blocks = 0
@@ -37,7 +42,7 @@ class PagedBlockManager(BlockManager):
         if wanted > self.num_free_blocks:
             return False
         for _ in range(wanted):
-            table.append(self._take_new())
+            table.append(self._take())
         return True
 
     def table(self, request_id: int) -> list[int]:
@@ -50,9 +55,9 @@ class PagedBlockManager(BlockManager):
         for block in reversed(self._tables.pop(request_id)):
             self._drop(block)
 
-    def _take_new(self) -> int:
+    def _take(self) -> int:
         """A free block, of which there is one, with its first reference."""
-        block = self._take()
+        block = self._free.pop()
         self._references[block] = 1
         return block
 
@@ -63,10 +68,303 @@ class PagedBlockManager(BlockManager):
         if self._references[block] == 0:
             self._give(block)
 
-    def _take(self) -> int:
-        """A block that nobody holds; there is one."""
-        return self._free.pop()
-
     def _give(self, block: int) -> None:
         """The last reference to a block is gone."""
         self._free.append(block)
+
+
+# A block, by the cached block or the cache salt before it and by its tokens.
+_Key = tuple[CachedBlock | str, bytes]
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request that has begun."""
+
+    tokens: list[int]  # the caller's own list, which grows
+    salt: str
+    last: CachedBlock | str  # stands for its last published block; its salt before the first
+    num_published: int  # leading blocks that others can find
+    hits: list[CachedBlock] | None  # blocks that it found; None once it has all its blocks
+    num_cached: int  # leading tokens that it found
+    # Cached blocks that stand for equal ones of this request, which does not hold them.
+    twins: list[CachedBlock] = field(default_factory=list)
+    next_block: _Key | None = None  # its first unpublished block, among the pending ones
+    publishes: bool = True  # until the cache is reset
+
+
+class CachingBlockManager(PagedBlockManager):
+    """Shares full blocks between requests that start with the same tokens and cache salt.
+
+    A block is published when it is committed, and found until it is given up for its space. Of
+    equal blocks computed side by side only the first is published. A block is found through the
+    one before it, so a hit is exact: the tokens of all blocks up to it were compared.
+
+    Subclasses keep the index: `find`, `link` and `unlink`.
+    """
+
+    caches_prefixes = True
+
+    def __init__(self, config: Config, geometry: KVGeometry) -> None:
+        super().__init__(config, geometry)
+        kind = PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",))
+        self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
+        self._cached: dict[int, CachedBlock] = {}
+        self._requests: dict[int, _Request] = {}
+        self._pending: dict[_Key, int] = {}
+        # By request; each holds a reference to its source.
+        self._copies: dict[int, BlockCopy] = {}
+        self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
+
+    @abstractmethod
+    def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
+        """The cached block of `tokens` (int32 each) behind a block or, first of all, a salt."""
+
+    @abstractmethod
+    def link(self, node: CachedBlock) -> CachedBlock | None:
+        """Add a block that was not found; returns the one that cannot be found any more for it."""
+
+    @abstractmethod
+    def unlink(self, node: CachedBlock) -> None:
+        """Remove a block; what is behind it need not be found any more."""
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free) + len(self._idle)
+
+    @property
+    def stats(self) -> CacheStats:
+        counts = self._queried_tokens, self._hit_tokens, self._evicted_blocks
+        return CacheStats(*counts, len(self._cached))
+
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+        super().begin(request_id, token_ids, cache_salt)
+        hits = self._match(token_ids, cache_salt)
+        for node in hits:
+            if self._references[node.block] == 0:
+                self._idle.remove(node)
+            self._references[node.block] += 1
+            self._tables[request_id].append(node.block)
+        num_cached = len(hits) * self.block_size
+        if hits and num_cached == len(token_ids):
+            num_cached -= self._give_up_last(request_id, hits)
+        num_shared = num_cached // self.block_size
+        last = hits[num_shared - 1] if num_shared else cache_salt
+        self._requests[request_id] = _Request(
+            token_ids, cache_salt, last, num_shared, hits, num_cached
+        )
+        return num_cached
+
+    def grow(self, request_id: int, num_tokens: int) -> bool:
+        if not super().grow(request_id, num_tokens):
+            return False
+        request = self._requests[request_id]
+        if request.hits is not None:
+            # Not in `begin`: a request that finds no space begins again and again.
+            for node in request.hits:
+                node.hits += 1
+            request.hits = None
+            self._queried_tokens += len(request.tokens)
+            self._hit_tokens += request.num_cached
+            self._announce(request_id, request)
+        return True
+
+    def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
+        request = self._requests[request_id]
+        if not request.publishes:
+            return
+        self._withdraw(request)
+        if any(twin.block < 0 for twin in request.twins):
+            # What this request published behind it cannot be found any more.
+            request.last, request.num_published, request.twins = request.salt, 0, []
+        table = self._tables[request_id]
+        for i in range(request.num_published, num_computed // self.block_size):
+            tokens = self._block_tokens(token_ids, i)
+            node = self.find(request.last, tokens)
+            if node is None:
+                node = self._publish(CachedBlock(table[i], request.last, tokens))
+            elif node.block != table[i]:
+                request.twins.append(node)
+            request.last, request.num_published = node, i + 1
+        self._announce(request_id, request)
+
+    def release(self, request_id: int) -> None:
+        if copy := self._copies.pop(request_id, None):
+            self._drop(copy.source)
+        super().release(request_id)
+        self._withdraw(self._requests.pop(request_id))
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        copies = tuple(self._copies.values())
+        self._copies.clear()
+        for copy in copies:
+            # Whoever gets the block now writes to it in a later step.
+            self._drop(copy.source)
+        return copies
+
+    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+        if not self._pending:
+            return None
+        hits = self._match(token_ids, cache_salt)
+        size, end = self.block_size, (len(hits) + 1) * self.block_size
+        if end > len(token_ids):
+            return None
+        key = hits[-1] if hits else cache_salt, self._block_tokens(token_ids, len(hits))
+        if (request_id := self._pending.get(key)) is None:
+            return None
+        theirs = self._requests[request_id].tokens
+        while (last := end + size) <= len(token_ids) and token_ids[end:last] == theirs[end:last]:
+            end = last
+        return PendingPrefix(request_id, end)
+
+    def reset_prefix_cache(self) -> None:
+        for node in list(self._cached.values()):
+            self.unlink(node)
+            self._forget(node)
+        self._pending.clear()
+        for request in self._requests.values():
+            request.publishes, request.next_block = False, None
+
+    def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
+        """Of a prompt found whole, hold a copy of the last block or nothing in its place.
+
+        Its last token is computed again, and nothing may be written to what others share. Returns
+        how many tokens have to be computed.
+        """
+        table = self._tables[request_id]
+        source = table.pop()
+        if self.block_size > 1 and self.num_free_blocks:
+            table.append(self._take())
+            self._copies[request_id] = BlockCopy(source, table[-1])
+            return 1
+        hits.pop()
+        self._drop(source)
+        return self.block_size
+
+    def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
+        """The cached blocks that the tokens start with."""
+        hits: list[CachedBlock] = []
+        parent: CachedBlock | str = salt
+        for i in range(len(token_ids) // self.block_size):
+            node = self.find(parent, self._block_tokens(token_ids, i))
+            if node is None:
+                break
+            hits.append(node)
+            parent = node
+        return hits
+
+    def _block_tokens(self, token_ids: list[int], index: int) -> bytes:
+        start = index * self.block_size
+        return array("i", token_ids[start : start + self.block_size]).tobytes()
+
+    def _publish(self, node: CachedBlock) -> CachedBlock:
+        if stale := self._cached.get(node.block):
+            # Published before, behind a block that was given up since.
+            self.unlink(stale)
+            self._forget(stale)
+        if displaced := self.link(node):
+            self._forget(displaced)
+        self._cached[node.block] = node
+        return node
+
+    def _announce(self, request_id: int, request: _Request) -> None:
+        """Let others know the next block that this request will publish, if its tokens are known.
+
+        One is enough: who waits for this block asks again when it is published.
+        """
+        if len(request.tokens) >= (request.num_published + 1) * self.block_size:
+            key = request.last, self._block_tokens(request.tokens, request.num_published)
+            if self._pending.setdefault(key, request_id) == request_id:
+                request.next_block = key
+
+    def _withdraw(self, request: _Request) -> None:
+        if request.next_block is not None:
+            self._pending.pop(request.next_block, None)
+            request.next_block = None
+
+    def _take(self) -> int:
+        if not self._free:
+            node = self._idle.pop()
+            self.unlink(node)
+            self._free.append(node.block)
+            del self._cached[node.block]
+            node.block = -1
+            self._evicted_blocks += 1
+        return super()._take()
+
+    def _give(self, block: int) -> None:
+        if node := self._cached.get(block):
+            self._idle.add(node)
+        else:
+            self._free.append(block)
+
+    def _forget(self, node: CachedBlock) -> None:
+        """A block without its place in the index is an ordinary one."""
+        del self._cached[node.block]
+        if self._references[node.block] == 0:
+            self._idle.remove(node)
+            self._free.append(node.block)
+        node.block = -1
+
+
+class PrefixCacheManager(CachingBlockManager):
+    """Finds blocks by a 128-bit digest of the parent's digest and their tokens, as vLLM does.
+
+    The digest only says where to look: a hit must also have the very parent and the very tokens.
+    So neither a collision nor a block whose parent was given up is ever taken for another.
+    """
+
+    name = "prefix"
+
+    def __init__(self, config: Config, geometry: KVGeometry) -> None:
+        super().__init__(config, geometry)
+        self._by_digest: dict[bytes, CachedBlock] = {}
+
+    def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
+        node = self._by_digest.get(self.digest(parent, tokens))
+        if node is None or node.parent != parent or node.tokens != tokens:
+            return None
+        return node
+
+    def link(self, node: CachedBlock) -> CachedBlock | None:
+        node.digest = self.digest(node.parent, node.tokens)
+        displaced = self._by_digest.get(node.digest)
+        self._by_digest[node.digest] = node
+        return displaced
+
+    def unlink(self, node: CachedBlock) -> None:
+        del self._by_digest[node.digest]
+
+    @staticmethod
+    def digest(parent: CachedBlock | str, tokens: bytes) -> bytes:
+        """Where the block of `tokens` behind `parent` is looked up."""
+        if isinstance(parent, str):
+            return xxhash.xxh128_digest(parent.encode("utf-8", "surrogatepass") + tokens)
+        return xxhash.xxh128_digest(parent.digest + tokens)
+
+
+class RadixCacheManager(CachingBlockManager):
+    """Finds blocks in a tree over tokens for each cache salt (SGLang: Zheng et al., NeurIPS 2024).
+
+    Every edge is the tokens of one block: shorter ones cannot be shared between block tables, and
+    longer ones would have to be split where prompts part.
+    """
+
+    name = "radix"
+
+    def __init__(self, config: Config, geometry: KVGeometry) -> None:
+        super().__init__(config, geometry)
+        self._children: dict[CachedBlock | str, dict[bytes, CachedBlock]] = {}
+
+    def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
+        children = self._children.get(parent)
+        return children.get(tokens) if children else None
+
+    def link(self, node: CachedBlock) -> None:
+        self._children.setdefault(node.parent, {})[node.tokens] = node
+
+    def unlink(self, node: CachedBlock) -> None:
+        siblings = self._children[node.parent]
+        del siblings[node.tokens]
+        if not siblings:
+            del self._children[node.parent]

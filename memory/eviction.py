@@ -10,30 +10,26 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Where the attention of one token costs about as much as all its matrix products: 4 * layers *
-# heads * head_dim * position against 2 * parameters, some 4,000 in the shape of Qwen3-0.6B.
+# Position at which a token's attention costs about as much as its matrix products: 4 * layers *
+# heads * head_dim * position = 2 * parameters; some 4,000 in the shape of Qwen3-0.6B.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
 class CachedBlock:
-    """A block whose content is known and may be found again.
-
-    Attributes:
-        block: its id; -1 once it has been given up.
-        parent: the cached block before it; of a request's first block the cache salt.
-        tokens: its token ids, int32 each.
-        hits: requests that found it.
-        digest: of parent and tokens, for `PrefixCacheManager`.
-        worth: the least that `CostPolicy` gives it: what a block behind it was worth when released.
-        depth: blocks before it.
-    """
+    """A block whose content is known and may be found again."""
 
     __slots__ = ("__weakref__", "block", "depth", "digest", "hits", "parent", "tokens", "worth")
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
-        self.block, self.parent, self.tokens = block, parent, tokens
-        self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
-        self.hits, self.digest, self.worth = 0, b"", 0.0
+        self.block = block  # its id; -1 once it has been given up
+        self.parent = parent  # the cached block before it; of a request's first the cache salt
+        self.tokens = tokens  # its token ids, int32 each
+        self.depth: int = (
+            parent.depth + 1 if isinstance(parent, CachedBlock) else 0
+        )  # blocks before
+        self.hits = 0  # requests that found it
+        self.digest = b""  # of parent and tokens, for `PrefixCacheManager`
+        self.worth = 0.0  # for `CostPolicy`: what a block behind it was worth when released
 
 
 class EvictionPolicy(ABC):
@@ -41,7 +37,7 @@ class EvictionPolicy(ABC):
 
     What is cached behind a block cannot be found without it, so children should go before their
     parent. A request releases its last block first, so a policy that treats blocks alike keeps
-    that order. The constructor takes the engine's `Config` and the `KVGeometry` of the cache group.
+    that order.
     """
 
     name: ClassVar[str]
@@ -67,7 +63,7 @@ class EvictionPolicy(ABC):
 
 
 class LRUPolicy(EvictionPolicy):
-    """The block that was released longest ago; every operation takes constant time."""
+    """The block that was released longest ago, in constant time."""
 
     name = "lru"
 
@@ -123,8 +119,8 @@ class CostPolicy(LowestFirst):
     """The block that is cheapest to compute again, weighed by its hits, and ageing.
 
     GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998): a block is
-    worth its cost times its uses on top of what the last one given up was worth, so that
-    everything unused sinks. The cost of a block grows with its depth by attention.
+    worth its cost times its uses, on top of what the last one given up was worth. So everything
+    unused sinks. The deeper a block, the more its attention costs.
     """
 
     name = "cost"
@@ -136,8 +132,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # Deeper blocks cost more and need those before them: a parent is worth what its
-        # children are.
+        # A block is of no use without those before it: a parent is worth what its children are.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

@@ -29,16 +29,14 @@ class Usage:
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn what torch raises when memory runs out into the error with the way out.
-
-    Raises:
-        OutOfMemoryError: the device cannot hold what is made within.
-    """
+    """An OutOfMemoryError with the way out, where torch or NumPy run out of memory within."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # A CPU's allocator has no type of its own. "illegal memory access" is something else.
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        full = full or "allocate memory" in str(error)
+        if not full or isinstance(error, OutOfMemoryError):
             raise
         raise OutOfMemoryError(
             f"{device} cannot hold the model, its steps and tables: {error}. Lower "
@@ -65,11 +63,7 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """Run the heaviest steps and see what they take.
-
-    Each step's peak is counted in full: one is for eager steps, one becomes the graphs' pool,
-    and the two do not share.
-    """
+    """What the heaviest steps take: the sum, as eager steps and the graphs' pool share nothing."""
     torch.cuda.synchronize(device)
     peak = 0
     weights = free_before - free_bytes(device)
@@ -86,17 +80,15 @@ def measure_usage(
 def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
     """`geometry` with as many blocks as fit beside weights and activations.
 
-    The engine as a whole stays below `utilization` of the device, and below what was free when
-    it started.
+    The whole engine stays below `utilization` of the device and below what was free before it.
 
     Raises:
         OutOfMemoryError: not one block fits; the message has the numbers.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES
-    count = left // geometry.bytes_per_block
+    count, gib = left // geometry.bytes_per_block, 2**30
     if count < 1:
-        gib = 2**30
         raise OutOfMemoryError(
             f"no memory is left for the KV cache: of {usage.total / gib:.2f} GiB, "
             f"{usage.free_before / gib:.2f} were free and gpu_memory_utilization={utilization} "

@@ -27,11 +27,7 @@ _BATCH, _SCHEDULER, _POLICIES = (
     "engine/scheduler.py",
     "engine/policies.py",
 )
-_PAGED, _CACHED, _PREFIX = (
-    "memory/block_manager.py",
-    "memory/cached_blocks.py",
-    "memory/prefix_cache.py",
-)
+_BLOCKS, _GROUPS = "memory/block_manager.py", "memory/cache_groups.py"
 
 # What is run on the copy: it has to fail.
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contracts/test_shipped.py")
@@ -100,13 +96,13 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "off by one in the blocks that a table needs",
-        _PAGED,
+        _BLOCKS,
         "-(-num_tokens // self.block_size)",
         "num_tokens // self.block_size",
     ),
     _bug(
         "a failed grow keeps the blocks it got",
-        _PAGED,
+        _BLOCKS,
         "        if wanted > self.num_free_blocks:\n            return False\n",
         "        if wanted > self.num_free_blocks:\n"
         "            table += [self._take() for _ in range(self.num_free_blocks)]\n"
@@ -128,39 +124,39 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "hash without parent, and a hit is trusted without comparing the parent",
         (
-            Edit(_PREFIX, "xxh128_digest(parent.digest + tokens)", "xxh128_digest(tokens)"),
-            Edit(_PREFIX, "node.parent != parent or ", ""),
+            Edit(_BLOCKS, "xxh128_digest(parent.digest + tokens)", "xxh128_digest(tokens)"),
+            Edit(_BLOCKS, "node.parent != parent or ", ""),
         ),
     ),
     _bug(
         "an evicted block can still be found",
-        _CACHED,
-        "        node = self._idle.pop()\n        self.unlink(node)\n",
-        "        node = self._idle.pop()\n",
+        _BLOCKS,
+        "            node = self._idle.pop()\n            self.unlink(node)\n",
+        "            node = self._idle.pop()\n",
     ),
     _bug(
         "refcount not raised on a hit",
-        _CACHED,
+        _BLOCKS,
         "            self._references[node.block] += 1\n",
         "            self._references[node.block] = 1\n",
     ),
     _bug(
         "a block that is found again stays among those to evict",
-        _CACHED,
+        _BLOCKS,
         "            if self._references[node.block] == 0:\n"
         "                self._idle.remove(node)\n            self._ref",
         "            self._ref",
     ),
     _bug(
         "the last token of a whole-prompt hit is not computed",
-        _CACHED,
+        _BLOCKS,
         "            return 1\n        hits.pop()\n",
         "            return 0\n        hits.pop()\n",
     ),
     _bug(
         "the last block of a whole-prompt hit is written by all that share it",
-        _CACHED,
-        "            table.append(self._take_new())\n"
+        _BLOCKS,
+        "            table.append(self._take())\n"
         "            self._copies[request_id] = BlockCopy(source, table[-1])\n",
         "            table.append(source)\n",
     ),
@@ -172,13 +168,13 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "copy dropped: only the manager forgets it",
-        _CACHED,
+        _BLOCKS,
         "        copies = tuple(self._copies.values())\n",
         "        copies = tuple(self._copies.values())[1:]\n",
     ),
     _bug(
         "wrong source: the first block of the prompt is copied",
-        _CACHED,
+        _BLOCKS,
         "BlockCopy(source, table[-1])",
         "BlockCopy((table[:-1] or [source])[0], table[-1])",
     ),
@@ -186,14 +182,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "the source of a copy is given up before the copy is planned",
         (
             Edit(
-                _CACHED,
+                _BLOCKS,
                 "            self._copies[request_id] = BlockCopy(source, table[-1])\n",
                 "            self._copies[request_id] = BlockCopy(source, table[-1])\n"
                 "            self._drop(source)\n",
             ),
-            Edit(_CACHED, "step.\n            self._drop(copy.source)\n", "\n            pass\n"),
+            Edit(_BLOCKS, "step.\n            self._drop(copy.source)\n", "\n            pass\n"),
             Edit(
-                _CACHED,
+                _BLOCKS,
                 "            self._drop(copy.source)\n        super().release",
                 "            pass\n        super().release",
             ),
@@ -201,14 +197,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "a copy is made for who was released before it was planned",
-        _CACHED,
+        _BLOCKS,
         "        if copy := self._copies.pop(request_id, None):\n",
         "        if copy := self._copies.get(request_id):\n",
         MANAGERS,
     ),
     _bug(
         "the cache salt is ignored by the manager",
-        _CACHED,
+        _BLOCKS,
         "        parent: CachedBlock | str = salt\n",
         '        parent: CachedBlock | str = ""\n',
     ),
@@ -406,7 +402,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "a window gives a block back that the next position reads",
-        "memory/window_blocks.py",
+        _GROUPS,
         "first_read = self._kind.first_read(num_computed) // self.block_size",
         "first_read = self._kind.first_read(num_computed + 1) // self.block_size",
     ),
@@ -419,19 +415,19 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "a window forgets which blocks it gave back",
-        "memory/window_blocks.py",
+        _GROUPS,
         "        del self._tables[request_id][: self._num_freed.pop(request_id)]\n",
         "        self._num_freed.pop(request_id)\n",
     ),
     _bug(
         "one group grows and another does not",
-        "memory/grouped_blocks.py",
+        _GROUPS,
         "        if wanted > self.num_free_blocks:\n",
         "        if wanted > self.groups[0].num_free_blocks:\n",
     ),
     _bug(
         "policies see the group that has the most",
-        "memory/grouped_blocks.py",
+        _GROUPS,
         "return min(blocks.num_free_blocks for blocks in self.groups)",
         "return max(blocks.num_free_blocks for blocks in self.groups)",
     ),
@@ -516,7 +512,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "leak: the cache keeps what it knew of ended requests",
-        _CACHED,
+        _BLOCKS,
         "self._withdraw(self._requests.pop(request_id))",
         "self._withdraw(self._requests[request_id])",
         LEAKS,

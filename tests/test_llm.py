@@ -729,7 +729,7 @@ class TestErrorsInside:
 class _Interrupt:
     """Raises KeyboardInterrupt at the `line`-th line that a step runs of the planning code."""
 
-    FILES = ("llm_engine", "scheduler", "queued_scheduler", "running_batch")
+    FILES = ("llm_engine", "scheduler", "running_batch")
 
     def __init__(self, line: int) -> None:
         root = Path(__file__).parents[1] / "engine"

@@ -12,8 +12,7 @@ import pytest
 
 from engine.types import CacheStats
 from llm import LLM, SamplingParams
-from memory.block_manager import PagedBlockManager
-from memory.prefix_cache import PrefixCacheManager
+from memory.block_manager import PagedBlockManager, PrefixCacheManager
 from tests.checkpoints import random_prompts
 from utils.errors import ConfigError, EngineClosedError
 

@@ -15,15 +15,11 @@ from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedMo
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder, weights unread.
-
-    Attributes:
-        hf_config: its config.json, as transformers' configuration object.
-        eos_token_ids: every token that ends a text, from generation_config.json and config.json.
-    """
+    """An opened checkpoint folder, weights unread."""
 
     path: Path
-    hf_config: Any
+    hf_config: Any  # its config.json, as transformers' configuration object
+    # Every token that ends a text, from generation_config.json and config.json.
     eos_token_ids: frozenset[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -35,10 +31,9 @@ class Checkpoint:
         """Longest context the checkpoint was made for, its rope scaling included."""
         limit = getattr(self.hf_config, "max_position_embeddings", None)
         if not isinstance(limit, int):
-            raise UnsupportedModelError(
-                f"{self.path} is a {self.hf_config.model_type!r} model whose config has no "
-                "max_position_embeddings"
-            )
+            kind = self.hf_config.model_type
+            problem = f"is a {kind!r} model whose config has no max_position_embeddings"
+            raise UnsupportedModelError(f"{self.path} {problem}")
         rope = getattr(self.hf_config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
             original = rope.get("original_max_position_embeddings") or limit
@@ -59,8 +54,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """Open a checkpoint folder, or a hub name by way of huggingface_hub's cache.
 
     Raises:
-        CheckpointNotFoundError: no such folder, and not to be had from the hub.
-        CheckpointError: the folder has no usable config.json.
+        CheckpointError: there is no such folder, or it has no usable config.json.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -76,10 +70,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     except Exception as error:
         raise CheckpointError(f"{config_file} is unusable: {error}") from error
     if hf_config is None:
-        raise UnsupportedModelError(
-            f"{config_file} has model_type={model_type!r}, which the installed transformers does "
-            "not know"
-        )
+        unknown = f"model_type={model_type!r}, which the installed transformers does not know"
+        raise UnsupportedModelError(f"{config_file} has {unknown}")
     return Checkpoint(path, hf_config, _eos_token_ids(path, hf_config))
 
 
@@ -87,26 +79,19 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_like_path:
-        raise CheckpointNotFoundError(f"model={model!r}: there is no such folder")
+    missing = f"model={model!r}: there is no such folder"
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointNotFoundError(missing)
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(model, allow_patterns=wanted))
     # The hub client raises many unrelated types when it cannot reach or find something.
     except (HFValidationError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointNotFoundError(
-            f"model={model!r}: there is no such folder, and the hub gave none ({error})"
-        ) from error
+        raise CheckpointNotFoundError(f"{missing}, and the hub gave none ({error})") from error
 
 
 def generation_config(path: Path) -> dict[str, Any]:
-    """What a checkpoint folder's generation_config.json says; empty without that file.
-
-    Raises:
-        CheckpointError: the file is unusable.
-    """
+    """What a folder's generation_config.json says, if any; a CheckpointError if unusable."""
     file = path / "generation_config.json"
     try:
         return {**json.loads(file.read_text())} if file.is_file() else {}

@@ -26,99 +26,72 @@ from collections.abc import Iterable
 
 
 class AllmosError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose; the tree above explains each of them."""
 
 
 class FieldError(AllmosError):
-    """A named input has an unusable value.
-
-    Attributes:
-        field: name of the option, parameter or argument.
-        value: what was given.
-        problem: what is wrong with it.
-        fix: what to write instead.
-    """
+    """The option, parameter or argument `field` has a `value` with a `problem`, and has a `fix`."""
 
     def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{field}={shown}: {problem}. {fix}")
+        super().__init__(field, value, problem, fix)
         self.field, self.value, self.problem, self.fix = field, value, problem, fix
 
-    def __reduce__(self) -> tuple[type[FieldError], tuple[str, object, str, str]]:
-        return type(self), (self.field, self.value, self.problem, self.fix)
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        return f"{self.field}={shown}: {self.problem}. {self.fix}"
 
 
-class ConfigError(FieldError, ValueError):
-    """An engine option is unknown, out of range or contradicts another."""
+class ConfigError(FieldError, ValueError): ...
 
 
-class RequestError(FieldError, ValueError):
-    """A prompt or its sampling parameters cannot be served."""
+class RequestError(FieldError, ValueError): ...
 
 
-class RequestTooLongError(RequestError):
-    """The request exceeds the context window or the whole KV cache."""
+class RequestTooLongError(RequestError): ...
 
 
-class CheckpointError(AllmosError):
-    """The model folder cannot be used."""
+class CheckpointError(AllmosError): ...
 
 
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint under that path or name."""
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError): ...
 
 
-class UnsupportedModelError(CheckpointError):
-    """The architecture, or a feature its config asks for, has no implementation here."""
+class UnsupportedModelError(CheckpointError): ...
 
 
-class WeightsError(CheckpointError):
-    """The weight files do not match the architecture."""
+class WeightsError(CheckpointError): ...
 
 
-class OutOfMemoryError(AllmosError, MemoryError):
-    """Weights or KV cache do not fit the device."""
+class OutOfMemoryError(AllmosError, MemoryError): ...
 
 
-class StepError(AllmosError):
-    """A step failed; all requests that had not finished have ended."""
+class StepError(AllmosError): ...
 
 
-class ContractError(AllmosError):
-    """A part broke a rule of its contract; the message says which."""
+class ContractError(AllmosError): ...
 
 
-class WorkerDiedError(AllmosError):
-    """The process of a tensor-parallel rank was killed or crashed; the engine cannot go on."""
+class WorkerDiedError(AllmosError): ...
 
 
 class PlanError(ContractError, StepError):
-    """A step has no block for a KV position, or uses a block that is not its own.
-
-    Attributes:
-        step_id: the step that does, or was about to be planned.
-        request_id: whose.
-        block: the block; -1 if there is none.
-        problem: what is wrong with it.
-    """
+    """A step has no block for a KV position (`block` is -1), or uses one that is not its own."""
 
     def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
-        super().__init__(f"step {step_id}, request {request_id}, block {block}: {problem}")
+        super().__init__(step_id, request_id, block, problem)
         self.step_id, self.request_id = step_id, request_id
         self.block, self.problem = block, problem
 
-    def __reduce__(self) -> tuple[type[PlanError], tuple[int, int, int, str]]:
-        return type(self), (self.step_id, self.request_id, self.block, self.problem)
+    def __str__(self) -> str:
+        place = f"step {self.step_id}, request {self.request_id}, block {self.block}"
+        return f"{place}: {self.problem}"
 
 
-class KVSanitizerError(PlanError):
-    """A KV block was misused, and `Config(kv_sanitizer=True)` found the step that did so."""
+class KVSanitizerError(PlanError): ...
 
 
-class EngineClosedError(AllmosError, RuntimeError):
-    """The engine was used after close()."""
+class EngineClosedError(AllmosError, RuntimeError): ...
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class LazyHeap(Generic[T]):
-    """Items by rising key, the first pushed among equal keys; each item is in the heap once.
+    """Items by rising key, among equal keys the first pushed; each item is in the heap once.
 
-    A removed item's entry stays in the heap until it comes to the top, or until more than half of
-    the heap is such entries. So every operation takes O(log n), amortized.
+    A removed item's entry stays until it comes to the top, or until more than half of the heap is
+    such entries. So every operation takes O(log n), amortized.
     """
 
     def __init__(self) -> None:
         self.heap: list[tuple[Any, int, T]] = []
         # Of each item the number of its entry, which tells it from entries of its past.
         self._numbers: dict[T, int] = {}
-        self._count = 0
+        self._count = itertools.count()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -28,9 +29,8 @@ class LazyHeap(Generic[T]):
         """Add an item, or move it to another key."""
         if item in self._numbers:
             self.remove(item)
-        self._count += 1
-        self._numbers[item] = self._count
-        heapq.heappush(self.heap, (key, self._count, item))
+        self._numbers[item] = number = next(self._count)
+        heapq.heappush(self.heap, (key, number, item))
 
     def remove(self, item: T) -> None:
         """Remove an item that is in the heap."""
@@ -40,7 +40,7 @@ class LazyHeap(Generic[T]):
             heapq.heapify(self.heap)
 
     def first(self) -> T | None:
-        """The item of the smallest key; None if there is none."""
+        """The item of the smallest key, if any."""
         while self.heap:
             _, number, item = self.heap[0]
             if self._numbers.get(item) == number:

@@ -24,34 +24,23 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """Where one checkpoint tensor goes.
+    """Where one checkpoint tensor goes."""
 
-    Attributes:
-        target: view of a parameter that receives this rank's part; a smaller part broadcasts.
-        shape: full shape of the checkpoint's tensor.
-        dim: dimension along which ranks take parts, None to take all of it.
-        start: first index taken along `dim`.
-        length: indices taken along `dim`.
-    """
-
-    target: Tensor
-    shape: tuple[int, ...]
-    dim: int | None = None
-    start: int = 0
-    length: int = 0
+    target: Tensor  # view of a parameter that receives this rank's part; a smaller part broadcasts
+    shape: tuple[int, ...]  # full shape of the checkpoint's tensor
+    dim: int | None = None  # dimension along which ranks take parts; None to take all of it
+    start: int = 0  # first index taken along `dim`
+    length: int = 0  # indices taken along `dim`
 
 
 def load_weights(path: Path, slots: Mapping[str, WeightSlot], *, tied: bool) -> None:
-    """Fill `slots` from the folder's safetensors files; every byte is read at most once.
+    """Fill `slots`, by tensor name, from the safetensors files of a checkpoint folder.
 
     Args:
-        path: checkpoint folder with model.safetensors, or shards and their index.
-        slots: where each tensor goes, by its name in the checkpoint.
         tied: the head is the embedding; a stored head must then equal it.
 
     Raises:
-        WeightsError: tensors are missing, unexpected or misshapen (all are listed), or a file
-            is damaged.
+        WeightsError: tensors do not fit (all are listed), or a file is damaged.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}
@@ -116,11 +105,10 @@ def _listed(names: list[str]) -> str:
 
 
 def _fill(slot: WeightSlot, stored: Any) -> None:
-    if slot.dim is None:
-        part = stored[:]
-    else:
-        part = stored[(slice(None),) * slot.dim + (slice(slot.start, slot.start + slot.length),)]
-    slot.target.copy_(part)
+    taken: Any = slice(None)
+    if slot.dim is not None:
+        taken = (slice(None),) * slot.dim + (slice(slot.start, slot.start + slot.length),)
+    slot.target.copy_(stored[taken])
 
 
 def _check_tied(path: Path, where: Mapping[str, Any], head: Any) -> None:

@@ -17,35 +17,26 @@ from utils.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class PartKind:
-    """A kind of part, which an option of `Config` names.
+    """A kind of part, which an option of `Config` names."""
 
-    Attributes:
-        option: that option.
-        contract: "module:Class" of what the parts implement; imported when it is needed.
-        packages: packages or modules where names are looked up.
-        auto: what "auto" takes: the first of these that can do what is asked. Empty: there is no
-            "auto".
-    """
-
-    option: str
-    contract: str
-    packages: tuple[str, ...]
-    auto: tuple[str, ...] = ()
+    option: str  # that option
+    contract: str  # "module:Class" of what the parts implement; imported when it is needed
+    packages: tuple[str, ...]  # packages or modules where names are looked up
+    auto: tuple[str, ...] = ()  # "auto" takes the first of these that can do what is asked
 
     @property
     def base(self) -> type:
         """The contract itself."""
-        base: type = _imported(self.contract)
-        return base
+        return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
         """The parts that can be had by name: concrete subclasses of the contract in `packages`.
 
         A class without a `name` of its own is only there to be subclassed or chosen by the engine.
-        A module whose optional dependency is missing is passed over.
 
         Raises:
-            ImportError: a module imports what an installed package does not have.
+            ImportError: a module imports what an installed package does not have. One whose
+                optional dependency is missing is passed over.
         """
         base = self.base
         return {
@@ -77,14 +68,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """What constructs the part that `spec` stands for.
-
-        Args:
-            spec: a class or factory; "package.module:Name"; or the `name` of a class in `packages`.
-
-        Raises:
-            ConfigError: there is no such part, or it does not implement the contract.
-        """
+        """What constructs a part; a ConfigError if it is none of the contract, or unknown."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -102,10 +86,8 @@ class PartKind:
             try:
                 return _imported(spec)
             except (ImportError, AttributeError, ValueError) as error:
-                problem, fix = (
-                    f"cannot be imported ({error})",
-                    "Check the module path and the class name.",
-                )
+                problem = f"cannot be imported ({error})"
+                fix = "Check the module path and the class name."
                 raise ConfigError(self.option, spec, problem, fix) from error
         known = self.known()
         if spec in known:
@@ -118,12 +100,7 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Find a part and call its constructor or factory.
-
-        Raises:
-            ConfigError: there is no such part, it takes other arguments, or what comes out does
-                not implement the contract.
-        """
+        """Find a part and construct it; a ConfigError also for other arguments or results."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)
@@ -142,6 +119,5 @@ class PartKind:
 
 
 def _imported(path: str) -> Any:
-    """What "module:name" stands for."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -1,48 +1,60 @@
-"""What a single field of `Config` or `SamplingParams` may be, in code and in words."""
+"""What a field of `Config` or `SamplingParams` may be, in code and in words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from math import inf
+from typing import Any, TypeVar
 
-from utils.errors import FieldError
+from utils.errors import FieldError, did_you_mean
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Whether a field's value is allowed, and what to say if it is not."""
+    """Whether a value is allowed, and what to say if it is not; a fix may depend on the value."""
 
     allows: Callable[[Any], bool]
     problem: str
-    fix: str
+    fix: str | Callable[[Any], str]
 
 
-def check_rules(fields: object, rules: Mapping[str, Rule], error: type[FieldError]) -> None:
+def ruled(default: T, rule: Rule) -> T:
+    """A field of a dataclass with a rule."""
+    return field(default=default, metadata={"rule": rule})
+
+
+def rules_of(kind: type) -> dict[str, Rule]:
+    """The rules of a dataclass by the names of its fields."""
+    return {one.name: one.metadata["rule"] for one in fields(kind) if "rule" in one.metadata}
+
+
+def check_rules(values: object, rules: Mapping[str, Rule], error: type[FieldError]) -> None:
     """Raise `error` for the first of the fields whose rule does not allow its value."""
     for name, rule in rules.items():
-        value = getattr(fields, name)
+        value = getattr(values, name)
         if not rule.allows(value):
-            raise error(name, value, rule.problem, rule.fix)
+            fix = rule.fix if isinstance(rule.fix, str) else rule.fix(value)
+            raise error(name, value, rule.problem, fix)
 
 
 def is_int(value: object) -> bool:
     """Whether the value is an int and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and value is not True and value is not False
 
 
-def is_number(value: Any, low: float, high: float) -> bool:
+def _is_number(value: Any, low: float, high: float) -> bool:
     """Whether the value is an int or a float from `low` to `high`; NaN never is."""
     return (is_int(value) or isinstance(value, float)) and low <= value <= high
 
 
-def integer(low: int, high: int | None = None, fix: str = "", *, optional: bool = False) -> Rule:
-    """Integers from `low` on, to `high` if it is given, and None if `optional`."""
-    words = f">= {low}" if high is None else f"from {low} to {high}"
+def integer(low: int, high: float = inf, fix: str = "", *, optional: bool = False) -> Rule:
+    """Integers from `low` to `high`, and None if `optional`."""
+    words = f">= {low}" if high == inf else f"from {low} to {high}"
     return Rule(
-        lambda v: (
-            optional if v is None else is_int(v) and low <= v <= (v if high is None else high)
-        ),
+        lambda v: optional if v is None else is_int(v) and low <= v <= high,
         f"must be an integer {words}" + (" or None" if optional else ""),
         fix or f"Use {low} or more.",
     )
@@ -51,13 +63,23 @@ def integer(low: int, high: int | None = None, fix: str = "", *, optional: bool 
 def number(low: float, high: float, fix: str) -> Rule:
     """Numbers from `low` to `high`."""
     problem = f"must be a number from {low:g} to {high:g}"
-    return Rule(lambda v: is_number(v, low, high), problem, fix)
+    return Rule(lambda v: _is_number(v, low, high), problem, fix)
+
+
+def share(fix: str) -> Rule:
+    """Numbers above 0 and up to 1."""
+    return Rule(lambda v: _is_number(v, 0, 1) and v > 0, "must be a number in (0, 1]", fix)
 
 
 def boolean(*, optional: bool = False) -> Rule:
     """True, False, and None if `optional`."""
     allowed = (bool, type(None)) if optional else bool
     return Rule(lambda v: isinstance(v, allowed), "must be a bool", "Use True or False.")
+
+
+def choice(*known: str) -> Rule:
+    """One of some texts."""
+    return Rule(known.__contains__, "unknown choice", lambda v: did_you_mean(str(v), known))
 
 
 def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:

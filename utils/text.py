@@ -23,11 +23,7 @@ _REPLACEMENT = "\ufffd"
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """The tokenizer, or None if the folder has none (prompts must then be token ids).
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """The tokenizer, or None if the folder has none; a CheckpointError if it is unusable."""
     # Here, as it takes seconds, and ranks need none.
     from transformers import AutoTokenizer
 
@@ -41,16 +37,12 @@ def load_tokenizer(path: Path) -> Any | None:
 
 
 def tokenized(tokenizer: Any | None, prompts: Prompts) -> list[list[int]]:
-    """The token ids of every prompt; a single one counts as a list.
-
-    Raises:
-        RequestError: one is neither text nor token ids, or text without a tokenizer.
-    """
+    """The token ids of every prompt; a RequestError if one is no text and no token ids."""
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, (list, tuple)):
-        fix = "Give a list of texts or token ids."
-        raise RequestError("prompts", prompts, "is no list of prompts", fix)
+        problem, fix = "is no list of prompts", "Give a list of texts or token ids."
+        raise RequestError("prompts", prompts, problem, fix)
     if prompts and isinstance(prompts[0], int):
         prompts = [prompts]
     return [_tokens(tokenizer, prompt) for prompt in prompts]
@@ -73,11 +65,7 @@ def _tokens(tokenizer: Any | None, prompt: Any) -> list[int]:
 
 
 def templated(tokenizer: Any | None, messages: Any) -> list[int]:
-    """The token ids of a conversation, up to where the answer begins.
-
-    Raises:
-        RequestError: there is no chat template, or it refuses the messages.
-    """
+    """The token ids of a conversation up to its answer; a RequestError if there are none."""
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
         problem = "the checkpoint has no chat template"
         raise RequestError("messages", messages, problem, "Use generate().")
@@ -103,29 +91,18 @@ def decoder(tokenizer: Any | None) -> Decode:
 
 
 class TextReader:
-    """The text of an output that grows, up to the first stop string.
+    """The text of an output that grows, up to the first of the texts `stop`.
 
     A character counts when all its bytes are there. Bytes that never become one are shown as
-    U+FFFD, when the next character shows that they will not, or at the output's end.
-
-    Args:
-        decode: of the whole output.
-        stop: texts that end it.
-        min_tokens: stop strings that are complete after so many tokens do not count.
-
-    Attributes:
-        text: so far, without the stop string.
-        num_tokens: tokens that have been read; those after a stop string never are.
-        stopped: a stop string was found.
+    U+FFFD, when the next character shows that they will not, or at the output's end. Stop strings
+    that are complete within `min_tokens` tokens do not count.
     """
 
     def __init__(self, decode: Decode, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
-        self._decode = decode
-        self._stop = stop
-        self._min_tokens = min_tokens
-        self.text = ""
-        self.num_tokens = 0
-        self.stopped = False
+        self._decode, self._stop, self._min_tokens = decode, stop, min_tokens
+        self.text = ""  # so far, without the stop string
+        self.num_tokens = 0  # that have been read; those after a stop string never are
+        self.stopped = False  # whether a stop string was found
         # A token's text may depend on the one before it. So tokens are decoded from one border
         # back: `_start` and `_border` are the last two token counts that ended with a character,
         # and `_shown` the characters of `text` that come after `_start`.
@@ -141,11 +118,7 @@ class TextReader:
         return len(self.text)
 
     def read(self, token_ids: list[int], *, ended: bool) -> bool:
-        """Take in the output, all of it; returns whether a stop string is in it.
-
-        Args:
-            ended: there will be no more tokens.
-        """
+        """Take in all of the output so far; returns whether a stop string is in it."""
         while self.num_tokens < len(token_ids) and not self.stopped:
             self.num_tokens += 1
             window = self._decode(token_ids[self._start : self.num_tokens])

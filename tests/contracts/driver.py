@@ -21,8 +21,7 @@ from engine.types import (
     WindowPages,
 )
 from memory.block_manager import PagedBlockManager
-from memory.grouped_blocks import grouped
-from memory.window_blocks import WindowBlockManager
+from memory.cache_groups import WindowBlockManager, grouped
 from sampling_params import SamplingParams
 from tests.contracts.audit import AuditedBlocks, require
 from utils.errors import ContractError, RequestTooLongError

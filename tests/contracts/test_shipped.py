@@ -11,7 +11,7 @@ from engine.model_runner import LocalRunner
 from engine.ranks.runner import TensorParallelRunner
 from engine.simulated_runner import SimulatedRunner
 from engine.types import WindowPages
-from memory.window_blocks import WindowBlockManager
+from memory.cache_groups import WindowBlockManager
 from tests.contracts.block_manager import BlockManagerContract
 from tests.contracts.model_runner import ModelRunnerContract
 from tests.contracts.scheduler import SchedulerContract

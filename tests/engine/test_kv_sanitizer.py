@@ -32,10 +32,9 @@ from engine.types import (
 from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from llm import LLM, SamplingParams
-from memory.block_manager import PagedBlockManager
+from memory.block_manager import PagedBlockManager, PrefixCacheManager
+from memory.cache_groups import WindowBlockManager
 from memory.kv_cache import KVLayer
-from memory.prefix_cache import PrefixCacheManager
-from memory.window_blocks import WindowBlockManager
 from tests.checkpoints import random_prompts
 from utils.errors import KVSanitizerError
 

@@ -29,11 +29,9 @@ from engine.parts import (
 from engine.policies import Policy
 from engine.scheduler import ContinuousScheduler, StaticScheduler
 from engine.types import CacheKind, FullPages, KVGeometry, WindowPages
-from memory.block_manager import PagedBlockManager
+from memory.block_manager import PagedBlockManager, PrefixCacheManager, RadixCacheManager
+from memory.cache_groups import WindowBlockManager
 from memory.eviction import LFUPolicy, LRUPolicy
-from memory.prefix_cache import PrefixCacheManager
-from memory.radix_cache import RadixCacheManager
-from memory.window_blocks import WindowBlockManager
 from sampling_params import SamplingParams
 from tests.checkpoints import Checkpoints
 from utils.checkpoint import Checkpoint

@@ -27,8 +27,7 @@ from engine.requests import Sequence
 from engine.running_batch import RunningBatch
 from engine.scheduler import ContinuousScheduler
 from engine.types import KVGeometry
-from memory.block_manager import PagedBlockManager
-from memory.prefix_cache import PrefixCacheManager
+from memory.block_manager import PagedBlockManager, PrefixCacheManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import timeline
 from engine.scheduler import ContinuousScheduler
-from memory.prefix_cache import PrefixCacheManager
+from memory.block_manager import PrefixCacheManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 from tests.contracts.scheduler import SchedulerContract

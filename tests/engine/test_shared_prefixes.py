@@ -10,8 +10,7 @@ from config import Config
 from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler, StaticScheduler
 from engine.types import KVGeometry, PendingPrefix, StepResult
-from memory.prefix_cache import PrefixCacheManager
-from memory.radix_cache import RadixCacheManager
+from memory.block_manager import PrefixCacheManager, RadixCacheManager
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 

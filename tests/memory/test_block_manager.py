@@ -8,8 +8,7 @@ import pytest
 
 from config import Config
 from engine.types import BlockManager, KVGeometry
-from memory.block_manager import PagedBlockManager
-from memory.prefix_cache import PrefixCacheManager
+from memory.block_manager import PagedBlockManager, PrefixCacheManager
 
 
 def _blocks(num_blocks: int = 8, block_size: int = 16) -> PagedBlockManager:

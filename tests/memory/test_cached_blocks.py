@@ -9,10 +9,8 @@ import pytest
 
 from config import Config
 from engine.types import BlockCopy, CacheStats, KVGeometry, PendingPrefix
-from memory.cached_blocks import CachingBlockManager
+from memory.block_manager import CachingBlockManager, PrefixCacheManager, RadixCacheManager
 from memory.eviction import CachedBlock
-from memory.prefix_cache import PrefixCacheManager
-from memory.radix_cache import RadixCacheManager
 
 SIZE = 16
 Make = Callable[..., CachingBlockManager]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from memory.prefix_cache import PrefixCacheManager
+from memory.block_manager import PrefixCacheManager
 from tests.contracts.block_manager import BlockManagerContract
 
 PAGE = (Path(__file__).parents[2] / "docs" / "caching.md").read_text()

@@ -15,6 +15,7 @@ import pytest
 from config import Config
 from engine.parts import PART_KINDS
 from engine.types import KVGeometry
+from memory.block_manager import PrefixCacheManager
 from memory.eviction import (
     CachedBlock,
     CostPolicy,
@@ -23,7 +24,6 @@ from memory.eviction import (
     LowestFirst,
     LRUPolicy,
 )
-from memory.prefix_cache import PrefixCacheManager
 from utils.errors import ConfigError
 
 GEOMETRY = KVGeometry(1, 1, 1, 16, 64, 4)

@@ -8,10 +8,8 @@ from config import Config
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
 from engine.types import NO_BLOCK, BlockUpdate, KVGeometry, StepResult, WindowPages
-from memory.block_manager import PagedBlockManager
-from memory.grouped_blocks import GroupedBlockManager, grouped
-from memory.prefix_cache import PrefixCacheManager
-from memory.window_blocks import WindowBlockManager
+from memory.block_manager import PagedBlockManager, PrefixCacheManager
+from memory.cache_groups import GroupedBlockManager, WindowBlockManager, grouped
 from sampling_params import SamplingParams
 from utils.errors import ContractError
 

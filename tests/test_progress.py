@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 
 from engine.types import PrefillChunk, StepPlan
-from utils.progress import Progress
+from llm import Progress
 
 PREFILL = StepPlan(0, prefill=(PrefillChunk(0, 0, 100, True),))
 DECODE = StepPlan(1, decode=(0, 1, 2))
@@ -15,7 +15,7 @@ def test_counts_requests_and_shows_both_rates(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr("utils.progress.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("llm.time.perf_counter", lambda: next(now))
     with closing(Progress(2, enabled=True)) as progress:
         progress.update(PREFILL, 1, 0)
         progress.update(DECODE, len(DECODE.decode), 1)

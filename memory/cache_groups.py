@@ -1,9 +1,42 @@
-"""One block manager made of those of several cache groups."""
+"""Several cache groups: the blocks of layers with a window, and one manager of all groups."""
 
 from __future__ import annotations
 
-from engine.types import BlockManager
+from config import Config
+from engine.types import NO_BLOCK, BlockManager, KVGeometry
+from memory.block_manager import PagedBlockManager
 from utils.errors import ContractError
+
+
+class WindowBlockManager(PagedBlockManager):
+    """Gives a request's blocks back as they leave its window, without prefix caching.
+
+    A request is admitted with blocks for its whole prompt. So a window group needs as many blocks
+    as its longest request.
+    """
+
+    def __init__(self, config: Config, geometry: KVGeometry) -> None:
+        super().__init__(config, geometry)
+        self._kind = geometry.kind
+        # By request, the leading table entries that were given back.
+        self._num_freed: dict[int, int] = {}
+
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+        self._num_freed[request_id] = 0
+        return super().begin(request_id, token_ids, cache_salt)
+
+    def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
+        """Give back what computing position `num_computed`, or any later one, does not read."""
+        table, freed = self._tables[request_id], self._num_freed[request_id]
+        first_read = self._kind.first_read(num_computed) // self.block_size
+        for place in range(freed, first_read):
+            self._drop(table[place])
+            table[place] = NO_BLOCK
+        self._num_freed[request_id] = max(freed, first_read)
+
+    def release(self, request_id: int) -> None:
+        del self._tables[request_id][: self._num_freed.pop(request_id)]
+        super().release(request_id)
 
 
 class GroupedBlockManager(BlockManager):
@@ -11,14 +44,12 @@ class GroupedBlockManager(BlockManager):
 
     A cached prefix can be used only if every group has it. So the managers must not cache prefixes.
 
-    Args:
-        managers: of each group, in order; of equal block sizes.
-
     Raises:
         ContractError: block sizes differ, or a manager caches prefixes.
     """
 
     groups: tuple[BlockManager, ...] = ()
+    block_size = num_blocks = 0
 
     def __init__(self, managers: tuple[BlockManager, ...]) -> None:
         sizes = {blocks.block_size for blocks in managers}
@@ -26,15 +57,8 @@ class GroupedBlockManager(BlockManager):
             raise ContractError(f"cache groups of different block sizes: {sorted(sizes)}")
         if any(blocks.caches_prefixes for blocks in managers):
             raise ContractError("several cache groups, and a block manager that caches prefixes")
-        self.groups = managers
-
-    @property
-    def block_size(self) -> int:
-        return self.groups[0].block_size
-
-    @property
-    def num_blocks(self) -> int:
-        return min(blocks.num_blocks for blocks in self.groups)
+        self.groups, self.block_size = managers, managers[0].block_size
+        self.num_blocks = min(blocks.num_blocks for blocks in managers)
 
     @property
     def num_free_blocks(self) -> int:
