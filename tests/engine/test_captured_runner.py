@@ -112,7 +112,7 @@ def _entries(logprobs: list[dict[int, float] | None] | None) -> list[list[float]
 def test_captured_steps_and_others_make_one_output(
     shipped: Path, request: pytest.FixtureRequest
 ) -> None:
-    """A prompt whose log-probabilities are wanted is launched in between, and options drawn anew."""
+    """Prompts whose log-probabilities are wanted are launched in between; options draw anew."""
     expected = _outputs(shipped)
     replays: list[None] = request.getfixturevalue("replays")
     got = _outputs(shipped)
