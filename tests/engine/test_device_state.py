@@ -96,6 +96,19 @@ def test_a_sampled_token_is_the_next_input() -> None:
         assert rows.sampled.temperatures.tolist() == [0.5, 0.0]
 
 
+def test_a_prompt_beside_the_decodes_of_the_step_before_is_computed() -> None:
+    """The rows of those decodes are kept from step to step, and do not stand for the whole plan."""
+    state = State()
+    state.run(FIRST, [77])
+    state.run(StepPlan(1, decode=(0,)), [78])
+    rows = state.run(StepPlan(2, prefill=(PrefillChunk(2, 18, 2, True),), decode=(0,)), [79, 80])
+    assert rows.input_ids.tolist() == [218, 219, 78]
+    assert rows.positions.tolist() == [18, 19, 6]
+    rows = state.run(StepPlan(3, decode=(0,)), [81])
+    assert rows.input_ids.tolist() == [80]
+    assert rows.positions.tolist() == [7]
+
+
 def test_a_new_block_is_used_from_its_first_position() -> None:
     state = State()
     plan = StepPlan(0, (_new(1, 16),), (BlockUpdate(1, 0, (5,)),), (PrefillChunk(1, 0, 16, True),))
@@ -151,8 +164,50 @@ def test_a_slot_is_greedy_again_with_a_greedy_request() -> None:
         assert state.all_greedy(plan) == greedy
 
 
+def test_decodes_of_several_rows_start_where_the_last_step_ended() -> None:
+    state = State()
+    state.run(FIRST, [77])
+    state.run(StepPlan(1, prefill=(PrefillChunk(2, 18, 2, True),)), [78])
+    header = torch.from_numpy(header_of([(2, -1, 3, 3), (0, -1, 3, 3)]))
+    rows = StepRows.empty(header, 6, 6, rows_per_decode=3)
+    state.fill(rows)
+    assert rows.positions.tolist() == [20, 21, 22, 5, 6, 7]
+    assert rows.input_ids.tolist() == [78, 0, 0, 77, 0, 0]
+    assert rows.slot_mapping.tolist() == [52, 53, 54, 149, 150, 151]
+    assert rows.context_lens.tolist() == [23, 8]
+    assert rows.sampled.rows.tolist() == list(range(6))
+    assert rows.sampled.positions.tolist() == [21, 22, 23, 6, 7, 8]
+    assert rows.sampled.temperatures.tolist() == [0.0] * 3 + [0.5] * 3
+
+
 def test_the_padding_slot_belongs_to_no_request() -> None:
     assert State(4).tables.padding_slot == 4
+
+
+def test_of_rows_of_captured_chunks_any_number_may_be_one_chunk() -> None:
+    """A replay brings another header, and how many programs run is fixed before it."""
+    whole = StepRows.empty(torch.zeros(6, 3, dtype=torch.int64), 40, 2, num_chunks=2)
+    part = whole.first_rows(24)
+    assert (part.num_chunk_rows, part.longest_chunk) == (24, 24)
+    attention = part.attention(torch.zeros(1))
+    assert (attention.num_prefills, attention.num_prefill_tokens) == (2, 24)
+    assert attention.max_query_len == 24
+    for name in ("input_ids", "positions", "slot_mapping"):
+        ours, all_of_them = getattr(part, name), getattr(whole, name)
+        assert len(ours) == 24
+        assert ours.data_ptr() == all_of_them.data_ptr()
+
+
+def test_the_first_decodes_have_all_their_rows() -> None:
+    whole = StepRows.empty(torch.zeros(6, 5, dtype=torch.int64), 15, 15, rows_per_decode=3)
+    part = whole.first_decodes(2)
+    assert [len(part.input_ids), len(part.positions), len(part.slot_mapping)] == [6, 6, 6]
+    assert [len(part.slots), len(part.context_lens), len(part.query_start)] == [2, 2, 3]
+    assert len(part.sampled.rows) == len(part.sampled.tokens) == 6
+    assert part.header.shape == (6, 2)
+    attention = part.attention(torch.zeros(1))
+    assert (attention.num_prefills, attention.num_prefill_tokens) == (0, 0)
+    assert attention.rows_per_decode == 3
 
 
 def test_a_header_puts_rows_and_samples_in_order() -> None:

@@ -121,6 +121,24 @@ def test_what_a_plan_samples_is_one_stretch_in_the_plan_s_order(
         assert torch.equal(steps.state.tables.num_computed[:-1], eager.tables.num_computed[:-1])
 
 
+def test_a_request_that_is_not_decoded_any_more_is_not_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step of three decodes replays the graph of four, whose fourth one ran before."""
+    steps = _Steps(monkeypatch)
+    steps.graphs.capture()
+    news = tuple(NewRequest(slot, slot, (slot, 5), PARAMS, 0) for slot in range(4))
+    chunks = tuple(PrefillChunk(slot, 0, 2, True) for slot in range(4))
+    steps.state.apply(StepPlan(0, news))
+    for plan in (
+        StepPlan(0, prefill=chunks),
+        StepPlan(1, decode=(0, 1, 2, 3)),
+        StepPlan(2, decode=(2, 0, 1)),
+    ):
+        steps.graphs.replay(plan)
+    assert steps.state.tables.num_computed[:4].tolist() == [4, 4, 4, 3]
+
+
 def test_a_plan_runs_in_the_smallest_steps_that_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = _Steps(monkeypatch)
     steps.graphs.capture()

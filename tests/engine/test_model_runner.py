@@ -17,6 +17,7 @@ from engine.parts import captures_graphs, make_backend, resolve
 from engine.types import StepPlan
 from layers.attention.base import AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
+from layers.parallel import ParallelContext
 from tests.checkpoints import Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
@@ -86,6 +87,23 @@ def test_what_a_factory_makes_is_checked() -> None:
 
 def test_nothing_is_captured_on_a_cpu() -> None:
     assert not captures_graphs(_config(), TorchAttention(SPEC), torch.float32)
+
+
+class _FewerBlocks(ParallelContext):
+    """One whose peer has room for three blocks."""
+
+    def all_max(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=-3)
+
+
+def test_the_rank_with_the_fewest_blocks_counts(checkpoints: Checkpoints) -> None:
+    """All ranks run the same plans."""
+    checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
+    config = resolve(_config(max_model_len=64, num_kvcache_blocks=8), checkpoint)
+    for parallel, count in ((ParallelContext(), 8), (_FewerBlocks(), 3)):
+        runner = LocalRunner(config, checkpoint, parallel)
+        assert runner.kv_groups[0].num_blocks == count
+        runner.close()
 
 
 @pytest.mark.parametrize("depth", [0, 1])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from config import Config
-from engine.checking.plan_checker import PlanChecker
+from engine.checking.plan_checker import CheckedHandle, PlanChecker
 from engine.types import (
     BlockCopy,
     BlockUpdate,
@@ -15,13 +15,14 @@ from engine.types import (
     NewRequest,
     PrefillChunk,
     RowReport,
+    StepHandle,
     StepPlan,
     StepResult,
     TokenLogprobs,
     WindowPages,
 )
 from sampling_params import SamplingParams
-from utils.errors import ContractError, PlanError
+from utils.errors import ContractError, PlanError, StepError
 
 GREEDY = SamplingParams(temperature=0)
 FULL = KVGeometry(1, 1, 1, block_size=4, num_blocks=6, dtype_bytes=4)
@@ -164,6 +165,56 @@ def test_more_tokens_than_the_limit_allows() -> None:
         checker.take(_result(2, 1, 2))
 
 
+def test_a_request_that_may_have_reached_its_limit_is_not_planned() -> None:
+    """Until the step before has come back and told that it has not."""
+    checker = _checker()
+    checker.check(_first(limit=9))
+    checker.check(_decode(1, 2))
+    with pytest.raises(ContractError, match="slot 1 may have reached its limit of 9 tokens"):
+        checker.check(_decode(2))
+
+
+def test_a_chunk_starts_where_the_one_before_ended() -> None:
+    checker = _checker()
+    checker.check(replace(_first(), prefill=(PrefillChunk(1, 0, 4, False),)))
+    with pytest.raises(ContractError, match="positions 2 to 6: 4 are computed"):
+        checker.check(StepPlan(1, prefill=(PrefillChunk(1, 2, 4, True),)))
+
+
+class _Inner(StepHandle):
+    def __init__(self, outcome: StepResult | Exception) -> None:
+        self._outcome = outcome
+
+    def result(self) -> StepResult:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+def test_a_result_may_be_asked_for_twice() -> None:
+    checker = _checker()
+    checker.check(_first())
+    handle = CheckedHandle(_Inner(_result(0, 1)), checker)
+    assert handle.result() == handle.result() == _result(0, 1)
+
+
+def test_after_a_step_that_failed_only_step_0_may_follow() -> None:
+    checker = _checker()
+    checker.check(_first())
+    with pytest.raises(StepError):
+        CheckedHandle(_Inner(StepError("planted")), checker).result()
+    with pytest.raises(ContractError, match="step 1 is out of order"):
+        checker.check(_decode(1))
+    assert checker.check(_first())
+
+
+def test_of_a_row_with_an_error_no_log_probabilities_are_asked() -> None:
+    checker = _checker()
+    wants = replace(_new(), sampling=SamplingParams(logprobs=1))
+    checker.check(replace(_first(), new_requests=(wants,)))
+    checker.take(StepResult(0, [[1]], 0.0, reports={0: RowReport(error=ValueError())}))
+
+
 def test_who_has_ended_is_not_planned() -> None:
     checker = _checker()
     checker.check(_first())
@@ -259,6 +310,13 @@ def test_a_block_in_the_window_may_not(block: int) -> None:
     assert (error.value.step_id, error.value.request_id, error.value.block) == (5, 1, block)
     # No sanitizer took part.
     assert type(error.value) is PlanError
+
+
+def test_blocks_of_two_groups_are_not_the_same_for_their_number() -> None:
+    copies = (BlockCopy(4, 5), BlockCopy(5, 4, 1))
+    assert _windowed().check(replace(_thief(5, 3), block_copies=copies))
+    with pytest.raises(ContractError, match="copies that overlap"):
+        _windowed().check(replace(_thief(5, 3), block_copies=(*copies, BlockCopy(3, 4, 1))))
 
 
 def test_a_group_without_a_block_for_the_position() -> None:

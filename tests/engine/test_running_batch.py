@@ -165,6 +165,27 @@ def test_a_reservation_is_sent_with_the_next_plan_even_if_planning_was_given_up(
     assert _built(batch).block_updates == (BlockUpdate(0, 1, (1,)),)
 
 
+def test_reservations_of_one_plan_add_up() -> None:
+    batch, _ = _batch()
+    seq = _seq(16)
+    batch.admit(seq)
+    batch.prefill(seq, 16)
+    assert batch.reserve(seq)
+    assert batch.reserve(seq, 17)
+    assert _built(batch).block_updates == (BlockUpdate(0, 0, (0, 1, 2)),)
+
+
+def test_nothing_is_reserved_beyond_the_length_limit() -> None:
+    """The last token is sampled and never computed."""
+    batch, blocks = _batch()
+    seq = _seq(14, max_total=17)
+    batch.admit(seq)
+    assert batch.reserve(seq, 9)
+    batch.prefill(seq, 14)
+    assert batch.reserve(seq, 9)
+    assert blocks.num_free_blocks == 7
+
+
 def test_full_blocks_are_published_once_they_are_committed() -> None:
     batch, blocks = _batch()
     seq = _seq(30)
@@ -250,6 +271,33 @@ def test_preemption_forgets_what_was_computed_and_keeps_the_output() -> None:
     assert blocks.num_free_blocks == 8
     assert batch.admit(seq)
     assert seq.num_prefill == 5
+
+
+def test_a_preempted_request_says_how_many_of_its_tokens_are_output() -> None:
+    batch, _ = _batch()
+    seq = _seq(4)
+    batch.admit(seq)
+    batch.prefill(seq, 4)
+    first = _built(batch)
+    batch.commit(first, StepResult(0, [[42]], 0.0))
+    batch.preempt(seq)
+    batch.admit(seq)
+    batch.prefill(seq, 5)
+    (again,) = _built(batch).new_requests
+    assert [first.new_requests[0].num_output_tokens, again.num_output_tokens] == [0, 1]
+    assert again.token_ids == (0, 1, 2, 3, 42)
+
+
+def test_a_slot_that_was_given_up_before_the_plan_has_no_blocks_in_it() -> None:
+    batch, _ = _batch()
+    stays, gone = _seq(5), _seq(20, request_id=1)
+    batch.admit(stays)
+    batch.admit(gone)
+    batch.finish(gone, "abort")
+    batch.prefill(stays, 5)
+    plan = _built(batch)
+    assert [new.request_id for new in plan.new_requests] == [0]
+    assert plan.block_updates == (BlockUpdate(0, 0, (0,)),)
 
 
 def test_a_request_admitted_and_ended_before_the_plan_leaves_no_trace_in_it() -> None:

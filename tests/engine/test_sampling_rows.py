@@ -159,3 +159,56 @@ def test_a_prompt_and_a_new_token_may_want_different_numbers() -> None:
         _, ((new,),), ((prompt,),) = _scored([wants])
         assert len(new) == new_wanted
         assert len(prompt) in (prompt_wanted, prompt_wanted + 1)
+
+
+def test_prompts_are_scored_at_their_own_rows_and_to_their_end() -> None:
+    """Behind another request's chunk, and without the output that a preempted request has."""
+    wants = SamplingParams(prompt_logprobs=1)
+    news = (
+        NewRequest(0, 0, (1, 2, 3), SamplingParams(), 0),
+        NewRequest(1, 1, (11, 12, 13, 14), wants, 0, num_output_tokens=1),
+    )
+    chunks = (PrefillChunk(0, 0, 3, True), PrefillChunk(1, 0, 4, True))
+    special = SamplingRows(2, Staging(CPU)).of(StepPlan(0, news, prefill=chunks))
+    assert special is not None
+    assert special.prompts == [(1, 2, 1)]
+    assert special.prompt_rows.tolist() == [3, 4]
+    assert special.prompt_tokens.tolist() == [12, 13]
+
+
+def test_decodes_have_the_options_of_who_holds_the_slots_now() -> None:
+    rows, step = SamplingRows(2, Staging(CPU)), 0
+    for first, expected in ((1, [(0, 1), (1, 0)]), (3, [(0, 3), (1, 0)]), (None, [(1, 0)])):
+        held = {0: first, 1: 0} if step == 0 else {0: first}
+        news = tuple(
+            NewRequest(slot, step + slot, (1, 2), SamplingParams(logprobs=wanted), 0)
+            for slot, wanted in held.items()
+        )
+        chunks = tuple(PrefillChunk(slot, 0, 2, True) for slot in held)
+        rows.of(StepPlan(step, news, prefill=chunks))
+        for later in (1, 2):
+            special = rows.of(StepPlan(step + later, decode=(0, 1)))
+            assert special is not None
+            assert special.new == expected
+            assert special.scored_rows.tolist() == [row for row, _ in expected]
+        step += 3
+
+
+@pytest.mark.parametrize(("position", "token"), [(5, 3), (6, 7)])
+def test_tokens_are_withheld_until_the_output_is_long_enough(position: int, token: int) -> None:
+    """Of a request with a prompt of three tokens, preempted after its first one of output."""
+    params = SamplingParams(temperature=0.0, min_tokens=3)
+    new = NewRequest(0, 0, (1, 2, 3, 4), params, 0, 1, withheld_token_ids=(7,))
+    rows = SamplingRows(1, Staging(CPU))
+    rows.of(StepPlan(0, (new,), prefill=(PrefillChunk(0, 0, 4, True),)))
+    special = rows.of(StepPlan(1, decode=(0,)))
+    assert special is not None
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 7], logits[0, 3] = 2.0, 1.0
+    sampled = SampledRows.empty(1, CPU)
+    for name in SampledRows.__slots__:
+        getattr(sampled, name).zero_()
+    sampled.positions.fill_(position)
+    sampler = Sampler(ParallelContext(), CPU, torch.float32)
+    drawn, scores = special.draw(sampler, torch.zeros(1, 9, dtype=torch.int32), logits, sampled)
+    assert (drawn.tolist(), scores) == ([token], None)

@@ -51,6 +51,20 @@ def test_a_failure_comes_with_the_result(in_thread: bool) -> None:
     launcher.close()
 
 
+@IN_THREAD
+def test_an_error_that_is_meant_for_the_user_comes_as_it_is(in_thread: bool) -> None:
+    error = StepError("logits processor 3 failed")
+
+    def fails() -> StepOutput:
+        raise error
+
+    launcher = HostLauncher(time.perf_counter, in_thread=in_thread)
+    with pytest.raises(StepError) as caught:
+        launcher.launch(5, fails).result()
+    assert caught.value is error
+    launcher.close()
+
+
 def test_a_thread_returns_at_once_and_keeps_the_order() -> None:
     launcher = HostLauncher(time.perf_counter, in_thread=True)
     gate = threading.Event()
@@ -84,7 +98,7 @@ def test_closing_a_thread_waits_for_what_was_started() -> None:
 
 
 @IN_THREAD
-def test_an_error_that_is_meant_for_the_user_comes_as_it_is(in_thread: bool) -> None:
+def test_an_error_that_is_meant_for_the_user_is_no_cause_of_itself(in_thread: bool) -> None:
     """An exception that is its own cause would have who looks for causes run in circles."""
 
     def fails() -> StepOutput:

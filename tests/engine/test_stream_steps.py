@@ -200,6 +200,35 @@ def test_a_step_ended_when_the_host_learned_of_it(stream: FakeStream, asks: bool
             assert handle.result().ended_at == moment
 
 
+def test_a_step_that_was_seen_to_be_done_had_ended_then(stream: FakeStream) -> None:
+    """However long its result is left where it is."""
+    moment = 3.0
+    launcher = StreamLauncher(lambda: moment, CUDA, MAX_TOKENS, 2)
+    handle = launcher.launch(0, lambda: StepOutput(torch.tensor([7])))
+    assert not handle.done()
+    moment = 5.0
+    stream.run()
+    assert handle.done()
+    moment = 7.0
+    assert handle.result().ended_at == 5.0
+
+
+def test_a_device_that_failed_is_told_with_the_result(
+    stream: FakeStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits until the step is done must not wait for ever."""
+
+    def fails(event: fake_cuda.FakeEvent) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    handle = _launcher(2).launch(4, lambda: StepOutput(torch.tensor([7])))
+    monkeypatch.setattr(fake_cuda.FakeEvent, "query", fails)
+    monkeypatch.setattr(fake_cuda.FakeEvent, "synchronize", fails)
+    assert handle.done()
+    with pytest.raises(StepError, match="step 4 failed: an illegal memory access"):
+        handle.result()
+
+
 def test_the_device_s_time_is_in_seconds(
     stream: FakeStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,16 @@ class TestSteps:
         runner.close()
         _assert_ended(pids)
 
+    @pytest.mark.usefixtures("_interrupts")
+    def test_an_interrupt_of_a_rank_is_the_caller_s_to_handle(self) -> None:
+        """Whoever sends one to all processes of a name reaches the ranks too."""
+        runner = _runner()
+        assert _untimed(runner.execute(_plan(0))) == answer(_plan(0))
+        for pid in rank_pids():
+            os.kill(pid, signal.SIGINT)
+        assert _untimed(runner.execute(_plan(1))) == answer(_plan(1))
+        runner.close()
+
     def test_close_waits_for_what_is_under_way(self) -> None:
         runner = _runner(FakeRank(step_seconds=0.2))
         for i in range(3):

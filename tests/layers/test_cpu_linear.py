@@ -14,6 +14,7 @@ from torch import Tensor
 from layers.cpu_linear import HalfLinear
 from layers.layernorm import RMSNorm, Stream
 from layers.matmul import CPUMatmul, make_matmul
+from layers.parallel import ParallelContext
 from tests.layers.tensors import place, rms_norm
 
 EPS = 1e-6
@@ -158,6 +159,20 @@ def test_a_product_is_the_same_on_both_sides_of_its_limit(
     torch.testing.assert_close(y, normed, rtol=1e-5, atol=1e-5)
     assert before.part is None
     assert torch.equal(before.total, x)
+
+
+@pytest.mark.parametrize("rows", [1, 65])
+@pytest.mark.parametrize("exact", [False, True])
+def test_of_several_ranks_none_adds_the_residual(rows: int, exact: bool) -> None:
+    """The sum over ranks would have it once for each of them."""
+    weight = (_bfloat16 if exact else _random)(40, 24)
+    x, residual = _random(rows, 24, seed=3), _random(rows, 40, seed=4)
+    for rank in range(2):
+        product = make_matmul(weight, None, place(ParallelContext(rank, 2)))
+        stream = product.added(x, Stream(residual))
+        assert stream.part is not None
+        torch.testing.assert_close(stream.part, x @ weight.t(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(stream.total, residual)
 
 
 def test_nothing_is_printed() -> None:

@@ -94,3 +94,27 @@ def test_no_sums_are_left_where_the_kernel_normalises(calls: list[set[str]]) -> 
     stream = Stream(torch.ones(5, K, dtype=torch.bfloat16))
     y, _ = matmul.normed(norm(stream), partial=True)
     assert (y.dim(), calls) == (2, [{"pdl"}])
+
+
+def test_a_bias_is_added_once_and_before_the_gate(calls: list[set[str]]) -> None:
+    """Sums that are left to be added up have none, and the kernel's gate would come before it."""
+    here = place(dtype=torch.bfloat16)
+    bias = torch.ones(N, dtype=torch.bfloat16)
+    matmul = SmallBatchMatmul(torch.ones(N, K, dtype=torch.bfloat16), bias, here)
+    norm = RMSNorm(K, 1e-6, here)
+    norm.weight.fill_(1.0)
+    x = torch.ones(5, K, dtype=torch.bfloat16)
+    assert matmul.partial(x).shape == (5, N)
+    assert matmul.gated(norm(Stream(x)))[0].shape == (5, N // 2)
+    assert calls == [{"pdl"}, {"pdl"}]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_goes_where_it_is_wanted(calls: list[set[str]], biased: bool) -> None:
+    weight, bias = torch.ones(N, K), torch.full((N,), 3.0)
+    matmul = SmallBatchMatmul(weight, bias if biased else None, place())
+    matmul(torch.ones(5, K), out=torch.empty(5, N))
+    assert calls == [{"pdl", "out"}]
+    out = torch.empty(9, N)
+    assert matmul(torch.ones(9, K), out=out) is out
+    assert torch.equal(out, torch.full((9, N), K + (3.0 if biased else 0.0)))
