@@ -85,7 +85,7 @@ class PartKind:
         if ":" in spec:
             try:
                 return _imported(spec)
-            except (ImportError, AttributeError, ValueError) as error:
+            except (ImportError, AttributeError, TypeError, ValueError) as error:
                 problem = f"cannot be imported ({error})"
                 fix = "Check the module path and the class name."
                 raise ConfigError(self.option, spec, problem, fix) from error
