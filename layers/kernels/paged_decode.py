@@ -169,8 +169,8 @@ def _paged_decode_kernel(
     stop = tl.minimum(at + share, tl.sum(spans, 0))
     seq = tl.sum((ends <= at).to(tl.int32), 0)
     seq_begin = tl.sum(tl.where(ends <= at, spans, 0), 0)
-    dims, rows = tl.arange(0, DIM_PAD), tl.arange(0, ROWS)
-    dim_ok = dims < DIM
+    dims = tl.arange(0, DIM_PAD)
+    dim_ok, rows = dims < DIM, tl.arange(0, ROWS)
     row_ok = (rows < QUERIES * GROUP)[:, None] & dim_ok[None, :]
     offsets = tl.arange(0, TILE)
     if PDL and not APART:
@@ -187,9 +187,9 @@ def _paged_decode_kernel(
         table = table_ptr + slot * table_row
         k_head = k_ptr + head * head_stride + dims[None, :]
         v_head = v_ptr + head * head_stride + dims[None, :]
-        q_at = q_ptr + seq.to(tl.int64) * QUERIES * q_row
+        q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
-        q_at += query * q_row + (head * GROUP + member) * q_head
+        q_at += query * q_row + (first_head + member) * q_head
         # With several queries, a row may see nothing of its first tile: -inf would give NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
@@ -262,8 +262,9 @@ def _paged_decode_kernel(
             # A part may hold nothing but the pair cost; -inf would give NaN when combined.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
+            used_rows = used[:, None]
             at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
-            tl.store(at_part, result, mask=used[:, None])
+            tl.store(at_part, result, mask=used_rows)
             # All threads' stores come before the one thread that announces them.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
@@ -271,7 +272,6 @@ def _paged_decode_kernel(
                 tl.store(arrived_ptr + owner, 0)
                 place = (out_at, out_row, out_head)
                 _combine(parts, owner, final, place, GROUP, QUERIES, DIM, UNROLL)
-
         at += last - first
         if at >= seq_begin + seq_span:
             seq_begin += seq_span

@@ -40,8 +40,8 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
-    log2_u = libdevice.fast_log2f(u) if HARDWARE else tl.log2(u)
-    negative_log = tl.where(w < 0.0625, series, log2_u * -0.6931471805599453)
+    exact = (libdevice.fast_log2f(u) if HARDWARE else tl.log2(u)) * -0.6931471805599453
+    negative_log = tl.where(w < 0.0625, series, exact)
     return libdevice.fast_log2f(negative_log) if HARDWARE else tl.log2(negative_log)
 
 
