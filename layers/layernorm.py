@@ -100,11 +100,9 @@ class RMSNorm:
             part = part if part.dim() == 2 else part.sum(0).to(total.dtype)
             part = place.parallel.all_reduce(part)
         if place.fused:
-            from layers.kernels.norm import add_rms_norm, rms_norm
+            from layers.kernels.rowwise import rms_norm
 
-            if part is None:
-                return rms_norm(total, self.weight, self.eps, pdl=place.pdl), stream
-            y, total = add_rms_norm(part, total, self.weight, self.eps, pdl=place.pdl)
+            y, total = rms_norm(total, self.weight, self.eps, part, pdl=place.pdl)
             return y, Stream(total)
         if part is not None:
             stream = Stream(total := part + total)

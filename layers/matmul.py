@@ -196,9 +196,9 @@ class SmallBatchMatmul(Matmul):
 def silu_mul(x: Tensor, place: Place) -> Tensor:
     """silu(gate) * up (SwiGLU, Shazeer 2020) of x = [gate | up]: [T, 2n] -> [T, n]."""
     if place.fused:
-        from layers.kernels import activation
+        from layers.kernels import rowwise
 
-        return activation.silu_mul(x, pdl=place.pdl)
+        return rowwise.silu_mul(x, pdl=place.pdl)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -42,8 +42,8 @@ class ParallelContext:
     ) -> tuple[Tensor, Tensor] | None:
         """The sum over ranks with the residual add and norm that follow it, as one kernel.
 
-        For arguments and result see `layers.kernels.norm.add_rms_norm`. None if there is no such
-        kernel for x; the caller then uses `all_reduce`.
+        See `layers.kernels.rowwise.rms_norm` for `residual` with the part x. None if there is no
+        such kernel for x; the caller then uses `all_reduce`.
         """
         del x, residual, weight, eps
         return None

@@ -123,15 +123,11 @@ class QKNormRopeStore:
 
             return qk_norm_rope_store(
                 qkv,
-                None if weight is None else weight[0],
-                None if weight is None else weight[-1],
+                None if weight is None else (weight[0], weight[-1]),
                 self._eps or 0.0,
-                rotation.cos,
-                rotation.sin,
-                rotation.positions,
+                rotation,
                 slot_mapping,
-                kv.k,
-                kv.v,
+                kv,
                 pdl=self._place.pdl,
             )
         heads = qkv.view(-1, self._num_all, self._head_dim)

@@ -55,12 +55,12 @@ class GroupContext(ParallelContext):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.exchange is not None and self.exchange.takes_sum(x):
-            return self.exchange.all_reduce(x, rehearse=self.rehearses.is_set())
+            return self.exchange.all_reduce(x)
         return self._reduce(x, dist.ReduceOp.SUM)
 
     def all_max(self, x: Tensor) -> Tensor:
         if self.exchange is not None and self.exchange.takes_max(x):
-            return self.exchange.all_max(x, rehearse=self.rehearses.is_set())
+            return self.exchange.all_max(x)
         return self._reduce(x, dist.ReduceOp.MAX)
 
     def add_rms_norm(
@@ -68,8 +68,7 @@ class GroupContext(ParallelContext):
     ) -> tuple[Tensor, Tensor] | None:
         if self.exchange is None or not self.exchange.takes_sum(x):
             return None
-        rehearse = self.rehearses.is_set()
-        return self.exchange.add_rms_norm(x, residual, weight, eps, rehearse=rehearse)
+        return self.exchange.add_rms_norm(x, residual, weight, eps)
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         if self.rehearses.is_set():
@@ -130,9 +129,16 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
     torch.cuda.synchronize(device)
     # Nobody writes before all have emptied theirs.
     mapping.barrier()
-    addresses = [int(address) for address in mapping.buffer_ptrs]
-    about: Any = {"dtype": dtype, "device": device, "pdl": dependent_launch(device)}
-    exchange = PeerExchange(context.rank, addresses, rows=rows, width=width, **about)
+    exchange = PeerExchange(
+        rank=context.rank,
+        addresses=[int(address) for address in mapping.buffer_ptrs],
+        rows=rows,
+        width=width,
+        dtype=dtype,
+        device=device,
+        pdl=dependent_launch(device),
+        rehearses=context.rehearses,
+    )
     return replace(context, exchange=exchange, memory=memory)
 
 

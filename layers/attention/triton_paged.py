@@ -52,8 +52,7 @@ class TritonAttention(AttentionBackend):
         if prefills:
             paged_prefill(
                 q[:rows],
-                kv.k,
-                kv.v,
+                kv,
                 batch.block_tables,
                 batch.slots[:prefills],
                 batch.query_start,
@@ -64,8 +63,7 @@ class TritonAttention(AttentionBackend):
         if rows < q.shape[0]:
             paged_decode(
                 q[rows:],
-                kv.k,
-                kv.v,
+                kv,
                 batch.block_tables,
                 batch.slots[prefills:],
                 batch.context_lens[prefills:],
@@ -74,7 +72,6 @@ class TritonAttention(AttentionBackend):
                 rows_per_request=batch.rows_per_decode,
                 out=out[rows:],
                 workspace=self._workspace,
-                launch_pdl=self._pdl and not prefills,
-                early_reads=self._pdl and not prefills,
+                pdl=self._pdl and not prefills,
             )
         return out.flatten(1)

@@ -1,7 +1,5 @@
 """What the kernels of a device may use."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,12 +1,9 @@
 """Top-k, top-p and min-p without sorting: the least logit of a row that may be drawn, bit by bit.
 
-What takes time is passes over the row (300 KB of bf16 logits for 151,936 tokens). A row is mostly
-read twice: once for its largest logits and its mass, then to gather the few thousand logits among
-which the answer has to lie. The search itself runs over these, mostly in registers.
-
-Which logits to gather is a guess from what the first pass saw, and is checked: if the answer may
-lie elsewhere or they are too many, the search runs over the whole row, two bits a pass. So a guess
-decides over time alone, never over the result.
+Passes over the row take the time (300 KB of bf16 logits for 151,936 tokens). Mostly there are two:
+one for the largest logits and the mass, one that gathers the few thousand logits among which the
+answer lies, for the search. Which ones is a guess that is checked: if the answer may lie elsewhere,
+or they are too many, the search takes the whole row, two bits a pass. The result is the same.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -18,20 +15,16 @@ from layers.logits import Filters
 
 # Logits that a thread loads at once, 16 bytes of half precision, and adds up by itself.
 LANES = tl.constexpr(8)
-# Leading bits that tell two values of a type apart once they are float32; even, as two are
-# decided in each pass over the row.
+# Leading bits that tell two values apart once they are float32; even, as a pass decides two.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# With few rows a pass is latency: one program of 32 warps has a multiprocessor to itself. With more
-# rows than the 132 multiprocessors of an H200, two programs of 16 warps share one.
+# Up to 132 rows one program of 32 warps has a multiprocessor of an H200 to itself, as latency
+# counts. Beyond, two programs of 16 warps share one.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
 @triton.jit
 def _key_value(key):
-    """The float32 of an ordered key (as IEEE's total order), a scalar; -inf for lower ones.
-
-    Keys above that of infinity give NaN, which no logit reaches.
-    """
+    """The float32 of a key in IEEE's total order; -inf below, NaN (no logit reaches it) above."""
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
 
@@ -47,9 +40,8 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 @triton.jit
 def _weights(x, floor, highest, scale):
     """What logits weigh, like x: 1 each if `scale` is None, else their mass: 0 below `floor`."""
-    if scale is None:
-        weights = tl.full(x.shape, 1.0, tl.float32)
-    else:
+    weights = tl.full(x.shape, 1.0, tl.float32)
+    if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
     return weights
 
@@ -68,8 +60,7 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 def _search(x, weights, target, BITS: tl.constexpr):
     """Key of the greatest of the logits x that, with all above it, reaches `target` in weight.
 
-    In its bits beyond BITS it is as low as can be, which keeps the same logits. All ones for a
-    target of 0 or less.
+    Its bits beyond BITS are 0. All ones for a target of 0 or less.
     """
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
@@ -88,12 +79,10 @@ def search_in_passes(
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
-        one = _key_value(found + bit)
-        two = _key_value(found + 2 * bit)
+        one, two = _key_value(found + bit), _key_value(found + 2 * bit)
         three = _key_value(found + 3 * bit)
         sum1 = tl.zeros((BLOCK // LANES,), tl.float32)
-        sum2 = tl.zeros((BLOCK // LANES,), tl.float32)
-        sum3 = tl.zeros((BLOCK // LANES,), tl.float32)
+        sum2, sum3 = sum1, sum1
         for start in range(0, end, BLOCK):
             x = _load_block(ptr, start, end, 1, BLOCK)
             weights = _weights(x, floor, highest, scale)
@@ -113,7 +102,6 @@ def search_in_passes(
 def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """The greatest logit that, with all above it, reaches `target` in weight."""
     if end <= BLOCK:
-        # In registers.
         x = _load_block(ptr, 0, end, 1, BLOCK)
         found = _search(x, _weights(x, floor, highest, scale), target, BITS)
     else:
@@ -122,19 +110,8 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 
 @triton.jit
-def _best(ptr, end, BLOCK: tl.constexpr):
-    """[BLOCK / lanes] largest logits, of every BLOCK-th group of lanes each."""
-    # Reduced after the loop: a maximum of maxima that is used twice, of rows that are not aligned,
-    # fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
-    best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
-    for start in range(0, end, BLOCK):
-        best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
-    return tl.max(best, axis=1)
-
-
-@triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """As `_best`, and the mass of the row."""
+    """Largest logits [BLOCK / lanes], of every BLOCK-th group of lanes each, and the row's mass."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -151,26 +128,19 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _ranked(best, rank, BITS: tl.constexpr):
-    """The `rank`-th of the largest logits; so many logits at least are no smaller."""
-    return _key_value(_search(best, tl.full(best.shape, 1.0, tl.float32), rank, BITS))
-
-
-@triton.jit
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Between which logits the mass of all that lie lower may be `below`, by a sample of the row.
 
-    That mass is one of many light tokens, so a sample tells it well where the mass of those above,
-    of which a few may be most of it, would be off.
+    That mass is of many light tokens. Of the mass above, a few may be most: a sample would be off.
     """
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # Four standard errors: of those below `middle` none is heavier than it.
+    # Four standard errors: none below `middle` is heavier.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
@@ -181,23 +151,16 @@ def guess_range(
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Fill up the last block of `count` gathered logits; where they end then.
-
-    Of whole blocks the compiler knows that they can be loaded 16 bytes at once.
-    """
+    """Fill up the last block of `count` gathered logits, to load 16 bytes at once; their end."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
-    # Other threads of the program read what these wrote.
-    tl.debug_barrier()
+    tl.debug_barrier()  # other threads of the program read what these wrote
     return (count + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy the groups of lanes with a logit at or above `low`, in order; the logits that makes.
-
-    Whole groups, as they cost one store each. No more than two blocks of logits are copied.
-    """
+    """Copy the groups of lanes with a logit at or above `low`, two blocks at most; their logits."""
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -206,8 +169,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            # 16-bit logits come back as they were.
-            value = x.to(out_ptr.dtype.element_ty)
+            value = x.to(out_ptr.dtype.element_ty)  # as it was
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -215,11 +177,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy the logits from `low` up to `high` in order, two blocks at most.
-
-    Returns:
-        Their number, and the mass of those above `high`.
-    """
+    """Copy logits from `low` to `high` in order, two blocks at most; their number, mass above."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -241,16 +199,15 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Where to look for the logit that reaches top_p of the mass: the whole row if need be.
 
-    Returns:
-        The place, its end, the mass to be reached there, a logit that cannot be above the one
-        sought, and the row's highest.
+    Place, its end, mass to be reached there, lower bound of the logit sought, highest of the row.
     """
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total
     floor = tl.full((), float("-inf"), tl.float32)
     if end > 2 * BLOCK:
-        low = _ranked(best, BLOCK // LANES // 2, BITS)
+        ones = tl.full(best.shape, 1.0, tl.float32)
+        low = _key_value(_search(best, ones, BLOCK // LANES // 2, BITS))
         above = tl.full((), 0.0, tl.float32)
         if tl.sum(_weights(best, low, highest, scale), axis=0) >= target:
             count = _gather_from(ptr, out_ptr, end, low, BLOCK)
@@ -261,53 +218,44 @@ def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: 
         if (count <= 2 * BLOCK) & (above < target):
             last = _pad(out_ptr, count, BLOCK)
             if above + _mass(out_ptr, last, low, highest, scale, BLOCK) >= target:
-                ptr = out_ptr
-                end = last
-                target -= above
-                floor = low
+                ptr, end, target, floor = out_ptr, last, target - above, low
     return ptr, end, target, floor, highest
 
 
 @triton.jit
 def _bounds_kernel(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    scratch_ptr,
-    out_ptr,
-    stride,
-    vocab_size,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits_ptr, filters, scratch_ptr, out_ptr, stride, size, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The bound of one row; grid (rows). `scratch_ptr` has room for two blocks of logits a row."""
     row = tl.program_id(0).to(tl.int64)
     ptr = logits_ptr + row * stride
     scratch_ptr += row * (2 * BLOCK)
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
+    temperature, top_k = tl.load(filters[0] + row), tl.load(filters[1] + row)
+    top_p, min_p = tl.load(filters[2] + row), tl.load(filters[3] + row)
     least = tl.full((), float("-inf"), tl.float32)
-    counts = (top_k >= 1) & (top_k < vocab_size)
+    counts = (top_k >= 1) & (top_k < size)
     if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
-        # As in the reference, above 0; and log2(e), for exp2.
-        divisor = tl.maximum(temperature, 1e-30)
-        scale = 1.4426950408889634 / divisor
-        end = vocab_size
+        divisor = tl.maximum(temperature, 1e-30)  # above 0, as in the reference
+        scale = 1.4426950408889634 / divisor  # log2(e), for exp2
+        end = size
         target = tl.full((), 0.0, tl.float32)
         if (top_p < 1) & (counts == 0):
             ptr, end, target, least, highest = _narrow_to_mass(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            best = _best(ptr, end, BLOCK)  # [BLOCK / lanes]
+            # Reduced after the loop: a maximum of maxima that is used twice, of rows that are not
+            # aligned, fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
+            best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
+            for start in range(0, end, BLOCK):
+                best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
+            best = tl.max(best, axis=1)
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    low = _ranked(best, top_k, BITS)
+                    # So many logits at least are no smaller.
+                    ones = tl.full(best.shape, 1.0, tl.float32)
+                    low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
                     if count <= 2 * BLOCK:
                         end = _pad(scratch_ptr, count, BLOCK)
@@ -328,16 +276,12 @@ def logit_bounds(
 ) -> torch.Tensor:
     """As :func:`layers.logits.logit_bounds_reference`, in passes over the logits where they lie.
 
-    Two passes over a row of a large vocabulary, and 8 more for bf16 or 16 for float32 where a guess
-    fails and for a top_k in the hundreds and more. Rows of two blocks and less are not gathered.
+    A bound [R] float32 may lie below the reference's, between the same two values of the type.
 
     Args:
         logits: [R, V] bf16, fp16 or fp32; rows may be strided.
         filters: [R] float32 each.
         block: logits of a row read at once, a power of two; chosen by the number of rows if None.
-
-    Returns:
-        [R] float32; may lie below the reference's, between the same two values of the type.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
@@ -345,11 +289,13 @@ def logit_bounds(
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if block is None:
         block = FEW_ROWS_BLOCK if rows <= 132 else MANY_ROWS_BLOCK
-    # 64 registers a thread let 1,024 threads share a multiprocessor.
-    options = {"num_warps": max(1, block // 512), "maxnreg": 64}
     if rows:
-        by = (getattr(filters, name).contiguous() for name in Filters.__slots__)
-        tensors = (logits, *by, logits.new_empty(rows, 2 * block), out)
-        sizes = (logits.stride(0), vocab_size, _BITS[logits.dtype], block)
-        _bounds_kernel[(rows,)](*tensors, *sizes, **options)
+        by = tuple(getattr(filters, name).contiguous() for name in Filters.__slots__)
+        _bounds_kernel[(rows,)](
+            *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
+            *(_BITS[logits.dtype], block),
+            num_warps=max(1, block // 512),
+            # 64 registers a thread let 1,024 threads share a multiprocessor.
+            maxnreg=64,
+        )
     return out

@@ -1,12 +1,11 @@
 """Attention of the newest tokens of each request over a paged KV cache (the decode step).
 
-The work is cut the way Stream-K (Osama et al. 2023) cuts a matrix product: the KV tiles of all
-(request, KV head) pairs form one line, and every program takes an equal stretch of it.  Lengths
-are read on the device, so one launch shape serves every mix of lengths and can live in a CUDA
-graph; the bound on the context length costs nothing.  A pair that several programs share leaves
-partial softmax sums (Flash-Decoding, Dao et al. 2023); the last program to arrive adds them up.
-The query heads that share a KV head, once per new token of the request, are the rows of one small
-matrix product: K and V are read once.
+The work is cut as Stream-K (Osama et al. 2023) cuts a matrix product: the KV tiles of all (request,
+KV head) pairs form one line, and every program takes an equal stretch of it.  Lengths are read on
+the device, so one launch shape serves every mix of lengths, in a CUDA graph too.  A pair that
+several programs share leaves partial softmax sums (Flash-Decoding, Dao et al. 2023); the last
+program to arrive adds them up.  The query heads that share a KV head, once per new token of the
+request, are the rows of one small matrix product: K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -17,17 +16,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.decode_launch import MAX_PER_SM, DecodeConfig, DecodeWorkspace, decode_config
-from layers.kernels.paged_prefill import paged_prefill_reference
-
-LOG2_E = 1.4426950408889634
+from layers.kernels.paged_prefill import LOG2_E, paged_prefill_reference
+from memory.kv_cache import KVLayer
 
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
     """One online-softmax step with scores `s` [G, N] in base 2 and values `v` [N, D].
 
-    `norm` [G, N] is summed over its columns by the caller, once: a sum across warps per tile
-    would cost a barrier.
+    `norm` is [G, N]: the caller sums it up once, since a sum across warps costs a barrier.
     """
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
@@ -74,28 +71,24 @@ def _combine(
     parts,
     owner,
     final,
-    out_at,
-    out_strides,
+    place,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Add up the parts that programs `owner`..`final` left, and store the result [rows, DIM].
-
-    Every column keeps its own copy of its row's statistics, so that nothing crosses threads.
-    """
+    """Add up the parts that programs `owner`..`final` left, and store the result [rows, DIM]."""
     values_ptr, lse_ptr, _ = parts
+    out_at, out_row, out_head = place
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    columns = tl.arange(0, COLUMNS)  # [COLUMNS], as all below
-    row = columns // DIM_PAD
-    dim = columns % DIM_PAD
+    # [COLUMNS], as all below: no statistics of rows, so that nothing crosses threads.
+    columns = tl.arange(0, COLUMNS)
+    row, dim = columns // DIM_PAD, columns % DIM_PAD
     query, member = _query_and_head(row, GROUP, QUERIES)
     top = tl.full([COLUMNS], float("-inf"), tl.float32)
-    norm = tl.zeros([COLUMNS], tl.float32)
-    total = tl.zeros([COLUMNS], tl.float32)
+    norm, total = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     for start in range(owner, final + 1, UNROLL):
         for i in tl.static_range(UNROLL):
             who = start + i
@@ -107,13 +100,12 @@ def _combine(
             at = values_ptr + part * COLUMNS + columns
             value = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
             new_top = tl.maximum(top, lse)
-            keep = tl.exp2(top - new_top)
-            weight = tl.exp2(lse - new_top)
+            keep, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
             norm = norm * keep + weight
             total = total * keep + value * weight
             top = new_top
     live = (row < QUERIES * GROUP) & (dim < DIM)
-    at = out_at + query * out_strides[0] + member * out_strides[1] + dim
+    at = out_at + query * out_row + member * out_head + dim
     tl.store(at, (total / norm).to(out_at.dtype.element_ty), mask=live)
 
 
@@ -133,10 +125,7 @@ def _paged_decode_kernel(
     scale,
     batch,
     pair_cost,
-    q_strides,
-    kv_strides,
-    table_row,
-    out_strides,
+    strides,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -147,29 +136,22 @@ def _paged_decode_kernel(
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
     APART: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     values_ptr, lse_ptr, arrived_ptr = parts
-    q_row, q_head = q_strides
-    page_stride, token_stride, head_stride = kv_strides
-    out_row, out_head = out_strides
+    q_row, q_head, page_stride, token_stride, head_stride, table_row, out_row, out_head = strides
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16  # the least of a tl.dot
     # With one query, the current token is added apart, since all others can be read early.
-    NEWEST_APART: tl.constexpr = AHEAD and APART and QUERIES == 1
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    NEWEST_APART: tl.constexpr = PDL and APART and QUERIES == 1
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
-        if not AHEAD:
-            gdc_wait()
-
     lane = tl.arange(0, BATCH_PAD)
     lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
-    # The line of work: sequence by sequence, head by head, tile by tile.  An empty sequence
-    # counts one tile, so that some program writes its zeros.
+    # The line of work: sequence by sequence, head by head, tile by tile.  An empty sequence counts
+    # one tile, so that some program writes its zeros.
     tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
     share = tl.cdiv(tl.sum(tiles + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
     if APART:
@@ -187,14 +169,11 @@ def _paged_decode_kernel(
     stop = tl.minimum(at + share, tl.sum(spans, 0))
     seq = tl.sum((ends <= at).to(tl.int32), 0)
     seq_begin = tl.sum(tl.where(ends <= at, spans, 0), 0)
-
     dims = tl.arange(0, DIM_PAD)
-    dim_ok = dims < DIM
-    rows = tl.arange(0, ROWS)
+    dim_ok, rows = dims < DIM, tl.arange(0, ROWS)
     row_ok = (rows < QUERIES * GROUP)[:, None] & dim_ok[None, :]
     offsets = tl.arange(0, TILE)
-
-    if PDL and AHEAD and not APART:
+    if PDL and not APART:
         gdc_wait()
     while at < stop:
         num_tokens = tl.sum(tl.where(lane == seq, lens, 0), 0)
@@ -208,8 +187,7 @@ def _paged_decode_kernel(
         table = table_ptr + slot * table_row
         k_head = k_ptr + head * head_stride + dims[None, :]
         v_head = v_ptr + head * head_stride + dims[None, :]
-        q_at = q_ptr + seq.to(tl.int64) * QUERIES * q_row
-        first_head = head * GROUP
+        q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
         # With several queries, a row may see nothing of its first tile: -inf would give NaN.
@@ -219,8 +197,7 @@ def _paged_decode_kernel(
         if NEWEST_APART:
             # Only q and the current token's K and V come from the kernel before this one.  The
             # first tile is read before the wait, without that token, which is added apart.
-            seen_tokens = num_tokens - 1
-            loop_from = begin + 1
+            seen_tokens, loop_from = num_tokens - 1, begin + 1
             page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
             base, more = _tile_rows(page, begin, page_stride, token_stride, PAGE, TILE)
             seen = begin * TILE + offsets < seen_tokens
@@ -230,8 +207,7 @@ def _paged_decode_kernel(
             has_current = (last == span) & (num_tokens > 0)
             last_page = tl.load(table + seen_tokens // PAGE, mask=has_current, other=0)
             now = last_page.to(tl.int64) * page_stride + seen_tokens % PAGE * token_stride
-            if PDL:
-                gdc_wait()
+            gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
             if has_current:
                 k_now = tl.load(k_head + now, mask=dim_ok[None, :], other=0.0).to(tl.float32)
@@ -244,15 +220,14 @@ def _paged_decode_kernel(
                 s = tl.where(seen[None, :], s, float("-inf"))
                 top, norm, acc = _accumulate(s, v, top, norm, acc)
         else:
-            seen_tokens = num_tokens
-            loop_from = begin
+            seen_tokens, loop_from = num_tokens, begin
             if QUERIES > 1:
                 page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
-                if PDL and AHEAD and APART:
+                if PDL and APART:
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # The page id is loaded one tile ahead by hand: left to the pipeliner, it takes a stage.
+        # The page id is loaded one tile ahead by hand: the pipeliner would give it a stage.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
@@ -269,18 +244,17 @@ def _paged_decode_kernel(
             v = tl.load(v_head + base + more, mask=ok, other=0.0)
             page = _tile_pages(table, t + 1, seen_tokens, PAGE, TILE)
             top, norm, acc = _accumulate(s, v, top, norm, acc)
-
         norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
-        # Padding counts no arrivals, whoever shares it: in rehearsals other streams do the same.
+        # Padding counts no arrivals: in rehearsals other streams do the same.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
             stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # A program has at most one pair that began before it (part 0) and one that
-            # outlasts it (part 1); the counter is that of the program where the pair begins.
+            # At most one pair began before this program (part 0) and one outlasts it (part 1).
+            # Arrivals are counted at the program where a pair begins.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
@@ -296,8 +270,8 @@ def _paged_decode_kernel(
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
             if before == final - owner:
                 tl.store(arrived_ptr + owner, 0)
-                _combine(parts, owner, final, out_at, out_strides, GROUP, QUERIES, DIM, UNROLL)
-
+                place = (out_at, out_row, out_head)
+                _combine(parts, owner, final, place, GROUP, QUERIES, DIM, UNROLL)
         at += last - first
         if at >= seq_begin + seq_span:
             seq_begin += seq_span
@@ -306,8 +280,7 @@ def _paged_decode_kernel(
 
 def paged_decode(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: KVLayer,
     block_tables: Tensor,
     slots: Tensor,
     context_lens: Tensor,
@@ -317,8 +290,7 @@ def paged_decode(
     out: Tensor,
     workspace: DecodeWorkspace,
     rows_per_request: int = 1,
-    launch_pdl: bool = False,
-    early_reads: bool = False,
+    pdl: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Attend from the newest n = `rows_per_request` tokens of B requests; returns `out`.
@@ -327,28 +299,24 @@ def paged_decode(
     request b: row j sees `context_lens[b] - n + 1 + j` of them.  If that is none, its result is 0.
 
     Args:
-        q: [B * n, Hq, D], bfloat16 or float16; strides are free but for a contiguous last one.
-        k_cache, v_cache: [pages, page_size, Hkv, D], with equal strides, the last one contiguous.
+        q, out: [B * n, Hq, D], bfloat16 or float16; the last stride is 1, the others are free.
+        kv: the pages, with K and V of all visible tokens.
         block_tables: int32 [S, max_pages], page ids; only those that a context needs are read.
         slots: int32 [B], the row of `block_tables` of each request.
-        context_lens: int32 [B], visible tokens, the queries' own included, whose K and V are
-            already in the pages.  0 marks padding: zeros come out, nothing is read.
-        scale: factor of the scores, usually D ** -0.5.
+        context_lens: int32 [B], visible tokens, the queries' own included.  0 marks padding:
+            zeros come out, nothing is read.
+        scale: factor of the scores.
         max_context_len: host-side bound on `context_lens`, for the launch shape alone.
-        out: [B * n, Hq, D], last dimension contiguous.
         workspace: from `decode_workspace`, for as many rows of a request or more.
-        launch_pdl: launch with programmatic dependent launch.
-        early_reads: with `launch_pdl`, read tables, lengths and, if n is 1, older K and V while
-            earlier kernels still run.  The caller promises that none of the kernels in the
-            current chain of such launches writes them, as in a graph of one decode step.
+        pdl: launch with programmatic dependent launch, and read tables, lengths and, if n is 1,
+            older K and V while earlier kernels still run.  The caller promises that none of the
+            kernels in the current chain of such launches writes them, as in one decode step.
     """
     num_rows, num_heads, dim = q.shape
-    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    _, page, kv_heads, _ = kv.k.shape
     batch, rest = divmod(num_rows, rows_per_request)
     if rest:
         raise ValueError(f"{num_rows} rows are not {rows_per_request} for each request")
-    if k_cache.stride() != v_cache.stride():
-        raise ValueError(f"strides of K {k_cache.stride()} and V {v_cache.stride()} differ")
     group, part_rows = num_heads // kv_heads, workspace.lse.shape[2]
     if rows_per_request * group > part_rows:
         raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
@@ -358,34 +326,24 @@ def paged_decode(
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
     apart = 2 * pairs <= programs  # no program takes more than one pair then
+    batch_pad = 16 if batch <= 16 else max(256, triton.next_power_of_2(batch))
     _paged_decode_kernel[(programs,)](
-        *(q, k_cache, v_cache, block_tables, slots, context_lens, out),
-        (workspace.values, workspace.lse, workspace.arrived),
+        *(q, kv.k, kv.v, block_tables, slots, context_lens, out, tuple(workspace)),
         *(scale * LOG2_E, batch, 0 if apart else config.pair_cost),
-        *(q.stride()[:2], k_cache.stride()[:3], block_tables.stride(0), out.stride()[:2]),
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        QUERIES=rows_per_request,
-        DIM=dim,
-        PAGE=page,
-        TILE=tile,
-        BATCH_PAD=16 if batch <= 16 else max(256, triton.next_power_of_2(batch)),
-        UNROLL=max(1, config.unroll // rows_per_request),
-        PDL=launch_pdl,
-        APART=apart,
-        AHEAD=early_reads,
+        (*q.stride()[:2], *kv.k.stride()[:3], block_tables.stride(0), *out.stride()[:2]),
+        *(kv_heads, group, rows_per_request, dim, page, tile, batch_pad),
+        *(max(1, config.unroll // rows_per_request), pdl, apart),
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
-        launch_pdl=launch_pdl,
+        launch_pdl=pdl,
     )
     return out
 
 
 def paged_decode_reference(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: KVLayer,
     block_tables: Tensor,
     slots: Tensor,
     context_lens: Tensor,
@@ -397,4 +355,4 @@ def paged_decode_reference(
     """`paged_decode` in plain torch and float32: a prefill of the newest tokens."""
     start = torch.arange(0, q.shape[0] + 1, rows_per_request)
     where = (block_tables, slots, start, context_lens)
-    return paged_prefill_reference(q, k_cache, v_cache, *where, scale=scale, out=out)
+    return paged_prefill_reference(q, kv, *where, scale=scale, out=out)

@@ -1,11 +1,9 @@
 """Causal attention of many new tokens per sequence over a paged KV cache (the prefill step).
 
 FlashAttention-2 (Dao 2023): a program owns a tile of queries and walks the keys once with an
-online softmax.  The query heads that share a KV head lie in one tile, as rows (token, head): no
-padding when their number is no power of two, half the diagonal waste at two heads, and K and V are
-fetched once for all of them.  The tiles of all sequences form one line, which the programs divide
-on the device, so that a launch fits any lengths with the same total.  Of a sequence, tiles with
-the longest walk start first.
+online softmax.  The query heads that share a KV head lie in one tile, as rows (token, head): K and
+V are fetched once for all of them, without padding.  The tiles of all sequences form one line,
+which the programs divide on the device, so that a launch fits any lengths with the same total.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -17,36 +15,31 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from memory.kv_cache import KVLayer
+
 LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Launch shape of `paged_prefill`.
+    """Launch shape of `paged_prefill`."""
 
-    rows, tile: (token, head) rows and keys per tile.
-    warps, stages, max_registers: compiler options.
-    tma: read K and V through tensor descriptors where pages hold whole tiles.
-    """
-
-    rows: int
-    tile: int
+    rows: int  # (token, head) pairs of a tile of queries
+    tile: int  # keys
     warps: int
     stages: int
     max_registers: int | None = None
-    tma: bool = True
+    tma: bool = True  # read K and V through tensor descriptors where pages hold whole tiles
 
 
 # One H200, bf16, 16/8 heads of 128.  4 x 4096 tokens: 478 TFLOP/s, 0.60 of an 8192^3 product, 438
-# without TMA.  8 warps, 3 stages, no register limit (one program per multiprocessor): 435;
-# 4 warps, two programs: 475, but 146 without TMA; 256 rows: 437; Q kept in registers: 420.
+# without TMA.  3 stages, no register limit (one program per multiprocessor): 435; 256 rows: 437.
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
 # Too few tiles to fill the device.  1024 tokens: 20 us against 30 us with WIDE; 512 tokens after
 # 3000: 46 us against 101 us.  TMA is level here, and costs the host 17 us a call.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
-# What fits for heads past 128; not tuned.
-LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)
+LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # fits past 128; not tuned
 
 
 @triton.jit(
@@ -64,10 +57,7 @@ def _paged_prefill_kernel(
     out_ptr,
     scale,
     batch,
-    q_strides,
-    kv_strides,
-    table_row,
-    out_strides,
+    strides,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -77,12 +67,9 @@ def _paged_prefill_kernel(
     TMA: tl.constexpr,
     BATCH_PAD: tl.constexpr,
 ):
-    q_row, q_head = q_strides
-    page_stride, token_stride, head_stride = kv_strides
-    out_row, out_head = out_strides
+    q_row, q_head, page_stride, token_stride, head_stride, table_row, out_row, out_head = strides
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
-    head = tl.program_id(0) % KV_HEADS
-    place = tl.program_id(0) // KV_HEADS
+    head, place = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     lane = tl.arange(0, BATCH_PAD)
     begins = tl.load(start_ptr + lane, mask=lane < batch, other=0)
     lens = tl.load(start_ptr + lane + 1, mask=lane < batch, other=0) - begins
@@ -97,10 +84,8 @@ def _paged_prefill_kernel(
     num_tokens = tl.load(len_ptr + seq)
     table = table_ptr + tl.load(slot_ptr + seq).to(tl.int64) * table_row
 
-    rows = first_row + tl.arange(0, ROWS)
-    dims = tl.arange(0, DIM_PAD)
-    token = rows // GROUP
-    heads = head * GROUP + rows % GROUP
+    rows, dims = first_row + tl.arange(0, ROWS), tl.arange(0, DIM_PAD)
+    token, heads = rows // GROUP, head * GROUP + rows % GROUP
     ok = (rows < q_len * GROUP)[:, None] & (dims < DIM)[None, :]
     q_at = q_ptr + ((q_begin + token).to(tl.int64) * q_row + heads * q_head)[:, None]
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
@@ -111,12 +96,10 @@ def _paged_prefill_kernel(
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
     last_end = tl.cdiv(before + last_token + 1, TILE) * TILE
-
     if not TMA:
         k_src += head * head_stride
         v_src += head * head_stride
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    norm = tl.zeros([ROWS], tl.float32)
+    top, norm = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     # First the tiles of keys that all rows see, then those that need a mask.
     for masked in tl.static_range(2):
@@ -139,14 +122,12 @@ def _paged_prefill_kernel(
                     base = page.to(tl.int64) * page_stride + at % PAGE * token_stride
                     page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
                     where = offsets[:, None] * token_stride + dims[None, :]
-                    k_at = k_src + base + where
-                    v_at = v_src + base + where
+                    k_at, v_at = k_src + base + where, v_src + base + where
                 else:
                     ids = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
                     row = ids.to(tl.int64) * page_stride + tokens % PAGE * token_stride
                     where = row[:, None] + dims[None, :]
-                    k_at = k_src + where
-                    v_at = v_src + where
+                    k_at, v_at = k_src + where, v_src + where
                 if masked:
                     seen = (tokens < num_tokens)[:, None] & (dims < DIM)[None, :]
                     k = tl.load(k_at, mask=seen, other=0.0)
@@ -166,7 +147,6 @@ def _paged_prefill_kernel(
             norm = norm * keep + tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
             top = new_top
-
     result = acc / norm[:, None]
     out_at = out_ptr + ((q_begin + token).to(tl.int64) * out_row + heads * out_head)[:, None]
     tl.store(out_at + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=ok)
@@ -174,8 +154,7 @@ def _paged_prefill_kernel(
 
 def paged_prefill(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: KVLayer,
     block_tables: Tensor,
     slots: Tensor,
     query_start: Tensor,
@@ -191,47 +170,29 @@ def paged_prefill(
     `context_lens[p]` visible tokens, whose K and V are all in the pages already.
 
     Args:
-        q: [T, Hq, D], bfloat16 or float16; strides are free but for a contiguous last one.
-        k_cache, v_cache: [pages, page_size, Hkv, D], with equal strides, the last one contiguous.
-        block_tables: int32 [S, max_pages], page ids; only those that a context needs are read.
-        slots: int32 [P], the row of `block_tables` of each sequence.
         query_start: int32 [P + 1], ascending; a sequence may have no query.  Rows of `q` behind
             the last one are padding.
-        context_lens: int32 [P], visible tokens, the queries' own included.
-        scale: factor of the scores, usually D ** -0.5.
-        out: [T, Hq, D], last dimension contiguous.
+
+    q and out are [T, Hq, D], slots and context_lens int32 [P]; for all else see `paged_decode`.
     """
-    num_heads, dim = q.shape[1:]
-    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    group = num_heads // kv_heads
-    if k_cache.stride() != v_cache.stride():
-        raise ValueError(f"strides of K {k_cache.stride()} and V {v_cache.stride()} differ")
-    batch = slots.numel()
+    (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
+    group, batch = num_heads // kv_heads, slots.numel()
     if config is None:
-        tiles = kv_heads * triton.cdiv(q.shape[0] * group, WIDE.rows)
+        tiles = kv_heads * triton.cdiv(rows * group, WIDE.rows)
         config = LARGE_HEAD if dim > 128 else WIDE if tiles >= WIDE_TILES else NARROW
     tma = config.tma and page % config.tile == 0 and dim == triton.next_power_of_2(dim)
+    k_src, v_src = kv.k, kv.v
     if tma:
         box = [1, config.tile, 1, dim]
-        k_src = TensorDescriptor(k_cache, list(k_cache.shape), list(k_cache.stride()), box)
-        v_src = TensorDescriptor(v_cache, list(v_cache.shape), list(v_cache.stride()), box)
-    else:
-        k_src, v_src = k_cache, v_cache
+        k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
     # Every sequence may have one tile that is not full.
-    tiles = triton.cdiv(q.shape[0] * group, config.rows) + batch
+    tiles = triton.cdiv(rows * group, config.rows) + batch
+    batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few forms
     _paged_prefill_kernel[(kv_heads * tiles,)](
         *(q, k_src, v_src, block_tables, slots, query_start, context_lens, out),
         *(scale * LOG2_E, batch),
-        *(q.stride()[:2], k_cache.stride()[:3], block_tables.stride(0), out.stride()[:2]),
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        DIM=dim,
-        PAGE=page,
-        ROWS=config.rows,
-        TILE=config.tile,
-        TMA=tma,
-        # Few compiled forms.
-        BATCH_PAD=32 if batch <= 32 else max(256, triton.next_power_of_2(batch)),
+        (*q.stride()[:2], *kv.k.stride()[:3], block_tables.stride(0), *out.stride()[:2]),
+        *(kv_heads, group, dim, page, config.rows, config.tile, tma, batch_pad),
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.max_registers,
@@ -241,8 +202,7 @@ def paged_prefill(
 
 def paged_prefill_reference(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: KVLayer,
     block_tables: Tensor,
     slots: Tensor,
     query_start: Tensor,
@@ -252,19 +212,19 @@ def paged_prefill_reference(
     out: Tensor,
 ) -> Tensor:
     """`paged_prefill` in plain torch and float32, one sequence at a time."""
-    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    group = q.shape[1] // kv_heads
+    _, page, kv_heads, _ = kv.k.shape
     starts = query_start.tolist()
     for p, (slot, length) in enumerate(zip(slots.tolist(), context_lens.tolist(), strict=True)):
         begin, end = starts[p], starts[p + 1]
         pages = block_tables[slot, : -(-length // page)].long()
-        keys = k_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
-        values = v_cache[pages].flatten(0, 1)[:length].float().repeat_interleave(group, 1)
+        keys, values = (
+            cache[pages].flatten(0, 1)[:length].float().repeat_interleave(q.shape[1] // kv_heads, 1)
+            for cache in (kv.k, kv.v)
+        )
         scores = torch.einsum("qhd,thd->hqt", q[begin:end].float(), keys) * scale
         positions = torch.arange(length - (end - begin), length, device=q.device)
         future = torch.arange(length, device=q.device)[None, :] > positions[:, None]
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-        # Padding sees nothing: the softmax is NaN, the result 0.
-        weights = weights.masked_fill(future, 0.0)
+        weights = weights.masked_fill(future, 0.0)  # padding sees nothing: its softmax is NaN
         out[begin:end] = torch.einsum("hqt,thd->qhd", weights, values).to(out.dtype)
     return out

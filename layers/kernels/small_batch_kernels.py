@@ -1,7 +1,6 @@
-"""The Gluon kernels behind small_batch_linear.py, which says what they are for.
+"""The kernels behind small_batch_linear.py, in Triton's lower-level dialect Gluon.
 
-Gluon is Triton's lower-level dialect: layouts and shared memory are explicit. Plain Triton offers
-no way to keep a copy into shared memory in flight across the wait for the preceding kernel.
+Plain Triton cannot keep a copy into shared memory in flight across a wait for the kernel before.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -54,9 +53,9 @@ def rows_kernel(
 ) -> None:
     """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (N / BN).
 
-    The pointers of bias, norm and residual may be None. EVEN: all of a chunk is inside the weight.
-    The accumulator is [warp, n, m]: weight rows are the MMA's 16 rows, tokens its 8 columns. Chunk
-    c of warp w covers KC inputs from (c * WARPS + w) * KC on; each warp reads what it copied.
+    Bias, norm and residual may be None. EVEN: all of a chunk is inside the weight. The accumulator
+    is [warp, n, m]: weight rows are the MMA's 16 rows, tokens its 8 columns. Chunk c of warp w
+    covers KC inputs from (c * WARPS + w) * KC on; each warp reads what it copied.
     """
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
@@ -199,8 +198,7 @@ def tile_kernel(
     )
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [WARPS, 1], [1, 0])
     gdc_launch_dependents()
-    n0 = gl.program_id(0) * BN
-    m0 = gl.program_id(1) * BM
+    n0, m0 = gl.program_id(0) * BN, gl.program_id(1) * BM
     k0 = gl.program_id(2) * (CHUNKS * BK)
     ws = gl.allocate_shared_memory(w_desc.dtype, [STAGES, WIDTH, BK], w_desc.layout)
     xs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BM, BK], x_desc.layout)

@@ -10,14 +10,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from layers.kernels.activation import silu_mul, silu_mul_reference
-from layers.kernels.norm import (
-    add_rms_norm,
-    add_rms_norm_reference,
-    rms_norm,
-    rms_norm_reference,
-)
+from layers.forward_batch import Rotation
 from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
+from layers.kernels.rowwise import rms_norm, rms_norm_reference, silu_mul, silu_mul_reference
 from layers.kernels.sampling import sample_shard
 from layers.kernels.small_batch_linear import (
     small_batch_linear,
@@ -27,7 +22,9 @@ from layers.kernels.small_batch_linear import (
 )
 from layers.sampler import gumbel_noise
 from layers.sampler import sample_shard as sample_shard_reference
+from memory.kv_cache import KVLayer
 from tests.kernels.filters import check_bounds, hard_rows
+from tests.kernels.interpreter import poisoned_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -60,34 +57,24 @@ def test_norm(case: int, dtype: torch.dtype) -> None:
     rng = random.Random(case)
     tokens, size = rng.choice([1, 2, 17, 300]), rng.choice([64, 1024, 1536, 4096, 5120])
     x, residual = _randn(tokens, size, dtype=dtype), _randn(tokens, size, dtype=dtype)
-    weight, out, total = (
-        _randn(size, dtype=dtype),
-        _poisoned(tokens, size, dtype=dtype),
-        _poisoned(tokens, size, dtype=dtype),
-    )
-    _close(rms_norm(x, weight, 1e-6, out=out, pdl=PDL), rms_norm_reference(x, weight, 1e-6))
-    out.fill_(float("nan"))
-    add_rms_norm(x, residual, weight, 1e-6, out=out, residual_out=total, pdl=PDL)
-    want = add_rms_norm_reference(x, residual, weight, 1e-6)
-    assert torch.equal(total, want[1])
-    _close(out, want[0])
-    partial = _randn(rng.choice([2, 3, 8]), tokens, size, dtype=torch.float32)
-    out.fill_(float("nan"))
-    add_rms_norm(partial, residual, weight, 1e-6, out=out, residual_out=total, pdl=PDL)
-    want = add_rms_norm_reference(partial, residual, weight, 1e-6)
-    _close(total, want[1])
-    _close(out, want[0])
-    # In place: the residual stream is updated where it lies.
-    stream = residual.clone()
-    add_rms_norm(x, stream, weight, 1e-6, out=out, residual_out=stream, pdl=PDL)
-    assert torch.equal(stream, add_rms_norm_reference(x, residual, weight, 1e-6)[1])
+    weight = _randn(size, dtype=dtype)
+    for part in (None, x, _randn(rng.choice([2, 3, 8]), tokens, size, dtype=torch.float32)):
+        with poisoned_memory():
+            out, total = rms_norm(residual, weight, 1e-6, part, pdl=PDL)
+        want = rms_norm_reference(residual, weight, 1e-6, part)
+        if part is x:
+            assert torch.equal(total, want[1])
+        _close(total, want[1])
+        _close(out, want[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 3072), (64, 8960), (700, 1000)])
 def test_silu_mul(tokens: int, size: int, dtype: torch.dtype) -> None:
-    x, out = _randn(tokens, 2 * size, dtype=dtype), _poisoned(tokens, size, dtype=dtype)
-    _close(silu_mul(x, out=out, pdl=PDL), silu_mul_reference(x))
+    x = _randn(tokens, 2 * size, dtype=dtype)
+    with poisoned_memory():
+        out = silu_mul(x, pdl=PDL)
+    _close(out, silu_mul_reference(x))
 
 
 @pytest.mark.parametrize("case", range(8))
@@ -102,28 +89,19 @@ def test_qk_norm_rope_store(case: int) -> None:
     qkv = _randn(tokens, (heads + 2 * kv_heads) * dim)
     if splits > 1:
         qkv = _randn(splits, *qkv.shape, dtype=torch.float32)
-    weights = (_randn(dim), _randn(dim)) if norm else (None, None)
+    weights = (_randn(dim), _randn(dim)) if norm else None
     angle = _randn(4096, dim // 2, dtype=torch.float32)
-    cos, sin = angle.cos(), angle.sin()
     positions = torch.randint(0, 4096, (tokens,), device="cuda")
+    rotation = Rotation(positions, angle.cos(), angle.sin())
     slots = torch.randperm(blocks * block_size, device="cuda")[:tokens].int()
     slots[torch.rand(tokens, device="cuda") < 0.2] = -1
-    caches = _poisoned(blocks, 2, kv_heads, block_size, dim)
+    caches = _poisoned(blocks, block_size, 2, kv_heads, dim)
     want_caches = caches.clone()
-
-    def views(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x[:, 0].transpose(1, 2), x[:, 1].transpose(1, 2)
-
-    q_weight, k_weight = weights
-
-    def call(function: Any, store: torch.Tensor, **options: Any) -> torch.Tensor:
-        tables = (cos, sin, positions, slots, *views(store))
-        queries: torch.Tensor = function(qkv, q_weight, k_weight, 1e-6, *tables, **options)
-        return queries
-
-    want = call(qk_norm_rope_store_reference, want_caches)
-    out = _poisoned(tokens, heads, dim)
-    _close(call(qk_norm_rope_store, caches, out=out, pdl=PDL), want)
+    about = (qkv, weights, 1e-6, rotation, slots)
+    want = qk_norm_rope_store_reference(*about, KVLayer.of(want_caches))
+    with poisoned_memory():
+        out = qk_norm_rope_store(*about, KVLayer.of(caches), pdl=PDL)
+    _close(out, want)
     written = ~want_caches.isnan()
     assert torch.equal(written, ~caches.isnan())
     if written.any():
@@ -178,7 +156,7 @@ def test_graph_capture_sees_new_inputs() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         _, token = sample_shard(logits, temperature, seed, position)
-        normed = rms_norm(x, weight, 1e-6, pdl=PDL)
+        normed, _ = rms_norm(x, weight, 1e-6, pdl=PDL)
     for _ in range(3):
         logits.normal_()
         x.normal_()
@@ -186,7 +164,7 @@ def test_graph_capture_sees_new_inputs() -> None:
         graph.replay()
         _, want = sample_shard_reference(logits, temperature, seed, position)
         assert torch.equal(token, want)
-        _close(normed, rms_norm_reference(x, weight, 1e-6))
+        _close(normed, rms_norm_reference(x, weight, 1e-6)[0])
 
 
 # Outputs and inputs of the linears of Qwen3-0.6B, Qwen2-1.5B and Qwen3-8B, and odd ones.
@@ -276,30 +254,29 @@ def test_small_batch_linear_many_tokens(n: int, k: int, dtype: torch.dtype) -> N
 @hopper
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64, 128, 256])
 def test_dependent_launch_changes_nothing(tokens: int) -> None:
-    """A chain that overwrites its own buffers gives the same bits with and without early launch."""
+    """A chain that uses memory again gives the same bits with and without early launch."""
     hidden, inner, layers = 1024, 3072, 12
     up = [_weight(2 * inner, hidden, torch.bfloat16) for _ in range(layers)]
     down = [_weight(hidden, inner, torch.bfloat16) for _ in range(layers)]
     gain = _randn(hidden).abs()
     start = _randn(tokens, hidden)
     splits = small_batch_splits(tokens, hidden, inner)
-    states = [torch.empty_like(start) for _ in range(2)]
-    normed, act = torch.empty_like(start), _poisoned(tokens, inner)
+    act = _poisoned(tokens, inner)
     sums = _poisoned(splits, tokens, hidden, dtype=torch.float32)
 
     def chain(pdl: bool) -> torch.Tensor:
-        states[1].copy_(start)
+        # What the norms and linears return comes from memory that the allocator gets back here.
+        state = start.clone()
         for i in range(layers):
-            new, old = states[i % 2], states[1 - i % 2]
             if tokens <= 16:
-                small_batch_linear(old, up[i], norm_weight=gain, swiglu=True, out=act, pdl=pdl)
-                small_batch_linear(act, down[i], residual=old, out=new, pdl=pdl)
+                small_batch_linear(state, up[i], norm_weight=gain, swiglu=True, out=act, pdl=pdl)
+                state = small_batch_linear(act, down[i], residual=state, pdl=pdl)
             else:
-                rms_norm(old, gain, 1e-6, out=normed, pdl=pdl)
+                normed, _ = rms_norm(state, gain, 1e-6, pdl=pdl)
                 small_batch_linear(normed, up[i], swiglu=True, out=act, pdl=pdl)
                 small_batch_linear(act, down[i], splits=splits, out=sums, pdl=pdl)
-                add_rms_norm(sums, old, gain, 1e-6, out=normed, residual_out=new, pdl=pdl)
-        return states[(layers - 1) % 2]
+                _, state = rms_norm(state, gain, 1e-6, sums, pdl=pdl)
+        return state
 
     chain(True)
     graph = torch.cuda.CUDAGraph()

@@ -42,8 +42,7 @@ def test_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype)
         q = q[:, : heads[0]]
         arguments = (
             q,
-            case.k_cache,
-            case.v_cache,
+            case.kv,
             case.block_tables,
             case.slots,
             case.context_lens,
@@ -51,7 +50,7 @@ def test_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype)
         want = torch.full(q.shape, float("nan"), device="cuda")
         paged_decode_reference(*arguments, scale=dim**-0.5, out=want)
         workspace = decode_workspace(q.device, *heads, dim)
-        for pdl, early in ((False, False), (PDL, False), (PDL, True)):
+        for pdl in (False, PDL):
             out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
             paged_decode(
                 *arguments,
@@ -59,10 +58,9 @@ def test_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype)
                 max_context_len=4096,
                 out=out,
                 workspace=workspace,
-                launch_pdl=pdl,
-                early_reads=early,
+                pdl=pdl,
             )
-            assert relative_error(out, want) < LIMIT[dtype], (lens, pdl, early)
+            assert relative_error(out, want) < LIMIT[dtype], (lens, pdl)
             assert not workspace.arrived.any()
 
 
@@ -83,13 +81,13 @@ def test_decode_of_several_rows(
         case = make_case(lens, heads[1], dim, page, dtype, "cuda")
         q = torch.randn(batch * rows, heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
         q = q[:, : heads[0]]
-        cache = (case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+        cache = (case.kv, case.block_tables, case.slots, case.context_lens)
         want = torch.full(q.shape, float("nan"), device="cuda")
         about: dict[str, Any] = {"scale": dim**-0.5, "rows_per_request": rows}
         paged_decode_reference(q, *cache, **about, out=want)
         visible = case.context_lens[:, None] + torch.arange(1 - rows, 1, device="cuda")
         workspace = decode_workspace(q.device, *heads, dim, rows_per_request=5)
-        for pdl, early in ((False, False), (PDL, False), (PDL, True)):
+        for pdl in (False, PDL):
             out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
             paged_decode(
                 q,
@@ -98,10 +96,9 @@ def test_decode_of_several_rows(
                 max_context_len=4096,
                 out=out,
                 workspace=workspace,
-                launch_pdl=pdl,
-                early_reads=early,
+                pdl=pdl,
             )
-            assert relative_error(out, want) < LIMIT[dtype], (lens, pdl, early)
+            assert relative_error(out, want) < LIMIT[dtype], (lens, pdl)
             assert not out[visible.flatten() <= 0].any()
             assert not workspace.arrived.any()
 
@@ -114,7 +111,7 @@ def test_decode_graph(batch: int) -> None:
     q = torch.randn(batch, heads[0], dim, device="cuda").bfloat16()
     out = torch.empty_like(q)
     workspace = decode_workspace(q.device, *heads, dim)
-    arguments = (q, case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+    arguments = (q, case.kv, case.block_tables, case.slots, case.context_lens)
 
     def chain() -> None:
         for _ in range(3):  # each call reads what the one before it wrote
@@ -124,8 +121,7 @@ def test_decode_graph(batch: int) -> None:
                 max_context_len=4096,
                 out=out,
                 workspace=workspace,
-                launch_pdl=PDL,
-                early_reads=PDL,
+                pdl=PDL,
             )
             q.copy_(out)
 
@@ -162,8 +158,7 @@ def test_prefill(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype
         start = torch.tensor([0, *queries]).cumsum(0).int().cuda()
         arguments = (
             q,
-            case.k_cache,
-            case.v_cache,
+            case.kv,
             case.block_tables,
             case.slots,
             start,

@@ -72,29 +72,28 @@ def _bf16(*shape: int) -> torch.Tensor:
 
 def compile_rows() -> None:
     """Norms, gates, sums over ranks, and what lies between projection and attention."""
-    from layers.kernels.activation import silu_mul
-    from layers.kernels.norm import add_rms_norm, rms_norm
+    from layers.forward_batch import Rotation
     from layers.kernels.peer import PeerExchange
     from layers.kernels.qkv import qk_norm_rope_store
+    from layers.kernels.rowwise import rms_norm, silu_mul
+    from memory.kv_cache import KVLayer
 
     for width in (1024, 4096):
         x, weight = _bf16(40, width), _bf16(width)
         rms_norm(x, weight, 1e-6, pdl=True)
-        add_rms_norm(torch.zeros(4, 40, width), x, weight, 1e-6, pdl=True)
+        rms_norm(x, weight, 1e-6, torch.zeros(4, 40, width), pdl=True)
         silu_mul(_bf16(40, 2 * width), pdl=True)
         for size in (2, 4, 8):
             device = torch.device("cpu")
             options: Any = {"rows": 256, "width": width, "dtype": BF16, "device": device}
-            exchange = PeerExchange(0, [0] * size, pdl=True, **options)
+            exchange = PeerExchange(rank=0, addresses=[0] * size, pdl=True, **options)
             exchange.add_rms_norm(_bf16(8, width), _bf16(8, width), weight, 1e-6)
             exchange.add_rms_norm(torch.zeros(2, 256, width), _bf16(256, width), weight, 1e-6)
             exchange.all_max(torch.zeros(8, dtype=torch.int64))
-    cache, table, ids = _bf16(4, 256, 8, 128), torch.zeros(64, 64), torch.zeros(40).long()
+    kv, table, ids = KVLayer.of(_bf16(4, 256, 2, 8, 128)), torch.zeros(64, 64), torch.zeros(40)
+    rotation, weights = Rotation(ids.long(), table, table), (_bf16(128), _bf16(128))
     for qkv in (_bf16(40, 32 * 128), torch.zeros(4, 40, 32 * 128)):
-        weight = _bf16(128)
-        qk_norm_rope_store(
-            qkv, weight, weight, 1e-6, table, table, ids, ids, cache, cache, pdl=True
-        )
+        qk_norm_rope_store(qkv, weights, 1e-6, rotation, ids.long(), kv, pdl=True)
 
 
 def compile_sampling() -> None:
@@ -126,20 +125,20 @@ def compile_attention() -> None:
     from layers.kernels.decode_launch import decode_workspace
     from layers.kernels.paged_decode import paged_decode
     from layers.kernels.paged_prefill import paged_prefill
+    from memory.kv_cache import KVLayer
 
     tables = torch.zeros(256, 16, dtype=torch.int32)
     for kv_heads, dim in ((8, 128), (2, 64)):
-        cache = _bf16(4, 256, kv_heads, dim)
+        kv = KVLayer.of(_bf16(4, 256, 2, kv_heads, dim))
         workspace = decode_workspace(torch.device("cpu"), 16, kv_heads, dim, programs=528)
         for batch in (1, 24, 256):
             q, lens = _bf16(batch, 16, dim), torch.zeros(batch, dtype=torch.int32)
             about: Any = {"scale": 1.0, "workspace": workspace, "out": q, "max_context_len": 4096}
-            early: Any = {"launch_pdl": True, "early_reads": True}
-            paged_decode(q, cache, cache, tables, lens, lens, **about, **early)
+            paged_decode(q, kv, tables, lens, lens, **about, pdl=True)
         for tokens in (128, 8192):
             q, starts = _bf16(tokens, 16, dim), torch.zeros(9, dtype=torch.int32)
             where = (tables, starts[1:], starts, starts[1:])
-            paged_prefill(q, cache, cache, *where, scale=1.0, out=q)
+            paged_prefill(q, kv, *where, scale=1.0, out=q)
 
 
 PARTS: dict[str, Callable[[], None]] = {

@@ -4,14 +4,18 @@ The interpreter is chosen when Triton is imported. So a file with such tests sta
 in a process with TRITON_INTERPRET=1, and calls `patch_interpreter` there.
 """
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -20,6 +24,23 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="runs in the interpreter'
 starts_interpreter = pytest.mark.skipif(
     INTERPRET or not HAS_TRITON, reason="needs triton, and is no test of the interpreter's process"
 )
+
+
+if INTERPRET and HAS_TRITON:
+    # Not what `from triton.language.extra import cuda` gives.
+    cuda: Any = importlib.import_module("triton.language.extra.cuda")
+    # Programs run one after the other: there is nothing to wait for. Kernels import these by name.
+    cuda.gdc_wait = cuda.gdc_launch_dependents = lambda: None
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within it torch fills the memory of new tensors with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def run_in_interpreter(file: str, marks: str = "not slow") -> None:

@@ -45,8 +45,8 @@ def exchange(path: str, rank: int, size: int, dtype: torch.dtype, rounds: int) -
     memory = torch.from_file(path, shared=True, size=size * count, dtype=torch.int64)
     device = torch.device("cpu")
     peers = PeerExchange(
-        rank,
-        [memory[i * count :].data_ptr() for i in range(size)],
+        rank=rank,
+        addresses=[memory[i * count :].data_ptr() for i in range(size)],
         rows=ROWS,
         width=WIDTH,
         dtype=dtype,

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from layers.forward_batch import Rotation
 from layers.logits import Filters
 from layers.sampler import gumbel_noise, philox4x32
+from memory.kv_cache import KVLayer
 from tests.kernels.interpreter import (
     HAS_TRITON,
     INTERPRET,
     interpreted,
     patch_interpreter,
+    poisoned_memory,
     run_in_interpreter,
     starts_interpreter,
 )
@@ -22,15 +25,14 @@ from tests.layers.test_sampler import sample
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels import logit_bounds as bounds
-    from layers.kernels.activation import silu_mul, silu_mul_reference
     from layers.kernels.logit_bounds import FEW_ROWS_BLOCK, MANY_ROWS_BLOCK, logit_bounds
-    from layers.kernels.norm import (
-        add_rms_norm,
-        add_rms_norm_reference,
+    from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
+    from layers.kernels.rowwise import (
         rms_norm,
         rms_norm_reference,
+        silu_mul,
+        silu_mul_reference,
     )
-    from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
     from layers.kernels.sampling import sample_shard
     from layers.kernels.small_batch_linear import (
         small_batch_linear,
@@ -110,26 +112,18 @@ def test_reference_sampler_follows_softmax() -> None:
 def test_norm(size: int) -> None:
     x, residual = torch.randn(2, 3, size, dtype=torch.float32)
     weight = torch.randn(size)
-    out, total = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
-    rms_norm(x, weight, 1e-6, out=out)
-    torch.testing.assert_close(out, rms_norm_reference(x, weight, 1e-6))
-    out.fill_(float("nan"))
-    add_rms_norm(x, residual, weight, 1e-6, out=out, residual_out=total)
-    for got, want in zip(
-        (out, total), add_rms_norm_reference(x, residual, weight, 1e-6), strict=True
-    ):
-        torch.testing.assert_close(got, want)
-    partial = torch.randn(4, 3, size)
-    torch.testing.assert_close(
-        add_rms_norm(partial, residual, weight, 1e-6),
-        add_rms_norm_reference(partial, residual, weight, 1e-6),
-    )
+    for part in (None, residual, torch.randn(4, 3, size)):
+        with poisoned_memory():
+            got = rms_norm(x, weight, 1e-6, part)
+        torch.testing.assert_close(got, rms_norm_reference(x, weight, 1e-6, part))
 
 
 @interpreted
 def test_silu_mul() -> None:
     x = torch.randn(3, 2 * 1500)
-    torch.testing.assert_close(silu_mul(x), silu_mul_reference(x))
+    with poisoned_memory():
+        got = silu_mul(x)
+    torch.testing.assert_close(got, silu_mul_reference(x))
 
 
 @interpreted
@@ -141,32 +135,18 @@ def test_qk_norm_rope_store(heads: int, kv_heads: int, dim: int, norm: bool, spl
     tokens, block_size, blocks = 5, 4, 6
     shape = (tokens, (heads + 2 * kv_heads) * dim)
     qkv = torch.randn(shape if splits == 1 else (splits, *shape))
-    q_weight, k_weight = (torch.randn(dim), torch.randn(dim)) if norm else (None, None)
-    cos, sin = torch.randn(2, 50, dim // 2).unbind()
-    positions = torch.randint(0, 50, (tokens,), dtype=torch.int32)
+    weights = (torch.randn(dim), torch.randn(dim)) if norm else None
+    cos, sin = torch.randn(2, 50, dim // 2)
+    rotation = Rotation(torch.randint(0, 50, (tokens,), dtype=torch.int32), cos, sin)
     slots = torch.randperm(block_size * blocks)[:tokens]
     slots[2] = -1
-    # One tensor for both caches, head-major: neither view is contiguous.
-    caches = torch.full((blocks, 2, kv_heads, block_size, dim), float("nan"))
-    k_cache, v_cache = (caches[:, i].transpose(1, 2) for i in (0, 1))
-    expected_caches = caches.clone()
-    expected = qk_norm_rope_store_reference(
-        qkv,
-        q_weight,
-        k_weight,
-        1e-6,
-        cos.contiguous(),
-        sin.contiguous(),
-        positions,
-        slots,
-        expected_caches[:, 0].transpose(1, 2),
-        expected_caches[:, 1].transpose(1, 2),
-    )
-    got = qk_norm_rope_store(
-        qkv, q_weight, k_weight, 1e-6, cos, sin, positions, slots, k_cache, v_cache
-    )
+    ours, theirs = torch.full((2, blocks, block_size, 2, kv_heads, dim), float("nan"))
+    about = (qkv, weights, 1e-6, rotation, slots)
+    expected = qk_norm_rope_store_reference(*about, KVLayer.of(theirs))
+    with poisoned_memory():
+        got = qk_norm_rope_store(*about, KVLayer.of(ours))
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(caches, expected_caches, equal_nan=True)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 @interpreted

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.types import KVGeometry
+from layers.forward_batch import Rotation
 from memory.kv_cache import KVCache, KVLayer
 from tests.kernels.interpreter import (
     HAS_TRITON,
@@ -105,7 +106,7 @@ def test_decode(pool: Pool, tile: int, programs: int, early: bool) -> None:
     lens = torch.tensor([100, 1, 33], dtype=torch.int32)
     tables = pool.fill(21).view(3, 7)
     q = torch.randn(3, HEADS, DIM).half()
-    arguments = (q, pool.kv.k, pool.kv.v, tables, torch.arange(3, dtype=torch.int32), lens)
+    arguments = (q, pool.kv, tables, torch.arange(3, dtype=torch.int32), lens)
     out, want = torch.full_like(q, float("nan")), torch.empty(q.shape)
     paged_decode(
         *arguments,
@@ -113,7 +114,7 @@ def test_decode(pool: Pool, tile: int, programs: int, early: bool) -> None:
         max_context_len=112,
         out=out,
         workspace=decode_workspace(torch.device("cpu"), HEADS, KV_HEADS, DIM, programs),
-        early_reads=early,
+        pdl=early,
         config=DecodeConfig(tile, 4, 2, per_sm=4),
     )
     paged_decode_reference(*arguments, scale=DIM**-0.5, out=want)
@@ -129,7 +130,7 @@ def test_prefill(pool: Pool, tile: int, tma: bool) -> None:
     start = torch.tensor([0, 30, 71], dtype=torch.int32)
     q = torch.randn(71, HEADS, DIM).half()
     slots = torch.arange(2, dtype=torch.int32)
-    arguments = (q, pool.kv.k, pool.kv.v, tables, slots, start, lens)
+    arguments = (q, pool.kv, tables, slots, start, lens)
     out, want = torch.full_like(q, float("nan")), torch.empty(q.shape)
     config = PrefillConfig(32, tile, 4, 2, tma=tma)
     paged_prefill(*arguments, scale=DIM**-0.5, out=out, config=config)
@@ -146,15 +147,14 @@ def test_store(pool: Pool, dtype: torch.dtype, norm: bool) -> None:
     slots = (torch.randperm(_NUM_FAR * PAGE)[:count] + _FAR_PAGE * PAGE).to(dtype)
     slots[5] = -1
     qkv = torch.randn(count, (HEADS + 2 * KV_HEADS) * DIM).half()
-    q_weight, k_weight = (torch.randn(DIM), torch.randn(DIM)) if norm else (None, None)
-    cos, sin = torch.randn(2, 50, DIM // 2).unbind()
-    positions = torch.randint(0, 50, (count,))
-    about = (qkv, q_weight, k_weight, 1e-6, cos.contiguous(), sin.contiguous(), positions)
+    weights = (torch.randn(DIM), torch.randn(DIM)) if norm else None
+    rotation = Rotation(torch.randint(0, 50, (count,)), *torch.randn(2, 50, DIM // 2))
+    about = (qkv, weights, 1e-6, rotation)
     far = pool.kv.flat[_FAR_PAGE * PAGE :]
     expected = KVLayer.of(torch.full((_NUM_FAR, *_PAGE_SHAPE), float("nan"), dtype=torch.float16))
     near = torch.where(slots < 0, slots, slots - _FAR_PAGE * PAGE)
-    got = qk_norm_rope_store(*about, slots, pool.kv.k, pool.kv.v)
-    want = qk_norm_rope_store_reference(*about, near, expected.k, expected.v)
+    got = qk_norm_rope_store(*about, slots, pool.kv)
+    want = qk_norm_rope_store_reference(*about, near, expected)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(far, expected.flat, equal_nan=True)
 

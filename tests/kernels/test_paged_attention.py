@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memory.kv_cache import KVLayer
 from tests.kernels.interpreter import (
     HAS_TRITON,
     INTERPRET,
@@ -36,8 +37,7 @@ if INTERPRET and HAS_TRITON:
 class Case:
     """A paged cache in random order, with poison wherever attention must not look."""
 
-    k_cache: Tensor
-    v_cache: Tensor
+    kv: KVLayer
     block_tables: Tensor
     slots: Tensor
     context_lens: Tensor
@@ -46,10 +46,10 @@ class Case:
 def make_case(
     lens: Sequence[int], kv_heads: int, dim: int, page: int, dtype: torch.dtype, device: str
 ) -> Case:
-    """K and V are views of one cache; free pages and tails are NaN, unused table entries huge."""
+    """Free pages and tails are NaN, unused table entries huge."""
     need = [-(-length // page) for length in lens]
     pages = sum(need) + 3
-    cache = torch.full((pages, 2, page, kv_heads, dim), float("nan"), dtype=dtype, device=device)
+    cache = torch.full((pages, page, 2, kv_heads, dim), float("nan"), dtype=dtype, device=device)
     tables = torch.full((len(lens) + 2, max(need) + 2), 1 << 30, dtype=torch.int32)
     slots = torch.randperm(len(tables))[: len(lens)].int()
     free = torch.randperm(pages).tolist()
@@ -57,10 +57,10 @@ def make_case(
         for index, start in enumerate(range(0, length, page)):
             tables[slot, index] = free.pop()
             filled = min(page, length - start)
-            values = torch.randn(2, filled, kv_heads, dim, device=device)
-            cache[tables[slot, index], :, :filled] = values.to(dtype)
+            values = torch.randn(filled, 2, kv_heads, dim, device=device)
+            cache[tables[slot, index], :filled] = values.to(dtype)
     lengths = torch.tensor(lens, dtype=torch.int32, device=device)
-    return Case(cache[:, 0], cache[:, 1], tables.to(device), slots.to(device), lengths)
+    return Case(KVLayer.of(cache), tables.to(device), slots.to(device), lengths)
 
 
 def relative_error(out: Tensor, want: Tensor) -> float:
@@ -105,7 +105,7 @@ def test_decode(
     case = make_case(lens, heads[1], dim, page, torch.float16, "cpu")
     # q as the engine has it: a slice of the fused projection.
     q = torch.randn(len(lens), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
-    arguments = (q, case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+    arguments = (q, case.kv, case.block_tables, case.slots, case.context_lens)
     workspace = decode_workspace(torch.device("cpu"), *heads, dim, programs)
     for pair_cost in (0, 2):
         config = DecodeConfig(tile, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost)
@@ -117,7 +117,7 @@ def test_decode(
             max_context_len=1024,
             out=out,
             workspace=workspace,
-            early_reads=early,
+            pdl=early,
             config=config,
         )
         paged_decode_reference(*arguments, scale=dim**-0.5, out=want)
@@ -164,7 +164,7 @@ def test_decode_of_several_rows(
     dim, count = 16, rows * len(lens)
     case = make_case(lens, heads[1], dim, page, torch.float16, "cpu")
     q = torch.randn(count, heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
-    cache = (q, case.k_cache, case.v_cache, case.block_tables)
+    cache = (q, case.kv, case.block_tables)
     # The largest number of rows decides on the workspace, whatever a call has.
     workspace = decode_workspace(torch.device("cpu"), *heads, dim, programs, rows_per_request=5)
     visible = case.context_lens[:, None] + torch.arange(1 - rows, 1)
@@ -187,7 +187,7 @@ def test_decode_of_several_rows(
             out=out,
             rows_per_request=rows,
             workspace=workspace,
-            early_reads=early,
+            pdl=early,
             config=DecodeConfig(tile, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost),
         )
         assert relative_error(out, want) < 1e-3
@@ -201,7 +201,7 @@ def test_decode_of_several_rows(
 @interpreted
 def test_decode_refuses_rows_that_do_not_fit() -> None:
     case = make_case([5, 9], 2, 16, 16, torch.float16, "cpu")
-    cache = (case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens)
+    cache = (case.kv, case.block_tables, case.slots, case.context_lens)
     about: dict[str, Any] = {"scale": 0.25, "max_context_len": 16}
     about["workspace"] = decode_workspace(torch.device("cpu"), 4, 2, 16, 4, rows_per_request=2)
     q = torch.randn(7, 4, 16).half()
@@ -221,7 +221,7 @@ def test_padding_counts_no_arrivals(programs: int) -> None:
     workspace = decode_workspace(torch.device("cpu"), 4, 2, 64, programs)
     workspace.arrived.fill_(1000)
     paged_decode(
-        *(q, case.k_cache, case.v_cache, case.block_tables, case.slots, case.context_lens),
+        *(q, case.kv, case.block_tables, case.slots, case.context_lens),
         scale=0.125,
         max_context_len=1024,
         out=q,
@@ -265,8 +265,7 @@ def test_prefill(
     start = torch.tensor([0, *queries]).cumsum(0).int()
     arguments = (
         q,
-        case.k_cache,
-        case.v_cache,
+        case.kv,
         case.block_tables,
         case.slots,
         start,

@@ -19,6 +19,7 @@ from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers import step_rows as reference
+from layers.forward_batch import Rotation
 from layers.step_rows import SampledRows, SlotTables, StepRows
 from memory.kv_cache import KVLayer
 from sampling_params import SamplingParams
@@ -315,10 +316,9 @@ def test_rows_of_random_plans(seed: int) -> None:
 
 def _store(values: Tensor, slot_mapping: Tensor, kv: KVLayer) -> None:
     """Write [T] values as K and V of their positions, by the kernel that the models use."""
-    ones, zeros = torch.ones(1, 1), torch.zeros(1, 1)
+    rotation = Rotation(torch.zeros_like(slot_mapping), torch.ones(1, 1), torch.zeros(1, 1))
     qkv = values.float().unsqueeze(1).expand(-1, 6).contiguous()
-    positions = torch.zeros_like(slot_mapping)
-    qk_norm_rope_store(qkv, None, None, 0.0, ones, zeros, positions, slot_mapping, kv.k, kv.v)
+    qk_norm_rope_store(qkv, None, 0.0, rotation, slot_mapping, kv)
 
 
 def _pages(num_blocks: int) -> Tensor:
