@@ -1,16 +1,15 @@
 """Embedding, linear layers and output head, which know their share of a tensor-parallel group.
 
-Embedding and head divide the vocabulary over ranks, column-parallel layers their outputs.
-Row-parallel layers divide their inputs, and the next norm sums up what they add (Shoeybi et al.,
-Megatron-LM, 2019).
+Embedding and head divide the vocabulary over ranks, column-parallel layers their outputs and
+row-parallel ones their inputs (Shoeybi et al., Megatron-LM, 2019).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from layers.layernorm import Normed, RMSNorm, Stream
 from layers.matmul import Matmul, make_matmul
+from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightSlot
 
@@ -19,15 +18,26 @@ from utils.loader import WeightSlot
 _ROWS = 16
 
 
-class ColumnLinear:
-    """Several projections of one input, merged so that one product serves them all.
+class _Linear:
+    """This rank's weight [rows, columns] and bias [rows], and the product with them."""
 
-    The weight is [sum of this rank's parts, input_size], with the parts one below the other.
+    def __init__(self, rows: int, columns: int, *, bias: bool, place: Place) -> None:
+        self._place = place
+        self.weight: Tensor | None = place.empty(rows, columns)
+        self.bias = place.empty(rows) if bias else None
+        self._matmul: Matmul
+
+    def prepare(self, norm: RMSNorm | None = None) -> None:
+        """Lay the loaded weights out, and keep only that copy; for `norm` see `make_matmul`."""
+        assert self.weight is not None
+        self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
+
+
+class ColumnLinear(_Linear):
+    """Several projections of one input, their weights one below the other, so one product.
 
     Args:
-        input_size: features of the input.
         sizes: output features of each part, over all ranks.
-        bias: whether there is a bias.
         shares: first output feature and number of them in each part that this rank computes;
             None divides every part equally.
     """
@@ -46,26 +56,10 @@ class ColumnLinear:
             shares = tuple((place.parallel.rank * length, length) for length in lengths)
         self._full = [(size, input_size) for size in sizes]
         self._shares = shares
-        self._place = place
-        rows = sum(length for _, length in shares)
-        self.weight: Tensor | None = place.empty(rows, input_size)
-        self.bias = place.empty(rows) if bias else None
-        self._matmul: Matmul
-
-    def prepare(self, norm: RMSNorm | None) -> None:
-        """Lay the loaded weights out for use, and keep only that copy.
-
-        For `norm` see `make_matmul`.
-        """
-        assert self.weight is not None
-        self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
+        super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """The parts side by side [T, sum of this rank's parts], and the stream as its sum.
-
-        Args:
-            partial: the product may be left in partial sums, see `Matmul.partial`.
-        """
+        """This rank's parts side by side, and the stream as its sum; see `Matmul.normed`."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
@@ -74,8 +68,7 @@ class ColumnLinear:
 
     def weight_slots(self, *names: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layers `names`, one per part, in order."""
-        slots: dict[str, WeightSlot] = {}
-        row = 0
+        slots, row = dict[str, WeightSlot](), 0
         for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
             for kind, shape in (("weight", full), ("bias", full[:1])):
                 param = getattr(self, kind)
@@ -87,11 +80,7 @@ class ColumnLinear:
 
 
 class QKVLinear(ColumnLinear):
-    """Query, key and value projections; KV heads are replicated where ranks outnumber them.
-
-    Args:
-        num_heads, num_kv_heads: heads over all ranks.
-    """
+    """Query, key and value projections of so many heads over all ranks."""
 
     def __init__(
         self,
@@ -106,28 +95,24 @@ class QKVLinear(ColumnLinear):
         q = place.parallel.per_rank("query heads", num_heads) * head_dim
         first, count = place.parallel.kv_heads(num_kv_heads)
         kv = (first * head_dim, count * head_dim)
-        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        sizes = (num_heads * head_dim, *[num_kv_heads * head_dim] * 2)
         shares = ((place.parallel.rank * q, q), kv, kv)
         super().__init__(hidden_size, sizes, bias=bias, place=place, shares=shares)
 
 
-class RowLinear:
+class RowLinear(_Linear):
     """A projection onto the residual stream, its inputs divided over the ranks."""
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
-        self._place = place
         self._columns = place.parallel.per_rank("input features", input_size)
-        self.weight: Tensor | None = place.empty(output_size, self._columns)
-        self.bias = place.empty(output_size) if bias else None
-        self._matmul: Matmul
+        super().__init__(output_size, self._columns, bias=bias, place=place)
 
-    def prepare(self) -> None:
-        """Lay the loaded weights out for use, and keep only that copy."""
-        assert self.weight is not None
-        # The bias enters the sum over ranks once.
-        bias = self.bias if self._place.parallel.rank == 0 else None
-        self._matmul, self.weight = make_matmul(self.weight, bias, self._place), None
+    def prepare(self, norm: RMSNorm | None = None) -> None:
+        if self._place.parallel.rank > 0:
+            # The bias enters the sum over ranks once.
+            self.bias = None
+        super().prepare(norm)
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
         """Add the projection of x [T, this rank's inputs] to a stream whose part is None."""
@@ -144,13 +129,11 @@ class RowLinear:
 
 
 class VocabEmbedding:
-    """Token ids to vectors, by a table with one row a token.
-
-    Every rank has as many rows. Those past the end of the vocabulary are padding, and zero.
+    """Token ids to vectors, by a table with one row a token and as many rows on every rank.
 
     Attributes:
         weight: [this rank's rows, hidden_size].
-        length: rows that belong to tokens.
+        length: rows that belong to tokens; those behind are padding, and zero.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:

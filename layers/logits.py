@@ -1,7 +1,6 @@
-"""What requests ask of their logits beyond temperature: penalties, filters, log-probabilities.
+"""Penalties, filters and log-probabilities of whole rows of logits [R, V].
 
-Pure functions on whole rows of logits [R, V], with one parameter per row; the order in which
-they are applied is that of transformers' `generate`.
+Penalties come before filters, as in transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Rows scored at once. Each takes a copy and two of float32: 194 MB for 128 rows of 151,936 bfloat16
-# logits, whatever the batch.
+# Rows scored at once. Three copies of them take 194 MB of 151,936 bfloat16 logits.
 SCORED_ROWS = 128
 
 
@@ -46,13 +44,11 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of R tokens and of the most likely ones in their places.
+    """Log-probabilities of R tokens, and of the N most likely ones in their places.
 
     Attributes:
-        tokens: [R] int64.
-        values: [R] float32.
-        top_tokens: [R, N] int64, most likely first.
-        top_values: [R, N] float32.
+        tokens, top_tokens: [R] and [R, N] int64, most likely first.
+        values, top_values: as many log-probabilities, float32.
     """
 
     tokens: Tensor
@@ -76,7 +72,7 @@ def penalize(
     """Apply the penalties of the tokens so far to the logits, in place.
 
     The repetition penalty is that of CTRL (Keskar et al., 2019), over prompt and output; presence
-    and frequency penalties count the output alone, as OpenAI's API documents them.
+    and frequency penalties are OpenAI's, over the output alone.
 
     Args:
         logits: [R, V] float32.
@@ -105,8 +101,7 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
     if logits.is_cuda and has_triton():
         from layers.kernels import logit_bounds as kernel
 
-        found: Tensor = kernel.logit_bounds(logits, filters)
-        return found
+        return kernel.logit_bounds(logits, filters)
     return logit_bounds_reference(logits, filters)
 
 

@@ -1,12 +1,10 @@
-"""Matrix products with the norm, gate or residual around them, by the fastest means of a device.
-
-How much of those the product's own kernel computes is decided here, by device and number of tokens.
-"""
+"""Matrix products with the norm, gate or residual around them, by the fastest means of a device."""
 
 from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.cpu_linear import HalfLinear
 from layers.kernels.launch import has_wgmma
-from layers.layernorm import Normed, RMSNorm, Stream
+from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 
-# Rows that oneDNN is told to expect when it lays out a weight. Measured on two AVX-512 cores
-# over the shipped model's weights: 16, 64 and 256 are equally fast at any batch; against the
-# plain layout 1.2 times at 1 row, 2.4 at 8, 2.9 at 32 and 3.0 at 1,000. (Letting oneDNN add the
-# residual costs 3 us a call, an addition of its own 1.)
+# Rows that oneDNN is told to expect when it lays out a weight. The blocked layout takes 1 / 1.2 of
+# the plain one's time at 1 row and 1 / 3 at 1,000; 16, 64 and 256 do equally well at any batch.
 _PACK_ROWS = 64
-# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
-# 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
+# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256].
 _MKL_WEIGHT = 2**17
+# Of weights of up to this many elements a copy in float16 is kept beside oneDNN's. Larger ones are
+# in float16 alone, half the memory: [6144, 1024] takes 0.42 of oneDNN's time at 1 row, 0.99 at 32
+# and 1.16 from 512 on.
+_HALF_BESIDE = 2**20
+# Rows up to which FBGEMM is ahead of oneDNN: 0.83 to 1.0 of its time at 64.
+_MOST_ROWS = 64
+# A call that FBGEMM divides over threads costs 12 us and their meeting, one by this thread alone 1.
+# Up to this many multiplications it is faster alone. (2^22 made whole runs slower.)
+_ALONE = 2**21
+# Elements that are packed at once. Packing takes 10 ns an element, 40 from 2^25 elements on.
+_PACKED_AT_ONCE = 2**23
 
 
 class Matmul:
@@ -35,10 +40,6 @@ class Matmul:
     Args:
         weight: [N, K].
         bias: [N] or None.
-        place: where they are.
-
-    Attributes:
-        weight: in the layout of `F.linear` or oneDNN; empty if neither is needed.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
@@ -77,8 +78,93 @@ class Matmul:
         return silu_mul(y, self._place), stream
 
 
+class HalfLinear:
+    """x W^T by FBGEMM, of a float32 weight that float16 holds without loss: half the bytes to read.
+
+    Most checkpoints are bfloat16, which has 8 significant bits. float16 has 11, and its smaller
+    range suffices if the weight is multiplied by a power of two first. FBGEMM converts to float32
+    in registers and computes as with the float32 weight.
+
+    Args:
+        weight: [N, K] float32 that `holds` accepts.
+        scale: [K] float32 factors of the inputs; None for none.
+
+    Attributes:
+        most_rows: rows up to which this is faster than oneDNN, or infinite to save its memory.
+        rows_alone: up to so many rows are multiplied by the calling thread alone.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
+        factor = _power_of_two(weight)
+        self.most_rows, self.rows_alone = math.inf, 0
+        if weight.numel() <= _HALF_BESIDE:
+            shared = torch.get_num_threads() > 1
+            self.most_rows = _MOST_ROWS
+            self.rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
+        # Powers of two lose nothing on the way back either.
+        self._inverse = 1.0 / factor
+        self._scale: Tensor | float = self._inverse if scale is None else scale * self._inverse
+        scaled = weight * factor
+        if self.rows_alone:
+            with warnings.catch_warnings():
+                # Packing and the first product warn, once per process, that they are deprecated.
+                warnings.simplefilter("ignore")
+                self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
+                self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
+                self._multiply(weight[:1], self._packed, None)
+        if self.rows_alone < self.most_rows:
+            pack, rows = torch.ops.quantized.linear_prepack_fp16, _PACKED_AT_ONCE // weight.shape[1]
+            self._shared = [pack(part, None) for part in torch.split(scaled, max(1, rows))]
+            self._multiply_shared = torch.ops.quantized.linear_dynamic_fp16
+
+    @staticmethod
+    def holds(weight: Tensor) -> bool:
+        """Whether torch has what this takes, and no element is rounded."""
+        needed = (
+            (torch, "fbgemm_pack_gemm_matrix_fp16"),
+            (torch, "fbgemm_linear_fp16_weight_fp32_activation"),
+            (torch.ops.quantized, "linear_prepack_fp16"),
+            (torch.ops.quantized, "linear_dynamic_fp16"),
+        )
+        if torch.backends.quantized.engine not in ("fbgemm", "x86"):
+            return False
+        if not all(hasattr(module, name) for module, name in needed):
+            return False
+        factor = _power_of_two(weight)
+        # In parts, without three copies of a large weight.
+        scaled = (part * factor for part in torch.split(weight, 4096))
+        return all(
+            bool(part.isfinite().all()) and torch.equal(part.half().float(), part)
+            for part in scaled
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        return self._times(x * self._scale)
+
+    def added(self, x: Tensor, total: Tensor) -> Tensor:
+        """total [T, N] + x W^T."""
+        if isinstance(self._scale, Tensor):
+            return total + self(x)
+        return torch.add(total, self._times(x), alpha=self._inverse)
+
+    def _times(self, x: Tensor) -> Tensor:
+        """The product with the scaled weight."""
+        if x.shape[0] <= self.rows_alone:
+            return self._multiply(x, self._packed, None)
+        parts: list[Tensor] = [self._multiply_shared(x, part) for part in self._shared]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _power_of_two(weight: Tensor) -> float:
+    """The factor that brings the largest element to between 2^14 and 2^15."""
+    largest = max(float(-weight.min()), float(weight.max()))
+    # Beyond 100 nothing is that small, and the factor would leave float32.
+    return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0
+
+
 class CPUMatmul(Matmul):
-    """For float32 on a CPU: in oneDNN's blocked layout, few rows by faster means if there are.
+    """For float32 on a CPU: oneDNN's blocked layout, or for up to `few_rows` rows faster means.
 
     Large weights are in float16 alone if that holds them without loss.
 
@@ -86,7 +172,7 @@ class CPUMatmul(Matmul):
         norm: see `make_matmul`; its weight is folded into this one.
 
     Attributes:
-        few_rows: for more rows oneDNN's layout is used.
+        weight: in oneDNN's layout; empty if `few_rows` is infinite.
     """
 
     def __init__(
@@ -129,7 +215,7 @@ class SmallBatchMatmul(Matmul):
     """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond.
 
     Up to 16 tokens norm, gate and residual are part of the kernel; beyond, the gate is, and a
-    narrow product may leave partial sums [S, T, N] for the next norm to add up.
+    narrow product may leave partial sums for the next norm to add up.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
@@ -209,8 +295,8 @@ def make_matmul(
     """The fastest product for a loaded weight.
 
     Args:
-        norm: the prepared norm whose output this product reads and nothing else does: its weight
-            may be folded into the product's. None if there is no such norm.
+        norm: the prepared norm whose output this product alone reads, if there is such a norm: its
+            weight may be folded into the product's.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)

@@ -1,8 +1,7 @@
 """Choosing tokens from logits, with noise that depends on the request alone.
 
-The generator is Philox4x32-10 (Salmon et al., SC 2011), a counter-based one: the noise of a
-token is a function of (request seed, position, token id), so a seeded request draws the same
-noise whatever it is batched with, however the vocabulary is split and on whatever device:
+The generator is Philox4x32-10 (Salmon et al., SC 2011), a counter-based one. A seeded request draws
+the same noise whatever it is batched with, however the vocabulary is split and on any device:
 
     key      = (low 32 bits of the seed, high 32 bits of the seed)
     counter  = (token // 4, position, 0, 0)
@@ -10,9 +9,8 @@ noise whatever it is batched with, however the vocabulary is split and on whatev
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
-u keeps 23 bits, not 24, so that float32 holds it exactly: with 24 the largest value would round
-to 1 and its noise to infinity, once in 2^24 draws, and so a random token once in a hundred
-samples from a vocabulary of 150,000.
+float32 holds u exactly. With 24 bits, u would round to 1 and the noise to infinity once in 2^24
+draws, which is a random token once in a hundred samples from a vocabulary of 150,000.
 """
 
 from __future__ import annotations
@@ -30,15 +28,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10.
-
-    Args:
-        counter: four int64 tensors of 32-bit words that broadcast together.
-        key: two int64 tensors of 32-bit words.
-
-    Returns:
-        Four int64 tensors of 32 random bits each.
-    """
+    """Philox4x32-10: four words from four and a key of two; 32 bits each, in int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -53,17 +43,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 def gumbel_noise(
     seeds: Tensor, positions: Tensor, vocab_size: int, vocab_offset: int = 0
 ) -> Tensor:
-    """Standard Gumbel noise for each vocabulary entry of each row.
-
-    Args:
-        seeds: [R] int64.
-        positions: [R] integer position of the token to be sampled.
-        vocab_size: entries wanted.
-        vocab_offset: token id of the first one, a multiple of 4.
-
-    Returns:
-        [R, vocab_size] float32.
-    """
+    """Standard Gumbel noise [R, vocab_size] float32; for the arguments see `sample_shard`."""
     first = vocab_offset // 4
     groups = torch.arange(first, first + -(-vocab_size // 4), device=seeds.device).unsqueeze(0)
     zero = torch.zeros_like(groups)
@@ -83,10 +63,9 @@ def sample_shard(
     vocab_offset: int = 0,
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row: the argmax of logits + temperature * noise.
+    """One token per row, drawn from softmax(logits / temperature) by the Gumbel-max trick.
 
-    That is a draw from softmax(logits / temperature) (the Gumbel-max trick), and the argmax of
-    the logits where the temperature is 0.
+    The token is the argmax of logits + temperature * noise.
 
     Args:
         logits: [R, vocab_size] of any float dtype.
@@ -108,12 +87,7 @@ def sample_shard(
 
 
 class Sampler:
-    """Chooses tokens from logits whose columns are divided over ranks, the same on every rank.
-
-    Args:
-        parallel: this rank's place.
-        device, dtype: of the logits; they decide between reference and kernel.
-    """
+    """Chooses tokens from logits whose columns are divided over ranks, the same on every rank."""
 
     def __init__(self, parallel: ParallelContext, device: torch.device, dtype: torch.dtype) -> None:
         self._parallel = parallel
@@ -161,14 +135,11 @@ class Sampler:
         return self._sample(logits, temperatures, seeds, positions, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """The token of the best rank, the lowest of equally good ones.
-
-        Value and token travel as one integer that orders like the pair, so that one reduction
-        of 8 bytes a row does it.
-        """
+        """The token of the best rank, the lowest of equally good ones, by one reduction."""
         if self._parallel.size == 1:
             return tokens
-        # IEEE floats order like their bits read as sign and magnitude; + 0 makes -0 of 0.
+        # Value and token become one integer that orders like the pair. IEEE floats order like
+        # their bits read as sign and magnitude; + 0 makes -0 of 0.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
-from layers.forward_batch import ForwardBatch
+from layers.norm_rope import RotaryEmbedding, Rotation
 from layers.parallel import Place
-from layers.rotary_embedding import RotaryEmbedding
+from memory.kv_cache import KVLayer
 from utils.loader import WeightSlot
 
 
@@ -30,12 +30,31 @@ class ModelShape:
     tied: bool
 
 
-class CausalLM(ABC):
-    """A model's weights and forward pass on one rank.
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """The T tokens of one step, all requests end to end: prefill chunks first, then decodes.
 
     Attributes:
-        rotary: the rotations of the model's positions.
+        input_ids: [T] int64.
+        slot_mapping: [T] int64 row of the flat KV cache that each token's K and V go to:
+            block * block_size + offset.
+        attention: what the attention backend's `prepare` returned for this step.
+        kv: the KV cache of each layer.
+        sampled_rows: [R] int64 rows of the T whose logits are wanted; None for all of them.
+        logits: [R, this rank's columns] where the model may put them; it returns them anyway.
     """
+
+    input_ids: Tensor
+    slot_mapping: Tensor
+    rotation: Rotation
+    attention: Any
+    kv: list[KVLayer]
+    sampled_rows: Tensor | None
+    logits: Tensor | None = None
+
+
+class CausalLM(ABC):
+    """A model's weights and forward pass on one rank."""
 
     rotary: RotaryEmbedding
 
@@ -53,9 +72,7 @@ class CausalLM(ABC):
 
         Args:
             shape: what the architecture's `model_shape` returned.
-            hf_config: the checkpoint's config.
-            place: this rank, and dtype and device of the weights.
-            backend: attention, shared by all layers.
+            backend: shared by all layers.
             max_model_len: positions that the rotary table needs.
         """
 

@@ -8,13 +8,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
-from layers.forward_batch import ForwardBatch
-from layers.layernorm import Normed, RMSNorm, Stream
 from layers.linear import ColumnLinear, QKVLinear, RowLinear, VocabEmbedding, VocabHead
+from layers.norm_rope import Normed, QKNormRopeStore, RMSNorm, RotaryEmbedding, Stream, rotary_table
 from layers.parallel import Place
-from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVLayer
-from models.base import CausalLM, ModelShape
+from models.base import CausalLM, ForwardBatch, ModelShape
 from utils.errors import UnsupportedModelError
 from utils.loader import WeightSlot
 

@@ -11,11 +11,7 @@ from memory.kv_cache import KVLayer
 
 
 class TritonAttention(AttentionBackend):
-    """Varlen causal prefill and split-KV decode, both reading K and V from the pages.
-
-    The kernels, their sources and their measurements are in `layers/kernels/paged_prefill.py`
-    and `layers/kernels/paged_decode.py`.
-    """
+    """Varlen causal prefill and split-KV decode: `layers/kernels/paged_{prefill,decode}.py`."""
 
     name = "triton"
     captures = True
@@ -35,8 +31,7 @@ class TritonAttention(AttentionBackend):
 
         self._spec = spec
         self._pdl = dependent_launch(spec.device)
-        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        rows = spec.rows_per_decode
+        heads, rows = (spec.num_heads, spec.num_kv_heads, spec.head_dim), spec.rows_per_decode
         self._workspace = decode_workspace(spec.device, *heads, rows_per_request=rows)
 
     def prepare(self, batch: AttentionBatch) -> AttentionBatch:
@@ -49,12 +44,11 @@ class TritonAttention(AttentionBackend):
         batch, spec = prepared, self._spec
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         prefills, rows = batch.num_prefills, batch.num_prefill_tokens
+        pages, pdl = (kv.k, kv.v, batch.block_tables), self._pdl and not prefills
         if prefills:
             paged_prefill(
                 q[:rows],
-                kv.k,
-                kv.v,
-                batch.block_tables,
+                *pages,
                 batch.slots[:prefills],
                 batch.query_start,
                 batch.context_lens[:prefills],
@@ -64,9 +58,7 @@ class TritonAttention(AttentionBackend):
         if rows < q.shape[0]:
             paged_decode(
                 q[rows:],
-                kv.k,
-                kv.v,
-                batch.block_tables,
+                *pages,
                 batch.slots[prefills:],
                 batch.context_lens[prefills:],
                 scale=spec.scale,
@@ -74,7 +66,7 @@ class TritonAttention(AttentionBackend):
                 rows_per_request=batch.rows_per_decode,
                 out=out[rows:],
                 workspace=self._workspace,
-                launch_pdl=self._pdl and not prefills,
-                early_reads=self._pdl and not prefills,
+                launch_pdl=pdl,
+                early_reads=pdl,
             )
         return out.flatten(1)
