@@ -13,8 +13,7 @@ from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightSlot
 
-# The kernels for small batches (layers/kernels) make outputs in multiples of this, and the noise
-# (layers/sampler.py) comes in groups of 4 tokens.
+# The kernels for small batches make outputs in multiples of this, the sampler's noise of 4.
 _ROWS = 16
 
 
@@ -53,7 +52,7 @@ class ColumnLinear(_Linear):
     ) -> None:
         if shares is None:
             lengths = [place.parallel.per_rank("output features", size) for size in sizes]
-            shares = tuple((place.parallel.rank * length, length) for length in lengths)
+            shares = tuple((place.parallel.rank * n, n) for n in lengths)
         self._full = [(size, input_size) for size in sizes]
         self._shares = shares
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)

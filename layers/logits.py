@@ -12,19 +12,15 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Rows scored at once. Three copies of them take 194 MB of 151,936 bfloat16 logits.
+# Rows scored at once; for 151,936 bfloat16 logits their three copies take 194 MB.
 SCORED_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which tokens may be drawn, [R] float32 each.
+    """Which tokens may be drawn, [R] float32 each; see `logit_bounds_reference`.
 
-    Attributes:
-        temperatures: 0 for greedy rows, which are not filtered.
-        top_k: number of tokens kept, below 1 for all.
-        top_p: share of the probability kept, of what top_k left.
-        min_p: least probability as a fraction of the largest.
+    Rows of temperature 0 are not filtered. A `top_k` below 1 keeps all tokens.
     """
 
     temperatures: Tensor
@@ -75,10 +71,8 @@ def penalize(
     and frequency penalties are OpenAI's, over the output alone.
 
     Args:
-        logits: [R, V] float32.
         tokens: [R, L] integer token ids: prompt, output, then anything.
-        num_prompt: [R] integer prompt lengths.
-        num_tokens: [R] integer lengths of prompt and output, at least 1.
+        num_prompt, num_tokens: [R] integer lengths, of prompt and of both, at least 1.
     """
     if not logits.is_cuda:
         # On a GPU the host would have to wait for the length.
@@ -108,9 +102,9 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     """As `logit_bounds`, by sorting.
 
-    top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that
-    together reach the probability p (nucleus sampling, Holtzman et al., 2020); min_p those at
-    least min_p times as likely as the most likely one (Nguyen et al., 2024).
+    top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that reach
+    the probability p (Holtzman et al., 2020); min_p those at least min_p times as likely as the
+    most likely one (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
@@ -134,9 +128,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
     """Log-probabilities of `tokens` [R] int64, and the `num_top` largest of each row.
 
-    Args:
-        logits: [R, V] of any float dtype.
-        rows: [R] int64 rows of the logits to be taken, if not the first ones.
+    The logits are the first R rows, or `rows` [R] int64.
     """
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):

@@ -16,31 +16,24 @@ from layers.kernels.launch import has_wgmma
 from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 
-# Rows that oneDNN is told to expect when it lays out a weight. The blocked layout takes 1 / 1.2 of
-# the plain one's time at 1 row and 1 / 3 at 1,000; 16, 64 and 256 do equally well at any batch.
+# Rows that oneDNN is told to expect when it lays out a weight; 16 and 256 do as well at any batch.
 _PACK_ROWS = 64
 # MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256].
 _MKL_WEIGHT = 2**17
-# Of weights of up to this many elements a copy in float16 is kept beside oneDNN's. Larger ones are
-# in float16 alone, half the memory: [6144, 1024] takes 0.42 of oneDNN's time at 1 row, 0.99 at 32
-# and 1.16 from 512 on.
+# Weights of more elements are in float16 alone, for half the memory, others beside oneDNN's layout.
+# [6144, 1024] takes 0.42 of oneDNN's time at 1 row and 1.16 from 512 on.
 _HALF_BESIDE = 2**20
 # Rows up to which FBGEMM is ahead of oneDNN: 0.83 to 1.0 of its time at 64.
 _MOST_ROWS = 64
-# A call that FBGEMM divides over threads costs 12 us and their meeting, one by this thread alone 1.
-# Up to this many multiplications it is faster alone. (2^22 made whole runs slower.)
+# Up to this many multiplications one thread alone is faster: a call that FBGEMM divides over
+# threads costs 12 us, another 1. (2^22 made whole runs slower.)
 _ALONE = 2**21
 # Elements that are packed at once. Packing takes 10 ns an element, 40 from 2^25 elements on.
 _PACKED_AT_ONCE = 2**23
 
 
 class Matmul:
-    """x W^T + b through torch, nothing fused: the reference.
-
-    Args:
-        weight: [N, K].
-        bias: [N] or None.
-    """
+    """x W^T + b through torch for W [N, K] and b [N], nothing fused: the reference."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         self.weight = weight
@@ -65,9 +58,7 @@ class Matmul:
     ) -> tuple[Tensor, Stream]:
         """The product of the normalised stream [T, N], and the stream as its sum.
 
-        Args:
-            partial: the product may be left in partial sums, see `partial`.
-            out: where to put it, if not partial.
+        The product is in `out` if that is given, or may be left in partial sums, see `partial`.
         """
         x, stream = normed.norm.compute(normed.stream)
         return (self.partial(x) if partial else self(x, out)), stream
@@ -81,13 +72,12 @@ class Matmul:
 class HalfLinear:
     """x W^T by FBGEMM, of a float32 weight that float16 holds without loss: half the bytes to read.
 
-    Most checkpoints are bfloat16, which has 8 significant bits. float16 has 11, and its smaller
-    range suffices if the weight is multiplied by a power of two first. FBGEMM converts to float32
-    in registers and computes as with the float32 weight.
+    Most checkpoints are bfloat16, with 8 significant bits of float16's 11. The smaller range of
+    float16 suffices if the weight is multiplied by a power of two first.
 
     Args:
-        weight: [N, K] float32 that `holds` accepts.
-        scale: [K] float32 factors of the inputs; None for none.
+        weight: [N, K] that `holds` accepts.
+        scale: [K] float32 factors of the inputs.
 
     Attributes:
         most_rows: rows up to which this is faster than oneDNN, or infinite to save its memory.
@@ -107,7 +97,7 @@ class HalfLinear:
         scaled = weight * factor
         if self.rows_alone:
             with warnings.catch_warnings():
-                # Packing and the first product warn, once per process, that they are deprecated.
+                # Packing and the first product warn, once, that they are deprecated.
                 warnings.simplefilter("ignore")
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
                 self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
@@ -120,23 +110,18 @@ class HalfLinear:
     @staticmethod
     def holds(weight: Tensor) -> bool:
         """Whether torch has what this takes, and no element is rounded."""
-        needed = (
-            (torch, "fbgemm_pack_gemm_matrix_fp16"),
-            (torch, "fbgemm_linear_fp16_weight_fp32_activation"),
-            (torch.ops.quantized, "linear_prepack_fp16"),
-            (torch.ops.quantized, "linear_dynamic_fp16"),
-        )
-        if torch.backends.quantized.engine not in ("fbgemm", "x86"):
-            return False
-        if not all(hasattr(module, name) for module, name in needed):
+        pack, multiply = "fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation"
+        shared = ("linear_prepack_fp16", "linear_dynamic_fp16")
+        if (
+            torch.backends.quantized.engine not in ("fbgemm", "x86")
+            or not all(hasattr(torch, name) for name in (pack, multiply))
+            or not all(hasattr(torch.ops.quantized, name) for name in shared)
+        ):
             return False
         factor = _power_of_two(weight)
         # In parts, without three copies of a large weight.
         scaled = (part * factor for part in torch.split(weight, 4096))
-        return all(
-            bool(part.isfinite().all()) and torch.equal(part.half().float(), part)
-            for part in scaled
-        )
+        return all(bool(p.isfinite().all()) and torch.equal(p.half().float(), p) for p in scaled)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
@@ -149,7 +134,6 @@ class HalfLinear:
         return torch.add(total, self._times(x), alpha=self._inverse)
 
     def _times(self, x: Tensor) -> Tensor:
-        """The product with the scaled weight."""
         if x.shape[0] <= self.rows_alone:
             return self._multiply(x, self._packed, None)
         parts: list[Tensor] = [self._multiply_shared(x, part) for part in self._shared]
@@ -166,13 +150,7 @@ def _power_of_two(weight: Tensor) -> float:
 class CPUMatmul(Matmul):
     """For float32 on a CPU: oneDNN's blocked layout, or for up to `few_rows` rows faster means.
 
-    Large weights are in float16 alone if that holds them without loss.
-
-    Args:
-        norm: see `make_matmul`; its weight is folded into this one.
-
-    Attributes:
-        weight: in oneDNN's layout; empty if `few_rows` is infinite.
+    Where `few_rows` is infinite, `weight` is empty. For `norm` see `make_matmul`.
     """
 
     def __init__(
@@ -214,17 +192,15 @@ class CPUMatmul(Matmul):
 class SmallBatchMatmul(Matmul):
     """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond.
 
-    Up to 16 tokens norm, gate and residual are part of the kernel; beyond, the gate is, and a
-    narrow product may leave partial sums for the next norm to add up.
+    Up to 16 tokens norm, gate and residual are part of the kernel. Beyond, the gate is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         from layers.kernels import small_batch_linear as kernels
 
         super().__init__(weight, bias, place)
+        self._kernels = kernels
         self._run = functools.partial(kernels.small_batch_linear, pdl=True)
-        self._supports = kernels.supports_small_batch_linear
-        self._splits = kernels.small_batch_splits
         self._most_fused = kernels.MAX_FUSED_TOKENS
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -237,9 +213,10 @@ class SmallBatchMatmul(Matmul):
 
     def partial(self, x: Tensor) -> Tensor:
         tokens = x.shape[0]
-        splits = 1 if self._bias is not None else self._splits(tokens, *self.weight.shape)
-        if splits > 1 and self._fits(tokens, splits=splits):
-            return self._run(x, self.weight, splits=splits)
+        if self._bias is None:
+            splits = self._kernels.small_batch_splits(tokens, *self.weight.shape)
+            if splits > 1 and self._fits(tokens, splits=splits):
+                return self._run(x, self.weight, splits=splits)
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
@@ -264,8 +241,9 @@ class SmallBatchMatmul(Matmul):
         return self._run(x, self.weight, swiglu=True, **norm), stream
 
     def _fits(self, tokens: int, *, swiglu: bool = False, splits: int = 1) -> bool:
-        n, k = self.weight.shape
-        return self._supports(tokens, n // 2 if swiglu else n, k, swiglu=swiglu, splits=splits)
+        n, k = self.weight.shape[0] // (2 if swiglu else 1), self.weight.shape[1]
+        supports = self._kernels.supports_small_batch_linear
+        return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
         """The kernel's input, the stream as its sum, and the norm if the kernel computes it."""
@@ -294,9 +272,7 @@ def make_matmul(
 ) -> Matmul:
     """The fastest product for a loaded weight.
 
-    Args:
-        norm: the prepared norm whose output this product alone reads, if there is such a norm: its
-            weight may be folded into the product's.
+    The weight of `norm`, a prepared norm that this product alone reads, may be folded into it.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)

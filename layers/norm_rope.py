@@ -1,7 +1,6 @@
-"""The residual stream and its norm, and the norm and rotation of queries and keys.
+"""The residual stream and its RMS norm (Zhang and Sennrich, 2019); rotations of queries and keys.
 
-Root-mean-square normalisation is by Zhang and Sennrich (2019), rotary position embedding by Su et
-al. (RoFormer, 2021), scaled as the checkpoint asks.
+The rotary position embedding (Su et al., RoFormer, 2021) is scaled as the checkpoint asks.
 """
 
 from __future__ import annotations
@@ -19,17 +18,16 @@ from utils.errors import UnsupportedModelError
 from utils.loader import WeightSlot
 
 
-# Nothing changes these two once they are made. They are not frozen because a frozen one takes 0.45
-# us to make instead of 0.18, and a forward pass of the shipped model, 1.2 ms on a CPU, makes 34.
+# Nothing changes these two once they are made. A frozen one takes 0.45 us to make instead of 0.18,
+# and a forward pass of the shipped model, 1.2 ms on a CPU, makes 34.
 @dataclass(slots=True)
 class Stream:
     """The residual stream of T tokens: total + part.
 
     Attributes:
         total: [T, hidden_size], the same on every rank.
-        part: what a layer has added and the next norm sums up, None if there is nothing:
-            [T, hidden_size], this rank's share of a sum over ranks; or float32 partial sums of
-            that, [S, T, hidden_size], where kernels are fused.
+        part: what a layer has added and the next norm sums up: [T, hidden_size], this rank's share
+            of a sum over ranks; or partial sums of that, [S, T, hidden_size] float32.
     """
 
     total: Tensor
@@ -38,10 +36,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Normed:
-    """A stream to be normalised, and the norm: nothing is computed yet.
-
-    The linear that reads this value normalises in its own kernel or calls `norm.compute(stream)`.
-    """
+    """A stream to be normalised by the linear that reads it, in its kernel or by `norm.compute`."""
 
     norm: RMSNorm
     stream: Stream
@@ -50,16 +45,15 @@ class Normed:
 class RMSNormalizer:
     """x / sqrt(mean(x^2) + eps) over the last dimension of size n, in float32.
 
-    Computed as x * sqrt(n) / hypot(|x|, sqrt(n * eps)): three operations where torch's
-    composite rms_norm takes seven (4 against 7 us for one row on a CPU). The caller multiplies
-    by sqrt(n), because it has a weight to fold it into.
+    Computed as sqrt(n) * x / hypot(|x|, sqrt(n * eps)), in 4 us where torch's rms_norm takes 7 for
+    one row on a CPU. The factor sqrt(n) is left to the caller, who folds it into a weight.
     """
 
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
         self._floor = torch.tensor((size * eps) ** 0.5, dtype=torch.float32, device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., n] of any float dtype -> the same in float32, without the factor sqrt(n)."""
+        """[..., n] of any float dtype -> the same shape in float32."""
         if x.dtype != torch.float32:
             x = x.float()
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floor)
@@ -76,14 +70,10 @@ class RMSNorm:
         self._scale: Tensor | None = None
 
     def prepare(self) -> None:
-        """The weight is loaded."""
         self._scale = self.weight.float() * len(self.weight) ** 0.5
 
     def take_scale(self) -> Tensor:
-        """Hand the factors [hidden_size] float32 to the one product that reads this norm.
-
-        From then on `compute` leaves them out.
-        """
+        """The factors [hidden_size] float32, which `compute` leaves out from then on."""
         assert self._scale is not None
         scale, self._scale = self._scale, None
         return scale
@@ -125,9 +115,8 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
 
     With x = [x1 | x2] in halves, rotation is x * table[0] + [x2 | x1] * table[1].
 
-    The frequencies are those of transformers for a sequence of `max_len` tokens, for all positions.
-    Where the scaling depends on the length ("dynamic", "longrope"), transformers changes them while
-    a sequence grows, which would invalidate keys in the cache.
+    The frequencies are those of transformers for `max_len` tokens, for all positions. ("dynamic"
+    and "longrope" change them in transformers as a sequence grows; the cache's keys forbid that.)
 
     Raises:
         UnsupportedModelError: transformers has no such rope type for a single set of layers.
@@ -167,12 +156,10 @@ class Rotation:
 
 
 class RotaryEmbedding:
-    """The rotations of one model, shared by its layers.
+    """The rotations of one model by its `rotary_table`, shared by its layers.
 
-    Args:
-        table: see `rotary_table`.
-        gather: look a step's positions up once for all layers; else a fused kernel reads the
-            table itself.
+    With `gather` a step's positions are looked up once for all layers; otherwise a fused kernel
+    reads the table itself.
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
@@ -195,20 +182,15 @@ class RotaryEmbedding:
 class QKNormRopeStore:
     """Between projection and attention: normalise Q and K, rotate them, write K and V to pages.
 
-    Args:
-        num_heads, num_kv_heads: this rank's heads.
-        eps: of the Q and K normalisation; None if the model has none.
+    The heads are this rank's; `eps` is None in models that do not normalise Q and K.
     """
 
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float | None, place: Place
     ) -> None:
-        self._num_heads = num_heads
-        self._num_qk = num_heads + num_kv_heads
+        self._num_heads, self._num_qk = num_heads, num_heads + num_kv_heads
         self._num_all = num_heads + 2 * num_kv_heads
-        self._head_dim = head_dim
-        self._eps = eps
-        self._place = place
+        self._head_dim, self._eps, self._place = head_dim, eps, place
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
@@ -217,7 +199,6 @@ class QKNormRopeStore:
             self._normalize = RMSNormalizer(head_dim, eps, place.device)
 
     def prepare(self) -> None:
-        """The weights are loaded."""
         if self.qk_weight is not None:
             self._scale = self.qk_weight.float() * self._head_dim**0.5
 
@@ -227,10 +208,9 @@ class QKNormRopeStore:
         """Rotated queries [T, num_heads, head_dim]; may overwrite `qkv`, writes into `kv`.
 
         Args:
-            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; partial sums
-                [S, T, ...] in float32 where kernels are fused.
-            slot_mapping: [T] rows of `kv.flat`; negative ones, which only the fused kernel
-                takes, store nothing.
+            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; or, for fused kernels,
+                partial sums [S, T, ...] float32.
+            slot_mapping: [T] rows of `kv.flat`; -1, for fused kernels alone, stores nothing.
         """
         weight = self.qk_weight
         if self._place.fused:
@@ -264,6 +244,5 @@ class QKNormRopeStore:
         """Slots of the checkpoint's normalisation weights, [head_dim] each."""
         if self.qk_weight is None:
             return {}
-        q, k = self.qk_weight[: self._num_heads], self.qk_weight[self._num_heads :]
-        shape = (self._head_dim,)
-        return {f"{q_name}.weight": WeightSlot(q, shape), f"{k_name}.weight": WeightSlot(k, shape)}
+        parts = zip((q_name, k_name), self.qk_weight.tensor_split([self._num_heads]), strict=True)
+        return {f"{name}.weight": WeightSlot(part, (self._head_dim,)) for name, part in parts}

@@ -85,5 +85,4 @@ class Place:
         return self.fused and dependent_launch(self.device)
 
     def empty(self, *shape: int) -> Tensor:
-        """A weight to be loaded."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -63,20 +63,17 @@ def sample_shard(
     vocab_offset: int = 0,
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row, drawn from softmax(logits / temperature) by the Gumbel-max trick.
-
-    The token is the argmax of logits + temperature * noise.
+    """One token per row by the Gumbel-max trick: the argmax of logits + temperature * noise.
 
     Args:
         logits: [R, vocab_size] of any float dtype.
         temperatures: [R] float32, >= 0.
-        seeds: [R] int64 key of each row's noise.
-        positions: [R] integer position of the token to be sampled.
+        seeds, positions: [R] integer keys of each row's noise; the token's position.
         vocab_offset: token id of the first column, a multiple of 4.
         least: [R] float32; tokens whose logit is below it are never drawn.
 
     Returns:
-        ([R] float32 largest sums, [R] int64 token ids; the lowest of equally good ones).
+        [R] float32 largest sums, and [R] int64 tokens: the lowest of equally good ones.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
@@ -122,17 +119,9 @@ class Sampler:
         whole[:, first : first + columns] = logits
         return self._parallel.all_reduce(whole)
 
-    def whole(
-        self,
-        logits: Tensor,
-        temperatures: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        *,
-        least: Tensor | None = None,
-    ) -> Tensor:
-        """As a call, for whole rows of logits; for the arguments see `sample_shard`."""
-        return self._sample(logits, temperatures, seeds, positions, least=least)[1]
+    def whole(self, logits: Tensor, *keys: Tensor, least: Tensor | None = None) -> Tensor:
+        """As a call for whole rows of logits, with the arguments of `sample_shard`."""
+        return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
         """The token of the best rank, the lowest of equally good ones, by one reduction."""

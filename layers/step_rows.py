@@ -20,15 +20,13 @@ _PER_ROW = ("input_ids", "positions", "slot_mapping")
 class SlotTables:
     """What the device knows of each running request, one row per slot.
 
-    One row more, the last, is for padding, and the kernels neither read nor write it.
+    One row more, `padding_slot`, is for padding, and the kernels neither read nor write it.
 
     Attributes:
         tokens: [slots + 1, max_model_len] int32 prompt and sampled tokens.
         block_tables: [slots + 1, max_blocks] int32.
-        num_computed: [slots + 1] int64 positions computed so far.
+        num_computed, seeds: [slots + 1] int64.
         temperatures: [slots + 1] float32.
-        seeds: [slots + 1] int64.
-        block_size: positions per block.
     """
 
     tokens: Tensor
@@ -42,21 +40,15 @@ class SlotTables:
     def zeros(
         num_slots: int, max_model_len: int, block_size: int, device: torch.device
     ) -> SlotTables:
-        """Tables of empty slots."""
         zeros = functools.partial(torch.zeros, device=device)
         rows, blocks = num_slots + 1, -(-max_model_len // block_size)
-        return SlotTables(
-            tokens=zeros(rows, max_model_len, dtype=torch.int32),
-            block_tables=zeros(rows, blocks, dtype=torch.int32),
-            num_computed=zeros(rows, dtype=torch.int64),
-            temperatures=zeros(rows, dtype=torch.float32),
-            seeds=zeros(rows, dtype=torch.int64),
-            block_size=block_size,
-        )
+        tokens, tables = (zeros(rows, n, dtype=torch.int32) for n in (max_model_len, blocks))
+        computed, seeds = (zeros(rows, dtype=torch.int64) for _ in range(2))
+        temperatures = zeros(rows, dtype=torch.float32)
+        return SlotTables(tokens, tables, computed, temperatures, seeds, block_size)
 
     @property
     def padding_slot(self) -> int:
-        """The row for padding."""
         return self.num_computed.shape[0] - 1
 
 
@@ -65,12 +57,9 @@ class SampledRows:
     """The R rows of a step whose next token is drawn.
 
     Attributes:
-        rows: [R] int64 rows of the step.
-        slots, positions: [R] int64 where the token goes; the padding slot for padding, and 0 in
-            all other fields.
-        temperatures: [R] float32.
-        seeds: [R] int64.
-        tokens: [R] int64, as soon as they are drawn.
+        rows: [R] int64 rows of the step, as all others but `temperatures`, which are float32.
+        slots, positions: where the token goes; the padding slot for padding, and 0 in all others.
+        tokens: unset until they are drawn.
     """
 
     rows: Tensor
@@ -82,7 +71,6 @@ class SampledRows:
 
     @staticmethod
     def empty(size: int, device: torch.device) -> SampledRows:
-        """Unset rows."""
         types = (torch.int64,) * 3 + (torch.float32,) + (torch.int64,) * 2
         return SampledRows(*(torch.empty(size, dtype=t, device=device) for t in types))
 
@@ -105,10 +93,7 @@ class StepRows:
         input_ids, positions, slot_mapping: [T] int64, see `ForwardBatch`; 0, 0 and -1 for padding.
         slots, context_lens: [B] int32; the padding slot and 0 for padding.
         query_start: [B + 1] int32 first row of each request, then T.
-        sampled: the rows whose next token is drawn.
-        num_chunks: leading requests that are prefill chunks.
-        num_chunk_rows: rows of all of them.
-        longest_chunk: most rows of one of them.
+        num_chunks: leading requests that are prefill chunks, of `num_chunk_rows` rows.
     """
 
     header: Tensor
@@ -126,11 +111,9 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Unset rows for a header.
+        """Unset rows for a header; `counts` are `num_chunks` and the fields behind it.
 
-        Args:
-            sampled: where the sampled rows go, or how many there are.
-            counts: `num_chunks` and the fields behind it.
+        `sampled` is where the sampled rows go, or how many there are.
         """
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
@@ -172,9 +155,7 @@ def enter_requests(
 
     Args:
         header: [4, N] int64: slot, first of its `token_ids`, number of them, seed.
-        temperatures: [N] float32.
-        token_ids: int32, the requests' tokens end to end.
-        longest: most tokens of a request.
+        token_ids: int32, the requests' tokens end to end, at most `longest` of each.
     """
     del longest
     slots, _, counts, seeds = header

@@ -19,8 +19,7 @@ from utils.loader import WeightSlot
 class ModelShape:
     """What attention and KV cache need to know of a model, over all ranks.
 
-    Attributes:
-        tied: the output head is the embedding.
+    In a `tied` model the output head is the embedding.
     """
 
     num_layers: int
@@ -36,8 +35,7 @@ class ForwardBatch:
 
     Attributes:
         input_ids: [T] int64.
-        slot_mapping: [T] int64 row of the flat KV cache that each token's K and V go to:
-            block * block_size + offset.
+        slot_mapping: [T] int64 rows of the flat KV cache that K and V go to.
         attention: what the attention backend's `prepare` returned for this step.
         kv: the KV cache of each layer.
         sampled_rows: [R] int64 rows of the T whose logits are wanted; None for all of them.
@@ -68,13 +66,7 @@ class CausalLM(ABC):
         backend: AttentionBackend,
         max_model_len: int,
     ) -> None:
-        """Allocate the weights.
-
-        Args:
-            shape: what the architecture's `model_shape` returned.
-            backend: shared by all layers.
-            max_model_len: positions that the rotary table needs.
-        """
+        """Allocate the weights for a `shape` that `model_shape` returned."""
 
     @abstractmethod
     def weight_slots(self) -> dict[str, WeightSlot]:

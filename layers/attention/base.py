@@ -18,7 +18,6 @@ class AttentionSpec:
 
     Attributes:
         scale: factor on the dot products, usually head_dim ** -0.5.
-        max_num_seqs: most requests of a batch.
         rows_per_decode: most query rows of a decode.
     """
 
@@ -43,12 +42,10 @@ class AttentionBatch:
             past a request's blocks are stale.
         slots: [B] row in block_tables of each request.
         context_lens: [B] visible tokens of each request, this step's included; 0 for padding.
-        query_start: [num_prefills + 1] first query row of each prefill request, then
-            num_prefill_tokens.
+        query_start: [num_prefills + 1] first query row of each prefill request, then their end.
         num_prefills: leading requests with any number of query rows; the others are decodes.
         num_prefill_tokens: query rows of the prefill requests; the decodes' rows follow.
         max_query_len: most query rows of a prefill request, 0 without any.
-        rows_per_decode: query rows of each decode.
     """
 
     block_tables: Tensor

@@ -40,9 +40,7 @@ class FlashAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec) -> None:
         import flash_attn
 
-        self._spec = spec
-        self._varlen = flash_attn.flash_attn_varlen_func
-        self._with_kvcache = flash_attn.flash_attn_with_kvcache
+        self._spec, self._package = spec, flash_attn
 
     def prepare(self, batch: AttentionBatch) -> _Prepared:
         lens = batch.context_lens[: batch.num_prefills]
@@ -53,7 +51,7 @@ class FlashAttention(AttentionBackend):
         batch, block_table, key_start = prepared
         prefills, rows, spec, parts = batch.num_prefills, batch.num_prefill_tokens, self._spec, []
         if prefills:
-            out: Tensor = self._varlen(
+            out: Tensor = self._package.flash_attn_varlen_func(
                 q[:rows],
                 kv.k,
                 kv.v,
@@ -69,7 +67,7 @@ class FlashAttention(AttentionBackend):
             )
             parts.append(out)
         if prefills < batch.slots.shape[0]:
-            out = self._with_kvcache(
+            out = self._package.flash_attn_with_kvcache(
                 q[rows:].view(-1, batch.rows_per_decode, *q.shape[1:]),
                 kv.k,
                 kv.v,

@@ -18,8 +18,7 @@ class _Part:
 
     Attributes:
         rows: the L cache rows of the prefill; B * L of decodes.
-        mask: [n, L] of a prefill, [B, 1, 1, L] of decodes; None if nothing is masked beyond what a
-            whole prompt's causal mask does.
+        mask: [n, L] of a prefill, [B, 1, 1, L] of decodes; None if nothing else is hidden.
     """
 
     first: int
@@ -32,9 +31,8 @@ class _Part:
 class TorchAttention(AttentionBackend):
     """Gathers each request's K and V from its pages and calls SDPA; any device and dtype.
 
-    Prefill runs one request at a time. Decodes run together, padded to the longest context,
-    with the query heads of one KV head as the rows of one product. A single request whose
-    blocks lie in order is read in place.
+    Prefill runs one request at a time. Decodes run together, padded to the longest context, with
+    the query heads of one KV head as the rows of one product. Blocks in order are read in place.
     """
 
     name = "torch"
@@ -133,8 +131,7 @@ class TorchAttention(AttentionBackend):
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
-        heads, dim = kv.flat.shape[1:]
-        out = None
+        (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
             # malloc takes more than 32 MiB from the kernel page by page: 4 times as slow.
             size = rows.shape[0] * heads * dim
