@@ -37,8 +37,7 @@ class ColumnLinear(_Linear):
 
     Args:
         sizes: output features of each part, over all ranks.
-        shares: first output feature and number of them in each part that this rank computes;
-            None divides every part equally.
+        shares: this rank's first output feature and number of them in each part; by default equal.
     """
 
     def __init__(
@@ -118,7 +117,6 @@ class RowLinear(_Linear):
         return self._matmul.added(x, stream)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        """Slots of the checkpoint's layer `name`."""
         assert self.weight is not None
         start = self._place.parallel.rank * self._columns
         slots = {f"{name}.weight": WeightSlot(self.weight, self._full, 1, start, self._columns)}
@@ -130,16 +128,13 @@ class RowLinear(_Linear):
 class VocabEmbedding:
     """Token ids to vectors, by a table with one row a token and as many rows on every rank.
 
-    Attributes:
-        weight: [this rank's rows, hidden_size].
-        length: rows that belong to tokens; those behind are padding, and zero.
+    Of this rank's rows those from `length` on are padding, and zero.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
-        rows = vocab_size
-        if parallel.size > 1:
-            rows = -(-vocab_size // (parallel.size * _ROWS)) * _ROWS
+        unit = _ROWS if parallel.size > 1 else 1
+        rows = -(-vocab_size // (parallel.size * unit)) * unit
         self._shape = (vocab_size, hidden_size)
         self._start = parallel.rank * rows
         self.length = max(0, min(rows, vocab_size - self._start))
@@ -155,7 +150,6 @@ class VocabEmbedding:
         return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        """Slot of the checkpoint's tensor `name`.weight."""
         start, target = min(self._start, self._shape[0]), self.weight[: self.length]
         return {f"{name}.weight": WeightSlot(target, self._shape, 0, start, self.length)}
 
@@ -169,7 +163,6 @@ class VocabHead:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Lay the loaded weights out for use; for `norm` see `make_matmul`."""
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:

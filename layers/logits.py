@@ -18,10 +18,7 @@ SCORED_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which tokens may be drawn, [R] float32 each; see `logit_bounds_reference`.
-
-    Rows of temperature 0 are not filtered. A `top_k` below 1 keeps all tokens.
-    """
+    """Which tokens may be drawn, [R] float32 each; see `logit_bounds_reference`."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -40,12 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of R tokens, and of the N most likely ones in their places.
-
-    Attributes:
-        tokens, top_tokens: [R] and [R, N] int64, most likely first.
-        values, top_values: as many log-probabilities, float32.
-    """
+    """Log-probabilities of tokens [R], and of the most likely ones in their places [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -100,7 +92,7 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
-    """As `logit_bounds`, by sorting.
+    """As `logit_bounds`, by sorting. Temperatures of 0 filter nothing, nor does a top_k below 1.
 
     top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that reach
     the probability p (Holtzman et al., 2020); min_p those at least min_p times as likely as the
@@ -126,10 +118,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Log-probabilities of `tokens` [R] int64, and the `num_top` largest of each row.
-
-    The logits are the first R rows, or `rows` [R] int64.
-    """
+    """Scores of `tokens` [R] int64 and the `num_top` best in the first R rows, or in `rows` [R]."""
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

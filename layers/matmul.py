@@ -28,7 +28,7 @@ _MOST_ROWS = 64
 # Up to this many multiplications one thread alone is faster: a call that FBGEMM divides over
 # threads costs 12 us, another 1. (2^22 made whole runs slower.)
 _ALONE = 2**21
-# Elements that are packed at once. Packing takes 10 ns an element, 40 from 2^25 elements on.
+# Elements packed at once: from 2^25 on an element takes 40 ns instead of 10.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -75,9 +75,7 @@ class HalfLinear:
     Most checkpoints are bfloat16, with 8 significant bits of float16's 11. The smaller range of
     float16 suffices if the weight is multiplied by a power of two first.
 
-    Args:
-        weight: [N, K] that `holds` accepts.
-        scale: [K] float32 factors of the inputs.
+    `holds` must accept the weight [N, K]. The inputs are multiplied by `scale` [K] float32.
 
     Attributes:
         most_rows: rows up to which this is faster than oneDNN, or infinite to save its memory.
@@ -270,10 +268,7 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 def make_matmul(
     weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
 ) -> Matmul:
-    """The fastest product for a loaded weight.
-
-    The weight of `norm`, a prepared norm that this product alone reads, may be folded into it.
-    """
+    """The fastest product; it may take in the weight of a prepared norm that it alone reads."""
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)
     if place.fused and has_wgmma(place.device):

@@ -79,7 +79,6 @@ class RMSNorm:
         return scale
 
     def __call__(self, stream: Stream) -> Normed:
-        """The normalised stream, which the linear that reads it computes."""
         return Normed(self, stream)
 
     def compute(self, stream: Stream) -> tuple[Tensor, Stream]:
@@ -106,7 +105,6 @@ class RMSNorm:
         return y, stream
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        """Slot of the checkpoint's tensor `name`.weight."""
         return {f"{name}.weight": WeightSlot(self.weight, tuple(self.weight.shape))}
 
 
@@ -144,10 +142,8 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
 class Rotation:
     """Where the T tokens of a step stand, and the angles to rotate them by.
 
-    Attributes:
-        positions: [T].
-        cos, sin: rows of `rotary_table` at those positions, [T, 1, head_dim] float32; or
-            [max_model_len, head_dim / 2] float32, unsigned, for a kernel that looks them up.
+    Cosines and sines are those of `rotary_table` at the positions, [T, 1, head_dim], or, for a
+    kernel that looks them up, of all positions, [max_model_len, head_dim / 2] and unsigned.
     """
 
     positions: Tensor
@@ -158,8 +154,7 @@ class Rotation:
 class RotaryEmbedding:
     """The rotations of one model by its `rotary_table`, shared by its layers.
 
-    With `gather` a step's positions are looked up once for all layers; otherwise a fused kernel
-    reads the table itself.
+    With `gather` a step's positions are looked up once; else a fused kernel reads the table.
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
@@ -241,7 +236,6 @@ class QKNormRopeStore:
         return heads[:, : self._num_heads]
 
     def weight_slots(self, q_name: str, k_name: str) -> dict[str, WeightSlot]:
-        """Slots of the checkpoint's normalisation weights, [head_dim] each."""
         if self.qk_weight is None:
             return {}
         parts = zip((q_name, k_name), self.qk_weight.tensor_split([self._num_heads]), strict=True)

@@ -36,10 +36,7 @@ class ParallelContext:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor] | None:
-        """`layers.kernels.norm.add_rms_norm` of the sum of x over the ranks, as one kernel.
-
-        None if there is no such kernel for x; the caller then uses `all_reduce`.
-        """
+        """`layers.kernels.norm.add_rms_norm` of the sum over ranks, or None without a kernel."""
         del x, residual, weight, eps
         return None
 

@@ -9,8 +9,7 @@ the same noise whatever it is batched with, however the vocabulary is split and 
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
-float32 holds u exactly. With 24 bits, u would round to 1 and the noise to infinity once in 2^24
-draws, which is a random token once in a hundred samples from a vocabulary of 150,000.
+With 24 bits, u would round to 1 in float32 and the noise to infinity, once in 2^24 draws.
 """
 
 from __future__ import annotations

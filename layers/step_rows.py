@@ -75,15 +75,12 @@ class SampledRows:
         return SampledRows(*(torch.empty(size, dtype=t, device=device) for t in types))
 
     def __getitem__(self, part: slice) -> SampledRows:
-        """Views of some of the rows."""
         return SampledRows(*(getattr(self, name)[part] for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The T rows of a step of B requests: those of its prefill chunks, then those of its decodes.
-
-    Captured steps have fixed addresses and sizes; what a plan does not fill is padding.
+    """The T rows of a step of B requests, prefill chunks first; captured steps have padding.
 
     Attributes:
         header: [6, B] int64, from which all other tensors are made. For each request its slot, its
@@ -111,10 +108,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Unset rows for a header; `counts` are `num_chunks` and the fields behind it.
-
-        `sampled` is where the sampled rows go, or how many there are.
-        """
+        """Unset rows: `sampled` tensors or so many; `counts` are `num_chunks` and what follows."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -153,9 +147,8 @@ def enter_requests(
 ) -> None:
     """Write N new requests into the tables.
 
-    Args:
-        header: [4, N] int64: slot, first of its `token_ids`, number of them, seed.
-        token_ids: int32, the requests' tokens end to end, at most `longest` of each.
+    `header` [4, N] int64 has for each its slot, the first of its `token_ids`, the number of them,
+    at most `longest`, and its seed.
     """
     del longest
     slots, _, counts, seeds = header

@@ -17,10 +17,7 @@ from utils.loader import WeightSlot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What attention and KV cache need to know of a model, over all ranks.
-
-    In a `tied` model the output head is the embedding.
-    """
+    """What attention and KV cache need to know of a model; `tied`: the head is the embedding."""
 
     num_layers: int
     num_heads: int
@@ -34,10 +31,8 @@ class ForwardBatch:
     """The T tokens of one step, all requests end to end: prefill chunks first, then decodes.
 
     Attributes:
-        input_ids: [T] int64.
-        slot_mapping: [T] int64 rows of the flat KV cache that K and V go to.
+        input_ids, slot_mapping: [T] int64, token ids and where K and V go in the flat KV cache.
         attention: what the attention backend's `prepare` returned for this step.
-        kv: the KV cache of each layer.
         sampled_rows: [R] int64 rows of the T whose logits are wanted; None for all of them.
         logits: [R, this rank's columns] where the model may put them; it returns them anyway.
     """

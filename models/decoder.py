@@ -33,8 +33,7 @@ class DecoderSpec(ModelShape):
 def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> DecoderSpec:
     """The decoder that a config describes, by the names that Qwen and Llama give its fields.
 
-    Raises:
-        UnsupportedModelError: the config asks for what this decoder would silently get wrong.
+    What it would silently get wrong is an UnsupportedModelError.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")

@@ -16,9 +16,7 @@ from memory.kv_cache import KVLayer
 class AttentionSpec:
     """What a backend has to serve: one rank's heads and the cache they read.
 
-    Attributes:
-        scale: factor on the dot products, usually head_dim ** -0.5.
-        rows_per_decode: most query rows of a decode.
+    `scale` multiplies the dot products. A decode has up to `rows_per_decode` query rows.
     """
 
     num_heads: int

@@ -58,8 +58,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Keys beyond it are left out, so a captured step needs the most there can be. The
-                # kernels end at a request's last key anyway.
+                # Keys beyond it are left out, and a captured step must leave out none.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,

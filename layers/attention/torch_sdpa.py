@@ -124,10 +124,7 @@ class TorchAttention(AttentionBackend):
         return out.reshape(n, -1)
 
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
-        """K and V at n requests' cache rows: [n, num_kv_heads, L, head_dim] each.
-
-        On a CPU they are good until the next call.
-        """
+        """K and V [n, num_kv_heads, L, head_dim] of n requests; on a CPU until the next call."""
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
