@@ -173,7 +173,7 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     ends = torch.add(positions, 1, out=sampled.positions)
     tables.num_computed.index_copy_(0, slots, ends)
     rows.input_ids.copy_(tables.tokens[slots, positions])
-    rows.slot_mapping.copy_(_cache_rows(tables, slots, positions))
+    _cache_rows(tables, slots, positions, rows.slot_mapping)
     rows.slots.copy_(slots)
     rows.context_lens.copy_(ends)
     sampled.slots.copy_(slots)
@@ -223,7 +223,7 @@ def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> No
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
 
 
-def _cache_rows(tables: SlotTables, slots: Tensor, positions: Tensor) -> Tensor:
+def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows of the flat KV cache, int64."""
-    blocks = tables.block_tables[slots, positions // tables.block_size].long()
-    return torch.add(positions % tables.block_size, blocks, alpha=tables.block_size)
+    blocks = tables.block_tables[slots, at // tables.block_size].long()
+    return torch.add(at % tables.block_size, blocks, alpha=tables.block_size, out=out)
