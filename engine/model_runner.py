@@ -32,13 +32,12 @@ from engine.types import (
     StepPlan,
 )
 from layers.attention.base import AttentionBackend, AttentionSpec
-from layers.forward_batch import ForwardBatch
 from layers.parallel import ParallelContext, Place
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows, SlotTables, StepRows
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
 from memory.sizing import fit_blocks, free_bytes, measure_usage, memory_errors, release_device
-from models.base import CausalLM, ModelShape
+from models.base import CausalLM, ForwardBatch, ModelShape
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError

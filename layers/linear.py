@@ -1,35 +1,43 @@
 """Embedding, linear layers and output head, which know their share of a tensor-parallel group.
 
-Embedding and head divide the vocabulary over ranks, column-parallel layers their outputs.
-Row-parallel layers divide their inputs, and the next norm sums up what they add (Shoeybi et al.,
-Megatron-LM, 2019).
+Embedding and head divide the vocabulary over ranks, column-parallel layers their outputs and
+row-parallel ones their inputs (Shoeybi et al., Megatron-LM, 2019).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from layers.layernorm import Normed, RMSNorm, Stream
 from layers.matmul import Matmul, make_matmul
+from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightSlot
 
-# The kernels for small batches (layers/kernels) make outputs in multiples of this, and the noise
-# (layers/sampler.py) comes in groups of 4 tokens.
+# The kernels for small batches make outputs in multiples of this, the sampler's noise of 4.
 _ROWS = 16
 
 
-class ColumnLinear:
-    """Several projections of one input, merged so that one product serves them all.
+class _Linear:
+    """This rank's weight [rows, columns] and bias [rows], and the product with them."""
 
-    The weight is [sum of this rank's parts, input_size], with the parts one below the other.
+    def __init__(self, rows: int, columns: int, *, bias: bool, place: Place) -> None:
+        self._place = place
+        self.weight: Tensor | None = place.empty(rows, columns)
+        self.bias = place.empty(rows) if bias else None
+        self._matmul: Matmul
+
+    def prepare(self, norm: RMSNorm | None = None) -> None:
+        """Lay the loaded weights out, and keep only that copy; for `norm` see `make_matmul`."""
+        assert self.weight is not None
+        self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
+
+
+class ColumnLinear(_Linear):
+    """Several projections of one input, their weights one below the other, so one product.
 
     Args:
-        input_size: features of the input.
         sizes: output features of each part, over all ranks.
-        bias: whether there is a bias.
-        shares: first output feature and number of them in each part that this rank computes;
-            None divides every part equally.
+        shares: this rank's first output feature and number of them in each part; by default equal.
     """
 
     def __init__(
@@ -43,29 +51,13 @@ class ColumnLinear:
     ) -> None:
         if shares is None:
             lengths = [place.parallel.per_rank("output features", size) for size in sizes]
-            shares = tuple((place.parallel.rank * length, length) for length in lengths)
+            shares = tuple((place.parallel.rank * n, n) for n in lengths)
         self._full = [(size, input_size) for size in sizes]
         self._shares = shares
-        self._place = place
-        rows = sum(length for _, length in shares)
-        self.weight: Tensor | None = place.empty(rows, input_size)
-        self.bias = place.empty(rows) if bias else None
-        self._matmul: Matmul
-
-    def prepare(self, norm: RMSNorm | None) -> None:
-        """Lay the loaded weights out for use, and keep only that copy.
-
-        For `norm` see `make_matmul`.
-        """
-        assert self.weight is not None
-        self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
+        super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """The parts side by side [T, sum of this rank's parts], and the stream as its sum.
-
-        Args:
-            partial: the product may be left in partial sums, see `Matmul.partial`.
-        """
+        """This rank's parts side by side, and the stream as its sum; see `Matmul.normed`."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
@@ -74,8 +66,7 @@ class ColumnLinear:
 
     def weight_slots(self, *names: str) -> dict[str, WeightSlot]:
         """Slots of the checkpoint's layers `names`, one per part, in order."""
-        slots: dict[str, WeightSlot] = {}
-        row = 0
+        slots, row = dict[str, WeightSlot](), 0
         for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
             for kind, shape in (("weight", full), ("bias", full[:1])):
                 param = getattr(self, kind)
@@ -87,11 +78,7 @@ class ColumnLinear:
 
 
 class QKVLinear(ColumnLinear):
-    """Query, key and value projections; KV heads are replicated where ranks outnumber them.
-
-    Args:
-        num_heads, num_kv_heads: heads over all ranks.
-    """
+    """Query, key and value projections of so many heads over all ranks."""
 
     def __init__(
         self,
@@ -106,35 +93,30 @@ class QKVLinear(ColumnLinear):
         q = place.parallel.per_rank("query heads", num_heads) * head_dim
         first, count = place.parallel.kv_heads(num_kv_heads)
         kv = (first * head_dim, count * head_dim)
-        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        sizes = (num_heads * head_dim, *[num_kv_heads * head_dim] * 2)
         shares = ((place.parallel.rank * q, q), kv, kv)
         super().__init__(hidden_size, sizes, bias=bias, place=place, shares=shares)
 
 
-class RowLinear:
+class RowLinear(_Linear):
     """A projection onto the residual stream, its inputs divided over the ranks."""
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
-        self._place = place
         self._columns = place.parallel.per_rank("input features", input_size)
-        self.weight: Tensor | None = place.empty(output_size, self._columns)
-        self.bias = place.empty(output_size) if bias else None
-        self._matmul: Matmul
+        super().__init__(output_size, self._columns, bias=bias, place=place)
 
-    def prepare(self) -> None:
-        """Lay the loaded weights out for use, and keep only that copy."""
-        assert self.weight is not None
-        # The bias enters the sum over ranks once.
-        bias = self.bias if self._place.parallel.rank == 0 else None
-        self._matmul, self.weight = make_matmul(self.weight, bias, self._place), None
+    def prepare(self, norm: RMSNorm | None = None) -> None:
+        if self._place.parallel.rank > 0:
+            # The bias enters the sum over ranks once.
+            self.bias = None
+        super().prepare(norm)
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
         """Add the projection of x [T, this rank's inputs] to a stream whose part is None."""
         return self._matmul.added(x, stream)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        """Slots of the checkpoint's layer `name`."""
         assert self.weight is not None
         start = self._place.parallel.rank * self._columns
         slots = {f"{name}.weight": WeightSlot(self.weight, self._full, 1, start, self._columns)}
@@ -144,20 +126,15 @@ class RowLinear:
 
 
 class VocabEmbedding:
-    """Token ids to vectors, by a table with one row a token.
+    """Token ids to vectors, by a table with one row a token and as many rows on every rank.
 
-    Every rank has as many rows. Those past the end of the vocabulary are padding, and zero.
-
-    Attributes:
-        weight: [this rank's rows, hidden_size].
-        length: rows that belong to tokens.
+    Of this rank's rows those from `length` on are padding, and zero.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
-        rows = vocab_size
-        if parallel.size > 1:
-            rows = -(-vocab_size // (parallel.size * _ROWS)) * _ROWS
+        unit = _ROWS if parallel.size > 1 else 1
+        rows = -(-vocab_size // (parallel.size * unit)) * unit
         self._shape = (vocab_size, hidden_size)
         self._start = parallel.rank * rows
         self.length = max(0, min(rows, vocab_size - self._start))
@@ -173,7 +150,6 @@ class VocabEmbedding:
         return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        """Slot of the checkpoint's tensor `name`.weight."""
         start, target = min(self._start, self._shape[0]), self.weight[: self.length]
         return {f"{name}.weight": WeightSlot(target, self._shape, 0, start, self.length)}
 
@@ -187,7 +163,6 @@ class VocabHead:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Lay the loaded weights out for use; for `norm` see `make_matmul`."""
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:

@@ -1,7 +1,6 @@
-"""What requests ask of their logits beyond temperature: penalties, filters, log-probabilities.
+"""Penalties, filters and log-probabilities of whole rows of logits [R, V].
 
-Pure functions on whole rows of logits [R, V], with one parameter per row; the order in which
-they are applied is that of transformers' `generate`.
+Penalties come before filters, as in transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -13,21 +12,13 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Rows scored at once. Each takes a copy and two of float32: 194 MB for 128 rows of 151,936 bfloat16
-# logits, whatever the batch.
+# Rows scored at once; for 151,936 bfloat16 logits their three copies take 194 MB.
 SCORED_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which tokens may be drawn, [R] float32 each.
-
-    Attributes:
-        temperatures: 0 for greedy rows, which are not filtered.
-        top_k: number of tokens kept, below 1 for all.
-        top_p: share of the probability kept, of what top_k left.
-        min_p: least probability as a fraction of the largest.
-    """
+    """Which tokens may be drawn, [R] float32 each; see `logit_bounds_reference`."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -46,14 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of R tokens and of the most likely ones in their places.
-
-    Attributes:
-        tokens: [R] int64.
-        values: [R] float32.
-        top_tokens: [R, N] int64, most likely first.
-        top_values: [R, N] float32.
-    """
+    """Log-probabilities of tokens [R], and of the most likely ones in their places [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -76,13 +60,11 @@ def penalize(
     """Apply the penalties of the tokens so far to the logits, in place.
 
     The repetition penalty is that of CTRL (Keskar et al., 2019), over prompt and output; presence
-    and frequency penalties count the output alone, as OpenAI's API documents them.
+    and frequency penalties are OpenAI's, over the output alone.
 
     Args:
-        logits: [R, V] float32.
         tokens: [R, L] integer token ids: prompt, output, then anything.
-        num_prompt: [R] integer prompt lengths.
-        num_tokens: [R] integer lengths of prompt and output, at least 1.
+        num_prompt, num_tokens: [R] integer lengths, of prompt and of both, at least 1.
     """
     if not logits.is_cuda:
         # On a GPU the host would have to wait for the length.
@@ -105,17 +87,16 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
     if logits.is_cuda and has_triton():
         from layers.kernels import logit_bounds as kernel
 
-        found: Tensor = kernel.logit_bounds(logits, filters)
-        return found
+        return kernel.logit_bounds(logits, filters)
     return logit_bounds_reference(logits, filters)
 
 
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
-    """As `logit_bounds`, by sorting.
+    """As `logit_bounds`, by sorting. Temperatures of 0 filter nothing, nor does a top_k below 1.
 
-    top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that
-    together reach the probability p (nucleus sampling, Holtzman et al., 2020); min_p those at
-    least min_p times as likely as the most likely one (Nguyen et al., 2024).
+    top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that reach
+    the probability p (Holtzman et al., 2020); min_p those at least min_p times as likely as the
+    most likely one (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
@@ -137,12 +118,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Log-probabilities of `tokens` [R] int64, and the `num_top` largest of each row.
-
-    Args:
-        logits: [R, V] of any float dtype.
-        rows: [R] int64 rows of the logits to be taken, if not the first ones.
-    """
+    """Scores of `tokens` [R] int64 and the `num_top` best in the first R rows, or in `rows` [R]."""
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

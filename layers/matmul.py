@@ -1,12 +1,10 @@
-"""Matrix products with the norm, gate or residual around them, by the fastest means of a device.
-
-How much of those the product's own kernel computes is decided here, by device and number of tokens.
-"""
+"""Matrix products with the norm, gate or residual around them, by the fastest means of a device."""
 
 from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,32 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.cpu_linear import HalfLinear
 from layers.kernels.launch import has_wgmma
-from layers.layernorm import Normed, RMSNorm, Stream
+from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 
-# Rows that oneDNN is told to expect when it lays out a weight. Measured on two AVX-512 cores
-# over the shipped model's weights: 16, 64 and 256 are equally fast at any batch; against the
-# plain layout 1.2 times at 1 row, 2.4 at 8, 2.9 at 32 and 3.0 at 1,000. (Letting oneDNN add the
-# residual costs 3 us a call, an addition of its own 1.)
+# Rows that oneDNN is told to expect when it lays out a weight; 16 and 256 do as well at any batch.
 _PACK_ROWS = 64
-# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256], 15 against
-# 22 for [512, 256]; from [256, 768] on oneDNN is ahead.
+# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256].
 _MKL_WEIGHT = 2**17
+# Weights of more elements are in float16 alone, for half the memory, others beside oneDNN's layout.
+# [6144, 1024] takes 0.42 of oneDNN's time at 1 row and 1.16 from 512 on.
+_HALF_BESIDE = 2**20
+# Rows up to which FBGEMM is ahead of oneDNN: 0.83 to 1.0 of its time at 64.
+_MOST_ROWS = 64
+# Up to this many multiplications one thread alone is faster: a call that FBGEMM divides over
+# threads costs 12 us, another 1. (2^22 made whole runs slower.)
+_ALONE = 2**21
+# Elements packed at once: from 2^25 on an element takes 40 ns instead of 10.
+_PACKED_AT_ONCE = 2**23
 
 
 class Matmul:
-    """x W^T + b through torch, nothing fused: the reference.
-
-    Args:
-        weight: [N, K].
-        bias: [N] or None.
-        place: where they are.
-
-    Attributes:
-        weight: in the layout of `F.linear` or oneDNN; empty if neither is needed.
-    """
+    """x W^T + b through torch for W [N, K] and b [N], nothing fused: the reference."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         self.weight = weight
@@ -64,9 +58,7 @@ class Matmul:
     ) -> tuple[Tensor, Stream]:
         """The product of the normalised stream [T, N], and the stream as its sum.
 
-        Args:
-            partial: the product may be left in partial sums, see `partial`.
-            out: where to put it, if not partial.
+        The product is in `out` if that is given, or may be left in partial sums, see `partial`.
         """
         x, stream = normed.norm.compute(normed.stream)
         return (self.partial(x) if partial else self(x, out)), stream
@@ -77,16 +69,86 @@ class Matmul:
         return silu_mul(y, self._place), stream
 
 
-class CPUMatmul(Matmul):
-    """For float32 on a CPU: in oneDNN's blocked layout, few rows by faster means if there are.
+class HalfLinear:
+    """x W^T by FBGEMM, of a float32 weight that float16 holds without loss: half the bytes to read.
 
-    Large weights are in float16 alone if that holds them without loss.
+    Most checkpoints are bfloat16, with 8 significant bits of float16's 11. The smaller range of
+    float16 suffices if the weight is multiplied by a power of two first.
 
-    Args:
-        norm: see `make_matmul`; its weight is folded into this one.
+    `holds` must accept the weight [N, K]. The inputs are multiplied by `scale` [K] float32.
 
     Attributes:
-        few_rows: for more rows oneDNN's layout is used.
+        most_rows: rows up to which this is faster than oneDNN, or infinite to save its memory.
+        rows_alone: up to so many rows are multiplied by the calling thread alone.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
+        factor = _power_of_two(weight)
+        self.most_rows, self.rows_alone = math.inf, 0
+        if weight.numel() <= _HALF_BESIDE:
+            shared = torch.get_num_threads() > 1
+            self.most_rows = _MOST_ROWS
+            self.rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
+        # Powers of two lose nothing on the way back either.
+        self._inverse = 1.0 / factor
+        self._scale: Tensor | float = self._inverse if scale is None else scale * self._inverse
+        scaled = weight * factor
+        if self.rows_alone:
+            with warnings.catch_warnings():
+                # Packing and the first product warn, once, that they are deprecated.
+                warnings.simplefilter("ignore")
+                self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
+                self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
+                self._multiply(weight[:1], self._packed, None)
+        if self.rows_alone < self.most_rows:
+            pack, rows = torch.ops.quantized.linear_prepack_fp16, _PACKED_AT_ONCE // weight.shape[1]
+            self._shared = [pack(part, None) for part in torch.split(scaled, max(1, rows))]
+            self._multiply_shared = torch.ops.quantized.linear_dynamic_fp16
+
+    @staticmethod
+    def holds(weight: Tensor) -> bool:
+        """Whether torch has what this takes, and no element is rounded."""
+        pack, multiply = "fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation"
+        shared = ("linear_prepack_fp16", "linear_dynamic_fp16")
+        if (
+            torch.backends.quantized.engine not in ("fbgemm", "x86")
+            or not all(hasattr(torch, name) for name in (pack, multiply))
+            or not all(hasattr(torch.ops.quantized, name) for name in shared)
+        ):
+            return False
+        factor = _power_of_two(weight)
+        # In parts, without three copies of a large weight.
+        scaled = (part * factor for part in torch.split(weight, 4096))
+        return all(bool(p.isfinite().all()) and torch.equal(p.half().float(), p) for p in scaled)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        return self._times(x * self._scale)
+
+    def added(self, x: Tensor, total: Tensor) -> Tensor:
+        """total [T, N] + x W^T."""
+        if isinstance(self._scale, Tensor):
+            return total + self(x)
+        return torch.add(total, self._times(x), alpha=self._inverse)
+
+    def _times(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= self.rows_alone:
+            return self._multiply(x, self._packed, None)
+        parts: list[Tensor] = [self._multiply_shared(x, part) for part in self._shared]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _power_of_two(weight: Tensor) -> float:
+    """The factor that brings the largest element to between 2^14 and 2^15."""
+    largest = max(float(-weight.min()), float(weight.max()))
+    # Beyond 100 nothing is that small, and the factor would leave float32.
+    return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0
+
+
+class CPUMatmul(Matmul):
+    """For float32 on a CPU: oneDNN's blocked layout, or for up to `few_rows` rows faster means.
+
+    Where `few_rows` is infinite, `weight` is empty. For `norm` see `make_matmul`.
     """
 
     def __init__(
@@ -128,17 +190,15 @@ class CPUMatmul(Matmul):
 class SmallBatchMatmul(Matmul):
     """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond.
 
-    Up to 16 tokens norm, gate and residual are part of the kernel; beyond, the gate is, and a
-    narrow product may leave partial sums [S, T, N] for the next norm to add up.
+    Up to 16 tokens norm, gate and residual are part of the kernel. Beyond, the gate is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         from layers.kernels import small_batch_linear as kernels
 
         super().__init__(weight, bias, place)
+        self._kernels = kernels
         self._run = functools.partial(kernels.small_batch_linear, pdl=True)
-        self._supports = kernels.supports_small_batch_linear
-        self._splits = kernels.small_batch_splits
         self._most_fused = kernels.MAX_FUSED_TOKENS
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -151,9 +211,10 @@ class SmallBatchMatmul(Matmul):
 
     def partial(self, x: Tensor) -> Tensor:
         tokens = x.shape[0]
-        splits = 1 if self._bias is not None else self._splits(tokens, *self.weight.shape)
-        if splits > 1 and self._fits(tokens, splits=splits):
-            return self._run(x, self.weight, splits=splits)
+        if self._bias is None:
+            splits = self._kernels.small_batch_splits(tokens, *self.weight.shape)
+            if splits > 1 and self._fits(tokens, splits=splits):
+                return self._run(x, self.weight, splits=splits)
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
@@ -178,8 +239,9 @@ class SmallBatchMatmul(Matmul):
         return self._run(x, self.weight, swiglu=True, **norm), stream
 
     def _fits(self, tokens: int, *, swiglu: bool = False, splits: int = 1) -> bool:
-        n, k = self.weight.shape
-        return self._supports(tokens, n // 2 if swiglu else n, k, swiglu=swiglu, splits=splits)
+        n, k = self.weight.shape[0] // (2 if swiglu else 1), self.weight.shape[1]
+        supports = self._kernels.supports_small_batch_linear
+        return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
         """The kernel's input, the stream as its sum, and the norm if the kernel computes it."""
@@ -206,12 +268,7 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 def make_matmul(
     weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
 ) -> Matmul:
-    """The fastest product for a loaded weight.
-
-    Args:
-        norm: the prepared norm whose output this product reads and nothing else does: its weight
-            may be folded into the product's. None if there is no such norm.
-    """
+    """The fastest product; it may take in the weight of a prepared norm that it alone reads."""
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)
     if place.fused and has_wgmma(place.device):

@@ -1,8 +1,7 @@
 """Choosing tokens from logits, with noise that depends on the request alone.
 
-The generator is Philox4x32-10 (Salmon et al., SC 2011), a counter-based one: the noise of a
-token is a function of (request seed, position, token id), so a seeded request draws the same
-noise whatever it is batched with, however the vocabulary is split and on whatever device:
+The generator is Philox4x32-10 (Salmon et al., SC 2011), a counter-based one. A seeded request draws
+the same noise whatever it is batched with, however the vocabulary is split and on any device:
 
     key      = (low 32 bits of the seed, high 32 bits of the seed)
     counter  = (token // 4, position, 0, 0)
@@ -10,9 +9,7 @@ noise whatever it is batched with, however the vocabulary is split and on whatev
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
-u keeps 23 bits, not 24, so that float32 holds it exactly: with 24 the largest value would round
-to 1 and its noise to infinity, once in 2^24 draws, and so a random token once in a hundred
-samples from a vocabulary of 150,000.
+With 24 bits, u would round to 1 in float32 and the noise to infinity, once in 2^24 draws.
 """
 
 from __future__ import annotations
@@ -30,15 +27,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10.
-
-    Args:
-        counter: four int64 tensors of 32-bit words that broadcast together.
-        key: two int64 tensors of 32-bit words.
-
-    Returns:
-        Four int64 tensors of 32 random bits each.
-    """
+    """Philox4x32-10: four words from four and a key of two; 32 bits each, in int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -53,17 +42,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 def gumbel_noise(
     seeds: Tensor, positions: Tensor, vocab_size: int, vocab_offset: int = 0
 ) -> Tensor:
-    """Standard Gumbel noise for each vocabulary entry of each row.
-
-    Args:
-        seeds: [R] int64.
-        positions: [R] integer position of the token to be sampled.
-        vocab_size: entries wanted.
-        vocab_offset: token id of the first one, a multiple of 4.
-
-    Returns:
-        [R, vocab_size] float32.
-    """
+    """Standard Gumbel noise [R, vocab_size] float32; for the arguments see `sample_shard`."""
     first = vocab_offset // 4
     groups = torch.arange(first, first + -(-vocab_size // 4), device=seeds.device).unsqueeze(0)
     zero = torch.zeros_like(groups)
@@ -83,21 +62,17 @@ def sample_shard(
     vocab_offset: int = 0,
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row: the argmax of logits + temperature * noise.
-
-    That is a draw from softmax(logits / temperature) (the Gumbel-max trick), and the argmax of
-    the logits where the temperature is 0.
+    """One token per row by the Gumbel-max trick: the argmax of logits + temperature * noise.
 
     Args:
         logits: [R, vocab_size] of any float dtype.
         temperatures: [R] float32, >= 0.
-        seeds: [R] int64 key of each row's noise.
-        positions: [R] integer position of the token to be sampled.
+        seeds, positions: [R] integer keys of each row's noise; the token's position.
         vocab_offset: token id of the first column, a multiple of 4.
         least: [R] float32; tokens whose logit is below it are never drawn.
 
     Returns:
-        ([R] float32 largest sums, [R] int64 token ids; the lowest of equally good ones).
+        [R] float32 largest sums, and [R] int64 tokens: the lowest of equally good ones.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
@@ -108,12 +83,7 @@ def sample_shard(
 
 
 class Sampler:
-    """Chooses tokens from logits whose columns are divided over ranks, the same on every rank.
-
-    Args:
-        parallel: this rank's place.
-        device, dtype: of the logits; they decide between reference and kernel.
-    """
+    """Chooses tokens from logits whose columns are divided over ranks, the same on every rank."""
 
     def __init__(self, parallel: ParallelContext, device: torch.device, dtype: torch.dtype) -> None:
         self._parallel = parallel
@@ -148,27 +118,16 @@ class Sampler:
         whole[:, first : first + columns] = logits
         return self._parallel.all_reduce(whole)
 
-    def whole(
-        self,
-        logits: Tensor,
-        temperatures: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
-        *,
-        least: Tensor | None = None,
-    ) -> Tensor:
-        """As a call, for whole rows of logits; for the arguments see `sample_shard`."""
-        return self._sample(logits, temperatures, seeds, positions, least=least)[1]
+    def whole(self, logits: Tensor, *keys: Tensor, least: Tensor | None = None) -> Tensor:
+        """As a call for whole rows of logits, with the arguments of `sample_shard`."""
+        return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """The token of the best rank, the lowest of equally good ones.
-
-        Value and token travel as one integer that orders like the pair, so that one reduction
-        of 8 bytes a row does it.
-        """
+        """The token of the best rank, the lowest of equally good ones, by one reduction."""
         if self._parallel.size == 1:
             return tokens
-        # IEEE floats order like their bits read as sign and magnitude; + 0 makes -0 of 0.
+        # Value and token become one integer that orders like the pair. IEEE floats order like
+        # their bits read as sign and magnitude; + 0 makes -0 of 0.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

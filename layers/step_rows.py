@@ -1,11 +1,11 @@
 """The rows of a step as device tensors, made from what the device knows of each request.
 
-The functions here are the reference, in plain torch. `layers.kernels.step_rows` has the same
-functions as Triton kernels.
+`layers.kernels.step_rows` has the functions, here in plain torch, as Triton kernels.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,16 +20,13 @@ _PER_ROW = ("input_ids", "positions", "slot_mapping")
 class SlotTables:
     """What the device knows of each running request, one row per slot.
 
-    There is one row more than slots. The last row is for padding: it belongs to no request, and
-    the kernels neither read nor write it.
+    One row more, `padding_slot`, is for padding, and the kernels neither read nor write it.
 
     Attributes:
         tokens: [slots + 1, max_model_len] int32 prompt and sampled tokens.
         block_tables: [slots + 1, max_blocks] int32.
-        num_computed: [slots + 1] int64 positions computed so far.
+        num_computed, seeds: [slots + 1] int64.
         temperatures: [slots + 1] float32.
-        seeds: [slots + 1] int64.
-        block_size: positions per block.
     """
 
     tokens: Tensor
@@ -43,21 +40,15 @@ class SlotTables:
     def zeros(
         num_slots: int, max_model_len: int, block_size: int, device: torch.device
     ) -> SlotTables:
-        """Tables of empty slots."""
-        rows = num_slots + 1
-        blocks = -(-max_model_len // block_size)
-        return SlotTables(
-            tokens=torch.zeros(rows, max_model_len, dtype=torch.int32, device=device),
-            block_tables=torch.zeros(rows, blocks, dtype=torch.int32, device=device),
-            num_computed=torch.zeros(rows, dtype=torch.int64, device=device),
-            temperatures=torch.zeros(rows, dtype=torch.float32, device=device),
-            seeds=torch.zeros(rows, dtype=torch.int64, device=device),
-            block_size=block_size,
-        )
+        zeros = functools.partial(torch.zeros, device=device)
+        rows, blocks = num_slots + 1, -(-max_model_len // block_size)
+        tokens, tables = (zeros(rows, n, dtype=torch.int32) for n in (max_model_len, blocks))
+        computed, seeds = (zeros(rows, dtype=torch.int64) for _ in range(2))
+        temperatures = zeros(rows, dtype=torch.float32)
+        return SlotTables(tokens, tables, computed, temperatures, seeds, block_size)
 
     @property
     def padding_slot(self) -> int:
-        """The row for padding."""
         return self.num_computed.shape[0] - 1
 
 
@@ -66,11 +57,9 @@ class SampledRows:
     """The R rows of a step whose next token is drawn.
 
     Attributes:
-        rows: [R] int64 rows of the step; 0 for padding.
-        slots, positions: [R] int64 where the token goes; the padding slot and 0 for padding.
-        temperatures: [R] float32; 0 for padding.
-        seeds: [R] int64; 0 for padding.
-        tokens: [R] int64 the tokens, as soon as they are drawn.
+        rows: [R] int64 rows of the step, as all others but `temperatures`, which are float32.
+        slots, positions: where the token goes; the padding slot for padding, and 0 in all others.
+        tokens: unset until they are drawn.
     """
 
     rows: Tensor
@@ -82,21 +71,16 @@ class SampledRows:
 
     @staticmethod
     def empty(size: int, device: torch.device) -> SampledRows:
-        """Unset rows."""
         types = (torch.int64,) * 3 + (torch.float32,) + (torch.int64,) * 2
         return SampledRows(*(torch.empty(size, dtype=t, device=device) for t in types))
 
     def __getitem__(self, part: slice) -> SampledRows:
-        """Views of some of the rows."""
         return SampledRows(*(getattr(self, name)[part] for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The T rows of a step: those of its prefill chunks, then those of its decodes.
-
-    A step has B requests, chunks first. Captured steps have fixed addresses and sizes; what a plan
-    does not fill is padding.
+    """The T rows of a step of B requests, prefill chunks first; captured steps have padding.
 
     Attributes:
         header: [6, B] int64, from which all other tensors are made. For each request its slot, its
@@ -106,11 +90,7 @@ class StepRows:
         input_ids, positions, slot_mapping: [T] int64, see `ForwardBatch`; 0, 0 and -1 for padding.
         slots, context_lens: [B] int32; the padding slot and 0 for padding.
         query_start: [B + 1] int32 first row of each request, then T.
-        sampled: the rows whose next token is drawn.
-        num_chunks: leading requests that are prefill chunks.
-        num_chunk_rows: rows of all of them.
-        longest_chunk: most rows of one of them.
-        rows_per_decode: rows of each decode.
+        num_chunks: leading requests that are prefill chunks, of `num_chunk_rows` rows.
     """
 
     header: Tensor
@@ -121,46 +101,21 @@ class StepRows:
     context_lens: Tensor
     query_start: Tensor
     sampled: SampledRows
-    num_chunks: int
-    num_chunk_rows: int
-    longest_chunk: int
-    rows_per_decode: int
+    num_chunks: int = 0
+    num_chunk_rows: int = 0
+    longest_chunk: int = 0
+    rows_per_decode: int = 1
 
     @staticmethod
-    def empty(
-        header: Tensor,
-        num_rows: int,
-        sampled: SampledRows | int,
-        *,
-        num_chunks: int = 0,
-        num_chunk_rows: int = 0,
-        longest_chunk: int = 0,
-        rows_per_decode: int = 1,
-    ) -> StepRows:
-        """Unset rows for a header.
-
-        Args:
-            sampled: where the sampled rows go, or how many there are.
-        """
+    def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
+        """Unset rows: `sampled` tensors or so many; `counts` are `num_chunks` and what follows."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
         ids, positions, mapping = torch.empty(3, num_rows, dtype=torch.int64, device=device)
-        slots, context_lens = torch.empty(2, requests, dtype=torch.int32, device=device)
-        return StepRows(
-            header=header,
-            input_ids=ids,
-            positions=positions,
-            slot_mapping=mapping,
-            slots=slots,
-            context_lens=context_lens,
-            query_start=torch.empty(requests + 1, dtype=torch.int32, device=device),
-            sampled=sampled,
-            num_chunks=num_chunks,
-            num_chunk_rows=num_chunk_rows,
-            longest_chunk=longest_chunk,
-            rows_per_decode=rows_per_decode,
-        )
+        slots, lens = torch.empty(2, requests, dtype=torch.int32, device=device)
+        start = torch.empty(requests + 1, dtype=torch.int32, device=device)
+        return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
         """The same prefill chunks with views of the first `count` rows."""
@@ -169,29 +124,22 @@ class StepRows:
 
     def first_decodes(self, count: int) -> StepRows:
         """Views of the first `count` decodes of rows that have decodes alone."""
-        rows = {name: getattr(self, name)[: count * self.rows_per_decode] for name in _PER_ROW}
-        requests = {name: getattr(self, name)[:count] for name in ("slots", "context_lens")}
+        rows = count * self.rows_per_decode
         return replace(
             self,
             header=self.header[:, :count],
+            slots=self.slots[:count],
+            context_lens=self.context_lens[:count],
             query_start=self.query_start[: count + 1],
-            sampled=self.sampled[: count * self.rows_per_decode],
-            **rows,
-            **requests,
+            sampled=self.sampled[:rows],
+            **{name: getattr(self, name)[:rows] for name in _PER_ROW},
         )
 
     def attention(self, block_tables: Tensor) -> AttentionBatch:
         """Which request each row belongs to, for an attention backend."""
-        return AttentionBatch(
-            block_tables=block_tables,
-            slots=self.slots,
-            context_lens=self.context_lens,
-            query_start=self.query_start[: self.num_chunks + 1],
-            num_prefills=self.num_chunks,
-            num_prefill_tokens=self.num_chunk_rows,
-            max_query_len=self.longest_chunk,
-            rows_per_decode=self.rows_per_decode,
-        )
+        start = self.query_start[: self.num_chunks + 1]
+        counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
+        return AttentionBatch(block_tables, self.slots, self.context_lens, start, *counts)
 
 
 def enter_requests(
@@ -199,11 +147,8 @@ def enter_requests(
 ) -> None:
     """Write N new requests into the tables.
 
-    Args:
-        header: [4, N] int64: slot, first of its `token_ids`, number of them, seed.
-        temperatures: [N] float32.
-        token_ids: int32, the requests' tokens end to end.
-        longest: most tokens of a request.
+    `header` [4, N] int64 has for each its slot, the first of its `token_ids`, the number of them,
+    at most `longest`, and its seed.
     """
     del longest
     slots, _, counts, seeds = header
@@ -223,15 +168,14 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
         return
-    slots, sampled, size = rows.header[0], rows.sampled, tables.block_size
+    slots, sampled = rows.header[0], rows.sampled
     positions = torch.index_select(tables.num_computed, 0, slots, out=rows.positions)
-    context_lens = torch.add(positions, 1, out=sampled.positions)
-    tables.num_computed.index_copy_(0, slots, context_lens)
-    blocks = tables.block_tables[slots, positions // size].long()
+    ends = torch.add(positions, 1, out=sampled.positions)
+    tables.num_computed.index_copy_(0, slots, ends)
     rows.input_ids.copy_(tables.tokens[slots, positions])
-    torch.add(positions % size, blocks, alpha=size, out=rows.slot_mapping)
+    _cache_rows(tables, slots, positions, rows.slot_mapping)
     rows.slots.copy_(slots)
-    rows.context_lens.copy_(context_lens)
+    rows.context_lens.copy_(ends)
     sampled.slots.copy_(slots)
     torch.index_select(tables.temperatures, 0, slots, out=sampled.temperatures)
     torch.index_select(tables.seeds, 0, slots, out=sampled.seeds)
@@ -240,35 +184,35 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
-    """As `fill_rows`, for all kinds of requests and padding."""
+    """As `fill_rows`, for all kinds of requests and padding; `rows` may have room for more."""
     slots, start, counts, first, place, num_sampled = rows.header
     live = slots != tables.padding_slot
     begin = torch.where(start < 0, tables.num_computed[slots], start) * live
-    end = begin + counts
-    tables.num_computed[slots] = torch.where(live, end, tables.num_computed[slots])
-    request = _repeated(counts)
-    offset = torch.arange(len(request), device=slots.device) - first[request]
-    positions = begin[request] + offset * live[request]
+    tables.num_computed[slots] = ends = (begin + counts) * live
+    request = torch.repeat_interleave(counts)
     row_slots, row_live = slots[request], live[request]
-    blocks = tables.block_tables[row_slots, positions // tables.block_size].long()
-    mapping = blocks * tables.block_size + positions % tables.block_size
-    _put(rows.input_ids, tables.tokens[row_slots, positions] * row_live)
-    _put(rows.positions, positions)
-    _put(rows.slot_mapping, torch.where(row_live, mapping, -1))
-    _put(rows.slots, slots)
-    _put(rows.context_lens, end * live)
-    _put(rows.query_start, torch.cat((first, first[-1:] + counts[-1:])))
+    positions = (begin - first)[request] + torch.arange(len(request), device=slots.device)
+    positions *= row_live
     entries = torch.where(place < 0, 0, num_sampled.clamp(min=1))
-    owner = _repeated(entries)
+    owner = torch.repeat_interleave(entries)
     nth = torch.arange(len(owner), device=slots.device) - (entries.cumsum(0) - entries)[owner]
     drawn = (live & (num_sampled > 0))[owner]
-    at, behind = place[owner] + nth, (num_sampled[owner] - nth)
     sampled_slots = torch.where(drawn, slots[owner], tables.padding_slot)
-    sampled = rows.sampled
+    behind = num_sampled[owner] - nth
+    for out, values in (
+        (rows.input_ids, tables.tokens[row_slots, positions] * row_live),
+        (rows.positions, positions),
+        (rows.slot_mapping, _cache_rows(tables, row_slots, positions).where(row_live, -1)),
+        (rows.slots, slots),
+        (rows.context_lens, ends),
+        (rows.query_start, torch.cat((first, first[-1:] + counts[-1:]))),
+    ):
+        out[: len(values)] = values
+    sampled, at = rows.sampled, place[owner] + nth
     sampled.rows[at] = ((first + counts)[owner] - behind) * drawn
     sampled.slots[at] = sampled_slots
-    sampled.positions[at] = (end[owner] - behind + 1) * drawn
-    sampled.temperatures[at] = torch.where(drawn, tables.temperatures[sampled_slots], 0.0)
+    sampled.positions[at] = (ends[owner] - behind + 1) * drawn
+    sampled.temperatures[at] = tables.temperatures[sampled_slots].where(drawn, 0.0)
     sampled.seeds[at] = tables.seeds[sampled_slots] * drawn
 
 
@@ -279,11 +223,7 @@ def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> No
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
 
 
-def _repeated(counts: Tensor) -> Tensor:
-    """The index of each entry, as often as its count says."""
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-
-
-def _put(out: Tensor, values: Tensor) -> None:
-    """Values into the first elements of a tensor that may be longer."""
-    out[: len(values)] = values
+def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows of the flat KV cache, int64."""
+    blocks = tables.block_tables[slots, at // tables.block_size].long()
+    return torch.add(at % tables.block_size, blocks, alpha=tables.block_size, out=out)

@@ -9,19 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
-from layers.forward_batch import ForwardBatch
+from layers.norm_rope import RotaryEmbedding, Rotation
 from layers.parallel import Place
-from layers.rotary_embedding import RotaryEmbedding
+from memory.kv_cache import KVLayer
 from utils.loader import WeightSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What attention and KV cache need to know of a model, over all ranks.
-
-    Attributes:
-        tied: the output head is the embedding.
-    """
+    """What attention and KV cache need to know of a model; `tied`: the head is the embedding."""
 
     num_layers: int
     num_heads: int
@@ -30,12 +26,28 @@ class ModelShape:
     tied: bool
 
 
-class CausalLM(ABC):
-    """A model's weights and forward pass on one rank.
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """The T tokens of one step, all requests end to end: prefill chunks first, then decodes.
 
     Attributes:
-        rotary: the rotations of the model's positions.
+        input_ids, slot_mapping: [T] int64, token ids and where K and V go in the flat KV cache.
+        attention: what the attention backend's `prepare` returned for this step.
+        sampled_rows: [R] int64 rows of the T whose logits are wanted; None for all of them.
+        logits: [R, this rank's columns] where the model may put them; it returns them anyway.
     """
+
+    input_ids: Tensor
+    slot_mapping: Tensor
+    rotation: Rotation
+    attention: Any
+    kv: list[KVLayer]
+    sampled_rows: Tensor | None
+    logits: Tensor | None = None
+
+
+class CausalLM(ABC):
+    """A model's weights and forward pass on one rank."""
 
     rotary: RotaryEmbedding
 
@@ -49,15 +61,7 @@ class CausalLM(ABC):
         backend: AttentionBackend,
         max_model_len: int,
     ) -> None:
-        """Allocate the weights.
-
-        Args:
-            shape: what the architecture's `model_shape` returned.
-            hf_config: the checkpoint's config.
-            place: this rank, and dtype and device of the weights.
-            backend: attention, shared by all layers.
-            max_model_len: positions that the rotary table needs.
-        """
+        """Allocate the weights for a `shape` that `model_shape` returned."""
 
     @abstractmethod
     def weight_slots(self) -> dict[str, WeightSlot]:

@@ -8,25 +8,18 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
-from layers.forward_batch import ForwardBatch
-from layers.layernorm import Normed, RMSNorm, Stream
 from layers.linear import ColumnLinear, QKVLinear, RowLinear, VocabEmbedding, VocabHead
+from layers.norm_rope import Normed, QKNormRopeStore, RMSNorm, RotaryEmbedding, Stream, rotary_table
 from layers.parallel import Place
-from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVLayer
-from models.base import CausalLM, ModelShape
+from models.base import CausalLM, ForwardBatch, ModelShape
 from utils.errors import UnsupportedModelError
 from utils.loader import WeightSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec(ModelShape):
-    """The shape of a decoder, over all ranks.
-
-    Attributes:
-        qkv_bias, o_bias: whether these projections have a bias.
-        qk_norm: whether Q and K are normalised per head.
-    """
+    """The shape of a decoder over all ranks; with `qk_norm` Q and K are normalised per head."""
 
     vocab_size: int
     hidden_size: int
@@ -40,10 +33,7 @@ class DecoderSpec(ModelShape):
 def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> DecoderSpec:
     """The decoder that a config describes, by the names that Qwen and Llama give its fields.
 
-    Raises:
-        UnsupportedModelError: the config asks for what this decoder would silently get wrong:
-            sliding-window layers, another activation than SiLU, quantised weights, or sizes that
-            do not go together.
+    What it would silently get wrong is an UnsupportedModelError.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -83,7 +73,7 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
 
 class Block(Protocol):
-    """What follows a norm in a layer: `Attention`, `MLP`, or a class of your own in their place."""
+    """What follows a norm in a layer: `Attention`, `MLP`, or a class of your own."""
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
@@ -98,19 +88,15 @@ class Attention:
     """Self-attention over the paged KV cache."""
 
     def __init__(self, spec: DecoderSpec, place: Place, backend: AttentionBackend) -> None:
-        heads, kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        hidden, heads, head_dim = spec.hidden_size, spec.num_heads, spec.head_dim
         self._backend = backend
-        self.qkv_proj = QKVLinear(
-            spec.hidden_size, heads, kv_heads, head_dim, bias=spec.qkv_bias, place=place
-        )
-        self.store = QKNormRopeStore(
-            place.parallel.per_rank("query heads", heads),
-            place.parallel.kv_heads(kv_heads)[1],
-            head_dim,
-            spec.rms_norm_eps if spec.qk_norm else None,
-            place,
-        )
-        self.o_proj = RowLinear(heads * head_dim, spec.hidden_size, bias=spec.o_bias, place=place)
+        sizes = hidden, heads, spec.num_kv_heads, head_dim
+        self.qkv_proj = QKVLinear(*sizes, bias=spec.qkv_bias, place=place)
+        mine = place.parallel.per_rank("query heads", heads)
+        mine_kv = place.parallel.kv_heads(spec.num_kv_heads)[1]
+        eps = spec.rms_norm_eps if spec.qk_norm else None
+        self.store = QKNormRopeStore(mine, mine_kv, head_dim, eps, place)
+        self.o_proj = RowLinear(heads * head_dim, hidden, bias=spec.o_bias, place=place)
 
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
@@ -129,11 +115,9 @@ class Attention:
         self.o_proj.prepare()
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        return {
-            **self.qkv_proj.weight_slots(*(f"{name}.{p}_proj" for p in "qkv")),
-            **self.store.weight_slots(f"{name}.q_norm", f"{name}.k_norm"),
-            **self.o_proj.weight_slots(f"{name}.o_proj"),
-        }
+        slots = self.qkv_proj.weight_slots(*(f"{name}.{p}_proj" for p in "qkv"))
+        slots |= self.store.weight_slots(f"{name}.q_norm", f"{name}.k_norm")
+        return slots | self.o_proj.weight_slots(f"{name}.o_proj")
 
 
 class MLP:
@@ -153,10 +137,8 @@ class MLP:
         self.down_proj.prepare()
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        return {
-            **self.gate_up_proj.weight_slots(f"{name}.gate_proj", f"{name}.up_proj"),
-            **self.down_proj.weight_slots(f"{name}.down_proj"),
-        }
+        slots = self.gate_up_proj.weight_slots(f"{name}.gate_proj", f"{name}.up_proj")
+        return slots | self.down_proj.weight_slots(f"{name}.down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +153,7 @@ class DecoderLayer:
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """The stream after this layer; of `rows` alone if they are given, see `Attention`."""
+        """The stream after this layer; for `rows` see `Attention`."""
         stream = self.attention(self.input_norm(stream), batch, kv, rows)
         return self.mlp(self.post_attention_norm(stream))
 
@@ -182,12 +164,10 @@ class DecoderLayer:
         self.mlp.prepare(self.post_attention_norm)
 
     def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        return {
-            **self.input_norm.weight_slots(f"{name}.input_layernorm"),
-            **self.attention.weight_slots(f"{name}.self_attn"),
-            **self.post_attention_norm.weight_slots(f"{name}.post_attention_layernorm"),
-            **self.mlp.weight_slots(f"{name}.mlp"),
-        }
+        slots = self.input_norm.weight_slots(f"{name}.input_layernorm")
+        slots |= self.attention.weight_slots(f"{name}.self_attn")
+        slots |= self.post_attention_norm.weight_slots(f"{name}.post_attention_layernorm")
+        return slots | self.mlp.weight_slots(f"{name}.mlp")
 
 
 class DecoderLM(CausalLM):
@@ -220,11 +200,9 @@ class DecoderLM(CausalLM):
         return RMSNorm(self.spec.hidden_size, self.spec.rms_norm_eps, self.place)
 
     def make_attention(self, index: int) -> Block:
-        """The attention of layer `index`."""
         return Attention(self.spec, self.place, self.backend)
 
     def make_mlp(self, index: int) -> Block:
-        """The MLP of layer `index`."""
         return MLP(self.spec, self.place)
 
     def __call__(self, batch: ForwardBatch) -> Tensor:

@@ -8,7 +8,6 @@ from models.decoder import DecoderLM, DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
-    """The decoder that a `Qwen2Config` describes."""
     return decoder_spec(hf_config, qkv_bias=True, o_bias=False, qk_norm=False)
 
 

@@ -8,7 +8,6 @@ from models.decoder import DecoderLM, DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
-    """The decoder that a `Qwen3Config` describes."""
     bias = hf_config.attention_bias
     return decoder_spec(hf_config, qkv_bias=bias, o_bias=bias, qk_norm=True)
 

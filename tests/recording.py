@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.model_runner import LocalRunner
 from engine.step_handles import StepOutput
 from engine.types import StepPlan
-from layers.forward_batch import ForwardBatch
+from models.base import ForwardBatch
 
 # (request id, position) -> logits [vocab_size]
 Logits = dict[tuple[int, int], Tensor]

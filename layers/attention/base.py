@@ -16,10 +16,7 @@ from memory.kv_cache import KVLayer
 class AttentionSpec:
     """What a backend has to serve: one rank's heads and the cache they read.
 
-    Attributes:
-        scale: factor on the dot products, usually head_dim ** -0.5.
-        max_num_seqs: most requests of a batch, for those that allocate by it.
-        rows_per_decode: most query rows of a decode.
+    `scale` multiplies the dot products. A decode has up to `rows_per_decode` query rows.
     """
 
     num_heads: int
@@ -38,19 +35,15 @@ class AttentionSpec:
 class AttentionBatch:
     """Which request each query row belongs to; prefill requests first, then decodes.
 
-    The index tensors are int32.
-
     Attributes:
-        block_tables: [slots, max_blocks] int32, one row per *slot*; entries past a request's
-            blocks are stale.
+        block_tables: [slots, max_blocks] int32, as all tensors here, one row per *slot*; entries
+            past a request's blocks are stale.
         slots: [B] row in block_tables of each request.
         context_lens: [B] visible tokens of each request, this step's included; 0 for padding.
-        query_start: [num_prefills + 1] first query row of each prefill request, then
-            num_prefill_tokens; unused without prefills.
+        query_start: [num_prefills + 1] first query row of each prefill request, then their end.
         num_prefills: leading requests with any number of query rows; the others are decodes.
         num_prefill_tokens: query rows of the prefill requests; the decodes' rows follow.
-        max_query_len: largest number of query rows of a prefill request, 0 without any.
-        rows_per_decode: query rows of each decode, the last ones of its visible tokens.
+        max_query_len: most query rows of a prefill request, 0 without any.
     """
 
     block_tables: Tensor
@@ -66,8 +59,7 @@ class AttentionBatch:
 class AttentionBackend(ABC):
     """Causal attention of new tokens over pages; their K and V are in the pages already.
 
-    A backend is constructed with an `AttentionSpec` alone. Query head h reads KV head
-    h // (num_heads // num_kv_heads).
+    Query head h reads KV head h // (num_heads // num_kv_heads).
     """
 
     name: ClassVar[str]

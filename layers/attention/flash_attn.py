@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +14,13 @@ from memory.kv_cache import KVLayer
 _MIN_VERSION = (2, 7)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A step's batch as the package's kernels take it, which want one row per request in order.
-
-    Attributes:
-        block_table: [B, N] int32.
-        key_start: [num_prefills + 1] int32 first key of each prefill request, end to end.
-    """
-
-    batch: AttentionBatch
-    block_table: Tensor
-    key_start: Tensor
+# A step's batch; its block tables [B, N] int32, one row per request in order; and the first key of
+# each prefill request, end to end, [num_prefills + 1] int32.
+_Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
 
 class FlashAttention(AttentionBackend):
-    """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes.
-
-    Both read K and V in place through block tables, with grouped heads.
-    """
+    """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
     captures = True  # no host value depends on the requests' lengths but max_query_len
@@ -53,52 +40,43 @@ class FlashAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec) -> None:
         import flash_attn
 
-        self._spec = spec
-        self._varlen = flash_attn.flash_attn_varlen_func
-        self._with_kvcache = flash_attn.flash_attn_with_kvcache
+        self._spec, self._package = spec, flash_attn
 
     def prepare(self, batch: AttentionBatch) -> _Prepared:
         lens = batch.context_lens[: batch.num_prefills]
         key_start = F.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
-        return _Prepared(batch, batch.block_tables.index_select(0, batch.slots), key_start)
+        return batch, batch.block_tables.index_select(0, batch.slots), key_start
 
     def attend(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
-        batch, parts = prepared.batch, []
-        if batch.num_prefills:
-            parts.append(self._prefill(q[: batch.num_prefill_tokens], kv, prepared))
-        if batch.num_prefills < batch.slots.shape[0]:
-            parts.append(self._decode(q[batch.num_prefill_tokens :], kv, prepared))
+        batch, block_table, key_start = prepared
+        prefills, rows, spec, parts = batch.num_prefills, batch.num_prefill_tokens, self._spec, []
+        if prefills:
+            out: Tensor = self._package.flash_attn_varlen_func(
+                q[:rows],
+                kv.k,
+                kv.v,
+                cu_seqlens_q=batch.query_start,
+                cu_seqlens_k=key_start,
+                max_seqlen_q=batch.max_query_len,
+                # Keys beyond it are left out, and a captured step must leave out none.
+                max_seqlen_k=spec.max_model_len,
+                softmax_scale=spec.scale,
+                causal=True,
+                block_table=block_table[:prefills],
+            )
+            parts.append(out)
+        if prefills < batch.slots.shape[0]:
+            out = self._package.flash_attn_with_kvcache(
+                q[rows:].view(-1, batch.rows_per_decode, *q.shape[1:]),
+                kv.k,
+                kv.v,
+                cache_seqlens=batch.context_lens[prefills:],
+                block_table=block_table[prefills:],
+                softmax_scale=spec.scale,
+                causal=True,
+            )
+            parts.append(out.flatten(0, 1))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
-
-    def _prefill(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
-        out: Tensor = self._varlen(
-            q,
-            kv.k,
-            kv.v,
-            cu_seqlens_q=prepared.batch.query_start,
-            cu_seqlens_k=prepared.key_start,
-            max_seqlen_q=prepared.batch.max_query_len,
-            # Keys beyond it are left out, so a captured step needs the most there can be. The
-            # kernels end at a request's last key anyway.
-            max_seqlen_k=self._spec.max_model_len,
-            softmax_scale=self._spec.scale,
-            causal=True,
-            block_table=prepared.block_table[: prepared.batch.num_prefills],
-        )
-        return out
-
-    def _decode(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
-        first = prepared.batch.num_prefills
-        out: Tensor = self._with_kvcache(
-            q.view(-1, prepared.batch.rows_per_decode, *q.shape[1:]),
-            kv.k,
-            kv.v,
-            cache_seqlens=prepared.batch.context_lens[first:],
-            block_table=prepared.block_table[first:],
-            softmax_scale=self._spec.scale,
-            causal=True,
-        )
-        return out.flatten(0, 1)
 
 
 def _package_problem() -> str | None:

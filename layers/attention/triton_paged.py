@@ -11,11 +11,7 @@ from memory.kv_cache import KVLayer
 
 
 class TritonAttention(AttentionBackend):
-    """Varlen causal prefill and split-KV decode, both reading K and V from the pages.
-
-    The kernels, their sources and their measurements are in `layers/kernels/paged_prefill.py`
-    and `layers/kernels/paged_decode.py`.
-    """
+    """Varlen causal prefill and split-KV decode: `layers/kernels/paged_{prefill,decode}.py`."""
 
     name = "triton"
     captures = True
@@ -35,8 +31,7 @@ class TritonAttention(AttentionBackend):
 
         self._spec = spec
         self._pdl = dependent_launch(spec.device)
-        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        rows = spec.rows_per_decode
+        heads, rows = (spec.num_heads, spec.num_kv_heads, spec.head_dim), spec.rows_per_decode
         self._workspace = decode_workspace(spec.device, *heads, rows_per_request=rows)
 
     def prepare(self, batch: AttentionBatch) -> AttentionBatch:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from layers.forward_batch import Rotation
+from layers.norm_rope import Rotation
 from memory.kv_cache import KVLayer
 
 

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from layers.forward_batch import Rotation
 from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
 from layers.kernels.rowwise import rms_norm, rms_norm_reference, silu_mul, silu_mul_reference
 from layers.kernels.sampling import sample_shard
@@ -20,6 +19,7 @@ from layers.kernels.small_batch_linear import (
     small_batch_splits,
     supports_small_batch_linear,
 )
+from layers.norm_rope import Rotation
 from layers.sampler import gumbel_noise
 from layers.sampler import sample_shard as sample_shard_reference
 from memory.kv_cache import KVLayer

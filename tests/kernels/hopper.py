@@ -72,10 +72,10 @@ def _bf16(*shape: int) -> torch.Tensor:
 
 def compile_rows() -> None:
     """Norms, gates, sums over ranks, and what lies between projection and attention."""
-    from layers.forward_batch import Rotation
     from layers.kernels.peer import PeerExchange
     from layers.kernels.qkv import qk_norm_rope_store
     from layers.kernels.rowwise import rms_norm, silu_mul
+    from layers.norm_rope import Rotation
     from memory.kv_cache import KVLayer
 
     for width in (1024, 4096):

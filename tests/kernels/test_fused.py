@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from layers.forward_batch import Rotation
 from layers.logits import Filters
+from layers.norm_rope import Rotation
 from layers.sampler import gumbel_noise, philox4x32
 from memory.kv_cache import KVLayer
 from tests.kernels.interpreter import (

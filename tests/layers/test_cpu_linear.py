@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers.cpu_linear import HalfLinear
-from layers.layernorm import RMSNorm, Stream
-from layers.matmul import CPUMatmul, make_matmul
+from layers.matmul import CPUMatmul, HalfLinear, make_matmul
+from layers.norm_rope import RMSNorm, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import place, rms_norm
 
@@ -118,7 +117,7 @@ def test_a_large_weight_is_held_in_float16_alone(
     monkeypatch: pytest.MonkeyPatch, threads: int, packed_at_once: int
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("layers.cpu_linear._PACKED_AT_ONCE", packed_at_once)
+    monkeypatch.setattr("layers.matmul._PACKED_AT_ONCE", packed_at_once)
     norm = RMSNorm(1030, EPS, place())
     norm.weight.copy_(_random(1030, seed=2))
     scale = norm.weight.clone()

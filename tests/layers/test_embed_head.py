@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.layernorm import RMSNorm, Stream
 from layers.linear import VocabEmbedding, VocabHead
+from layers.norm_rope import RMSNorm, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import load, place, random_tensors, rms_norm
 

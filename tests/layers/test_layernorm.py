@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from layers.layernorm import RMSNorm, RMSNormalizer, Stream
+from layers.norm_rope import RMSNorm, RMSNormalizer, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import CPU, place, rms_norm
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import layers.kernels
-from layers.layernorm import RMSNorm, Stream
 from layers.matmul import SmallBatchMatmul, silu_mul
+from layers.norm_rope import RMSNorm, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import place
 

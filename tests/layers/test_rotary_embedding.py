@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from engine.types import KVGeometry
-from layers.rotary_embedding import QKNormRopeStore, RotaryEmbedding, rotary_table
+from layers.norm_rope import QKNormRopeStore, RotaryEmbedding, rotary_table
 from memory.kv_cache import KVCache
 from tests.layers.tensors import CPU, place
 from utils.errors import UnsupportedModelError

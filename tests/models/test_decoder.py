@@ -10,9 +10,9 @@ from transformers import Qwen3Config
 
 from engine.types import KVGeometry
 from layers.attention.base import AttentionBackend, AttentionSpec
-from layers.forward_batch import ForwardBatch
-from layers.layernorm import Normed, RMSNorm, Stream
+from layers.norm_rope import Normed, RMSNorm, Stream
 from memory.kv_cache import KVCache
+from models.base import ForwardBatch
 from models.decoder import Block, DecoderLM, decoder_spec
 from tests.layers.tensors import CPU, place
 from utils.loader import WeightSlot

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.model_runner import find_architecture
-from layers.rotary_embedding import rotary_table
+from layers.norm_rope import rotary_table
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import CheckpointError, CheckpointNotFoundError
