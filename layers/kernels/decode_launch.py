@@ -18,7 +18,7 @@ class DecodeConfig:
     per_sm: int  # programs per multiprocessor, at most MAX_PER_SM
     max_registers: int | None = None
     unroll: int = 4  # parts that the combination loads at once
-    pair_cost: int = 0  # of the first tile of a (request, KV head) pair, in tiles
+    pair_cost: int = 0  # what beginning a (request, KV head) pair costs, in tiles
 
 
 # One H200, bf16, head_dim 128, in CUDA graphs with dependent launch.  Few pairs: latency.  Context

@@ -133,7 +133,7 @@ def guess_range(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Between which logits the mass of all that lie lower may be `below`, by a sample of the row.
 
-    That mass is of many light tokens. Of the mass above, a few may be most: a sample would be off.
+    Many light tokens make up that mass, so a sample tells it. Of the mass above a few may be most.
     """
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
@@ -151,7 +151,7 @@ def guess_range(
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Fill up the last block of `count` gathered logits, to load 16 bytes at once; their end."""
+    """Fill up the last block of `count` logits, so that loads take 16 bytes; return its end."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
     tl.debug_barrier()  # other threads of the program read what these wrote
@@ -160,7 +160,7 @@ def _pad(out_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy the groups of lanes with a logit at or above `low`, two blocks at most; their logits."""
+    """Copy groups of lanes with a logit >= `low`, two blocks at most; return the logits' number."""
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -177,7 +177,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits from `low` to `high` in order, two blocks at most; their number, mass above."""
+    """Copy logits from `low` to `high`, two blocks at most; return their number, and mass above."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -199,7 +199,7 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Where to look for the logit that reaches top_p of the mass: the whole row if need be.
 
-    Place, its end, mass to be reached there, lower bound of the logit sought, highest of the row.
+    Returns place, end, mass to be reached there, a bound below the logit sought, highest logit.
     """
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
