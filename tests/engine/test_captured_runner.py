@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import layers.step_rows
 from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from layers.step_rows import SlotTables, StepRows, fill_any_rows
@@ -78,7 +77,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     stream = SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(layers.step_rows, "fill_rows", _filled)
+    monkeypatch.setattr("engine.device_state.reference.fill_rows", _filled)
     return made
 
 

@@ -39,9 +39,10 @@ def test_chunks_come_first_and_decodes_have_all_their_rows(
     )
 
     def prefill(
-        rows: Tensor, k: Tensor, v: Tensor, *indices: Tensor, out: Tensor, **options: Any
+        rows: Tensor, pages: KVLayer, *indices: Tensor, out: Tensor, **options: Any
     ) -> None:
         called.append("prefill")
+        assert pages is kv
         for got, expected in zip(
             (rows, *indices), (q[:first], tables, slots[:count], starts, lens[:count]), strict=True
         ):
@@ -49,10 +50,9 @@ def test_chunks_come_first_and_decodes_have_all_their_rows(
         assert options["scale"] == SPEC.scale
         out.copy_(rows)
 
-    def decode(
-        rows: Tensor, k: Tensor, v: Tensor, *indices: Tensor, out: Tensor, **options: Any
-    ) -> None:
+    def decode(rows: Tensor, pages: KVLayer, *indices: Tensor, out: Tensor, **options: Any) -> None:
         called.append("decode")
+        assert pages is kv
         for got, expected in zip(
             (rows, *indices), (q[first:], tables, slots[count:], lens[count:]), strict=True
         ):
