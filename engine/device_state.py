@@ -38,12 +38,8 @@ class Staging:
         self._turn = 0
         self._used = 0
         if self._cuda:
-            self._buffers = [self._pinned(num_bytes) for _ in range(_NUM_BUFFERS)]
+            self._buffers = [_pinned(num_bytes) for _ in range(_NUM_BUFFERS)]
             self._read = [torch.cuda.Event() for _ in self._buffers]  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def _pinned(num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -73,7 +69,7 @@ class Staging:
         if self._used + size > buffer.numel():
             # Copies from the old buffer may be under way; torch's pinned allocator keeps the
             # memory back until they end.
-            buffer = self._buffers[self._turn] = self._pinned(2 * (self._used + size))
+            buffer = self._buffers[self._turn] = _pinned(2 * (self._used + size))
             self._used = 0
         pinned = buffer[self._used : self._used + size].view(source.dtype).view(source.shape)
         pinned.copy_(source)
@@ -82,6 +78,10 @@ class Staging:
         if out is not None:
             return out.copy_(pinned, non_blocking=True)
         return pinned.to(self._device, non_blocking=True)
+
+
+def _pinned(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
 
 class DeviceState:
@@ -97,7 +97,7 @@ class DeviceState:
 
     def __init__(self, tables: SlotTables, staging: Staging, kernels: bool | None = None) -> None:
         self.tables = tables
-        self._staging = staging
+        self.staging = staging
         self._ops: Any = reference
         if kernels is None:
             kernels = tables.tokens.is_cuda and has_triton()
@@ -119,11 +119,9 @@ class DeviceState:
     def rows(self, plan: StepPlan) -> StepRows:
         """The rows of a plan whose changes are taken in; they count as computed from then on."""
         if plan.prefill or plan.decode != self._decode or self._decode_rows is None:
-            columns = [_column(chunk) for chunk in plan.prefill]
-            columns += [(slot, -1, 1, 1) for slot in plan.decode]
-            header = header_of(columns)
+            header = header_of([*map(_column, plan.prefill), *((s, -1, 1, 1) for s in plan.decode)])
             rows = StepRows.empty(
-                self._staging.upload(header),
+                self.staging.upload(header),
                 int(header[2].sum()),
                 int(header[5].sum()),
                 num_chunks=len(plan.prefill),
@@ -150,7 +148,7 @@ class DeviceState:
         return not self._random_slots or self._random_slots.isdisjoint(plan.sampled_slots)
 
     def _enter(self, requests: tuple[NewRequest, ...]) -> None:
-        upload = self._staging.upload
+        upload = self.staging.upload
         ids = [np.array(r.token_ids, dtype=np.int32) for r in requests]
         counts = [len(i) for i in ids]
         firsts = np.cumsum([0, *counts[:-1]])
@@ -171,8 +169,8 @@ class DeviceState:
         width = table.shape[1]
         at = [u.slot * width + u.first_index + i for u in updates for i in range(len(u.block_ids))]
         ids = [block for update in updates for block in update.block_ids]
-        where = self._staging.upload(np.array(at, dtype=np.int64))
-        blocks = self._staging.upload(np.array(ids, dtype=np.int32))
+        where = self.staging.upload(np.array(at, dtype=np.int64))
+        blocks = self.staging.upload(np.array(ids, dtype=np.int32))
         table.view(-1).index_copy_(0, where, blocks)
 
 
@@ -207,7 +205,7 @@ def chunks_header(
         num_rows: rows of the step, padding included.
         padding: the slot for padding.
     """
-    columns = [_column(chunk) for chunk in chunks]
+    columns = [*map(_column, chunks)]
     left = num_rows - sum(chunk.num_tokens for chunk in chunks)
     columns += [(padding, 0, 0, 0)] * (width - len(columns)) + [(padding, 0, left, 0)]
     header = header_of(columns)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device_state import DeviceState, Staging, chunks_header, header_of
+from engine.device_state import DeviceState, chunks_header, header_of
 from engine.types import StepPlan
 from layers.step_rows import SampledRows, StepRows
 
@@ -61,21 +61,15 @@ class StepGraphs:
     Args:
         step: what is captured.
         state: the tables that the rows are made from.
-        staging: uploads headers.
         max_tokens: most rows that the chunks of a step may have at all.
         weights_per_layer: of a rank, on average, in elements of 2 bytes.
     """
 
     def __init__(
-        self,
-        step: PlainStep,
-        state: DeviceState,
-        staging: Staging,
-        max_tokens: int,
-        weights_per_layer: int,
+        self, step: PlainStep, state: DeviceState, max_tokens: int, weights_per_layer: int
     ) -> None:
         self._step = step
-        self._staging = staging
+        self._staging = state.staging
         self._padding = state.tables.padding_slot
         device, max_num_seqs = state.tables.tokens.device, self._padding
         self._decode_sizes = decode_sizes(max_num_seqs)
@@ -121,10 +115,8 @@ class StepGraphs:
 
     def heaviest(self) -> list[Callable[[], object]]:
         """What enqueues the largest step of each kind, of padding and uncaptured."""
-        steps = [partial(self._run, "decodes", self._decode_sizes[-1])]
-        if self._chunk_sizes:
-            steps.append(partial(self._run, "chunks", self._chunk_sizes[-1]))
-        return [*steps]
+        largest = partial(self._run, "decodes", self._decode_sizes[-1])
+        return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
     def rehearsals(self) -> list[Callable[[], object]]:
         """What enqueues steps of padding that between them need all kernels, uncaptured."""

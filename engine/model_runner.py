@@ -6,10 +6,9 @@ import importlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from utils.loader import load_weights
 
 
+@dataclass(slots=True)
 class StepPass:
     """What a step enqueues when its rows are known: forward pass, draw and write-back.
 
@@ -51,19 +51,11 @@ class StepPass:
     keep its memory until the garbage collector comes.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        backend: AttentionBackend,
-        sampler: Sampler,
-        state: DeviceState,
-        kv: list[KVLayer],
-    ) -> None:
-        self.model = model
-        self._backend = backend
-        self._sampler = sampler
-        self._state = state
-        self._kv = kv
+    model: CausalLM
+    backend: AttentionBackend
+    sampler: Sampler
+    state: DeviceState
+    kv: list[KVLayer]
 
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
@@ -81,8 +73,8 @@ class StepPass:
             input_ids=rows.input_ids,
             slot_mapping=rows.slot_mapping,
             rotation=self.model.rotary.prepare(rows.positions),
-            attention=self._backend.prepare(rows.attention(self._state.tables.block_tables)),
-            kv=self._kv,
+            attention=self.backend.prepare(rows.attention(self.state.tables.block_tables)),
+            kv=self.kv,
             sampled_rows=wanted,
             logits=out,
         )
@@ -101,18 +93,18 @@ class StepPass:
             greedy: every row has temperature 0.
         """
         if special:
-            tokens = self._state.tables.tokens
-            output = StepOutput(*special.draw(self._sampler, tokens, logits, sampled))
+            tokens = self.state.tables.tokens
+            output = StepOutput(*special.draw(self.sampler, tokens, logits, sampled))
         elif greedy:
-            output = StepOutput(self._sampler.greedy(logits))
+            output = StepOutput(self.sampler.greedy(logits))
         else:
-            output = StepOutput(self._sampler(logits, sampled))
-        self._state.write(sampled, output.tokens)
+            output = StepOutput(self.sampler(logits, sampled))
+        self.state.write(sampled, output.tokens)
         return output
 
     def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
         """A whole step without options, for rows that have their header: its logits."""
-        self._state.fill(rows)
+        self.state.fill(rows)
         logits = self.forward(rows, out=out)
         self.draw(logits, rows.sampled)
         return logits
@@ -158,14 +150,18 @@ class LocalRunner(ModelRunner):
         before = free_bytes(self._device)
         self._graphs: StepGraphs | None = None
         self._poison: KVPoison | None = None
-        with torch.inference_mode(), self._on_device(), memory_errors(self._device):
+        stream = getattr(self._launcher, "stream", None)
+        here = torch.cuda.stream(stream) if stream else nullcontext()
+        with torch.inference_mode(), here, memory_errors(self._device):
             spec = self._load(checkpoint)
             self._sampler = Sampler(parallel, self._device, self._dtype)
             self._sampling = SamplingRows(config.max_num_seqs, self._staging)
             limits = config.max_num_seqs, spec.max_model_len, spec.block_size
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
             geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
-            self._allocate(self._smallest(geometry))
+            # The rank with the fewest blocks decides.
+            blocks = torch.tensor([-geometry.num_blocks], device=self._device)
+            self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))
             if config.kv_sanitizer:
                 self._poison = KVPoison(self._cache.layers(), self._state.tables)
             if self._graphs:
@@ -216,11 +212,6 @@ class LocalRunner(ModelRunner):
             self._poison.check(plan)
         return output
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        if isinstance(self._launcher, StreamLauncher):
-            return torch.cuda.stream(self._launcher.stream)
-        return nullcontext()
-
     def _load(self, checkpoint: Checkpoint) -> AttentionSpec:
         """Make backend and model, and load the weights."""
         config, parallel = self._config, self._parallel
@@ -254,14 +245,9 @@ class LocalRunner(ModelRunner):
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
         self._model.prepare()
-        self._one_block = KVGeometry(
-            num_layers=shape.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=spec.block_size,
-            num_blocks=1,
-            dtype_bytes=self._dtype.itemsize,
-        )
+        heads, width = spec.num_kv_heads, self._dtype.itemsize
+        shape_of_one = shape.num_layers, heads, spec.head_dim, spec.block_size, 1, width
+        self._one_block = KVGeometry(*shape_of_one)
         return spec
 
     def _allocate(self, geometry: KVGeometry) -> None:
@@ -272,7 +258,7 @@ class LocalRunner(ModelRunner):
         self._pass = StepPass(self._model, self._backend, self._sampler, self._state, kv)
         if self._captures:
             most = self._config.max_num_batched_tokens
-            parts = self._pass.plain, self._state, self._staging
+            parts = self._pass.plain, self._state
             self._graphs = StepGraphs(*parts, most, self._weights_per_layer)
 
     def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
@@ -294,11 +280,6 @@ class LocalRunner(ModelRunner):
         )
         usage = replace(usage, peak=usage.peak + special)
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
-
-    def _smallest(self, geometry: KVGeometry) -> KVGeometry:
-        """The geometry with the blocks of the rank that has the fewest."""
-        count = torch.tensor([-geometry.num_blocks], device=self._device)
-        return replace(geometry, num_blocks=-int(self._parallel.all_max(count)))
 
     def _compile(self, graphs: StepGraphs) -> None:
         """Run steps that need different kernels side by side, so that these compile in parallel.
@@ -330,9 +311,7 @@ class LocalRunner(ModelRunner):
         params = SamplingParams()
         prefill = StepPlan(
             step_id=0,
-            new_requests=tuple(
-                NewRequest(slot, slot, (0,) * longest, params, 0) for slot in range(count)
-            ),
+            new_requests=tuple(NewRequest(s, s, (0,) * longest, params, 0) for s in range(count)),
             block_updates=tuple(BlockUpdate(slot, 0, table) for slot in range(count)),
             prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
         )
@@ -369,15 +348,14 @@ def find_architecture(checkpoint: Checkpoint) -> ModuleType:
     """
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"
-    if model_type.replace("-", "_").isidentifier():
-        try:
+    try:
+        if name.removeprefix("models.").isidentifier():
             module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-        else:
             if hasattr(module, "MODEL"):
                 return module
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
     raise UnsupportedModelError(
         f"{checkpoint.path} is a {model_type!r} model and there is no {name} module for it. "
         "See CONTRIBUTING.md for how to add one."

@@ -9,14 +9,15 @@ request, are the rows of one small matrix product: K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.decode_launch import MAX_PER_SM, DecodeConfig, DecodeWorkspace, decode_config
-from layers.kernels.paged_prefill import LOG2_E, paged_prefill_reference
+from layers.kernels.paged_prefill import (
+    LOG2_E,
+)
 from memory.kv_cache import KVLayer
 
 
@@ -339,20 +340,3 @@ def paged_decode(
         launch_pdl=pdl,
     )
     return out
-
-
-def paged_decode_reference(
-    q: Tensor,
-    kv: KVLayer,
-    block_tables: Tensor,
-    slots: Tensor,
-    context_lens: Tensor,
-    *,
-    scale: float,
-    out: Tensor,
-    rows_per_request: int = 1,
-) -> Tensor:
-    """`paged_decode` in plain torch and float32: a prefill of the newest tokens."""
-    start = torch.arange(0, q.shape[0] + 1, rows_per_request)
-    where = (block_tables, slots, start, context_lens)
-    return paged_prefill_reference(q, kv, *where, scale=scale, out=out)

@@ -9,7 +9,6 @@ which the programs divide on the device, so that a launch fits any lengths with 
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -197,34 +196,4 @@ def paged_prefill(
         num_stages=config.stages,
         maxnreg=config.max_registers,
     )
-    return out
-
-
-def paged_prefill_reference(
-    q: Tensor,
-    kv: KVLayer,
-    block_tables: Tensor,
-    slots: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    *,
-    scale: float,
-    out: Tensor,
-) -> Tensor:
-    """`paged_prefill` in plain torch and float32, one sequence at a time."""
-    _, page, kv_heads, _ = kv.k.shape
-    starts = query_start.tolist()
-    for p, (slot, length) in enumerate(zip(slots.tolist(), context_lens.tolist(), strict=True)):
-        begin, end = starts[p], starts[p + 1]
-        pages = block_tables[slot, : -(-length // page)].long()
-        keys, values = (
-            cache[pages].flatten(0, 1)[:length].float().repeat_interleave(q.shape[1] // kv_heads, 1)
-            for cache in (kv.k, kv.v)
-        )
-        scores = torch.einsum("qhd,thd->hqt", q[begin:end].float(), keys) * scale
-        positions = torch.arange(length - (end - begin), length, device=q.device)
-        future = torch.arange(length, device=q.device)[None, :] > positions[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-        weights = weights.masked_fill(future, 0.0)  # padding sees nothing: its softmax is NaN
-        out[begin:end] = torch.einsum("hqt,thd->qhd", weights, values).to(out.dtype)
     return out

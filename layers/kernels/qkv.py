@@ -148,31 +148,3 @@ def qk_norm_rope_store(
             launch_pdl=pdl,
         )
     return out
-
-
-def qk_norm_rope_store_reference(
-    qkv: Tensor,
-    weights: tuple[Tensor, Tensor] | None,
-    eps: float,
-    rotation: Rotation,
-    slot_mapping: Tensor,
-    kv: KVLayer,
-) -> Tensor:
-    """Plain torch version of :func:`qk_norm_rope_store`; it too writes into the caches."""
-    _, block_size, kv_heads, dim = kv.k.shape
-    heads = (qkv.sum(0) if qkv.dim() == 3 else qkv).unflatten(-1, (-1, dim))
-    qk, value = heads[:, :-kv_heads].float(), heads[:, -kv_heads:]
-    q_heads = qk.shape[1] - kv_heads
-    if weights is not None:
-        qk = qk * torch.rsqrt(qk.square().mean(-1, keepdim=True) + eps)
-        qk = qk * torch.stack([weights[0]] * q_heads + [weights[1]] * kv_heads).float()
-    at = rotation.positions.long()
-    cos, sin = rotation.cos[at].unsqueeze(1), rotation.sin[at].unsqueeze(1)
-    a, b = qk.chunk(2, dim=-1)
-    qk = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(kv.k.dtype)
-    kept = slot_mapping >= 0
-    slots = slot_mapping[kept].long()
-    where = (slots // block_size, slots % block_size)
-    kv.k[where] = qk[kept, q_heads:]
-    kv.v[where] = value[kept].to(kv.v.dtype)
-    return qk[:, :q_heads]

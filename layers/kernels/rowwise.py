@@ -90,18 +90,6 @@ def rms_norm(
     return out, x if total is None else total
 
 
-def rms_norm_reference(
-    x: Tensor, weight: Tensor, eps: float, part: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Plain torch version of :func:`rms_norm`."""
-    if part is not None:
-        part = part.sum(0) if part.dim() == 3 else part
-        x = (part.float() + x.float()).to(x.dtype)
-    x32 = x.float()
-    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * scale * weight.float()).to(x.dtype), x
-
-
 @triton.jit
 def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -132,9 +120,3 @@ def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
             *(gate_up, out, gate_up.stride(0), size, block, pdl), num_warps=4, launch_pdl=pdl
         )
     return out
-
-
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
-    """Plain torch version of :func:`silu_mul`."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)

@@ -14,7 +14,6 @@ into shared memory, and only then wait for the predecessor's output.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -213,26 +212,3 @@ def _descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
     dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
     return TensorDescriptor.from_tensor(tensor, [rows, cols], layout)
-
-
-def small_batch_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    swiglu: bool = False,
-) -> Tensor:
-    """As :func:`small_batch_linear`, in float32 with one rounding at the end."""
-    y = x.float()
-    if norm_weight is not None:
-        y = F.rms_norm(y, x.shape[-1:], norm_weight.float(), eps)
-    y = F.linear(y, weight.float(), None if bias is None else bias.float())
-    if swiglu:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-    if residual is not None:
-        y = y + residual.float()
-    return y.to(x.dtype)

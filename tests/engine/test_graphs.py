@@ -54,7 +54,7 @@ class _Steps:
         self.state = DeviceState(SlotTables.zeros(num_slots, 4100, 16, CPU), staging)
         self.ran: list[tuple[int, bool]] = []
         self._keeps_target = keeps_target
-        parts = self._step, self.state, staging
+        parts = self._step, self.state
         self.graphs = StepGraphs(*parts, max_tokens, weights_per_layer)
 
     def _step(self, rows: StepRows, out: Tensor | None) -> Tensor:

@@ -10,12 +10,16 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
-from layers.kernels.rowwise import rms_norm, rms_norm_reference, silu_mul, silu_mul_reference
+from layers.kernels.qkv import (
+    qk_norm_rope_store,
+)
+from layers.kernels.rowwise import (
+    rms_norm,
+    silu_mul,
+)
 from layers.kernels.sampling import sample_shard
 from layers.kernels.small_batch_linear import (
     small_batch_linear,
-    small_batch_linear_reference,
     small_batch_splits,
     supports_small_batch_linear,
 )
@@ -25,6 +29,12 @@ from layers.sampler import sample_shard as sample_shard_reference
 from memory.kv_cache import KVLayer
 from tests.kernels.filters import check_bounds, hard_rows
 from tests.kernels.interpreter import poisoned_memory
+from tests.kernels.references import (
+    qk_norm_rope_store_reference,
+    rms_norm_reference,
+    silu_mul_reference,
+    small_batch_linear_reference,
+)
 
 pytestmark = pytest.mark.gpu
 

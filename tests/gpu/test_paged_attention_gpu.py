@@ -11,8 +11,16 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from layers.kernels.decode_launch import decode_workspace
-from layers.kernels.paged_decode import paged_decode, paged_decode_reference
-from layers.kernels.paged_prefill import paged_prefill, paged_prefill_reference
+from layers.kernels.paged_decode import (
+    paged_decode,
+)
+from layers.kernels.paged_prefill import (
+    paged_prefill,
+)
+from tests.kernels.references import (
+    paged_decode_reference,
+    paged_prefill_reference,
+)
 from tests.kernels.test_paged_attention import make_case, relative_error
 
 pytestmark = pytest.mark.gpu

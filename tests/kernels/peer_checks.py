@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from layers.kernels.peer import PeerExchange
-from layers.kernels.rowwise import rms_norm_reference
+from tests.kernels.references import (
+    rms_norm_reference,
+)
 
 _EPS = 1e-5
 

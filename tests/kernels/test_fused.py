@@ -21,22 +21,27 @@ from tests.kernels.interpreter import (
     run_in_interpreter,
     starts_interpreter,
 )
+from tests.kernels.references import (
+    qk_norm_rope_store_reference,
+    rms_norm_reference,
+    silu_mul_reference,
+    small_batch_linear_reference,
+)
 from tests.layers.test_sampler import sample
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels import logit_bounds as bounds
     from layers.kernels.logit_bounds import FEW_ROWS_BLOCK, MANY_ROWS_BLOCK, logit_bounds
-    from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
+    from layers.kernels.qkv import (
+        qk_norm_rope_store,
+    )
     from layers.kernels.rowwise import (
         rms_norm,
-        rms_norm_reference,
         silu_mul,
-        silu_mul_reference,
     )
     from layers.kernels.sampling import sample_shard
     from layers.kernels.small_batch_linear import (
         small_batch_linear,
-        small_batch_linear_reference,
         small_batch_splits,
         supports_small_batch_linear,
     )

@@ -26,18 +26,26 @@ from tests.kernels.interpreter import (
     run_in_interpreter,
     starts_interpreter,
 )
+from tests.kernels.references import (
+    paged_decode_reference,
+    paged_prefill_reference,
+    qk_norm_rope_store_reference,
+)
 from tests.kernels.test_paged_attention import relative_error
 from utils.errors import OutOfMemoryError
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels.decode_launch import DecodeConfig, decode_workspace
-    from layers.kernels.paged_decode import paged_decode, paged_decode_reference
+    from layers.kernels.paged_decode import (
+        paged_decode,
+    )
     from layers.kernels.paged_prefill import (
         PrefillConfig,
         paged_prefill,
-        paged_prefill_reference,
     )
-    from layers.kernels.qkv import qk_norm_rope_store, qk_norm_rope_store_reference
+    from layers.kernels.qkv import (
+        qk_norm_rope_store,
+    )
 
     patch_interpreter()
 

@@ -20,14 +20,19 @@ from tests.kernels.interpreter import (
     run_in_interpreter,
     starts_interpreter,
 )
+from tests.kernels.references import (
+    paged_decode_reference,
+    paged_prefill_reference,
+)
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels.decode_launch import DecodeConfig, decode_workspace
-    from layers.kernels.paged_decode import paged_decode, paged_decode_reference
+    from layers.kernels.paged_decode import (
+        paged_decode,
+    )
     from layers.kernels.paged_prefill import (
         PrefillConfig,
         paged_prefill,
-        paged_prefill_reference,
     )
 
     patch_interpreter()

@@ -388,7 +388,7 @@ def test_captured_steps_write_to_their_requests_alone(monkeypatch: pytest.Monkey
         state.write(rows.sampled, logits.argmax(1))
         return logits if out is None else out.copy_(logits)
 
-    graphs = StepGraphs(plain_step, state, staging, max_tokens=128, weights_per_layer=1)
+    graphs = StepGraphs(plain_step, state, max_tokens=128, weights_per_layer=1)
     graphs.capture()
     assert pages.isnan().all()
     # Block 0 belongs to nobody: padding that is stored somewhere is likely stored there.
