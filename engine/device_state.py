@@ -75,9 +75,9 @@ class Staging:
         pinned.copy_(source)
         # Every array starts on a multiple of 16 bytes, whatever its type.
         self._used += -(-size // 16) * 16
-        if out is not None:
-            return out.copy_(pinned, non_blocking=True)
-        return pinned.to(self._device, non_blocking=True)
+        if out is None:
+            return pinned.to(self._device, non_blocking=True)
+        return out.copy_(pinned, non_blocking=True)
 
 
 def _pinned(num_bytes: int) -> Tensor:
@@ -99,9 +99,7 @@ class DeviceState:
         self.tables = tables
         self.staging = staging
         self._ops: Any = reference
-        if kernels is None:
-            kernels = tables.tokens.is_cuda and has_triton()
-        if kernels:
+        if tables.tokens.is_cuda and has_triton() if kernels is None else kernels:
             from layers.kernels import step_rows
 
             self._ops = step_rows

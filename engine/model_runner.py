@@ -142,7 +142,9 @@ class LocalRunner(ModelRunner):
             )
         self._config = config
         self._parallel = parallel
-        self._device = this_device(config)
+        self._device = torch.device(config.device)
+        if config.device == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
         self._launcher = step_launcher(config, self.now, self._device)
@@ -257,15 +259,13 @@ class LocalRunner(ModelRunner):
         kv = self._cache.layers()
         self._pass = StepPass(self._model, self._backend, self._sampler, self._state, kv)
         if self._captures:
-            most = self._config.max_num_batched_tokens
-            parts = self._pass.plain, self._state
-            self._graphs = StepGraphs(*parts, most, self._weights_per_layer)
+            limits = self._config.max_num_batched_tokens, self._weights_per_layer
+            self._graphs = StepGraphs(self._pass.plain, self._state, *limits)
 
     def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
         """The geometry with the number of blocks that the config asks for or memory allows."""
         config, one_block = self._config, self._one_block
-        explicit = config.num_kvcache_blocks or config.kvcache_memory_bytes
-        if self._device.type != "cuda" or explicit:
+        if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
             return kv_blocks(config, one_block)
         blocks = self._state.tables.block_tables.shape[1]
         self._allocate(replace(one_block, num_blocks=blocks))
@@ -275,9 +275,8 @@ class LocalRunner(ModelRunner):
         self._graphs = None
         del self._cache, self._pass
         torch.cuda.empty_cache()
-        special = special_bytes(
-            config.max_num_seqs, vocab_size, self._dtype.itemsize, self._parallel.size
-        )
+        rows, width = config.max_num_seqs, self._dtype.itemsize
+        special = special_bytes(rows, vocab_size, width, self._parallel.size)
         usage = replace(usage, peak=usage.peak + special)
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
@@ -321,23 +320,12 @@ class LocalRunner(ModelRunner):
 def step_launcher(
     config: Config, clock: Clock, device: torch.device
 ) -> HostLauncher | StreamLauncher:
-    """How a runner starts its steps on a device.
-
-    Args:
-        clock: the runner's.
-    """
+    """How a runner with this clock starts its steps on a device."""
     depth = config.pipeline_depth or 0
     if device.type == "cuda":
         # One result more than steps are in flight: of several ranks, one may be ahead of others.
         return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)
     return HostLauncher(clock, in_thread=depth > 0)
-
-
-def this_device(config: Config) -> torch.device:
-    """The CPU, or the current CUDA device by its number."""
-    if config.device != "cuda":
-        return torch.device(config.device)
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
@@ -348,11 +336,10 @@ def find_architecture(checkpoint: Checkpoint) -> ModuleType:
     """
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"
+    known = name.removeprefix("models.").isidentifier()
     try:
-        if name.removeprefix("models.").isidentifier():
-            module = importlib.import_module(name)
-            if hasattr(module, "MODEL"):
-                return module
+        if known and hasattr(module := importlib.import_module(name), "MODEL"):
+            return module
     except ModuleNotFoundError as error:
         if error.name != name:
             raise

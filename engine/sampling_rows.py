@@ -113,23 +113,23 @@ class _ChangedRows:
         parameters: Tensor,
     ) -> Tensor:
         """[S] int64 tokens; `logits`, whole rows, `sampled` and `parameters` are those of all R."""
-        slots, positions = sampled.slots[self.rows], sampled.positions[self.rows]
-        temperatures, seeds = sampled.temperatures[self.rows], sampled.seeds[self.rows]
+        own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
         if self.penalizes:
             penalties = Penalties(repetition, presence, frequency)
-            penalize(changed, tokens.index_select(0, slots), num_prompt, positions, penalties)
+            known = tokens.index_select(0, own.slots)
+            penalize(changed, known, num_prompt, own.positions, penalties)
         if self.withheld is not None:
             row, token, first = self.withheld
-            free = positions[row] >= first
+            free = own.positions[row] >= first
             changed[row, token] = torch.where(free, changed[row, token], float("-inf"))
         for i, calls in self.processors:
-            ids = tokens[slots[i], : positions[i]].tolist()
+            ids = tokens[own.slots[i], : own.positions[i]].tolist()
             for call in calls:
                 changed[i] = _processed(call, ids, changed[i])
         least = logit_bounds(changed, Filters(*filters)) if self.filters else None
-        return sampler.whole(changed, temperatures, seeds, positions, least=least)
+        return sampler.whole(changed, own, least=least)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -123,7 +124,8 @@ class StreamLauncher:
         """As `HostLauncher.launch`."""
         self._turn = (self._turn + 1) % len(self._results)
         buffer, done = self._results[self._turn]
-        work = (_timer(), _timer()) if timed else None
+        timer = partial(torch.cuda.Event, enable_timing=True)
+        work = (timer(), timer()) if timed else None
         try:
             with torch.cuda.stream(self.stream):
                 if work:
@@ -180,10 +182,6 @@ class _StreamStep(StepHandle):
         if done and self._ended_at is None:
             self._ended_at = self._clock()
         return done
-
-
-def _timer() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _step_error(step_id: int, error: BaseException) -> StepError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from layers.parallel import Place
 
 # Rows that oneDNN is told to expect when it lays out a weight; 16 and 256 do as well at any batch.
 _PACK_ROWS = 64
-# MKL is ahead of oneDNN for one row up to this size: 9 us against 14 for [256, 256].
-_MKL_WEIGHT = 2**17
 # Weights of more elements are in float16 alone, for half the memory, others beside oneDNN's layout.
 # [6144, 1024] takes 0.42 of oneDNN's time at 1 row and 1.16 from 512 on.
 _HALF_BESIDE = 2**20
@@ -146,7 +143,7 @@ def _power_of_two(weight: Tensor) -> float:
 
 
 class CPUMatmul(Matmul):
-    """For float32 on a CPU: oneDNN's blocked layout, or for up to `few_rows` rows faster means.
+    """For float32 on a CPU: oneDNN's blocked layout, or float16 for up to `few_rows` rows.
 
     Where `few_rows` is infinite, `weight` is empty. For `norm` see `make_matmul`.
     """
@@ -156,29 +153,21 @@ class CPUMatmul(Matmul):
     ) -> None:
         super().__init__(weight, bias, place)
         scale = None if norm is None else norm.take_scale()
-        self._few: Callable[[Tensor], Tensor]
-        self.few_rows: float = 0
-        half = HalfLinear(weight, scale) if HalfLinear.holds(weight) else None
-        if half is not None:
-            self._few, self.few_rows = half, half.most_rows
+        self._half = HalfLinear(weight, scale) if HalfLinear.holds(weight) else None
+        self.few_rows = self._half.most_rows if self._half else 0
         if self.few_rows == math.inf:
             self.weight = weight.new_empty(0)
         else:
             folded = weight if scale is None else weight * scale
             self.weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
-            if half is None and weight.numel() <= _MKL_WEIGHT:
-                columns = folded.t().contiguous()
-                self._few, self.few_rows = lambda x: torch.mm(x, columns), 1
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._adding = half if bias is None and place.parallel.size == 1 else None
+        self._adding = self._half if bias is None and place.parallel.size == 1 else None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        if x.shape[0] > self.few_rows:
+        if self._half is None or x.shape[0] > self.few_rows:
             y: Tensor = self._multiply(x, self.weight, self._bias, "none", [], "")
         else:
-            y = self._few(x)
-            if self._bias is not None:
-                y = y + self._bias
+            y = self._half(x) if self._bias is None else self._half(x) + self._bias
         return y if out is None else out.copy_(y)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:

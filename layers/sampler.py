@@ -118,8 +118,9 @@ class Sampler:
         whole[:, first : first + columns] = logits
         return self._parallel.all_reduce(whole)
 
-    def whole(self, logits: Tensor, *keys: Tensor, least: Tensor | None = None) -> Tensor:
-        """As a call for whole rows of logits, with the arguments of `sample_shard`."""
+    def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
+        """As a call, for whole rows of logits."""
+        keys = sampled.temperatures, sampled.seeds, sampled.positions
         return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class SampledRows:
         types = (torch.int64,) * 3 + (torch.float32,) + (torch.int64,) * 2
         return SampledRows(*(torch.empty(size, dtype=t, device=device) for t in types))
 
-    def __getitem__(self, part: slice) -> SampledRows:
+    def __getitem__(self, part: slice | Tensor) -> SampledRows:
         return SampledRows(*(getattr(self, name)[part] for name in self.__slots__))
 
 

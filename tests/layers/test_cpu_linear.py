@@ -61,25 +61,19 @@ def test_zeros_are_held() -> None:
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("kind", ["half", "half scaled", "mkl"])
-def test_products_and_sums(kind: str) -> None:
-    weight = _random(40, 24) if kind == "mkl" else _bfloat16(40, 24)
-    scale = _random(24, seed=1) if kind == "half scaled" else None
-    matmul = CPUMatmul(weight, None, place(), None)
-    few = matmul if kind == "mkl" else HalfLinear(weight, scale)
-    rows = int(matmul.few_rows)
-    assert rows == (1 if kind == "mkl" else 64)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_products_and_sums(scaled: bool) -> None:
+    weight = _bfloat16(40, 24)
+    scale = _random(24, seed=1) if scaled else None
+    few = HalfLinear(weight, scale)
+    rows = int(CPUMatmul(weight, None, place(), None).few_rows)
+    assert rows == 64
     x, residual = _random(rows, 24, seed=2), _random(rows, 40, seed=3)
     before = residual.clone()
     factors = torch.ones(24) if scale is None else scale
     expected = ((x * factors).double() @ weight.double().t()).float()
     torch.testing.assert_close(few(x), expected, rtol=1e-5, atol=1e-5)
-    if isinstance(few, HalfLinear):
-        total = few.added(x, residual)
-    else:
-        stream = few.added(x, Stream(residual))
-        assert stream.part is not None
-        total = stream.total + stream.part
+    total = few.added(x, residual)
     torch.testing.assert_close(total, residual + expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(residual, before)
 
@@ -89,11 +83,11 @@ def test_the_means_for_each_weight() -> None:
     def few_rows(weight: Tensor) -> float:
         return CPUMatmul(weight, None, place(), None).few_rows
 
-    # 64 and more are float16's, 1 is MKL's, 0 leaves all to oneDNN.
+    # 64 and more are float16's, 0 leaves all to oneDNN.
     assert few_rows(_bfloat16(256, 256)) == 64
     assert few_rows(_bfloat16(4096, 256)) == 64
     assert few_rows(_bfloat16(4096, 257)) == math.inf
-    assert few_rows(_random(256, 256)) == 1
+    assert few_rows(_random(256, 256)) == 0
     assert few_rows(_random(513, 256)) == 0
 
 
