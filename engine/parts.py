@@ -197,8 +197,8 @@ def make_block_managers(
         raise ConfigError(option, value, problem, fix)
 
     windows = [isinstance(group.kind, WindowPages) for group in groups]
-    # A prefix in one group is of no use without the others' part of it. Where a factory makes the
-    # managers, the option is None here, and the managers themselves tell below.
+    # A prefix in one group is of no use without the others' part of it. If a factory makes the
+    # managers, the option is None here, and the managers are asked below.
     if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
         for option in ("enable_prefix_caching", "block_manager"):
             if getattr(asked, option) not in (None, "auto"):

@@ -75,8 +75,8 @@ class Sequence:
         salt = self.sampling.cache_salt
         if self.sampling.prompt_logprobs is None:
             return salt
-        # Prompt log-probabilities need computed logits, so the cached blocks of other requests are
-        # of no use; the request's own are, after a preemption.
+        # Prompt log-probabilities need the logits of the prompt, which cached blocks do not have.
+        # After a preemption the request may reuse its own blocks, since it has scored their tokens.
         return f"{salt}\0{self.request_id}"
 
     @property

@@ -59,7 +59,7 @@ class RunningBatch:
     def most_blocks(self, seq: Sequence) -> int:
         """Blocks that the request holds at its length limit."""
         # The last token is only sampled, never computed, so it needs no place in the cache. A
-        # request that may not get any token computes its whole prompt.
+        # request whose limit is the length of its prompt still computes the whole prompt.
         return self.blocks_for(max(seq.max_total_tokens - 1, seq.num_prompt_tokens))
 
     def check_fits(self, seq: Sequence) -> None:

@@ -128,7 +128,7 @@ class SimulatedRunner(ModelRunner):
             self._requests[new.slot] = SimulatedRequest(new, list(new.token_ids))
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        """The new tokens of a chunk."""
+        """The token that is sampled after a chunk, if the chunk samples."""
         return [self._next(self._requests[chunk.slot])] if chunk.samples else []
 
     def _decode(self, slot: int, count: int) -> list[int]:

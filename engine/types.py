@@ -147,7 +147,7 @@ class BlockManager(ABC):
     """Owns the KV blocks of a cache group, and the block table of each running request.
 
     The constructor takes the `Config` and the group's `KVGeometry`; `memory.cache_groups` makes
-    one manager of those of several groups. A request's life is `begin`, any number of `grow` and
+    one manager of several groups' managers. A request's life is `begin`, any number of `grow` and
     `commit`, then `release`. All calls are made between steps, from one thread.
     """
 

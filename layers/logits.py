@@ -28,7 +28,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Penalties, [R] float32 each; see `SamplingParams`."""
+    """A penalty of each kind for each of R rows, [R] float32; see `SamplingParams`."""
 
     repetition: Tensor
     presence: Tensor

@@ -104,7 +104,7 @@ class HalfLinear:
 
     @staticmethod
     def holds(weight: Tensor) -> bool:
-        """Whether torch has what this takes, and no element is rounded."""
+        """Whether torch has the float16 operators, and float16 holds each element exactly."""
         pack, multiply = "fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation"
         shared = ("linear_prepack_fp16", "linear_dynamic_fp16")
         if (

@@ -198,7 +198,7 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # Whoever gets the block now writes to it in a later step.
+            # The copy is made first: a new owner of the block writes to it in a later step.
             self._drop(copy.source)
         return copies
 

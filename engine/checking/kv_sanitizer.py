@@ -1,4 +1,4 @@
-"""Finds the wrong use of a KV block in the step that makes it: `Config(kv_sanitizer=True)`.
+"""Finds misuse of a KV block in the very step that commits it: `Config(kv_sanitizer=True)`.
 
 Every plan is checked before it runs: by the rules for all plans, and against an account of who
 holds each block and how much of it is written. On the device dead blocks are filled with NaN, and

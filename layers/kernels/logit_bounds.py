@@ -17,8 +17,8 @@ from layers.logits import Filters
 LANES = tl.constexpr(8)
 # Leading bits that tell two values apart once they are float32; even, as a pass decides two.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# Up to 132 rows one program of 32 warps has a multiprocessor of an H200 to itself, as latency
-# counts. Beyond, two programs of 16 warps share one.
+# An H200 has 132 multiprocessors. Up to as many rows each program of 32 warps has one to itself,
+# for latency. With more rows two programs of 16 warps share one.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
