@@ -240,7 +240,7 @@ class LocalRunner(ModelRunner):
             backend=self._backend,
             max_model_len=config.max_model_len,
         )
-        weights = self._model.weight_slots()
+        weights = self._model.weight_targets()
         load_weights(checkpoint.path, weights, tied=shape.tied)
         # By the whole tensors: ranks, which may have unequal parts, must choose the same steps.
         total = sum(math.prod(slot.shape) for slot in weights.values())

@@ -11,7 +11,7 @@ from torch import Tensor
 from layers.matmul import Matmul, make_matmul
 from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
-from utils.loader import WeightSlot
+from utils.loader import WeightTarget
 
 # The kernels for small batches make outputs in multiples of this, the sampler's noise of 4.
 _ROWS = 16
@@ -64,15 +64,15 @@ class ColumnLinear(_Linear):
         """As a call, with silu(first part) * second part instead of the two parts."""
         return self._matmul.gated(normed)
 
-    def weight_slots(self, *names: str) -> dict[str, WeightSlot]:
-        """Slots of the checkpoint's layers `names`, one per part, in order."""
-        slots, row = dict[str, WeightSlot](), 0
+    def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
+        """Targets of the checkpoint's layers `names`, one per part, in order."""
+        slots, row = dict[str, WeightTarget](), 0
         for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
             for kind, shape in (("weight", full), ("bias", full[:1])):
                 param = getattr(self, kind)
                 if param is not None:
                     target = param[row : row + length]
-                    slots[f"{name}.{kind}"] = WeightSlot(target, shape, 0, start, length)
+                    slots[f"{name}.{kind}"] = WeightTarget(target, shape, 0, start, length)
             row += length
         return slots
 
@@ -116,12 +116,12 @@ class RowLinear(_Linear):
         """Add the projection of x [T, this rank's inputs] to a stream whose part is None."""
         return self._matmul.added(x, stream)
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         assert self.weight is not None
         start = self._place.parallel.rank * self._columns
-        slots = {f"{name}.weight": WeightSlot(self.weight, self._full, 1, start, self._columns)}
+        slots = {f"{name}.weight": WeightTarget(self.weight, self._full, 1, start, self._columns)}
         if self.bias is not None:
-            slots[f"{name}.bias"] = WeightSlot(self.bias, self._full[:1])
+            slots[f"{name}.bias"] = WeightTarget(self.bias, self._full[:1])
         return slots
 
 
@@ -149,9 +149,9 @@ class VocabEmbedding:
         rows = self.weight.index_select(0, local * mine)
         return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         start, target = min(self._start, self._shape[0]), self.weight[: self.length]
-        return {f"{name}.weight": WeightSlot(target, self._shape, 0, start, self.length)}
+        return {f"{name}.weight": WeightTarget(target, self._shape, 0, start, self.length)}
 
 
 class VocabHead:

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from layers.parallel import Place
 from memory.kv_cache import KVLayer
 from utils.errors import UnsupportedModelError
-from utils.loader import WeightSlot
+from utils.loader import WeightTarget
 
 
 # Nothing changes these two once they are made. A frozen one takes 0.45 us to make instead of 0.18,
@@ -102,8 +102,8 @@ class RMSNorm:
             y = (y * self._scale).to(total.dtype)
         return y, stream
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        return {f"{name}.weight": WeightSlot(self.weight, tuple(self.weight.shape))}
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
+        return {f"{name}.weight": WeightTarget(self.weight, tuple(self.weight.shape))}
 
 
 def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.device) -> Tensor:
@@ -229,8 +229,8 @@ class QKNormRopeStore:
         kv.flat.index_copy_(0, slot_mapping, heads[:, self._num_heads :])
         return heads[:, : self._num_heads]
 
-    def weight_slots(self, q_name: str, k_name: str) -> dict[str, WeightSlot]:
+    def weight_targets(self, q_name: str, k_name: str) -> dict[str, WeightTarget]:
         if self.qk_weight is None:
             return {}
         parts = zip((q_name, k_name), self.qk_weight.tensor_split([self._num_heads]), strict=True)
-        return {f"{name}.weight": WeightSlot(part, (self._head_dim,)) for name, part in parts}
+        return {f"{name}.weight": WeightTarget(part, (self._head_dim,)) for name, part in parts}

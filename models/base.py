@@ -12,7 +12,7 @@ from layers.attention.base import AttentionBackend
 from layers.norm_rope import RotaryEmbedding, Rotation
 from layers.parallel import Place
 from memory.kv_cache import KVLayer
-from utils.loader import WeightSlot
+from utils.loader import WeightTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class CausalLM(ABC):
         """Allocate the weights for a `shape` that `model_shape` returned."""
 
     @abstractmethod
-    def weight_slots(self) -> dict[str, WeightSlot]:
+    def weight_targets(self) -> dict[str, WeightTarget]:
         """Where each tensor of a Hugging Face checkpoint goes; before `prepare`."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from layers.parallel import Place
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ForwardBatch, ModelShape
 from utils.errors import UnsupportedModelError
-from utils.loader import WeightSlot
+from utils.loader import WeightTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Block(Protocol):
     def prepare(self, norm: RMSNorm) -> None:
         """Prepare for use, the weights being loaded; `norm` is the prepared one in front."""
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         """Where the checkpoint's tensors go whose names begin with `name`."""
 
 
@@ -114,10 +114,10 @@ class Attention:
         self.store.prepare()
         self.o_proj.prepare()
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        slots = self.qkv_proj.weight_slots(*(f"{name}.{p}_proj" for p in "qkv"))
-        slots |= self.store.weight_slots(f"{name}.q_norm", f"{name}.k_norm")
-        return slots | self.o_proj.weight_slots(f"{name}.o_proj")
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
+        slots = self.qkv_proj.weight_targets(*(f"{name}.{p}_proj" for p in "qkv"))
+        slots |= self.store.weight_targets(f"{name}.q_norm", f"{name}.k_norm")
+        return slots | self.o_proj.weight_targets(f"{name}.o_proj")
 
 
 class MLP:
@@ -136,9 +136,9 @@ class MLP:
         self.gate_up_proj.prepare(norm)
         self.down_proj.prepare()
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        slots = self.gate_up_proj.weight_slots(f"{name}.gate_proj", f"{name}.up_proj")
-        return slots | self.down_proj.weight_slots(f"{name}.down_proj")
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
+        slots = self.gate_up_proj.weight_targets(f"{name}.gate_proj", f"{name}.up_proj")
+        return slots | self.down_proj.weight_targets(f"{name}.down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +163,11 @@ class DecoderLayer:
         self.post_attention_norm.prepare()
         self.mlp.prepare(self.post_attention_norm)
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
-        slots = self.input_norm.weight_slots(f"{name}.input_layernorm")
-        slots |= self.attention.weight_slots(f"{name}.self_attn")
-        slots |= self.post_attention_norm.weight_slots(f"{name}.post_attention_layernorm")
-        return slots | self.mlp.weight_slots(f"{name}.mlp")
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
+        slots = self.input_norm.weight_targets(f"{name}.input_layernorm")
+        slots |= self.attention.weight_targets(f"{name}.self_attn")
+        slots |= self.post_attention_norm.weight_targets(f"{name}.post_attention_layernorm")
+        return slots | self.mlp.weight_targets(f"{name}.mlp")
 
 
 class DecoderLM(CausalLM):
@@ -221,11 +221,11 @@ class DecoderLM(CausalLM):
         self.norm.prepare()
         self.lm_head.prepare(self.norm)
 
-    def weight_slots(self) -> dict[str, WeightSlot]:
-        slots = self.embed_tokens.weight_slots("model.embed_tokens")
+    def weight_targets(self) -> dict[str, WeightTarget]:
+        slots = self.embed_tokens.weight_targets("model.embed_tokens")
         for i, layer in enumerate(self.layers):
-            slots |= layer.weight_slots(f"model.layers.{i}")
-        slots |= self.norm.weight_slots("model.norm")
+            slots |= layer.weight_targets(f"model.layers.{i}")
+        slots |= self.norm.weight_targets("model.norm")
         if self._head is not self.embed_tokens:
-            slots |= self._head.weight_slots("lm_head")
+            slots |= self._head.weight_targets("lm_head")
         return slots

@@ -23,7 +23,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
-class WeightSlot:
+class WeightTarget:
     """Where one checkpoint tensor goes."""
 
     target: Tensor  # view of a parameter that receives this rank's part; a smaller part broadcasts
@@ -33,7 +33,7 @@ class WeightSlot:
     length: int = 0  # indices taken along `dim`
 
 
-def load_weights(path: Path, slots: Mapping[str, WeightSlot], *, tied: bool) -> None:
+def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
     """Fill `slots`, by tensor name, from the safetensors files of a checkpoint folder.
 
     Args:
@@ -80,7 +80,7 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _check(path: Path, slots: Mapping[str, WeightSlot], where: Mapping[str, Any]) -> None:
+def _check(path: Path, slots: Mapping[str, WeightTarget], where: Mapping[str, Any]) -> None:
     misshapen, other = [], []
     for name in sorted(slots.keys() & where.keys()):
         stored, expected = where[name].get_slice(name), slots[name].shape
@@ -104,7 +104,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _fill(slot: WeightSlot, stored: Any) -> None:
+def _fill(slot: WeightTarget, stored: Any) -> None:
     taken: Any = slice(None)
     if slot.dim is not None:
         taken = (slice(None),) * slot.dim + (slice(slot.start, slot.start + slot.length),)

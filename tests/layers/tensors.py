@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layers.parallel import ParallelContext, Place
-from utils.loader import WeightSlot, load_weights
+from utils.loader import WeightTarget, load_weights
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def load(folder: Path, tensors: dict[str, Tensor], slots: Mapping[str, WeightSlot]) -> None:
+def load(folder: Path, tensors: dict[str, Tensor], slots: Mapping[str, WeightTarget]) -> None:
     """Fill slots as from a checkpoint that holds these tensors and nothing else."""
     if not (folder / "model.safetensors").exists():
         save_file(tensors, folder / "model.safetensors")

@@ -23,7 +23,7 @@ def _tables(folder: Path, vocab_size: int, size: int) -> tuple[Tensor, list[Voca
     tables = []
     for rank in range(size):
         table = VocabEmbedding(vocab_size, HIDDEN, place(ParallelContext(rank, size)))
-        load(folder, tensors, table.weight_slots("embed"))
+        load(folder, tensors, table.weight_targets("embed"))
         tables.append(table)
     return tensors["embed.weight"], tables
 

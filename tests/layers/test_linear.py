@@ -59,7 +59,7 @@ def _merged(
     sizes = tuple(tensors[f"{name}.weight"].shape[0] for name in names)
     layer = ColumnLinear(HIDDEN, sizes, bias=f"{names[0]}.bias" in tensors, place=here)
     norm = RMSNorm(HIDDEN, EPS, here)
-    load(folder, tensors, layer.weight_slots(*names) | norm.weight_slots("norm"))
+    load(folder, tensors, layer.weight_targets(*names) | norm.weight_targets("norm"))
     norm.prepare()
     layer.prepare(norm)
     return norm, layer
@@ -69,7 +69,7 @@ def _row(
     folder: Path, tensors: dict[str, Tensor], parallel: ParallelContext, output_size: int
 ) -> RowLinear:
     layer = RowLinear(HIDDEN, output_size, bias="o.bias" in tensors, place=place(parallel))
-    load(folder, tensors, layer.weight_slots("o"))
+    load(folder, tensors, layer.weight_targets("o"))
     layer.prepare()
     return layer
 
@@ -143,7 +143,7 @@ def test_qkv_with_replicated_kv_heads(
         here = place(parallel)
         norm = RMSNorm(HIDDEN, EPS, here)
         layer = QKVLinear(HIDDEN, num_heads, num_kv_heads, head_dim, bias=bias, place=here)
-        load(tmp_path, tensors, layer.weight_slots("q", "k", "v") | norm.weight_slots("norm"))
+        load(tmp_path, tensors, layer.weight_targets("q", "k", "v") | norm.weight_targets("norm"))
         norm.prepare()
         layer.prepare(norm)
         mine = num_heads // size

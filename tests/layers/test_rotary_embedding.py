@@ -130,7 +130,7 @@ def test_norm_rotation_and_store_equal_transformers(name: str, qk_norm: bool) ->
 
     eps = 1e-6 if qk_norm else None
     store = QKNormRopeStore(num_heads, num_kv_heads, HEAD_DIM, eps, place())
-    slots = store.weight_slots("q", "k")
+    slots = store.weight_targets("q", "k")
     assert set(slots) == ({"q.weight", "k.weight"} if qk_norm else set())
     for slot, weight in zip(slots.values(), weights, strict=False):
         slot.target.copy_(weight)

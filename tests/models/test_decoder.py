@@ -15,7 +15,7 @@ from memory.kv_cache import KVCache
 from models.base import ForwardBatch
 from models.decoder import Block, DecoderLM, decoder_spec
 from tests.layers.tensors import CPU, place
-from utils.loader import WeightSlot
+from utils.loader import WeightTarget
 
 HIDDEN, VOCAB, TOKENS = 32, 48, 5
 
@@ -45,7 +45,7 @@ class _Negate:
     def prepare(self, norm: RMSNorm) -> None:
         pass
 
-    def weight_slots(self, name: str) -> dict[str, WeightSlot]:
+    def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         return {}
 
 
@@ -67,7 +67,7 @@ def test_an_architecture_replaces_the_mlp_of_a_layer() -> None:
     )
     spec = decoder_spec(config, qkv_bias=False, o_bias=False, qk_norm=False)
     model = _Negating(spec, config, place=place(), backend=_Nothing(), max_model_len=16)
-    slots = model.weight_slots()
+    slots = model.weight_targets()
     assert {name for name in slots if ".mlp." in name} == {
         f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")
     }

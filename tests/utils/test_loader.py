@@ -13,16 +13,16 @@ from torch import Tensor
 from llm import LLM, SamplingParams
 from tests.checkpoints import VARIANTS, write_checkpoint
 from utils.errors import WeightsError
-from utils.loader import WeightSlot, load_weights
+from utils.loader import WeightTarget, load_weights
 
 
 def _tensors() -> dict[str, Tensor]:
     return {"a": torch.arange(12.0).view(4, 3), "b": torch.arange(4.0), "c": torch.ones(2, 2)}
 
 
-def _slots(tensors: dict[str, Tensor]) -> dict[str, WeightSlot]:
+def _slots(tensors: dict[str, Tensor]) -> dict[str, WeightTarget]:
     return {
-        name: WeightSlot(torch.full_like(t, float("nan")), tuple(t.shape))
+        name: WeightTarget(torch.full_like(t, float("nan")), tuple(t.shape))
         for name, t in tensors.items()
     }
 
@@ -62,8 +62,8 @@ def test_a_part_of_a_tensor(tmp_path: Path) -> None:
     save_file(_tensors(), tmp_path / "model.safetensors")
     slots = _slots(_tensors())
     rows, columns = torch.empty(2, 3), torch.empty(2, 1)
-    slots["a"] = WeightSlot(rows, (4, 3), 0, 1, 2)
-    slots["c"] = WeightSlot(columns, (2, 2), 1, 1, 1)
+    slots["a"] = WeightTarget(rows, (4, 3), 0, 1, 2)
+    slots["c"] = WeightTarget(columns, (2, 2), 1, 1, 1)
     load_weights(tmp_path, slots, tied=False)
     assert torch.equal(rows, _tensors()["a"][1:3])
     assert torch.equal(columns, _tensors()["c"][:, 1:])
@@ -73,7 +73,7 @@ def test_a_vector_for_every_row_of_a_target(tmp_path: Path) -> None:
     save_file(_tensors(), tmp_path / "model.safetensors")
     slots = _slots(_tensors())
     target = torch.empty(3, 4)
-    slots["b"] = WeightSlot(target, (4,))
+    slots["b"] = WeightTarget(target, (4,))
     load_weights(tmp_path, slots, tied=False)
     assert torch.equal(target, torch.arange(4.0).expand(3, 4))
 
