@@ -25,7 +25,7 @@ from layers.step_rows import SampledRows, StepRows
 # 2,048 on, where the padding costs more than a launch. Beyond the last the device is the slower
 # side. Below it launching takes longer: a prefill of a few hundred tokens takes an H200 1 to 3 ms,
 # and launching its kernels the host some 10 ms for 28 layers.
-_CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
+CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
 # Chunks of a captured step. 32 instead of 8 cost a lone prompt 0.01 to 0.12 ms; more were not
 # tried.
 MAX_CHUNKS = 32
@@ -73,7 +73,7 @@ class StepGraphs:
         self._padding = state.tables.padding_slot
         device, max_num_seqs = state.tables.tokens.device, self._padding
         self._decode_sizes = decode_sizes(max_num_seqs)
-        self._chunk_sizes = [size for size in _CHUNK_ROWS if size <= max_tokens]
+        self._chunk_sizes = [size for size in CHUNK_ROWS if size <= max_tokens]
         once_more = 2 * weights_per_layer / _BYTES_PER_SECOND
         a_token = 2 * weights_per_layer / _FLOPS
         self._most_beside_decodes = int((_LAUNCH_SECONDS - once_more) / a_token)

@@ -371,6 +371,7 @@ def test_captured_steps_write_to_their_requests_alone(monkeypatch: pytest.Monkey
     each step has stored its own.
     """
     monkeypatch.setattr("engine.graphs.captured", _Graph)
+    monkeypatch.setattr("engine.graphs.CHUNK_ROWS", (16,))
     staging = Staging(CPU)
     state = DeviceState(SlotTables.zeros(8, 256, BLOCK_SIZE, CPU), staging, kernels=True)
     pages = _pages(40)
