@@ -24,7 +24,7 @@ demo: $(VENV)/.run
 bench: $(VENV)/.run
 	$(BIN)/python bench.py
 
-# At most 8 minutes on two cores, once installed: 5:35 and 537 CPU seconds were measured. Side by side,
+# To be at most 8 minutes on two cores, once installed; 8:54 were measured last. Side by side,
 # since one after the other they leave a core idle most of the time. More than one thread each only
 # gets in the way: on two busy cores 7:36 and 7:15 with two, 6:16 and 5:53 with one.
 test: install lint
