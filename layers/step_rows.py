@@ -162,8 +162,8 @@ def enter_requests(
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     """Make all that `rows` has from its header; the rows count as computed from then on.
 
-    Decodes alone of one row each must not have padding, which only captured steps have. They take
-    a third of the operations that `fill_any_rows` takes: 0.2 ms less of a CPU's step of 1.3 ms.
+    Decodes alone of one row each must not have padding, which only captured steps have. They have
+    a shorter way, since `fill_any_rows` took 495 us for one of them on a loaded CPU, and this 79.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
