@@ -18,7 +18,7 @@ from benchmarks.roofline import Ceilings
 from engine.parts import PART_KINDS
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
-from layers.matmul import Matmul, make_matmul
+from layers.linear import Matmul, make_matmul
 from layers.norm_rope import RMSNorm, Stream
 from layers.parallel import ParallelContext, Place
 from memory.kv_cache import KVLayer

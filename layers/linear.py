@@ -1,20 +1,30 @@
 """Embedding, linear layers and output head, which know their share of a tensor-parallel group.
 
 Embedding and head divide the vocabulary over ranks, column-parallel layers their outputs and
-row-parallel ones their inputs (Shoeybi et al., Megatron-LM, 2019).
+row-parallel ones their inputs (Shoeybi et al., Megatron-LM, 2019). Each layer multiplies by a
+`Matmul`: with the norm, gate or residual around the product, by the fastest means of the device.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from layers.matmul import Matmul, make_matmul
+from layers.cpu_linear import HalfLinear
+from layers.kernels.launch import has_wgmma
 from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
 # The kernels for small batches make outputs in multiples of this, the sampler's noise of 4.
 _ROWS = 16
+# Rows that oneDNN is told to expect when it lays out a weight; 16 and 256 do as well at any batch.
+_PACK_ROWS = 64
 
 
 class _Linear:
@@ -172,3 +182,163 @@ class VocabHead:
         if length < logits.shape[1]:
             logits[:, length:] = float("-inf")
         return logits
+
+
+class Matmul:
+    """x W^T + b through torch for W [N, K] and b [N], nothing fused: the reference."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
+        self.weight = weight
+        self._bias = bias
+        self._place = place
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, K] -> [T, N], in `out` if it is given."""
+        y = F.linear(x, self.weight, self._bias)
+        return y if out is None else out.copy_(y)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """As a call, or [S, T, N] float32 where kernels are fused, for the reader to add up."""
+        return self(x)
+
+    def added(self, x: Tensor, stream: Stream) -> Stream:
+        """Add the product of x [T, K], of several ranks this one's share, to `stream.total`."""
+        return Stream(stream.total, self.partial(x))
+
+    def normed(
+        self, normed: Normed, *, partial: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Stream]:
+        """The product of the normalised stream [T, N], and the stream as its sum.
+
+        The product is in `out` if that is given, or may be left in partial sums, see `partial`.
+        """
+        x, stream = normed.norm.compute(normed.stream)
+        return (self.partial(x) if partial else self(x, out)), stream
+
+    def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
+        """As `normed`, for W = [gate; up]: silu(gate) * up [T, N / 2]."""
+        y, stream = self.normed(normed)
+        return silu_mul(y, self._place), stream
+
+
+class CPUMatmul(Matmul):
+    """For float32 on a CPU: oneDNN's blocked layout, or float16 for up to `few_rows` rows.
+
+    Where `few_rows` is infinite, `weight` is empty. For `norm` see `make_matmul`.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None
+    ) -> None:
+        super().__init__(weight, bias, place)
+        scale = None if norm is None else norm.take_scale()
+        self._half = HalfLinear(weight, scale) if HalfLinear.holds(weight) else None
+        self.few_rows = self._half.most_rows if self._half else 0
+        if self.few_rows == math.inf:
+            self.weight = weight.new_empty(0)
+        else:
+            folded = weight if scale is None else weight * scale
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self._adding = self._half if bias is None and place.parallel.size == 1 else None
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._half is None or x.shape[0] > self.few_rows:
+            y: Tensor = self._multiply(x, self.weight, self._bias, "none", [], "")
+        else:
+            y = self._half(x) if self._bias is None else self._half(x) + self._bias
+        return y if out is None else out.copy_(y)
+
+    def added(self, x: Tensor, stream: Stream) -> Stream:
+        if self._adding is None or x.shape[0] > self.few_rows:
+            return super().added(x, stream)
+        return Stream(self._adding.added(x, stream.total))
+
+
+class SmallBatchMatmul(Matmul):
+    """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond.
+
+    Up to 16 tokens norm, gate and residual are part of the kernel. Beyond, the gate is.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
+        from layers.kernels import small_batch_linear as kernels
+
+        super().__init__(weight, bias, place)
+        self._kernels = kernels
+        self._run = functools.partial(kernels.small_batch_linear, pdl=True)
+        self._most_fused = kernels.MAX_FUSED_TOKENS
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._fits(x.shape[0]):
+            return self._run(x, self.weight, self._bias, out=out)
+        if out is None or self._bias is not None:
+            return super().__call__(x, out)
+        # As F.linear without a bias.
+        return torch.mm(x, self.weight.t(), out=out)
+
+    def partial(self, x: Tensor) -> Tensor:
+        tokens = x.shape[0]
+        if self._bias is None:
+            splits = self._kernels.small_batch_splits(tokens, *self.weight.shape)
+            if splits > 1 and self._fits(tokens, splits=splits):
+                return self._run(x, self.weight, splits=splits)
+        return self(x)
+
+    def added(self, x: Tensor, stream: Stream) -> Stream:
+        alone, tokens = self._place.parallel.size == 1, x.shape[0]
+        if alone and tokens <= self._most_fused and self._fits(tokens):
+            return Stream(self._run(x, self.weight, self._bias, residual=stream.total))
+        return super().added(x, stream)
+
+    def normed(
+        self, normed: Normed, *, partial: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Stream]:
+        if not self._fits(normed.stream.total.shape[0]):
+            return super().normed(normed, partial=partial, out=out)
+        # No partial sums: they are for where nothing else fills the device.
+        x, stream, norm = self._input(normed)
+        return self._run(x, self.weight, self._bias, out=out, **norm), stream
+
+    def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
+        if self._bias is not None or not self._fits(normed.stream.total.shape[0], swiglu=True):
+            return super().gated(normed)
+        x, stream, norm = self._input(normed)
+        return self._run(x, self.weight, swiglu=True, **norm), stream
+
+    def _fits(self, tokens: int, *, swiglu: bool = False, splits: int = 1) -> bool:
+        n, k = self.weight.shape[0] // (2 if swiglu else 1), self.weight.shape[1]
+        supports = self._kernels.supports_small_batch_linear
+        return supports(tokens, n, k, swiglu=swiglu, splits=splits)
+
+    def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
+        """The kernel's input, the stream as its sum, and the norm if the kernel computes it."""
+        norm, stream = normed.norm, normed.stream
+        x = stream.total
+        # The kernel rounds inputs times the norm's weight before it scales the row, which float16
+        # has no room for.
+        fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
+        if stream.part is None and fuses:
+            return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}
+        return *norm.compute(stream), {}
+
+
+def silu_mul(x: Tensor, place: Place) -> Tensor:
+    """silu(gate) * up (SwiGLU, Shazeer 2020) of x = [gate | up]: [T, 2n] -> [T, n]."""
+    if place.fused:
+        from layers.kernels import rowwise
+
+        return rowwise.silu_mul(x, pdl=place.pdl)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def make_matmul(
+    weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
+) -> Matmul:
+    """The fastest product; it may take in the weight of a prepared norm that it alone reads."""
+    if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
+        return CPUMatmul(weight, bias, place, norm)
+    if place.fused and has_wgmma(place.device):
+        return SmallBatchMatmul(weight, bias, place)
+    return Matmul(weight, bias, place)

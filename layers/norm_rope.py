@@ -207,7 +207,7 @@ class QKNormRopeStore:
         """
         weight = self.qk_weight
         if self._place.fused:
-            from layers.kernels.qkv import qk_norm_rope_store
+            from layers.kernels.rowwise import qk_norm_rope_store
 
             return qk_norm_rope_store(
                 qkv,

@@ -9,7 +9,7 @@ from __future__ import annotations
 Edits = tuple[tuple[str, str, str], ...]
 PlainMutant = tuple[str, Edits, tuple[str, ...]]
 
-_ROWS, _STORE = "layers/kernels/step_rows.py", "layers/kernels/qkv.py"
+_ROWS, _STORE = "layers/kernels/step_rows.py", "layers/kernels/rowwise.py"
 _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_prefill.py"
 _HANDLES, _STAGING = "engine/step_handles.py", "engine/device_state.py"
 _SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"

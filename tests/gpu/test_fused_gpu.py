@@ -10,10 +10,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from layers.kernels.qkv import (
-    qk_norm_rope_store,
-)
 from layers.kernels.rowwise import (
+    qk_norm_rope_store,
     rms_norm,
     silu_mul,
 )

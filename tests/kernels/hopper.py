@@ -73,8 +73,7 @@ def _bf16(*shape: int) -> torch.Tensor:
 def compile_rows() -> None:
     """Norms, gates, sums over ranks, and what lies between projection and attention."""
     from layers.kernels.peer import PeerExchange
-    from layers.kernels.qkv import qk_norm_rope_store
-    from layers.kernels.rowwise import rms_norm, silu_mul
+    from layers.kernels.rowwise import qk_norm_rope_store, rms_norm, silu_mul
     from layers.norm_rope import Rotation
     from memory.kv_cache import KVLayer
 

@@ -32,10 +32,8 @@ from tests.layers.test_sampler import sample
 if INTERPRET and HAS_TRITON:
     from layers.kernels import logit_bounds as bounds
     from layers.kernels.logit_bounds import FEW_ROWS_BLOCK, MANY_ROWS_BLOCK, logit_bounds
-    from layers.kernels.qkv import (
-        qk_norm_rope_store,
-    )
     from layers.kernels.rowwise import (
+        qk_norm_rope_store,
         rms_norm,
         silu_mul,
     )

@@ -43,7 +43,7 @@ if INTERPRET and HAS_TRITON:
         PrefillConfig,
         paged_prefill,
     )
-    from layers.kernels.qkv import (
+    from layers.kernels.rowwise import (
         qk_norm_rope_store,
     )
 

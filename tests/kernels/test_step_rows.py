@@ -35,7 +35,7 @@ from tests.kernels.plans import check_rows, random_plans
 
 if INTERPRET and HAS_TRITON:
     from layers.kernels import step_rows as kernels
-    from layers.kernels.qkv import qk_norm_rope_store
+    from layers.kernels.rowwise import qk_norm_rope_store
 
     patch_interpreter()
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers.matmul import CPUMatmul, HalfLinear, make_matmul
+from layers.cpu_linear import HalfLinear
+from layers.linear import CPUMatmul, make_matmul
 from layers.norm_rope import RMSNorm, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import place, rms_norm
@@ -111,7 +112,7 @@ def test_a_large_weight_is_held_in_float16_alone(
     monkeypatch: pytest.MonkeyPatch, threads: int, packed_at_once: int
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("layers.matmul._PACKED_AT_ONCE", packed_at_once)
+    monkeypatch.setattr("layers.cpu_linear._PACKED_AT_ONCE", packed_at_once)
     norm = RMSNorm(1030, EPS, place())
     norm.weight.copy_(_random(1030, seed=2))
     scale = norm.weight.clone()
@@ -171,7 +172,7 @@ def test_of_several_ranks_none_adds_the_residual(rows: int, exact: bool) -> None
 def test_nothing_is_printed() -> None:
     """torch calls these operations deprecated; a user can do nothing about it."""
     code = (
-        "import torch; from layers.matmul import make_matmul; "
+        "import torch; from layers.linear import make_matmul; "
         "from layers.parallel import ParallelContext, Place; "
         "place = Place(ParallelContext(), torch.float32, torch.device('cpu')); "
         "make_matmul(torch.ones(8, 8), None, place)(torch.ones(1, 8))"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import layers.kernels
-from layers.matmul import SmallBatchMatmul, silu_mul
+from layers.linear import SmallBatchMatmul, silu_mul
 from layers.norm_rope import RMSNorm, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import place
