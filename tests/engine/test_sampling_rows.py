@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ import engine.sampling_rows
 from engine.device_state import Staging
 from engine.sampling_rows import BLOCK_ROWS, SamplingRows, special_bytes
 from engine.types import NewRequest, PrefillChunk, StepPlan
-from layers.logits import SCORED_ROWS
+from layers.logits import SCORED_ROWS, Filters, logit_bounds_reference
 from layers.parallel import ParallelContext
-from layers.sampler import Sampler
+from layers.sampler import Sampler, gumbel_noise
 from layers.step_rows import SampledRows
 from sampling_params import SamplingParams
 
@@ -212,3 +213,84 @@ def test_tokens_are_withheld_until_the_output_is_long_enough(position: int, toke
     sampler = Sampler(ParallelContext(), CPU, torch.float32)
     drawn, scores = special.draw(sampler, torch.zeros(1, 9, dtype=torch.int32), logits, sampled)
     assert (drawn.tolist(), scores) == ([token], None)
+
+
+def _expected(new: NewRequest, known: list[int], logits: Tensor) -> int:
+    """The token of one request by the definition of each option, without any other request."""
+    p, num_prompt = new.sampling, len(new.token_ids) - new.num_output_tokens
+    changed = logits.float().clone()
+    for token in set(known):
+        count = known[num_prompt:].count(token)
+        by = p.repetition_penalty
+        changed[token] = changed[token] / by if changed[token] > 0 else changed[token] * by
+        changed[token] -= count * p.frequency_penalty + (count > 0) * p.presence_penalty
+    if len(known) - num_prompt < p.min_tokens:
+        changed[list(new.withheld_token_ids)] = float("-inf")
+    for call in p.logits_processors:
+        changed = call(known, changed)
+    filters = Filters(*torch.tensor([[p.temperature], [p.top_k], [p.top_p], [p.min_p]]))
+    least = logit_bounds_reference(changed.unsqueeze(0), filters)
+    changed[changed < least] = float("-inf")
+    noise = gumbel_noise(torch.tensor([new.seed]), torch.tensor([len(known)]), VOCAB_SIZE)[0]
+    return int((changed + p.temperature * noise).argmax())
+
+
+def _random_request(random: Random, slot: int) -> NewRequest:
+    """A request that was preempted after some tokens of output, with options that may be none."""
+    values: dict[str, Any] = {
+        "repetition_penalty": random.uniform(0.6, 1.8),
+        "presence_penalty": random.uniform(-2, 2),
+        "frequency_penalty": random.uniform(-2, 2),
+        "top_k": random.randint(1, 20),
+        "top_p": random.uniform(0.3, 1.0),
+        "min_p": random.uniform(0.0, 0.3),
+        "min_tokens": random.randint(1, 9),
+        "logits_processors": [lambda ids, x: x - sum(ids) % 7 * torch.arange(len(x)).cos()],
+    }
+    options = {
+        name: values[name] for name in random.sample(list(values), random.choice((0, 0, 1, 3)))
+    }
+    token_ids = tuple(random.choices(range(VOCAB_SIZE), k=random.randint(3, 12)))
+    params = SamplingParams(temperature=random.choice((0.0, 0.6, 1.3)), max_tokens=20, **options)
+    withheld = tuple(random.sample(range(VOCAB_SIZE), 60)) if "min_tokens" in options else ()
+    num_output = random.randint(0, len(token_ids) - 1)
+    return NewRequest(slot, slot, token_ids, params, random.getrandbits(40), num_output, withheld)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(seed: int) -> None:
+    """Steps of decodes: up to nine requests, each a few tokens after it was (re)admitted."""
+    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    count = random.randint(1, 9)
+    news = tuple(_random_request(random, slot) for slot in range(count))
+    known = [
+        [*q.token_ids, *random.choices(range(VOCAB_SIZE), k=random.randint(0, 5))] for q in news
+    ]
+    chunks = tuple(PrefillChunk(q.slot, 0, len(q.token_ids), True) for q in news)
+    rows = SamplingRows(count, Staging(CPU))
+    # Other requests held the slots before: nothing of theirs may be left.
+    for requests in (tuple(_random_request(random, slot) for slot in range(count)), news):
+        rows.of(StepPlan(0, requests, prefill=chunks))
+    order = random.sample(range(count), count)
+    special = rows.of(StepPlan(1, decode=tuple(order)))
+    tokens = torch.full((count, 32), 3, dtype=torch.int32)
+    for slot, ids in enumerate(known):
+        tokens[slot, : len(ids)] = torch.tensor(ids)
+    logits = torch.randn(count, VOCAB_SIZE, generator=generator) * 3
+    sampled = SampledRows(
+        rows=torch.arange(count),
+        slots=torch.tensor(order),
+        positions=torch.tensor([len(known[slot]) for slot in order]),
+        temperatures=torch.tensor([news[slot].sampling.temperature for slot in order]),
+        seeds=torch.tensor([news[slot].seed for slot in order]),
+        tokens=torch.zeros(count, dtype=torch.int64),
+    )
+    sampler = Sampler(ParallelContext(), CPU, torch.float32)
+    drawn = (
+        sampler(logits, sampled)
+        if special is None
+        else special.draw(sampler, tokens, logits, sampled)[0]
+    )
+    assert drawn.tolist() == [
+        _expected(news[slot], known[slot], logits[row]) for row, slot in enumerate(order)
+    ]
