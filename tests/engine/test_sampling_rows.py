@@ -250,7 +250,7 @@ def _random_request(random: Random, slot: int) -> NewRequest:
     options = {
         name: values[name] for name in random.sample(list(values), random.choice((0, 0, 1, 3)))
     }
-    token_ids = tuple(random.choices(range(VOCAB_SIZE), k=random.randint(3, 12)))
+    token_ids = tuple(random.choices(range(10), k=random.randint(3, 12)))
     params = SamplingParams(temperature=random.choice((0.0, 0.6, 1.3)), max_tokens=20, **options)
     withheld = tuple(random.sample(range(VOCAB_SIZE), 60)) if "min_tokens" in options else ()
     num_output = random.randint(0, len(token_ids) - 1)
@@ -263,9 +263,7 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     count = random.randint(1, 9)
     news = tuple(_random_request(random, slot) for slot in range(count))
-    known = [
-        [*q.token_ids, *random.choices(range(VOCAB_SIZE), k=random.randint(0, 5))] for q in news
-    ]
+    known = [[*q.token_ids, *random.choices(range(10), k=random.randint(0, 5))] for q in news]
     chunks = tuple(PrefillChunk(q.slot, 0, len(q.token_ids), True) for q in news)
     rows = SamplingRows(count, Staging(CPU))
     # Other requests held the slots before: nothing of theirs may be left.
@@ -276,7 +274,9 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     tokens = torch.full((count, 32), 3, dtype=torch.int32)
     for slot, ids in enumerate(known):
         tokens[slot, : len(ids)] = torch.tensor(ids)
-    logits = torch.randn(count, VOCAB_SIZE, generator=generator) * 3
+    logits = torch.randn(count, VOCAB_SIZE, generator=generator)
+    # So that most tokens to choose from are known ones, which penalties change.
+    logits[:, :10] += 2
     sampled = SampledRows(
         rows=torch.arange(count),
         slots=torch.tensor(order),
