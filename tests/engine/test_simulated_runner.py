@@ -72,7 +72,7 @@ def simulate(**options: Any) -> str:
 
 
 @contextmanager
-def _busy(count: int) -> Iterator[None]:
+def busy(count: int) -> Iterator[None]:
     """As many processes that take all the time they get."""
     others = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in range(count)]
     try:
@@ -92,13 +92,11 @@ def simulate_all() -> str:
 
 
 def test_a_busy_machine_gives_the_same_run_to_the_byte() -> None:
-    code = f"from {__name__} import simulate_all; print(simulate_all())"
-    with _busy(4):
-        busy = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True
-        )
+    code = f"from {__name__} import busy, simulate_all\nwith busy(4): print(simulate_all())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
     idle = simulate_all()
-    assert busy.stdout == idle + "\n"
+    assert done.stdout == idle + "\n"
     for line in idle.split("\n"):
         outputs, totals, plans = json.loads(line)
         assert len(outputs) == 120

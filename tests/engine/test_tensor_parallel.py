@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,27 @@ def test_what_every_rank_imports_needs_no_torch() -> None:
     assert done.stdout == b"set()\n"
 
 
+def test_ranks_import_nothing_from_the_current_directory(tmp_path: Path) -> None:
+    """A user's own config.py or json.py there is no part of the engine, nor of Python."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("config.py", "json.py", "socket.py"):
+        (here / name).write_text("raise ImportError('imported from the current directory')\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from config import Config\n"
+        "from engine.ranks.runner import TensorParallelRunner\n"
+        "from tests.engine.fake_ranks import FakeRank\n"
+        "config = Config(model='none', device='cpu', tensor_parallel_size=2)\n"
+        "TensorParallelRunner(config, None, FakeRank()).close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 SCRIPT = """
 import signal
 import socket
@@ -372,8 +394,21 @@ else:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("phase", ["load", "idle", "step", "close"])
+_PHASES = ["load", "idle", "step", "close"]
+_OTHER_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    ("phase", "how"),
+    [
+        *product(_PHASES, [signal.SIGKILL]),
+        *product(["idle"], _OTHER_SIGNALS),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product(["load", "step", "close"], _OTHER_SIGNALS)
+        ),
+    ],
+)
 def test_workers_end_with_their_parent(phase: str, how: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), phase],

@@ -303,7 +303,9 @@ def test_a_wrong_guess_changes_nothing(
 
 
 @interpreted
-@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "scale", [1.0, pytest.param(0.1, marks=_SLOW), pytest.param(3.0, marks=_SLOW)]
+)
 @pytest.mark.parametrize(
     "values",
     [

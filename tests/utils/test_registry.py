@@ -76,6 +76,8 @@ class Unfinished(Scheduler):
         ("nowhere.at.all:Scheduler", "cannot be imported"),
         ("tests.custom_parts:Missing", "cannot be imported"),
         (":Scheduler", "cannot be imported"),
+        ("..engine.scheduler:Scheduler", "cannot be imported"),
+        (".:Scheduler", "cannot be imported"),
         ("tests.custom_parts:", "cannot be imported"),
         ("tests.custom_parts:NOT_A_PART", "cannot be constructed"),
         (PagedBlockManager, "is no Scheduler"),
