@@ -1,7 +1,7 @@
 """Steps as CUDA graphs: one replay instead of some two hundred kernel launches.
 
 Decodes and prefill chunks have separate graphs, each for several row counts. A step with decodes
-and chunks replays two graphs: common graphs would be needed for every pair of row counts. Two
+and chunks replays two graphs. (Common graphs would be needed for every pair of row counts.) Two
 graphs read the weights twice. As long as the prefill is short, the second reading takes less time
 than launching the kernels one by one.
 """
@@ -57,15 +57,14 @@ class StepGraphs:
     """The captured CUDA graphs of one runner.
 
     All graphs share one buffer for logits and one for sampled rows. The first `MAX_CHUNKS` entries
-    belong to prefill chunks, and the entries behind them to decodes. The sampled rows of chunks are
-    right-aligned in their part. So all rows that a plan samples are contiguous.
+    are for prefill chunks, and those behind for decodes. The sampled rows of chunks take the last
+    of the chunks' entries, so that all rows that a plan samples are contiguous.
 
     Args:
         step: enqueues the work that a graph captures.
         state: the tables from which a step's rows are made.
         max_tokens: most rows that the prefill chunks of a step may have.
-        weights_per_layer: weights on this rank divided by the number of layers. The estimate
-            above counts 2 bytes for each.
+        weights_per_layer: number of weights, of 2 bytes each, in a layer on this rank (average).
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class StepGraphs:
             pool = self._graphs[kind, size].pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
-        """Functions that each enqueue, without a graph, the most decodes or the longest chunks."""
+        """Functions that enqueue the largest step of decodes and of chunks, each without a graph."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
@@ -136,9 +135,7 @@ class StepGraphs:
         return len(plan.prefill) <= MAX_CHUNKS and plan.num_prefill_tokens <= most
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, SampledRows]:
-        """Replay the graphs of a plan, which also draw its tokens and store them.
-
-        `serves` must be true for the plan, and `DeviceState.apply` must have been called.
+        """Replay a plan's graphs, which also draw tokens; call `serves` and `apply` first.
 
         Returns:
             Logits [R, columns] and sampled rows with their tokens; the next replay overwrites both.
@@ -162,10 +159,9 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue a step of `size` rows for the current content of the headers.
+        """Enqueue `size` rows of chunks or of decodes, as the current header describes them.
 
         Args:
-            kind: "chunks" or "decodes".
             logits: the buffer that all graphs share, into which the step's logits go.
         """
         if kind == "chunks":

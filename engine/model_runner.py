@@ -305,7 +305,7 @@ class LocalRunner(ModelRunner):
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
-        """Functions that run the steps that need the most memory: the largest prefill and decode."""
+        """Functions that run the largest prefill and decode, which need the most memory."""
         config = self._config
         assert config.max_model_len is not None
         longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
