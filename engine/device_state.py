@@ -1,6 +1,6 @@
 """Tables of the running requests on the device, and the rows of a step, which are made from them.
 
-A request's slot is its row index in the tables. A step has one row for each token that it computes.
+A request's slot is its row index in the tables. A step has one row for each token to compute.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Staging:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """Context for all uploads of one step, which are enqueued on the current stream."""
+        """Context manager for the uploads of one step, which are enqueued on the current stream."""
         if not self._cuda:
             yield
             return
@@ -59,11 +59,7 @@ class Staging:
             self._read[self._turn].record()
 
     def upload(self, array: Array, out: Tensor | None = None) -> Tensor:
-        """Upload an array to a tensor; the caller must not write to the array afterwards.
-
-        Args:
-            out: the tensor, of the array's shape and dtype; by default a new tensor.
-        """
+        """Upload an array, into `out` if given. The caller must not change the array afterwards."""
         source = torch.from_numpy(array)
         if not self._cuda:
             return source if out is None else out.copy_(source)
@@ -96,7 +92,7 @@ class DeviceState:
     Args:
         tables: tables without requests.
         staging: uploads the plans' arrays; methods that upload are called within `staging.group()`.
-        kernels: use Triton kernels; by default on CUDA if Triton is installed.
+        kernels: whether to use Triton kernels; by default on CUDA if Triton is installed.
     """
 
     def __init__(self, tables: SlotTables, staging: Staging, kernels: bool | None = None) -> None:
@@ -200,8 +196,8 @@ def chunks_header(
 ) -> Array:
     """`StepRows.header` for prefill chunks that run as a captured CUDA graph.
 
-    The header has `width` requests, and one more for the padding rows behind the last chunk. The
-    chunks' sampled rows take the last of `width` indices, so that the decodes' sampled rows follow.
+    The header has `width` requests, and one more for the padding rows behind the last chunk. Of
+    `width` indices for sampled rows the chunks use the last, so that those of decodes follow.
 
     Args:
         width: number of requests, at least the number of chunks.

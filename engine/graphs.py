@@ -115,7 +115,7 @@ class StepGraphs:
             pool = self._graphs[kind, size].pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
-        """Functions that enqueue the largest step of decodes and of chunks, each without a graph."""
+        """Functions that enqueue the largest step of decodes, and of chunks, without a graph."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
@@ -135,7 +135,9 @@ class StepGraphs:
         return len(plan.prefill) <= MAX_CHUNKS and plan.num_prefill_tokens <= most
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, SampledRows]:
-        """Replay a plan's graphs, which also draw tokens; call `serves` and `apply` first.
+        """Replay the graphs of a plan, which also draw its tokens and store them.
+
+        `serves` must be true for the plan, and `DeviceState.apply` must have been called.
 
         Returns:
             Logits [R, columns] and sampled rows with their tokens; the next replay overwrites both.
@@ -149,7 +151,6 @@ class StepGraphs:
         if plan.decode:
             size = self._decode_sizes[bisect_left(self._decode_sizes, len(plan.decode))]
             if plan.decode != self._decode:
-                # Most steps decode the same requests as the step before, and upload nothing.
                 slots = np.full(size, self._padding, dtype=np.int64)
                 slots[: len(plan.decode)] = self._decode = plan.decode
                 self._staging.upload(slots, out=self._decodes.header[0, :size])
@@ -159,11 +160,7 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue `size` rows of chunks or of decodes, as the current header describes them.
-
-        Args:
-            logits: the buffer that all graphs share, into which the step's logits go.
-        """
+        """Enqueue `size` rows of chunks or of decodes; the graphs share the buffer `logits`."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:

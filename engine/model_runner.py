@@ -60,7 +60,7 @@ class StepPass:
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Logits [R + P, this rank's columns] of the R sampled rows, then of `prompt_rows`.
+        """Logits [R + P, this rank's vocabulary] of the R sampled rows, then of `prompt_rows`.
 
         Args:
             prompt_rows: [P] int64 rows of prompt tokens whose log-probabilities are wanted.
@@ -163,7 +163,7 @@ class LocalRunner(ModelRunner):
             limits = config.max_num_seqs, spec.max_model_len, spec.block_size
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
             geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
-            # All ranks execute the same plans, so all take the smallest number of blocks of any.
+            # All ranks execute the same plans, so all use the block count of the smallest cache.
             blocks = torch.tensor([-geometry.num_blocks], device=self._device)
             self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))
             if config.kv_sanitizer:
@@ -244,8 +244,7 @@ class LocalRunner(ModelRunner):
         )
         weights = self._model.weight_targets()
         load_weights(checkpoint.path, weights, tied=shape.tied)
-        # Counted on undivided tensors: ranks may have unequal parts, but must choose the same steps
-        # to run as graphs.
+        # Counted on undivided tensors: every rank then decides alike which steps run as graphs.
         total = sum(math.prod(slot.shape) for slot in weights.values())
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
@@ -299,8 +298,8 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        # In a rehearsal collectives do not communicate. Otherwise ranks could wait for each other
-        # for ever: their threads reach the collectives in different orders.
+        # In a rehearsal collectives do not communicate. Otherwise ranks could hang, as their
+        # threads reach the collectives in different orders.
         with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
             list(threads.map(run, steps))
 

@@ -1,7 +1,7 @@
-"""Finds and makes the engine's replaceable parts, and replaces None and "auto" in the options.
+"""Finds and makes the engine's parts, and replaces None and "auto" in the options.
 
-A part is for example the scheduler, a policy or the model runner; `PART_KINDS` lists them. Torch is
-imported only inside functions, because schedulers use this module and must work without torch.
+`PART_KINDS` lists the kinds of parts, such as scheduler, policy or model runner. Torch is imported
+only inside functions, because schedulers use this module and must work without torch.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _KINDS = (
     PartKind("admission_policy", "engine.policies:AdmissionPolicy", ("engine.policies",)),
     PartKind("preemption_policy", "engine.policies:PreemptionPolicy", ("engine.policies",)),
     PartKind("step_policy", "engine.policies:StepPolicy", ("engine.policies",)),
-    # "auto" does not take "radix": it finds as many tokens as "prefix". Costs were not compared.
+    # "radix" finds as many cached tokens as "prefix". What the two cost was not compared.
     PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
     PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
     PartKind("model_runner", "engine.types:ModelRunner", _RUNNERS),
-    # "auto" takes the first backend that works: the fastest is first, "torch" works everywhere.
+    # "auto" takes the first that works. The fastest is first (docs/LOG.md), "torch" always works.
     PartKind(
         "attention_backend",
         f"{_ATTENTION}.base:AttentionBackend",
@@ -67,7 +67,7 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     if length > limit:
         problem = f"the checkpoint was made for {limit} positions"
         raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
-    # With several devices each has its own process, in which a "local" runner works.
+    # With several devices each of them has a process, in which a "local" runner works.
     divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
     runner = "tensor_parallel" if divided else config.model_runner
     # Prefix caching is on by default: the next turn of a chat finds the previous turns cached.
@@ -81,7 +81,7 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
-    """The config with the device and what depends on it: dtype, graphs, pipeline depth."""
+    """Fill in the device and what depends on the device: dtype, CUDA graphs, pipeline depth."""
     import torch
 
     runner: Any = find("model_runner", config)
@@ -91,8 +91,8 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
     if config.device == "cuda" and not cuda:
         raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
     cuda = cuda and config.device != "cpu"
-    # CUDA graphs are on by default. With graphs for steps of prefills and decodes 1,024 short
-    # requests ran at 94,840 tok/s. Without, launching such a step took 10 to 15 ms: 47,729 tok/s.
+    # CUDA graphs are on by default. 1,024 short requests ran at 94,840 tok/s when prefills beside
+    # decodes ran as graphs. Before it was 47,729: launching such a step took the host 10 to 15 ms.
     graphs = config.enable_cuda_graphs
     if graphs and not cuda:
         problem = "there is no CUDA device to capture on"
@@ -105,7 +105,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
     # On CUDA depth 1 hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU the
-    # worker thread competes for cores: a step of one request took 2.4 ms at depth 1, 1.3 at 0.
+    # worker thread competes for cores: a step of one request took 2.4 ms instead of 1.3 ms.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -114,10 +114,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Set enable_prefix_caching to what `blocks`, a block manager or its class, does.
-
-    Raises a ConfigError if an option contradicts the block manager.
-    """
+    """Set enable_prefix_caching to what the block manager does; a ConfigError if options differ."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -154,7 +151,7 @@ def make(option: str, config: Config, *args: Any) -> Any:
 
 
 def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """Make the scheduler; raise a ConfigError if it would ignore a policy. `clock`: the runner's."""
+    """Make the scheduler with the runner's clock; a ConfigError if it would ignore a policy."""
     scheduler: Scheduler = make("scheduler", config, blocks, clock)
     # `resolve` cannot check the policies if the scheduler comes from a factory.
     check_policies(config, scheduler)
@@ -163,7 +160,7 @@ def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Schedu
 
 def check_policies(config: Config, scheduler: object) -> None:
     """Refuse a policy that does not exist, or that the scheduler (or its class) would ignore."""
-    # A factory has no `policies`: its scheduler is assumed to use all until it is made.
+    # A factory has no `policies`. Until its scheduler is made, all policies count as used.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:
@@ -184,13 +181,11 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
 def make_block_managers(
     asked: Config, config: Config, groups: tuple[KVGeometry, ...]
 ) -> tuple[Config, tuple[BlockManager, ...]]:
-    """Make a block manager for each cache group of the runner; also update caching in the config.
+    """Make a block manager for each cache group, and fill in enable_prefix_caching.
 
     A cache group is a set of layers that share a block table. With several groups or an attention
-    window prefix caching is switched off. If the user asked for it, a ConfigError is raised.
-
-    Args:
-        asked: the user's config. `config` is what `resolve` made of it.
+    window prefix caching is switched off, or a ConfigError is raised if the user asked for caching.
+    `asked` is the user's config, and `config` is what `resolve` made of `asked`.
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
@@ -235,7 +230,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether to capture CUDA graphs; a ConfigError if the user asks for them in vain."""
+    """Whether to capture CUDA graphs; a ConfigError if they are asked for and impossible."""
     import torch
 
     from layers.kernels.launch import fused

@@ -1,9 +1,9 @@
 """Sampling options of a step's rows: filters, penalties, log-probabilities, logits processors.
 
-Most steps have no request with such an option; the cost for them is a look at an empty dictionary.
+Most steps have no request with such an option, and then only look into an empty dictionary.
 Steps with options run the same forward pass. Filters (top-k, top-p, min-p) give each row a bound:
 tokens whose logits are below the bound are not drawn. Penalties, `min_tokens` and logits processors
-change logits before a token is drawn. Rows with changed logits are drawn apart, in blocks.
+change logits before a token is drawn. Rows with changed logits are drawn separately, in blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_rank
     """Most device memory in bytes that sampling options take beyond a step without options.
 
     A block of rows, for changed logits or for log-probabilities, needs three copies of its logits,
-    two of them in float32. Several ranks need two more of all rows, to gather the whole vocabulary.
+    two of them in float32. Several ranks need two copies of all rows to gather the vocabulary.
     """
     copies = 0 if num_ranks == 1 else 2 * max_num_seqs * dtype_bytes
     block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
@@ -68,11 +68,7 @@ class StepScores:
     def logprobs(
         self, num_rows: int
     ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
-        """`logprobs` and `prompt_logprobs` of a `StepResult`; `found` must be on the host.
-
-        Args:
-            num_rows: number of the step's sampled rows.
-        """
+        """`logprobs` and `prompt_logprobs` of a `StepResult`, after `found` is on the host."""
         f = self.found
         columns = (f.tokens, f.values, f.top_tokens, f.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -116,7 +112,7 @@ class _ChangedRows:
         sampled: SampledRows,
         parameters: Tensor,
     ) -> Tensor:
-        """Tokens [S] int64, given `logits` [R, V], `sampled` and `parameters` of all R rows."""
+        """Tokens [S] int64; `logits` [R, vocabulary], `sampled`, `parameters` are of all R rows."""
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
@@ -143,7 +139,7 @@ class SpecialRows:
     Attributes:
         parameters: [8, R] float32, see `_parameters`.
         filters: of all R rows. Rows without filters and rows in `changed` have temperature 0,
-            which turns filters off. None if they are off for all rows.
+            which turns filters off. None if filters are off for all rows.
         changed: the rows whose logits are changed before tokens are drawn, in blocks.
         all_changed: whether all R rows are in `changed`.
         new, prompts, num_chunks: as in `StepScores`.
@@ -170,7 +166,7 @@ class SpecialRows:
 
         Args:
             tokens: [slots + 1, max_model_len] token ids of prompt and output of each request.
-            logits: [R + P, this rank's columns] of the R sampled rows, then of `prompt_rows`.
+            logits: [R + P, this rank's vocabulary] of the R sampled rows, then of `prompt_rows`.
 
         Returns:
             [R] int64 tokens, and the log-probabilities that were asked for.
@@ -188,7 +184,7 @@ class SpecialRows:
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Log-probabilities from the unchanged logits [R, V] and `prompt_logits` [P, V]."""
+        """Scores from the unchanged `logits` [R, vocabulary], `prompt_logits` [P, vocabulary]."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
@@ -202,7 +198,7 @@ class SamplingRows:
     """The running requests with sampling options beyond temperature and seed, by slot.
 
     Args:
-        num_slots: number of slots, the row indices of running requests in the device tables.
+        num_slots: number of slots. A slot is a running request's row in the device tables.
         staging: uploads tensors; `of` is called within `staging.group()`.
     """
 
@@ -214,7 +210,10 @@ class SamplingRows:
         self._decode_rows: SpecialRows | None = None
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
-        """Options of the plan's rows; None without any. Call it for every plan: it keeps state."""
+        """The options of a plan's rows, or None if no row has any.
+
+        Call this method for every plan, because it also records the plan's new requests.
+        """
         for new in plan.new_requests:
             if new.sampling.needs_logits:
                 self._requests[new.slot] = new
@@ -227,7 +226,6 @@ class SamplingRows:
             self._decode = None
             return self._found(plan)
         if plan.decode != self._decode:
-            # Most steps decode the same requests as the step before, and reuse its options.
             self._decode, self._decode_rows = plan.decode, self._found(plan)
         return self._decode_rows
 
@@ -241,7 +239,7 @@ class SamplingRows:
         filtered = [row for row, new in special if new.sampling.filters and not _changes(new)]
         scored = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
         parameters = np.ascontiguousarray(self._parameters[slots].T)
-        # Rows that these filters do not apply to keep temperature 0, which turns filters off.
+        # Temperature 0 turns the filters off for all rows that are not in `filtered`.
         filters = np.zeros_like(parameters[:4])
         filters[:, filtered] = parameters[:4, filtered]
         return SpecialRows(
@@ -306,13 +304,11 @@ def _changes(new: NewRequest) -> bool:
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:
-    """Filters (temperature, top_k, top_p, min_p), penalties and prompt length of a request.
-
-    The values become float32, which is exact for integers up to 2^24. So top_k is cut there.
-    """
+    """Filters (temperature, top_k, top_p, min_p), penalties and prompt length of a request."""
     s = new.sampling
     num_prompt = len(new.token_ids) - new.num_output_tokens
-    # A tiny top_p would round to 0 in float32, and then no token would pass the filter.
+    # The values become float32, which is exact for integers up to 2^24. A tiny top_p would round to
+    # 0 in float32, and no token would pass the filter.
     filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
 

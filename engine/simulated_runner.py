@@ -140,7 +140,7 @@ class SimulatedRunner(ModelRunner):
         return [self._next(request) for _ in range(1 + hash((seed, position, most)) % most)]
 
     def _next(self, request: SimulatedRequest) -> int:
-        """Append a drawn token, or if it is withheld the next higher id that is not."""
+        """Append a drawn token, or the next id that is not withheld if the drawn token is."""
         drawn, new, size = self._draw(request), request.new, self._vocab_size
         num_output = len(request.tokens) - len(new.token_ids) + new.num_output_tokens
         withheld = new.withheld_token_ids if num_output < new.sampling.min_tokens else ()
@@ -165,7 +165,7 @@ class SimulatedRunner(ModelRunner):
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]
     ) -> list[list[TokenLogprobs]] | None:
-        """Log-probabilities for (tokens, number of top tokens) of each row; None if none asks."""
+        """Log-probabilities of rows (tokens, number of likeliest tokens); None if no row asks."""
         if all(num_top is None for _, num_top in rows):
             return None
         even = -math.log(self._vocab_size)

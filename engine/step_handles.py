@@ -33,22 +33,14 @@ Step = Callable[[], StepOutput]
 
 
 class HostLauncher:
-    """Runs steps on the host: inside `launch`, or in a worker thread while the caller continues.
-
-    Args:
-        clock: the runner's clock.
-    """
+    """Runs steps on the host: inside `launch`, or in a worker thread while the caller continues."""
 
     def __init__(self, clock: Clock, *, in_thread: bool) -> None:
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Start a step.
-
-        Args:
-            timed: whether the result tells how long the device worked on the step.
-        """
+        """Start a step. If `timed`, the result tells how long the device worked on the step."""
 
         def run() -> StepResult:
             begin = self._clock()
@@ -61,7 +53,7 @@ class HostLauncher:
                 return run()
             except Exception:
                 raise
-            except BaseException as error:  # SystemExit, say, must not end the thread that waits
+            except BaseException as error:  # e.g. SystemExit, which must not end the waiting thread
                 raise _step_error(step_id, error) from error
 
         if self._worker is not None:
@@ -104,8 +96,8 @@ class StreamLauncher:
     Args:
         clock: the runner's clock.
         device: the CUDA device of the stream.
-        max_tokens: most tokens that a step returns.
-        in_flight: most launched steps whose results have not been read.
+        max_tokens: largest number of tokens that a step returns.
+        in_flight: largest number of launched steps whose results have not been read.
     """
 
     def __init__(self, clock: Clock, device: torch.device, max_tokens: int, in_flight: int) -> None:

@@ -4,6 +4,6 @@
 every rank (channel.py). Each rank (worker.py) runs the plan on its share of the model, with sums
 over all ranks (collectives.py). All ranks sample the same tokens; rank 0 sends them back.
 
-A rank that raises sends its error. When a rank's process dies, the runner raises WorkerDiedError.
+A rank that raises an error sends the error. If a rank's process dies, WorkerDiedError is raised.
 In both cases the runner kills the other ranks, as they may wait for the failed rank for ever.
 """

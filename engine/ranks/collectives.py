@@ -94,7 +94,7 @@ def gloo_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def nccl_context(index: int, size: int, store: Any) -> GroupContext:
-    """The context of a rank on the current CUDA device; a ConfigError if NCCL cannot connect it."""
+    """A rank's context on the current CUDA device; a ConfigError if NCCL cannot connect devices."""
     device = torch.device("cuda", torch.cuda.current_device())
     about: Any = {"rank": index, "world_size": size, "timeout": _TIMEOUT, "device_id": device}
     try:
@@ -109,7 +109,7 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """Let `context` sum few rows [T, width] through peer memory, if the devices support that."""
+    """`context`, with sums of few rows [T, width] through peer memory if the devices allow that."""
     device = torch.device("cuda", torch.cuda.current_device())
     pairs = permutations(range(context.size), 2)
     mapped = all(starmap(torch.cuda.can_device_access_peer, pairs))
@@ -121,7 +121,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
     rows = max(1, _PEER_BYTES // (width * dtype.itemsize))
     count = PeerExchange.num_words(context.size, rows, width)
-    # symmetric.empty does the same, but imports sympy to find the stride: 2 s of a start of 8 s.
+    # symmetric.empty does the same, but imports sympy, which takes 2 s of a start of 8 s.
     allocate = symmetric._SymmetricMemory.empty_strided_p2p  # type: ignore[attr-defined]
     memory = allocate((count,), (1,), torch.int64, device)
     PeerExchange.empty(memory, context.size, rows)
@@ -143,7 +143,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
 
 def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> GroupContext:
-    """Connect this process to the other ranks; on CUDA it takes the device with its rank's index.
+    """Connect this process to the other ranks; on CUDA it uses the device with the rank's index.
 
     With `peer`, sums of few rows [T, width] go through peer memory if the devices support that.
     """

@@ -28,11 +28,11 @@ from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResu
 from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
-# If a rank reports that another rank is lost, the runner waits so long for that rank's own error.
+# If a rank reports that another rank is lost, the runner waits this long for the lost rank's error.
 _CAUSE_SECONDS = 2.0
-# A rank that does not end when asked to is killed after this time. Steps take far less time.
+# A rank that does not end when asked to is killed after this time. The longest step takes far less.
 _CLOSE_SECONDS = 30.0
-# While a rank's socket is full, the runner waits so long for results before it writes again.
+# While a rank's socket is full, the runner waits this long for results before it writes again.
 _FULL_SECONDS = 50e-6
 
 
@@ -181,14 +181,14 @@ class TensorParallelRunner(ModelRunner):
         channel = self._held.enter_context(Channel(fileno=ours.detach()))
         self._channels.append(channel)
         self._selector.register(channel, selectors.EVENT_READ, index)
-        # -c puts the current directory first into sys.path; the parent's sys.path may not have it.
+        # -c adds the current directory to sys.path. `code` deletes it: the parent may not have it.
         code = "import sys; del sys.path[:1]; from engine.ranks.worker import main; main()"
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(), store),
                 stdin=subprocess.DEVNULL,
-                # In a session of its own the process gets no Ctrl-C, which the parent handles.
+                # A process with its own session gets no Ctrl-C. The parent handles Ctrl-C.
                 start_new_session=True,
                 env={
                     # All ranks are on this machine, so NCCL needs no network but loopback.
@@ -201,7 +201,7 @@ class TensorParallelRunner(ModelRunner):
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },
             )
-        # When `_held` is closed, it waits for the process.
+        # Closing `_held` waits for the process to end.
         self._processes.append(self._held.enter_context(process))
         channel.post(start)
 
@@ -250,7 +250,7 @@ class _Sent(StepHandle):
 def _start_message(
     config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, rank: Rank
 ) -> bytes:
-    """The first message to a rank, without classes that ranks do not use and pickle may refuse."""
+    """The first message to a rank, without callables that ranks do not use or pickle may refuse."""
     kept: dict[str, Any] = {
         field.name: field.default
         for field in fields(config)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
 # A rank without work polls its channel for this time before it sleeps. The time is longer than the
-# pause between two steps, and too short to burden an idle machine.
+# pause between two steps, and short enough not to burden an idle machine.
 _SPIN_SECONDS = 500e-6
 
 
@@ -43,7 +43,7 @@ MakeRunner = Callable[[Config, "Checkpoint", Rank], ModelRunner]
 
 
 class LostPeerError(Exception):
-    """A collective failed because another rank failed, whose own report tells the cause."""
+    """A collective failed because another rank failed. The other rank's report tells the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Failure:
 def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
     """Run plans until the channel ends, then close the runner; send results if `reports` is true.
 
-    The next plan is launched while a step still runs, if `StepHandle.done` can tell that it runs.
+    The next plan is launched while a step runs, if the step's handle can tell that the step runs.
     """
     codec = PlanCodec()
     poll = select.poll()
@@ -102,8 +102,8 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
 def _end_with_parent(channel: Channel, parent_id: int) -> None:
     """End this process, wherever it is stuck, as soon as its parent has ended."""
     poll = select.poll()
-    # Mask 0 reports only that both directions are closed. The parent closes one direction when it
-    # has no more plans, which must not end this process.
+    # Mask 0 reports only that both directions are closed. The parent closes a single direction when
+    # no more plans will come, and this process must then go on.
     poll.register(channel, 0)
     # If a child of the parent inherited the parent's socket, only getppid shows the parent's end.
     while not poll.poll(1000) and os.getppid() == parent_id:
@@ -112,7 +112,7 @@ def _end_with_parent(channel: Channel, parent_id: int) -> None:
 
 
 def main() -> None:
-    """Run a rank's process. Its arguments: descriptor of its socket, process id of its parent."""
+    """Run a rank's process; the arguments are its socket's descriptor and its parent's id."""
     descriptor, parent_id = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(fileno=descriptor)
