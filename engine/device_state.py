@@ -1,4 +1,7 @@
-"""What the device knows of the running requests, and the rows of a step made from it."""
+"""Tables of the running requests on the device, and the rows of a step, which are made from them.
+
+A request's slot is its row index in the tables. A step has one row for each token to compute.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,19 @@ from layers.step_rows import SampledRows, SlotTables, StepRows
 
 Array = np.ndarray[Any, Any]
 
-# Two steps may be under way while a third one is prepared.
+# Two steps may be in flight while a third one is prepared, and each uses a buffer of its own.
 _NUM_BUFFERS = 3
 
 
 class Staging:
-    """Uploads a step's arrays through pinned memory, a few buffers taking turns.
+    """Uploads a step's arrays through pinned buffers, which the steps use in turn.
 
     A copy from pinned memory returns at once, and the device reads the memory later. So a buffer
-    is written again only when the copies out of it are known to have ended.
+    is written again only after an event tells that all copies from the buffer have ended.
 
     Args:
-        device: where to. On a CPU arrays are wrapped in place.
-        num_bytes: first size of a buffer; it grows when a step brings more.
+        device: the target. On a CPU there are no buffers: a tensor shares its array's memory.
+        num_bytes: first size of a buffer, which grows when a step uploads more.
     """
 
     def __init__(self, device: torch.device, num_bytes: int = 1 << 20) -> None:
@@ -43,7 +46,7 @@ class Staging:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """The uploads of one step, on the current stream."""
+        """Context manager for the uploads of one step, which are enqueued on the current stream."""
         if not self._cuda:
             yield
             return
@@ -56,24 +59,20 @@ class Staging:
             self._read[self._turn].record()
 
     def upload(self, array: Array, out: Tensor | None = None) -> Tensor:
-        """The array as a tensor on the device; the array itself must not be written any more.
-
-        Args:
-            out: where to put it, of the same shape and type; made when absent.
-        """
+        """Upload an array, into `out` if given. The caller must not change the array afterwards."""
         source = torch.from_numpy(array)
         if not self._cuda:
             return source if out is None else out.copy_(source)
         size = array.nbytes
         buffer = self._buffers[self._turn]
         if self._used + size > buffer.numel():
-            # Copies from the old buffer may be under way; torch's pinned allocator keeps the
-            # memory back until they end.
+            # Copies from the old buffer may still run. torch's pinned allocator does not reuse the
+            # old buffer's memory before these copies have ended.
             buffer = self._buffers[self._turn] = _pinned(2 * (self._used + size))
             self._used = 0
         pinned = buffer[self._used : self._used + size].view(source.dtype).view(source.shape)
         pinned.copy_(source)
-        # Every array starts on a multiple of 16 bytes, whatever its type.
+        # Every array starts on a multiple of 16 bytes, so that views of any dtype are aligned.
         self._used += -(-size // 16) * 16
         if out is None:
             return pinned.to(self._device, non_blocking=True)
@@ -85,14 +84,15 @@ def _pinned(num_bytes: int) -> Tensor:
 
 
 class DeviceState:
-    """The per-slot tables of a runner: plans change them, and their rows are read from them.
+    """Applies plans to the tables of the running requests, and makes a step's rows from them.
 
-    Plans bring only changes. Tokens that the runner sampled never leave the device to come back.
+    A plan contains only changes. Sampled tokens are written to the token table on the device, so
+    that they are never uploaded.
 
     Args:
-        tables: empty ones.
-        staging: uploads what plans bring; a group of uploads has to have begun.
-        kernels: make rows by Triton kernels; by default where there is a device for them.
+        tables: tables without requests.
+        staging: uploads the plans' arrays; methods that upload are called within `staging.group()`.
+        kernels: whether to use Triton kernels; by default on CUDA if Triton is installed.
     """
 
     def __init__(self, tables: SlotTables, staging: Staging, kernels: bool | None = None) -> None:
@@ -108,14 +108,14 @@ class DeviceState:
         self._decode_rows: StepRows | None = None
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in the plan's new requests and block tables."""
+        """Write the plan's new requests and block table entries into the tables."""
         if plan.new_requests:
             self._enter(plan.new_requests)
         if plan.block_updates:
             self._extend(plan.block_updates)
 
     def rows(self, plan: StepPlan) -> StepRows:
-        """The rows of a plan whose changes are taken in; they count as computed from then on."""
+        """Make the rows of a plan, after `apply`; the tables then count the rows as computed."""
         if plan.prefill or plan.decode != self._decode or self._decode_rows is None:
             header = header_of([*map(_column, plan.prefill), *((s, -1, 1, 1) for s in plan.decode)])
             rows = StepRows.empty(
@@ -126,7 +126,7 @@ class DeviceState:
                 num_chunk_rows=plan.num_prefill_tokens,
                 longest_chunk=max((chunk.num_tokens for chunk in plan.prefill), default=0),
             )
-            # Most steps decode the same requests as the one before.
+            # Most steps decode the same requests as the step before, and reuse its rows.
             self._decode, self._decode_rows = plan.decode, None if plan.prefill else rows
         else:
             rows = self._decode_rows
@@ -134,15 +134,15 @@ class DeviceState:
         return rows
 
     def fill(self, rows: StepRows) -> None:
-        """Make what `rows` has from its header; its rows count as computed from then on."""
+        """Fill `rows` according to `rows.header`; the tables then count the rows as computed."""
         self._ops.fill_rows(self.tables, rows)
 
     def write(self, sampled: SampledRows, tokens: Tensor) -> None:
-        """Store drawn tokens [R] int64 where the next step reads them."""
+        """Store drawn tokens [R] int64 in `sampled`, and in the token table for the next step."""
         self._ops.write_tokens(self.tables, sampled, tokens)
 
     def all_greedy(self, plan: StepPlan) -> bool:
-        """Whether every token that the plan samples is taken greedily."""
+        """Whether every request that the plan samples a token for has temperature 0."""
         return not self._random_slots or self._random_slots.isdisjoint(plan.sampled_slots)
 
     def _enter(self, requests: tuple[NewRequest, ...]) -> None:
@@ -177,10 +177,11 @@ def _column(chunk: PrefillChunk) -> tuple[int, int, int, int]:
 
 
 def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
-    """The header of `StepRows`, with the sampled rows in order.
+    """`StepRows.header` [6, requests] for sampled rows in the order of their requests.
 
     Args:
-        columns: slot, first position, number of rows and of sampled rows of each request.
+        columns: for each request its slot, first position (-1: the first one that is not
+            computed), number of rows, and number of sampled rows.
     """
     header = np.empty((6, len(columns)), dtype=np.int64)
     header[[0, 1, 2, 5]] = np.array(columns, dtype=np.int64).T
@@ -193,21 +194,21 @@ def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
 def chunks_header(
     chunks: tuple[PrefillChunk, ...], width: int, num_rows: int, padding: int
 ) -> Array:
-    """The header of `StepRows` for prefill chunks of a captured step.
+    """`StepRows.header` for prefill chunks that run as a captured CUDA graph.
 
-    It has `width` requests and one more for the padding behind the last chunk's rows. The sampled
-    rows are the last ones of `width` places, so that those of decodes may follow.
+    The header has `width` requests, and one more for the padding rows behind the last chunk. Of
+    `width` indices for sampled rows the chunks use the last, so that those of decodes follow.
 
     Args:
-        width: at least as many as there are chunks.
+        width: number of requests, at least the number of chunks.
         num_rows: rows of the step, padding included.
-        padding: the slot for padding.
+        padding: the slot that stands for padding.
     """
     columns = [*map(_column, chunks)]
     left = num_rows - sum(chunk.num_tokens for chunk in chunks)
     columns += [(padding, 0, 0, 0)] * (width - len(columns)) + [(padding, 0, left, 0)]
     header = header_of(columns)
     samples = header[5, :-1] > 0
-    # Sampled rows to the end of the places, padding before them.
+    # Of the `width` indices of sampled rows, padding takes the first ones.
     header[4, np.concatenate((np.flatnonzero(~samples), np.flatnonzero(samples)))] = range(width)
     return header

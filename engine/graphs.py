@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: one replay instead of some two hundred kernel launches.
 
-There is a graph for each of some row counts of two kinds of step, decodes and prefill chunks. A
-step with both replays a graph of each, since one for both would be needed for every pair of row
-counts. Such a step reads the weights twice, which costs less than launching its kernels one by one
-as long as the prefill is short.
+Decodes and prefill chunks have separate graphs, each for several row counts. A step with decodes
+and chunks replays two graphs. (Common graphs would be needed for every pair of row counts.) Two
+graphs read the weights twice. As long as the prefill is short, the second reading takes less time
+than launching the kernels one by one.
 """
 
 from __future__ import annotations
@@ -21,48 +21,50 @@ from engine.device_state import DeviceState, chunks_header, header_of
 from engine.types import StepPlan
 from layers.step_rows import SampledRows, StepRows
 
-# Row counts of prefill chunks to capture. A step is padded to the next one, by 6 % at most from
-# 2,048 on, where the padding costs more than a launch. Beyond the last the device is the slower
-# side. Below it launching takes longer: a prefill of a few hundred tokens takes an H200 1 to 3 ms,
-# and launching its kernels the host some 10 ms for 28 layers.
+# Row counts of the captured prefill chunks. A step is padded to the next larger count; from 2,048
+# rows on padding adds 6 % of the rows at most. Prefills above the last count run without a graph:
+# the device then takes longer than the host's launches. For shorter prefills launching takes
+# longer: a prefill of a few hundred tokens takes an H200 1 to 3 ms, and launching the kernels of 28
+# layers takes the host some 10 ms.
 CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
-# Chunks of a captured step. 32 instead of 8 cost a lone prompt 0.01 to 0.12 ms; more were not
-# tried.
+# Most prefill chunks in a captured step. With 32 instead of 8 the first token of a single prompt
+# takes 0.01 to 0.12 ms longer. More than 32 were not tried.
 MAX_CHUNKS = 32
-# Launching the kernels of a layer takes an H200's host 0.4 ms. The other two are about the rates at
-# which the device reads weights and multiplies. From these follows the prefill from which on two
-# replays take longer than launching; it was not measured.
+# Launching the kernels of one layer takes the host of an H200 0.4 ms. The other two constants are
+# approximate rates at which the H200 reads weights and multiplies. An estimate from the three
+# constants limits the length of a prefill beside decodes: for longer prefills two replays would
+# take longer than launching the kernels. The limit was not measured.
 _LAUNCH_SECONDS = 0.4e-3
 _BYTES_PER_SECOND = 4e12
 _FLOPS = 600e12
 
-# Enqueues a whole step of greedy or plainly drawn tokens for rows that have their header. Returns
-# the logits [R, columns], best in the given tensor.
+# A function like `StepPass.plain`: enqueues a step without sampling options for rows whose header
+# is set. It returns the logits [R, columns], and may write them into the given tensor.
 PlainStep = Callable[[StepRows, "Tensor | None"], Tensor]
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of decodes to capture, so that padding stays small and none up to the last is missed.
+    """Numbers of decodes that get a CUDA graph; a step is padded to the next larger number.
 
-    Doubling to 8, then steps of 8 to 64, of 16 to 256 and of 32 beyond. Padding rows cost the
-    matrix products next to nothing, and attention nothing.
+    The numbers double up to 8. Then they rise by 8 up to 64, by 16 up to 256, and by 32 from there
+    to `max_num_seqs`. Padding costs the matrix products next to nothing, and attention nothing.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 class StepGraphs:
-    """The captured steps of one runner.
+    """The captured CUDA graphs of one runner.
 
-    All of them put logits and sampled rows into the same buffers: those of up to `MAX_CHUNKS`
-    chunks, then those of the decodes. The chunks' samples are the last ones of their part, so that
-    what a plan samples is one stretch of the buffers, whatever its kind.
+    All graphs share one buffer for logits and one for sampled rows. The first `MAX_CHUNKS` entries
+    are for prefill chunks, and those behind for decodes. The sampled rows of chunks take the last
+    of the chunks' entries, so that all rows that a plan samples are contiguous.
 
     Args:
-        step: what is captured.
-        state: the tables that the rows are made from.
-        max_tokens: most rows that the chunks of a step may have at all.
-        weights_per_layer: of a rank, on average, in elements of 2 bytes.
+        step: enqueues the work that a graph captures.
+        state: the tables from which a step's rows are made.
+        max_tokens: most rows that the prefill chunks of a step may have.
+        weights_per_layer: number of weights, of 2 bytes each, in a layer on this rank (average).
     """
 
     def __init__(
@@ -95,10 +97,10 @@ class StepGraphs:
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
-        """Capture every step, of padding alone."""
+        """Capture a graph for every number of rows; all rows are padding during the capture."""
         pool = None
-        # The largest first: the smaller ones then fit into its memory. No graph needs what another
-        # one left there.
+        # Large graphs come first, so that smaller graphs fit into their memory pool. The graphs can
+        # share the pool because no graph reads data that another graph left there.
         steps = [("decodes", size) for size in self._decode_sizes]
         steps += [("chunks", size) for size in self._chunk_sizes]
         for kind, size in reversed(steps):
@@ -113,18 +115,18 @@ class StepGraphs:
             pool = self._graphs[kind, size].pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
-        """What enqueues the largest step of each kind, of padding and uncaptured."""
+        """Functions that enqueue the largest step of decodes, and of chunks, without a graph."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
     def rehearsals(self) -> list[Callable[[], object]]:
-        """What enqueues steps of padding that between them need all kernels, uncaptured."""
-        # One number of rows for each kind of matrix product, and the largest.
+        """Functions that each enqueue a step without a graph; together they use all kernels."""
+        # One number of rows for each kernel of matrix products. `heaviest` adds the largest number.
         sizes = [n for n in (1, 16, 24, 128, 256) if n < self._decode_sizes[-1]]
         return [*(partial(self._run, "decodes", n) for n in sizes), *self.heaviest()]
 
     def serves(self, plan: StepPlan) -> bool:
-        """Whether the plan's rows run as graphs."""
+        """Whether the plan's rows fit the captured graphs."""
         if not plan.prefill or not self._graphs:
             return bool(self._graphs)
         most = max(self._chunk_sizes, default=0)
@@ -133,7 +135,9 @@ class StepGraphs:
         return len(plan.prefill) <= MAX_CHUNKS and plan.num_prefill_tokens <= most
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, SampledRows]:
-        """Enqueue a plan that is served, its changes being taken in; draws and writes its tokens.
+        """Replay the graphs of a plan, which also draw its tokens and store them.
+
+        `serves` must be true for the plan, and `DeviceState.apply` must have been called.
 
         Returns:
             Logits [R, columns] and sampled rows with their tokens; the next replay overwrites both.
@@ -147,7 +151,6 @@ class StepGraphs:
         if plan.decode:
             size = self._decode_sizes[bisect_left(self._decode_sizes, len(plan.decode))]
             if plan.decode != self._decode:
-                # Most steps decode the same requests as the one before.
                 slots = np.full(size, self._padding, dtype=np.int64)
                 slots[: len(plan.decode)] = self._decode = plan.decode
                 self._staging.upload(slots, out=self._decodes.header[0, :size])
@@ -157,25 +160,21 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue the step of a size for the headers as they are.
-
-        Args:
-            logits: the buffer for those of all steps.
-        """
+        """Enqueue `size` rows of chunks or of decodes; the graphs share the buffer `logits`."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:
             rows, part = self._decodes.first_decodes(size), slice(MAX_CHUNKS, MAX_CHUNKS + size)
         out = None if logits is None else logits[part]
         made = self._step(rows, out)
-        # A model need not have put them there.
+        # A model may ignore `out` and return a tensor of its own.
         if out is not None and made is not out:
             out.copy_(made)
         return made
 
 
 def captured(work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """A graph of what `work` enqueues on the current stream; `pool` is the memory to share."""
+    """Capture what `work` enqueues on the current stream; the graph's memory is from `pool`."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):

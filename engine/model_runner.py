@@ -1,4 +1,4 @@
-"""The runner that executes plans on one local device."""
+"""The model runner that executes the scheduler's step plans on one local device."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from utils.loader import load_weights
 
 @dataclass(slots=True)
 class StepPass:
-    """What a step enqueues when its rows are known: forward pass, draw and write-back.
+    """Enqueues a step's work once its rows are known: forward pass, sampling, storing the tokens.
 
-    The runner's graphs hold it. It must not refer to the runner: a runner that is forgotten would
-    keep its memory until the garbage collector comes.
+    The runner's CUDA graphs hold this object. So it must not refer to the runner: the reference
+    cycle would keep a dropped runner's memory until the garbage collector runs.
     """
 
     model: CausalLM
@@ -60,12 +60,13 @@ class StepPass:
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Logits of the sampled rows, then of `prompt_rows` [P].
+        """Logits [R + P, this rank's vocabulary] of the R sampled rows, then of `prompt_rows`.
 
         Args:
-            out: where the model may put the logits.
+            prompt_rows: [P] int64 rows of prompt tokens whose log-probabilities are wanted.
+            out: a tensor that the model may write the logits into.
         """
-        # Every row of a decode is sampled.
+        # Without prefill chunks every row is sampled. None selects all rows.
         wanted = rows.sampled.rows if rows.num_chunks else None
         if prompt_rows is not None:
             wanted = torch.cat((rows.sampled.rows, prompt_rows))
@@ -87,10 +88,11 @@ class StepPass:
         special: SpecialRows | None = None,
         greedy: bool = False,
     ) -> StepOutput:
-        """Draw a step's tokens, and write them where the next step reads them.
+        """Draw a step's tokens, and write them into the token table for the next step.
 
         Args:
-            greedy: every row has temperature 0.
+            special: the rows' options beyond temperature and seed; None if no row has any.
+            greedy: whether every row has temperature 0.
         """
         if special:
             tokens = self.state.tables.tokens
@@ -103,7 +105,7 @@ class StepPass:
         return output
 
     def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
-        """A whole step without options, for rows that have their header: its logits."""
+        """Enqueue a step without sampling options; return its logits. `rows.header` must be set."""
         self.state.fill(rows)
         logits = self.forward(rows, out=out)
         self.draw(logits, rows.sampled)
@@ -111,16 +113,16 @@ class StepPass:
 
 
 class LocalRunner(ModelRunner):
-    """Model, KV cache and per-slot tables on one device.
+    """Owns the model, the KV cache and the tables of running requests on one device.
 
-    On CUDA steps are enqueued on a stream, decodes and short prefills as captured graphs. On a
-    CPU a step runs inside `execute` at pipeline_depth 0, above it in one worker thread, so that
-    the caller plans the next step meanwhile.
+    On CUDA steps are enqueued on a stream, and decodes and short prefills run as captured graphs.
+    On a CPU, `execute` runs the step itself at pipeline_depth 0. At pipeline_depth 1 a worker
+    thread runs the step, so that the caller can plan the next step at the same time.
 
     Args:
-        config: resolved (no None or "auto" left that depends on machine or checkpoint).
-        checkpoint: the model's folder.
-        parallel: this runner's place among ranks; alone by default.
+        config: as returned by `engine.parts.resolve`.
+        checkpoint: the model's checkpoint folder.
+        parallel: this runner's rank and the number of ranks; by default there is a single rank.
 
     Raises:
         UnsupportedModelError, WeightsError: see `utils.errors`.
@@ -161,7 +163,7 @@ class LocalRunner(ModelRunner):
             limits = config.max_num_seqs, spec.max_model_len, spec.block_size
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
             geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
-            # The rank with the fewest blocks decides.
+            # All ranks execute the same plans, so all use the block count of the smallest cache.
             blocks = torch.tensor([-geometry.num_blocks], device=self._device)
             self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))
             if config.kv_sanitizer:
@@ -190,7 +192,7 @@ class LocalRunner(ModelRunner):
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepOutput:
-        """Enqueue a step: changes, rows, forward pass, tokens."""
+        """Enqueue a step: apply the plan, make the rows, run the forward pass, draw the tokens."""
         if self._poison:
             self._poison.fill(plan)
         for copy in plan.block_copies:
@@ -203,7 +205,7 @@ class LocalRunner(ModelRunner):
                 logits, sampled = self._graphs.replay(plan)
                 output = StepOutput(sampled.tokens)
                 if special:
-                    # The graphs have drawn as if no row had options.
+                    # The graphs draw without sampling options, so the tokens are drawn again.
                     output = self._pass.draw(logits, sampled, special)
             else:
                 rows = self._state.rows(plan)
@@ -215,7 +217,7 @@ class LocalRunner(ModelRunner):
         return output
 
     def _load(self, checkpoint: Checkpoint) -> AttentionSpec:
-        """Make backend and model, and load the weights."""
+        """Make the attention backend and the model, and load the weights."""
         config, parallel = self._config, self._parallel
         architecture = find_architecture(checkpoint)
         shape: ModelShape = architecture.model_shape(checkpoint.hf_config)
@@ -242,7 +244,7 @@ class LocalRunner(ModelRunner):
         )
         weights = self._model.weight_targets()
         load_weights(checkpoint.path, weights, tied=shape.tied)
-        # By the whole tensors: ranks, which may have unequal parts, must choose the same steps.
+        # Counted on undivided tensors: every rank then decides alike which steps run as graphs.
         total = sum(math.prod(slot.shape) for slot in weights.values())
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
@@ -253,7 +255,7 @@ class LocalRunner(ModelRunner):
         return spec
 
     def _allocate(self, geometry: KVGeometry) -> None:
-        """Make the KV cache, and the graphs that read it."""
+        """Allocate the KV cache, and make the `StepPass` and the uncaptured graphs that use it."""
         self._geometry = geometry
         self._cache = KVCache(geometry, self._dtype, self._device)
         kv = self._cache.layers()
@@ -263,7 +265,7 @@ class LocalRunner(ModelRunner):
             self._graphs = StepGraphs(self._pass.plain, self._state, *limits)
 
     def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
-        """The geometry with the number of blocks that the config asks for or memory allows."""
+        """The KV cache's geometry, with as many blocks as the config asks for or memory allows."""
         config, one_block = self._config, self._one_block
         if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
             return kv_blocks(config, one_block)
@@ -281,14 +283,14 @@ class LocalRunner(ModelRunner):
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
     def _compile(self, graphs: StepGraphs) -> None:
-        """Run steps that need different kernels side by side, so that these compile in parallel.
+        """Run steps that need different kernels in parallel threads, to compile in parallel.
 
-        All are padding, which reads the same and writes nothing that counts.
+        All rows are padding. So the steps may share tensors: nothing reads what padding writes.
         """
         steps = graphs.rehearsals()
 
         def run(step: Callable[[], object]) -> None:
-            # A thread begins on device 0.
+            # A new thread's current device is device 0.
             torch.cuda.set_device(self._device)
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.inference_mode(), torch.cuda.stream(stream):
@@ -296,12 +298,13 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        # A rehearsal, since ranks would have to meet in the same collectives in the same order.
+        # In a rehearsal collectives do not communicate. Otherwise ranks could hang, as their
+        # threads reach the collectives in different orders.
         with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
-        """The steps that need the most memory: the largest prefill and the largest decode."""
+        """Functions that run the largest prefill and decode, which need the most memory."""
         config = self._config
         assert config.max_model_len is not None
         longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
@@ -320,19 +323,20 @@ class LocalRunner(ModelRunner):
 def step_launcher(
     config: Config, clock: Clock, device: torch.device
 ) -> HostLauncher | StreamLauncher:
-    """How a runner with this clock starts its steps on a device."""
+    """Make the launcher that starts a runner's steps on `device`; `clock` is the runner's."""
     depth = config.pipeline_depth or 0
     if device.type == "cuda":
-        # One result more than steps are in flight: of several ranks, one may be ahead of others.
+        # depth + 1 steps are in flight. With several ranks one more result buffer is needed: a new
+        # plan is sent when rank 0 has ended a step, and other ranks may not have ended that step.
         return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)
     return HostLauncher(clock, in_thread=depth > 0)
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
-    """The module of `models` for the checkpoint's model_type.
+    """The module in `models` that implements the checkpoint's model_type.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: `models` has no such module.
     """
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"

@@ -1,6 +1,7 @@
-"""The parts of an engine: where each is found, and what None and "auto" stand for.
+"""Finds and makes the engine's parts, and replaces None and "auto" in the options.
 
-Torch is not imported before it is needed: schedulers, which run without it, find policies here.
+`PART_KINDS` lists the kinds of parts, such as scheduler, policy or model runner. Torch is imported
+only inside functions, because schedulers use this module and must work without torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from layers.attention.base import AttentionBackend, AttentionSpec
     from utils.checkpoint import Checkpoint
 
-# The options that name decisions of a scheduler.
+# The options that name the policies of a scheduler.
 POLICIES = ("queue_policy", "admission_policy", "preemption_policy", "step_policy")
 _RUNNERS = ("engine", "engine.ranks", "engine.checking")
 _ATTENTION = "layers.attention"
@@ -33,11 +34,11 @@ _KINDS = (
     PartKind("admission_policy", "engine.policies:AdmissionPolicy", ("engine.policies",)),
     PartKind("preemption_policy", "engine.policies:PreemptionPolicy", ("engine.policies",)),
     PartKind("step_policy", "engine.policies:StepPolicy", ("engine.policies",)),
-    # "prefix" before "radix", which finds as much: what both cost was not compared.
+    # "radix" finds as many cached tokens as "prefix". What the two cost was not compared.
     PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
     PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
     PartKind("model_runner", "engine.types:ModelRunner", _RUNNERS),
-    # The fastest first (docs/LOG.md). "torch" works everywhere.
+    # "auto" takes the first that works. The fastest is first (docs/LOG.md), "torch" always works.
     PartKind(
         "attention_backend",
         f"{_ATTENTION}.base:AttentionBackend",
@@ -51,25 +52,25 @@ PART_KINDS: Mapping[str, PartKind] = MappingProxyType({kind.option: kind for kin
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     """The config with every None and "auto" that depends on machine or checkpoint filled in.
 
-    What only a runner knows stays open: the number of KV blocks, an attention backend "auto", and
-    CUDA graphs. So does enable_prefix_caching where a factory makes the block manager.
+    The runner decides later on the number of KV blocks, the attention backend and CUDA graphs. If a
+    factory makes the block manager, enable_prefix_caching stays None until it has been made.
 
     Raises:
-        ConfigError: an option asks for what the machine or the checkpoint does not have, or for a
-            part that does not exist or contradicts another.
+        ConfigError: an option asks for something that the machine or the checkpoint does not have,
+            for a part that does not exist, or for two parts that contradict each other.
         UnsupportedModelError: the checkpoint does not say how long a context may be.
     """
     config = _on_device(config, checkpoint)
-    # 4096 was chosen, not measured: tables of blocks and a CPU's KV cache grow with it.
+    # 4096 was not measured. Block tables and a CPU's KV cache grow with this default.
     limit = checkpoint.max_position
     length = config.max_model_len or min(4096, limit)
     if length > limit:
         problem = f"the checkpoint was made for {limit} positions"
         raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
-    # Each of several devices has a process, which does what "local" does for one.
+    # With several devices each of them has a process, in which a "local" runner works.
     divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
     runner = "tensor_parallel" if divided else config.model_runner
-    # Prefixes are cached unless that is unwanted: a chat's next turn finds the one before it.
+    # Prefix caching is on by default: the next turn of a chat finds the previous turns cached.
     blocks, wanted = config.block_manager, config.enable_prefix_caching
     if blocks == "auto":
         blocks = _first("block_manager", lambda part: wanted in (None, part.caches_prefixes))
@@ -80,31 +81,31 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
-    """The config with the device and what depends on it: dtype, graphs, pipeline depth."""
+    """Fill in the device and what depends on the device: dtype, CUDA graphs, pipeline depth."""
     import torch
 
     runner: Any = find("model_runner", config)
-    # What a factory makes is taken to compute something.
+    # A factory does not tell whether its runner has a device. True is assumed.
     has_device = getattr(getattr(runner, "func", runner), "has_device", True)
     cuda = has_device and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
     cuda = cuda and config.device != "cpu"
-    # With prefills beside decodes as graphs 1,024 short requests ran at 94,840 tok/s instead of
-    # 47,729: launching such a step kernel by kernel took the host 10 to 15 ms.
+    # CUDA graphs are on by default. 1,024 short requests ran at 94,840 tok/s when prefills beside
+    # decodes ran as graphs. Before it was 47,729: launching such a step took the host 10 to 15 ms.
     graphs = config.enable_cuda_graphs
     if graphs and not cuda:
         problem = "there is no CUDA device to capture on"
         raise ConfigError("enable_cuda_graphs", True, problem, "Leave it at None.")
     if config.enforce_eager or not cuda:
         graphs = False
-    # On a CPU half precision is rarely faster and never more exact.
+    # On a CPU float32 is the default: half precision is rarely faster and never more exact.
     dtype = config.dtype
     if dtype == "auto":
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
-    # On CUDA it hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU it took
-    # cores from the step: 2.4 ms for a step of one request instead of 1.3.
+    # On CUDA depth 1 hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU the
+    # worker thread competes for cores: a step of one request took 2.4 ms instead of 1.3 ms.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -113,10 +114,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """The config that says whether `blocks`, a block manager or its class, caches prefixes.
-
-    A ConfigError if options contradict that.
-    """
+    """Set enable_prefix_caching to what the block manager does; a ConfigError if options differ."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -129,40 +127,40 @@ def _with_caching(config: Config, blocks: Any) -> Config:
 
 
 def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigError:
-    """The error for an option that the part of a kind cannot serve."""
+    """The error for an option that the chosen part of the given kind cannot serve."""
     problem = f"{kind}={getattr(config, kind)!r} {problem}"
     fix = f"Leave it at {getattr(Config, option)!r} or choose another {kind}."
     return ConfigError(option, getattr(config, option), problem, fix)
 
 
 def find(option: str, config: Config) -> Callable[..., Any]:
-    """What constructs the part that an option names (not "auto"); a ConfigError without one."""
+    """The class or factory that an option names (not "auto"); a ConfigError if there is none."""
     return PART_KINDS[option].find(getattr(config, option))
 
 
 def _first(option: str, fits: Callable[[Any], bool]) -> str:
-    """The name that "auto" stands for."""
+    """The name that "auto" stands for: the first candidate for which `fits` returns true."""
     kind = PART_KINDS[option]
     known = kind.known()
     return next(name for name in kind.auto if name in known and fits(known[name]))
 
 
 def make(option: str, config: Config, *args: Any) -> Any:
-    """The part that an option names, made with `config` and `args`; a ConfigError without one."""
+    """Construct the part that an option names with `config` and `args`; may raise ConfigError."""
     return PART_KINDS[option].make(getattr(config, option), config, *args)
 
 
 def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """The scheduler, with the runner's clock; a ConfigError if it would ignore a policy."""
+    """Make the scheduler with the runner's clock; a ConfigError if it would ignore a policy."""
     scheduler: Scheduler = make("scheduler", config, blocks, clock)
-    # What a factory makes is known only now.
+    # `resolve` cannot check the policies if the scheduler comes from a factory.
     check_policies(config, scheduler)
     return scheduler
 
 
 def check_policies(config: Config, scheduler: object) -> None:
-    """Refuse a policy that cannot be found, or that the scheduler (or its class) would ignore."""
-    # What the scheduler of a factory uses is not known before it is made.
+    """Refuse a policy that does not exist, or that the scheduler (or its class) would ignore."""
+    # A factory has no `policies`. Until its scheduler is made, all policies count as used.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:
@@ -172,7 +170,7 @@ def check_policies(config: Config, scheduler: object) -> None:
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
-    """The runner, with the model loaded; a ConfigError if it cannot do what the options ask."""
+    """Make the runner and load the model; raise a ConfigError if an option is not supported."""
     runner: ModelRunner = make("model_runner", config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
@@ -183,10 +181,11 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
 def make_block_managers(
     asked: Config, config: Config, groups: tuple[KVGeometry, ...]
 ) -> tuple[Config, tuple[BlockManager, ...]]:
-    """The config with what the managers do, and a block manager for each of the runner's groups.
+    """Make a block manager for each cache group, and fill in enable_prefix_caching.
 
-    Several groups and windows switch prefix caching off, unless the user `asked` for it: a
-    ConfigError. `config` is what `resolve` made of `asked`.
+    A cache group is a set of layers that share a block table. With several groups or an attention
+    window prefix caching is switched off, or a ConfigError is raised if the user asked for caching.
+    `asked` is the user's config, and `config` is what `resolve` made of `asked`.
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
@@ -197,8 +196,8 @@ def make_block_managers(
         raise ConfigError(option, value, problem, fix)
 
     windows = [isinstance(group.kind, WindowPages) for group in groups]
-    # A prefix in one group is of no use without the others' part of it. If a factory makes the
-    # managers, the option is None here, and the managers are asked below.
+    # A prefix must be cached in every group to be usable. If a factory makes the managers,
+    # enable_prefix_caching is None here, and the check below asks the managers.
     if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
         for option in ("enable_prefix_caching", "block_manager"):
             if getattr(asked, option) not in (None, "auto"):
@@ -215,14 +214,14 @@ def make_block_managers(
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """The attention backend; a ConfigError if it cannot serve this model on this machine."""
+    """Make the attention backend; a ConfigError if it cannot serve this model on this machine."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
         name = _first(option, lambda part: part.unsupported(spec) is None)
         config = replace(config, attention_backend=name)
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
-    # A class says so before it is constructed, what a factory makes after it.
+    # `unsupported` is asked before a class is constructed, but after a factory was called.
     backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
     reason = backend.unsupported(spec)
     if reason is not None:
@@ -231,7 +230,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether decodes and short prefills are captured; a ConfigError if they cannot be and must."""
+    """Whether to capture CUDA graphs; a ConfigError if they are asked for and impossible."""
     import torch
 
     from layers.kernels.launch import fused

@@ -1,8 +1,9 @@
 """Sampling options of a step's rows: filters, penalties, log-probabilities, logits processors.
 
-Most steps have no request with such an option and pay for one look at an empty dictionary. The
-others run the same forward pass. Filters are a bound on the logits to draw from, for every row of
-the step. Rows that are drawn from other logits than the model's are drawn apart, some at a time.
+Most steps have no request with such an option, and then only look into an empty dictionary.
+Steps with options run the same forward pass. Filters (top-k, top-p, min-p) give each row a bound:
+tokens whose logits are below the bound are not drawn. Penalties, `min_tokens` and logits processors
+change logits before a token is drawn. Rows with changed logits are drawn separately, in blocks.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from layers.step_rows import SampledRows
 from sampling_params import LogitsProcessor
 from utils.errors import StepError
 
-# Rows whose logits are changed at once. Each takes its logits, a float32 copy and the penalties'
-# counts: 97 MB for 64 rows of 151,936 bfloat16 logits, whatever the batch.
+# Rows whose logits are changed at once. Each row needs its logits, a float32 copy and the token
+# counts of the penalties: 97 MB for 64 rows of 151,936 bfloat16 logits, whatever the batch size.
 BLOCK_ROWS = 64
 
 
 def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
-    """Most device memory in bytes that rows with options take beyond a plain step.
+    """Most device memory in bytes that sampling options take beyond a step without options.
 
-    That is the larger of the blocks of rows, to be changed or scored: a copy and two of float32
-    for each. Ranks also gather whole rows of logits and add them up.
+    A block of rows, for changed logits or for log-probabilities, needs three copies of its logits,
+    two of them in float32. Several ranks need two copies of all rows to gather the vocabulary.
     """
     copies = 0 if num_ranks == 1 else 2 * max_num_seqs * dtype_bytes
     block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
@@ -48,13 +49,15 @@ def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_rank
 
 @dataclass(frozen=True, slots=True)
 class StepScores:
-    """Log-probabilities of a step, and whose they are.
+    """Log-probabilities of a step's tokens, and the requests that asked for them.
 
     Attributes:
-        found: of new tokens, then of prompts.
-        new: (row of the step's new tokens, most likely ones wanted) for each of the former.
-        prompts: (prefill chunk, number of its tokens, most likely ones wanted) in order.
-        num_chunks: prefill chunks of the step.
+        found: log-probabilities of new tokens, then of prompt tokens.
+        new: (row, N) for each new token in `found`: its row among the sampled rows, and the number
+            of most likely tokens that are wanted beside it.
+        prompts: (chunk, count, N) for each prefill chunk with tokens in `found`: the chunk's
+            index, the number of its tokens, and N as above.
+        num_chunks: number of prefill chunks in the step.
     """
 
     found: TokenScores
@@ -65,11 +68,7 @@ class StepScores:
     def logprobs(
         self, num_rows: int
     ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
-        """Those of new tokens and of prompts, as in `StepResult`; `found` is on the host.
-
-        Args:
-            num_rows: rows of new tokens.
-        """
+        """`logprobs` and `prompt_logprobs` of a `StepResult`, after `found` is on the host."""
         f = self.found
         columns = (f.tokens, f.values, f.top_tokens, f.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -89,13 +88,14 @@ class StepScores:
 
 @dataclass(frozen=True, slots=True)
 class _ChangedRows:
-    """Up to `BLOCK_ROWS` of a step's rows, S, that are drawn from other logits than the model's.
+    """S rows of a step, at most `BLOCK_ROWS`, whose logits are changed before tokens are drawn.
 
     Attributes:
-        rows: [S] int64 places among the R sampled rows.
-        filters, penalizes: whether any of them has filters, or penalties.
-        withheld: [3, W] int64: row of the S, token, position from which it may be chosen.
-        processors: (row of the S, what to call) of those that have any.
+        rows: [S] int64 indices of the S rows among the step's R sampled rows.
+        filters, penalizes: whether any of the S rows has filters, or penalties.
+        withheld: [3, W] int64: index of a row among the S, a token that the row must not draw
+            yet, and the first position where the token is allowed.
+        processors: (index among the S, logits processors) of each row with processors.
     """
 
     rows: Tensor
@@ -112,7 +112,7 @@ class _ChangedRows:
         sampled: SampledRows,
         parameters: Tensor,
     ) -> Tensor:
-        """[S] int64 tokens; `logits`, whole rows, `sampled` and `parameters` are those of all R."""
+        """Tokens [S] int64; `logits` [R, vocabulary], `sampled`, `parameters` are of all R rows."""
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
@@ -134,16 +134,18 @@ class _ChangedRows:
 
 @dataclass(frozen=True, slots=True)
 class SpecialRows:
-    """The options of one step's R sampled rows, of which some have any.
+    """Sampling options of a step with R sampled rows.
 
     Attributes:
         parameters: [8, R] float32, see `_parameters`.
-        filters: of all R, neutral where they do not apply; None if there are none.
-        changed: the rows that are drawn from other logits, in blocks.
-        all_changed: there are no others.
+        filters: of all R rows. Rows without filters and rows in `changed` have temperature 0,
+            which turns filters off. None if filters are off for all rows.
+        changed: the rows whose logits are changed before tokens are drawn, in blocks.
+        all_changed: whether all R rows are in `changed`.
         new, prompts, num_chunks: as in `StepScores`.
-        scored_rows: [len(new)] int64 places among the R.
-        prompt_rows, prompt_tokens: [P] int64 rows of the step, and the tokens that follow them.
+        scored_rows: [len(new)] int64 rows in `new`, as indices among the R rows.
+        prompt_rows, prompt_tokens: [P] int64 rows of prompt tokens in the step, and the next prompt
+            token of each, whose log-probability is wanted.
     """
 
     parameters: Tensor
@@ -163,8 +165,8 @@ class SpecialRows:
         """Draw the step's tokens.
 
         Args:
-            tokens: [slots, max_model_len] token ids of each slot so far.
-            logits: [R, this rank's columns], then those of `prompt_rows`.
+            tokens: [slots + 1, max_model_len] token ids of prompt and output of each request.
+            logits: [R + P, this rank's vocabulary] of the R sampled rows, then of `prompt_rows`.
 
         Returns:
             [R] int64 tokens, and the log-probabilities that were asked for.
@@ -182,7 +184,7 @@ class SpecialRows:
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Log-probabilities by [R, V] logits as the model made them."""
+        """Scores from the unchanged `logits` [R, vocabulary], `prompt_logits` [P, vocabulary]."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
@@ -193,11 +195,11 @@ class SpecialRows:
 
 
 class SamplingRows:
-    """Which slots' requests have sampling options beyond temperature and seed.
+    """The running requests with sampling options beyond temperature and seed, by slot.
 
     Args:
-        num_slots: rows of the runner's per-slot tables, without padding.
-        staging: uploads what rows need; a group of uploads has to have begun.
+        num_slots: number of slots. A slot is a running request's row in the device tables.
+        staging: uploads tensors; `of` is called within `staging.group()`.
     """
 
     def __init__(self, num_slots: int, staging: Staging) -> None:
@@ -208,7 +210,10 @@ class SamplingRows:
         self._decode_rows: SpecialRows | None = None
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
-        """The options of the plan's rows, None if there are none; to be called for every plan."""
+        """The options of a plan's rows, or None if no row has any.
+
+        Call this method for every plan, because it also records the plan's new requests.
+        """
         for new in plan.new_requests:
             if new.sampling.needs_logits:
                 self._requests[new.slot] = new
@@ -221,7 +226,6 @@ class SamplingRows:
             self._decode = None
             return self._found(plan)
         if plan.decode != self._decode:
-            # Most steps decode the same requests as the one before.
             self._decode, self._decode_rows = plan.decode, self._found(plan)
         return self._decode_rows
 
@@ -235,7 +239,7 @@ class SamplingRows:
         filtered = [row for row, new in special if new.sampling.filters and not _changes(new)]
         scored = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
         parameters = np.ascontiguousarray(self._parameters[slots].T)
-        # With temperature 0, and so without filters, where they do not apply.
+        # Temperature 0 turns the filters off for all rows that are not in `filtered`.
         filters = np.zeros_like(parameters[:4])
         filters[:, filtered] = parameters[:4, filtered]
         return SpecialRows(
@@ -257,7 +261,7 @@ class SamplingRows:
     def _of_prompts(
         self, plan: StepPlan
     ) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
-        """As in `SpecialRows`: prompts, rows and following tokens whose scores are wanted."""
+        """`prompts`, `prompt_rows` and `prompt_tokens` of `SpecialRows`, as lists."""
         prompts: list[tuple[int, int, int]] = []
         rows: list[int] = []
         tokens: list[int] = []
@@ -294,19 +298,17 @@ class SamplingRows:
 
 
 def _changes(new: NewRequest) -> bool:
-    """Whether a request's tokens are drawn from other logits than the model's."""
+    """Whether penalties, withheld tokens or processors change the request's logits."""
     s = new.sampling
     return bool(s.penalizes or new.withheld_token_ids or s.logits_processors)
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:
-    """Filters (temperature, top_k, top_p, min_p), penalties and prompt length of a request.
-
-    float32 holds integers up to 2^24 exactly.
-    """
+    """Filters (temperature, top_k, top_p, min_p), penalties and prompt length of a request."""
     s = new.sampling
     num_prompt = len(new.token_ids) - new.num_output_tokens
-    # A top_p that float32 took for 0 would be reached by nothing.
+    # The values become float32, which is exact for integers up to 2^24. A tiny top_p would round to
+    # 0 in float32, and no token would pass the filter.
     filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
 

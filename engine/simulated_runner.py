@@ -1,4 +1,4 @@
-"""A runner without a device, in virtual time: a step costs what a function says."""
+"""A runner without model and device. A function says how much virtual time a step takes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from utils.errors import ConfigError, EngineClosedError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# Seconds of a step if nothing else is asked for: about one of a small model on a CPU.
+# Seconds that a step takes by default: about as long as a step of a small model on a CPU.
 STEP_SECONDS = 0.01
 
 
 @dataclass(slots=True)
 class SimulatedRequest:
-    """A request in its slot."""
+    """A running request."""
 
     new: NewRequest
     tokens: list[int]  # prompt and output so far
-    failed: bool = False  # its rows report an error; only of the fake runner
+    failed: bool = False  # the request's rows report an error; set only by `FakeRunner`
 
 
 @dataclass(slots=True, eq=False)
 class _Handle(StepHandle):
-    """A step whose result is there at a moment of virtual time."""
+    """Handle of a step that ends at a moment of virtual time."""
 
     runner: SimulatedRunner
     answer: StepResult
@@ -46,21 +46,21 @@ class _Handle(StepHandle):
 class SimulatedRunner(ModelRunner):
     """Runs plans in virtual time: `LLM(path, model_runner="simulated")`.
 
-    Time moves only when someone waits for a result or calls `wait_until`. Planning takes no time,
-    and the device computes one step at a time. So a run depends on its requests and options alone,
-    not on the machine. A function that makes the runner does not tell that there is no device:
-    give `pipeline_depth` too.
+    Virtual time moves only when the caller waits for a result or calls `wait_until`. Planning takes
+    no virtual time, and steps run one after the other. So a run depends on its requests and options
+    alone, not on the machine. If `model_runner` is a factory of this runner, also set
+    `pipeline_depth`: its default depends on the machine, as a factory has no `has_device`.
 
-    A token depends on its request's seed and its position. A decode row keeps 1 to all of its
-    positions, evenly drawn by seed, position and their number. Log-probabilities are uniform.
+    A token depends on its request's seed and its position. A decode row keeps at least 1 of its
+    positions; a hash of seed, position and row length says how many. All tokens are equally likely.
 
     Args:
-        checkpoint: for the vocabulary's size, which is 50 without one.
-        groups: the cache groups; by default one, sized by a config with max_model_len.
-        seconds: how long the device takes for a plan; `STEP_SECONDS` for each by default.
+        checkpoint: gives the vocabulary's size; without a checkpoint the size is 50.
+        groups: the cache groups; by default one, whose size follows from `config`.
+        seconds: function from a plan to the time that the step takes; by default `STEP_SECONDS`.
 
     Raises:
-        ConfigError: tensor_parallel_size is above 1; `seconds` gives no time (from `execute`).
+        ConfigError: tensor_parallel_size is above 1, or (in `execute`) `seconds` returned no time.
     """
 
     name = "simulated"
@@ -78,7 +78,7 @@ class SimulatedRunner(ModelRunner):
         if (size := config.tensor_parallel_size) != 1:
             raise ConfigError("tensor_parallel_size", size, "there is no device", "Use 1.")
         if not groups:
-            # Here, because it brings torch along.
+            # Imported here because memory.kv_cache imports torch.
             from memory.kv_cache import kv_blocks
 
             block = KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4)
@@ -98,7 +98,7 @@ class SimulatedRunner(ModelRunner):
         return self._now
 
     def wait_until(self, moment: float) -> None:
-        """Move virtual time to `moment`, if it is not there already."""
+        """Move virtual time forward to `moment`, unless `moment` has passed already."""
         self._now = max(self._now, moment)
 
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -123,7 +123,7 @@ class SimulatedRunner(ModelRunner):
         self._closed = True
 
     def _start(self, plan: StepPlan) -> None:
-        """Take in what the plan changes."""
+        """Register the plan's new requests."""
         for new in plan.new_requests:
             self._requests[new.slot] = SimulatedRequest(new, list(new.token_ids))
 
@@ -136,11 +136,11 @@ class SimulatedRunner(ModelRunner):
         request = self._requests[slot]
         seed, position = request.new.seed, len(request.tokens)
         most = min(count, request.new.max_total_tokens - position)
-        # Python hashes tuples of integers alike everywhere; only str and bytes are salted.
+        # The hash is the same in every process: Python salts only the hashes of str and bytes.
         return [self._next(request) for _ in range(1 + hash((seed, position, most)) % most)]
 
     def _next(self, request: SimulatedRequest) -> int:
-        """Give the request the first token from the one drawn on that it may have."""
+        """Append a drawn token, or the next id that is not withheld if the drawn token is."""
         drawn, new, size = self._draw(request), request.new, self._vocab_size
         num_output = len(request.tokens) - len(new.token_ids) + new.num_output_tokens
         withheld = new.withheld_token_ids if num_output < new.sampling.min_tokens else ()
@@ -149,15 +149,15 @@ class SimulatedRunner(ModelRunner):
         return request.tokens[-1]
 
     def _draw(self, request: SimulatedRequest) -> int:
-        """A token for the position behind the last one."""
+        """A token for the next position of the request."""
         return hash((request.new.seed, len(request.tokens))) % self._vocab_size
 
     def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:
-        """Reports of rows with these new tokens, by the row's index."""
+        """Reports by index of the row; `outputs` has the new tokens of each row."""
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
-        """The prompt's tokens that the chunk predicts, and how many of the likeliest are wanted."""
+        """The prompt tokens that the chunk predicts, and the request's `prompt_logprobs` option."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
         return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
@@ -165,11 +165,11 @@ class SimulatedRunner(ModelRunner):
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]
     ) -> list[list[TokenLogprobs]] | None:
-        """Of each row's tokens, beside so many of the likeliest; None if no row asks for any."""
+        """Log-probabilities of rows (tokens, number of likeliest tokens); None if no row asks."""
         if all(num_top is None for _, num_top in rows):
             return None
         even = -math.log(self._vocab_size)
-        # All are equally likely: the lowest ids come first.
+        # All tokens are equally likely, so the lowest ids count as the most likely ones.
         return [
             [] if top is None else [{t: even, **dict.fromkeys(range(top), even)} for t in tokens]
             for tokens, top in rows

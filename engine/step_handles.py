@@ -1,4 +1,4 @@
-"""How a runner starts a step, on the host or on a CUDA stream, and what waits for its end."""
+"""Launchers start a step on the host or on a CUDA stream; handles wait for the step's result."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from utils.errors import StepError
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """A step's new tokens [R] int64, and their log-probabilities if a request wants them."""
+    """A step's new tokens [R] int64, and log-probabilities if a request asked for any."""
 
     tokens: Tensor
     scores: StepScores | None = None
 
     def result(self, step_id: int, ended_at: float, device_seconds: float | None) -> StepResult:
-        """The step's result; tokens and log-probabilities have to be on the host."""
+        """Convert to a `StepResult`; the tokens and log-probabilities must be on the host."""
         tokens = self.tokens.unsqueeze(1).tolist()
         new, prompt = self.scores.logprobs(len(tokens)) if self.scores else (None, None)
         return StepResult(step_id, tokens, ended_at, new, prompt, device_seconds)
@@ -33,22 +33,14 @@ Step = Callable[[], StepOutput]
 
 
 class HostLauncher:
-    """Runs steps on the host: inside `launch`, or in one worker thread while the caller goes on.
-
-    Args:
-        clock: the runner's.
-    """
+    """Runs steps on the host: inside `launch`, or in a worker thread while the caller continues."""
 
     def __init__(self, clock: Clock, *, in_thread: bool) -> None:
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Start a step.
-
-        Args:
-            timed: the result tells how long the device worked on the step.
-        """
+        """Start a step. If `timed`, the result tells how long the device worked on the step."""
 
         def run() -> StepResult:
             begin = self._clock()
@@ -61,7 +53,7 @@ class HostLauncher:
                 return run()
             except Exception:
                 raise
-            except BaseException as error:  # what a step raises ends the step, not its waiter
+            except BaseException as error:  # e.g. SystemExit, which must not end the waiting thread
                 raise _step_error(step_id, error) from error
 
         if self._worker is not None:
@@ -74,14 +66,14 @@ class HostLauncher:
         return _HostStep(step_id, ended)
 
     def close(self) -> None:
-        """Wait for what was started."""
+        """Wait until all launched steps have ended."""
         if self._worker is not None:
             self._worker.shutdown()
 
 
 @dataclass(slots=True)
 class _HostStep(StepHandle):
-    """A step that runs on the host, or has ended there or failed."""
+    """Handle of a step that runs on the host, or of a step whose launch failed."""
 
     _step_id: int
     _ended: Future[StepResult]
@@ -99,13 +91,13 @@ class _HostStep(StepHandle):
 
 
 class StreamLauncher:
-    """Enqueues steps on a CUDA stream of its own and copies their output back behind them.
+    """Enqueues each step on its own CUDA stream, followed by a copy of the output to the host.
 
     Args:
-        clock: the runner's.
-        device: whose stream it is.
-        max_tokens: most tokens a step returns.
-        in_flight: most steps whose results are outstanding at once.
+        clock: the runner's clock.
+        device: the CUDA device of the stream.
+        max_tokens: largest number of tokens that a step returns.
+        in_flight: largest number of launched steps whose results have not been read.
     """
 
     def __init__(self, clock: Clock, device: torch.device, max_tokens: int, in_flight: int) -> None:
@@ -121,7 +113,7 @@ class StreamLauncher:
         self._turn = 0
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """As `HostLauncher.launch`."""
+        """Enqueue a step; for `timed` see `HostLauncher.launch`."""
         self._turn = (self._turn + 1) % len(self._results)
         buffer, done = self._results[self._turn]
         timer = partial(torch.cuda.Event, enable_timing=True)
@@ -146,13 +138,13 @@ class StreamLauncher:
         return _StreamStep(step_id, StepOutput(pinned, scores), done, self._clock, work)
 
     def close(self) -> None:
-        """Wait for what was started."""
+        """Wait until all launched steps have ended."""
         self.stream.synchronize()
 
 
 @dataclass(slots=True)
 class _StreamStep(StepHandle):
-    """A step enqueued on a stream, its output on its way to pinned memory."""
+    """Handle of a step on a stream; a copy of its output to pinned memory is enqueued as well."""
 
     _step_id: int
     _output: StepOutput
@@ -178,7 +170,7 @@ class _StreamStep(StepHandle):
         try:
             done = bool(self._done.query())  # type: ignore[no-untyped-call]
         except RuntimeError:
-            return True  # the device failed, as `result` will say
+            return True  # the device failed; `result` raises the error
         if done and self._ended_at is None:
             self._ended_at = self._clock()
         return done

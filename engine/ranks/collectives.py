@@ -1,4 +1,4 @@
-"""A rank with a model: its runner, and sums and maxima over a process group."""
+"""The model runner of one rank, and sums and maxima over all ranks (collectives)."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     from layers.kernels.peer import PeerExchange
 
-# A rank that waits has lost a peer long before this; the parent ends it much sooner.
+# When a rank fails, the parent process kills the ranks that wait for it long before this timeout.
 _TIMEOUT = timedelta(hours=1)
-# Of a sum through peer memory: what 256 rows of Qwen3-8B need.
+# Largest tensor that is summed through peer memory: 256 rows of Qwen3-8B.
 _PEER_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class GroupContext(ParallelContext):
-    """A rank whose collectives are a process group's: gloo's on CPUs, NCCL's on GPUs.
+    """A rank whose collectives are those of a process group: gloo on CPUs, NCCL on GPUs.
 
-    NCCL's can be captured in CUDA graphs. With an exchange, small tensors go through memory that
-    the devices have mapped instead.
+    CUDA graphs can capture NCCL's collectives. With `exchange`, small tensors do not go through
+    NCCL, but through peer memory: memory of each device that all devices have mapped.
     """
 
     _: KW_ONLY
     group: Any  # has a `ProcessGroup`'s `allreduce`
     exchange: PeerExchange | None = None
-    memory: Tensor | None = None  # the exchange's, kept alive
-    rehearses: Event = field(default_factory=Event)  # set in a rehearsal
+    memory: Tensor | None = None  # keeps the memory of `exchange` allocated
+    rehearses: Event = field(default_factory=Event)  # while set, collectives do not communicate
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -75,7 +75,7 @@ class GroupContext(ParallelContext):
             return x
         options = dist.AllreduceOptions()
         options.reduceOp = operation
-        # On the current stream, instead of one of NCCL's own.
+        # Run on the current stream, not on a stream of NCCL's own.
         options.asyncOp = False
         try:
             if (work := self.group.allreduce([x], options)) is not None:
@@ -86,7 +86,7 @@ class GroupContext(ParallelContext):
 
 
 def gloo_context(index: int, size: int, store: Any) -> GroupContext:
-    """A rank on a CPU, connected to the others over this machine's loopback alone."""
+    """The context of a rank on a CPU; gloo connects the ranks by the loopback interface alone."""
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = _TIMEOUT
@@ -94,7 +94,7 @@ def gloo_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def nccl_context(index: int, size: int, store: Any) -> GroupContext:
-    """A rank on the current CUDA device; a ConfigError if NCCL does not connect the devices."""
+    """A rank's context on the current CUDA device; a ConfigError if NCCL cannot connect devices."""
     device = torch.device("cuda", torch.cuda.current_device())
     about: Any = {"rank": index, "world_size": size, "timeout": _TIMEOUT, "device_id": device}
     try:
@@ -102,14 +102,14 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
     except dist.DistBackendError as error:
         problem = f"NCCL does not connect these devices ({error})"
         fix = "Choose others by CUDA_VISIBLE_DEVICES, or use 1."
-        # If another rank has ended, that one's report counts.
+        # NCCL also fails if another rank has ended. The runner then raises the other rank's error.
         lost = LostPeerError(str(error))
         raise ConfigError("tensor_parallel_size", size, problem, fix) from lost
     return GroupContext(index, size, group=dist.group.WORLD)
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """NCCL's context with sums of few rows [T, width] through peer memory, where devices allow."""
+    """`context`, with sums of few rows [T, width] through peer memory if the devices allow that."""
     device = torch.device("cuda", torch.cuda.current_device())
     pairs = permutations(range(context.size), 2)
     mapped = all(starmap(torch.cuda.can_device_access_peer, pairs))
@@ -121,13 +121,13 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
     rows = max(1, _PEER_BYTES // (width * dtype.itemsize))
     count = PeerExchange.num_words(context.size, rows, width)
-    # As symmetric.empty, which imports sympy to find the stride: 2 s of a start of 8.
+    # symmetric.empty does the same, but imports sympy, which takes 2 s of a start of 8 s.
     allocate = symmetric._SymmetricMemory.empty_strided_p2p  # type: ignore[attr-defined]
     memory = allocate((count,), (1,), torch.int64, device)
     PeerExchange.empty(memory, context.size, rows)
     mapping = symmetric.rendezvous(memory, context.group)
     torch.cuda.synchronize(device)
-    # Nobody writes before all have emptied theirs.
+    # No rank may write into peer memory before every rank has emptied its own.
     mapping.barrier()
     exchange = PeerExchange(
         rank=context.rank,
@@ -143,9 +143,9 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
 
 def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> GroupContext:
-    """This process's place among the ranks; on CUDA it takes the device of its index.
+    """Connect this process to the other ranks; on CUDA it uses the device with the rank's index.
 
-    With `peer`, sums of few rows [T, width] go through peer memory where that is possible.
+    With `peer`, sums of few rows [T, width] go through peer memory if the devices support that.
     """
     torch.set_num_threads(rank.num_threads)
     store = dist.FileStore(rank.store, rank.size)  # type: ignore[attr-defined]
@@ -159,16 +159,16 @@ def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> 
 def local_rank(
     config: Config, checkpoint: Checkpoint, rank: Rank, *, peer: bool = True
 ) -> LocalRunner:
-    """The runner of one rank, in a process of its own; for `peer` see `join_ranks`."""
+    """Make the runner of one rank in the rank's process; for `peer` see `join_ranks`."""
     context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
     if config.device == "cpu":
-        # The parent runs ahead already; a thread here would only add its own overhead.
+        # The parent process plans ahead already. A worker thread here would only add overhead.
         config = replace(config, pipeline_depth=0)
     return LocalRunner(config, checkpoint, context)
 
 
 def check_divides(config: Config, checkpoint: Checkpoint) -> None:
-    """Refuse with a ConfigError what cannot work, before any process is started."""
+    """Raise a ConfigError if there are too few devices or the model cannot be divided."""
     size = config.tensor_parallel_size
     if config.device == "cuda" and size > (count := torch.cuda.device_count()):
         problem = f"there are {count} CUDA devices"

@@ -1,4 +1,4 @@
-"""The runner of several ranks: their processes start together, are watched, and end together."""
+"""The tensor-parallel runner: starts, watches and ends one process for each rank."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResu
 from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
-# A rank tells that it has lost another one: how long the other one's own report may take to come.
+# If a rank reports that another rank is lost, the runner waits this long for the lost rank's error.
 _CAUSE_SECONDS = 2.0
-# A rank that does not end when asked to is killed after this; the longest step is far shorter.
+# A rank that does not end when asked to is killed after this time. The longest step takes far less.
 _CLOSE_SECONDS = 30.0
-# How long to wait for results while the socket of a rank is full, before looking again.
+# While a rank's socket is full, the runner waits this long for results before it writes again.
 _FULL_SECONDS = 50e-6
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
-    """What a rank printed, as the cause of the error that its runner raises."""
+    """A rank's traceback, as the cause of the error that the runner raises."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
 
 
 class TensorParallelRunner(ModelRunner):
-    """Sends every plan to one process per rank; none of them is the process that schedules.
+    """Sends every plan to all ranks. Each rank is a process of its own.
 
-    So planning overlaps with what the ranks do on the host. The first failure of any rank ends all
-    of them. The ranks end by themselves when this process does, however that happens.
+    The process that schedules is not a rank, so planning overlaps with the ranks' host work. The
+    first failure of any rank ends all ranks. All ranks end when this process ends for any reason.
 
     Args:
-        config: resolved; tensor_parallel_size says how many ranks.
-        make_runner: called in each process to make its runner.
+        config: as returned by `engine.parts.resolve`; tensor_parallel_size is the number of ranks.
+        make_runner: function that is called in each rank's process to make the rank's runner.
 
     Raises:
         ConfigError: there are too few devices, the model's heads do not divide by the ranks, or
             `config` cannot be sent to another process.
-        WorkerDiedError: a rank's process ended while it loaded.
-        Exception: whatever a rank raised while it loaded.
+        WorkerDiedError: a rank's process ended while it loaded the model.
+        Exception: any error that a rank raised while it loaded the model.
     """
 
     name = "tensor_parallel"
@@ -70,8 +70,8 @@ class TensorParallelRunner(ModelRunner):
             check_divides(config, checkpoint)
         self._ready: list[tuple[KVGeometry, ...]] = []
         self._codec = PlanCodec()
-        # Of each step under way, oldest first: the list that gets its result. Handles hold this
-        # object, so it does not hold them.
+        # A list for the result of each step in flight, oldest first. Handles are not kept here:
+        # they refer to the runner, and the cycle would delay its release.
         self._pending: deque[list[StepResult]] = deque()
         self._error: Exception | None = None
         self._closed = False
@@ -79,12 +79,12 @@ class TensorParallelRunner(ModelRunner):
         self._channels: list[Channel] = []
         self._held = ExitStack()
         self._selector = self._held.enter_context(selectors.DefaultSelector())
-        # Called also when this object is forgotten, and when the interpreter ends.
+        # `_end` also runs when this object is garbage-collected and when the interpreter exits.
         self._end = weakref.finalize(self, _end, os.getpid(), self._processes, self._held)
         num_threads = max(1, torch.get_num_threads() // size)
         memory = Path("/dev/shm")
         try:
-            # A file without a name, preferably in memory; the ranks inherit its descriptor.
+            # An unnamed file through which the ranks find each other. They inherit its descriptor.
             with tempfile.TemporaryFile(dir=memory if memory.is_dir() else None) as store:
                 for index in range(size):
                     rank = Rank(index, size, f"/dev/fd/{store.fileno()}", num_threads)
@@ -98,7 +98,7 @@ class TensorParallelRunner(ModelRunner):
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
-        """Of each rank: its share of the KV heads."""
+        """The cache groups of one rank, with the rank's share of the KV heads."""
         return self._ready[0]
 
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -112,18 +112,18 @@ class TensorParallelRunner(ModelRunner):
             for channel in self._channels:
                 channel.queue(message)
         except BaseException as error:
-            # Some ranks have the plan and others do not.
+            # Some ranks may have the plan and others not, so no rank can go on.
             self._break(error)
             raise
-        # Interrupted here, the next call goes on.
+        # If this loop is interrupted, the next call writes the rest.
         while not self._flush():
             self.take_in(_FULL_SECONDS)
         return _Sent(self, arrived)
 
     def close(self) -> None:
-        """End all ranks after what they have under way; may be called twice.
+        """End all ranks after their steps in flight; may be called twice.
 
-        If a rank died instead, a WorkerDiedError is raised once nothing is left of any.
+        If a rank has died, a WorkerDiedError is raised after all ranks have ended.
         """
         self._closed = True
         if not self._end.alive:
@@ -140,7 +140,7 @@ class TensorParallelRunner(ModelRunner):
             self._end()
 
     def take_in(self, timeout: float | None) -> None:
-        """Wait `timeout` seconds (None: for ever) for messages of any rank; keep the results.
+        """Wait up to `timeout` seconds (None: for ever) for messages of any rank; keep results.
 
         Raises:
             WorkerDiedError, StepError: a rank has failed.
@@ -152,7 +152,7 @@ class TensorParallelRunner(ModelRunner):
         if not self._end.alive:
             raise EngineClosedError("the runner was closed before the result of the step came")
         if not self._flush():
-            # The ranks may be waiting for the rest of a message.
+            # Ranks may be waiting for the rest of a message, so this wait has to be short.
             timeout = _FULL_SECONDS if timeout is None else min(timeout, _FULL_SECONDS)
         ready = self._selector.select(timeout)
         try:
@@ -167,12 +167,12 @@ class TensorParallelRunner(ModelRunner):
                     case cause:
                         self._fail(key.data, cause)
         except BaseException as error:
-            # Interrupted in the middle of a message, what follows it would make no sense.
+            # An interruption may leave half of a message unread. Later bytes would be misread.
             self._break(error)
             raise
 
     def _flush(self) -> bool:
-        """Write what the ranks' sockets take; False if something is left."""
+        """Write as much as the ranks' sockets take; False if bytes are left."""
         written = [channel.flush() for channel in self._channels]
         return all(written)
 
@@ -181,44 +181,44 @@ class TensorParallelRunner(ModelRunner):
         channel = self._held.enter_context(Channel(fileno=ours.detach()))
         self._channels.append(channel)
         self._selector.register(channel, selectors.EVENT_READ, index)
-        # -c puts the current directory first, which the parent's path need not have.
+        # -c adds the current directory to sys.path. `code` deletes it: the parent may not have it.
         code = "import sys; del sys.path[:1]; from engine.ranks.worker import main; main()"
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(), store),
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C is for the parent to handle.
+                # A process with its own session gets no Ctrl-C. The parent handles Ctrl-C.
                 start_new_session=True,
                 env={
-                    # All ranks are on this machine.
+                    # All ranks are on this machine, so NCCL needs no network but loopback.
                     "NCCL_SOCKET_IFNAME": "lo",
                     # NVLink multicast needs rights that containers often lack.
                     "NCCL_NVLS_ENABLE": "0",
                     **os.environ,
-                    # It would keep -c from putting the current directory there.
+                    # PYTHONSAFEPATH would keep -c from adding the entry that `code` deletes.
                     "PYTHONSAFEPATH": "",
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },
             )
-        # Waits for the process.
+        # Closing `_held` waits for the process to end.
         self._processes.append(self._held.enter_context(process))
         channel.post(start)
 
     def _break(self, error: BaseException) -> None:
-        """End all ranks; `error` is the reason, unless there was one before."""
+        """End all ranks, and keep `error` as the reason unless there is an earlier reason."""
         if self._error is None:
             cut_short = StepError(f"a message was cut short ({error!r})")
             self._error = error if isinstance(error, AllmosError) else cut_short
         self._end()
 
     def _fail(self, index: int, cause: object) -> NoReturn:
-        """Raise a rank's failure, or that of another rank if it was the reason.
+        """Raise the error of a failed rank, or of another rank whose failure made it fail.
 
-        A `cause` that is no `Failure` tells that the rank has died.
+        If `cause` is not a `Failure`, the rank's process has died.
         """
         deadline = time.monotonic() + _CAUSE_SECONDS
-        # Behind its report comes nothing but its end.
+        # The rank sends nothing more. If watched, its closed socket would always count as ready.
         self._selector.unregister(self._channels[index])
         while isinstance(cause, Failure) and cause.lost_peer and time.monotonic() < deadline:
             for key, _ in self._selector.select(deadline - time.monotonic())[:1]:
@@ -236,10 +236,10 @@ class TensorParallelRunner(ModelRunner):
 
 @dataclass(slots=True, eq=False)
 class _Sent(StepHandle):
-    """A step that the ranks run."""
+    """Handle of a step that was sent to the ranks."""
 
     runner: TensorParallelRunner
-    arrived: list[StepResult]  # what `take_in` appends to
+    arrived: list[StepResult]  # `take_in` appends the step's result
 
     def result(self) -> StepResult:
         while not self.arrived:
@@ -250,7 +250,7 @@ class _Sent(StepHandle):
 def _start_message(
     config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, rank: Rank
 ) -> bytes:
-    """What a rank has to run, without the parts that stay here: they need not be picklable."""
+    """The first message to a rank, without callables that ranks do not use or pickle may refuse."""
     kept: dict[str, Any] = {
         field.name: field.default
         for field in fields(config)
@@ -277,7 +277,7 @@ def _died(index: int, process: subprocess.Popen[bytes]) -> WorkerDiedError:
 
 
 def _end(owner: int, processes: list[subprocess.Popen[bytes]], held: ExitStack) -> None:
-    """Kill what still runs, and free what is held; a fork of `owner` must do neither."""
+    """Kill the ranks and close `held`; a forked child of process `owner` must do neither."""
     if os.getpid() == owner:
         for process in processes:
             process.kill()

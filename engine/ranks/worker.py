@@ -1,4 +1,4 @@
-"""One rank's process: it runs the plans that come, and reports. Nothing here imports torch."""
+"""A rank's process: receives plans, runs them, sends results. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -23,59 +23,59 @@ from utils.errors import StepError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# A rank without work watches its channel for so long before it sleeps: longer than the runner takes
-# from one step to the next, too short to burden an idle machine.
+# A rank without work polls its channel for this time before it sleeps. The time is longer than the
+# pause between two steps, and short enough not to burden an idle machine.
 _SPIN_SECONDS = 500e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One rank's place among the processes of an engine."""
+    """The position of one rank among the ranks, and its resources."""
 
     index: int
     size: int
     store: str  # path of the file through which the ranks find each other
-    num_threads: int  # of the CPU, for its share of the work
+    num_threads: int  # CPU threads that torch may use in this rank
 
 
-# What a rank runs; a function that the other process can import.
+# Makes a rank's runner. It has to be a function that the rank's process can import.
 MakeRunner = Callable[[Config, "Checkpoint", Rank], ModelRunner]
 
 
 class LostPeerError(Exception):
-    """A collective failed because another rank did; that one's report tells more."""
+    """A collective failed because another rank failed. The other rank's report tells the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Rank to runner, before the rank ends: what was raised."""
+    """The last message of a rank that raised an error."""
 
     error: Exception
     traceback: str  # as Python prints it
-    lost_peer: bool  # the cause is another rank's end
+    lost_peer: bool  # whether another rank's end caused the error
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """The report of an exception being handled."""
+        """Make the report of an exception that is being handled."""
         text = "".join(traceback.format_exception(error))
         cause: BaseException | None = error
         seen: set[int] = set()
         while cause is not None and not isinstance(cause, LostPeerError):
             seen.add(id(cause))
             cause = cause.__cause__ or cause.__context__
-            # An exception may be its own cause.
+            # The chain of causes may be a cycle.
             cause = None if id(cause) in seen else cause
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # whatever a class of unknown make may raise
+        except Exception:  # pickling a user's exception class may raise anything
             error = StepError(f"{type(error).__name__}: {error}")
         return Failure(error, text, lost_peer=cause is not None)
 
 
 def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
-    """Run plans until the channel ends, then close the runner; send results if it `reports`.
+    """Run plans until the channel ends, then close the runner; send results if `reports` is true.
 
-    The next plan is started while the last one still runs, if the runner can tell (`done`).
+    The next plan is launched while a step runs, if the step's handle can tell that the step runs.
     """
     codec = PlanCodec()
     poll = select.poll()
@@ -102,16 +102,17 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
 def _end_with_parent(channel: Channel, parent_id: int) -> None:
     """End this process, wherever it is stuck, as soon as its parent has ended."""
     poll = select.poll()
-    # No events asked for: told is the end of both directions, not that no more plans will come.
+    # Mask 0 reports only that both directions are closed. The parent closes a single direction when
+    # no more plans will come, and this process must then go on.
     poll.register(channel, 0)
-    # The second test is for a parent whose end of the socket a child of its own inherited.
+    # If a child of the parent inherited the parent's socket, only getppid shows the parent's end.
     while not poll.poll(1000) and os.getppid() == parent_id:
         pass
     os._exit(1)
 
 
 def main() -> None:
-    """A rank's process; its arguments are the descriptor of its socket and its parent's id."""
+    """Run a rank's process; the arguments are its socket's descriptor and its parent's id."""
     descriptor, parent_id = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(fileno=descriptor)
@@ -121,10 +122,10 @@ def main() -> None:
         make_runner, config, checkpoint, rank = channel.receive()
         runner = make_runner(config, checkpoint, rank)
         channel.post(encode(runner.kv_groups))
-        # All ranks have the same results; one of them tells.
+        # All ranks have the same results, so only rank 0 sends them.
         serve(runner, channel, reports=rank.index == 0)
         status = 0
     except Exception as error:
         channel.post(encode(Failure.of(error)))
-    # Not sys.exit: destructors of a group whose other ranks have ended may wait for ever.
+    # sys.exit would run the process group's destructors, which may wait for ended ranks for ever.
     os._exit(status)
