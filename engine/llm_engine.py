@@ -64,7 +64,7 @@ class LLMEngine:
         *,
         sample: int = 0,
     ) -> Sequence:
-        """Check and queue a request for one output. `sample` is the output's index of its prompt.
+        """Check and queue a request for one output: output number `sample` of a prompt.
 
         `text` turns the growing output into text, and finds the stop strings.
 
@@ -132,7 +132,7 @@ class LLMEngine:
                 ended += finished
                 if self._read:
                     ended += self._read_texts()
-                # Not earlier: a stop string removes tokens that `_forget` would have counted.
+                # After `_read_texts`: a stop string removes tokens, which `_forget` must not count.
                 self._forget(ended)
             except BaseException:
                 self.reset("error")
@@ -142,7 +142,7 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Mark that requests are being changed. `drop` defers its work to the next step then."""
+        """While requests are being changed in here, `drop` defers its work to the next step."""
         self._calls += 1
         self._thread = threading.get_ident()
         try:
@@ -241,7 +241,6 @@ class LLMEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Totals since the engine started."""
         return EngineStats(
             **self._totals,
             unfinished_requests=len(self._live),

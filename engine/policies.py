@@ -32,7 +32,7 @@ class QueuePolicy(Policy):
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
-        """Add a waiting request. It is new, or was popped before (and perhaps preempted)."""
+        """Add a waiting request: new, or popped before and pushed again, e.g. after a preemption."""
 
     @abstractmethod
     def first(self) -> Sequence | None:
@@ -58,7 +58,7 @@ class AdmissionPolicy(Policy):
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         """Whether `seq`, the first request of the queue, may start beside the running requests.
 
-        The scheduler checks afterwards that blocks are free. `admits` must not change the batch.
+        The scheduler checks afterwards that free blocks suffice. `batch` must not be changed.
         """
 
 
@@ -78,8 +78,8 @@ class StepPolicy(Policy):
         """Most prompt tokens of the step: up to `budget`, and at least 1 if there are no decodes.
 
         The `num_decodes` decoding requests run if the prompts leave a position for each, else all
-        of them wait. They waited in the last `gap` steps. `budget` is the number of positions of
-        a step; it is at least the number of requests that can run.
+        of them wait. The decoding requests waited in the last `gap` steps. `budget` positions are
+        the most of a step, and at least as many as requests can run.
         """
 
 
@@ -89,7 +89,7 @@ class FirstCome(QueuePolicy):
     name = "fcfs"
 
     def __init__(self, config: Config) -> None:
-        # By rising id. `_back` has requests that came back: few, so that `insort` is cheap.
+        # Both are sorted by id. `_back` has requests pushed again: few, so `insort` is cheap.
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
         self._back: list[Sequence] = []
 
@@ -117,7 +117,7 @@ class FirstCome(QueuePolicy):
 
 
 class KeyedQueue(QueuePolicy):
-    """Runs the request with the smallest key first; of equal keys the earliest. O(log n)."""
+    """Runs the request with the smallest key; among equal keys the earliest arrival. O(log n)."""
 
     def __init__(self, config: Config) -> None:
         self.waiting: LazyHeap[Sequence] = LazyHeap()
@@ -158,7 +158,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """Runs the shortest expected remaining output first: `predicted_tokens`, else `max_tokens`."""
+    """Runs the request with fewest output tokens left, by `predicted_tokens` or `max_tokens`."""
 
     name = "shortest_job"
 
@@ -167,7 +167,7 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Runs a request of the user with the lowest level first; of one user the earliest arrival."""
+    """Serves the user with the lowest level (tokens charged), each user's requests in order."""
 
     def __init__(self, config: Config) -> None:
         # Tokens charged to each user ever seen. `_queues` and `_order` have only users that wait.
@@ -207,11 +207,11 @@ class _UserQueue(QueuePolicy):
 
 
 class FairShare(_UserQueue):
-    """Serves the user first who was served the fewest tokens.
+    """Serves the user who has been served the fewest tokens so far.
 
-    The virtual token counter of Sheng et al. (Fairness in Serving Large Language Models, OSDI
-    2024). Idle time gives no credit: a user who comes back is lifted to the level of the user
-    served last. A request is charged its expected length at its start, its real length at its end.
+    Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
+    OSDI 2024). Idle time gives no credit: a user who comes back gets at least the level of the user
+    served last. A request's charge is its expected length at first, its real length once it ended.
     """
 
     name = "fair_share"
@@ -239,7 +239,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits all requests that have blocks now. If outputs outgrow the cache, one is preempted."""
+    """Admits every request that has blocks now. If blocks run out later, a request is preempted."""
 
     name = "optimistic"
 
@@ -248,7 +248,7 @@ class Optimistic(AdmissionPolicy):
 
 
 class ReserveOutput(AdmissionPolicy):
-    """Admits a request if all can reach their length limits. So no request is ever preempted."""
+    """Admits a request if it and all running ones can reach their limits. So none is preempted."""
 
     name = "reserve"
 
@@ -259,7 +259,7 @@ class ReserveOutput(AdmissionPolicy):
 
 
 class LookAhead(AdmissionPolicy):
-    """Admits a request if all running requests fit at all times, up to their expected lengths.
+    """Admits a request if all running ones fit the cache until they reach their expected lengths.
 
     Memory use peaks when some request ends, so only these moments are checked. The idea is from
     Past-Future (Gong et al., ASPLOS 2025), which learns the expected lengths.
@@ -269,7 +269,7 @@ class LookAhead(AdmissionPolicy):
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # Steps until the request ends, and position of its newest token. The last to end is first.
+        # Steps to each request's end, position of its newest token; the last to end comes first.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
         full = 0

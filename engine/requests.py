@@ -25,7 +25,7 @@ class Sequence:
 
     request_id: int  # unique in its engine; a later request has a larger id
     token_ids: list[int]  # prompt and committed output, in a copy of the caller's list
-    sampling: SamplingParams  # as given by the user
+    sampling: SamplingParams  # the parameters that the user gave
     _: KW_ONLY
     max_total_tokens: int  # length limit: most tokens of prompt and output together
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end the request
@@ -37,10 +37,10 @@ class Sequence:
     error: Exception | None = None  # the error that the runner reported, if it ended the request
     # `RowReport.values` of each output token; empty if the runner reports none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
-    # For each output token, and for each prompt token so far (None for the first), if asked for.
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if asked for
+    # Log-probabilities of prompt tokens so far, if asked for; None for the first, not predicted.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    text: TextReader | None = None  # turns tokens into text, if there are streams or stop strings
+    text: TextReader | None = None  # makes text of the output, for a stream or stop strings
     added_at: float = 0.0
     admitted_at: float | None = None  # time of the first admission
     token_times: list[float] = field(default_factory=list)  # `StepResult.ended_at` for each token
@@ -48,7 +48,7 @@ class Sequence:
     num_preemptions: int = 0
 
     # The scheduler owns the fields from here on. A slot is a row index in the runner's tables.
-    slot: int | None = field(init=False)  # None unless the request runs
+    slot: int | None = field(init=False)  # the request's slot; None unless the request runs
     # Leading positions that are computed or planned. All drafts count as kept, even beyond the
     # length limit.
     num_scheduled: int = field(init=False)
@@ -75,17 +75,16 @@ class Sequence:
         salt = self.sampling.cache_salt
         if self.sampling.prompt_logprobs is None:
             return salt
-        # Prompt log-probabilities need logits, which cached blocks do not have. The id lets a
-        # request find only its own blocks after a preemption: their tokens have log-probabilities.
+        # Prompt log-probabilities need logits, which cached blocks do not have. With its id in the
+        # salt a request finds only its own blocks, after a preemption: their scores are known.
         return f"{salt}\0{self.request_id}"
 
     @property
     def output_token_ids(self) -> list[int]:
-        """The committed output tokens."""
         return self.token_ids[self.num_prompt_tokens :]
 
     def keep_output(self, num_tokens: int) -> None:
-        """Drop output tokens after the first `num_tokens`, with their times, scores and values."""
+        """Drop output tokens after the first `num_tokens`, and their times, logprobs and values."""
         del self.token_ids[self.num_prompt_tokens + num_tokens :]
         del self.token_times[num_tokens:]
         del self.logprobs[num_tokens:]
@@ -179,7 +178,7 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
-    """The requests of prompt `index`, one per output; `ended` gets the object when all ended."""
+    """Requests of prompt `index`, one per output. When all have ended, `ended` gets this object."""
 
     index: int
     seqs: list[Sequence]
@@ -221,7 +220,7 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
 
 
 def percentile(rising: list[float], share: float) -> float:
-    """The smallest of the sorted values that a share (0, 1] of all values does not exceed."""
+    """The smallest of the sorted values that at least a share (0, 1] of them does not exceed."""
     return rising[math.ceil(share * len(rising)) - 1]
 
 

@@ -19,30 +19,29 @@ class RunningBatch:
 
     `build` makes a `StepPlan` of the calls of `admit`, `prefill`, `decode` and `preempt` before it.
     `commit` applies a `StepResult` to the requests. A request runs in one of `max_num_seqs` slots,
-    the rows of the runner's per-request tables. Dicts of requests are by id, first admitted first.
+    the rows of the runner's per-request tables. Dicts of requests are by id, in order of admission.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
-        self.blocks = blocks  # schedulers and policies may read it, but must not change it
+        self.blocks = blocks  # schedulers and policies may read the manager, not change it
         self.running: dict[int, Sequence] = {}  # unfinished requests that hold a slot
-        self.prefilling: dict[int, Sequence] = {}  # running, with known tokens left to plan
+        self.prefilling: dict[int, Sequence] = {}  # running requests with known tokens left to plan
         # Running requests that have a token left to sample, even if all drafts in flight are kept.
         self.decoding: dict[int, Sequence] = {}
-        self.num_in_flight = 0  # plans that have not been committed
+        self.num_in_flight = 0  # number of plans that have not been committed
         self._groups, self._clock = blocks.groups, clock
         self._holder: list[Sequence | None] = [None] * max_num_seqs  # by slot
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._next_step_id = 0
         # Parts of the next plan. Dicts are by slot.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # first table entry that the runner does not have
+        self._grown: dict[int, int] = {}  # first block table entry that the runner does not have
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
-        self._decode_counts: dict[int, int] = {}  # positions of decode rows planned with drafts
+        self._decode_counts: dict[int, int] = {}  # positions of each decode row with drafts
 
     @property
     def num_free_slots(self) -> int:
-        """Number of slots that no request holds."""
         return len(self._free_slots)
 
     @property
@@ -70,7 +69,7 @@ class RunningBatch:
             raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
     def admit(self, seq: Sequence) -> bool:
-        """Give a request a slot, and blocks for its tokens; False, and no change, if too few."""
+        """Give a request a slot and blocks. False (nothing changes) if too few are free."""
         if not self._free_slots:
             return False
         cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
@@ -101,7 +100,7 @@ class RunningBatch:
         return True
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
-        """Reserve blocks for the next positions; False, and no change, if too few are free."""
+        """Reserve blocks for the next positions. False (nothing changes) if too few are free."""
         # All positions in flight count as kept. So blocks suffice wherever the next row starts.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
@@ -153,7 +152,8 @@ class RunningBatch:
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
         """How many positions, 1 to `wanted`, the request's next row may compute."""
-        # Limited from the earliest start. If the row starts later, the runner cuts it at the limit.
+        # The length limit is applied to the earliest start, at which all drafts in flight are
+        # rejected. If the row starts later, the runner cuts the row at the limit.
         earliest = seq.num_scheduled - seq.num_drafted
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
@@ -162,7 +162,7 @@ class RunningBatch:
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a request's slot and blocks. When admitted again, it recomputes all its tokens."""
+        """Take away a request's slot and blocks. Readmission computes all its tokens again."""
         assert seq.num_in_flight == 0, "a request in flight cannot be preempted"
         self._stop(seq)
         seq.reset()
@@ -205,7 +205,7 @@ class RunningBatch:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
         num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
-        # This loop is most of the host's work per token. So it calls no function for a plain row.
+        # This loop is most of the host's work per token. So a row of one token calls no function.
         for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None

@@ -42,7 +42,7 @@ class QueuedScheduler(Scheduler):
         self.queue.push(seq)
 
     def admit(self, seq: Sequence) -> bool:
-        """Start the queue's first request; False, and no change, without a free slot or blocks."""
+        """Start the queue's first request. False (nothing changes) if slots or blocks run out."""
         if not self.batch.admit(seq):
             return False
         self.queue.pop()
@@ -51,7 +51,7 @@ class QueuedScheduler(Scheduler):
 
     def defer(self, prefix: PendingPrefix) -> bool:
         """Move the queue's first request to `deferred`; False if too many requests are there."""
-        # Without a limit a step's cost could grow with the queue: `rejoin` looks at all of them.
+        # `rejoin` looks at every deferred request in each step, so their number is limited.
         if len(self.deferred) >= self._most_deferred:
             return False
         self.deferred.append((self.queue.pop(), prefix))
@@ -127,7 +127,7 @@ class ContinuousScheduler(QueuedScheduler):
         num_preemptions = self._reserve_decodes()
         if num_preemptions is None:
             return None
-        # Listed before `_prefill`: a request whose prefill ends in this step decodes from the next.
+        # Requests whose prefill ends in this step are not listed. They decode from the next step.
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
         # No admission right after a preemption: the preempted request would get its blocks back.
@@ -162,12 +162,13 @@ class ContinuousScheduler(QueuedScheduler):
         return None
 
     def _reserve_decodes(self) -> int | None:
-        """Reserve blocks for decodes. Returns the number of preemptions; None: commit steps first."""
+        """Reserve blocks for decodes. Returns the number of preemptions; None if they must wait."""
         num_preemptions = 0
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.batch.reserve(seq):
                 if self.batch.num_in_flight:
+                    # Requests in flight cannot be preempted: commit their steps first.
                     return None
                 victim = self._preemption.victim(self.batch.running.values())
                 self.batch.preempt(victim)

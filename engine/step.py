@@ -48,8 +48,8 @@ class NewRequest:
 class BlockUpdate:
     """Write `block_ids` to entries `first_index`, `first_index + 1`, ... of a slot's block table.
 
-    A block that has left a slot's window may go to another request without an update of the slot.
-    So a runner must not read positions before `CacheKind.first_read` of the cache group's kind.
+    No BlockUpdate tells the runner that a block left a slot's window and went to another request.
+    So the runner must not read positions before `first_read` of the cache group's `CacheKind`.
     """
 
     slot: int
@@ -69,10 +69,10 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Compute positions [start, start + num_tokens) of a slot. The KV of earlier ones is cached.
+    """Compute positions [start, start + num_tokens) of a slot. Earlier positions are in the cache.
 
-    `samples` tells whether to sample a token after the chunk: the chunk ends at the request's last
-    known token, and the length limit allows one more token.
+    `samples` is True if the chunk ends at the request's last known token, and the length limit
+    allows one more token. The runner then samples this token.
     """
 
     slot: int
@@ -136,9 +136,9 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """What a row reports beside its tokens."""
+    """What a row reports in addition to its tokens."""
 
-    # If set, the request ends with finish_reason "error" and without the row's tokens.
+    # An error ends the request with finish_reason "error", and the row's tokens are dropped.
     error: Exception | None = None
     # Named results that the runner chooses to report, e.g. hidden states. There is one mapping for
     # each of the row's tokens. A prompt's last chunk that samples nothing may have one mapping.
@@ -150,14 +150,15 @@ class StepResult:
     """What a step produced."""
 
     step_id: int
-    # One list for each of the plan's `sampled_slots`. A chunk has one new token. A decode row has
-    # one new token for each position kept (at least 1), and none beyond the length limit.
+    # New tokens: one list for each of the plan's `sampled_slots`. A chunk has one token. A decode
+    # row has one for each position kept: at least 1, and none beyond the length limit.
     tokens: list[list[int]]
     ended_at: float  # time on the runner's clock when the host saw that the step had ended
-    # One list for each list of `tokens`, empty if the request did not ask; None if none asked.
+    # Log-probabilities for each list of `tokens`. The list is empty if the request did not ask for
+    # them; None if no request of the step did.
     logprobs: list[list[TokenLogprobs]] | None = None
-    # One list for each of the plan's chunks, for the prompt tokens at start + 1, start + 2, ...,
-    # which the chunk's positions predict. Lists are empty, or None, as in `logprobs`.
+    # For each of the plan's chunks, log-probabilities of the prompt tokens at start + 1, start + 2,
+    # ..., which the chunk predicts. Empty lists and None mean what they mean in `logprobs`.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     device_seconds: float | None = None  # how long the device worked, if the plan is `timed`
     # Reports by the row's index in `StepPlan.row_slots`. Most rows have none.

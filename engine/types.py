@@ -44,8 +44,7 @@ __all__ = [
 # Type of `ModelRunner.now`, which returns the seconds since a fixed moment.
 Clock = Callable[[], float]
 
-# Entry of a block table whose block was given back, because its positions have left the window.
-# Plans never contain NO_BLOCK.
+# Block table entry of a block that was given back after leaving the window; never in plans.
 NO_BLOCK = -1
 
 
@@ -168,12 +167,12 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Total number of blocks. Of several groups the smallest group counts."""
+        """Total number of blocks. With several groups it is the number of the smallest group."""
 
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Blocks that `grow` can hand out, evictable ones included. The scarcest group counts."""
+        """Blocks that `grow` can hand out, evictable ones included; the scarcest group's number."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -188,7 +187,7 @@ class BlockManager(ABC):
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """Extend all tables to `num_tokens` tokens; False, and no change, if out of blocks."""
+        """Extend all tables to `num_tokens` tokens. False (nothing changes) if blocks run out."""
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
@@ -196,9 +195,9 @@ class BlockManager(ABC):
 
     @abstractmethod
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Take note that the KV of the first `num_computed` of `token_ids` has been written.
+        """Record that the KV of the first `num_computed` tokens of `token_ids` has been written.
 
-        The manager may now share the full blocks among them, and may take back blocks that no later
+        The manager may now share full blocks of these tokens, and take back blocks that no later
         position reads. Steps in flight write only positions from `num_computed` on. The caller
         commits at least whenever a block has become full, and never counts rejected drafts.
         """
@@ -210,7 +209,7 @@ class BlockManager(ABC):
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """Block copies that the next plan must make, for requests begun since the last call.
 
-        A request released meanwhile needs no copy. No source is handed out before this call.
+        A request released meanwhile needs no copy. No source block is handed out before this call.
         """
         return ()
 
@@ -231,14 +230,14 @@ class BlockManager(ABC):
 
 
 class Scheduler(ABC):
-    """Decides what each step computes. Pure CPU work; never touches a device.
+    """Decides what each step computes. Does only CPU work and never touches a device.
 
     The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. A scheduler
     must not read any other clock, because a runner without a device keeps virtual time.
 
     Between `schedule` and `commit` of a plan its requests are *in flight*. A request in flight may
-    be planned again, but not preempted or released. Plans are committed in order. After an
-    exception the engine makes a new scheduler and block manager, and step ids start at 0 again.
+    be planned again, but not preempted or released. Plans are committed in the order of planning.
+    After an exception the engine makes a new scheduler and block manager; step ids restart at 0.
 
     A decode row keeps between 1 and `decode_tokens[i]` positions. Only `commit` tells how many are
     kept; until then blocks are reserved as if all were kept. A request that may reach its length
@@ -247,13 +246,12 @@ class Scheduler(ABC):
     `commit` appends to a request's `token_ids`, `token_times` (`ended_at` for each token),
     `logprobs`, `prompt_logprobs` and `values`, and sets `finish_reason` and `error`. If a row
     reports an error, its request ends with finish_reason "error". The first admission sets
-    `admitted_at` and `num_cached`. Each preemption adds 1 to `num_preemptions`. All of this can be
-    left to `engine.running_batch.RunningBatch`.
+    `admitted_at` and `num_cached`. Each preemption adds 1 to `num_preemptions`. The class
+    `engine.running_batch.RunningBatch` does this bookkeeping.
     """
 
     name: ClassVar[str]
-    # Names of the policy options in `Config` that the scheduler uses. If the user sets a policy
-    # option that is not listed here, the engine raises a ConfigError.
+    # The policy options of `Config` that the scheduler uses. Setting others raises a ConfigError.
     policies: ClassVar[Collection[str]] = ()
 
     @property
@@ -282,20 +280,20 @@ class Scheduler(ABC):
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
-        """End a request with finish_reason "abort". None if the id is unknown or has finished."""
+        """End a request with finish_reason "abort". None if no unfinished request has the id."""
 
 
 class ModelRunner(ABC):
     """Executes plans. Owns the model, the KV tensors, the device and the clock.
 
     The constructor takes the `Config` and the `Checkpoint`. After `close`, `execute` raises an
-    EngineClosedError. `ended_at` never falls from one step's result to the next step's. A runner
+    EngineClosedError. `StepResult.ended_at` never falls from one step to the next. A runner
     that overrides `now` also overrides `wait_until`.
     """
 
     name: ClassVar[str]
-    # Whether decode rows may keep several positions, with drafted tokens. If False, every decode
-    # row keeps one position, and the engine refuses `num_speculative_tokens`.
+    # Whether the runner drafts tokens, so that a decode row may keep several positions. If False,
+    # every decode row keeps one position, and the engine refuses `num_speculative_tokens`.
     drafts: ClassVar[bool] = False
     # False for a runner that computes nothing. Options "auto" and None then get the values of a
     # machine without a GPU, so that runs are equal on all machines.
@@ -308,7 +306,7 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step, if possible without waiting for its end. Steps take effect in order."""
+        """Start a step, if possible without waiting for it. Steps take effect in call order."""
 
     # The engine's only clock: seconds since a fixed moment. The default is a plain function. If it
     # were a bound method, a part that stores `now` would keep the runner and its memory alive.
