@@ -116,8 +116,8 @@ class LLMEngine:
         Raises:
             StepError: the step failed. After any exception (also a fault of a part, or Ctrl-C) all
                 unfinished requests have ended, and the engine accepts new requests.
-            WorkerDiedError: a rank's process has ended. After a WorkerDiedError every step fails.
-                With several ranks every step fails after a StepError too.
+            WorkerDiedError: a rank's process has ended. Every step fails after a WorkerDiedError,
+                and after a StepError of a runner with several ranks.
         """
         self.check_usable()
         depth = self.config.pipeline_depth or 0

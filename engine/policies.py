@@ -32,7 +32,7 @@ class QueuePolicy(Policy):
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
-        """Add a waiting request: new, or popped before and pushed again, e.g. after a preemption."""
+        """Add a waiting request: new, or popped before and now back, e.g. after a preemption."""
 
     @abstractmethod
     def first(self) -> Sequence | None:
@@ -78,8 +78,8 @@ class StepPolicy(Policy):
         """Most prompt tokens of the step: up to `budget`, and at least 1 if there are no decodes.
 
         The `num_decodes` decoding requests run if the prompts leave a position for each, else all
-        of them wait. The decoding requests waited in the last `gap` steps. `budget` positions are
-        the most of a step, and at least as many as requests can run.
+        of them wait. The decoding requests waited in the last `gap` steps. `budget`, the token
+        budget of the step, is at least the number of requests that can run at once.
         """
 
 
@@ -158,7 +158,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """Runs the request with fewest output tokens left, by `predicted_tokens` or `max_tokens`."""
+    """Runs the request with fewest output tokens left, by `predicted_tokens`, else `max_tokens`."""
 
     name = "shortest_job"
 

@@ -76,7 +76,7 @@ class Sequence:
         if self.sampling.prompt_logprobs is None:
             return salt
         # Prompt log-probabilities need logits, which cached blocks do not have. With its id in the
-        # salt a request finds only its own blocks, after a preemption: their scores are known.
+        # salt a preempted request finds only its own blocks, whose log-probabilities it has.
         return f"{salt}\0{self.request_id}"
 
     @property

@@ -127,7 +127,7 @@ class ContinuousScheduler(QueuedScheduler):
         num_preemptions = self._reserve_decodes()
         if num_preemptions is None:
             return None
-        # Requests whose prefill ends in this step are not listed. They decode from the next step.
+        # `decodes` lacks requests whose prefill ends in this step. They decode from the next step.
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
         # No admission right after a preemption: the preempted request would get its blocks back.
@@ -167,8 +167,8 @@ class ContinuousScheduler(QueuedScheduler):
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.batch.reserve(seq):
+                # Requests in flight cannot be preempted: their steps must be committed first.
                 if self.batch.num_in_flight:
-                    # Requests in flight cannot be preempted: commit their steps first.
                     return None
                 victim = self._preemption.victim(self.batch.running.values())
                 self.batch.preempt(victim)

@@ -295,7 +295,7 @@ class ModelRunner(ABC):
     # Whether the runner drafts tokens, so that a decode row may keep several positions. If False,
     # every decode row keeps one position, and the engine refuses `num_speculative_tokens`.
     drafts: ClassVar[bool] = False
-    # False for a runner that computes nothing. Options "auto" and None then get the values of a
+    # False for a runner without a device. Options "auto" and None then get the values of a
     # machine without a GPU, so that runs are equal on all machines.
     has_device: ClassVar[bool] = True
 
