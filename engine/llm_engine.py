@@ -1,4 +1,4 @@
-"""Wires the parts from a Config and runs the step loop."""
+"""The engine: makes scheduler, block manager and runner from a Config, and runs steps."""
 
 from __future__ import annotations
 
@@ -21,22 +21,20 @@ from utils.text import TextReader
 
 
 class LLMEngine:
-    """Scheduler, block manager and runner of one model, and the steps in flight."""
+    """Runs one model: owns scheduler, block manager, runner and the steps in flight."""
 
-    # After an exception these are others.
+    # `reset` replaces the scheduler and the block manager, e.g. after an exception.
     scheduler: Scheduler
-    blocks: BlockManager  # of all cache groups
-    # Tokens of the last committed step, those behind a stop included.
-    num_new_tokens: int
+    blocks: BlockManager  # one manager for all cache groups
+    num_new_tokens: int  # tokens sampled in the last committed step, also those after a stop
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
         self._asked = config
         self.config = config = resolve(config, self.checkpoint)
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
-        # Unfinished requests by id: all, and those whose text is read.
-        self._live: dict[int, Sequence] = {}
-        self._read: dict[int, Sequence] = {}
+        self._live: dict[int, Sequence] = {}  # all unfinished requests, by id
+        self._read: dict[int, Sequence] = {}  # unfinished requests with a TextReader, by id
         self._aborts: deque[int] = deque()
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
@@ -55,7 +53,7 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether requests are waiting, running or in flight."""
+        """Whether a request waits or runs, or a step is in flight."""
         return bool(self._pipeline) or self.scheduler.has_unfinished
 
     def add_request(
@@ -66,14 +64,14 @@ class LLMEngine:
         *,
         sample: int = 0,
     ) -> Sequence:
-        """Check a request for one output, number `sample` of its prompt, and queue it.
+        """Check and queue a request for one output: output number `sample` of a prompt.
 
-        `text` reads the output as it comes, and finds the stop strings.
+        `text` turns the growing output into text, and finds the stop strings.
 
         Raises:
-            RequestError: model, ranks or this call cannot serve the prompt or a parameter.
-            RequestTooLongError: it exceeds max_model_len or the KV cache.
-            EngineClosedError: after close().
+            RequestError: the prompt or a parameter cannot be served.
+            RequestTooLongError: the request exceeds max_model_len or the whole KV cache.
+            EngineClosedError: the engine is closed.
         """
         self.check_usable()
         vocab_size = int(self.checkpoint.hf_config.vocab_size)
@@ -110,16 +108,16 @@ class LLMEngine:
         return seq
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """Keep the pipeline full, then take in its oldest step.
+        """Plan and start steps until the pipeline is full, then commit the oldest step.
 
-        Returns the step (None if there was nothing to do) and the requests that finished with it or
-        were aborted before it.
+        Returns the plan of the committed step (None if there was nothing to do), and the requests
+        that have ended: finished with the step, or aborted before it.
 
         Raises:
-            StepError: the step failed. As after any other exception (a part's mistake, Ctrl-C)
-                all unfinished requests have ended, and the next ones are served.
-            WorkerDiedError: a rank's process has ended. After this error, or a StepError of several
-                ranks, every step fails.
+            StepError: the step failed. After any exception (also a fault of a part, or Ctrl-C) all
+                unfinished requests have ended, and the engine accepts new requests.
+            WorkerDiedError: a rank's process has ended. Every step fails after a WorkerDiedError,
+                and after a StepError of a runner with several ranks.
         """
         self.check_usable()
         depth = self.config.pipeline_depth or 0
@@ -134,7 +132,7 @@ class LLMEngine:
                 ended += finished
                 if self._read:
                     ended += self._read_texts()
-                # Not before: a stop string takes tokens back.
+                # After `_read_texts`: a stop string removes tokens, which `_forget` must not count.
                 self._forget(ended)
             except BaseException:
                 self.reset("error")
@@ -144,7 +142,7 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """As long as requests are being changed, `drop` changes none."""
+        """While requests are being changed in here, `drop` defers its work to the next step."""
         self._calls += 1
         self._thread = threading.get_ident()
         try:
@@ -167,7 +165,7 @@ class LLMEngine:
         return plan, finished
 
     def _read_texts(self) -> list[Sequence]:
-        """Read what has been committed; returns the requests that a stop string ended."""
+        """Convert new tokens to text. Returns the requests that were ended by a stop string."""
         stopped = []
         for request_id, seq in list(self._read.items()):
             assert seq.text is not None
@@ -184,16 +182,16 @@ class LLMEngine:
         return stopped
 
     def abort(self, request_id: int) -> None:
-        """End a request, if there is one, at the next `step`; from any thread at any time."""
-        # One that is not there yet must not end a later one. Appending is atomic, so that no step
-        # ever sees half of it.
+        """End a request at the next `step`. May be called from any thread at any time."""
+        # An unused id is ignored, or it would end the request that gets the id later. No lock is
+        # needed: appending to a deque is atomic.
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 
     def drop(self, seqs: list[Sequence]) -> None:
-        """End requests that nobody asks for any more: at once if possible, else at the next step.
+        """End requests that are no longer wanted: at once if possible, else at the next step.
 
-        The caller may be the garbage collector, in any thread and in the middle of any call.
+        The garbage collector may call `drop`, in any thread and in the middle of any other call.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
@@ -207,16 +205,16 @@ class LLMEngine:
         self.finish_steps()
 
     def finish_steps(self) -> None:
-        """Take in steps in flight if all requests have ended before them."""
+        """Commit the steps that are still in flight if all requests have ended."""
         while self.has_unfinished and not self._live:
             self.step()
 
     def reset(self, reason: str = "abort") -> None:
-        """End every request, wait for what is in flight, and make scheduler and blocks anew."""
+        """End all requests, wait for steps in flight, make a new scheduler and block manager."""
         with self._inside():
-            # Interrupted in here, the next use of the engine comes back.
+            # If Ctrl-C interrupts `reset`, `check_usable` repeats it at the engine's next use.
             self._stale = True
-            # Wait until no step is in flight, whatever becomes of it.
+            # The results of the steps in flight do not matter, nor do their errors.
             while self._pipeline:
                 with suppress(Exception):
                     self._pipeline[0][1].result()
@@ -234,7 +232,7 @@ class LLMEngine:
             self._stale = False
 
     def close(self) -> None:
-        """End all requests and give the memory back; may be called twice."""
+        """End all requests and free the memory. A second call does nothing."""
         if self._closed:
             return
         self.reset()
@@ -243,7 +241,6 @@ class LLMEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Totals since the engine started."""
         return EngineStats(
             **self._totals,
             unfinished_requests=len(self._live),
@@ -253,7 +250,7 @@ class LLMEngine:
         )
 
     def _forget(self, seqs: list[Sequence]) -> None:
-        """Requests have ended."""
+        """Count requests that have ended, and drop the references to them."""
         totals = self._totals
         for seq in seqs:
             del self._live[seq.request_id]
@@ -263,13 +260,13 @@ class LLMEngine:
             totals["preemptions"] += seq.num_preemptions
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes, those that running requests would leave included."""
+        """Forget all cached prefixes. Blocks of running requests are not cached later either."""
         self.check_usable()
         with self._inside():
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Take up what an interrupt of `reset` left; an EngineClosedError after close()."""
+        """Repeat a `reset` that was interrupted. Raises EngineClosedError after `close`."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

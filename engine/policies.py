@@ -1,4 +1,4 @@
-"""Scheduling policies: contracts and what ships. Pure CPU work, between steps, from one thread."""
+"""Scheduling policies: the contracts, and the shipped policies. Policies never use a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.lazy_heap import LazyHeap
 
 
 class Policy(ABC):
-    """One decision of a scheduler; its constructor takes the engine's options."""
+    """Makes one kind of decision for a scheduler. The constructor takes the engine's options."""
 
     name: ClassVar[str]
 
@@ -25,70 +25,71 @@ class Policy(ABC):
 
 
 class QueuePolicy(Policy):
-    """Holds the waiting requests and says which runs next.
+    """Holds the waiting requests and decides which runs next.
 
-    Thousands may wait: no method may look at all of them. `KeyedQueue` does the work for a key.
+    Thousands of requests may wait: no method may look at all of them. `KeyedQueue` sorts by a key.
     """
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
-        """A request waits: new, or back after `pop`, preempted (`seq.num_preemptions`) or not."""
+        """Add a waiting request: new, or popped before and now back, e.g. after a preemption."""
 
     @abstractmethod
     def first(self) -> Sequence | None:
-        """The request to run next; None if none waits."""
+        """The request to run next; None if no request waits."""
 
     @abstractmethod
     def pop(self) -> Sequence:
-        """Take out what `first` returned."""
+        """Remove the request that `first` returns, and return it."""
 
     @abstractmethod
     def discard(self, seq: Sequence) -> None:
-        """A waiting request was aborted: its `finish_reason` is set, `first` must not return it."""
+        """Remove a waiting request that was aborted. Its `finish_reason` is already set."""
 
     def ended(self, seq: Sequence) -> None:
-        """A request that had been popped has finished or was aborted."""
+        """Take note that a popped request has finished or was aborted."""
         del seq
 
 
 class AdmissionPolicy(Policy):
-    """Whether a waiting request may join the running ones."""
+    """Decides whether a waiting request may join the running requests."""
 
     @abstractmethod
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
-        """Whether `seq`, the first of the queue, may start beside those that run.
+        """Whether `seq`, the first request of the queue, may start beside the running requests.
 
-        Blocks for its known tokens are checked afterwards. The batch must not be changed.
+        The scheduler checks afterwards that free blocks suffice. `batch` must not be changed.
         """
 
 
 class PreemptionPolicy(Policy):
-    """Who gives up its blocks when a running request needs one and none is free."""
+    """Chooses the request to preempt when a running request needs a block and none is free."""
 
     @abstractmethod
     def victim(self, running: Collection[Sequence]) -> Sequence:
-        """One of `running`, which is in order of admission and never empty."""
+        """The request of `running` to preempt. `running` is in order of admission, never empty."""
 
 
 class StepPolicy(Policy):
-    """How a step's token budget is split between prompts and running decodes."""
+    """Splits a step's token budget between prompts and decodes."""
 
     @abstractmethod
     def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
-        """Tokens, 1 to `budget`, that prompts may take; the decodes run if the rest holds them all.
+        """Most prompt tokens of the step: up to `budget`, and at least 1 if there are no decodes.
 
-        `budget` is at least the number of requests that can run. `num_decodes` running requests
-        could each compute one token, and had to wait in the last `gap` steps.
+        The `num_decodes` decoding requests run if the prompts leave a position for each, else all
+        of them wait. The decoding requests waited in the last `gap` steps. `budget`, the token
+        budget of the step, is at least the number of requests that can run at once.
         """
 
 
 class FirstCome(QueuePolicy):
-    """In order of arrival; a preempted request is back in its old place."""
+    """Runs requests in order of arrival. A preempted request gets its old place back."""
 
     name = "fcfs"
 
     def __init__(self, config: Config) -> None:
-        # Both by rising id. The list has requests that are back, no more than run or are deferred.
+        # Both are sorted by id. `_back` has requests pushed again: few, so `insort` is cheap.
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
         self._back: list[Sequence] = []
 
@@ -116,14 +117,14 @@ class FirstCome(QueuePolicy):
 
 
 class KeyedQueue(QueuePolicy):
-    """Runs the request with the smallest key, the earliest arrival among equals, in O(log n)."""
+    """Runs the request with the smallest key; among equal keys the earliest arrival. O(log n)."""
 
     def __init__(self, config: Config) -> None:
         self.waiting: LazyHeap[Sequence] = LazyHeap()
 
     @abstractmethod
     def key(self, seq: Sequence) -> Any:
-        """Comparable; taken when the request is pushed."""
+        """A comparable sort key of the request. Called when the request is pushed."""
 
     def push(self, seq: Sequence) -> None:
         self.waiting.push((self.key(seq), seq.request_id), seq)
@@ -139,7 +140,7 @@ class KeyedQueue(QueuePolicy):
 
 
 class Priority(KeyedQueue):
-    """The highest `SamplingParams.priority` first."""
+    """Runs the request with the highest `SamplingParams.priority` first."""
 
     name = "priority"
 
@@ -148,7 +149,7 @@ class Priority(KeyedQueue):
 
 
 class ShortestPrompt(KeyedQueue):
-    """The fewest tokens to prefill first, which after a preemption are prompt and output."""
+    """Runs the request with the fewest known tokens first: prompt, and output if preempted."""
 
     name = "shortest_prompt"
 
@@ -157,7 +158,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """The fewest output tokens to go first, by `predicted_tokens` or else by `max_tokens`."""
+    """Runs the request with fewest output tokens left, by `predicted_tokens`, else `max_tokens`."""
 
     name = "shortest_job"
 
@@ -166,10 +167,10 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """The next request of the user at the lowest level; a user's own in order of arrival."""
+    """Serves the user with the lowest level (tokens charged), each user's requests in order."""
 
     def __init__(self, config: Config) -> None:
-        # One number for every user seen; users who wait are also in a queue and in the order.
+        # Tokens charged to each user ever seen. `_queues` and `_order` have only users that wait.
         self.levels: defaultdict[str, int] = defaultdict(int)
         self._queues: defaultdict[str, FirstCome] = defaultdict(lambda: FirstCome(config))
         self._order: LazyHeap[str] = LazyHeap()
@@ -206,11 +207,11 @@ class _UserQueue(QueuePolicy):
 
 
 class FairShare(_UserQueue):
-    """The user who was served the fewest tokens first.
+    """Serves the user who has been served the fewest tokens so far.
 
-    The virtual token counter of Sheng et al. (Fairness in Serving Large Language Models, OSDI
-    2024). Idle time gives no credit: a user who comes back is lifted to the level of those served
-    now. A request is charged its expected tokens when it starts, and what it took when it ends.
+    Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
+    OSDI 2024). Idle time gives no credit: a user who comes back gets at least the level of the user
+    served last. A request's charge is its expected length at first, its real length once it ended.
     """
 
     name = "fair_share"
@@ -238,7 +239,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits whatever has blocks now; if outputs grow beyond the cache, someone is preempted."""
+    """Admits every request that has blocks now. If blocks run out later, a request is preempted."""
 
     name = "optimistic"
 
@@ -247,7 +248,7 @@ class Optimistic(AdmissionPolicy):
 
 
 class ReserveOutput(AdmissionPolicy):
-    """Admits if all running requests can reach their length limits: no one is ever preempted."""
+    """Admits a request if it and all running ones can reach their limits. So none is preempted."""
 
     name = "reserve"
 
@@ -258,17 +259,17 @@ class ReserveOutput(AdmissionPolicy):
 
 
 class LookAhead(AdmissionPolicy):
-    """Admits if the running requests fit at every moment, each growing to its expected length.
+    """Admits a request if all running ones fit the cache until they reach their expected lengths.
 
-    The worst moment is one at which a request ends. The idea is from Past-Future (Gong et al.,
-    ASPLOS 2025), which learns the expected lengths.
+    Memory use peaks when some request ends, so only these moments are checked. The idea is from
+    Past-Future (Gong et al., ASPLOS 2025), which learns the expected lengths.
     """
 
     name = "lookahead"
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # Steps to the end, and the position of the newest token; the last to end comes first.
+        # Steps to each request's end, position of its newest token; the last to end comes first.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
         full = 0
@@ -276,7 +277,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # At `steps` from now `count` requests are left, each with `steps - 1` more positions.
+            # `steps` steps from now `count` requests still run, `steps - 1` positions longer each.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -285,7 +286,7 @@ class LookAhead(AdmissionPolicy):
 
 
 class Latest(PreemptionPolicy):
-    """The last admitted."""
+    """Preempts the request that was admitted last."""
 
     name = "latest"
 
@@ -294,7 +295,7 @@ class Latest(PreemptionPolicy):
 
 
 class LowestPriority(PreemptionPolicy):
-    """The lowest `SamplingParams.priority`, the last admitted among equals."""
+    """Preempts the lowest `SamplingParams.priority`; of equal ones the request admitted last."""
 
     name = "lowest_priority"
 
@@ -303,7 +304,7 @@ class LowestPriority(PreemptionPolicy):
 
 
 class FewestComputed(PreemptionPolicy):
-    """The one with the least to compute again, the last admitted among equals."""
+    """Preempts the request with the fewest computed positions; of equals the last admitted."""
 
     name = "fewest_computed"
 
@@ -312,7 +313,7 @@ class FewestComputed(PreemptionPolicy):
 
 
 class DecodeFirst(StepPolicy):
-    """Every running request decodes in every step; prompts fill the rest (Sarathi-Serve)."""
+    """Every decoding request decodes in every step; prompts fill the rest (Sarathi-Serve)."""
 
     name = "decode_first"
 
@@ -321,9 +322,9 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts take whole steps, at most `max_gap` in a row while requests decode.
+    """Prompts take whole steps: at most `max_gap` steps in a row while decoding requests wait.
 
-    First tokens come sooner, the others less evenly.
+    First tokens come sooner than with `DecodeFirst`; later tokens come less evenly.
     """
 
     name = "prefill_first"

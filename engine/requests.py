@@ -1,4 +1,4 @@
-"""Requests: state, checks, outputs and streams."""
+"""Requests: their state, their checks, and the outputs that users get."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ if TYPE_CHECKING:
 class Sequence:
     """A request from arrival to finish. All times are seconds on the runner's clock."""
 
-    request_id: int  # unique in its engine, rising with arrival
-    token_ids: list[int]  # prompt and committed output; the prompt that is passed in is copied
-    sampling: SamplingParams  # as given by the user
+    request_id: int  # unique in its engine; a later request has a larger id
+    token_ids: list[int]  # prompt and committed output, in a copy of the caller's list
+    sampling: SamplingParams  # the parameters that the user gave
     _: KW_ONLY
-    max_total_tokens: int  # length (prompt and output) at which it stops
-    stop_token_ids: frozenset[int] = frozenset()  # tokens that end it
+    max_total_tokens: int  # length limit: most tokens of prompt and output together
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end the request
     seed: int = 0  # key of the sampling noise
     seed_kind: SeedKind = SeedKind.DERIVED
     sample: int = 0  # index of this output among those of its prompt
     num_prompt_tokens: int = field(init=False)
     finish_reason: str | None = None  # None while unfinished, or "stop", "length", "abort", "error"
-    error: Exception | None = None  # what the runner reported, if that ended the request
-    # What the runner reported for each token of the output, if it was asked for.
+    error: Exception | None = None  # the error that the runner reported, if it ended the request
+    # `RowReport.values` of each output token; empty if the runner reports none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
-    # Of each token of the output, and of the prompt so far, if asked for; None for its first token.
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if asked for
+    # Log-probabilities of prompt tokens so far, if asked for; None for the first, not predicted.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    text: TextReader | None = None  # reads the output of requests that stream or have stop strings
+    text: TextReader | None = None  # makes text of the output, for a stream or stop strings
     added_at: float = 0.0
-    admitted_at: float | None = None  # for the first time
-    token_times: list[float] = field(default_factory=list)  # when the host could read each token
-    num_cached: int = 0  # prompt tokens found in the cache when it was first admitted
-    num_preemptions: int = 0  # times that it was or will be computed again
+    admitted_at: float | None = None  # time of the first admission
+    token_times: list[float] = field(default_factory=list)  # `StepResult.ended_at` for each token
+    num_cached: int = 0  # prompt tokens found in the cache at the first admission
+    num_preemptions: int = 0
 
-    # The rest belongs to the scheduler. First the row in the runner's tables, while running.
-    slot: int | None = field(init=False)
-    # Most leading positions that are computed once nothing is in flight, before the length limit is
-    # applied; how many of them the runner may not keep.
+    # The scheduler owns the fields from here on. A slot is a row index in the runner's tables.
+    slot: int | None = field(init=False)  # the request's slot; None unless the request runs
+    # Leading positions that are computed or planned. All drafts count as kept, even beyond the
+    # length limit.
     num_scheduled: int = field(init=False)
-    num_drafted: int = field(init=False)
-    num_prefill: int = field(init=False)  # computed as prefill: the tokens known at admission
-    num_in_flight: int = field(init=False)  # plans in flight that have a row of it
+    num_drafted: int = field(init=False)  # positions of `num_scheduled` that may be rejected
+    num_prefill: int = field(init=False)  # tokens known at admission, which are prefilled
+    num_in_flight: int = field(init=False)  # steps in flight that compute a row of this request
     num_committed: int = field(init=False)  # leading positions whose KV is known to be written
-    capacity: int = field(init=False)  # tokens that its block table holds
+    capacity: int = field(init=False)  # tokens for which the block table has blocks
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)
@@ -64,28 +64,27 @@ class Sequence:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all that was computed, as on arrival or preemption."""
+        """Clear the scheduler's fields: on arrival, and when the request is preempted."""
         self.slot = None
         self.num_scheduled = self.num_committed = self.num_drafted = self.num_in_flight = 0
         self.num_prefill = self.capacity = 0
 
     @property
     def cache_salt(self) -> str:
-        """Requests share cached prefixes if this is equal."""
+        """Only requests with equal salts share cached prefixes."""
         salt = self.sampling.cache_salt
         if self.sampling.prompt_logprobs is None:
             return salt
-        # Prompt log-probabilities need the logits of the prompt, which cached blocks do not have.
-        # After a preemption the request may reuse its own blocks, since it has scored their tokens.
+        # Prompt log-probabilities need logits, which cached blocks do not have. With its id in the
+        # salt a preempted request finds only its own blocks, whose log-probabilities it has.
         return f"{salt}\0{self.request_id}"
 
     @property
     def output_token_ids(self) -> list[int]:
-        """The committed output."""
         return self.token_ids[self.num_prompt_tokens :]
 
     def keep_output(self, num_tokens: int) -> None:
-        """Drop what was committed beyond so many tokens of the output."""
+        """Drop output tokens after the first `num_tokens`, and their times, logprobs and values."""
         del self.token_ids[self.num_prompt_tokens + num_tokens :]
         del self.token_times[num_tokens:]
         del self.logprobs[num_tokens:]
@@ -93,7 +92,7 @@ class Sequence:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Length, prompt and output, that it is guessed to reach; above its present one."""
+        """Guess of the final length, prompt and output together; above the present length."""
         guess = self.sampling.predicted_tokens
         if guess is None:
             return self.max_total_tokens
@@ -112,7 +111,7 @@ ParamsForPrompts = SamplingParams | list[SamplingParams] | None
 
 
 def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
-    """As many parameters as prompts; a RequestError if there are more, fewer, or something else."""
+    """One SamplingParams for each of `count` prompts; a RequestError if `params` does not fit."""
     if params is None:
         params = SamplingParams()
     per_prompt = params if isinstance(params, list) else [params] * count
@@ -130,14 +129,15 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
 def check_request(
     prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
 ) -> int:
-    """Most tokens, prompt and output together, that a request for one output may come to.
+    """Check a request for one output. Returns its limit of tokens, prompt and output together.
 
-    A RequestError names what model or ranks cannot serve; RequestTooLongError is one of them.
+    Raises:
+        RequestError: the prompt or a parameter cannot be served; RequestTooLongError is a subclass.
     """
     ids = f"Token ids are integers from 0 to {vocab_size - 1}."
     if not prompt:
         raise RequestError("prompt", prompt, "is empty", "Give at least one token.")
-    # Not isinstance: True and False are no token ids.
+    # isinstance would accept True and False as token ids.
     for token in prompt:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise RequestError("prompt", token, "is not a token id", ids)
@@ -163,13 +163,13 @@ def check_request(
 
 
 def _check_picklable(params: SamplingParams) -> None:
-    """Refuse logits processors that cannot be sent to the processes of other ranks."""
+    """Raise a RequestError for logits processors that cannot be sent to the ranks' processes."""
     try:
         data = pickle.dumps(params.logits_processors)
-        # The ranks' processes have another one.
+        # A rank's process has a different __main__, where the pickled names do not exist.
         if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
             raise TypeError("they are of the module __main__")
-    except Exception as error:  # whatever the callables' own pickling raises
+    except Exception as error:  # a callable's own pickling code may raise anything
         problem = f"the ranks cannot be sent them ({error})"
         fix = "Use functions of a module, or tensor_parallel_size=1."
         processors = params.logits_processors
@@ -178,7 +178,7 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
-    """The requests of prompt `index`, one for each output; put into `ended` when all have ended."""
+    """Requests of prompt `index`, one per output. When all have ended, `ended` gets this object."""
 
     index: int
     seqs: list[Sequence]
@@ -186,7 +186,7 @@ class PromptRequests:
 
 
 def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
-    """The dictionary of a prompt's outputs; see `LLM.generate`."""
+    """The dictionary that `LLM.generate` returns for a prompt, made from the prompt's requests."""
     outputs, first = [_one_output(seq, decode) for seq in seqs], seqs[0]
     asked = first.sampling.prompt_logprobs is not None
     out = {
@@ -220,17 +220,17 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
 
 
 def percentile(rising: list[float], share: float) -> float:
-    """The least of the values (one or more) that a share (0, 1] of them does not exceed."""
+    """The smallest of the sorted values that at least a share (0, 1] of them does not exceed."""
     return rising[math.ceil(share * len(rising)) - 1]
 
 
 def increments(
     seq: Sequence, index: int, *, has_text: bool
 ) -> Generator[dict[str, Any] | None, None, None]:
-    """What an output has gained since the last time; None if nothing can be shown yet.
+    """Yield what an output gained since the last increment; None if nothing can be shown yet.
 
-    Ends after the increment with a finish_reason. Without a tokenizer (`has_text` False) tokens are
-    told as they come. `index` is that of the prompt.
+    The last increment has a finish_reason. Without a tokenizer (`has_text` False) new tokens are
+    shown at once. `index` is the index of the prompt.
     """
     text, reason = seq.text, None
     num_tokens = num_chars = 0

@@ -1,4 +1,4 @@
-"""The requests that run, and the plan under construction."""
+"""The running requests, and the plan that is being built."""
 
 from __future__ import annotations
 
@@ -10,60 +10,57 @@ from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepRes
 from engine.types import BlockManager, Clock, RowReport, TokenLogprobs
 from utils.errors import RequestTooLongError
 
-# Slot, positions planned, tokens, their log-probabilities, report.
+# A row of a step: slot, positions planned, new tokens, their log-probabilities, report.
 _Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
 
 class RunningBatch:
     """Keeps a scheduler's decisions consistent with the step contract, at any pipeline depth.
 
-    `admit`, `prefill`, `decode` and `preempt` calls become one `StepPlan` of deltas, and a
-    `StepResult` becomes request state. There are `max_num_seqs` slots.
+    `build` makes a `StepPlan` of the calls of `admit`, `prefill`, `decode` and `preempt` before it.
+    `commit` applies a `StepResult` to the requests. A request runs in one of `max_num_seqs` slots,
+    the rows of the runner's per-request tables. Dicts of requests are by id, in order of admission.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
-        self.blocks = blocks  # others may read it, and must not change it
-        # By id and in order of admission: the requests that hold a slot and have not finished, ...
-        self.running: dict[int, Sequence] = {}
-        # those of them with known tokens left to plan, ...
-        self.prefilling: dict[int, Sequence] = {}
-        # those that have a token left to sample even if all drafts in flight are kept.
+        self.blocks = blocks  # schedulers and policies may read the manager, not change it
+        self.running: dict[int, Sequence] = {}  # unfinished requests that hold a slot
+        self.prefilling: dict[int, Sequence] = {}  # running requests with known tokens left to plan
+        # Running requests that have a token left to sample, even if all drafts in flight are kept.
         self.decoding: dict[int, Sequence] = {}
-        self.num_in_flight = 0  # plans that have not been committed
+        self.num_in_flight = 0  # number of plans that have not been committed
         self._groups, self._clock = blocks.groups, clock
-        self._holder: list[Sequence | None] = [None] * max_num_seqs
+        self._holder: list[Sequence | None] = [None] * max_num_seqs  # by slot
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._next_step_id = 0
-        # By slot: who enters it, and the first entry of its table that the runner does not have.
+        # Parts of the next plan. Dicts are by slot.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}
+        self._grown: dict[int, int] = {}  # first block table entry that the runner does not have
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
-        # Positions of the slots in `_decode` that have drafts planned.
-        self._decode_counts: dict[int, int] = {}
+        self._decode_counts: dict[int, int] = {}  # positions of each decode row with drafts
 
     @property
     def num_free_slots(self) -> int:
-        """Slots that no request holds."""
         return len(self._free_slots)
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a slot, finished ones with a step in flight included."""
+        """Number of requests that hold a slot, also finished ones with a step in flight."""
         return len(self._holder) - len(self._free_slots)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Number of blocks that `num_tokens` tokens need."""
         return -(-num_tokens // self.blocks.block_size)
 
     def most_blocks(self, seq: Sequence) -> int:
-        """Blocks that the request holds at its length limit."""
-        # The last token is only sampled, never computed, so it needs no place in the cache. A
-        # request whose limit is the length of its prompt still computes the whole prompt.
+        """Number of blocks that the request holds at its length limit."""
+        # The last output token is only sampled: no step writes its KV, so it needs no place in a
+        # block. If the limit is the prompt's length, the whole prompt is still computed.
         return self.blocks_for(max(seq.max_total_tokens - 1, seq.num_prompt_tokens))
 
     def check_fits(self, seq: Sequence) -> None:
-        """A RequestTooLongError if the request, at its length limit, exceeds the whole cache."""
+        """Raise RequestTooLongError if the request at its length limit exceeds the whole cache."""
         needed, there = self.most_blocks(seq), self.blocks.num_blocks
         if needed > there:
             problem = f"with its output it needs {needed} KV blocks and the whole cache has {there}"
@@ -72,7 +69,7 @@ class RunningBatch:
             raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
     def admit(self, seq: Sequence) -> bool:
-        """Give a request a slot and blocks for its tokens; False, unchanged, if none are free."""
+        """Give a request a slot and blocks. False (nothing changes) if too few are free."""
         if not self._free_slots:
             return False
         cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
@@ -103,8 +100,8 @@ class RunningBatch:
         return True
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
-        """Make sure that the next positions have blocks; False, unchanged, if too few are free."""
-        # Positions in flight count as kept, so that the blocks suffice for the latest start.
+        """Reserve blocks for the next positions. False (nothing changes) if too few are free."""
+        # All positions in flight count as kept. So blocks suffice wherever the next row starts.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
             return True
@@ -117,7 +114,7 @@ class RunningBatch:
         return True
 
     def prefill(self, seq: Sequence, max_tokens: int) -> int:
-        """Plan up to `max_tokens` of a request's known tokens; returns how many."""
+        """Plan to compute up to `max_tokens` known tokens of a request. Returns how many."""
         assert seq.slot is not None
         start = seq.num_scheduled
         num_tokens = min(max_tokens, seq.num_prefill - start)
@@ -135,8 +132,8 @@ class RunningBatch:
     def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
         """Plan a decode row for each of `seqs`, and return the number of positions planned.
 
-        All `seqs` are in `decoding`, and `reserve` has succeeded for them. A row has
-        `num_positions`, or fewer where blocks or the length limit do not allow them.
+        All `seqs` must be in `decoding`, and `reserve` must have returned True for each. A row has
+        `num_positions` positions, or fewer if free blocks or the length limit do not allow more.
         """
         num_row, total = 1, 0
         for seq in list(seqs):
@@ -155,23 +152,24 @@ class RunningBatch:
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
         """How many positions, 1 to `wanted`, the request's next row may compute."""
-        # Counted from the earliest start. If the row starts later, the runner cuts it at the limit.
+        # The length limit is applied to the earliest start, at which all drafts in flight are
+        # rejected. If the row starts later, the runner cuts the row at the limit.
         earliest = seq.num_scheduled - seq.num_drafted
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
             return wanted
-        # No one is preempted for drafts: the row gets the positions that have blocks.
+        # No request is preempted for drafts: the row is cut to the positions that have blocks.
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
-        """Take slot and blocks away; the request starts over from all its tokens, later."""
+        """Take away a request's slot and blocks. Readmission computes all its tokens again."""
         assert seq.num_in_flight == 0, "a request in flight cannot be preempted"
         self._stop(seq)
         seq.reset()
         seq.num_preemptions += 1
 
     def build(self) -> StepPlan | None:
-        """The plan made of the calls since the last one; None if it computes nothing."""
+        """Make a plan of all calls since the last `build`; None if no row was planned."""
         if not self._chunks and not self._decode:
             return None
         updates = []
@@ -199,26 +197,26 @@ class RunningBatch:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Append the step's tokens, find stops, publish blocks; returns the finished requests."""
-        result.check(plan)  # a ContractError if it is not one of the plan's
+        """Append new tokens, find stops, commit full blocks. Returns the finished requests."""
+        result.check(plan)
         self.num_in_flight -= 1
         holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
         num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
-        # One loop without calls for a plain row: this is most of what the host does per token.
+        # This loop is most of the host's work per token. So a row of one token calls no function.
         for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None
             seq.num_in_flight -= 1
             if seq.finish_reason is not None:
-                # Planned before the request's end was seen: what the row produced is dropped.
+                # The row was planned before the request was known to end. Its tokens are dropped.
                 if seq.num_in_flight == 0:
                     self._release(seq)
                 continue
             if report is not None and report.error is not None:
-                # Nothing of the row is committed: what it wrote may be as wrong as its logits.
+                # Nothing of the row is committed: its KV may be as wrong as its logits.
                 seq.error = report.error
                 finished.append(seq)
                 self.finish(seq, "error")
@@ -240,7 +238,7 @@ class RunningBatch:
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
             if num_planned > 1 and row >= num_chunks:
-                # As many positions as tokens, up to the one that ended the request.
+                # A row with drafts commits one position for each new token, up to a stop.
                 seq.num_committed = committed = before + len(token_ids) - num_known
                 seq.num_scheduled -= before + num_planned - committed
                 seq.num_drafted -= num_planned - 1
@@ -249,7 +247,7 @@ class RunningBatch:
             else:
                 seq.num_committed = committed = before + num_planned
                 if not new and committed >= seq.max_total_tokens:
-                    # The whole prompt of a request that may not get any token.
+                    # The prompt is as long as the limit, so the request ends without a new token.
                     reason = "length"
             if committed // block_size != before // block_size:
                 self.blocks.commit(seq.request_id, token_ids, committed)
@@ -264,12 +262,12 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
-            # After a preemption some are there already.
+            # After a preemption leading tokens have their log-probabilities already.
             missing = len(seq.prompt_logprobs) - (chunk.start + 1)
             seq.prompt_logprobs += found[missing:]
 
     def finish(self, seq: Sequence, reason: str) -> None:
-        """End a request; slot and blocks are kept until nothing in flight uses them."""
+        """End a request. It keeps its slot and blocks until no step in flight uses them."""
         seq.finish_reason = reason
         self._stop(seq)
 
@@ -290,12 +288,12 @@ class RunningBatch:
 
 
 def _goes_on(seq: Sequence) -> bool:
-    """Whether it samples another token after those planned, however many of them are kept."""
+    """Whether the request stays below its length limit even if all planned positions are kept."""
     return seq.num_scheduled + 1 < seq.max_total_tokens
 
 
 def _rows(plan: StepPlan, result: StepResult) -> Iterator[_Row]:
-    """The rows of a step that has come back, in the plan's order."""
+    """The rows of a finished step: prefill chunks, then decode rows."""
     tokens = iter(result.tokens)
     scores: Iterator[list[TokenLogprobs] | None] = iter(result.logprobs or repeat(None))
     reports = map(result.reports.get, count()) if result.reports else repeat(None)

@@ -1,4 +1,4 @@
-"""The schedulers: what they have in common, continuous batching, and static batching."""
+"""The schedulers: a common base class, continuous batching, and static batching."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan
 
 
 class QueuedScheduler(Scheduler):
-    """A scheduler that lacks only `schedule`: a queue of those that wait, a batch that runs."""
+    """Base of schedulers with a queue and a running batch. A subclass adds only `schedule`."""
 
     policies: ClassVar[Collection[str]] = ("queue_policy",)
 
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
-        self.budget = config.max_num_batched_tokens  # positions of a step
-        self.max_decode_tokens = 1 + config.num_speculative_tokens  # positions of a decode row
+        self.budget = config.max_num_batched_tokens  # most positions of a step
+        self.max_decode_tokens = 1 + config.num_speculative_tokens  # most positions of a decode row
         self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make("queue_policy", config)
-        # Waiting, and not in the queue until a running request has computed a prefix of theirs.
+        # Waiting requests outside the queue, each with a prefix that a running request computes.
         self.deferred: list[tuple[Sequence, PendingPrefix]] = []
         self._most_deferred = config.max_num_seqs
         self._waiting: dict[int, Sequence] = {}
@@ -37,12 +37,12 @@ class QueuedScheduler(Scheduler):
         self.wait(seq)
 
     def wait(self, seq: Sequence) -> None:
-        """Put a request into the queue."""
+        """Put a new or preempted request into the queue."""
         self._waiting[seq.request_id] = seq
         self.queue.push(seq)
 
     def admit(self, seq: Sequence) -> bool:
-        """Start the first of the queue; False, unchanged, if slots or blocks do not suffice."""
+        """Start the queue's first request. False (nothing changes) if slots or blocks run out."""
         if not self.batch.admit(seq):
             return False
         self.queue.pop()
@@ -50,15 +50,15 @@ class QueuedScheduler(Scheduler):
         return True
 
     def defer(self, prefix: PendingPrefix) -> bool:
-        """Let the first of the queue wait for a prefix, and others pass; False if too many do."""
-        # A step's cost must not grow with the queue.
+        """Move the queue's first request to `deferred`; False if too many requests are there."""
+        # `rejoin` looks at every deferred request in each step, so their number is limited.
         if len(self.deferred) >= self._most_deferred:
             return False
         self.deferred.append((self.queue.pop(), prefix))
         return True
 
     def rejoin(self) -> None:
-        """Put those back into the queue whose prefix has come, or never will."""
+        """Requeue the deferred requests whose prefix is cached now, or will never be computed."""
         deferred, self.deferred = self.deferred, []
         for seq, prefix in deferred:
             leader = self.batch.running.get(prefix.request_id)
@@ -68,21 +68,21 @@ class QueuedScheduler(Scheduler):
                 self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
-        """Go on with the prompts of running requests; returns what is left of `left` tokens."""
+        """Plan prompt tokens of running requests. Returns how many of `left` tokens remain."""
         for seq in list(self.batch.prefilling.values()):
             if left > 0:
                 left -= self.batch.prefill(seq, left)
         return left
 
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
-        """Plan decode rows for all of `seqs`, with drafts; returns the positions planned.
+        """Plan a decode row with drafts for each of `seqs`. Returns the positions planned.
 
-        `left` of the budget has a position for each request. Drafts may use up all of it, so plan
-        prompts before.
+        `left` positions of the budget remain, at least one for each request. Drafts may use up all
+        `left` positions, so plan prompts first.
         """
         if not seqs:
             return 0
-        # Equal shares, or the first requests of a batch would be served faster.
+        # All rows get the same number of drafts. Else the first requests would run faster.
         return self.batch.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -96,7 +96,7 @@ class QueuedScheduler(Scheduler):
             self.batch.finish(seq, "abort")
             others = [entry for entry in self.deferred if entry[0] is not seq]
             if len(others) < len(self.deferred):
-                # Popped and never run: it has to cost its user nothing.
+                # Deferred requests were popped. `push` undoes the charge of `FairShare.pop`.
                 self.deferred = others
                 self.queue.push(seq)
             self.queue.discard(seq)
@@ -109,8 +109,8 @@ class QueuedScheduler(Scheduler):
 class ContinuousScheduler(QueuedScheduler):
     """Each step decodes the running requests and fills its token budget with prefill.
 
-    Iterations are from Orca (Yu et al., OSDI 2022), preemption by recomputation is from vLLM (Kwon
-    et al., SOSP 2023), prefill beside decodes from Sarathi-Serve (Agrawal et al., OSDI 2024).
+    Iteration-level scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from
+    vLLM (Kwon et al., SOSP 2023), chunked prefill from Sarathi-Serve (Agrawal et al., OSDI 2024).
     """
 
     name = "continuous"
@@ -127,10 +127,10 @@ class ContinuousScheduler(QueuedScheduler):
         num_preemptions = self._reserve_decodes()
         if num_preemptions is None:
             return None
-        # Those whose prefill ends in this step decode from the next one on.
+        # `decodes` lacks requests whose prefill ends in this step. They decode from the next step.
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
-        # Admitting right after a preemption would hand the blocks back to the victim.
+        # No admission right after a preemption: the preempted request would get its blocks back.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
         left = self.budget - planned
         if len(decodes) <= left:
@@ -141,7 +141,7 @@ class ContinuousScheduler(QueuedScheduler):
         return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
-        """Plan prompts, begun ones first; returns the number of tokens."""
+        """Plan prompt tokens, of running requests first. Returns the number planned."""
         left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
@@ -150,23 +150,24 @@ class ContinuousScheduler(QueuedScheduler):
 
     def _admit_first(self) -> Sequence | None:
         while self.batch.num_free_slots and (seq := self.queue.first()):
-            # Alone, every request fits: no policy may keep the engine from going on.
+            # A request that runs alone always fits. A policy that refuses it would stop the engine.
             if self.batch.running and not self._admission.admits(seq, self.batch):
                 break
             prefix = self.batch.blocks.pending(seq.token_ids, seq.cache_salt)
             if prefix is None:
                 return seq if self.admit(seq) else None
-            # What a running request is about to compute is not computed twice.
+            # A running request will compute the prefix. Waiting avoids computing the prefix twice.
             if not self.defer(prefix):
                 break
         return None
 
     def _reserve_decodes(self) -> int | None:
-        """A block for each next decode position; the number of preemptions, None to drain."""
+        """Reserve blocks for decodes. Returns the number of preemptions; None if they must wait."""
         num_preemptions = 0
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.batch.reserve(seq):
+                # Requests in flight cannot be preempted: their steps must be committed first.
                 if self.batch.num_in_flight:
                     return None
                 victim = self._preemption.victim(self.batch.running.values())
@@ -177,10 +178,10 @@ class ContinuousScheduler(QueuedScheduler):
 
 
 class StaticScheduler(QueuedScheduler):
-    """Admits a batch and runs it to its end before it admits the next one.
+    """Admits a batch of requests and runs all of them to their ends before the next batch.
 
-    A batch is the first of the queue that fit with all outputs at their limits, so no one is
-    preempted. Requests that end early leave their slots empty. The baseline of Orca.
+    A batch takes requests from the queue as long as all fit at their length limits, so no request
+    is preempted. Slots of requests that end early stay empty. Static batching is Orca's baseline.
     """
 
     name = "static"

@@ -1,6 +1,6 @@
-"""Values of a step: plan and result, frozen, picklable, without tensors.
+"""Plan and result of a step. They are frozen, picklable and contain no tensors.
 
-`engine.types` explains the vocabulary and exports them too.
+`engine.types` defines slot, position, block, cache group and row, and exports these classes too.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from typing import Any
 from sampling_params import SamplingParams
 from utils.errors import ContractError
 
-# Token id -> log-probability at one position: the token itself first, then the likeliest in order.
+# Token id -> log-probability at one position: the position's token first, then the most likely.
 TokenLogprobs = dict[int, float]
 
-# The length limit of a request without one.
+# `max_total_tokens` of a request that has no length limit.
 NO_LIMIT = 2**31 - 1
 
 
 class SeedKind(IntEnum):
-    """Where a request's seed comes from; noise may differ for equal seeds of two kinds."""
+    """Where a request's seed comes from. Equal seeds of different kinds may give unequal noise."""
 
-    DERIVED = 0  # from the engine's seed and the order of arrival
-    GIVEN = 1  # by the user
+    DERIVED = 0  # computed from the engine's seed and the order of arrival
+    GIVEN = 1  # set by the user
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request enters a slot; sent once, so that later steps name the slot alone."""
+    """A request that enters a slot. Later plans name only the slot."""
 
     slot: int
     request_id: int
     token_ids: tuple[int, ...]  # the prompt and, after a preemption, the output so far
     sampling: SamplingParams
     seed: int  # key of the sampling noise, 0 <= seed < 2**63
-    num_output_tokens: int = 0  # how many of the tokens are output
-    withheld_token_ids: tuple[int, ...] = ()  # not to be sampled before `sampling.min_tokens`
-    max_total_tokens: int = NO_LIMIT  # the runner keeps no token beyond this length
-    # Noise may depend on these two; that of the shipped runners does not.
+    num_output_tokens: int = 0  # how many of `token_ids` are output
+    withheld_token_ids: tuple[int, ...] = ()  # stop tokens, banned for `min_tokens` output tokens
+    max_total_tokens: int = NO_LIMIT  # the runner keeps no token beyond this total length
+    # A runner may let noise depend on `sample` and `seed_kind`. The shipped runners do not.
     sample: int = 0  # index of this output among those of its prompt
     seed_kind: SeedKind = SeedKind.DERIVED
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
-    """`block_ids` become entries `first_index`, `first_index + 1`, ... of a slot's block table.
+    """Write `block_ids` to entries `first_index`, `first_index + 1`, ... of a slot's block table.
 
-    A runner is not told when a block leaves a window and goes to another request: it must not read
-    positions before the `first_read` of the kind of its cache group.
+    No BlockUpdate tells the runner that a block left a slot's window and went to another request.
+    So the runner must not read positions before `first_read` of the cache group's `CacheKind`.
     """
 
     slot: int
@@ -60,7 +60,7 @@ class BlockUpdate:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """All positions of block `source`, in every layer of the group, go to block `target`."""
+    """Copy all positions of block `source` to block `target`, in every layer of the group."""
 
     source: int
     target: int
@@ -69,9 +69,10 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Compute positions [start, start + num_tokens) of a slot; earlier ones are in the cache.
+    """Compute positions [start, start + num_tokens) of a slot. Earlier positions are in the cache.
 
-    `samples`: the chunk ends at the last known token, and the length limit allows the next one.
+    `samples` is True if the chunk ends at the request's last known token, and the length limit
+    allows one more token. The runner then samples this token.
     """
 
     slot: int
@@ -87,44 +88,44 @@ class StepPlan:
     A runner applies `new_requests`, then `block_updates`, then makes the `block_copies`, then
     computes the rows: the prefill chunks in order, then one row for each slot in `decode`.
 
-    A decode row starts at the first position that is not computed, whose token the runner sampled
-    in an earlier step. The row may compute up to `decode_tokens[i]` positions. The runner drafts
-    the tokens of the further ones, and keeps (accepts) a position if every drafted token up to it
-    equals the token that it would have sampled there. It cuts a row before position
-    `max_total_tokens - 1`, for which the scheduler reserves no block.
+    A decode row starts at the request's first position that is not computed. The runner sampled the
+    token of this position in an earlier step. Row i computes up to `decode_tokens[i]` positions.
+    The runner drafts the tokens of all positions after the first. It keeps (accepts) a position if
+    every drafted token up to the position equals the token that sampling would have given there.
+    The runner cuts a row before position `max_total_tokens - 1`, which has no reserved block.
     """
 
-    step_id: int  # 0, 1, 2, ... in order of planning; from 0 again after an exception
+    step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
     new_requests: tuple[NewRequest, ...] = ()
     block_updates: tuple[BlockUpdate, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
-    # In any order; no target is a source or another one's target. What a source holds was written
-    # by earlier steps; later ones may write to it.
+    # The copies can be made in any order: targets are distinct, and no target is a source. Sources
+    # were written by earlier steps, and may be overwritten by later steps.
     block_copies: tuple[BlockCopy, ...] = ()
-    decode_tokens: tuple[int, ...] = ()  # for each row of `decode`, at least 1; empty: 1 each
-    # For each cache group the blocks to fill with NaN first; only the KV sanitizer sets it.
+    decode_tokens: tuple[int, ...] = ()  # most positions (>= 1) of each decode row; empty: 1 each
+    # For each cache group, blocks to fill with NaN before the step. Only the KV sanitizer uses it.
     poisoned_blocks: tuple[tuple[int, ...], ...] = ()
-    timed: bool = False  # the result has to have `device_seconds`
+    timed: bool = False  # whether the result must have `device_seconds`
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Tokens computed for prompts (and for recomputation after a preemption)."""
+        """Tokens computed by prefill chunks, including recomputation after a preemption."""
         return sum(chunk.num_tokens for chunk in self.prefill)
 
     @property
     def num_tokens(self) -> int:
-        """Most positions that this step computes; what the token budget counts."""
+        """Most positions that this step may compute. The token budget limits this number."""
         return self.num_prefill_tokens + sum(self.decode_counts)
 
     @property
     def decode_counts(self) -> tuple[int, ...]:
-        """`decode_tokens` with every 1 written out."""
+        """`decode_tokens`, or a 1 for each decode row if `decode_tokens` is empty."""
         return self.decode_tokens or (1,) * len(self.decode)
 
     @property
     def row_slots(self) -> list[int]:
-        """The slot of each row: those of the prefill chunks, then those of the decodes."""
+        """The slot of each row: first of the prefill chunks, then of the decode rows."""
         return [chunk.slot for chunk in self.prefill] + list(self.decode)
 
     @property
@@ -135,12 +136,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """What a row has beside its tokens."""
+    """What a row reports in addition to its tokens."""
 
-    # Why the request ends, with finish_reason "error" and without the row's tokens.
+    # An error ends the request with finish_reason "error", and the row's tokens are dropped.
     error: Exception | None = None
-    # Results by name that the runner decides to report, e.g. hidden states: one entry for each of
-    # the row's tokens, one for a last chunk that samples nothing.
+    # Named results that the runner chooses to report, e.g. hidden states. There is one mapping for
+    # each of the row's tokens. A prompt's last chunk that samples nothing may have one mapping.
     values: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -149,21 +150,22 @@ class StepResult:
     """What a step produced."""
 
     step_id: int
-    # For each of the plan's `sampled_slots`: one token for a chunk, for a decode row one for each
-    # position kept, at least one and never beyond the request's length limit.
+    # New tokens: one list for each of the plan's `sampled_slots`. A chunk has one token. A decode
+    # row has one for each position kept: at least 1, and none beyond the length limit.
     tokens: list[list[int]]
-    ended_at: float  # on the runner's clock: when the host could read the result, or had waited
-    # For each of `tokens`; empty lists for requests that did not ask, None if no request did.
+    ended_at: float  # time on the runner's clock when the host saw that the step had ended
+    # Log-probabilities for each list of `tokens`. The list is empty if the request did not ask for
+    # them; None if no request of the step did.
     logprobs: list[list[TokenLogprobs]] | None = None
-    # For each of the plan's chunks, those of the prompt's tokens at start + 1, start + 2, ...,
-    # which the chunk's positions predict; else as `logprobs`.
+    # For each of the plan's chunks, log-probabilities of the prompt tokens at start + 1, start + 2,
+    # ..., which the chunk predicts. Empty lists and None mean what they mean in `logprobs`.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
-    device_seconds: float | None = None  # of the device's work, if the plan is `timed`
-    # Of rows that have one, by the row's index in `StepPlan.row_slots`.
+    device_seconds: float | None = None  # how long the device worked, if the plan is `timed`
+    # Reports by the row's index in `StepPlan.row_slots`. Most rows have none.
     reports: Mapping[int, RowReport] = field(default_factory=dict)
 
     def check(self, plan: StepPlan) -> None:
-        """Refuse, by a ContractError, a result with rows or tokens that are missing or too many."""
+        """Raise a ContractError if rows or tokens of the result are missing or too many."""
         lengths = list(map(len, self.tokens))
         sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
         num_rows = len(sampling) + len(plan.decode)
@@ -174,7 +176,7 @@ class StepResult:
                 f"step {plan.step_id} has {num_rows} rows that sample; its result is of step "
                 f"{self.step_id}, {found}"
             )
-        # Most steps: one token a row, and nothing else.
+        # Fast path: most steps have one token a row and nothing else.
         plain = self.logprobs is None and not self.reports and not plan.decode_tokens
         if plain and lengths.count(1) == num_rows:
             return

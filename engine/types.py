@@ -1,9 +1,10 @@
 """The contracts of the engine: scheduler, block manager, model runner and their values.
 
-A *slot* is the row of a running request in the runner's per-request tables. A *position* is a
-token's index in its request (prompt first). A *block* is `block_size` consecutive positions of KV
-cache; a request's *block table* lists its blocks. Layers that keep the same positions for the same
-time are a *cache group* and share block tables; the group's *kind* says which positions it keeps.
+A *slot* is the index of a running request's row in the runner's tables. A *position* is the index
+of a token in its request; the prompt comes first. A *block* is KV cache for `block_size`
+consecutive positions. A request's *block table* lists its blocks. A *cache group* is a set of
+layers that keep the KV of the same positions; its layers share block tables. The *kind* of a cache
+group tells which positions the group keeps. A *row* is what one step computes for one request.
 """
 
 from __future__ import annotations
@@ -40,26 +41,25 @@ __all__ = [
 ]
 # fmt: on
 
-# Seconds since a fixed moment, as `ModelRunner.now` tells them.
+# Type of `ModelRunner.now`, which returns the seconds since a fixed moment.
 Clock = Callable[[], float]
 
-# In a block manager's table: the block was given back, as its positions have left the window.
-# Plans never contain it.
+# Block table entry of a block that was given back after leaving the window; never in plans.
 NO_BLOCK = -1
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKind(ABC):
-    """Which positions a cache group keeps."""
+    """Tells which positions a cache group keeps."""
 
     @abstractmethod
     def first_read(self, position: int) -> int:
-        """The earliest position that computing `position` reads; it never falls with `position`."""
+        """The earliest position that `position` attends to; never falls as `position` rises."""
 
 
 @dataclass(frozen=True, slots=True)
 class FullPages(CacheKind):
-    """Keeps every position as long as its request runs."""
+    """Full attention: all positions of a request are kept until the request ends."""
 
     def first_read(self, position: int) -> int:
         return 0
@@ -67,7 +67,7 @@ class FullPages(CacheKind):
 
 @dataclass(frozen=True, slots=True)
 class WindowPages(CacheKind):
-    """Keeps the last `window` positions, the newest committed one included."""
+    """Sliding window: a position attends to the last `window` positions, itself included."""
 
     window: int
 
@@ -88,67 +88,67 @@ class KVGeometry:
     head_dim: int
     block_size: int
     num_blocks: int
-    dtype_bytes: int  # of an element
+    dtype_bytes: int  # bytes of one element
     kind: CacheKind = field(default_factory=FullPages)
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of K and V that one block takes over all layers of the group."""
+        """Bytes that K and V of one block take, over all layers of the group."""
         per_position = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
         return self.block_size * per_position
 
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counters of a prefix cache since its engine started (or started again after an error)."""
+    """Counters of a prefix cache. They start at 0 again when an error resets the engine."""
 
-    queried_tokens: int = 0  # of requests when they were admitted, again after a preemption
-    hit_tokens: int = 0  # those of them that were in the cache
-    evicted_blocks: int = 0  # cached blocks given up for their space
-    cached_blocks: int = 0  # now
+    queried_tokens: int = 0  # tokens of admitted requests; a preempted request counts again
+    hit_tokens: int = 0  # how many of `queried_tokens` were found in the cache
+    evicted_blocks: int = 0  # cached blocks that were evicted to make room
+    cached_blocks: int = 0  # blocks that are in the cache now
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since the engine started; each output of a prompt counts as a request."""
+    """Totals since the engine started. Each of a prompt's `n` outputs counts as a request."""
 
-    steps: int  # that were committed
-    finished_requests: int  # that have ended, however they did
-    unfinished_requests: int  # that wait or run now
-    prompt_tokens: int  # of finished requests, like the next two
-    output_tokens: int
-    preemptions: int
-    num_blocks: int  # of the KV cache
-    num_free_blocks: int  # of the KV cache, now
+    steps: int  # committed steps
+    finished_requests: int  # requests that have ended for any reason
+    unfinished_requests: int  # requests that wait or run now
+    prompt_tokens: int  # prompt tokens of finished requests
+    output_tokens: int  # output tokens of finished requests
+    preemptions: int  # preemptions of finished requests
+    num_blocks: int  # blocks of the KV cache
+    num_free_blocks: int  # blocks that can be handed out now, cached ones included
     cache: CacheStats
 
 
 @dataclass(frozen=True, slots=True)
 class PendingPrefix:
-    """`num_tokens` leading tokens, in the cache once request `request_id` has committed as many."""
+    """A prefix that is cached once request `request_id` has committed `num_tokens` tokens."""
 
     request_id: int
     num_tokens: int
 
 
 class StepHandle(ABC):
-    """A step under way."""
+    """A step that a runner has started."""
 
     @abstractmethod
     def result(self) -> StepResult:
-        """Wait for the step; a StepError if it failed, a WorkerDiedError if a rank has died."""
+        """Wait for the step. Raises StepError if it failed, WorkerDiedError if a rank has died."""
 
     def done(self) -> bool:
-        """Whether `result` would return at once; runners that cannot tell may say yes."""
+        """Whether `result` would return at once. A runner that cannot tell returns True."""
         return True
 
 
 class BlockManager(ABC):
     """Owns the KV blocks of a cache group, and the block table of each running request.
 
-    The constructor takes the `Config` and the group's `KVGeometry`; `memory.cache_groups` makes
-    one manager of several groups' managers. A request's life is `begin`, any number of `grow` and
-    `commit`, then `release`. All calls are made between steps, from one thread.
+    The constructor takes the `Config` and the group's `KVGeometry`. If there are several groups,
+    `memory.cache_groups` wraps their managers in one manager. The calls for a request are `begin`,
+    any number of `grow` and `commit`, then `release`. Calls never run concurrently.
     """
 
     name: ClassVar[str]
@@ -156,7 +156,7 @@ class BlockManager(ABC):
 
     @property
     def groups(self) -> tuple[BlockManager, ...]:
-        """The manager of each cache group; itself for one group."""
+        """The manager of each cache group; `(self,)` if there is one group."""
         return (self,)
 
     @property
@@ -167,91 +167,91 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Blocks in all; of several groups those of the smallest."""
+        """Total number of blocks. With several groups it is the number of the smallest group."""
 
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Blocks that `grow` could hand out in the scarcest group, cached ones included."""
+        """Blocks that `grow` can hand out, evictable ones included; the scarcest group's number."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        """Start a block table and return how many leading tokens are in the cache already.
+        """Start a block table, and return how many leading tokens are in the cache already.
 
-        Fewer than `len(token_ids)`, as sampling needs the logits of one that is computed; 0 without
-        prefix caching. The table has their blocks. If they end inside a block, that one is a free
-        block taken for the request alone, and `take_copies` says what has to be copied to it. Only
-        requests with the same `cache_salt` share blocks. Until `release` the caller only appends
-        to `token_ids`; the manager may go on reading it.
+        At least one token is left to compute, because sampling needs its logits. Without prefix
+        caching the result is 0. The table gets the blocks of the cached tokens. If these tokens end
+        inside a block, the table's last block is a free block for this request alone, and
+        `take_copies` tells which cached block must be copied to it. Only requests with equal
+        `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`.
         """
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """Extend every group's table to `num_tokens` tokens; False, unchanged, if out of blocks."""
+        """Extend all tables to `num_tokens` tokens. False (nothing changes) if blocks run out."""
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
-        """The block table, `NO_BLOCK` for blocks given back; the caller must not change it."""
+        """The block table, with `NO_BLOCK` for blocks given back. Callers must not change it."""
 
     @abstractmethod
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """The KV of the first `num_computed` of `token_ids` is known to be written.
+        """Record that the KV of the first `num_computed` tokens of `token_ids` has been written.
 
-        Full blocks of them may be shared from now on, and blocks that no later position reads given
-        back. Steps in flight compute only positions from `num_computed` on. Called at least
-        whenever a block has become full, and never with drafted positions that were not kept.
+        The manager may now share full blocks of these tokens, and take back blocks that no later
+        position reads. Steps in flight write only positions from `num_computed` on. The caller
+        commits at least whenever a block has become full, and never counts rejected drafts.
         """
 
     @abstractmethod
     def release(self, request_id: int) -> None:
-        """Drop the request's references. The caller knows that no step in flight uses them."""
+        """Give up the request's blocks. The caller ensures that no step in flight uses them."""
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
-        """What the next plan has to copy for requests begun since the last call and not released.
+        """Block copies that the next plan must make, for requests begun since the last call.
 
-        The sources are kept from being handed out until this call.
+        A request released meanwhile needs no copy. No source block is handed out before this call.
         """
         return ()
 
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
-        """A longer prefix than `begin` would find now, if a request that has begun computes it.
+        """A longer prefix than `begin` would find now, if a running request is computing one.
 
-        The prefix does not come if that request is released before it has committed so many tokens.
+        The prefix never arrives if the running request is released before it commits the prefix.
         """
         return None
 
     def reset_prefix_cache(self) -> None:  # noqa: B027  (nothing to forget without caching)
-        """Forget what is cached; what running requests compute is not cached either."""
+        """Forget all cached blocks. Blocks of requests that run now are not cached later either."""
 
     @property
     def stats(self) -> CacheStats:
-        """Counters of the prefix cache; zeros without one."""
+        """Counters of the prefix cache; all 0 if the manager does not cache prefixes."""
         return CacheStats()
 
 
 class Scheduler(ABC):
-    """Decides what each step computes. Pure CPU work; never touches a device.
+    """Decides what each step computes. Does only CPU work and never touches a device.
 
-    The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. No decision and
-    no time of a request may read another clock: a runner without a device keeps virtual time.
+    The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. A scheduler
+    must not read any other clock, because a runner without a device keeps virtual time.
 
-    Between `schedule` and `commit` of a plan its requests are *in flight*: they may be planned
-    again, but neither preempted nor released. Plans are committed in the order of planning.
-    After an exception the engine makes a new scheduler and block manager; step ids start at 0.
+    Between `schedule` and `commit` of a plan its requests are *in flight*. A request in flight may
+    be planned again, but not preempted or released. Plans are committed in the order of planning.
+    After an exception the engine makes a new scheduler and block manager; step ids restart at 0.
 
-    A decode row keeps between 1 and `decode_tokens[i]` positions, and only `commit` tells how many.
-    So blocks and budget are reserved for the latest start of the request's next row. A request that
-    may have reached its length limit is not planned before `commit` tells.
+    A decode row keeps between 1 and `decode_tokens[i]` positions. Only `commit` tells how many are
+    kept; until then blocks are reserved as if all were kept. A request that may reach its length
+    limit with the steps in flight is not planned until `commit` shows that the request goes on.
 
     `commit` appends to a request's `token_ids`, `token_times` (`ended_at` for each token),
-    `logprobs`, `prompt_logprobs` and `values`, and sets `finish_reason` and `error`. A reported
-    error ends its request with reason "error". The first admission sets `admitted_at` and
-    `num_cached`; preemptions are counted in `num_preemptions`.
-    `engine.running_batch.RunningBatch` does all of this.
+    `logprobs`, `prompt_logprobs` and `values`, and sets `finish_reason` and `error`. If a row
+    reports an error, its request ends with finish_reason "error". The first admission sets
+    `admitted_at` and `num_cached`. Each preemption adds 1 to `num_preemptions`. The class
+    `engine.running_batch.RunningBatch` does this bookkeeping.
     """
 
     name: ClassVar[str]
-    # The options of `Config` for policies that it uses; the engine refuses others.
+    # The policy options of `Config` that the scheduler uses. Setting others raises a ConfigError.
     policies: ClassVar[Collection[str]] = ()
 
     @property
@@ -261,61 +261,62 @@ class Scheduler(ABC):
 
     @abstractmethod
     def add(self, seq: Sequence) -> None:
-        """Queue a request; a RequestTooLongError if it could never run."""
+        """Queue a request. Raises RequestTooLongError if the request can never run."""
 
     @abstractmethod
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can be planned before something is committed.
+        """The next step, or None if nothing can be planned before a step in flight is committed.
 
-        None with nothing in flight while requests are unfinished is a StepError of the engine.
+        On None the engine raises a StepError if requests are unfinished and no step is in flight.
         """
 
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Take in the oldest plan's result; returns the requests that finished with it.
+        """Apply the result of the oldest plan, and return the requests that finished with it.
 
-        Tokens behind a stop token or the length limit are dropped with all that belongs to them,
-        and so are the rows of requests that have ended.
+        Tokens after a stop token or beyond the length limit are dropped, with their times,
+        log-probabilities and values. Rows of requests that ended earlier are dropped too.
         """
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
-        """End a request with finish_reason "abort"; None if it is unknown or has finished."""
+        """End a request with finish_reason "abort". None if no unfinished request has the id."""
 
 
 class ModelRunner(ABC):
     """Executes plans. Owns the model, the KV tensors, the device and the clock.
 
-    The constructor takes the `Config` and the `Checkpoint`. `execute` after `close` is an
-    EngineClosedError. `ended_at` never falls from one step's result to the next. A runner that
-    overrides `now` also overrides `wait_until`.
+    The constructor takes the `Config` and the `Checkpoint`. After `close`, `execute` raises an
+    EngineClosedError. `StepResult.ended_at` never falls from one step to the next. A runner
+    that overrides `now` also overrides `wait_until`.
     """
 
     name: ClassVar[str]
-    # Whether decode rows may compute several positions. Otherwise a row keeps one of those that the
-    # plan allows, and the engine refuses `num_speculative_tokens`.
+    # Whether the runner drafts tokens, so that a decode row may keep several positions. If False,
+    # every decode row keeps one position, and the engine refuses `num_speculative_tokens`.
     drafts: ClassVar[bool] = False
-    # False for a runner that computes nothing: "auto" and None are then the same on every machine.
+    # False for a runner without a device. Options "auto" and None then get the values of a
+    # machine without a GPU, so that runs are equal on all machines.
     has_device: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def kv_groups(self) -> tuple[KVGeometry, ...]:
-        """The KV cache that plans may use, by cache group; all have the same block size."""
+        """Shape of each cache group's KV cache. All groups have the same block size."""
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step and return at once. Steps take effect in the order of these calls."""
+        """Start a step, if possible without waiting for it. Steps take effect in call order."""
 
-    # Seconds since a fixed moment: the engine's only clock. A part of the runner may hold the
-    # default, which is no bound method: that would keep the runner's memory alive.
+    # The engine's only clock: seconds since a fixed moment. The default is a plain function. If it
+    # were a bound method, a part that stores `now` would keep the runner and its memory alive.
     now: Clock = staticmethod(time.perf_counter)
 
     def wait_until(self, moment: float) -> None:
-        """Return when `now` is `moment` or later: sleep, or move virtual time there."""
+        """Return when `now()` has reached `moment`: sleep, or advance a virtual clock."""
         while (left := moment - self.now()) > 0:
             time.sleep(left)
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for what is in flight and give all memory back; may be called twice."""
+        """Wait for the steps in flight and free all memory. A second call does nothing."""
