@@ -1,4 +1,4 @@
-"""The kernels of the package flash-attn (FlashAttention-2, Tri Dao), for those who built it."""
+"""Attention by the kernels of the optional package flash-attn (FlashAttention-2, Tri Dao)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from memory.kv_cache import KVLayer
 _MIN_VERSION = (2, 7)
 
 
-# A step's batch; its block tables [B, N] int32, one row per request in order; and the first key of
-# each prefill request, end to end, [num_prefills + 1] int32.
+# The batch; the block tables of its B requests, [B, N] int32; and [num_prefills + 1] int32: the
+# first key of each prefill if the keys of all prefills are counted through, then their number.
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
 
@@ -23,7 +23,7 @@ class FlashAttention(AttentionBackend):
     """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
-    captures = True  # no host value depends on the requests' lengths but max_query_len
+    captures = True  # the host passes no length of a request, only the limit max_query_len
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -58,7 +58,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Keys beyond it are left out, and a captured step must leave out none.
+                # The kernel skips keys beyond max_seqlen_k, and a CUDA graph keeps the value.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
@@ -80,12 +80,12 @@ class FlashAttention(AttentionBackend):
 
 
 def _package_problem() -> str | None:
-    """Why the installed flash-attn does not do, if it does not."""
+    """Return why the installed flash-attn cannot be used; None if it can."""
     try:
         import flash_attn
-    except ImportError as error:  # not installed, or compiled against another torch
+    except ImportError as error:  # flash-attn is missing, or compiled against another torch
         return f"the package flash-attn cannot be imported ({error}); README.md says how to get it"
-    # Later major versions share the name but not the functions.
+    # Later major versions have the same package name but other functions.
     version = str(getattr(flash_attn, "__version__", "unknown"))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or not _MIN_VERSION <= tuple(map(int, found.groups())) < (3, 0):
