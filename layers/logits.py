@@ -1,6 +1,6 @@
-"""Penalties, filters and log-probabilities of whole rows of logits [R, V].
+"""Penalties, filters and log-probabilities for logits [R, V] of the whole vocabulary.
 
-Penalties come before filters, as in transformers' `generate`.
+Penalties are applied before filters, as in transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Rows scored at once; for 151,936 bfloat16 logits their three copies take 194 MB.
+# Most rows whose log-probabilities are computed at once. That takes three copies of the rows:
+# 194 MB for 128 rows of 151,936 bfloat16 logits.
 SCORED_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which tokens may be drawn, [R] float32 each; see `logit_bounds_reference`."""
+    """Filter settings of R rows, [R] float32 each; `logit_bounds_reference` says what they do."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -28,7 +29,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """A penalty of each kind for each of R rows, [R] float32; see `SamplingParams`."""
+    """Penalties of R rows, [R] float32 each; `SamplingParams` says what they do."""
 
     repetition: Tensor
     presence: Tensor
@@ -37,7 +38,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of tokens [R], and of the most likely ones in their places [R, N]."""
+    """`tokens` [R], the N most likely tokens of each row [R, N], and their log-probabilities."""
 
     tokens: Tensor
     values: Tensor
@@ -45,7 +46,7 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Copies in pinned memory, enqueued on the current CUDA stream."""
+        """Copy all tensors to pinned host memory; enqueued on the current CUDA stream."""
 
         def copied(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -57,22 +58,23 @@ class TokenScores:
 def penalize(
     logits: Tensor, tokens: Tensor, num_prompt: Tensor, num_tokens: Tensor, by: Penalties
 ) -> None:
-    """Apply the penalties of the tokens so far to the logits, in place.
+    """Lower the logits [R, V] of tokens that a request has already, in place.
 
-    The repetition penalty is that of CTRL (Keskar et al., 2019), over prompt and output; presence
-    and frequency penalties are OpenAI's, over the output alone.
+    The repetition penalty is that of CTRL (Keskar et al., 2019) and counts prompt and output. The
+    presence and frequency penalties are OpenAI's and count the output only.
 
     Args:
-        tokens: [R, L] integer token ids: prompt, output, then anything.
-        num_prompt, num_tokens: [R] integer lengths, of prompt and of both, at least 1.
+        tokens: [R, L] integer ids of the prompt, then of the output. Later entries are ignored.
+        num_prompt: [R] integer length of the prompt.
+        num_tokens: [R] integer length of prompt and output together, at least 1.
     """
     if not logits.is_cuda:
-        # On a GPU the host would have to wait for the length.
+        # Not on a GPU, where the host would have to wait for the largest length.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # Beyond the end the first token again: all places of a token write the same logit.
+    # Entries after a row's end repeat its first token: all entries of a token write equal logits.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -83,7 +85,7 @@ def penalize(
 
 
 def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
-    """[R] float32: the least logit of each row whose token may be drawn."""
+    """Return the smallest logit of each row whose token may be sampled, [R] float32."""
     if logits.is_cuda and has_triton():
         from layers.kernels import logit_bounds as kernel
 
@@ -92,22 +94,23 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
-    """As `logit_bounds`, by sorting. Temperatures of 0 filter nothing, nor does a top_k below 1.
+    """Return what `logit_bounds` returns, by sorting.
 
-    top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that reach
-    the probability p (Holtzman et al., 2020); min_p those at least min_p times as likely as the
-    most likely one (Nguyen et al., 2024).
+    top_k keeps the k most likely tokens (Fan et al., 2018); a top_k below 1 keeps all tokens. Of
+    the tokens that top_k keeps, top_p keeps the most likely ones, as few as reach the probability
+    p (Holtzman et al., 2020). min_p keeps tokens at least min_p times as likely as the most likely
+    token (Nguyen et al., 2024). Rows with temperature 0 are not filtered.
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
-    # Above 0, so that no 0 / 0 comes of it.
+    # Temperatures are clamped above 0, since 0 / 0 below would be NaN.
     temperature = torch.where(greedy, 1.0, filters.temperatures).clamp(min=1e-30).unsqueeze(1)
     kept = torch.where(filters.top_k < 1, logits.shape[1], filters.top_k).long()
     least_k = ordered.gather(1, (kept.clamp(max=logits.shape[1]) - 1).unsqueeze(1))
-    # The largest is subtracted first: a tiny temperature must not make infinities of all.
+    # The largest logit is subtracted first: a tiny temperature would make all logits infinite.
     shifted = torch.where(ordered >= least_k, (ordered - highest) / temperature, float("-inf"))
     probability = shifted.softmax(dim=1)
-    # A token stays if those before it do not reach p.
+    # A token stays if the more likely tokens together do not reach p.
     before = probability.cumsum(1) - probability
     inside = (before < filters.top_p.unsqueeze(1)) | (filters.top_p.unsqueeze(1) >= 1)
     last = inside.sum(1, keepdim=True).clamp(min=1) - 1
@@ -118,7 +121,10 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Scores of `tokens` [R] int64 and the `num_top` best in the first R rows, or in `rows` [R]."""
+    """Log-probabilities of `tokens` [R] int64, and of the `num_top` most likely tokens.
+
+    Token i belongs to row i of the logits, or to row `rows[i]` if `rows` [R] is given.
+    """
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

@@ -14,8 +14,8 @@ from memory.kv_cache import KVLayer
 _MIN_VERSION = (2, 7)
 
 
-# The batch; the block tables of its B requests, [B, N] int32; and [num_prefills + 1] int32: the
-# first key of each prefill if the keys of all prefills are counted through, then their number.
+# The batch; the block tables of its requests [B, N] int32; and the cumulative context lengths of
+# its prefills, from 0 on, [num_prefills + 1] int32.
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
 
@@ -58,7 +58,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # The kernel skips keys beyond max_seqlen_k, and a CUDA graph keeps the value.
+                # The kernel skips keys beyond this limit, and a CUDA graph keeps the limit.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,

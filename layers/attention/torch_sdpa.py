@@ -128,7 +128,7 @@ class TorchAttention(AttentionBackend):
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
         """Return K and V of n requests, each [n, num_kv_heads, L, head_dim].
 
-        On a CPU both are views of one buffer, which the next call overwrites.
+        On a CPU gathered K and V are views of one buffer, which the next call overwrites.
         """
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
