@@ -58,7 +58,7 @@ class TokenScores:
 def penalize(
     logits: Tensor, tokens: Tensor, num_prompt: Tensor, num_tokens: Tensor, by: Penalties
 ) -> None:
-    """Lower the logits [R, V] of tokens that a request has already, in place.
+    """Apply penalties for the tokens that each request has so far to the logits [R, V], in place.
 
     The repetition penalty is that of CTRL (Keskar et al., 2019) and counts prompt and output. The
     presence and frequency penalties are OpenAI's and count the output only.
