@@ -28,10 +28,8 @@ class HalfLinear:
     of float16 suffices if the weight is first multiplied by a power of two.
 
     `holds` must accept the weight [N, K]. Inputs are multiplied by `scale` [K] float32, if given.
-
-    Attributes:
-        most_rows: use oneDNN for more rows; infinite for weights kept in float16 only.
-        rows_alone: up to this number of rows the calling thread computes the product alone.
+    Up to `rows_alone` rows the calling thread computes the product alone. Above `most_rows` rows
+    oneDNN is faster; `most_rows` is infinite for weights that are kept in float16 only.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:

@@ -48,8 +48,8 @@ class ColumnLinear(_Linear):
 
     Args:
         sizes: number of output features of each projection, over all ranks.
-        shares: for each projection the first output feature of this rank, and the number of output
-            features of this rank; by default ranks have equal shares.
+        shares: for each projection, this rank's first output feature and their number; by default
+            all ranks have equal shares.
     """
 
     def __init__(
@@ -317,8 +317,7 @@ class SmallBatchMatmul(Matmul):
         """Return the kernel's input, the summed stream, and arguments for a norm in the kernel."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
-        # The kernel rounds inputs times the norm's weight before it scales the row. In float16 the
-        # products could overflow.
+        # The kernel rounds inputs times norm weights before it scales rows: float16 could overflow.
         fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
         if stream.part is None and fuses:
             return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}

@@ -1,4 +1,4 @@
-"""Penalties, filters and log-probabilities for logits [R, V] of the whole vocabulary.
+"""Penalties, filters and log-probabilities (scores) for logits [R, V] of the whole vocabulary.
 
 Penalties are applied before filters, as in transformers' `generate`.
 """
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Most rows whose log-probabilities are computed at once. That takes three copies of the rows:
-# 194 MB for 128 rows of 151,936 bfloat16 logits.
+# Most rows scored at once. Three copies of the rows take 194 MB for 151,936 bfloat16 logits a row.
 SCORED_ROWS = 128
 
 
@@ -65,8 +64,7 @@ def penalize(
 
     Args:
         tokens: [R, L] integer ids of the prompt, then of the output. Later entries are ignored.
-        num_prompt: [R] integer length of the prompt.
-        num_tokens: [R] integer length of prompt and output together, at least 1.
+        num_prompt, num_tokens: [R] integer lengths of prompt, and of prompt plus output (>= 1).
     """
     if not logits.is_cuda:
         # Not on a GPU, where the host would have to wait for the largest length.
@@ -94,12 +92,11 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
-    """Return what `logit_bounds` returns, by sorting.
+    """Do what `logit_bounds` does, by sorting. Rows with temperature 0 are not filtered.
 
-    top_k keeps the k most likely tokens (Fan et al., 2018); a top_k below 1 keeps all tokens. Of
-    the tokens that top_k keeps, top_p keeps the most likely ones, as few as reach the probability
-    p (Holtzman et al., 2020). min_p keeps tokens at least min_p times as likely as the most likely
-    token (Nguyen et al., 2024). Rows with temperature 0 are not filtered.
+    top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Of these tokens, top_p
+    keeps the most likely, as few as reach the probability p (Holtzman et al., 2020). min_p keeps
+    tokens at least min_p times as likely as the most likely token (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
@@ -121,10 +118,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Log-probabilities of `tokens` [R] int64, and of the `num_top` most likely tokens.
-
-    Token i belongs to row i of the logits, or to row `rows[i]` if `rows` [R] is given.
-    """
+    """Score `tokens` [R] int64 and the `num_top` likeliest, in the first R rows or `rows` [R]."""
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

@@ -112,11 +112,8 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
     For x in halves [x1 | x2] the rotated vector is x * table[0] + [x2 | x1] * table[1].
 
     All positions have the frequencies that transformers uses for `max_len` tokens. transformers
-    itself changes "dynamic" and "longrope" frequencies as a sequence grows. Here they may not
-    change, since keys in the cache are rotated already.
-
-    Raises:
-        UnsupportedModelError: the installed transformers does not have the config's rope type.
+    changes "dynamic" and "longrope" frequencies as a sequence grows. Here that is not possible:
+    keys in the cache are rotated already. Raises UnsupportedModelError for an unknown rope type.
     """
     parameters = dict(hf_config.rope_parameters)
     rope_type = parameters.get("rope_type", "default")

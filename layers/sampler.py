@@ -9,8 +9,7 @@ gives the same noise in every batch, on every device, and for any division of th
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
-u has 23 random bits. With 24 bits it would round to 1 in float32 once in 2^24 draws, and the noise
-would be infinite.
+u has 23 random bits. With 24, u would round to 1 in float32 once in 2^24 draws: infinite noise.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ def sample_shard(
         least: [R] float32; tokens with a logit below the row's value are never sampled.
 
     Returns:
-        The largest sum of each row [R] float32, and its token [R] int64. Of equal sums the lowest
-        token's is taken.
+        [R] float32 largest sums, and [R] int64 tokens: the lowest token if several sums are equal.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
@@ -129,9 +127,8 @@ class Sampler:
         """Return each row's token with the best score of any rank; of equal scores the lowest."""
         if self._parallel.size == 1:
             return tokens
-        # One maximum of int64 takes the best score in the upper bits, then the lowest token. Float
-        # bits order like integers once the magnitude bits of negative floats are flipped; the
-        # addition turns -0 into 0.
+        # An int64 with the score above the token orders like the pair. Bits of floats order like
+        # integers if the lower 31 bits of negative floats are flipped. Adding 0 turns -0 into 0.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

@@ -54,15 +54,11 @@ class SlotTables:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The R rows of a step whose next token is sampled.
+    """The R rows of a step whose next token is sampled: [R] int64, temperatures [R] float32.
 
-    All tensors are [R] int64, except `temperatures`, which is float32. For padding `slots` has the
-    padding slot, and the other tensors have 0.
-
-    Attributes:
-        rows: indices of the sampled rows among all rows of the step.
-        slots, positions: where in `SlotTables.tokens` the sampled token is stored.
-        tokens: the sampled tokens; unset until they are sampled.
+    `rows` are indices of rows of the step. `slots` and `positions` say where in `SlotTables.tokens`
+    the sampled token goes. `tokens` are the sampled tokens, without values until then. Padding has
+    the padding slot in `slots`, and 0 in the other tensors.
     """
 
     rows: Tensor
@@ -85,16 +81,13 @@ class SampledRows:
 class StepRows:
     """The T rows (tokens) of a step of B requests: rows of prefill chunks first, then of decodes.
 
-    Only steps that are captured as CUDA graphs have padding.
-
     Attributes:
         header: [6, B] int64, from which `fill_rows` makes all other tensors. For each request:
             slot; first position (-1: the first position that is not computed yet); number of rows;
             index of the first row; index of its first entry in `sampled` (-1: no entry); number of
-            its last rows that are sampled. If the request has an entry but no sampled row, the
-            entry is padding.
+            its last rows that are sampled. An entry without a sampled row is padding.
         input_ids, positions, slot_mapping: [T] int64 token ids, positions, and rows of
-            `KVLayer.flat` to store K and V in. Padding has 0, 0 and -1.
+            `KVLayer.flat` for K and V; 0, 0 and -1 for padding, which only captured steps have.
         slots, context_lens: [B] int32, see `AttentionBatch`. Padding has the padding slot and 0.
         query_start: [B + 1] int32 first row of each request, then T.
         num_chunks, num_chunk_rows: number of prefill chunks, and of their rows together.
@@ -115,10 +108,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Allocate the tensors, without values.
-
-        `sampled` is the field's value or the number of sampled rows; `counts` are integer fields.
-        """
+        """Rows without values. `sampled` may be a number of rows; `counts` are integer fields."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)

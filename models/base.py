@@ -31,8 +31,7 @@ class ForwardBatch:
     """The T tokens of one step: those of the prefill chunks first, then those of the decodes.
 
     Attributes:
-        input_ids: [T] int64 token ids.
-        slot_mapping: [T] int64 rows of `KVLayer.flat` that K and V of each token are stored in.
+        input_ids, slot_mapping: [T] int64 token ids, and rows of `KVLayer.flat` for their K and V.
         attention: what the attention backend's `prepare` returned for this step.
         sampled_rows: [R] int64 indices of the tokens whose logits are needed; None for all tokens.
         logits: buffer [R, this rank's columns] that the model may, but need not, return logits in.
@@ -76,6 +75,5 @@ class CausalLM(ABC):
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """Return logits [R, this rank's columns] of the batch's `sampled_rows`.
 
-        The columns are this rank's share of the vocabulary: the first column of rank r is token
-        r * columns. Columns past the end of the vocabulary are -inf.
+        The first column of rank r is token r * columns. Columns past the vocabulary are -inf.
         """

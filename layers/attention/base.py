@@ -16,8 +16,7 @@ from memory.kv_cache import KVLayer
 class AttentionSpec:
     """What a backend has to serve: the attention heads of one rank, and the KV cache they read.
 
-    `scale` multiplies the dot products of queries and keys. A decode request has at most
-    `rows_per_decode` query rows: 1, or more if a runner drafts tokens.
+    `scale` multiplies dot products of Q and K. A decode has up to `rows_per_decode` query rows.
     """
 
     num_heads: int
@@ -36,12 +35,10 @@ class AttentionSpec:
 class AttentionBatch:
     """The B requests of a step and their query rows: prefills come first, then decodes.
 
-    All tensors are int32. A slot is the index of a running request's row in the device tables.
-
     Attributes:
-        block_tables: [slots, max_blocks] one row of block ids per slot. Entries after a request's
-            last block are stale.
-        slots: [B] slot of each request.
+        block_tables: [slots, max_blocks] int32, like all tensors here: the block ids of every
+            running request. Entries after a request's last block are stale.
+        slots: [B] row of each request of the step in `block_tables`.
         context_lens: [B] length of each request with this step's tokens; 0 for padding.
         query_start: [num_prefills + 1] first query row of each prefill, then the end of them all.
         num_prefills, num_prefill_tokens: number of prefills, and of their query rows together.
@@ -60,14 +57,13 @@ class AttentionBatch:
 
 
 class AttentionBackend(ABC):
-    """Causal attention of a step's tokens over the paged KV cache.
+    """Causal attention of a step's tokens over the paged KV cache, which has their K and V already.
 
-    K and V of the step's tokens are in the cache already. Query head h reads KV head
-    h // (num_heads // num_kv_heads). `captures` says whether CUDA graphs can hold the backend.
+    Query head h reads KV head h // (num_heads // num_kv_heads).
     """
 
     name: ClassVar[str]
-    captures: ClassVar[bool] = False
+    captures: ClassVar[bool] = False  # whether CUDA graphs can hold the backend's work
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -83,8 +79,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
-        """Return the attention output [T, num_heads * head_dim] for the query rows of a step.
+        """Return attention output [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
 
-        q is [T, num_heads, head_dim] and may have strided rows. The n query rows of a request
-        belong to its last n tokens.
+        Rows of `q` may be strided. The n query rows of a request belong to its last n tokens.
         """

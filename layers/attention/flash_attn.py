@@ -13,7 +13,6 @@ from memory.kv_cache import KVLayer
 
 _MIN_VERSION = (2, 7)
 
-
 # The batch; the block tables of its requests [B, N] int32; and the cumulative context lengths of
 # its prefills, from 0 on, [num_prefills + 1] int32.
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]

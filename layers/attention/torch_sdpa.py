@@ -16,10 +16,8 @@ from memory.kv_cache import KVLayer
 class _Part:
     """Query rows [first, last) of one SDPA call: a prefill of n rows, or B decodes of one row each.
 
-    Attributes:
-        rows: rows of `KVLayer.flat` to read: L rows for a prefill, B * L rows for decodes.
-        mask: [n, L] for a prefill, [B, 1, 1, L] for decodes. None stands for a causal mask of a
-            prefill, and for no mask of decodes.
+    A prefill reads L `rows` of `KVLayer.flat`; its mask is [n, L], or None for a causal mask.
+    Decodes read B * L rows; their mask is [B, 1, 1, L], or None for no mask.
     """
 
     first: int
@@ -128,15 +126,14 @@ class TorchAttention(AttentionBackend):
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
         """Return K and V of n requests, each [n, num_kv_heads, L, head_dim].
 
-        On a CPU gathered K and V are views of one buffer, which the next call overwrites.
+        The next call may overwrite K and V on a CPU.
         """
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
-            # Without this buffer the kernel would map results above 32 MiB page by page on every
-            # call, which is 4 times as slow.
+            # A new tensor of more than 32 MiB would be mapped page by page: 4 times as slow.
             size = rows.shape[0] * heads * dim
             if self._gathered.numel() < size:
                 self._gathered = self._gathered.new_empty(size + size // 8)
