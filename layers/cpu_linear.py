@@ -12,12 +12,12 @@ from torch import Tensor
 # are kept in oneDNN's float32 layout too. For a weight [6144, 1024] FBGEMM takes 0.42 times as long
 # as oneDNN at 1 row, and 1.16 times from 512 rows on.
 _HALF_BESIDE = 2**20
-# Up to this many rows FBGEMM is faster. At 64 rows it takes 0.83 to 1.0 times as long as oneDNN.
+# FBGEMM is used up to this many rows: at 64 it takes 0.83 to 1.0 times as long as oneDNN.
 _MOST_ROWS = 64
-# Up to this many multiplications one thread is faster: an FBGEMM call on all threads costs 12 us,
-# and a call on one thread costs 1 us. With a limit of 2^22, whole runs were slower.
+# Up to this many multiplications one thread is faster than all: a call of FBGEMM costs 12 us on all
+# threads, and 1 us on one thread. With a limit of 2^22, whole runs were slower.
 _ALONE = 2**21
-# Most elements packed by one call. From 2^25 elements on an element takes 40 ns instead of 10 ns.
+# Elements packed by one call. From 2^25 elements on, each takes 40 ns to pack instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -39,7 +39,7 @@ class HalfLinear:
             shared = torch.get_num_threads() > 1
             self.most_rows = _MOST_ROWS
             self.rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
-        # Inputs are multiplied by the inverse factor, which is exact for a power of two.
+        # The factor is a power of two, so that multiplying inputs by its inverse is exact.
         self._inverse = 1.0 / factor
         self._scale: Tensor | float = self._inverse if scale is None else scale * self._inverse
         scaled = weight * factor
@@ -72,7 +72,7 @@ class HalfLinear:
         return all(bool(p.isfinite().all()) and torch.equal(p.half().float(), p) for p in scaled)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x W^T: [T, K] -> [T, N]."""
+        """Return x W^T [T, N] for x [T, K]."""
         return self._times(x * self._scale)
 
     def added(self, x: Tensor, total: Tensor) -> Tensor:
@@ -91,5 +91,5 @@ class HalfLinear:
 def _power_of_two(weight: Tensor) -> float:
     """Return the factor that brings the largest absolute element to between 2^14 and 2^15."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # Larger exponents than 100 are for weights too small to occur, and would overflow float32.
+    # The exponent is at most 100: weights are never so small, and 2^128 overflows float32.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

@@ -21,15 +21,15 @@ from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
-# Each of several ranks has a multiple of so many vocabulary rows: the kernels for small batches
-# compute multiples of 16 outputs, and the sampler's noise comes for 4 tokens at a time.
+# With several ranks, each rank's number of vocabulary rows is a multiple of 16: kernels for small
+# batches compute 16 outputs at a time, and the sampler's noise is made for 4 tokens at a time.
 _ROWS = 16
-# Number of input rows that oneDNN lays a weight out for; 16 and 256 are as fast for any number.
+# Number of input rows that oneDNN lays a weight out for. 16 and 256 were as fast at any batch.
 _PACK_ROWS = 64
 
 
 class _Linear:
-    """Holds this rank's weight [rows, columns] and bias [rows], and makes their product."""
+    """A linear layer with this rank's weight [rows, columns] and bias [rows]."""
 
     def __init__(self, rows: int, columns: int, *, bias: bool, place: Place) -> None:
         self._place = place
@@ -38,7 +38,7 @@ class _Linear:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm | None = None) -> None:
-        """Lay the loaded weight out for the device, and keep only that; see `make_matmul`."""
+        """Keep the loaded weight only in a layout for the device; for `norm` see `make_matmul`."""
         assert self.weight is not None
         self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
@@ -48,8 +48,8 @@ class ColumnLinear(_Linear):
 
     Args:
         sizes: number of output features of each projection, over all ranks.
-        shares: for each projection, this rank's first output feature and their number; by default
-            all ranks have equal shares.
+        shares: for each projection, this rank's first output feature and number of output features;
+            by default all ranks have equal shares.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return this rank's projections side by side, and the stream; see `Matmul.normed`."""
+        """Return this rank's outputs side by side, and the stream; see `Matmul.normed`."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(first projection) * second projection, and the stream."""
+        """Return silu(first projection) * second projection, and the stream; see `Matmul.gated`."""
         return self._matmul.gated(normed)
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
-        """Map the tensors of the checkpoint's layers `names`, one per projection, to weights."""
+        """Map the checkpoint's layers `names`, one per projection, to this rank's weights."""
         slots, row = dict[str, WeightTarget](), 0
         for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
             for kind, shape in (("weight", full), ("bias", full[:1])):
@@ -195,7 +195,7 @@ class Matmul:
         self._place = place
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return the product of x [T, K] as [T, N], in `out` if given."""
+        """Return x W^T + b [T, N] for x [T, K], stored in `out` if given."""
         y = F.linear(x, self.weight, self._bias)
         return y if out is None else out.copy_(y)
 
@@ -204,7 +204,7 @@ class Matmul:
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        """Return the stream with the product of x [T, K] added; its part must be None before."""
+        """Add the product of x [T, K] to the stream, whose part must be None."""
         return Stream(stream.total, self.partial(x))
 
     def normed(
@@ -212,13 +212,13 @@ class Matmul:
     ) -> tuple[Tensor, Stream]:
         """Return the product of the normalised stream, and the stream with part added to total.
 
-        The product is [T, N], in `out` if given. With `partial` it may be left as partial sums.
+        The product is [T, N], in `out` if given. With `partial` it may be what `partial` returns.
         """
         x, stream = normed.norm.compute(normed.stream)
         return (self.partial(x) if partial else self(x, out)), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Do as `normed` for W = [gate; up], but return silu(gate) * up [T, N / 2] as product."""
+        """Like `normed` for W = [gate; up]; the product becomes silu(gate) * up [T, N / 2]."""
         y, stream = self.normed(normed)
         return silu_mul(y, self._place), stream
 
@@ -260,7 +260,7 @@ class CPUMatmul(Matmul):
 class SmallBatchMatmul(Matmul):
     """Products by this project's kernels for up to 256 tokens on Hopper, by cuBLAS for more.
 
-    The kernel for up to 16 tokens also computes norm, gate and residual, the other kernel the gate.
+    Up to 16 tokens the kernel also computes norm, gate and residual; for more tokens the gate only.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
@@ -298,7 +298,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # `partial` is not needed: the kernel takes the product without splitting its inputs.
+        # `partial` is ignored: the kernel takes this product without splitting the inputs.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
@@ -317,7 +317,7 @@ class SmallBatchMatmul(Matmul):
         """Return the kernel's input, the summed stream, and arguments for a norm in the kernel."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
-        # The kernel rounds inputs times norm weights before it scales rows: float16 could overflow.
+        # The kernel rounds input * norm weight before it scales the row: float16 could overflow.
         fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
         if stream.part is None and fuses:
             return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}
@@ -337,7 +337,7 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 def make_matmul(
     weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
 ) -> Matmul:
-    """Make the fastest `Matmul`. It may take over the weight of `norm`, whose only reader it is."""
+    """Make the fastest `Matmul`; it may take over the weight of `norm`, which it alone reads."""
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)
     if place.fused and has_wgmma(place.device):

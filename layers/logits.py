@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """`tokens` [R], the N most likely tokens of each row [R, N], and their log-probabilities."""
+    """Log-probabilities `values` of `tokens` [R], `top_values` of each row's N likeliest [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -45,7 +45,7 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Copy all tensors to pinned host memory; enqueued on the current CUDA stream."""
+        """Enqueue copies of all tensors to pinned host memory on the current CUDA stream."""
 
         def copied(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -95,8 +95,8 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     """Do what `logit_bounds` does, by sorting. Rows with temperature 0 are not filtered.
 
     top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Of these tokens, top_p
-    keeps the most likely, as few as reach the probability p (Holtzman et al., 2020). min_p keeps
-    tokens at least min_p times as likely as the most likely token (Nguyen et al., 2024).
+    keeps the fewest whose probabilities sum up to p, the most likely first (Holtzman et al., 2020).
+    min_p keeps tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0

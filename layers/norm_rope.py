@@ -19,7 +19,7 @@ from utils.loader import WeightTarget
 
 
 # `Stream` and `Normed` are not frozen: a frozen dataclass takes 0.45 us to construct instead of
-# 0.18 us. A forward pass of the shipped model takes 1.2 ms on a CPU and constructs 34 of them.
+# 0.18 us. A forward pass of the shipped model takes 1.2 ms on a CPU and constructs 34.
 @dataclass(slots=True)
 class Stream:
     """The residual stream of T tokens is total + the sum of part over ranks.
@@ -148,9 +148,9 @@ class Rotation:
 
 
 class RotaryEmbedding:
-    """The rotary embedding by a `rotary_table`, which all layers of a model share.
+    """The rotary embedding of a model, made from its `rotary_table` and shared by its layers.
 
-    With `gather` a step's table rows are looked up once for all layers, else by fused kernels.
+    With `gather`, `prepare` reads the table once a step; otherwise a fused kernel reads the table.
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
@@ -158,7 +158,7 @@ class RotaryEmbedding:
         self._cos, self._sin = table
         if not gather:
             half = table.shape[-1] // 2
-            # In `rotary_table` only the sines of the second half have the plain sign.
+            # `rotary_table` negates the sines of the first half, so the second half serves.
             self._cos = self._cos[:, 0, :half].contiguous()
             self._sin = self._sin[:, 0, half:].contiguous()
 
@@ -173,7 +173,7 @@ class RotaryEmbedding:
 class QKNormRopeStore:
     """Normalises Q and K, rotates Q and K, and writes K and V to the paged KV cache.
 
-    Numbers of heads are this rank's. `eps` is None in models that do not normalise Q and K.
+    Both numbers of heads are this rank's. `eps` is None in models that do not normalise Q and K.
     """
 
     def __init__(

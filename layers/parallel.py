@@ -29,7 +29,7 @@ class ParallelContext:
         return x
 
     def all_max(self, x: Tensor) -> Tensor:
-        """Return the elementwise maximum over the ranks of int64 `x`; may reuse its storage."""
+        """Return the elementwise maximum of int64 `x` over the ranks; may reuse `x`'s storage."""
         return x
 
     def add_rms_norm(
@@ -48,7 +48,7 @@ class ParallelContext:
         return nullcontext()
 
     def per_rank(self, what: str, count: int) -> int:
-        """Return `count` / number of ranks; raise ConfigError if that is not an integer."""
+        """Return this rank's share of `count` units; raise ConfigError if they do not divide."""
         if count % self.size:
             raise ConfigError(
                 "tensor_parallel_size",
@@ -59,7 +59,7 @@ class ParallelContext:
         return count // self.size
 
     def kv_heads(self, num_kv_heads: int) -> tuple[int, int]:
-        """Return this rank's first KV head, and how many it has; ranks may have the same head."""
+        """Return this rank's first KV head and number of heads; ranks may share a head."""
         if self.size > num_kv_heads and self.size % num_kv_heads == 0:
             return self.rank // (self.size // num_kv_heads), 1
         count = self.per_rank("KV heads", num_kv_heads)

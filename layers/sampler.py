@@ -1,7 +1,7 @@
 """Sampling tokens from logits, with random noise that depends on the request alone.
 
 The noise comes from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator. So a seed
-gives the same noise in every batch, on every device, and for any division of the vocabulary:
+and a position give the same noise in every batch, on every device, for any split of the vocabulary:
 
     key      = (low 32 bits of the seed, high 32 bits of the seed)
     counter  = (token // 4, position, 0, 0)
@@ -9,7 +9,8 @@ gives the same noise in every batch, on every device, and for any division of th
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
-u has 23 random bits. With 24, u would round to 1 in float32 once in 2^24 draws: infinite noise.
+u has 23 random bits. With 24 bits u would round to 1 in float32 once in 2^24 draws, and the noise
+would be infinite.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of a counter of 4 words and a key of 2; int64 tensors hold 32-bit words."""
+    """Philox4x32-10: 4 words from a counter of 4 and a key of 2; int64 holds each 32-bit word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -67,7 +68,7 @@ def sample_shard(
     Args:
         logits: [R, vocab_size] of any float dtype.
         temperatures: [R] float32, >= 0.
-        seeds, positions: [R] integers that determine a row's noise; the sampled token's position.
+        seeds, positions: [R] integers that set the noise: request's seed, position of the new token.
         vocab_offset: token id of the first column, a multiple of 4.
         least: [R] float32; tokens with a logit below the row's value are never sampled.
 
@@ -109,7 +110,7 @@ class Sampler:
         return self._agreed(best.float(), column + self._parallel.rank * logits.shape[1])
 
     def gathered(self, logits: Tensor) -> Tensor:
-        """Gather the columns of all ranks on every rank."""
+        """Return logits with the columns of all ranks, on every rank."""
         if self._parallel.size == 1:
             return logits
         rows, columns = logits.shape
@@ -124,11 +125,11 @@ class Sampler:
         return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """Return each row's token with the best score of any rank; of equal scores the lowest."""
+        """Return the token with the best score on any rank; if scores are equal, the lowest token."""
         if self._parallel.size == 1:
             return tokens
-        # An int64 with the score above the token orders like the pair. Bits of floats order like
-        # integers if the lower 31 bits of negative floats are flipped. Adding 0 turns -0 into 0.
+        # The upper half of an int64 is the score, the lower half prefers low tokens. Floats order
+        # like their bits if negative floats have their lower 31 bits flipped. + 0 turns -0 into 0.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

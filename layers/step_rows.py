@@ -54,11 +54,11 @@ class SlotTables:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The R rows of a step whose next token is sampled: [R] int64, temperatures [R] float32.
+    """The R rows of a step whose next token is sampled: [R] int64, `temperatures` [R] float32.
 
     `rows` are indices of rows of the step. `slots` and `positions` say where in `SlotTables.tokens`
-    the sampled token goes. `tokens` are the sampled tokens, without values until then. Padding has
-    the padding slot in `slots`, and 0 in the other tensors.
+    the sampled token goes. `tokens` is unset until the tokens are sampled. Padding has the
+    padding slot in `slots`, and 0 in the other tensors.
     """
 
     rows: Tensor
@@ -108,7 +108,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Rows without values. `sampled` may be a number of rows; `counts` are integer fields."""
+        """Allocate unset rows; `sampled` may be a number of rows, `counts` are integer fields."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -217,7 +217,7 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
-    """Store sampled tokens [R] int64 in `sampled` and in `tables`, where the next step reads."""
+    """Store sampled tokens [R] int64 in `sampled`, and in `tables` for the next step to read."""
     sampled.tokens.copy_(tokens)
     # Padding writes to the row of the padding slot, which nothing reads.
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)

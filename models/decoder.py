@@ -1,4 +1,4 @@
-"""The pre-norm decoder-only transformer that Qwen2 and Qwen3 models are instances of."""
+"""The pre-norm decoder-only transformer of the Qwen2 and Qwen3 models."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Add attention to the residual stream; return it for `rows` [R] int64, or for all rows."""
+        """Return the residual stream plus attention, for all rows or only `rows` [R] int64."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
@@ -211,7 +211,7 @@ class DecoderLM(CausalLM):
         *caches, last_cache = batch.kv
         for layer, kv in zip(layers, caches, strict=True):
             stream = layer(stream, batch, kv)
-        # Tokens without sampled logits need only K and V of the last layer: its MLP skips them.
+        # Rows that are not sampled need only K and V of the last layer: its MLP skips these rows.
         stream = last(stream, batch, last_cache, batch.sampled_rows)
         return self.lm_head(self.norm(stream), batch.logits)
 

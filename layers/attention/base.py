@@ -40,8 +40,8 @@ class AttentionBatch:
             running request. Entries after a request's last block are stale.
         slots: [B] row of each request of the step in `block_tables`.
         context_lens: [B] length of each request with this step's tokens; 0 for padding.
-        query_start: [num_prefills + 1] first query row of each prefill, then the end of them all.
-        num_prefills, num_prefill_tokens: number of prefills, and of their query rows together.
+        query_start: [num_prefills + 1] first query row of each prefill, then the end of the last.
+        num_prefills, num_prefill_tokens: number of prefills, and total of their query rows.
         max_query_len: no prefill has more query rows than this; 0 if there are no prefills.
         rows_per_decode: number of query rows of each decode.
     """

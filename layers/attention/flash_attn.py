@@ -13,8 +13,8 @@ from memory.kv_cache import KVLayer
 
 _MIN_VERSION = (2, 7)
 
-# The batch; the block tables of its requests [B, N] int32; and the cumulative context lengths of
-# its prefills, from 0 on, [num_prefills + 1] int32.
+# What `prepare` returns: the batch, the block tables [B, N] int32 of its requests, and the
+# cumulative context lengths [num_prefills + 1] int32 of its prefills, which begin with 0.
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
 
@@ -22,7 +22,7 @@ class FlashAttention(AttentionBackend):
     """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
-    captures = True  # the host passes no length of a request, only the limit max_query_len
+    captures = True  # kernels read each request's length on the device
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # The kernel skips keys beyond this limit, and a CUDA graph keeps the limit.
+                # Kernels skip keys beyond max_seqlen_k, and a CUDA graph keeps its captured value.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,

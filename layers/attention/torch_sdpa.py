@@ -91,7 +91,7 @@ class TorchAttention(AttentionBackend):
         return self._cache_rows(table, length)[0]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
-        """Rows [B, length] of `KVLayer.flat` with the first positions of block tables [B, N]."""
+        """Rows [B, length] of `KVLayer.flat`, like `_request_rows`, for block tables [B, N]."""
         size = self._spec.block_size
         blocks = tables[:, : -(-length // size)].long()
         return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
@@ -126,14 +126,14 @@ class TorchAttention(AttentionBackend):
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
         """Return K and V of n requests, each [n, num_kv_heads, L, head_dim].
 
-        The next call may overwrite K and V on a CPU.
+        On a CPU the next call may overwrite these K and V.
         """
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
-            # A new tensor of more than 32 MiB would be mapped page by page: 4 times as slow.
+            # malloc maps a new tensor above 32 MiB page by page, which is 4 times as slow.
             size = rows.shape[0] * heads * dim
             if self._gathered.numel() < size:
                 self._gathered = self._gathered.new_empty(size + size // 8)
