@@ -17,7 +17,7 @@ _MOST_ROWS = 64
 # Up to this many multiplications one thread is faster than all: a call of FBGEMM costs 12 us on all
 # threads, and 1 us on one thread. With a limit of 2^22, whole runs were slower.
 _ALONE = 2**21
-# Elements packed by one call. From 2^25 elements on, each takes 40 ns to pack instead of 10 ns.
+# Most elements packed by a call. From 2^25 elements on, each takes 40 ns to pack instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -29,7 +29,7 @@ class HalfLinear:
 
     `holds` must accept the weight [N, K]. Inputs are multiplied by `scale` [K] float32, if given.
     Up to `rows_alone` rows the calling thread computes the product alone. Above `most_rows` rows
-    oneDNN is faster; `most_rows` is infinite for weights that are kept in float16 only.
+    oneDNN is to be used; `most_rows` is infinite for weights that are kept in float16 only.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:

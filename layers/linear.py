@@ -212,7 +212,7 @@ class Matmul:
     ) -> tuple[Tensor, Stream]:
         """Return the product of the normalised stream, and the stream with part added to total.
 
-        The product is [T, N], in `out` if given. With `partial` it may be what `partial` returns.
+        The product is [T, N], in `out` if given. With `partial` the product may be partial sums.
         """
         x, stream = normed.norm.compute(normed.stream)
         return (self.partial(x) if partial else self(x, out)), stream

@@ -68,7 +68,7 @@ def sample_shard(
     Args:
         logits: [R, vocab_size] of any float dtype.
         temperatures: [R] float32, >= 0.
-        seeds, positions: [R] integers that set the noise: request's seed, position of the new token.
+        seeds, positions: [R] integers that set the noise: the seed, the sampled position.
         vocab_offset: token id of the first column, a multiple of 4.
         least: [R] float32; tokens with a logit below the row's value are never sampled.
 
@@ -125,7 +125,7 @@ class Sampler:
         return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """Return the token with the best score on any rank; if scores are equal, the lowest token."""
+        """Return the token with the best score on any rank; the lowest if scores are equal."""
         if self._parallel.size == 1:
             return tokens
         # The upper half of an int64 is the score, the lower half prefers low tokens. Floats order
