@@ -1,4 +1,4 @@
-"""The matrix product of float32 rows and a weight that float16 holds exactly, on a CPU."""
+"""Matrix products on a CPU of float32 inputs and weights that float16 can hold exactly."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import warnings
 import torch
 from torch import Tensor
 
-# Weights of more elements are in float16 alone, for half the memory, others beside oneDNN's layout.
-# [6144, 1024] takes 0.42 of oneDNN's time at 1 row and 1.16 from 512 on.
+# Weights with more elements are kept in float16 only, which takes half the memory; smaller weights
+# are kept in oneDNN's float32 layout too. For a weight [6144, 1024] FBGEMM takes 0.42 times as long
+# as oneDNN at 1 row, and 1.16 times from 512 rows on.
 _HALF_BESIDE = 2**20
-# Rows up to which FBGEMM is ahead of oneDNN: 0.83 to 1.0 of its time at 64.
+# FBGEMM is used up to this many rows: at 64 it takes 0.83 to 1.0 times as long as oneDNN.
 _MOST_ROWS = 64
-# Up to this many multiplications one thread alone is faster: a call that FBGEMM divides over
-# threads costs 12 us, another 1. (2^22 made whole runs slower.)
+# Up to this many multiplications one thread is faster than all: a call of FBGEMM costs 12 us on all
+# threads, and 1 us on one thread. With a limit of 2^22, whole runs were slower.
 _ALONE = 2**21
-# Elements packed at once: from 2^25 on an element takes 40 ns instead of 10.
+# Most elements packed by a call. From 2^25 elements on, each takes 40 ns to pack instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
 class HalfLinear:
-    """x W^T by FBGEMM, of a float32 weight that float16 holds without loss: half the bytes to read.
+    """x W^T by FBGEMM, with a float32 weight W stored in float16: half as many bytes to read.
 
-    Most checkpoints are bfloat16, with 8 significant bits of float16's 11. The smaller range of
-    float16 suffices if the weight is multiplied by a power of two first.
+    Most checkpoints are bfloat16, which has 8 significant bits; float16 has 11. The smaller range
+    of float16 suffices if the weight is first multiplied by a power of two.
 
-    `holds` must accept the weight [N, K]. The inputs are multiplied by `scale` [K] float32.
-
-    Attributes:
-        most_rows: rows up to which this is faster than oneDNN, or infinite to save its memory.
-        rows_alone: up to so many rows are multiplied by the calling thread alone.
+    `holds` must accept the weight [N, K]. Inputs are multiplied by `scale` [K] float32, if given.
+    Up to `rows_alone` rows the calling thread computes the product alone. Above `most_rows` rows
+    oneDNN is to be used; `most_rows` is infinite for weights that are kept in float16 only.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
@@ -40,13 +39,13 @@ class HalfLinear:
             shared = torch.get_num_threads() > 1
             self.most_rows = _MOST_ROWS
             self.rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
-        # Powers of two lose nothing on the way back either.
+        # The factor is a power of two, so that multiplying inputs by its inverse is exact.
         self._inverse = 1.0 / factor
         self._scale: Tensor | float = self._inverse if scale is None else scale * self._inverse
         scaled = weight * factor
         if self.rows_alone:
             with warnings.catch_warnings():
-                # Packing and the first product warn, once, that they are deprecated.
+                # torch warns at the first packing and the first product that both are deprecated.
                 warnings.simplefilter("ignore")
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
                 self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
@@ -58,7 +57,7 @@ class HalfLinear:
 
     @staticmethod
     def holds(weight: Tensor) -> bool:
-        """Whether torch has the float16 operators, and float16 holds each element exactly."""
+        """Whether torch has the float16 operators, and float16 can hold each element exactly."""
         pack, multiply = "fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation"
         shared = ("linear_prepack_fp16", "linear_dynamic_fp16")
         if (
@@ -68,16 +67,16 @@ class HalfLinear:
         ):
             return False
         factor = _power_of_two(weight)
-        # In parts, without three copies of a large weight.
+        # The check goes part by part, since it makes three copies of what it checks.
         scaled = (part * factor for part in torch.split(weight, 4096))
         return all(bool(p.isfinite().all()) and torch.equal(p.half().float(), p) for p in scaled)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, K] -> [T, N]."""
+        """Return x W^T [T, N] for x [T, K]."""
         return self._times(x * self._scale)
 
     def added(self, x: Tensor, total: Tensor) -> Tensor:
-        """total [T, N] + x W^T."""
+        """Return total + x W^T, with total [T, N]."""
         if isinstance(self._scale, Tensor):
             return total + self(x)
         return torch.add(total, self._times(x), alpha=self._inverse)
@@ -90,7 +89,7 @@ class HalfLinear:
 
 
 def _power_of_two(weight: Tensor) -> float:
-    """The factor that brings the largest element to between 2^14 and 2^15."""
+    """Return the factor that brings the largest absolute element to between 2^14 and 2^15."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # Beyond 100 nothing is that small, and the factor would leave float32.
+    # The exponent is at most 100: weights are never so small, and 2^128 overflows float32.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

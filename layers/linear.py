@@ -1,8 +1,8 @@
-"""Embedding, linear layers and output head, which know their share of a tensor-parallel group.
+"""Embedding, linear layers and output head, each with this rank's share of its weight.
 
-Embedding and head divide the vocabulary over ranks, column-parallel layers their outputs and
-row-parallel ones their inputs (Shoeybi et al., Megatron-LM, 2019). Each layer multiplies by a
-`Matmul`: with the norm, gate or residual around the product, by the fastest means of the device.
+Embedding and head divide the vocabulary over ranks; column-parallel layers divide their outputs
+and row-parallel layers their inputs (Shoeybi et al., Megatron-LM, 2019). Each layer has a `Matmul`
+for its device, which computes the product and the norm, gate or residual around the product.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
-# The kernels for small batches make outputs in multiples of this, the sampler's noise of 4.
+# With several ranks, each rank's number of vocabulary rows is a multiple of 16: kernels for small
+# batches compute 16 outputs at a time, and the sampler's noise is made for 4 tokens at a time.
 _ROWS = 16
-# Rows that oneDNN is told to expect when it lays out a weight; 16 and 256 do as well at any batch.
+# Number of input rows that oneDNN lays a weight out for. 16 and 256 were as fast at any batch.
 _PACK_ROWS = 64
 
 
 class _Linear:
-    """This rank's weight [rows, columns] and bias [rows], and the product with them."""
+    """A linear layer with this rank's weight [rows, columns] and bias [rows]."""
 
     def __init__(self, rows: int, columns: int, *, bias: bool, place: Place) -> None:
         self._place = place
@@ -37,17 +38,18 @@ class _Linear:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm | None = None) -> None:
-        """Lay the loaded weights out, and keep only that copy; for `norm` see `make_matmul`."""
+        """Keep the loaded weight only in a layout for the device; for `norm` see `make_matmul`."""
         assert self.weight is not None
         self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
 
 class ColumnLinear(_Linear):
-    """Several projections of one input, their weights one below the other, so one product.
+    """Several projections of one input as one product: their weights are stacked.
 
     Args:
-        sizes: output features of each part, over all ranks.
-        shares: this rank's first output feature and number of them in each part; by default equal.
+        sizes: number of output features of each projection, over all ranks.
+        shares: for each projection, this rank's first output feature and number of output features;
+            by default all ranks have equal shares.
     """
 
     def __init__(
@@ -67,15 +69,15 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """This rank's parts side by side, and the stream as its sum; see `Matmul.normed`."""
+        """Return this rank's outputs side by side, and the stream; see `Matmul.normed`."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """As a call, with silu(first part) * second part instead of the two parts."""
+        """Return silu(first projection) * second projection, and the stream; see `Matmul.gated`."""
         return self._matmul.gated(normed)
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
-        """Targets of the checkpoint's layers `names`, one per part, in order."""
+        """Map the checkpoint's layers `names`, one per projection, to this rank's weights."""
         slots, row = dict[str, WeightTarget](), 0
         for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
             for kind, shape in (("weight", full), ("bias", full[:1])):
@@ -88,7 +90,7 @@ class ColumnLinear(_Linear):
 
 
 class QKVLinear(ColumnLinear):
-    """Query, key and value projections of so many heads over all ranks."""
+    """Query, key and value projections; numbers of heads are over all ranks."""
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class QKVLinear(ColumnLinear):
 
 
 class RowLinear(_Linear):
-    """A projection onto the residual stream, its inputs divided over the ranks."""
+    """A projection onto the residual stream; its input features are divided over the ranks."""
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
@@ -118,12 +120,12 @@ class RowLinear(_Linear):
 
     def prepare(self, norm: RMSNorm | None = None) -> None:
         if self._place.parallel.rank > 0:
-            # The bias enters the sum over ranks once.
+            # The outputs of all ranks are added up, so only rank 0 adds the bias.
             self.bias = None
         super().prepare(norm)
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
-        """Add the projection of x [T, this rank's inputs] to a stream whose part is None."""
+        """Add the projection of x [T, this rank's inputs] to the stream, whose part is None."""
         return self._matmul.added(x, stream)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -136,9 +138,9 @@ class RowLinear(_Linear):
 
 
 class VocabEmbedding:
-    """Token ids to vectors, by a table with one row a token and as many rows on every rank.
+    """Looks up token vectors in a table with one row per token, divided equally over ranks.
 
-    Of this rank's rows those from `length` on are padding, and zero.
+    Rows of this rank from `length` on are padding, and zero.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
@@ -151,7 +153,7 @@ class VocabEmbedding:
         self.weight = place.empty(rows, hidden_size).zero_()
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, hidden_size]."""
+        """Return the vectors [T, hidden_size] of token_ids [T] int64."""
         if self._parallel.size == 1:
             return self.weight.index_select(0, token_ids)
         local = token_ids - self._start
@@ -165,7 +167,7 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """The projection of normalised hidden states to logits, by an embedding's table."""
+    """Projects the normalised stream to logits; the weight is an embedding's table."""
 
     def __init__(self, table: VocabEmbedding, place: Place) -> None:
         self._table = table
@@ -176,7 +178,7 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Logits [R, this rank's rows], in `out` if it is given; those of padding are -inf."""
+        """Return logits [R, this rank's rows], in `out` if given; -inf for padding rows."""
         logits = self._matmul.normed(normed, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
@@ -185,7 +187,7 @@ class VocabHead:
 
 
 class Matmul:
-    """x W^T + b through torch for W [N, K] and b [N], nothing fused: the reference."""
+    """The reference product: x W^T + b for W [N, K] and b [N] through torch, without fusion."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         self.weight = weight
@@ -193,38 +195,38 @@ class Matmul:
         self._place = place
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, K] -> [T, N], in `out` if it is given."""
+        """Return x W^T + b [T, N] for x [T, K], stored in `out` if given."""
         y = F.linear(x, self.weight, self._bias)
         return y if out is None else out.copy_(y)
 
     def partial(self, x: Tensor) -> Tensor:
-        """As a call, or [S, T, N] float32 where kernels are fused, for the reader to add up."""
+        """Return x W^T + b [T, N], or S partial sums [S, T, N] float32 that the reader adds up."""
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        """Add the product of x [T, K], of several ranks this one's share, to `stream.total`."""
+        """Add the product of x [T, K] to the stream, whose part must be None."""
         return Stream(stream.total, self.partial(x))
 
     def normed(
         self, normed: Normed, *, partial: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor, Stream]:
-        """The product of the normalised stream [T, N], and the stream as its sum.
+        """Return the product of the normalised stream, and the stream with part added to total.
 
-        The product is in `out` if that is given, or may be left in partial sums, see `partial`.
+        The product is [T, N], in `out` if given. With `partial` the product may be partial sums.
         """
         x, stream = normed.norm.compute(normed.stream)
         return (self.partial(x) if partial else self(x, out)), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """As `normed`, for W = [gate; up]: silu(gate) * up [T, N / 2]."""
+        """Like `normed` for W = [gate; up]; the product becomes silu(gate) * up [T, N / 2]."""
         y, stream = self.normed(normed)
         return silu_mul(y, self._place), stream
 
 
 class CPUMatmul(Matmul):
-    """For float32 on a CPU: oneDNN's blocked layout, or float16 for up to `few_rows` rows.
+    """Products in float32 on a CPU, by `HalfLinear` or with a weight in oneDNN's blocked layout.
 
-    Where `few_rows` is infinite, `weight` is empty. For `norm` see `make_matmul`.
+    `HalfLinear` is used up to `few_rows` rows. If `few_rows` is infinite, `weight` is empty.
     """
 
     def __init__(
@@ -256,9 +258,9 @@ class CPUMatmul(Matmul):
 
 
 class SmallBatchMatmul(Matmul):
-    """Our own kernels for up to 256 tokens on Hopper, cuBLAS beyond.
+    """Products by this project's kernels for up to 256 tokens on Hopper, by cuBLAS for more.
 
-    Up to 16 tokens norm, gate and residual are part of the kernel. Beyond, the gate is.
+    Up to 16 tokens the kernel also computes norm, gate and residual; for more tokens the gate only.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
@@ -274,7 +276,7 @@ class SmallBatchMatmul(Matmul):
             return self._run(x, self.weight, self._bias, out=out)
         if out is None or self._bias is not None:
             return super().__call__(x, out)
-        # As F.linear without a bias.
+        # Unlike F.linear, torch.mm can write to `out`.
         return torch.mm(x, self.weight.t(), out=out)
 
     def partial(self, x: Tensor) -> Tensor:
@@ -296,7 +298,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # No partial sums: they are for where nothing else fills the device.
+        # `partial` is ignored: the kernel takes this product without splitting the inputs.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
@@ -312,11 +314,10 @@ class SmallBatchMatmul(Matmul):
         return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """The kernel's input, the stream as its sum, and the norm if the kernel computes it."""
+        """Return the kernel's input, the summed stream, and arguments for a norm in the kernel."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
-        # The kernel rounds inputs times the norm's weight before it scales the row, which float16
-        # has no room for.
+        # The kernel rounds input * norm weight before it scales the row: float16 could overflow.
         fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
         if stream.part is None and fuses:
             return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}
@@ -324,7 +325,7 @@ class SmallBatchMatmul(Matmul):
 
 
 def silu_mul(x: Tensor, place: Place) -> Tensor:
-    """silu(gate) * up (SwiGLU, Shazeer 2020) of x = [gate | up]: [T, 2n] -> [T, n]."""
+    """Return silu(gate) * up (SwiGLU, Shazeer 2020) for x = [gate | up]: [T, 2n] -> [T, n]."""
     if place.fused:
         from layers.kernels import rowwise
 
@@ -336,7 +337,7 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 def make_matmul(
     weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
 ) -> Matmul:
-    """The fastest product; it may take in the weight of a prepared norm that it alone reads."""
+    """Make the fastest `Matmul`; it may take over the weight of `norm`, which it alone reads."""
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)
     if place.fused and has_wgmma(place.device):

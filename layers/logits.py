@@ -1,6 +1,6 @@
-"""Penalties, filters and log-probabilities of whole rows of logits [R, V].
+"""Penalties, filters and log-probabilities (scores) for logits [R, V] of the whole vocabulary.
 
-Penalties come before filters, as in transformers' `generate`.
+Penalties are applied before filters, as in transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Rows scored at once; for 151,936 bfloat16 logits their three copies take 194 MB.
+# Most rows scored at once. Three copies of the rows take 194 MB for 151,936 bfloat16 logits a row.
 SCORED_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which tokens may be drawn, [R] float32 each; see `logit_bounds_reference`."""
+    """Filter settings of R rows, [R] float32 each; `logit_bounds_reference` says what they do."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -28,7 +28,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """A penalty of each kind for each of R rows, [R] float32; see `SamplingParams`."""
+    """Penalties of R rows, [R] float32 each; `SamplingParams` says what they do."""
 
     repetition: Tensor
     presence: Tensor
@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of tokens [R], and of the most likely ones in their places [R, N]."""
+    """Log-probabilities `values` of `tokens` [R], `top_values` of each row's N likeliest [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -45,7 +45,7 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Copies in pinned memory, enqueued on the current CUDA stream."""
+        """Enqueue copies of all tensors to pinned host memory on the current CUDA stream."""
 
         def copied(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -57,22 +57,22 @@ class TokenScores:
 def penalize(
     logits: Tensor, tokens: Tensor, num_prompt: Tensor, num_tokens: Tensor, by: Penalties
 ) -> None:
-    """Apply the penalties of the tokens so far to the logits, in place.
+    """Apply penalties for the tokens that each request has so far to the logits [R, V], in place.
 
-    The repetition penalty is that of CTRL (Keskar et al., 2019), over prompt and output; presence
-    and frequency penalties are OpenAI's, over the output alone.
+    The repetition penalty is that of CTRL (Keskar et al., 2019) and counts prompt and output. The
+    presence and frequency penalties are OpenAI's and count the output only.
 
     Args:
-        tokens: [R, L] integer token ids: prompt, output, then anything.
-        num_prompt, num_tokens: [R] integer lengths, of prompt and of both, at least 1.
+        tokens: [R, L] integer ids of the prompt, then of the output. Later entries are ignored.
+        num_prompt, num_tokens: [R] integer lengths of prompt, and of prompt plus output (>= 1).
     """
     if not logits.is_cuda:
-        # On a GPU the host would have to wait for the length.
+        # Not on a GPU, where the host would have to wait for the largest length.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # Beyond the end the first token again: all places of a token write the same logit.
+    # Entries after a row's end repeat its first token: all entries of a token write equal logits.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -83,7 +83,7 @@ def penalize(
 
 
 def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
-    """[R] float32: the least logit of each row whose token may be drawn."""
+    """Return the smallest logit of each row whose token may be sampled, [R] float32."""
     if logits.is_cuda and has_triton():
         from layers.kernels import logit_bounds as kernel
 
@@ -92,22 +92,22 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
-    """As `logit_bounds`, by sorting. Temperatures of 0 filter nothing, nor does a top_k below 1.
+    """Do what `logit_bounds` does, by sorting. Rows with temperature 0 are not filtered.
 
-    top_k keeps the k most likely tokens (Fan et al., 2018); top_p of these the fewest that reach
-    the probability p (Holtzman et al., 2020); min_p those at least min_p times as likely as the
-    most likely one (Nguyen et al., 2024).
+    top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Of these tokens, top_p
+    keeps the fewest whose probabilities sum up to p, the most likely first (Holtzman et al., 2020).
+    min_p keeps tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
-    # Above 0, so that no 0 / 0 comes of it.
+    # Temperatures are clamped above 0, since 0 / 0 below would be NaN.
     temperature = torch.where(greedy, 1.0, filters.temperatures).clamp(min=1e-30).unsqueeze(1)
     kept = torch.where(filters.top_k < 1, logits.shape[1], filters.top_k).long()
     least_k = ordered.gather(1, (kept.clamp(max=logits.shape[1]) - 1).unsqueeze(1))
-    # The largest is subtracted first: a tiny temperature must not make infinities of all.
+    # The largest logit is subtracted first: a tiny temperature would make all logits infinite.
     shifted = torch.where(ordered >= least_k, (ordered - highest) / temperature, float("-inf"))
     probability = shifted.softmax(dim=1)
-    # A token stays if those before it do not reach p.
+    # A token stays if the more likely tokens together do not reach p.
     before = probability.cumsum(1) - probability
     inside = (before < filters.top_p.unsqueeze(1)) | (filters.top_p.unsqueeze(1) >= 1)
     last = inside.sum(1, keepdim=True).clamp(min=1) - 1
@@ -118,7 +118,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Scores of `tokens` [R] int64 and the `num_top` best in the first R rows, or in `rows` [R]."""
+    """Score `tokens` [R] int64 and the `num_top` likeliest, in the first R rows or `rows` [R]."""
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

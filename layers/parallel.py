@@ -1,8 +1,7 @@
-"""Where a layer is: its rank among several, dtype and device.
+"""What a layer knows of where it runs: its rank among several, dtype and device.
 
-Layers are plain classes, since calls and parameters of `nn.Module`s cost 0.15 ms of a 2 ms step on
-a CPU. A layer offers `weight_targets` for loading, `prepare` where something is to be done once the
-weights are there, and `__call__`.
+Layers are plain classes: calls and parameters of `nn.Module` cost 0.15 ms of a 2 ms step on a CPU.
+A layer has `weight_targets` for loading, `prepare` for work after loading, and `__call__`.
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ from utils.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ParallelContext:
-    """One rank's place in a tensor-parallel group: a group of one, subclassed by larger ones."""
+    """A rank's view of its tensor-parallel group; subclasses serve groups of several ranks."""
 
     rank: int = 0
     size: int = 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of `x` over the ranks; may reuse its storage."""
+        """Return the sum of `x` over the ranks; the result may reuse the storage of `x`."""
         return x
 
     def all_max(self, x: Tensor) -> Tensor:
-        """Largest `x` of any rank, element by element, int64; may reuse its storage."""
+        """Return the elementwise maximum of int64 `x` over the ranks; may reuse `x`'s storage."""
         return x
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor] | None:
-        """The sum over ranks with the residual add and norm that follow it, as one kernel.
+        """Sum x over the ranks, add the residual, and apply an RMS norm, in one kernel.
 
-        See `layers.kernels.rowwise.rms_norm` for `residual` with the part x. None if there is no
-        such kernel for x; the caller then uses `all_reduce`.
+        Returns the norm's output and the sum with the residual. Returns None if no such kernel
+        takes x; the caller then uses `all_reduce`.
         """
         del x, residual, weight, eps
         return None
 
     def rehearsal(self) -> AbstractContextManager[None]:
-        """Within it collectives compile what they need, and neither communicate nor sum up."""
+        """A context in which collectives only compile their kernels, and do not communicate."""
         return nullcontext()
 
     def per_rank(self, what: str, count: int) -> int:
-        """This rank's part of `count` equal units, or ConfigError if they do not divide."""
+        """Return this rank's share of `count` units; raise ConfigError if they do not divide."""
         if count % self.size:
             raise ConfigError(
                 "tensor_parallel_size",
@@ -60,7 +59,7 @@ class ParallelContext:
         return count // self.size
 
     def kv_heads(self, num_kv_heads: int) -> tuple[int, int]:
-        """First KV head and number of them; where ranks outnumber them, heads are replicated."""
+        """Return this rank's first KV head and number of heads; ranks may share a head."""
         if self.size > num_kv_heads and self.size % num_kv_heads == 0:
             return self.rank // (self.size // num_kv_heads), 1
         count = self.per_rank("KV heads", num_kv_heads)
@@ -69,7 +68,7 @@ class ParallelContext:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is, as every layer's constructor receives it."""
+    """The rank, dtype and device of a layer; constructors of all layers take a `Place`."""
 
     parallel: ParallelContext
     dtype: torch.dtype
@@ -77,12 +76,12 @@ class Place:
 
     @cached_property
     def fused(self) -> bool:
-        """Whether the layers run the fused kernels of `layers.kernels`."""
+        """Whether the layer runs the fused kernels of `layers.kernels`."""
         return fused(self.device, self.dtype)
 
     @cached_property
     def pdl(self) -> bool:
-        """Whether those kernels may start before the one in front of them ends."""
+        """Whether fused kernels may start before the preceding kernel ends (dependent launch)."""
         return self.fused and dependent_launch(self.device)
 
     def empty(self, *shape: int) -> Tensor:

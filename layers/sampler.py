@@ -1,7 +1,7 @@
-"""Choosing tokens from logits, with noise that depends on the request alone.
+"""Sampling tokens from logits, with random noise that depends on the request alone.
 
-The generator is Philox4x32-10 (Salmon et al., SC 2011), a counter-based one. A seeded request draws
-the same noise whatever it is batched with, however the vocabulary is split and on any device:
+The noise comes from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator. So a seed
+and a position give the same noise in every batch, on every device, for any split of the vocabulary:
 
     key      = (low 32 bits of the seed, high 32 bits of the seed)
     counter  = (token // 4, position, 0, 0)
@@ -9,7 +9,8 @@ the same noise whatever it is batched with, however the vocabulary is split and 
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
-With 24 bits, u would round to 1 in float32 and the noise to infinity, once in 2^24 draws.
+u has 23 random bits. With 24 bits u would round to 1 in float32 once in 2^24 draws, and the noise
+would be infinite.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four words from four and a key of two; 32 bits each, in int64 tensors."""
+    """Philox4x32-10: 4 words from a counter of 4 and a key of 2; int64 holds each 32-bit word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The product of two 32-bit words may wrap into int64's sign; its 64 bits are right.
+        # A product of two 32-bit words may be negative as int64, but all its 64 bits are right.
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         hi_even, hi_odd = (even >> 32) & _MASK32, (odd >> 32) & _MASK32
         c0, c1, c2, c3 = hi_odd ^ c1 ^ k0, odd & _MASK32, hi_even ^ c3 ^ k1, even & _MASK32
@@ -42,7 +43,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 def gumbel_noise(
     seeds: Tensor, positions: Tensor, vocab_size: int, vocab_offset: int = 0
 ) -> Tensor:
-    """Standard Gumbel noise [R, vocab_size] float32; for the arguments see `sample_shard`."""
+    """Return standard Gumbel noise [R, vocab_size] float32; for arguments see `sample_shard`."""
     first = vocab_offset // 4
     groups = torch.arange(first, first + -(-vocab_size // 4), device=seeds.device).unsqueeze(0)
     zero = torch.zeros_like(groups)
@@ -62,17 +63,17 @@ def sample_shard(
     vocab_offset: int = 0,
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row by the Gumbel-max trick: the argmax of logits + temperature * noise.
+    """Sample a token per row by the Gumbel-max trick: the argmax of logits + temperature * noise.
 
     Args:
         logits: [R, vocab_size] of any float dtype.
         temperatures: [R] float32, >= 0.
-        seeds, positions: [R] integer keys of each row's noise; the token's position.
+        seeds, positions: [R] integers that set the noise: the seed, the sampled position.
         vocab_offset: token id of the first column, a multiple of 4.
-        least: [R] float32; tokens whose logit is below it are never drawn.
+        least: [R] float32; tokens with a logit below the row's value are never sampled.
 
     Returns:
-        [R] float32 largest sums, and [R] int64 tokens: the lowest of equally good ones.
+        [R] float32 largest sums, and [R] int64 tokens: the lowest token if several sums are equal.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
@@ -83,7 +84,7 @@ def sample_shard(
 
 
 class Sampler:
-    """Chooses tokens from logits whose columns are divided over ranks, the same on every rank."""
+    """Samples from logits whose columns are divided over ranks; all ranks get the same tokens."""
 
     def __init__(self, parallel: ParallelContext, device: torch.device, dtype: torch.dtype) -> None:
         self._parallel = parallel
@@ -96,20 +97,20 @@ class Sampler:
     def __call__(
         self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
-        """[R] int64 token ids; for the arguments see `sample_shard`."""
+        """Return sampled token ids [R] int64; for the arguments see `sample_shard`."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
 
     def greedy(self, logits: Tensor) -> Tensor:
-        """As a call at temperature 0."""
+        """Return each row's most likely token, as `__call__` does at temperature 0."""
         if self._parallel.size == 1:
             return logits.argmax(-1)
         best, column = logits.max(-1)
         return self._agreed(best.float(), column + self._parallel.rank * logits.shape[1])
 
     def gathered(self, logits: Tensor) -> Tensor:
-        """Whole rows of logits, the same on every rank."""
+        """Return logits with the columns of all ranks, on every rank."""
         if self._parallel.size == 1:
             return logits
         rows, columns = logits.shape
@@ -119,16 +120,16 @@ class Sampler:
         return self._parallel.all_reduce(whole)
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
-        """As a call, for whole rows of logits."""
+        """Do the same as `__call__` with logits of all ranks' columns, as `gathered` returns."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """The token of the best rank, the lowest of equally good ones, by one reduction."""
+        """Return the token with the best score on any rank; the lowest if scores are equal."""
         if self._parallel.size == 1:
             return tokens
-        # Value and token become one integer that orders like the pair. IEEE floats order like
-        # their bits read as sign and magnitude; + 0 makes -0 of 0.
+        # The upper half of an int64 is the score, the lower half prefers low tokens. Floats order
+        # like their bits if negative floats have their lower 31 bits flipped. + 0 turns -0 into 0.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

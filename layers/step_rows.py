@@ -1,6 +1,6 @@
-"""The rows of a step as device tensors, made from what the device knows of each request.
+"""Device tensors for the rows (tokens) of a step, made from device tables of all requests.
 
-`layers.kernels.step_rows` has the functions, here in plain torch, as Triton kernels.
+The functions here are in plain torch; `layers.kernels.step_rows` has them as Triton kernels.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _PER_ROW = ("input_ids", "positions", "slot_mapping")
 
 @dataclass(frozen=True, slots=True)
 class SlotTables:
-    """What the device knows of each running request, one row per slot.
+    """What the device knows of each running request. A slot is a request's row in these tables.
 
-    One row more, `padding_slot`, is for padding, and the kernels neither read nor write it.
+    The last row, `padding_slot`, is for padding. Triton kernels neither read nor write that row.
 
     Attributes:
         tokens: [slots + 1, max_model_len] int32 prompt and sampled tokens.
-        block_tables: [slots + 1, max_blocks] int32.
-        num_computed, seeds: [slots + 1] int64.
+        block_tables: [slots + 1, max_blocks] int32 block ids.
+        num_computed, seeds: [slots + 1] int64 number of computed positions, and seed of the noise.
         temperatures: [slots + 1] float32.
     """
 
@@ -54,12 +54,11 @@ class SlotTables:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The R rows of a step whose next token is drawn.
+    """The R rows of a step whose next token is sampled: [R] int64, `temperatures` [R] float32.
 
-    Attributes:
-        rows: [R] int64 rows of the step, as all others but `temperatures`, which are float32.
-        slots, positions: where the token goes; the padding slot for padding, and 0 in all others.
-        tokens: unset until they are drawn.
+    `rows` are indices of rows of the step. `slots` and `positions` say where in `SlotTables.tokens`
+    the sampled token goes. `tokens` is unset until the tokens are sampled. Padding has the
+    padding slot in `slots`, and 0 in the other tensors.
     """
 
     rows: Tensor
@@ -80,17 +79,18 @@ class SampledRows:
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The T rows of a step of B requests, prefill chunks first; captured steps have padding.
+    """The T rows (tokens) of a step of B requests: rows of prefill chunks first, then of decodes.
 
     Attributes:
-        header: [6, B] int64, from which all other tensors are made. For each request its slot, its
-            first position (-1: the first one that is not computed), its number of rows, its first
-            row, its first place among the R sampled rows (-1: none), and how many of its last rows
-            are sampled. With a place and no row that is sampled, the place is padding.
-        input_ids, positions, slot_mapping: [T] int64, see `ForwardBatch`; 0, 0 and -1 for padding.
-        slots, context_lens: [B] int32; the padding slot and 0 for padding.
+        header: [6, B] int64, from which `fill_rows` makes all other tensors. For each request:
+            slot; first position (-1: the first position that is not computed yet); number of rows;
+            index of the first row; index of its first entry in `sampled` (-1: no entry); number of
+            its last rows that are sampled. An entry without a sampled row is padding.
+        input_ids, positions, slot_mapping: [T] int64 token ids, positions, and rows of
+            `KVLayer.flat` for K and V; 0, 0 and -1 for padding, which only captured steps have.
+        slots, context_lens: [B] int32, see `AttentionBatch`. Padding has the padding slot and 0.
         query_start: [B + 1] int32 first row of each request, then T.
-        num_chunks: leading requests that are prefill chunks, of `num_chunk_rows` rows.
+        num_chunks, num_chunk_rows: number of prefill chunks, and of their rows together.
     """
 
     header: Tensor
@@ -108,7 +108,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Unset rows: `sampled` tensors or so many; `counts` are `num_chunks` and what follows."""
+        """Allocate unset rows; `sampled` may be a number of rows, `counts` are integer fields."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -118,12 +118,12 @@ class StepRows:
         return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
-        """The same prefill chunks with views of the first `count` rows."""
+        """The same prefill chunks, with views of the tensors' first `count` rows."""
         rows = {name: getattr(self, name)[:count] for name in _PER_ROW}
         return replace(self, **rows, num_chunk_rows=count, longest_chunk=count)
 
     def first_decodes(self, count: int) -> StepRows:
-        """Views of the first `count` decodes of rows that have decodes alone."""
+        """Views of the first `count` decodes; only for steps without prefill chunks."""
         rows = count * self.rows_per_decode
         return replace(
             self,
@@ -136,7 +136,7 @@ class StepRows:
         )
 
     def attention(self, block_tables: Tensor) -> AttentionBatch:
-        """Which request each row belongs to, for an attention backend."""
+        """The requests and their rows as an attention backend needs them."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
         return AttentionBatch(block_tables, self.slots, self.context_lens, start, *counts)
@@ -147,8 +147,8 @@ def enter_requests(
 ) -> None:
     """Write N new requests into the tables.
 
-    `header` [4, N] int64 has for each its slot, the first of its `token_ids`, the number of them,
-    at most `longest`, and its seed.
+    `header` is [4, N] int64. For each request: slot; index of its first id in `token_ids`; number
+    of its ids, at most `longest`; seed.
     """
     del longest
     slots, _, counts, seeds = header
@@ -160,10 +160,10 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Make all that `rows` has from its header; the rows count as computed from then on.
+    """Set all tensors of `rows` from its header; from then on the rows count as computed.
 
-    Decodes alone of one row each must not have padding, which only captured steps have. They have
-    a shorter way, since `fill_any_rows` took 495 us for one of them on a loaded CPU, and this 79.
+    A step of decodes with one row each must not have padding. Such a step has shorter code here:
+    on a loaded CPU it takes 79 us, and `fill_any_rows` took 495 us.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
@@ -184,7 +184,7 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
-    """As `fill_rows`, for all kinds of requests and padding; `rows` may have room for more."""
+    """Do the same as `fill_rows` for any step; tensors of `rows` may be longer than needed."""
     slots, start, counts, first, place, num_sampled = rows.header
     live = slots != tables.padding_slot
     begin = torch.where(start < 0, tables.num_computed[slots], start) * live
@@ -217,13 +217,13 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
-    """Store drawn tokens [R] int64 in `sampled`, and where the next step reads them."""
+    """Store sampled tokens [R] int64 in `sampled`, and in `tables` for the next step to read."""
     sampled.tokens.copy_(tokens)
-    # The row for padding may be written here; nothing reads it.
+    # Padding writes to the row of the padding slot, which nothing reads.
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
 
 
 def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows of the flat KV cache, int64."""
+    """Return the rows of `KVLayer.flat` for positions `at` of `slots`, int64."""
     blocks = tables.block_tables[slots, at // tables.block_size].long()
     return torch.add(at % tables.block_size, blocks, alpha=tables.block_size, out=out)

@@ -1,10 +1,10 @@
-"""One file per architecture, found by the checkpoint's own `model_type`.
+"""Each model architecture is one file, which the checkpoint's `model_type` names.
 
-A file `models/<model_type>.py` (dashes as underscores) defines two names:
+A file `models/<model_type>.py` (with underscores for dashes) defines two names:
 
-    model_shape(hf_config) -> ModelShape    or UnsupportedModelError
+    model_shape(hf_config) -> ModelShape    or raises UnsupportedModelError
     MODEL                                   a subclass of `models.base.CausalLM`
 
-With several ranks `hf_config` is a `PreTrainedConfig` with the fields of the model's own class:
-read fields, not the class's methods or its names for fields of others.
+With several ranks `hf_config` is a plain `PreTrainedConfig`. It has the fields of the model's own
+config class, but neither the methods nor the `attribute_map` of that class.
 """

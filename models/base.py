@@ -17,7 +17,7 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What attention and KV cache need to know of a model; `tied`: the head is the embedding."""
+    """Sizes of a model, over all ranks. `tied`: the output head has the embedding's weight."""
 
     num_layers: int
     num_heads: int
@@ -28,13 +28,13 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """The T tokens of one step, all requests end to end: prefill chunks first, then decodes.
+    """The T tokens of one step: those of the prefill chunks first, then those of the decodes.
 
     Attributes:
-        input_ids, slot_mapping: [T] int64, token ids and where K and V go in the flat KV cache.
+        input_ids, slot_mapping: [T] int64 token ids, and rows of `KVLayer.flat` for their K and V.
         attention: what the attention backend's `prepare` returned for this step.
-        sampled_rows: [R] int64 rows of the T whose logits are wanted; None for all of them.
-        logits: [R, this rank's columns] where the model may put them; it returns them anyway.
+        sampled_rows: [R] int64 indices of the tokens whose logits are needed; None for all tokens.
+        logits: buffer [R, this rank's columns] that the model may, but need not, return logits in.
     """
 
     input_ids: Tensor
@@ -61,19 +61,19 @@ class CausalLM(ABC):
         backend: AttentionBackend,
         max_model_len: int,
     ) -> None:
-        """Allocate the weights for a `shape` that `model_shape` returned."""
+        """Allocate this rank's weights; `shape` is what the model's `model_shape` returned."""
 
     @abstractmethod
     def weight_targets(self) -> dict[str, WeightTarget]:
-        """Where each tensor of a Hugging Face checkpoint goes; before `prepare`."""
+        """Map tensor names of a Hugging Face checkpoint to weights; called before `prepare`."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Prepare every layer for use, its weights being loaded."""
+        """Prepare every layer for use, after the weights are loaded."""
 
     @abstractmethod
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Logits of the batch's sampled rows, [R, this rank's share of the vocabulary].
+        """Return logits [R, this rank's columns] of the batch's `sampled_rows`.
 
-        Rank r's first column is token r * columns; columns past the vocabulary's end are -inf.
+        The first column of rank r is token r * columns. Columns past the vocabulary are -inf.
         """

@@ -1,4 +1,4 @@
-"""The pre-norm decoder-only transformer that the Qwen models are made of."""
+"""The pre-norm decoder-only transformer of the Qwen2 and Qwen3 models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec(ModelShape):
-    """The shape of a decoder over all ranks; with `qk_norm` Q and K are normalised per head."""
+    """Sizes of a decoder, over all ranks. `qk_norm`: each head of Q and K is RMS-normalised."""
 
     vocab_size: int
     hidden_size: int
@@ -31,13 +31,13 @@ class DecoderSpec(ModelShape):
 
 
 def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> DecoderSpec:
-    """The decoder that a config describes, by the names that Qwen and Llama give its fields.
+    """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
-    What it would silently get wrong is an UnsupportedModelError.
+    Raises UnsupportedModelError for settings that this decoder would silently compute wrongly.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
-    # Configs of other architectures may have no layer_types, and then one window for all layers.
+    # Other architectures' configs may lack layer_types; sliding_window is then for all layers.
     all_layers = getattr(hf_config, "sliding_window", None) and "sliding_attention"
     kinds = set(getattr(hf_config, "layer_types", None) or [all_layers or "full_attention"])
     kinds.discard("full_attention")
@@ -73,15 +73,15 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
 
 class Block(Protocol):
-    """What follows a norm in a layer: `Attention`, `MLP`, or a class of your own."""
+    """The part of a layer that follows a norm: `Attention`, `MLP`, or a class of your own."""
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Prepare for use, the weights being loaded; `norm` is the prepared one in front."""
+        """Prepare for use, after loading; `norm` is the norm before the block, prepared already."""
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
-        """Where the checkpoint's tensors go whose names begin with `name`."""
+        """Map the checkpoint's tensor names that begin with `name` to the block's weights."""
 
 
 class Attention:
@@ -101,7 +101,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """The stream of `rows` [R] int64, or of all if None, with attention added."""
+        """Return the residual stream plus attention, for all rows or only `rows` [R] int64."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
@@ -121,7 +121,7 @@ class Attention:
 
 
 class MLP:
-    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward block: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, spec: DecoderSpec, place: Place) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
@@ -143,7 +143,7 @@ class MLP:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Norm, attention, norm, MLP."""
+    """A layer: norm, attention, norm, MLP."""
 
     input_norm: RMSNorm
     attention: Block
@@ -153,7 +153,7 @@ class DecoderLayer:
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """The stream after this layer; for `rows` see `Attention`."""
+        """Return the residual stream after this layer; for `rows` see `Attention.__call__`."""
         stream = self.attention(self.input_norm(stream), batch, kv, rows)
         return self.mlp(self.post_attention_norm(stream))
 
@@ -171,7 +171,7 @@ class DecoderLayer:
 
 
 class DecoderLM(CausalLM):
-    """Embedding, layers, final norm and head; an architecture overrides the `make_` methods."""
+    """Embedding, layers, final norm and output head; subclasses override the `make_` methods."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class DecoderLM(CausalLM):
         *caches, last_cache = batch.kv
         for layer, kv in zip(layers, caches, strict=True):
             stream = layer(stream, batch, kv)
-        # Of the last layer's rows only keys and values are needed where nothing is sampled.
+        # Rows that are not sampled need only K and V of the last layer: its MLP skips these rows.
         stream = last(stream, batch, last_cache, batch.sampled_rows)
         return self.lm_head(self.norm(stream), batch.logits)
 

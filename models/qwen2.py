@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 dense (Qwen Team, 2024): biased QKV projections."""
+"""Qwen2 and Qwen2.5 dense models (Qwen Team, 2024): the QKV projections have biases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3 dense (Qwen Team, 2025): normalised Q and K, optional biases."""
+"""Qwen3 dense models (Qwen Team, 2025): Q and K are normalised, attention biases are optional."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a backend has to serve: one rank's heads and the cache they read.
+    """What a backend has to serve: the attention heads of one rank, and the KV cache they read.
 
-    `scale` multiplies the dot products. A decode has up to `rows_per_decode` query rows.
+    `scale` multiplies dot products of Q and K. A decode has up to `rows_per_decode` query rows.
     """
 
     num_heads: int
@@ -33,17 +33,17 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Which request each query row belongs to; prefill requests first, then decodes.
+    """The B requests of a step and their query rows: prefills come first, then decodes.
 
     Attributes:
-        block_tables: [slots, max_blocks] int32, as all tensors here, one row per *slot*; entries
-            past a request's blocks are stale.
-        slots: [B] row in block_tables of each request.
-        context_lens: [B] visible tokens of each request, this step's included; 0 for padding.
-        query_start: [num_prefills + 1] first query row of each prefill request, then their end.
-        num_prefills: leading requests with any number of query rows; the others are decodes.
-        num_prefill_tokens: query rows of the prefill requests; the decodes' rows follow.
-        max_query_len: most query rows of a prefill request, 0 without any.
+        block_tables: [slots, max_blocks] int32, like all tensors here: the block ids of every
+            running request. Entries after a request's last block are stale.
+        slots: [B] row of each request of the step in `block_tables`.
+        context_lens: [B] length of each request with this step's tokens; 0 for padding.
+        query_start: [num_prefills + 1] first query row of each prefill, then the end of the last.
+        num_prefills, num_prefill_tokens: number of prefills, and total of their query rows.
+        max_query_len: no prefill has more query rows than this; 0 if there are no prefills.
+        rows_per_decode: number of query rows of each decode.
     """
 
     block_tables: Tensor
@@ -57,17 +57,17 @@ class AttentionBatch:
 
 
 class AttentionBackend(ABC):
-    """Causal attention of new tokens over pages; their K and V are in the pages already.
+    """Causal attention of a step's tokens over the paged KV cache, which has their K and V already.
 
     Query head h reads KV head h // (num_heads // num_kv_heads).
     """
 
     name: ClassVar[str]
-    captures: ClassVar[bool] = False
+    captures: ClassVar[bool] = False  # whether CUDA graphs can hold the backend's work
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
-        """Why this backend cannot serve `spec` on this machine; None if it can."""
+        """Return why this backend cannot serve `spec` on this machine; None if it can."""
         return None
 
     @abstractmethod
@@ -75,11 +75,11 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prepare(self, batch: AttentionBatch) -> Any:
-        """What the layers of one step share; handed to `attend` unchanged."""
+        """Compute what all layers of one step share; `attend` receives the result unchanged."""
 
     @abstractmethod
     def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
-        """Queries [T, num_heads, head_dim] (rows may be strided) -> [T, num_heads * head_dim].
+        """Return attention output [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
 
-        A request's n query rows are the last n of its visible tokens.
+        Rows of `q` may be strided. The n query rows of a request belong to its last n tokens.
         """

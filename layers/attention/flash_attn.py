@@ -1,4 +1,4 @@
-"""The kernels of the package flash-attn (FlashAttention-2, Tri Dao), for those who built it."""
+"""Attention by the kernels of the optional package flash-attn (FlashAttention-2, Tri Dao)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from memory.kv_cache import KVLayer
 
 _MIN_VERSION = (2, 7)
 
-
-# A step's batch; its block tables [B, N] int32, one row per request in order; and the first key of
-# each prefill request, end to end, [num_prefills + 1] int32.
+# What `prepare` returns: the batch, the block tables [B, N] int32 of its requests, and the
+# cumulative context lengths [num_prefills + 1] int32 of its prefills, which begin with 0.
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
 
@@ -23,7 +22,7 @@ class FlashAttention(AttentionBackend):
     """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
-    captures = True  # no host value depends on the requests' lengths but max_query_len
+    captures = True  # kernels read each request's length on the device
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -58,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Keys beyond it are left out, and a captured step must leave out none.
+                # Kernels skip keys beyond max_seqlen_k, and a CUDA graph keeps its captured value.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
@@ -80,12 +79,12 @@ class FlashAttention(AttentionBackend):
 
 
 def _package_problem() -> str | None:
-    """Why the installed flash-attn does not do, if it does not."""
+    """Return why the installed flash-attn cannot be used; None if it can."""
     try:
         import flash_attn
-    except ImportError as error:  # not installed, or compiled against another torch
+    except ImportError as error:  # flash-attn is missing, or compiled against another torch
         return f"the package flash-attn cannot be imported ({error}); README.md says how to get it"
-    # Later major versions share the name but not the functions.
+    # Later major versions have the same package name but other functions.
     version = str(getattr(flash_attn, "__version__", "unknown"))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or not _MIN_VERSION <= tuple(map(int, found.groups())) < (3, 0):

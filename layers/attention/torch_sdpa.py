@@ -1,4 +1,4 @@
-"""The reference backend: torch's scaled_dot_product_attention over gathered pages."""
+"""The reference attention backend: torch's scaled_dot_product_attention over gathered pages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Query rows [first, last): those of a prefill, or of B decodes of one row each.
+    """Query rows [first, last) of one SDPA call: a prefill of n rows, or B decodes of one row each.
 
-    Attributes:
-        rows: the L cache rows of the prefill; B * L of decodes.
-        mask: [n, L] of a prefill, [B, 1, 1, L] of decodes; None if nothing else is hidden.
+    A prefill reads L `rows` of `KVLayer.flat`; its mask is [n, L], or None for a causal mask.
+    Decodes read B * L rows; their mask is [B, 1, 1, L], or None for no mask.
     """
 
     first: int
@@ -29,10 +28,11 @@ class _Part:
 
 
 class TorchAttention(AttentionBackend):
-    """Gathers each request's K and V from its pages and calls SDPA; any device and dtype.
+    """Gathers each request's K and V from its pages and calls SDPA, on any device, for any dtype.
 
-    Prefill runs one request at a time. Decodes run together, padded to the longest context, with
-    the query heads of one KV head as the rows of one product. Blocks in order are read in place.
+    Each prefill is one call. All decodes are one call: contexts are padded to the longest, and the
+    query heads that share a KV head are rows of one matrix product. If the block ids of a prefill
+    or of a lone decode are consecutive, K and V are read in place instead of gathered.
     """
 
     name = "torch"
@@ -63,7 +63,7 @@ class TorchAttention(AttentionBackend):
     def _decodes(self, batch: AttentionBatch, tables: Tensor) -> _Part:
         lens, count = batch.context_lens[batch.num_prefills :], batch.rows_per_decode
         if count > 1:
-            # A request for each row, which sees what the row sees.
+            # Each query row becomes a request of its own, with the context that the row may see.
             lens = (lens.unsqueeze(1) + torch.arange(1 - count, 1, device=lens.device)).flatten()
             tables = tables.repeat_interleave(count, 0)
         known, mask = lens.tolist(), None
@@ -74,15 +74,15 @@ class TorchAttention(AttentionBackend):
         rows = self._cache_rows(tables, longest)
         if min(known) < longest:
             visible = self._columns[:longest] < lens.unsqueeze(1)
-            # Padding reads the request's own first row: other rows may hold anything, even NaN,
-            # and a zero weight would not stop that.
+            # Padding reads the first cache row of its request. Stale rows may hold NaN, and NaN
+            # times an attention weight of 0 is NaN.
             rows = torch.where(visible, rows, rows[:, :1])
             mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
             mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
         return _Part(first, first + len(known), rows.flatten(), mask, decodes=True)
 
     def _request_rows(self, table: Tensor, length: int) -> Tensor | slice:
-        """Flat cache rows of the first `length` positions behind one request's table [1, N]."""
+        """Rows of `KVLayer.flat` with the first `length` positions of a block table [1, N]."""
         blocks = table[0, : -(-length // self._spec.block_size)].tolist()
         first = blocks[0]
         if blocks == list(range(first, first + len(blocks))):
@@ -91,7 +91,7 @@ class TorchAttention(AttentionBackend):
         return self._cache_rows(table, length)[0]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
-        """Flat cache rows [B, length] of the first `length` positions behind `tables` [B, N]."""
+        """Rows [B, length] of `KVLayer.flat`, like `_request_rows`, for block tables [B, N]."""
         size = self._spec.block_size
         blocks = tables[:, : -(-length // size)].long()
         return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
@@ -124,13 +124,16 @@ class TorchAttention(AttentionBackend):
         return out.reshape(n, -1)
 
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
-        """K and V [n, num_kv_heads, L, head_dim] of n requests; on a CPU until the next call."""
+        """Return K and V of n requests, each [n, num_kv_heads, L, head_dim].
+
+        On a CPU the next call may overwrite these K and V.
+        """
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
-            # malloc takes more than 32 MiB from the kernel page by page: 4 times as slow.
+            # malloc maps a new tensor above 32 MiB page by page, which is 4 times as slow.
             size = rows.shape[0] * heads * dim
             if self._gathered.numel() < size:
                 self._gathered = self._gathered.new_empty(size + size // 8)

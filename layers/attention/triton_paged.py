@@ -1,4 +1,4 @@
-"""Our own Triton kernels over pages: the default on CUDA."""
+"""Attention by this project's Triton kernels over the paged KV cache: the default on CUDA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memory.kv_cache import KVLayer
 
 
 class TritonAttention(AttentionBackend):
-    """Varlen causal prefill and split-KV decode: `layers/kernels/paged_{prefill,decode}.py`."""
+    """Varlen causal prefill, and split-KV decode, by `layers.kernels.paged_{prefill,decode}`."""
 
     name = "triton"
     captures = True
