@@ -1,4 +1,7 @@
-"""Finding a part by name, import path, class or factory, without a table to edit."""
+"""Finds a part of the engine, such as its scheduler, by name, import path, class or factory.
+
+A name is searched in packages, so that a new part needs no entry in a table.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,27 @@ from utils.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class PartKind:
-    """A kind of part, which an option of `Config` names."""
+    """A kind of part (schedulers, for example), which one option of `Config` chooses."""
 
-    option: str  # that option
-    contract: str  # "module:Class" of what the parts implement; imported when it is needed
+    option: str  # name of the option
+    contract: str  # "module:Class" of the parts' base class, which is imported when it is needed
     packages: tuple[str, ...]  # packages or modules where names are looked up
-    auto: tuple[str, ...] = ()  # "auto" takes the first of these that can do what is asked
+    auto: tuple[str, ...] = ()  # "auto" takes the first of these names that can serve the options
 
     @property
     def base(self) -> type:
-        """The contract itself."""
+        """The class that `contract` names."""
         return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
-        """The parts that can be had by name: concrete subclasses of the contract in `packages`.
+        """The parts that have a name: concrete subclasses of `base` in `packages`, by name.
 
-        A class without a `name` of its own is only there to be subclassed or chosen by the engine.
+        A class that defines no `name` itself is left out. Such a class is only there to be
+        subclassed, or to be chosen by the engine.
 
         Raises:
-            ImportError: a module imports what an installed package does not have. One whose
-                optional dependency is missing is passed over.
+            ImportError: a module's import fails in a package that is installed. A module that
+                needs a package which is not installed is skipped without an error.
         """
         base = self.base
         return {
@@ -52,7 +56,7 @@ class PartKind:
         }
 
     def _modules(self) -> dict[str, ModuleType | ModuleNotFoundError]:
-        """The modules of `packages`; for one that needs a package not installed, the error."""
+        """Modules of `packages` by name; the error for modules that need a missing package."""
         modules: dict[str, ModuleType | ModuleNotFoundError] = {}
         for package in self.packages:
             modules[package] = found = importlib.import_module(package)
@@ -68,7 +72,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """What constructs a part; a ConfigError if it is none of the contract, or unknown."""
+        """The class or factory of a part; a ConfigError if unknown or no subclass of `base`."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -100,12 +104,15 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Find a part and construct it; a ConfigError also for other arguments or results."""
+        """Find a part and construct it with `args`.
+
+        A ConfigError also if the part does not take `args`, or if the result is no `base`.
+        """
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)
         except ValueError:
-            pass  # some callables do not tell their arguments
+            pass  # some callables have no signature
         except TypeError as error:
             kinds = ", ".join(type(arg).__name__ for arg in args)
             problem = f"cannot be called with ({kinds}): {error}"
