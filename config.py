@@ -10,20 +10,20 @@ from typing import Any
 from utils.errors import ConfigError, did_you_mean
 from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rules_of, share
 
-# How an option names a part of the engine, for example its scheduler: by the part's name, by an
-# import path "package.module:Class", as a class, or as a factory.
+# Value of an option that chooses a part of the engine, such as its scheduler: a registered name, an
+# import path "package.module:Class", a class or a factory.
 PartSpec = str | type | Callable[..., Any]
 
 # docs/presets.md gives the reasons for each preset and its measurements.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Steps of at most 2,048 tokens: a long prompt delays the running requests' next tokens less.
+    # A step computes at most 2,048 tokens, so a long prompt delays the running requests less.
     "low_latency": {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
     "throughput": {
         "gpu_memory_utilization": 0.95,
         "max_num_batched_tokens": 32768,
         "max_num_seqs": 1024,
     },
-    # On average half of a request's last block is unused. Small blocks waste less memory there.
+    # On average half of each request's last block is unused. Small blocks waste less memory.
     "small_memory": {
         "gpu_memory_utilization": 0.7,
         "max_num_batched_tokens": 4096,
@@ -45,8 +45,8 @@ class Config:
 
     Attributes:
         model: checkpoint folder, or the name of a model on the Hugging Face hub.
-        dtype: data type of weights, activations and KV cache. "auto" takes the checkpoint's dtype
-            on CUDA and float32 on a CPU.
+        dtype: dtype of weights, activations and KV cache. "auto": the checkpoint's dtype on CUDA,
+            float32 on a CPU.
         device: "auto" takes CUDA if there is a usable CUDA device, and the CPU otherwise.
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
@@ -57,30 +57,27 @@ class Config:
         num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
             blocks or in bytes. The default on CUDA is the memory that gpu_memory_utilization
             leaves; on a CPU it is room for max_num_seqs full contexts, at most 1 GiB.
-        enable_cuda_graphs: capture decodes and short prefills as CUDA graphs. None captures
-            wherever possible.
+        enable_cuda_graphs: capture decodes and short prefills. None captures wherever possible.
         enforce_eager: never capture CUDA graphs.
-        enable_prefix_caching: share KV blocks between requests with equal prefixes. None turns
-            sharing on if the block manager can share.
+        enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
+            if the block manager can cache prefixes.
         eviction_policy: which cached block is evicted first. "lru": the least recently used block.
             "lfu": the block that the fewest requests found. "cost": the cheapest to recompute.
-        tensor_parallel_size: number of devices, 1 to 8, that share one model. Each device has its
-            own process.
+        tensor_parallel_size: devices that share one model, 1 to 8. Each device has its own process.
         attention_backend: "auto" takes the fastest backend that works on the device.
-        num_speculative_tokens: maximum number of drafted tokens per decode row. The runner keeps
-            a drafted token only if it would have sampled the same token, so the output does not
-            change. Of the shipped runners only "fake" and "simulated" draft. With a runner that
-            does not draft, a value above 0 is a ConfigError.
+        num_speculative_tokens: maximum number of drafted tokens per decode row. A drafted token is
+            kept only if the runner would have sampled it, so the output does not change. Of the
+            shipped runners only "fake" and "simulated" draft. Other runners refuse a value above 0.
         pipeline_depth: 0 plans a step after the previous step has ended. 1 plans a step while the
-            previous step runs. None means 1 on CUDA and 0 on a CPU. All give the same tokens.
+            previous step runs. None means 1 on CUDA and 0 on a CPU. Both give the same tokens.
         seed: base from which the seeds of requests without a seed are derived.
         kv_sanitizer: check every use of KV blocks, and fill freed blocks with NaN. Slow.
         scheduler: "continuous" or "static".
         model_runner: "local" runs the model. "fake" and "simulated" need no device.
         block_manager: "auto" is "prefix", or "paged" with enable_prefix_caching=False.
-        queue_policy, admission_policy, preemption_policy, step_policy: scheduling policies. They
-            choose the next request to admit, how many requests run at once, the request that
-            gives up its blocks, and what a step computes first (docs/scheduling.md).
+        queue_policy, admission_policy, preemption_policy, step_policy: which request runs next, how
+            many requests run at once, which request gives up its blocks when blocks run out, and
+            what a step computes first (docs/scheduling.md).
 
     Raises:
         ConfigError: an option is out of range or contradicts another option.
@@ -116,10 +113,9 @@ class Config:
 
     @staticmethod
     def from_options(model: str | Path, preset: str | None = None, **options: Any) -> Config:
-        """Make a Config from keyword options, which override the options of the preset.
+        """Make a Config from `options`, which override `preset`.
 
-        Raises:
-            ConfigError: an option or the preset is unknown; the message suggests a known name.
+        An unknown option or preset raises a ConfigError that suggests a known name.
         """
         if preset is not None and preset not in list(PRESETS):
             fix = did_you_mean(str(preset), PRESETS)
@@ -151,7 +147,7 @@ class Config:
 
 
 _RULES = rules_of(Config)
-# Pairs of options of which only one may be given.
+# Pairs of options that contradict each other: only one option of a pair may be given.
 _EITHER = (
     ("enforce_eager", "enable_cuda_graphs"),
     ("num_kvcache_blocks", "kvcache_memory_bytes"),

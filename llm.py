@@ -39,8 +39,7 @@ class LLM:
     Attributes:
         engine: the `LLMEngine` that runs requests (`Sequence`) in steps (`StepPlan`).
         tokenizer: the checkpoint's tokenizer, loaded by transformers; None if there is none.
-        decode: a function from token ids to text without special tokens. Without a tokenizer the
-            text is empty.
+        decode: function from token ids to text without special tokens; "" without a tokenizer.
 
     Raises:
         ConfigError, CheckpointError, OutOfMemoryError: `utils.errors` explains these errors.
@@ -71,17 +70,16 @@ class LLM:
 
         Args:
             prompts: a list of texts or lists of token ids, or a single prompt.
-            sampling_params: parameters for all prompts, or a list with the parameters of each
-                prompt. None takes the defaults.
+            sampling_params: for all prompts, or a list with an entry per prompt; None: defaults.
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
             One dictionary per prompt, in order: `text`, `token_ids`, `finish_reason`, `error`,
             `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`, and with n > 1 `outputs`.
-            docs/options.md explains them.
+            docs/options.md explains the entries.
 
         Raises:
-            RequestError: a prompt or its parameters cannot be served. No prompt was started.
+            RequestError: a prompt or its parameters cannot be served; then no prompt was started.
             StepError: a step failed.
             EngineClosedError: `close` was called before.
         """
@@ -118,7 +116,7 @@ class LLM:
             Closing or dropping the iterator aborts the unfinished requests.
         """
         stream = self._increments(self._add(prompts, sampling_params))
-        # Enter the generator's `try`. If it were not entered, close() would abort nothing.
+        # Start the generator: closing a generator that has not started would abort nothing.
         next(stream)
         return stream
 
@@ -130,9 +128,8 @@ class LLM:
     ) -> list[dict[str, Any]]:
         """Generate the answer to a conversation, or to each conversation of a list.
 
-        A message has `role` and `content`. The checkpoint's chat template makes a prompt of each
-        conversation. Returns and raises what `generate` does. A RequestError is also raised if
-        there is no template, or if the template refuses the messages.
+        A message has `role` and `content`. The checkpoint's chat template makes prompts for a call
+        of `generate`. A RequestError is also raised if the template is missing or fails.
         """
         self.engine.check_usable()
         kinds = (list, tuple)
@@ -153,11 +150,11 @@ class LLM:
         return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests that are running will not be cached either."""
+        """Forget all cached prefixes. The blocks of running requests will not be cached either."""
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue a request, and return the id that `abort` takes and the output of `step` has.
+        """Queue a request and return its id, which `abort` takes and outputs of `step` contain.
 
         Calls of `step` and of `generate` run the request. Raises the errors of `generate`.
         """
@@ -167,10 +164,10 @@ class LLM:
         return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
-        """Run one step of all requests, and return outputs of ended `add_request` requests.
+        """Run one step of all requests, and return the outputs of requests that have ended.
 
-        An output is a dictionary like those of `generate`, with `request_id` added. If a StepError
-        ended requests, the next `step` returns the outputs of these requests.
+        Only requests of `add_request` are returned, as dictionaries like those of `generate` with
+        `request_id` added. If a StepError ended requests, the next `step` returns their outputs.
         """
         self._advance()
         ended, self._ended[:] = [group.seqs for group in self._ended], []
@@ -192,8 +189,8 @@ class LLM:
     def abort(self, request_id: int) -> None:
         """End a request at the next step, with finish_reason "abort" and the tokens so far.
 
-        All `n` outputs of the prompt end. May be called at any time and from any thread. The ids
-        of requests that have ended or do not exist are ignored.
+        All `n` outputs of the prompt end. May be called at any time and from any thread. An id is
+        ignored if the request has ended or does not exist.
         """
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
@@ -226,7 +223,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # Stop strings without a tokenizer get no reader: the engine refuses them below.
+                    # Stop strings without a tokenizer get no reader, so that the engine refuses.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one
@@ -260,8 +257,8 @@ class LLM:
         ids = None
         try:
             plan, finished = self.engine.step()
-            # Without a plan the engine had nothing to do. Prompts that are still in `_unfinished`
-            # were then ended by a reset of the engine: `_collect_ended(None)` looks at all prompts.
+            # Without a plan the engine had nothing to do: prompts still in `_unfinished` were ended
+            # by a reset of the engine. `_collect_ended(None)` looks at all of them.
             ids = [seq.request_id for seq in finished] if plan else None
         finally:
             self._collect_ended(ids)
@@ -288,12 +285,12 @@ class Progress:
             total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True
         )
         self.close = self._bar.close
-        # Tokens and seconds of all steps of a kind.
+        # For each kind of step: tokens and seconds so far.
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
-        """Count a committed step: `num_tokens` sampled, `num_finished` prompts ended."""
+        """Count a committed step that sampled `num_tokens` and ended `num_finished` prompts."""
         if self._bar.disable:
             return
         now = time.perf_counter()

@@ -21,8 +21,8 @@ from utils.rules import (
     share,
 )
 
-# Distance between the seeds of successive outputs and requests: 2^64 / golden ratio. The distance
-# is odd, so the seeds, which are taken modulo 2^63, do not repeat.
+# Distance between the seeds of successive outputs and requests: 2^64 / golden ratio. Seeds are
+# taken modulo 2^63. Because the distance is odd, they do not repeat.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
 # (token ids of prompt and output, logits [vocab_size] float32) -> new logits of the same shape.
@@ -40,7 +40,7 @@ _STOP = Rule(
     'Use e.g. stop="\\n".',
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
-# The engine appends \0 and a request id to some salts. Such a salt must not equal a user's salt.
+# The engine makes salts with \0 in them. A user's salt must not equal a salt of the engine.
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
@@ -67,7 +67,7 @@ class SamplingParams:
             whatever else is in the batch. None derives a seed from the engine's `seed` and the
             order of arrival. Only the first of `n` outputs uses this seed itself.
         max_tokens: maximum number of tokens to generate. None generates up to the engine's
-            `max_model_len`. A number for which the prompt does not fit is a RequestError.
+            `max_model_len`. A number that exceeds `max_model_len` with the prompt is refused.
         min_tokens: until this number of tokens is generated, tokens that would end the request are
             not sampled, and stop strings are ignored.
         stop: a text, or several, at which the output ends. The output's text ends before the stop
@@ -77,9 +77,9 @@ class SamplingParams:
         logprobs: return log-probabilities of each generated token and of this number of most likely
             tokens. They come from the model's logits before penalties, temperature and filters.
         prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. Such a request
-            takes nothing from the prefix cache. A step holds the logits of all prompt tokens that
-            it computes: lower `max_num_batched_tokens` if memory is short.
-        n: number of outputs. The prefix cache lets them share blocks of the prompt.
+            takes nothing from the prefix cache. A step holds the logits of all its prompt tokens at
+            once: lower `max_num_batched_tokens` if memory is short.
+        n: number of outputs. The prefix cache lets the outputs share blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`, which the engine calls in
             each step with the tokens so far and one row of float32 logits.
         priority: policies that use it run higher values first, and preempt them last.
@@ -152,7 +152,7 @@ class SamplingParams:
 
         `overrides` take precedence over the file. An unusable file raises a CheckpointError.
         """
-        # Not at the top of this file: the import of transformers takes long.
+        # Imported here, because `utils.checkpoint` imports transformers, which is slow to import.
         from utils.checkpoint import generation_config
 
         found = generation_config(Path(folder))

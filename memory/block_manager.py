@@ -15,7 +15,7 @@ from utils.registry import PartKind
 
 
 class PagedBlockManager(BlockManager):
-    """Gives blocks of a free list to one request each (vLLM: Kwon et al., SOSP 2023)."""
+    """Hands out free blocks; a block belongs to one request (vLLM, Kwon et al., SOSP 2023)."""
 
     name = "paged"
     block_size = num_blocks = 0
@@ -56,7 +56,7 @@ class PagedBlockManager(BlockManager):
             self._drop(block)
 
     def _take(self) -> int:
-        """Take a free block and give it its first reference. A block must be free."""
+        """Take a free block, and count its first reference. The caller has checked for space."""
         block = self._free.pop()
         self._references[block] = 1
         return block
@@ -119,7 +119,7 @@ class CachingBlockManager(PagedBlockManager):
 
     @abstractmethod
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        """The cached block with `tokens` (int32) behind block `parent`, or first behind a salt."""
+        """The published block with this `parent` (for a first block a salt) and int32 `tokens`."""
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
@@ -161,7 +161,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # If `begin` counted hits, a request that waits for space would count at each attempt.
+            # If `begin` counted, a request that waits for space would be counted at each attempt.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -199,7 +199,7 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # If the source is freed here, its next owner writes to it in a step after the copy.
+            # The plan copies first: a new owner of the source writes to it in a later step.
             self._drop(copy.source)
         return copies
 
@@ -229,9 +229,9 @@ class CachingBlockManager(PagedBlockManager):
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
         """Replace the last block of a prompt of which all blocks were found in the cache.
 
-        The last token has to be computed for its logits, and shared blocks must not be written. So
-        the request gets a copy of the block. If no block is free or blocks have one token, the
-        request gets none, and computes the whole block. Returns how many tokens to compute.
+        The last token is computed again for its logits, and no shared block may be written. So the
+        table gets a copy of the block. If no block is free, or if blocks have one token, the table
+        gets no block instead. Returns how many tokens have to be computed.
         """
         table = self._tables[request_id]
         source = table.pop()
@@ -270,9 +270,9 @@ class CachingBlockManager(PagedBlockManager):
         return node
 
     def _announce(self, request_id: int, request: _Request) -> None:
-        """Enter the next block that this request will publish into `_pending`, if it is known.
+        """Enter the request's next unpublished block into `_pending`, if its tokens are known.
 
-        One block is enough: a request that waits for the block asks again when it is published.
+        One block is enough: a request that waits for it asks again after its publication.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -301,7 +301,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Stop caching a block that has left the index. If no request holds it, it is free."""
+        """Stop caching a block that has left the index. A block that no request holds is free."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)
@@ -312,8 +312,8 @@ class CachingBlockManager(PagedBlockManager):
 class PrefixCacheManager(CachingBlockManager):
     """Finds a block by a 128-bit digest of its parent's digest and its tokens, as vLLM does.
 
-    The digest only says where to look. A block found there is a hit only if its parent and its
-    tokens are equal too. So a digest collision or an evicted parent never causes a wrong hit.
+    The digest only says where to look: parent and tokens of the block found there are compared.
+    So neither a digest collision nor an evicted parent ever causes a wrong hit.
     """
 
     name = "prefix"
@@ -346,7 +346,7 @@ class PrefixCacheManager(CachingBlockManager):
 
 
 class RadixCacheManager(CachingBlockManager):
-    """Finds blocks in one token tree for each cache salt (SGLang: Zheng et al., NeurIPS 2024).
+    """Finds blocks in a tree of tokens per cache salt (SGLang, Zheng et al., NeurIPS 2024).
 
     An edge has the tokens of one block. Block tables cannot share shorter pieces, and longer edges
     would have to be split where prompts diverge.

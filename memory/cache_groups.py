@@ -1,7 +1,4 @@
-"""Block managers for models with several cache groups, or with layers that attend to a window.
-
-A cache group is a set of layers that share block tables.
-"""
+"""Block managers for attention windows, and for several cache groups (layers that share tables)."""
 
 from __future__ import annotations
 
@@ -45,10 +42,8 @@ class WindowBlockManager(PagedBlockManager):
 class GroupedBlockManager(BlockManager):
     """Passes every call to the managers of all groups; `grow` succeeds in all groups or in none.
 
-    A cached prefix could be used only if every group had it. So no manager may cache prefixes.
-
-    Raises:
-        ContractError: the managers' block sizes differ, or a manager caches prefixes.
+    A cached prefix could be used only if every group had it. So a manager that caches prefixes
+    raises a ContractError, as do managers with different block sizes.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -81,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The request's block table in the first group. `groups` gives access to all tables."""
+        """The request's block table in the first group. `groups` has the managers of all groups."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:

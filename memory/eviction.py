@@ -22,13 +22,13 @@ class CachedBlock:
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
         self.block = block  # block id; -1 after the block was evicted
-        self.parent = parent  # the cached block before this block; before a first block the salt
+        self.parent = parent  # the cached block before this block; for a first block the cache salt
         self.tokens = tokens  # the block's token ids, int32 each
         self.depth: int = (
             parent.depth + 1 if isinstance(parent, CachedBlock) else 0
         )  # number of blocks before this block
         self.hits = 0  # number of requests that found this block
-        self.digest = b""  # of parent and tokens; only for `PrefixCacheManager`
+        self.digest = b""  # digest of parent and tokens; only for `PrefixCacheManager`
         self.worth = 0.0  # highest value of a released child; only for `CostPolicy`
 
 
@@ -107,7 +107,7 @@ class LowestFirst(EvictionPolicy):
 
 
 class LFUPolicy(LowestFirst):
-    """Evicts the block that the fewest requests found. A parent has at least its child's hits."""
+    """Evicts the block that the fewest requests found. No child has more hits than its parent."""
 
     name = "lfu"
 
@@ -120,7 +120,7 @@ class CostPolicy(LowestFirst):
 
     GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A block's value is
     its cost times its uses, plus the value of the block evicted last. So blocks released later get
-    higher values than unused old blocks. A block's cost rises with its depth, as attention's does.
+    higher values than unused old blocks. A deeper block costs more, because of its attention.
     """
 
     name = "cost"

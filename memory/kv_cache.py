@@ -44,10 +44,8 @@ class KVCache:
     """The whole cache: `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
 
     K and V of a position lie side by side, so that one indexed copy stores both K and V. (In other
-    layouts the time of paged decodes differed by under 2 % on an H200.)
-
-    Raises:
-        OutOfMemoryError: the device cannot hold the cache.
+    layouts the time of paged decodes differed by under 2 % on an H200.) Raises an OutOfMemoryError
+    if the device cannot hold the cache.
     """
 
     def __init__(self, geometry: KVGeometry, dtype: torch.dtype, device: torch.device) -> None:
@@ -64,8 +62,7 @@ class KVCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in all layers. The copy runs on the current stream."""
-        # One kernel launch, and no temporary memory. A copy of several blocks at once, by index
-        # tensors, would need temporary memory.
+        # One launch without temporary memory. Indexing by several blocks at once would need some.
         self.data[:, target] = self.data[:, source]
 
     def layers(self) -> list[KVLayer]:
@@ -74,7 +71,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros. In uninitialised memory NaNs of unwritten rows could pass masked products.
+    """A tensor of zeros. Uninitialised rows may hold NaN, and a masked product 0 * NaN is NaN.
 
     On Linux a CPU tensor is in huge pages if possible: 32 mixed requests ran 3 to 8 % faster.
     """
@@ -93,10 +90,8 @@ def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
     """`geometry` with the config's num_kvcache_blocks, or as many as kvcache_memory_bytes holds.
 
     By default max_num_seqs requests have room for the longest context, up to 1 GiB in all. 1 GiB is
-    small beside a laptop's memory, and memory is touched only when blocks are written.
-
-    Raises:
-        OutOfMemoryError: kvcache_memory_bytes is less than one block.
+    small beside a laptop's memory, and memory is touched only when blocks are written. Raises an
+    OutOfMemoryError if kvcache_memory_bytes is less than one block.
     """
     if config.num_kvcache_blocks is not None:
         return replace(geometry, num_blocks=config.num_kvcache_blocks)

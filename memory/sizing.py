@@ -12,9 +12,9 @@ import torch
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# Memory that `measure_usage` does not see: the driver's own for captured graphs (some 70 graphs
+# Memory that `measure_usage` does not see: the driver's memory for captured graphs (some 70 graphs
 # with a few hundred nodes each), and rounding of allocations. tests/gpu checks that the engine's
-# share of the device differs from gpu_memory_utilization by less than 2 % of the device.
+# whole memory differs from gpu_memory_utilization by less than 2 % of the device's memory.
 _MARGIN_BYTES = 256 << 20
 
 
@@ -34,7 +34,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator raises a plain RuntimeError, known only by its text. The text of the
+        # torch's CPU allocator raises a plain RuntimeError, so its text has to be compared. The
         # CUDA error "illegal memory access" must not match.
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
@@ -65,7 +65,7 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """Measure the memory of the heaviest steps; eager steps and captured graphs share none."""
+    """Measure weights and heaviest steps; eager steps and the pool of graphs share no memory."""
     torch.cuda.synchronize(device)
     peak = 0
     weights = free_before - free_bytes(device)
@@ -83,9 +83,7 @@ def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeom
     """`geometry` with as many blocks as fit beside weights and activations.
 
     The engine's total stays below `utilization` of the device's memory, and below `free_before`.
-
-    Raises:
-        OutOfMemoryError: not even one block fits; the message says how much each part takes.
+    If not even one block fits, an OutOfMemoryError says how much each part takes.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES

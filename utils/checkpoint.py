@@ -23,7 +23,7 @@ class Checkpoint:
     eos_token_ids: frozenset[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle for another process. `hf_config` has transformers' base class there."""
+        """Pickle for another process, where `hf_config` has transformers' base class."""
         return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
 
     @property
@@ -45,17 +45,15 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # Importing a model's own configuration class writes documentation, and imports transformers'
-    # generation and torch's compiler: 1.4 s, beside 1.0 s for torch itself. PreTrainedConfig does
-    # not need these imports.
+    # The base class avoids an import of the model's own configuration class. Such an import loads
+    # transformers' generation and torch's compiler: 1.4 s, while torch itself takes 1.0 s.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
     """Open a checkpoint folder, or a model of the Hugging Face hub through its local cache.
 
-    Raises:
-        CheckpointError: there is no such model, or it has no usable config.json.
+    Raises a CheckpointError if there is no such model, or if it has no usable config.json.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -67,7 +65,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         model_type = json.loads(config_file.read_text()).get("model_type")
         known = model_type in CONFIG_MAPPING_NAMES
         hf_config = AutoConfig.from_pretrained(path) if known else None
-    # transformers' configuration classes raise many unrelated types.
+    # transformers' configuration classes raise many unrelated types of errors.
     except Exception as error:
         raise CheckpointError(f"{config_file} is unusable: {error}") from error
     if hf_config is None:
@@ -86,7 +84,7 @@ def _from_hub(model: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
-    # The hub client raises many unrelated types if the hub or the model cannot be reached.
+    # The hub client raises many unrelated types of errors.
     except (HFValidationError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointNotFoundError(f"{missing}, and the hub gave none ({error})") from error
 

@@ -12,9 +12,9 @@ T = TypeVar("T")
 class LazyHeap(Generic[T]):
     """A heap with the smallest key first; of items with equal keys the first pushed comes first.
 
-    An item is in the heap at most once. Removing an item leaves its entry in the heap. Such stale
-    entries are dropped when they come to the top, or when more than half of the entries are stale.
-    So every operation takes O(log n) amortised time.
+    An item is in the heap at most once. The entry of a removed item is stale. A stale entry stays
+    until it comes to the top, or until more than half of all entries are stale. So every operation
+    takes O(log n) amortised time.
     """
 
     def __init__(self) -> None:

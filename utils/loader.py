@@ -18,7 +18,7 @@ from utils.errors import WeightsError
 # Tensors with this suffix are skipped: inverse rotary frequencies, which old exports stored.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
-# Tensors of other types come from quantised checkpoints, where they are not the weights themselves.
+# Tensors of other types come from quantised checkpoints and are not the weights themselves.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -26,9 +26,9 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 class WeightTarget:
     """Where one tensor of a checkpoint is loaded to."""
 
-    target: Tensor  # view of a parameter that gets this rank's part, broadcast if the part is small
+    target: Tensor  # view of a parameter; this rank's part is broadcast to its shape and copied
     shape: tuple[int, ...]  # full shape of the checkpoint's tensor
-    dim: int | None = None  # dimension that is split over the ranks; None: each rank takes it all
+    dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
     start: int = 0  # first index along `dim` that this rank takes
     length: int = 0  # number of indices along `dim` that this rank takes
 
@@ -36,12 +36,11 @@ class WeightTarget:
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
     """Load all tensors in the safetensors files of a checkpoint folder.
 
+    Raises a WeightsError, which lists the tensors, if they do not fit or if a file is damaged.
+
     Args:
         slots: where each tensor goes, by the tensor's name in the checkpoint.
         tied: the output head shares the embedding's weight. A stored head must equal the embedding.
-
-    Raises:
-        WeightsError: tensors do not fit, or a file is damaged. The message lists the tensors.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -1,7 +1,4 @@
-"""Finds a part of the engine, such as its scheduler, by name, import path, class or factory.
-
-A name is searched in packages, so that a new part needs no entry in a table.
-"""
+"""Finds a part of the engine, such as its scheduler, by name, import path, class or factory."""
 
 from __future__ import annotations
 
@@ -35,12 +32,11 @@ class PartKind:
     def known(self) -> dict[str, type]:
         """The parts that have a name: concrete subclasses of `base` in `packages`, by name.
 
-        A class that defines no `name` itself is left out. Such a class is only there to be
-        subclassed, or to be chosen by the engine.
+        Classes without a `name` of their own are left out: they are bases or chosen by the engine.
+        A module that needs a package which is not installed is skipped.
 
         Raises:
-            ImportError: a module's import fails in a package that is installed. A module that
-                needs a package which is not installed is skipped without an error.
+            ImportError: a module imports a name that an installed package does not have.
         """
         base = self.base
         return {
@@ -56,7 +52,7 @@ class PartKind:
         }
 
     def _modules(self) -> dict[str, ModuleType | ModuleNotFoundError]:
-        """Modules of `packages` by name; the error for modules that need a missing package."""
+        """Modules of `packages` by name, or the error if a module needs a missing package."""
         modules: dict[str, ModuleType | ModuleNotFoundError] = {}
         for package in self.packages:
             modules[package] = found = importlib.import_module(package)
@@ -72,7 +68,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """The class or factory of a part; a ConfigError if unknown or no subclass of `base`."""
+        """The part's class or factory; a ConfigError if the part is unknown or no `base` class."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -104,10 +100,7 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Find a part and construct it with `args`.
-
-        A ConfigError also if the part does not take `args`, or if the result is no `base`.
-        """
+        """Find and construct a part; a ConfigError if the arguments or the result do not fit."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)

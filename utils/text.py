@@ -18,20 +18,20 @@ Decode = Callable[[list[int]], str]
 # A checkpoint folder with one of these files has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
-# Decoders show this character for bytes that form no character, or an incomplete character.
+# Decoding gives this character for invalid bytes, and for the bytes of an incomplete character.
 _REPLACEMENT = "\ufffd"
 
 
 def load_tokenizer(path: Path) -> Any | None:
     """Load the tokenizer, None if the folder has none; a CheckpointError if it is unusable."""
-    # Not at the top of this file: the import takes seconds, and the ranks need no tokenizer.
+    # Imported here, because the import takes seconds and processes of ranks need no tokenizer.
     from transformers import AutoTokenizer
 
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         return None
     try:
         return AutoTokenizer.from_pretrained(path)
-    # `from_pretrained` raises many unrelated types, also plain `Exception`.
+    # `from_pretrained` raises many unrelated types of errors, also plain `Exception`.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} is unusable: {error}") from error
 
@@ -65,17 +65,14 @@ def _tokens(tokenizer: Any | None, prompt: Any) -> list[int]:
 
 
 def templated(tokenizer: Any | None, messages: Any) -> list[int]:
-    """The prompt that the chat template makes of a conversation, as token ids.
-
-    A RequestError if there is no chat template, or if the template refuses the messages.
-    """
+    """A conversation's token ids; a RequestError if the chat template is missing or fails."""
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
         problem = "the checkpoint has no chat template"
         raise RequestError("messages", messages, problem, "Use generate().")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer.encode(text, add_special_tokens=False))
-    # A template is code of the checkpoint and may raise any type.
+    # A template is code of the checkpoint and may raise any type of error.
     except Exception as error:
         problem = f"the chat template refuses them ({error})"
         fix = 'Give a list of {"role": ..., "content": ...}.'
@@ -88,8 +85,7 @@ def decoder(tokenizer: Any | None) -> Decode:
         return lambda token_ids: ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        # The backend gives the same text as the tokenizer's own `decode` in 1/16 of its time: it
-        # takes 0.8 us for a few tokens.
+        # The backend gives the same text in 1/16 of the tokenizer's time: 0.8 us for a few tokens.
         return partial(backend.decode, skip_special_tokens=True)
     return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -107,15 +103,14 @@ class TextReader:
         self.text = ""  # the text so far, without the stop string
         self.num_tokens = 0  # tokens read so far; tokens after a stop string are never read
         self.stopped = False  # whether a stop string was found
-        # A token's text may depend on the token before it. A border is a count of tokens whose
-        # text ends with a whole character; `_border` is the last border and `_start` the border
-        # before it. New tokens are decoded together with all tokens from `_start` on. Of the text
-        # of these tokens `_shown` characters are in `text` already.
+        # A token's text may depend on the token before it. A border is a number of tokens whose
+        # text ends with a whole character: `_border` is the last border, `_start` the one before.
+        # Tokens are decoded from `_start` on; `text` has `_shown` characters of their text already.
         self._start = self._border = self._shown = 0
 
     @property
     def settled(self) -> int:
-        """How many leading characters of `text` cannot be the start of a stop string any more."""
+        """How many leading characters of `text` can no longer become part of a stop string."""
         longest = 0 if self.stopped else max(map(len, self._stop), default=1) - 1
         for size in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-size:]) for stop in self._stop):
@@ -123,10 +118,7 @@ class TextReader:
         return len(self.text)
 
     def read(self, token_ids: list[int], *, ended: bool) -> bool:
-        """Read the tokens that are new in `token_ids`, which is the whole output so far.
-
-        `ended`: no token will follow. Returns whether the output contains a stop string.
-        """
+        """Read the whole output so far, `ended` or not; returns whether it has a stop string."""
         while self.num_tokens < len(token_ids) and not self.stopped:
             self.num_tokens += 1
             window = self._decode(token_ids[self._start : self.num_tokens])
@@ -149,7 +141,7 @@ class TextReader:
         self.text += new
         if not self._stop or self.num_tokens <= self._min_tokens:
             return
-        # Search only stop strings that end in the new text. The leftmost one found counts.
+        # Only stop strings that end in the new text are new. The leftmost stop string counts.
         starts = (self.text.find(s, max(0, before + 1 - len(s))) for s in self._stop)
         first = min((at for at in starts if at >= 0), default=None)
         if first is not None:

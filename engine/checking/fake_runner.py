@@ -1,9 +1,9 @@
 """A runner without a model or a device, in which a mistake in a plan changes the sampled tokens.
 
-Its KV cache has an integer, the *entry*, for each position. The entry is a hash of the position's
-token and of the earlier entries that the block table leads to. The next token is a hash of entries
-too. So a wrong block, a block freed too early, a stale prefix or a lost write changes the tokens.
-`FakeModel.alone` computes the right tokens without a cache.
+The KV cache has an integer, the *entry*, for each position. An entry is a hash of the position's
+token and of the earlier entries, as found through the block table. A sampled token is a hash of
+entries too. So a wrong block, a block freed too early, a stale prefix or a lost write changes the
+tokens. `FakeModel.alone` computes the right tokens without a cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FakeModel:
     """Hashes of integers in place of a model. The hashes are the same in every process.
 
     `read` is the sum of the entries that a position reads, so the block size does not change it.
-    All cache groups have the same entries. Each group adds the entries that it keeps to `read`.
+    All cache groups hold the same entries. In `read` each group counts the entries that it keeps.
     """
 
     vocab_size: int = 50
@@ -47,7 +47,7 @@ class FakeModel:
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """The token that a request with this seed samples at a position that reads `read`."""
+        """The token sampled for a request with this seed after a position that reads `read`."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
@@ -111,7 +111,7 @@ class FakeRunner(SimulatedRunner):
         size = self.checker.block_size
         # Entries by cache group, block and position in the block.
         self._pages = [[[_POISON] * size for _ in range(g.num_blocks)] for g in self._groups]
-        self._rows: dict[int, Row] = {}  # rows of the current step, by slot
+        self._rows: dict[int, Row] = {}  # rows of this step, by slot (a request's index)
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """Execute a plan. A plan that breaks a rule of `PlanChecker` raises a ContractError."""
@@ -150,7 +150,7 @@ class FakeRunner(SimulatedRunner):
         """Compute the last token's position, then sample from the entries in the blocks."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # Read the written entry back: it differs if a wrong table holds the same block twice.
+        # Read the entry back: another entry comes back if a wrong table holds a block twice.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)

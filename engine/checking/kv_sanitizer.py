@@ -1,10 +1,9 @@
 """Finds misuse of KV blocks in the step where it happens: `Config(kv_sanitizer=True)`.
 
 Every plan is checked before it runs, by the rules of `PlanChecker` and against a record of each
-block: its holders and its written positions. A block is *dead* when its content may not be read any
-more. Dead blocks are filled with NaN on the device. If a step then writes NaN, it has read a dead
-block. The NaN check finds misuse that no plan shows: a kernel that reads past a request's end, or
-in blocks of other requests.
+block: its holders and its written positions. A block is *dead* if its content may not be read any
+more. Dead blocks are filled with NaN on the device, and a step must not write NaN. This NaN check
+finds misuse that no plan shows, for example a kernel that reads past a request's end.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class SanitizedBlocks:
 
     @property
     def groups(self) -> tuple[SanitizedBlocks, ...]:
-        """Only the wrapper, so that all calls go through it."""
+        """The wrapper itself, so that no caller reaches the inner manager."""
         return (self,)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -150,7 +149,7 @@ class KVSanitizer(PlanChecker):
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
         """Check one row of the plan, and record its positions as written."""
         size, request_id, end = self.block_size, row.state.new.request_id, row.end
-        # `row.start` is the earliest possible start. So the row reads no block before this index.
+        # `row.start` is the earliest possible start: the row reads no block before this index.
         first_place = self.groups[group].kind.first_read(row.start) // size
         table = row.state.tables[group][: -(-end // size)]
         for place in range(first_place, len(table)):
@@ -215,10 +214,10 @@ class KVPoison:
     def __init__(self, kv: list[KVLayer], tables: SlotTables) -> None:
         self._kv = kv
         self._tables = tables
-        self._requests: dict[int, int] = {}  # request id by slot, its row in the device's tables
+        self._requests: dict[int, int] = {}  # request ids by slot (row in the device's tables)
 
     def fill(self, plan: StepPlan) -> None:
-        """Fill the plan's dead blocks with NaN, on the current stream. Serves one cache group."""
+        """Fill the plan's dead blocks, of one cache group, with NaN on the current stream."""
         for group in plan.poisoned_blocks:
             blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
             for layer in self._kv:

@@ -23,7 +23,8 @@ class SlotState:
 
     new: NewRequest
     tables: list[list[int]]  # the block table in each cache group
-    # How many positions rows may compute. A token at the length limit is sampled, not computed.
+    # How many positions rows may compute. A token at the length limit is computed only if it
+    # belongs to the prompt, and is only sampled otherwise.
     num_positions: int
     # Fewest and most positions that are computed once all steps in flight have ended. `low` and
     # `high` differ while drafts are in flight; `high` may exceed the length limit.
@@ -87,7 +88,7 @@ class PlanChecker:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: an exception ends all requests and steps, and step ids restart at 0."""
+        """Forget all: after an exception all requests have ended, and step ids start at 0 again."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
         self._results: dict[int, StepResult] = {}  # results that were read before earlier ones
@@ -98,9 +99,7 @@ class PlanChecker:
     def check(self, plan: StepPlan) -> list[Row]:
         """Check a plan, record what it changes, and return its rows.
 
-        Raises:
-            PlanError: the plan misuses a block.
-            ContractError: the plan breaks another rule; the message says which.
+        Raises a PlanError if the plan misuses a block, and a ContractError for other broken rules.
         """
         self._check_shape(plan)
         for new in plan.new_requests:
@@ -117,7 +116,7 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result once all earlier results were taken; a ContractError if it is wrong."""
+        """Check a result once all earlier results are there; a ContractError if it is wrong."""
         if self._next_step_id == 0:
             return  # an earlier step failed, and `reset` forgot this step
         step_id = result.step_id
@@ -281,7 +280,7 @@ class PlanChecker:
             row.fresh, state.fresh = state.fresh, []
         for group, place in row.fresh:
             block = state.tables[group][place]
-            # Blocks before the start hold a prefix that was found in the cache, and may be shared.
+            # Blocks before the row's start hold a prefix found in the cache, and may be shared.
             if place * size >= row.start and (users := self._users(group, block)):
                 problem = f"goes to slot {new.slot} while slots {users} use it"
                 raise self.misuse(new.request_id, block, problem)
