@@ -67,7 +67,7 @@ class Config:
         attention_backend: "auto" takes the fastest backend that works on the device.
         num_speculative_tokens: maximum number of drafted tokens per decode row. A drafted token is
             kept only if the runner would have sampled it, so the output does not change. Of the
-            shipped runners only "fake" and "simulated" draft. Other runners refuse a value above 0.
+            shipped runners only "fake" and "simulated" draft. "local" refuses a value above 0.
         pipeline_depth: 0 plans a step after the previous step has ended. 1 plans a step while the
             previous step runs. None means 1 on CUDA and 0 on a CPU. Both give the same tokens.
         seed: base from which the seeds of requests without a seed are derived.
@@ -147,7 +147,7 @@ class Config:
 
 
 _RULES = rules_of(Config)
-# Pairs of options that contradict each other: only one option of a pair may be given.
+# Pairs of options that contradict each other if both are set, to True or to a number.
 _EITHER = (
     ("enforce_eager", "enable_cuda_graphs"),
     ("num_kvcache_blocks", "kvcache_memory_bytes"),

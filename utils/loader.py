@@ -36,7 +36,7 @@ class WeightTarget:
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
     """Load all tensors in the safetensors files of a checkpoint folder.
 
-    Raises a WeightsError, which lists the tensors, if they do not fit or if a file is damaged.
+    Raises a WeightsError if tensors do not fit (it names up to 8 per problem) or a file is damaged.
 
     Args:
         slots: where each tensor goes, by the tensor's name in the checkpoint.
