@@ -1,4 +1,4 @@
-"""The one place where the engine's options live."""
+"""All options of the engine (`Config`), and named presets of several options."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 from utils.errors import ConfigError, did_you_mean
 from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rules_of, share
 
-# A part is named, imported by "package.module:Class", or given as a class or factory.
+# Value of an option that chooses a part of the engine, such as its scheduler: a registered name, an
+# import path "package.module:Class", a class or a factory.
 PartSpec = str | type | Callable[..., Any]
 
-# Sets of options by name; docs/presets.md says why, and what each was measured to do.
+# docs/presets.md gives the reasons for each preset and its measurements.
 PRESETS: dict[str, dict[str, Any]] = {
-    # A long prompt holds up the running requests by a step of at most 2,048 tokens.
+    # A step computes at most 2,048 tokens, so a long prompt delays the running requests less.
     "low_latency": {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
     "throughput": {
         "gpu_memory_utilization": 0.95,
         "max_num_batched_tokens": 32768,
         "max_num_seqs": 1024,
     },
-    # Small blocks, as half of the last one of every request lies idle.
+    # On average half of each request's last block is unused. Small blocks waste less memory.
     "small_memory": {
         "gpu_memory_utilization": 0.7,
         "max_num_batched_tokens": 4096,
@@ -40,45 +41,46 @@ _PART = Rule(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of one engine; frozen. None and "auto" are filled in by `engine.parts.resolve`.
+    """Options of one engine; frozen. `engine.parts.resolve` replaces None and "auto" by values.
 
     Attributes:
-        model: checkpoint folder, or a hub name already in (or fetchable to) the local hub cache.
-        dtype: of weights, activations and KV cache. "auto": the checkpoint's own on CUDA,
-            float32 on CPU.
-        device: "auto" takes CUDA when there is a usable device.
-        max_model_len: context window in tokens, prompt and output together. None: 4096, or the
-            checkpoint's own limit if that is smaller.
-        max_num_seqs: most requests running at once.
-        max_num_batched_tokens: most positions computed in one step, drafted ones included.
-        gpu_memory_utilization: share of the device memory that the engine takes (CUDA only).
+        model: checkpoint folder, or the name of a model on the Hugging Face hub.
+        dtype: dtype of weights, activations and KV cache. "auto": the checkpoint's dtype on CUDA,
+            float32 on a CPU.
+        device: "auto" takes CUDA if there is a usable CUDA device, and the CPU otherwise.
+        max_model_len: context window in tokens, prompt and output together. None means 4096, or
+            the checkpoint's limit if the limit is smaller.
+        max_num_seqs: maximum number of requests that run at once.
+        max_num_batched_tokens: maximum number of positions in a step, drafted positions included.
+        gpu_memory_utilization: share of the device's memory that the engine uses (CUDA only).
         kvcache_block_size: tokens per KV block, a multiple of 16.
-        num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, in blocks or
-            bytes. Neither: on CUDA what gpu_memory_utilization leaves, on a CPU enough for
-            max_num_seqs full contexts, at most 1 GiB.
-        enable_cuda_graphs: capture decodes and short prefills. None: wherever possible.
-        enforce_eager: never capture.
-        enable_prefix_caching: share KV blocks between equal prefixes. None: on, unless the block
-            manager cannot.
-        eviction_policy: which cached block is given up first: "lru" the least recently used,
-            "lfu" the least often found, "cost" the cheapest to compute again.
-        tensor_parallel_size: devices that share one model, 1 to 8; each has a process of its own.
-        attention_backend: "auto" takes the fastest that works here.
-        num_speculative_tokens: most positions that a decode row computes beyond its one. The runner
-            drafts their tokens and keeps those that it would have sampled; the output is the same.
-            Only the runners "fake" and "simulated" draft today; others refuse it.
-        pipeline_depth: 0 plans a step after the previous one ended; 1 plans it while the
-            previous one runs. None: 1 on CUDA, 0 on CPU. The tokens are the same.
-        seed: base of the noise of requests without a seed of their own.
-        kv_sanitizer: check every use of a KV block and poison dead ones with NaN; slow.
-        scheduler, model_runner: "continuous" or "static"; "local", or "fake" and "simulated"
-            without a device.
+        num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
+            blocks or in bytes. The default on CUDA is the memory that gpu_memory_utilization
+            leaves; on a CPU it is room for max_num_seqs full contexts, at most 1 GiB.
+        enable_cuda_graphs: capture decodes and short prefills. None captures wherever possible.
+        enforce_eager: never capture CUDA graphs.
+        enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
+            if the block manager can cache prefixes.
+        eviction_policy: which cached block is evicted first. "lru": the least recently used block.
+            "lfu": the block that the fewest requests found. "cost": the cheapest to recompute.
+        tensor_parallel_size: devices that share one model, 1 to 8. Each device has its own process.
+        attention_backend: "auto" takes the fastest backend that works on the device.
+        num_speculative_tokens: maximum number of drafted tokens per decode row. A drafted token is
+            kept only if the runner would have sampled it, so the output does not change. Of the
+            shipped runners only "fake" and "simulated" draft. "local" refuses a value above 0.
+        pipeline_depth: 0 plans a step after the previous step has ended. 1 plans a step while the
+            previous step runs. None means 1 on CUDA and 0 on a CPU. Both give the same tokens.
+        seed: base from which the seeds of requests without a seed are derived.
+        kv_sanitizer: check every use of KV blocks, and fill freed blocks with NaN. Slow.
+        scheduler: "continuous" or "static".
+        model_runner: "local" runs the model. "fake" and "simulated" need no device.
         block_manager: "auto" is "prefix", or "paged" with enable_prefix_caching=False.
-        queue_policy, admission_policy, preemption_policy, step_policy: who runs next, how many run
-            at once, who gives up its blocks, what a step computes first (docs/scheduling.md).
+        queue_policy, admission_policy, preemption_policy, step_policy: which request runs next, how
+            many requests run at once, which request gives up its blocks when blocks run out, and
+            what a step computes first (docs/scheduling.md).
 
     Raises:
-        ConfigError: an option is out of range or contradicts another.
+        ConfigError: an option is out of range or contradicts another option.
     """
 
     model: str
@@ -111,10 +113,9 @@ class Config:
 
     @staticmethod
     def from_options(model: str | Path, preset: str | None = None, **options: Any) -> Config:
-        """Config from keyword options, which override those of a preset.
+        """Make a Config from `options`, which override `preset`.
 
-        Raises:
-            ConfigError: there is no such option or preset; with a suggestion.
+        An unknown option or preset raises a ConfigError that suggests a known name.
         """
         if preset is not None and preset not in list(PRESETS):
             fix = did_you_mean(str(preset), PRESETS)
@@ -146,7 +147,7 @@ class Config:
 
 
 _RULES = rules_of(Config)
-# Options that contradict each other if both are given.
+# Pairs of options that contradict each other if both are set, to True or to a number.
 _EITHER = (
     ("enforce_eager", "enable_cuda_graphs"),
     ("num_kvcache_blocks", "kvcache_memory_bytes"),

@@ -1,4 +1,4 @@
-"""The user's entry: `from llm import LLM`."""
+"""The class that users call: `from llm import LLM`."""
 
 from __future__ import annotations
 
@@ -28,29 +28,28 @@ __all__ = ["LLM", "SamplingParams"]
 
 
 class LLM:
-    """A model ready to generate.
+    """A loaded model that generates text.
 
         with LLM("path/to/Qwen3-0.6B") as llm:
             for out in llm.generate(["def add(a, b):"], SamplingParams(temperature=0)):
                 print(out["text"])
 
-    Options are the fields of `Config`, and `preset` for several at once (docs/presets.md).
+    Options are the fields of `Config`. `preset` sets several options at once (docs/presets.md).
 
     Attributes:
-        engine: what runs below, with its parts: requests one by one, as `Sequence`, and steps that
-            return their `StepPlan`.
-        tokenizer: transformers' tokenizer of the checkpoint, or None if it has none.
-        decode: token ids to text without special tokens; to nothing without a tokenizer.
+        engine: the `LLMEngine` that runs requests (`Sequence`) in steps (`StepPlan`).
+        tokenizer: the checkpoint's tokenizer, loaded by transformers; None if there is none.
+        decode: function from token ids to text without special tokens; "" without a tokenizer.
 
     Raises:
-        ConfigError, CheckpointError, OutOfMemoryError: see `utils.errors`.
+        ConfigError, CheckpointError, OutOfMemoryError: `utils.errors` explains these errors.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # Prompts of `generate` and `add_request` that have not ended, by the id of each request.
+        # Prompts of `generate` and `add_request` with unfinished requests, by their request ids.
         self._unfinished: dict[int, PromptRequests] = {}
-        # Those of `add_request` that have ended and that `step` has not returned yet.
+        # Prompts of `add_request` that have ended and that `step` has not returned yet.
         self._ended: list[PromptRequests] = []
         try:
             self.tokenizer: Any | None = load_tokenizer(self.engine.checkpoint.path)
@@ -61,28 +60,28 @@ class LLM:
 
     @property
     def config(self) -> Config:
-        """The options with every default filled in."""
+        """The options, with actual values in place of None and "auto"."""
         return self.engine.config
 
     def generate(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None, use_tqdm: bool = True
     ) -> list[dict[str, Any]]:
-        """Continue every prompt.
+        """Generate the outputs of all prompts.
 
         Args:
-            prompts: texts, or lists of token ids, or a mixture; a single one counts as a list.
-            sampling_params: for all prompts, or one per prompt; defaults if None.
-            use_tqdm: show a bar with prefill and decode rates in tokens per second.
+            prompts: a list of texts or lists of token ids, or a single prompt.
+            sampling_params: for all prompts, or a list with an entry per prompt; None: defaults.
+            use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
             One dictionary per prompt, in order: `text`, `token_ids`, `finish_reason`, `error`,
             `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`, and with n > 1 `outputs`.
-            docs/options.md explains them.
+            docs/options.md explains the entries.
 
         Raises:
-            RequestError: a prompt or its parameters cannot be served; then nothing was started.
-            StepError: the device failed.
-            EngineClosedError: after close().
+            RequestError: a prompt or its parameters cannot be served; then no prompt was started.
+            StepError: a step failed.
+            EngineClosedError: `close` was called before.
         """
         ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}
@@ -92,7 +91,7 @@ class LLM:
                 while len(outputs) < len(groups):
                     plan = self._advance()
                     progress.update(plan, self.engine.num_new_tokens, len(ended))
-                    # Now, while the device is busy with the next step.
+                    # With pipeline_depth=1 the device runs the next step during this decoding.
                     outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
                     ended.clear()
             self.engine.finish_steps()
@@ -107,16 +106,17 @@ class LLM:
     def stream(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None
     ) -> Generator[dict[str, Any], None, None]:
-        """As `generate`, telling the outputs as they grow.
+        """Generate like `generate`, but return the outputs in parts while they grow.
 
         Returns:
-            An iterator of dictionaries: `index` (of the prompt), `sample` (of its `n`), `text` and
-            `token_ids` that are new, and `finish_reason`, None but for the last one of an output,
-            which has `error` as well. Texts are whole characters, and put together the text that
-            `generate` returns. Closing the iterator, or dropping it, aborts what has not ended.
+            An iterator of dictionaries: `index` of the prompt, `sample` (number of the output among
+            the prompt's `n`), new `text`, new `token_ids` and `finish_reason`. `finish_reason` is
+            None except in an output's last dictionary, which also has `error`. A `text` has whole
+            characters only. The texts of an output add up to the text that `generate` returns.
+            Closing or dropping the iterator aborts the unfinished requests.
         """
         stream = self._increments(self._add(prompts, sampling_params))
-        # It waits inside its `try` from here on, so that closing it always aborts.
+        # Start the generator: closing a generator that has not started would abort nothing.
         next(stream)
         return stream
 
@@ -126,10 +126,10 @@ class LLM:
         sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
-        """As `generate`, for a conversation or several in the checkpoint's chat template.
+        """Generate the answer to a conversation, or to each conversation of a list.
 
-        A message has `role` and `content`. A RequestError also says that there is no template, or
-        that it refuses the messages.
+        A message has `role` and `content`. The checkpoint's chat template makes prompts for a call
+        of `generate`. A RequestError is also raised if the template is missing or fails.
         """
         self.engine.check_usable()
         kinds = (list, tuple)
@@ -138,7 +138,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """As `SamplingParams.from_generation_config`, for this checkpoint."""
+        """The result of `SamplingParams.from_generation_config` for this checkpoint."""
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
@@ -146,58 +146,58 @@ class LLM:
         return self.engine.stats
 
     def cache_stats(self) -> CacheStats:
-        """How much of the prompts was found in the prefix cache so far, and what was given up."""
+        """Counters of the prefix cache: tokens looked up and found, blocks evicted and cached."""
         return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes, those that running requests would leave included."""
+        """Forget all cached prefixes. The blocks of running requests will not be cached either."""
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue a request, to be run by `step` or beside those of `generate`; errors as there.
+        """Queue a request and return its id, which `abort` takes and outputs of `step` contain.
 
-        Returns its id: for `abort`, and in the output that `step` returns.
+        Calls of `step` and of `generate` run the request. Raises the errors of `generate`.
         """
-        # A number in a list would pass for a prompt of one token.
+        # Other types are not put into a list: [5] would pass for a prompt of one token.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
         (group,) = self._add(prompts, sampling_params, self._ended)
         return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
-        """Run one step of all requests.
+        """Run one step of all requests, and return the outputs of requests that have ended.
 
-        Returns the outputs, as of `generate` and with `request_id`, of the requests of
-        `add_request` that have ended. After a StepError the next `step` returns those it ended.
+        Only requests of `add_request` are returned, as dictionaries like those of `generate` with
+        `request_id` added. If a StepError ended requests, the next `step` returns their outputs.
         """
         self._advance()
         ended, self._ended[:] = [group.seqs for group in self._ended], []
         return [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
 
     def now(self) -> float:
-        """Seconds on the clock of all times of requests; virtual with a simulated runner."""
+        """Seconds on the clock that times requests; a simulated runner's clock is virtual."""
         return self.engine.runner.now()
 
     def wait_until(self, moment: float) -> None:
-        """Return when `now` is `moment` or later; a simulated runner moves its time there."""
+        """Return when `now()` is `moment` or later; a simulated runner sets its clock forward."""
         self.engine.runner.wait_until(moment)
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has something to do or to return."""
+        """Whether `step` has requests to run or outputs to return."""
         return bool(self._unfinished or self._ended) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
-        """End a request at the next step, with finish_reason "abort" and the tokens it has.
+        """End a request at the next step, with finish_reason "abort" and the tokens so far.
 
-        May be called at any time and from any thread; other requests than unfinished ones are
-        passed over.
+        All `n` outputs of the prompt end. May be called at any time and from any thread. An id is
+        ignored if the request has ended or does not exist.
         """
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
             self.engine.abort(one)
 
     def close(self) -> None:
-        """End all requests and give the memory back; may be called twice."""
+        """End all requests and free the memory. Further calls do nothing."""
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -209,10 +209,10 @@ class LLM:
     def _add(
         self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
     ) -> list[PromptRequests]:
-        """Queue the requests of all prompts, or none of them; `n` for each.
+        """Queue `n` requests for each prompt; if one of them is refused, queue none at all.
 
-        A prompt is put into `ended` when its requests have ended. It is None for a stream, whose
-        requests all have a reader of their text.
+        A prompt is appended to the list `ended` when all its requests have ended. For a stream
+        `ended` is None, and every request gets a `TextReader`.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
@@ -223,7 +223,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # Without a tokenizer the engine refuses stop strings.
+                    # Stop strings without a tokenizer get no reader, so that the engine refuses.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one
@@ -253,18 +253,19 @@ class LLM:
             self.engine.drop([seq for seq, _ in seqs])
 
     def _advance(self) -> StepPlan | None:
-        """Run one step and put the prompts that have ended where they are waited for."""
+        """Run one step, and move the prompts that have ended to their `ended` lists."""
         ids = None
         try:
             plan, finished = self.engine.step()
-            # With nothing to do, whoever still waits has been ended by a reset of the engine.
+            # Without a plan the engine had nothing to do: prompts still in `_unfinished` were ended
+            # by a reset of the engine. `_collect_ended(None)` looks at all of them.
             ids = [seq.request_id for seq in finished] if plan else None
         finally:
             self._collect_ended(ids)
         return plan
 
     def _collect_ended(self, request_ids: list[int] | None = None) -> None:
-        """Put prompts that have ended where they are waited for; None looks at all requests."""
+        """Move prompts that have ended to their `ended` lists; None looks at all requests."""
         for request_id in list(self._unfinished) if request_ids is None else request_ids:
             group = self._unfinished.get(request_id)
             if group and all(seq.finish_reason is not None for seq in group.seqs):
@@ -274,9 +275,9 @@ class LLM:
 
 
 class Progress:
-    """The bar of a `generate` call: ended requests, and the rates of prefill and decode.
+    """The progress bar of a `generate` call: prompts that ended, and prefill and decode rates.
 
-    A step's time counts as prefill if the step computed prompt tokens, else as decode.
+    The time of a step counts as prefill if the step computed prompt tokens, else as decode.
     """
 
     def __init__(self, total: int, *, enabled: bool) -> None:
@@ -284,12 +285,12 @@ class Progress:
             total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True
         )
         self.close = self._bar.close
-        # Tokens and seconds.
+        # For each kind of step: tokens and seconds so far.
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
-        """Take in a committed step, which gave `num_tokens` to all requests."""
+        """Count a committed step that sampled `num_tokens` and ended `num_finished` prompts."""
         if self._bar.disable:
             return
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How the tokens of one request are chosen and when it ends."""
+"""Sampling parameters of a request: how its tokens are chosen, and when its output ends."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from utils.rules import (
     share,
 )
 
-# Between the seeds of outputs and of requests: 2^64 / golden ratio. Odd, so that none repeats.
+# Distance between the seeds of successive outputs and requests: 2^64 / golden ratio. Seeds are
+# taken modulo 2^63. Because the distance is odd, they do not repeat.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
-# (token ids of prompt and output, logits [vocab_size] float32) -> logits of that shape.
+# (token ids of prompt and output, logits [vocab_size] float32) -> new logits of the same shape.
 LogitsProcessor = Callable[[list[int], Any], Any]
-
 
 _SEED = Rule(
     lambda v: v is None or (is_int(v) and 0 <= v < 2**63),
@@ -40,7 +40,7 @@ _STOP = Rule(
     'Use e.g. stop="\\n".',
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
-# The rest of a salt behind \0 is the engine's.
+# The engine makes salts with \0 in them. A user's salt must not equal a salt of the engine.
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
@@ -50,53 +50,53 @@ _SALT = Rule(
 class SamplingParams:
     """Sampling parameters of one request; immutable and validated on construction.
 
-    Logits pass through the steps of transformers' `generate`, in its order: repetition penalty
-    (then presence and frequency penalty), `min_tokens`, `logits_processors`, temperature, top_k,
-    top_p, min_p. Equally likely tokens at the border of top_k or top_p are all kept.
+    Logits are processed in the order of transformers' `generate`: repetition, presence and
+    frequency penalty, `min_tokens`, `logits_processors`, temperature, top_k, top_p, min_p. If
+    several tokens are equally likely at the border of top_k or top_p, all of them are kept.
 
     Attributes:
-        temperature: 0 takes the most likely token (greedy); above 0 it divides the logits.
-        top_p: keep the most likely tokens up to this share of the probability.
-        top_k: keep this many of the most likely tokens; 0 or -1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the most likely one.
-        repetition_penalty: logits of tokens in prompt or output are divided by it if positive,
-            multiplied if negative.
-        presence_penalty: subtracted from the logit of every token in the output.
-        frequency_penalty: the same, times its count in the output.
-        seed: key of the request's noise. Equal seeds give equal noise at equal positions, whatever
-            the request is batched with. None takes one from the engine's own `seed` and the order
-            of arrival. Of `n` outputs the first has this one.
-        max_tokens: most tokens to generate. None generates up to the engine's `max_model_len`; it
-            is the only value that is fitted to the context window.
-        min_tokens: before so many, tokens that would end the request are not chosen and stop
-            strings do not end it.
-        stop: a text, or several, that ends the output; it is not part of the text. The tokens
-            are those up to the one that completed it.
+        temperature: 0 takes the most likely token (greedy). A value above 0 divides the logits.
+        top_p: keep the most likely tokens until their probabilities sum up to this value.
+        top_k: keep this number of most likely tokens; 0 or -1 keeps all tokens.
+        min_p: keep tokens whose probability is at least `min_p` times that of the likeliest token.
+        repetition_penalty: for tokens that are in the prompt or output, positive logits are divided
+            by this value and negative logits are multiplied by it.
+        presence_penalty: subtracted from the logit of every token that is in the output.
+        frequency_penalty: subtracted from a token's logit once for each time it is in the output.
+        seed: key of the request's sampling noise. Equal seeds give equal noise at equal positions,
+            whatever else is in the batch. None derives a seed from the engine's `seed` and the
+            order of arrival. Only the first of `n` outputs uses this seed itself.
+        max_tokens: maximum number of tokens to generate. None generates up to the engine's
+            `max_model_len`. A number that exceeds `max_model_len` with the prompt is refused.
+        min_tokens: until this number of tokens is generated, tokens that would end the request are
+            not sampled, and stop strings are ignored.
+        stop: a text, or several, at which the output ends. The output's text ends before the stop
+            string. The output's tokens include the token that completed the stop string.
         stop_token_ids: tokens that end the output as an end-of-sequence token does.
         ignore_eos: go on after an end-of-sequence token.
-        logprobs: return the log-probability of each generated token and of so many most likely
-            ones. They are the model's own, before penalties, temperature and filters.
-        prompt_logprobs: the same for the prompt's tokens, all but the first. Such a request
-            takes nothing from the prefix cache, and a step holds the logits of all its tokens at
-            once: lower `max_num_batched_tokens` where memory is short.
-        n: outputs for the prompt, which is computed once as far as the prefix cache goes.
-        logits_processors: callables `(token_ids, logits) -> logits` on the tokens so far and one
-            row of float32 logits, which run in the engine's step.
-        priority: higher runs first and is preempted last, under policies that ask for it.
-        user: whose request it is, for policies that share the engine between users.
-        cache_salt: requests share cached prefixes only with those of an equal salt.
-        predicted_tokens: a guess of the output's length for scheduling policies; it never ends
-            the request. None stands for `max_tokens`.
-        penalizes: derived: tokens that were there already change the logits.
-        filters: derived: top_k, top_p or min_p keep some tokens from being drawn.
-        needs_logits: derived: plain Gumbel-max sampling is not enough.
+        logprobs: return log-probabilities of each generated token and of this number of most likely
+            tokens. They come from the model's logits before penalties, temperature and filters.
+        prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. Such a request
+            takes nothing from the prefix cache. A step holds the logits of all its prompt tokens at
+            once: lower `max_num_batched_tokens` if memory is short.
+        n: number of outputs. The prefix cache lets the outputs share blocks of the prompt.
+        logits_processors: callables `(token_ids, logits) -> logits`, which the engine calls in
+            each step with the tokens so far and one row of float32 logits.
+        priority: policies that use it run higher values first, and preempt them last.
+        user: name of the user, for policies that share the engine between users.
+        cache_salt: requests share cached prefixes only if their salts are equal.
+        predicted_tokens: a guess of the output's length, for scheduling policies. The guess never
+            ends the request. None stands for `max_tokens`.
+        penalizes: derived: whether a penalty changes the logits of tokens that occurred before.
+        filters: derived: whether top_k, top_p or min_p may exclude tokens from sampling.
+        needs_logits: derived: whether the request needs more than Gumbel-max sampling.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
     """
 
-    # Scores are logits + temperature * noise in float32, and noise reaches 16: beyond 1e4 the
-    # rounding of the product (1e-2) begins to blur the logits.
+    # The sampler adds temperature * noise to the logits in float32, and the noise reaches 16. Above
+    # a temperature of 1e4 the rounding of this product (1e-2) begins to blur the logits.
     temperature: float = ruled(1.0, number(0, 1e4, "Use 0 for greedy decoding."))
     top_p: float = ruled(1.0, share("Use 1 to keep all."))
     top_k: int = ruled(0, integer(-1, fix="Use 0 to keep all."))
@@ -133,7 +133,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
             raise RequestError("min_tokens", self.min_tokens, problem, fix)
-        # Tuples, so that nobody's list can change the request later.
+        # Lists are copied to tuples: the caller may change a list later.
         put = object.__setattr__
         put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         put(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -148,11 +148,11 @@ class SamplingParams:
 
     @staticmethod
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
-        """The defaults that a checkpoint's generation_config.json, if any, asks for.
+        """Make the parameters that a checkpoint's generation_config.json, if any, asks for.
 
-        Overrides take precedence. A CheckpointError says that the file is unusable.
+        `overrides` take precedence over the file. An unusable file raises a CheckpointError.
         """
-        # Here, as it imports transformers.
+        # Imported here, because `utils.checkpoint` imports transformers, which is slow to import.
         from utils.checkpoint import generation_config
 
         found = generation_config(Path(folder))
@@ -165,9 +165,9 @@ class SamplingParams:
         return SamplingParams(**{**ours, **overrides})
 
     def of_output(self, index: int) -> SamplingParams:
-        """The parameters of output `index` of `n`, as a request of its own."""
+        """The parameters of the single request that computes output `index` of the `n` outputs."""
         seed = self.seed if self.seed is None else (self.seed + index * SEED_STRIDE) % 2**63
-        # The prompt's are the same for all.
+        # Log-probabilities of the prompt are equal for all outputs: only output 0 computes them.
         scores = None if index else self.prompt_logprobs
         return replace(self, n=1, seed=seed, prompt_logprobs=scores)
 

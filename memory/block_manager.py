@@ -1,4 +1,4 @@
-"""Paged KV blocks with reference counts, and managers that share them between equal prefixes."""
+"""Block managers: one that shares no blocks, and two that share the blocks of equal prefixes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from utils.registry import PartKind
 
 
 class PagedBlockManager(BlockManager):
-    """Hands out blocks from a free list, each to one request (vLLM: Kwon et al., SOSP 2023)."""
+    """Hands out free blocks; a block belongs to one request (vLLM, Kwon et al., SOSP 2023)."""
 
     name = "paged"
     block_size = num_blocks = 0
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.block_size, self.num_blocks = geometry.block_size, geometry.num_blocks
-        # A stack, lowest id on top: recently used blocks come back first.
+        # A stack with the lowest id on top: the block that was freed last is handed out first.
         self._free = list(range(geometry.num_blocks - 1, -1, -1))
         self._references = [0] * geometry.num_blocks
         self._tables: dict[int, list[int]] = {}
@@ -49,58 +49,59 @@ class PagedBlockManager(BlockManager):
         return self._tables[request_id]
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Nothing to publish without prefix caching."""
+        """Do nothing: without prefix caching there is nothing to publish."""
 
     def release(self, request_id: int) -> None:
         for block in reversed(self._tables.pop(request_id)):
             self._drop(block)
 
     def _take(self) -> int:
-        """A free block, of which there is one, with its first reference."""
+        """Take a free block, and count its first reference. The caller has checked for space."""
         block = self._free.pop()
         self._references[block] = 1
         return block
 
     def _drop(self, block: int) -> None:
-        """Give up a reference."""
+        """Give up one reference to a block."""
         assert self._references[block] > 0, "release of a free block"
         self._references[block] -= 1
         if self._references[block] == 0:
             self._give(block)
 
     def _give(self, block: int) -> None:
-        """The last reference to a block is gone."""
+        """Free a block whose last reference was given up."""
         self._free.append(block)
 
 
-# A block, by the cached block or the cache salt before it and by its tokens.
+# Content of a block: the cached block before it (for a first block the cache salt), its tokens.
 _Key = tuple[CachedBlock | str, bytes]
 
 
 @dataclass(slots=True)
 class _Request:
-    """A request that has begun."""
+    """A request between `begin` and `release`."""
 
     tokens: list[int]  # the caller's own list, which grows
     salt: str
-    last: CachedBlock | str  # stands for its last published block; its salt before the first
-    num_published: int  # leading blocks that others can find
-    hits: list[CachedBlock] | None  # blocks that it found; None once it has all its blocks
-    num_cached: int  # leading tokens that it found
-    # Cached blocks that stand for equal ones of this request, which does not hold them.
+    last: CachedBlock | str  # cached block of the last published block; the salt if there is none
+    num_published: int  # leading blocks that other requests can find
+    hits: list[CachedBlock] | None  # cached blocks found; None after the first successful `grow`
+    num_cached: int  # leading tokens that were found in the cache
+    # Cached blocks of other requests that equal blocks of this request. This request computed its
+    # own blocks, and holds no reference to the cached ones.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # its first unpublished block, among the pending ones
-    publishes: bool = True  # until the cache is reset
+    next_block: _Key | None = None  # the first unpublished block, if it is in `_pending`
+    publishes: bool = True  # False after a reset of the prefix cache
 
 
 class CachingBlockManager(PagedBlockManager):
     """Shares full blocks between requests that start with the same tokens and cache salt.
 
-    A block is published when it is committed, and found until it is given up for its space. Of
-    equal blocks computed side by side only the first is published. A block is found through the
-    one before it, so a hit is exact: the tokens of all blocks up to it were compared.
+    `commit` publishes a block: other requests can find it from then on, until it is evicted. If
+    requests compute equal blocks side by side, only the first block is published. A block is found
+    through the block before it. So a hit is exact: the tokens of all blocks up to it were compared.
 
-    Subclasses keep the index: `find`, `link` and `unlink`.
+    Subclasses implement the index of published blocks: `find`, `link` and `unlink`.
     """
 
     caches_prefixes = True
@@ -112,21 +113,21 @@ class CachingBlockManager(PagedBlockManager):
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
         self._pending: dict[_Key, int] = {}
-        # By request; each holds a reference to its source.
+        # Copies for the next plan, by request id. A copy holds a reference to its source block.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        """The cached block of `tokens` (int32 each) behind a block or, first of all, a salt."""
+        """The published block with this `parent` (for a first block a salt) and int32 `tokens`."""
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        """Add a block that was not found; returns the one that cannot be found any more for it."""
+        """Add a block that `find` did not find. Returns the block that it displaced, if any."""
 
     @abstractmethod
     def unlink(self, node: CachedBlock) -> None:
-        """Remove a block; what is behind it need not be found any more."""
+        """Remove a block from the index. The blocks behind it need not be found any more."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -160,7 +161,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # Not in `begin`: a request that finds no space begins again and again.
+            # If `begin` counted, a request that waits for space would be counted at each attempt.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -175,7 +176,7 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # What this request published behind it cannot be found any more.
+            # A twin was evicted, and blocks published behind it cannot be found. Publish all again.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
@@ -198,7 +199,7 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The copy is made first: a new owner of the block writes to it in a later step.
+            # The plan copies first: a new owner of the source writes to it in a later step.
             self._drop(copy.source)
         return copies
 
@@ -226,10 +227,11 @@ class CachingBlockManager(PagedBlockManager):
             request.publishes, request.next_block = False, None
 
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
-        """Of a prompt found whole, hold a copy of the last block or nothing in its place.
+        """Replace the last block of a prompt of which all blocks were found in the cache.
 
-        Its last token is computed again, and nothing may be written to what others share. Returns
-        how many tokens have to be computed.
+        The last token is computed again for its logits, and no shared block may be written. So the
+        table gets a copy of the block. If no block is free, or if blocks have one token, the table
+        gets no block instead. Returns how many tokens have to be computed.
         """
         table = self._tables[request_id]
         source = table.pop()
@@ -242,7 +244,7 @@ class CachingBlockManager(PagedBlockManager):
         return self.block_size
 
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
-        """The cached blocks that the tokens start with."""
+        """The cached blocks that hold the first tokens, in order."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
         for i in range(len(token_ids) // self.block_size):
@@ -259,7 +261,7 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # Published before, behind a block that was given up since.
+            # The block was published before, behind a block that was evicted since.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
@@ -268,9 +270,9 @@ class CachingBlockManager(PagedBlockManager):
         return node
 
     def _announce(self, request_id: int, request: _Request) -> None:
-        """Let others know the next block that this request will publish, if its tokens are known.
+        """Enter the request's next unpublished block into `_pending`, if its tokens are known.
 
-        One is enough: who waits for this block asks again when it is published.
+        One block is enough: a request that waits for it asks again after its publication.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -299,7 +301,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """A block without its place in the index is an ordinary one."""
+        """Stop caching a block that has left the index. A block that no request holds is free."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)
@@ -308,10 +310,10 @@ class CachingBlockManager(PagedBlockManager):
 
 
 class PrefixCacheManager(CachingBlockManager):
-    """Finds blocks by a 128-bit digest of the parent's digest and their tokens, as vLLM does.
+    """Finds a block by a 128-bit digest of its parent's digest and its tokens, as vLLM does.
 
-    The digest only says where to look: a hit must also have the very parent and the very tokens.
-    So neither a collision nor a block whose parent was given up is ever taken for another.
+    The digest only says where to look: parent and tokens of the block found there are compared.
+    So neither a digest collision nor an evicted parent ever causes a wrong hit.
     """
 
     name = "prefix"
@@ -337,17 +339,17 @@ class PrefixCacheManager(CachingBlockManager):
 
     @staticmethod
     def digest(parent: CachedBlock | str, tokens: bytes) -> bytes:
-        """Where the block of `tokens` behind `parent` is looked up."""
+        """The digest of the block with `tokens` whose parent is `parent`."""
         if isinstance(parent, str):
             return xxhash.xxh128_digest(parent.encode("utf-8", "surrogatepass") + tokens)
         return xxhash.xxh128_digest(parent.digest + tokens)
 
 
 class RadixCacheManager(CachingBlockManager):
-    """Finds blocks in a tree over tokens for each cache salt (SGLang: Zheng et al., NeurIPS 2024).
+    """Finds blocks in a tree of tokens per cache salt (SGLang, Zheng et al., NeurIPS 2024).
 
-    Every edge is the tokens of one block: shorter ones cannot be shared between block tables, and
-    longer ones would have to be split where prompts part.
+    An edge has the tokens of one block. Block tables cannot share shorter pieces, and longer edges
+    would have to be split where prompts diverge.
     """
 
     name = "radix"

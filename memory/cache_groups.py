@@ -1,4 +1,4 @@
-"""Several cache groups: the blocks of layers with a window, and one manager of all groups."""
+"""Block managers for attention windows, and for several cache groups (layers that share tables)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from utils.errors import ContractError
 
 
 class WindowBlockManager(PagedBlockManager):
-    """Gives a request's blocks back as they leave its window, without prefix caching.
+    """Frees a request's blocks when their positions have left the window. Caches no prefixes.
 
-    A request is admitted with blocks for its whole prompt. So a window group needs as many blocks
-    as its longest request.
+    A request is admitted only with blocks for its whole prompt. So the cache must have as many
+    blocks as the longest request needs.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         super().__init__(config, geometry)
         self._kind = geometry.kind
-        # By request, the leading table entries that were given back.
+        # How many leading table entries have been freed, by request id.
         self._num_freed: dict[int, int] = {}
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -26,7 +26,7 @@ class WindowBlockManager(PagedBlockManager):
         return super().begin(request_id, token_ids, cache_salt)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Give back what computing position `num_computed`, or any later one, does not read."""
+        """Free the blocks that position `num_computed` and all later positions do not read."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
         first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):
@@ -40,12 +40,10 @@ class WindowBlockManager(PagedBlockManager):
 
 
 class GroupedBlockManager(BlockManager):
-    """Passes every call to the manager of each group; `grow` succeeds in all groups or in none.
+    """Passes every call to the managers of all groups; `grow` succeeds in all groups or in none.
 
-    A cached prefix can be used only if every group has it. So the managers must not cache prefixes.
-
-    Raises:
-        ContractError: block sizes differ, or a manager caches prefixes.
+    A cached prefix could be used only if every group had it. So a manager that caches prefixes
+    raises a ContractError, as do managers with different block sizes.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -68,7 +66,7 @@ class GroupedBlockManager(BlockManager):
         return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        # Tables of all groups have the same length: freed entries stay in them.
+        # A request's tables have the same length in all groups: freed entries stay in the tables.
         wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False
@@ -78,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The first group's; those of the others are had from `groups`."""
+        """The request's block table in the first group. `groups` has the managers of all groups."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
@@ -91,5 +89,5 @@ class GroupedBlockManager(BlockManager):
 
 
 def grouped(managers: tuple[BlockManager, ...]) -> BlockManager:
-    """One manager for all groups; the only one there is, if it is one."""
+    """One manager over all `managers`; a single manager is returned as it is."""
     return managers[0] if len(managers) == 1 else GroupedBlockManager(managers)

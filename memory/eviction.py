@@ -1,4 +1,4 @@
-"""Which cached block is given up when space is needed."""
+"""Eviction policies: which cached block is given up when space is needed."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Position at which a token's attention costs about as much as its matrix products: 4 * layers *
-# heads * head_dim * position = 2 * parameters; some 4,000 in the shape of Qwen3-0.6B.
+# At this position a token's attention takes about as many FLOPs as its matrix products:
+# 4 * layers * heads * head_dim * position = 2 * parameters. Qwen3-0.6B gives some 4,000.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
 class CachedBlock:
-    """A block whose content is known and may be found again."""
+    """A block of the prefix cache: later requests with the same prefix can find it."""
 
     __slots__ = ("__weakref__", "block", "depth", "digest", "hits", "parent", "tokens", "worth")
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
-        self.block = block  # its id; -1 once it has been given up
-        self.parent = parent  # the cached block before it; of a request's first the cache salt
-        self.tokens = tokens  # its token ids, int32 each
+        self.block = block  # block id; -1 after the block was evicted
+        self.parent = parent  # the cached block before this block; for a first block the cache salt
+        self.tokens = tokens  # the block's token ids, int32 each
         self.depth: int = (
             parent.depth + 1 if isinstance(parent, CachedBlock) else 0
-        )  # blocks before
-        self.hits = 0  # requests that found it
-        self.digest = b""  # of parent and tokens, for `PrefixCacheManager`
-        self.worth = 0.0  # for `CostPolicy`: what a block behind it was worth when released
+        )  # number of blocks before this block
+        self.hits = 0  # number of requests that found this block
+        self.digest = b""  # digest of parent and tokens; only for `PrefixCacheManager`
+        self.worth = 0.0  # highest value of a released child; only for `CostPolicy`
 
 
 class EvictionPolicy(ABC):
-    """Holds the cached blocks that no request holds, and chooses among them.
+    """Keeps the idle blocks (cached blocks that no request holds), and evicts one when asked.
 
-    What is cached behind a block cannot be found without it, so children should go before their
-    parent. A request releases its last block first, so a policy that treats blocks alike keeps
-    that order.
+    A block can be found only through its parent, the block before it. So children should be evicted
+    before their parent. Requests release their last block first. So a policy that evicts in the
+    order of release evicts children first.
     """
 
     name: ClassVar[str]
@@ -47,23 +47,23 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Blocks held here."""
+        """The number of idle blocks."""
 
     @abstractmethod
     def add(self, block: CachedBlock) -> None:
-        """No request holds the block any more."""
+        """Take in a block that no request holds any more."""
 
     @abstractmethod
     def remove(self, block: CachedBlock) -> None:
-        """A request found it, or it is not cached any more."""
+        """Remove a block, because a request found it or because it is not cached any more."""
 
     @abstractmethod
     def pop(self) -> CachedBlock:
-        """Choose a block to give up, and remove it."""
+        """Choose an idle block to evict, remove it and return it."""
 
 
 class LRUPolicy(EvictionPolicy):
-    """The block that was released longest ago, in constant time."""
+    """Evicts the block that was released longest ago. Every operation takes constant time."""
 
     name = "lru"
 
@@ -84,14 +84,14 @@ class LRUPolicy(EvictionPolicy):
 
 
 class LowestFirst(EvictionPolicy):
-    """The block of the lowest `value` when it was released, among equals the earliest."""
+    """Evicts the block with the lowest `value`; among equal values the block released first."""
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.blocks: LazyHeap[CachedBlock] = LazyHeap()
 
     @abstractmethod
     def value(self, block: CachedBlock) -> float:
-        """What keeping the block is worth."""
+        """How much it is worth to keep the block. Called once, when the block is released."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -107,7 +107,7 @@ class LowestFirst(EvictionPolicy):
 
 
 class LFUPolicy(LowestFirst):
-    """The block that the fewest requests found; a parent is found whenever its child is."""
+    """Evicts the block that the fewest requests found. No child has more hits than its parent."""
 
     name = "lfu"
 
@@ -116,11 +116,11 @@ class LFUPolicy(LowestFirst):
 
 
 class CostPolicy(LowestFirst):
-    """The block that is cheapest to compute again, weighed by its hits, and ageing.
+    """Evicts the block that is cheapest to recompute, weighted by its hits and its age.
 
-    GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998): a block is
-    worth its cost times its uses, on top of what the last one given up was worth. So everything
-    unused sinks. The deeper a block, the more its attention costs.
+    GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A block's value is
+    its cost times its uses, plus the value of the block evicted last. So blocks released later get
+    higher values than unused old blocks. A deeper block costs more, because of its attention.
     """
 
     name = "cost"
@@ -132,7 +132,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # A block is of no use without those before it: a parent is worth what its children are.
+        # A block is useless without its parent. So a parent is worth at least as much as a child.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

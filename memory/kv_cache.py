@@ -1,4 +1,4 @@
-"""The KV tensors and their layout."""
+"""The tensor of the KV cache and its layout."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from utils.errors import OutOfMemoryError
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's pages; views of the same storage.
+    """The blocks of one layer, as several views of the same storage.
 
     Attributes:
         k, v: [num_blocks, block_size, num_kv_heads, head_dim].
-        flat: [num_blocks * block_size, 2 * num_kv_heads, head_dim]: the K heads of a position,
-            then its V heads.
+        flat: [num_blocks * block_size, 2 * num_kv_heads, head_dim]. A row has the K heads of one
+            position, then the V heads of the position.
         keys, values: [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
@@ -41,13 +41,11 @@ class KVLayer:
 
 
 class KVCache:
-    """All pages: [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
+    """The whole cache: `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
 
-    K and V of a position lie side by side, so that one indexed copy stores both. (Paged decodes
-    in other layouts differed by under 2 % on an H200.)
-
-    Raises:
-        OutOfMemoryError: the device cannot hold them.
+    K and V of a position lie side by side, so that one indexed copy stores both K and V. (In other
+    layouts the time of paged decodes differed by under 2 % on an H200.) Raises an OutOfMemoryError
+    if the device cannot hold the cache.
     """
 
     def __init__(self, geometry: KVGeometry, dtype: torch.dtype, device: torch.device) -> None:
@@ -63,39 +61,37 @@ class KVCache:
             ) from error
 
     def copy_block(self, source: int, target: int) -> None:
-        """All layers of a block, in the order of the current stream."""
-        # One launch and, unlike indexing by several blocks at once, no temporary memory.
+        """Copy a block in all layers. The copy runs on the current stream."""
+        # One launch without temporary memory. Indexing by several blocks at once would need some.
         self.data[:, target] = self.data[:, source]
 
     def layers(self) -> list[KVLayer]:
-        """The view of each layer."""
+        """The views of each layer."""
         return [KVLayer.of(pages) for pages in self.data]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not empty: stale NaNs in never-written rows must not reach masked products.
+    """A tensor of zeros. Uninitialised rows may hold NaN, and a masked product 0 * NaN is NaN.
 
-    On Linux a CPU's are in huge pages if possible: 32 mixed requests ran 3 to 8 % faster.
+    On Linux a CPU tensor is in huge pages if possible: 32 mixed requests ran 3 to 8 % faster.
     """
     if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        # No memory, or no such pages: torch's own zeros tell, or serve.
+        # Without huge pages `torch.zeros` below serves; without memory it raises the error.
         with suppress(OSError, OverflowError):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             area = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
             area.madvise(mmap.MADV_HUGEPAGE)
-            # The tensor keeps the area, which is unmapped with it.
+            # The tensor keeps a reference to the area. The area is unmapped with the tensor.
             return torch.frombuffer(area, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
-    """`geometry` with num_blocks as the config asks: a number, or what a byte budget holds.
+    """`geometry` with the config's num_kvcache_blocks, or as many as kvcache_memory_bytes holds.
 
-    If the config asks for neither, every request has room for the longest context, up to a GiB:
-    that is small beside a laptop's memory, and touched only as it fills.
-
-    Raises:
-        OutOfMemoryError: the budget holds no block.
+    By default max_num_seqs requests have room for the longest context, up to 1 GiB in all. 1 GiB is
+    small beside a laptop's memory, and memory is touched only when blocks are written. Raises an
+    OutOfMemoryError if kvcache_memory_bytes is less than one block.
     """
     if config.num_kvcache_blocks is not None:
         return replace(geometry, num_blocks=config.num_kvcache_blocks)

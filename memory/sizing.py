@@ -1,4 +1,4 @@
-"""How large the KV cache may be on a CUDA device."""
+"""Memory of a CUDA device: how much steps take, and how many KV blocks fit beside them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ import torch
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# For what the driver takes beside the pool for captured graphs (some 70 of them with a few hundred
-# nodes each) and for allocations to round up; tests/gpu checks that the whole stays within 2 %.
+# Memory that `measure_usage` does not see: the driver's memory for captured graphs (some 70 graphs
+# with a few hundred nodes each), and rounding of allocations. tests/gpu checks that the engine's
+# whole memory differs from gpu_memory_utilization by less than 2 % of the device's memory.
 _MARGIN_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Device memory in bytes."""
+    """Measured device memory in bytes."""
 
-    total: int  # of the device
-    free_before: int  # before this engine took any; what others hold is not in it
-    weights: int  # taken by this engine and kept
-    peak: int  # taken on top by its heaviest steps, all kept for reuse
+    total: int  # memory of the device
+    free_before: int  # free memory before this engine took any
+    weights: int  # memory that the engine took for weights and tables
+    peak: int  # further memory for the heaviest steps; torch's allocator keeps it for reuse
 
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """An OutOfMemoryError with the way out, where torch or NumPy run out of memory within."""
+    """Replace torch's and NumPy's out-of-memory errors by one that says which options to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # A CPU's allocator has no type of its own. "illegal memory access" is something else.
+        # torch's CPU allocator raises a plain RuntimeError, so its text has to be compared. The
+        # CUDA error "illegal memory access" must not match.
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
         if not full or isinstance(error, OutOfMemoryError):
@@ -45,7 +47,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free device memory; 0 for a CPU, whose caches are sized otherwise."""
+    """Free device memory in bytes; 0 for a CPU, where free memory does not size the KV cache."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -53,7 +55,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def release_device(device: torch.device) -> None:
-    """Give cached device memory back, as far as nothing refers to it."""
+    """Return torch's cached device memory to the driver, except memory that is still in use."""
     if device.type == "cuda":
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
@@ -63,7 +65,7 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """What the heaviest steps take: the sum, as eager steps and the graphs' pool share nothing."""
+    """Measure weights and heaviest steps; eager steps and the pool of graphs share no memory."""
     torch.cuda.synchronize(device)
     peak = 0
     weights = free_before - free_bytes(device)
@@ -80,10 +82,8 @@ def measure_usage(
 def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
     """`geometry` with as many blocks as fit beside weights and activations.
 
-    The whole engine stays below `utilization` of the device and below what was free before it.
-
-    Raises:
-        OutOfMemoryError: not one block fits; the message has the numbers.
+    The engine's total stays below `utilization` of the device's memory, and below `free_before`.
+    If not even one block fits, an OutOfMemoryError says how much each part takes.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says about its model."""
+"""Opens a checkpoint folder and reads its configuration files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedMo
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder, weights unread."""
+    """An opened checkpoint folder. Its weights have not been read."""
 
     path: Path
-    hf_config: Any  # its config.json, as transformers' configuration object
-    # Every token that ends a text, from generation_config.json and config.json.
+    hf_config: Any  # content of config.json, as transformers' configuration object
+    # Ids of the end-of-sequence tokens, from generation_config.json and config.json.
     eos_token_ids: frozenset[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For another process: its configuration is of transformers' base class."""
+        """Pickle for another process, where `hf_config` has transformers' base class."""
         return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
 
     @property
     def max_position(self) -> int:
-        """Longest context the checkpoint was made for, its rope scaling included."""
+        """Longest context in tokens that the checkpoint was made for, with its rope scaling."""
         limit = getattr(self.hf_config, "max_position_embeddings", None)
         if not isinstance(limit, int):
             kind = self.hf_config.model_type
@@ -45,16 +45,15 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # A model's own class writes its documentation when it is imported, and with it come
-    # transformers' generation and torch's compiler: 1.4 s where torch itself takes 1.0.
+    # The base class avoids an import of the model's own configuration class. Such an import loads
+    # transformers' generation and torch's compiler: 1.4 s, while torch itself takes 1.0 s.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a checkpoint folder, or a hub name by way of huggingface_hub's cache.
+    """Open a checkpoint folder, or a model of the Hugging Face hub through its local cache.
 
-    Raises:
-        CheckpointError: there is no such folder, or it has no usable config.json.
+    Raises a CheckpointError if there is no such model, or if it has no usable config.json.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -66,7 +65,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         model_type = json.loads(config_file.read_text()).get("model_type")
         known = model_type in CONFIG_MAPPING_NAMES
         hf_config = AutoConfig.from_pretrained(path) if known else None
-    # Configs check their fields in many ways, with errors of their own.
+    # transformers' configuration classes raise many unrelated types of errors.
     except Exception as error:
         raise CheckpointError(f"{config_file} is unusable: {error}") from error
     if hf_config is None:
@@ -85,13 +84,13 @@ def _from_hub(model: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
-    # The hub client raises many unrelated types when it cannot reach or find something.
+    # The hub client raises many unrelated types of errors.
     except (HFValidationError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointNotFoundError(f"{missing}, and the hub gave none ({error})") from error
 
 
 def generation_config(path: Path) -> dict[str, Any]:
-    """What a folder's generation_config.json says, if any; a CheckpointError if unusable."""
+    """Read generation_config.json, {} if there is none; a CheckpointError if it is unusable."""
     file = path / "generation_config.json"
     try:
         return {**json.loads(file.read_text())} if file.is_file() else {}
@@ -107,6 +106,6 @@ def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
         if not all(type(token) is int and token >= 0 for token in tokens):
             raise CheckpointError(f"{path}: eos_token_id={value!r} is no token id, nor several")
         found.update(tokens)
-    # Those beyond the vocabulary are never sampled.
+    # Token ids beyond the vocabulary are left out, as they are never sampled.
     size = getattr(hf_config, "vocab_size", None)
     return frozenset(token for token in found if size is None or token < size)

@@ -1,22 +1,22 @@
-"""Every error a user can cause, as a type to catch.
+"""The types of all errors that the engine raises on purpose.
 
 AllmosError
-├── FieldError                 something given was wrong: has .field, .value and .fix
-│   ├── ConfigError            an engine option (also a ValueError)
-│   └── RequestError           a prompt or its sampling parameters (also a ValueError)
-│       └── RequestTooLongError    it can never fit the context window or the KV cache
-├── CheckpointError            the model folder
-│   ├── CheckpointNotFoundError    (also a FileNotFoundError)
-│   ├── UnsupportedModelError      an architecture or feature without an implementation here
-│   └── WeightsError               missing, unexpected or misshapen tensors
-├── OutOfMemoryError           weights or KV cache do not fit the device (also a MemoryError)
+├── FieldError                 a wrong value; has .field, .value and .fix
+│   ├── ConfigError            a wrong engine option (also a ValueError)
+│   └── RequestError           a wrong prompt or sampling parameter (also a ValueError)
+│       └── RequestTooLongError    a request can never fit the context window or the KV cache
+├── CheckpointError            the checkpoint folder is unusable
+│   ├── CheckpointNotFoundError    there is no such folder (also a FileNotFoundError)
+│   ├── UnsupportedModelError      the engine does not implement the architecture or a feature
+│   └── WeightsError               tensors are missing, unexpected or of the wrong shape or dtype
+├── OutOfMemoryError           weights, steps or KV cache do not fit the device (also a MemoryError)
 ├── StepError                  a step failed; all unfinished requests have ended
 ├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
-│   └── PlanError              a plan misuses a KV block: has .step_id, .request_id and .block (also
+│   └── PlanError              a plan misuses a KV block; has .step_id, .request_id and .block (also
 │       │                      a StepError)
-│       └── KVSanitizerError   the same, or NaN in a block, found with kv_sanitizer=True
+│       └── KVSanitizerError   kv_sanitizer=True found a misused KV block, or NaN in a KV block
 ├── WorkerDiedError            the process of a tensor-parallel rank has ended by itself
-└── EngineClosedError          use after close() (also a RuntimeError)
+└── EngineClosedError          the engine was used after close() (also a RuntimeError)
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from collections.abc import Iterable
 
 
 class AllmosError(Exception):
-    """Base of all errors raised on purpose; the tree above explains each of them."""
+    """Base class of the errors; the tree at the top of this file explains each error."""
 
 
 class FieldError(AllmosError):
-    """The option, parameter or argument `field` has a `value` with a `problem`, and has a `fix`."""
+    """The `value` of the option or argument `field` has a `problem`; `fix` says what to do."""
 
     def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
         super().__init__(field, value, problem, fix)
@@ -76,7 +76,7 @@ class WorkerDiedError(AllmosError): ...
 
 
 class PlanError(ContractError, StepError):
-    """A step has no block for a KV position (`block` is -1), or uses one that is not its own."""
+    """A plan has no block for a KV position (then `block` is -1), or misuses a KV block."""
 
     def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
         super().__init__(step_id, request_id, block, problem)
@@ -95,7 +95,7 @@ class EngineClosedError(AllmosError, RuntimeError): ...
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the closest known name, or all of them."""
+    """A sentence for an error: the known name closest to `name`, or else all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

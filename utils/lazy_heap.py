@@ -10,15 +10,16 @@ T = TypeVar("T")
 
 
 class LazyHeap(Generic[T]):
-    """Items by rising key, among equal keys the first pushed; each item is in the heap once.
+    """A heap with the smallest key first; of items with equal keys the first pushed comes first.
 
-    A removed item's entry stays until it comes to the top, or until more than half of the heap is
-    such entries. So every operation takes O(log n), amortized.
+    An item is in the heap at most once. The entry of a removed item is stale. A stale entry stays
+    until it comes to the top, or until more than half of all entries are stale. So every operation
+    takes O(log n) amortised time.
     """
 
     def __init__(self) -> None:
         self.heap: list[tuple[Any, int, T]] = []
-        # Of each item the number of its entry, which tells it from entries of its past.
+        # The number of each item's entry. Entries with other numbers are stale.
         self._numbers: dict[T, int] = {}
         self._count = itertools.count()
 
@@ -26,21 +27,21 @@ class LazyHeap(Generic[T]):
         return len(self._numbers)
 
     def push(self, key: Any, item: T) -> None:
-        """Add an item, or move it to another key."""
+        """Add an item, or give it a new key if it is in the heap already."""
         if item in self._numbers:
             self.remove(item)
         self._numbers[item] = number = next(self._count)
         heapq.heappush(self.heap, (key, number, item))
 
     def remove(self, item: T) -> None:
-        """Remove an item that is in the heap."""
+        """Remove an item. The item must be in the heap."""
         del self._numbers[item]
         if len(self.heap) > 2 * len(self._numbers) + 64:
             self.heap = [e for e in self.heap if self._numbers.get(e[2]) == e[1]]
             heapq.heapify(self.heap)
 
     def first(self) -> T | None:
-        """The item of the smallest key, if any."""
+        """The item with the smallest key; None if the heap is empty."""
         while self.heap:
             _, number, item = self.heap[0]
             if self._numbers.get(item) == number:
@@ -49,7 +50,7 @@ class LazyHeap(Generic[T]):
         return None
 
     def pop(self) -> tuple[Any, T]:
-        """Remove the item of the smallest key, of which there is one; returns key and item."""
+        """Remove the item with the smallest key from a non-empty heap; returns key and item."""
         self.first()
         key, _, item = heapq.heappop(self.heap)
         del self._numbers[item]

@@ -1,4 +1,4 @@
-"""Reading safetensors into parameters, strictly."""
+"""Loads safetensors files into parameters. A tensor that does not fit is an error."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from torch import Tensor
 
 from utils.errors import WeightsError
 
-# Not weights: inverse rotary frequencies that older exports stored.
+# Tensors with this suffix are skipped: inverse rotary frequencies, which old exports stored.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
-# Integers, booleans and 8-bit floats are of quantised checkpoints and mean something else.
+# Tensors of other types come from quantised checkpoints and are not the weights themselves.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
 class WeightTarget:
-    """Where one checkpoint tensor goes."""
+    """Where one tensor of a checkpoint is loaded to."""
 
-    target: Tensor  # view of a parameter that receives this rank's part; a smaller part broadcasts
+    target: Tensor  # view of a parameter; this rank's part is broadcast to its shape and copied
     shape: tuple[int, ...]  # full shape of the checkpoint's tensor
-    dim: int | None = None  # dimension along which ranks take parts; None to take all of it
-    start: int = 0  # first index taken along `dim`
-    length: int = 0  # indices taken along `dim`
+    dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
+    start: int = 0  # first index along `dim` that this rank takes
+    length: int = 0  # number of indices along `dim` that this rank takes
 
 
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
-    """Fill `slots`, by tensor name, from the safetensors files of a checkpoint folder.
+    """Load all tensors in the safetensors files of a checkpoint folder.
+
+    Raises a WeightsError if tensors do not fit (it names up to 8 per problem) or a file is damaged.
 
     Args:
-        tied: the head is the embedding; a stored head must then equal it.
-
-    Raises:
-        WeightsError: tensors do not fit (all are listed), or a file is damaged.
+        slots: where each tensor goes, by the tensor's name in the checkpoint.
+        tied: the output head shares the embedding's weight. A stored head must equal the embedding.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Finding a part by name, import path, class or factory, without a table to edit."""
+"""Finds a part of the engine, such as its scheduler, by name, import path, class or factory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from utils.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class PartKind:
-    """A kind of part, which an option of `Config` names."""
+    """A kind of part (schedulers, for example), which one option of `Config` chooses."""
 
-    option: str  # that option
-    contract: str  # "module:Class" of what the parts implement; imported when it is needed
+    option: str  # name of the option
+    contract: str  # "module:Class" of the parts' base class, which is imported when it is needed
     packages: tuple[str, ...]  # packages or modules where names are looked up
-    auto: tuple[str, ...] = ()  # "auto" takes the first of these that can do what is asked
+    auto: tuple[str, ...] = ()  # "auto" takes the first of these names that can serve the options
 
     @property
     def base(self) -> type:
-        """The contract itself."""
+        """The class that `contract` names."""
         return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
-        """The parts that can be had by name: concrete subclasses of the contract in `packages`.
+        """The parts that have a name: concrete subclasses of `base` in `packages`, by name.
 
-        A class without a `name` of its own is only there to be subclassed or chosen by the engine.
+        Classes without a `name` of their own are left out: they are bases or chosen by the engine.
+        A module that needs a package which is not installed is skipped.
 
         Raises:
-            ImportError: a module imports what an installed package does not have. One whose
-                optional dependency is missing is passed over.
+            ImportError: a module imports a name that an installed package does not have.
         """
         base = self.base
         return {
@@ -52,7 +52,7 @@ class PartKind:
         }
 
     def _modules(self) -> dict[str, ModuleType | ModuleNotFoundError]:
-        """The modules of `packages`; for one that needs a package not installed, the error."""
+        """Modules of `packages` by name, or the error if a module needs a missing package."""
         modules: dict[str, ModuleType | ModuleNotFoundError] = {}
         for package in self.packages:
             modules[package] = found = importlib.import_module(package)
@@ -68,7 +68,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """What constructs a part; a ConfigError if it is none of the contract, or unknown."""
+        """The part's class or factory; a ConfigError if the part is unknown or no `base` class."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -100,12 +100,12 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Find a part and construct it; a ConfigError also for other arguments or results."""
+        """Find and construct a part; a ConfigError if the arguments or the result do not fit."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)
         except ValueError:
-            pass  # some callables do not tell their arguments
+            pass  # some callables have no signature
         except TypeError as error:
             kinds = ", ".join(type(arg).__name__ for arg in args)
             problem = f"cannot be called with ({kinds}): {error}"

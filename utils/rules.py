@@ -1,4 +1,4 @@
-"""What a field of `Config` or `SamplingParams` may be, in code and in words."""
+"""Rules that check the values of the fields of `Config` and `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Whether a value is allowed, and what to say if it is not; a fix may depend on the value."""
+    """A check of a value, and the error's texts. `fix` may be a function of the wrong value."""
 
     allows: Callable[[Any], bool]
     problem: str
@@ -22,17 +22,17 @@ class Rule:
 
 
 def ruled(default: T, rule: Rule) -> T:
-    """A field of a dataclass with a rule."""
+    """Declare a dataclass field that has a default and a rule."""
     return field(default=default, metadata={"rule": rule})
 
 
 def rules_of(kind: type) -> dict[str, Rule]:
-    """The rules of a dataclass by the names of its fields."""
+    """The rules of a dataclass, by field name."""
     return {one.name: one.metadata["rule"] for one in fields(kind) if "rule" in one.metadata}
 
 
 def check_rules(values: object, rules: Mapping[str, Rule], error: type[FieldError]) -> None:
-    """Raise `error` for the first of the fields whose rule does not allow its value."""
+    """Raise `error` for the first field whose rule does not allow the field's value."""
     for name, rule in rules.items():
         value = getattr(values, name)
         if not rule.allows(value):
@@ -41,17 +41,17 @@ def check_rules(values: object, rules: Mapping[str, Rule], error: type[FieldErro
 
 
 def is_int(value: object) -> bool:
-    """Whether the value is an int and no bool."""
+    """Whether the value is an int but not a bool."""
     return isinstance(value, int) and value is not True and value is not False
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    """Whether the value is an int or a float from `low` to `high`; NaN never is."""
+    """Whether the value is an int or a float from `low` to `high`; False for NaN."""
     return (is_int(value) or isinstance(value, float)) and low <= value <= high
 
 
 def integer(low: int, high: float = inf, fix: str = "", *, optional: bool = False) -> Rule:
-    """Integers from `low` to `high`, and None if `optional`."""
+    """A rule that allows integers from `low` to `high`, and None if `optional`."""
     words = f">= {low}" if high == inf else f"from {low} to {high}"
     return Rule(
         lambda v: optional if v is None else is_int(v) and low <= v <= high,
@@ -61,28 +61,28 @@ def integer(low: int, high: float = inf, fix: str = "", *, optional: bool = Fals
 
 
 def number(low: float, high: float, fix: str) -> Rule:
-    """Numbers from `low` to `high`."""
+    """A rule that allows numbers from `low` to `high`."""
     problem = f"must be a number from {low:g} to {high:g}"
     return Rule(lambda v: _is_number(v, low, high), problem, fix)
 
 
 def share(fix: str) -> Rule:
-    """Numbers above 0 and up to 1."""
+    """A rule that allows numbers above 0 and up to 1."""
     return Rule(lambda v: _is_number(v, 0, 1) and v > 0, "must be a number in (0, 1]", fix)
 
 
 def boolean(*, optional: bool = False) -> Rule:
-    """True, False, and None if `optional`."""
+    """A rule that allows True and False, and None if `optional`."""
     allowed = (bool, type(None)) if optional else bool
     return Rule(lambda v: isinstance(v, allowed), "must be a bool", "Use True or False.")
 
 
 def choice(*known: str) -> Rule:
-    """One of some texts."""
+    """A rule that allows the texts `known`."""
     return Rule(known.__contains__, "unknown choice", lambda v: did_you_mean(str(v), known))
 
 
 def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:
-    """A list or tuple of values that `allows` accepts; `words` name them."""
+    """A rule for a list or tuple of values that `allows` accepts; the error calls them `words`."""
     problem = f"must be a list of {words}"
     return Rule(lambda v: isinstance(v, (list, tuple)) and all(map(allows, v)), problem, fix)

@@ -1,1 +1,1 @@
-"""Parts that find mistakes in other parts: the plan checker, the fake runner, the sanitizer."""
+"""Tools that find mistakes in schedulers, block managers and runners."""

@@ -1,8 +1,9 @@
-"""A runner without a model or a device, on which every mistake in a plan changes tokens.
+"""A runner without a model or a device, in which a mistake in a plan changes the sampled tokens.
 
-Its KV cache is an array of pages. A position's entry is a hash of its token and of what the block
-table shows of the positions that it reads; so is the next token. A wrong block, one freed early, a
-stale prefix, a lost write: each gives other tokens than `FakeModel.alone`.
+The KV cache has an integer, the *entry*, for each position. An entry is a hash of the position's
+token and of the earlier entries, as found through the block table. A sampled token is a hash of
+entries too. So a wrong block, a block freed too early, a stale prefix or a lost write changes the
+tokens. `FakeModel.alone` computes the right tokens without a cache.
 """
 
 from __future__ import annotations
@@ -21,39 +22,39 @@ from engine.types import CacheKind, FullPages, KVGeometry, StepHandle
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# What positions hold before their request wrote them, and what drafts that were not kept leave.
+# Entries of positions that were not written yet, and of drafted positions that were not kept.
 _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """Arithmetic in place of a model: hashes of integers, which are the same in every process.
+    """Hashes of integers in place of a model. The hashes are the same in every process.
 
-    What is *read* from a context is the sum of its entries, whatever the page size. Several cache
-    groups have the same entries, and each adds those that it keeps.
+    `read` is the sum of the entries that a position reads, so the block size does not change it.
+    All cache groups hold the same entries. In `read` each group counts the entries that it keeps.
     """
 
     vocab_size: int = 50
     eos_token_id: int = 0
-    eos_chance: float = 0.0  # that a token is `eos_token_id`, beside its share of the others
-    error_chance: float = 0.0  # that a row reports an error in place of a token
-    tells: bool = False  # every row reports its tokens as values
-    seed: int = 0  # another seed, another model
-    kinds: tuple[CacheKind, ...] = (FullPages(),)  # of each cache group
+    eos_chance: float = 0.0  # probability of an extra `eos_token_id` in place of a drawn token
+    error_chance: float = 0.0  # probability that a row reports an error in place of a token
+    tells: bool = False  # whether every row reports its tokens as `RowReport.values`
+    seed: int = 0  # models with different seeds sample different tokens
+    kinds: tuple[CacheKind, ...] = (FullPages(),)  # which positions each cache group keeps
 
     def entry(self, read: int, token: int) -> int:
-        """What the cache holds for `token` behind a context of which `read` was read."""
+        """The cache entry of a position with `token`, if the position reads the sum `read`."""
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """The token after a context, for a request with this seed."""
+        """The token sampled for a request with this seed after a position that reads `read`."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
         return draw % self.vocab_size
 
     def fails(self, read: int, seed: int) -> bool:
-        """Whether an error comes in place of that token."""
+        """Whether the row reports an error in place of the token that `sample` gives."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
 
     def alone(
@@ -64,8 +65,8 @@ class FakeModel:
         stop_token_ids: Container[int] = (),
         seed: int = 0,
     ) -> list[int]:
-        """The right output of a request, whatever it is batched with."""
-        sums, tokens = [0], list(prompt)  # sums of the leading entries
+        """The right output of a request, computed without a cache and without other requests."""
+        sums, tokens = [0], list(prompt)  # sums[i] is the sum of the first i entries
 
         def read(position: int) -> int:
             return sum(sums[-1] - sums[kind.first_read(position)] for kind in self.kinds)
@@ -80,14 +81,14 @@ class FakeModel:
 
 
 class FakeRunner(SimulatedRunner):
-    """Executes plans on pages of numbers: `LLM(path, model_runner="fake")`.
+    """Executes plans on blocks of integers: `LLM(path, model_runner="fake")`.
 
     `FakeRunner(config, groups=...)` needs no checkpoint and no torch. A step takes no time by
-    default. A decode row keeps as many positions as in the simulated runner; the others are
-    garbage, as a real draft leaves them.
+    default. A decode row keeps as many positions as in the simulated runner. The row's further
+    positions get garbage entries, as rejected drafts leave them in a real cache.
 
     Args:
-        model: another one than the checkpoint's vocabulary and end of sequence suggest.
+        model: by default a FakeModel with the checkpoint's vocabulary and end of sequence.
     """
 
     name = "fake"
@@ -108,12 +109,12 @@ class FakeRunner(SimulatedRunner):
         self._vocab_size = self.model.vocab_size
         self.checker = PlanChecker(self._groups, config)
         size = self.checker.block_size
-        # Entries of each page, by group.
+        # Entries by cache group, block and position in the block.
         self._pages = [[[_POISON] * size for _ in range(g.num_blocks)] for g in self._groups]
-        self._rows: dict[int, Row] = {}  # of the step, by slot
+        self._rows: dict[int, Row] = {}  # rows of this step, by slot (a request's index)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """As the contract says; a plan that breaks a rule is a ContractError."""
+        """Execute a plan. A plan that breaks a rule of `PlanChecker` raises a ContractError."""
         return CheckedHandle(super().execute(plan), self.checker)
 
     def _start(self, plan: StepPlan) -> None:
@@ -127,12 +128,12 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # A block that comes to a table is garbage, except a prefix found in the cache.
+                # Blocks before the row's start keep their entries: a prefix found in the cache.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        # `_draw` computes the last known position.
+        # If the chunk samples, `_draw` computes the chunk's last position.
         for position in range(chunk.start, chunk.start + chunk.num_tokens - chunk.samples):
             self._compute(self._requests[chunk.slot], position)
         return super()._prefill(chunk)
@@ -146,10 +147,10 @@ class FakeRunner(SimulatedRunner):
         return tokens
 
     def _draw(self, request: SimulatedRequest) -> int:
-        """Compute the last token's position, and sample by what the pages hold then."""
+        """Compute the last token's position, then sample from the entries in the blocks."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # Not by what was written: a block may be in the table twice.
+        # Read the entry back: another entry comes back if a wrong table holds a block twice.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
@@ -169,7 +170,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """What computing `position` reads of the entries before `end`, over all groups."""
+        """The sum of the entries before `end` that `position` reads, over all groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

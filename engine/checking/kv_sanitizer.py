@@ -1,9 +1,9 @@
-"""Finds misuse of a KV block in the very step that commits it: `Config(kv_sanitizer=True)`.
+"""Finds misuse of KV blocks in the step where it happens: `Config(kv_sanitizer=True)`.
 
-Every plan is checked before it runs: by the rules for all plans, and against an account of who
-holds each block and how much of it is written. On the device dead blocks are filled with NaN, and
-what a step writes must not be NaN. This finds misuse that no plan shows: a kernel that reads past
-a request's end, or in another request's blocks.
+Every plan is checked before it runs, by the rules of `PlanChecker` and against a record of each
+block: its holders and its written positions. A block is *dead* if its content may not be read any
+more. Dead blocks are filled with NaN on the device, and a step must not write NaN. This NaN check
+finds misuse that no plan shows, for example a kernel that reads past a request's end.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Passes every call on to a new block manager, and keeps the account."""
+    """Wraps a new block manager, and records holders and written positions of its blocks."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
-        # All blocks: what the device holds before anything was written is dead as well.
+        # Blocks to fill with NaN. At first these are all blocks, because none is written.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
-        # Requests that hold each block.
+        # Ids of the requests that hold each block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
-        # Leading positions of each block that are written, or will be by planned steps.
+        # How many leading positions of each block are written, or will be by planned steps.
         self.filled = [0] * inner.num_blocks
-        self.step_id = 0  # of the step that is planned next
+        self.step_id = 0  # id of the step that is planned next
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     @property
     def groups(self) -> tuple[SanitizedBlocks, ...]:
-        """Itself, so that nobody passes it by."""
+        """The wrapper itself, so that no caller reaches the inner manager."""
         return (self,)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -66,7 +66,7 @@ class SanitizedBlocks:
         before = list(self._inner.table(request_id))
         self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # A window gives blocks back.
+        # For layers with a window, `commit` frees blocks that have left the window.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -81,12 +81,12 @@ class SanitizedBlocks:
                 self._kill(block)
 
     def take_dead(self) -> tuple[int, ...]:
-        """Blocks whose content died since the last call."""
+        """Blocks that died since the last call of `take_dead`."""
         dead, self._dead = self._dead, set()
         return tuple(sorted(dead))
 
     def _hand_out(self, request_id: int, blocks: list[int]) -> None:
-        """The request gets these blocks for itself."""
+        """Record that the request now holds these blocks, which no other request may hold."""
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"
@@ -95,7 +95,7 @@ class SanitizedBlocks:
             self._kill(block)
 
     def _drop(self, request_id: int, blocks: list[int]) -> None:
-        """The request holds these blocks no longer."""
+        """Record that the request no longer holds these blocks."""
         for block in blocks:
             self.holders[block].discard(request_id)
             may_be_found = self._inner.caches_prefixes and block in self._published
@@ -109,10 +109,10 @@ class SanitizedBlocks:
 
 
 class KVSanitizer(PlanChecker):
-    """The plan checker, with the account that the block managers keep."""
+    """A plan checker that also checks plans against the records of `SanitizedBlocks`."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()  # of each cache group, once they are known
+    managers: tuple[SanitizedBlocks, ...] = ()  # one for each cache group, set by `watch`
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
@@ -126,17 +126,17 @@ class KVSanitizer(PlanChecker):
 
     def settle(self, row: Row, num_kept: int) -> None:
         super().settle(row, num_kept)
-        # What was drafted and not kept is not written, unless a later row computes it.
+        # Drafted positions that were not kept are unwritten, unless a later row computes them.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
         for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):
                 block, most = table[place], max(0, end - place * self.block_size)
-                # Given up since, it may be another one's already.
+                # The request may have given the block up, and another request may hold it.
                 if row.state.new.request_id in blocks.holders[block]:
                     blocks.filled[block] = min(blocks.filled[block], most)
 
     def _check_copy(self, source: int, target: int, blocks: SanitizedBlocks) -> None:
-        """Check a copy, and count its target as written as far as its source is."""
+        """Check a block copy, and record the target's positions as written."""
         holders, filled = sorted(blocks.holders[target]), blocks.filled[source]
         if len(holders) != 1:
             problem = f"copied to; holders {holders}"
@@ -147,9 +147,9 @@ class KVSanitizer(PlanChecker):
         blocks.filled[target] = filled
 
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
-        """Check one row of the plan, and count its positions as written."""
+        """Check one row of the plan, and record its positions as written."""
         size, request_id, end = self.block_size, row.state.new.request_id, row.end
-        # Wherever the row starts, it reads no earlier position than this.
+        # `row.start` is the earliest possible start: the row reads no block before this index.
         first_place = self.groups[group].kind.first_read(row.start) // size
         table = row.state.tables[group][: -(-end // size)]
         for place in range(first_place, len(table)):
@@ -170,7 +170,7 @@ class KVSanitizer(PlanChecker):
 
 
 class SanitizedRunner(ModelRunner):
-    """Checks every plan, then has the runner execute it."""
+    """Wraps a runner, and checks every plan before the runner executes it."""
 
     def __init__(self, inner: ModelRunner, config: Config) -> None:
         self._inner = inner
@@ -178,7 +178,7 @@ class SanitizedRunner(ModelRunner):
         self._checker = KVSanitizer(inner.kv_groups, config)
 
     def watch(self, managers: Iterable[BlockManager]) -> tuple[BlockManager, ...]:
-        """The block managers of the next plans, one for each cache group, in their wrappers."""
+        """Wrap the block managers of the next plans, one for each cache group."""
         self._checker.reset()
         self._checker.managers = tuple(map(SanitizedBlocks, managers))
         return cast(tuple[BlockManager, ...], self._checker.managers)
@@ -194,7 +194,7 @@ class SanitizedRunner(ModelRunner):
         self._inner.wait_until(moment)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """As the contract says; for what is raised see `PlanChecker.check`."""
+        """Check and execute a plan. Raises what `PlanChecker.check` raises."""
         self._checker.check(plan)
         dead = tuple(blocks.take_dead() for blocks in self._checker.managers)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))
@@ -205,31 +205,31 @@ class SanitizedRunner(ModelRunner):
 
 
 class KVPoison:
-    """The device's part: NaN in dead blocks before a step, and a look at what the step wrote.
+    """Fills dead blocks with NaN before a step, and looks for NaN in what the step wrote.
 
-    What was read from a dead block makes the keys and values of the following layers NaN, so the
-    last layer's are looked at.
+    NaN that a layer reads makes keys and values of all following layers NaN. So only the last
+    layer's keys and values are checked.
     """
 
     def __init__(self, kv: list[KVLayer], tables: SlotTables) -> None:
         self._kv = kv
         self._tables = tables
-        self._requests: dict[int, int] = {}  # by slot
+        self._requests: dict[int, int] = {}  # request ids by slot (row in the device's tables)
 
     def fill(self, plan: StepPlan) -> None:
-        """Poison the plan's dead blocks, of one cache group, in the order of the current stream."""
+        """Fill the plan's dead blocks, of one cache group, with NaN on the current stream."""
         for group in plan.poisoned_blocks:
             blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
             for layer in self._kv:
                 layer.k[blocks] = layer.v[blocks] = float("nan")
 
     def check(self, plan: StepPlan) -> None:
-        """Wait for the step; a KVSanitizerError if a position that it wrote is NaN."""
+        """Wait for the step, and raise a KVSanitizerError if the step wrote NaN."""
         self._requests |= {new.slot: new.request_id for new in plan.new_requests}
         tables, size = self._tables, self._tables.block_size
         per_row = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
         slots, counts = torch.tensor([plan.row_slots, per_row], device=tables.num_computed.device)
-        # Every row ends at the last position that counts as computed.
+        # `num_computed` includes the positions of the step: each row's positions end there.
         behind = counts.cumsum(0).repeat_interleave(counts)
         behind -= torch.arange(len(behind), device=behind.device)
         slots = slots.repeat_interleave(counts)

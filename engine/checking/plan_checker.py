@@ -1,7 +1,8 @@
-"""The rules that every plan and every result has to keep, as one state machine.
+"""Checks that every plan and every result keeps the rules of `engine.types` and `engine.step`.
 
-The checker sees plans when they are executed and results when they are taken. So the fake runner,
-the conformance kit and the KV sanitizer can use it; the sanitizer adds what a block manager tells.
+The checker reads only plans and results. So it serves the fake runner, the conformance kit and the
+KV sanitizer, which adds checks against the block manager. A *slot* is the index of a running
+request's row in the runner's tables. A *place* is an index in a block table.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from utils.errors import ContractError, PlanError
 
 @dataclass(slots=True)
 class SlotState:
-    """A request in its slot, as far as plans and results tell."""
+    """What plans and results tell about the request in a slot."""
 
     new: NewRequest
-    tables: list[list[int]]  # of each cache group
-    num_positions: int  # that rows may compute: the last token's only if it belongs to the prompt
-    # Fewest and most positions that are computed once all steps in flight have ended. They differ
-    # while decode rows of several positions are in flight; `high` may exceed the length limit.
-    low: int = -1  # before the first row
+    tables: list[list[int]]  # the block table in each cache group
+    # How many positions rows may compute. A token at the length limit is computed only if it
+    # belongs to the prompt, and is only sampled otherwise.
+    num_positions: int
+    # Fewest and most positions that are computed once all steps in flight have ended. `low` and
+    # `high` differ while drafts are in flight; `high` may exceed the length limit.
+    low: int = -1  # -1 before the first row
     high: int = 0
-    # (group, index) of each table entry added since the slot's last row.
+    # (group, place) of each table entry added since the slot's last row.
     fresh: list[tuple[int, int]] = field(default_factory=list)
-    rows: deque[Row] = field(default_factory=deque)  # in flight, oldest first
-    ended: bool = False  # no plan may have a row of it any more
+    rows: deque[Row] = field(default_factory=deque)  # rows in flight, oldest first
+    ended: bool = False  # whether the request has ended: no plan may have a row of it any more
 
 
 @dataclass(slots=True)
@@ -38,21 +41,21 @@ class Row:
     """A row of a step."""
 
     state: SlotState
-    start: int
-    latest: int  # start; later than `start` for decode rows behind others of several positions
-    count: int  # most positions that it computes
+    start: int  # earliest possible start
+    latest: int  # latest possible start, after `start` if drafts of the request are in flight
+    count: int  # maximum number of positions that the row computes
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # see SlotState
+    fresh: Sequence[tuple[int, int]] = ()  # (group, place) of table entries new since the last row
 
     @property
     def end(self) -> int:
-        """One behind the last position that it may compute."""
+        """The position after the last position that the row may compute."""
         return min(self.latest + self.count, self.state.num_positions)
 
 
 @dataclass(slots=True, eq=False)
 class CheckedHandle(StepHandle):
-    """A step whose result is checked when it is first taken."""
+    """A handle of a step that checks the step's result when it is first read."""
 
     inner: StepHandle
     checker: PlanChecker
@@ -74,7 +77,7 @@ class CheckedHandle(StepHandle):
 
 
 class PlanChecker:
-    """Checks plans and results in the order of their steps, and by the limits of the config."""
+    """Checks plans and results in the order of their steps, against the limits of `config`."""
 
     error: type[PlanError] = PlanError
 
@@ -85,20 +88,18 @@ class PlanChecker:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: an exception ends all requests and steps, and step ids start anew."""
+        """Forget all: after an exception all requests have ended, and step ids start at 0 again."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # taken before those of earlier steps
+        self._results: dict[int, StepResult] = {}  # results that were read before earlier ones
         self._slots: dict[int, SlotState] = {}
-        self._running: dict[int, SlotState] = {}  # by request
+        self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
 
     def check(self, plan: StepPlan) -> list[Row]:
-        """Check a plan and take in what it changes; its rows.
+        """Check a plan, record what it changes, and return its rows.
 
-        Raises:
-            PlanError: the plan misuses a block.
-            ContractError: the plan breaks another rule; the message says which.
+        Raises a PlanError if the plan misuses a block, and a ContractError for other broken rules.
         """
         self._check_shape(plan)
         for new in plan.new_requests:
@@ -115,9 +116,9 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result as soon as those before it have been taken; a ContractError if wrong."""
+        """Check a result once all earlier results are there; a ContractError if it is wrong."""
         if self._next_step_id == 0:
-            return  # an earlier step failed
+            return  # an earlier step failed, and `reset` forgot this step
         step_id = result.step_id
         require(step_id in self._in_flight, f"a result of step {step_id}, not in flight")
         self._results[step_id] = result
@@ -125,16 +126,16 @@ class PlanChecker:
             self._check_result(*self._in_flight.pop(oldest), self._results.pop(oldest))
 
     def end(self, request_id: int) -> None:
-        """The request has ended: no plan may have a row of it any more."""
+        """Record that a request has ended: no plan may have a row of it any more."""
         self._ended.add(request_id)
         self._leave(request_id)
 
     def misuse(self, request_id: int, block: int, problem: str) -> PlanError:
-        """An error that names them and the step of the last plan."""
+        """The error for a misused block; it names the step of the last plan."""
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """A row of several positions has come back: later ones start where it left off."""
+        """Correct the starts of later rows after a row with drafts has kept `num_kept` tokens."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
@@ -163,11 +164,11 @@ class PlanChecker:
             if len(scored) != wanted:
                 problem = f"{len(scored)} log-probabilities, and {wanted} were asked for"
                 raise ContractError(f"slot {new.slot}: {problem}")
-            if row.count > 1 and row.start >= len(new.token_ids):  # a decode row
+            if row.count > 1 and row.start >= len(new.token_ids):  # a decode row with drafts
                 self.settle(row, len(tokens))
 
     def _users(self, group: int, block: int) -> list[int]:
-        """Slots that may touch the block in a step in flight."""
+        """Slots whose rows in flight may read or write the block."""
         users, kind, size = set(), self.groups[group].kind, self.block_size
         for _, rows in self._in_flight.values():
             for row in rows:
@@ -194,7 +195,7 @@ class PlanChecker:
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        # Who held the slot, and the place that a preempted request held.
+        # `old` held this slot before; `before` is this request's state before its preemption.
         old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
         require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
@@ -210,7 +211,7 @@ class PlanChecker:
         self._slots[slot] = self._running[request_id] = state
 
     def _leave(self, request_id: int) -> None:
-        """End the request in the slot that it held until now."""
+        """Mark the state of a request that leaves its slot as ended."""
         if state := self._running.pop(request_id, None):
             state.ended = True
 
@@ -254,7 +255,7 @@ class PlanChecker:
         return Row(state, start, start, chunk.num_tokens, samples)
 
     def _decode(self, slot: int, count: int) -> Row:
-        # Without `require`, whose message would be put together for every row.
+        # `require` is not used here: its message would be formatted for every row.
         state = self._state(slot)
         limit = state.new.max_total_tokens
         if state.low < len(state.new.token_ids):
@@ -267,7 +268,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """The row's blocks are there, and no step in flight uses those that came to its table."""
+        """Check that the row has its blocks, and that no step in flight uses its new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
@@ -279,7 +280,7 @@ class PlanChecker:
             row.fresh, state.fresh = state.fresh, []
         for group, place in row.fresh:
             block = state.tables[group][place]
-            # Blocks before the first row's start hold a prefix that was found in the cache.
+            # Blocks before the row's start hold a prefix found in the cache, and may be shared.
             if place * size >= row.start and (users := self._users(group, block)):
                 problem = f"goes to slot {new.slot} while slots {users} use it"
                 raise self.misuse(new.request_id, block, problem)
@@ -291,6 +292,6 @@ class PlanChecker:
 
 
 def require(holds: bool, rule: str) -> None:
-    """Raise ContractError with `rule` unless it holds."""
+    """Raise a ContractError with the message `rule` unless `holds` is true."""
     if not holds:
         raise ContractError(rule)
