@@ -65,11 +65,11 @@ def test_tokens_are_those_of_each_request_alone(
         for _ in range(2):
             ids = [llm.add_request(prompt, GREEDY) for prompt in _prompts()]
             outputs: dict[int, list[int]] = {}
-            before = llm.stats.preemptions
+            before = llm.stats().preemptions
             while llm.has_unfinished:
                 outputs |= {out["request_id"]: out["token_ids"] for out in llm.step()}
             assert [outputs[i] for i in ids] == _alone(shipped)
-            assert (llm.stats.preemptions > before) == (num_blocks == 13)
+            assert (llm.stats().preemptions > before) == (num_blocks == 13)
         stats = llm.cache_stats()
     assert stats.hit_tokens > 0
     assert (stats.evicted_blocks > 0) == (num_blocks == 13)

@@ -389,6 +389,7 @@ def test_any_order_of_calls_gives_true_hits_and_keeps_the_count(
         config = Config(model="none", eviction_policy=policy)
         blocks = _CollidingManager(config, KVGeometry(1, 1, 1, SIZE, num_blocks, 4))
     empty = _num_entries(blocks)
+    prompts: list[list[int]] = []
     rng = random.Random(f"{policy} {kind}")
     written: dict[int, list[int]] = {}  # block: all tokens up to its end
     running: dict[int, list[int]] = {}
@@ -432,6 +433,7 @@ def test_any_order_of_calls_gives_true_hits_and_keeps_the_count(
             for copy in blocks.take_copies():
                 written[copy.target] = written[copy.source]
             running[step], computed[step] = tokens, found
+            prompts.append(list(tokens))
             for i, block in enumerate(blocks.table(step)):
                 if i * SIZE < found:
                     assert written[block] == tokens[: (i + 1) * SIZE]
@@ -442,5 +444,7 @@ def test_any_order_of_calls_gives_true_hits_and_keeps_the_count(
     assert blocks.stats.hit_tokens > (0 if kind == "colliding" else 5000)
     for request_id in running:
         blocks.release(request_id)
+    for tokens in prompts:
+        assert blocks.pending(tokens) is None
     blocks.reset_prefix_cache()
     assert _num_entries(blocks) == empty
