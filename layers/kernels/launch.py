@@ -1,4 +1,4 @@
-"""What the kernels of a device may use."""
+"""Which kernels and hardware features a device supports."""
 
 import torch
 
@@ -13,18 +13,18 @@ def has_triton() -> bool:
 
 
 def fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tensors of this kind go through the fused kernels."""
+    """Whether the fused Triton kernels take tensors of this device and dtype."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def dependent_launch(device: torch.device) -> bool:
-    """Whether kernels may start before the one in front of them ends (compute capability 9.0)."""
+    """Whether a kernel may start before the previous kernel ends (compute capability 9.0 on)."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has wgmma, which came with compute capability 9.0 and left with 10.0.
+    """Whether the device has the wgmma instructions, as only compute capability 9.x has.
 
-    For others a kernel with it does not compile: LLVM ends the process.
+    Compiling a kernel with wgmma for another device fails: LLVM ends the process.
     """
     return torch.cuda.get_device_capability(device)[0] == 9
