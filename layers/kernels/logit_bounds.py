@@ -183,7 +183,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high], two blocks at most; return their count, and the mass above high."""
+    """Copy logits in [low, high], two blocks at most; return their count and the mass over high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):

@@ -229,7 +229,7 @@ def _paged_decode_kernel(
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # Page ids are loaded one tile ahead by hand: Triton's pipeliner would spend a stage on them.
+        # Page ids are loaded one tile ahead by hand: Triton's pipeliner would give them a stage.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):

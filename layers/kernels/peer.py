@@ -61,7 +61,7 @@ def _cells(x):
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of all ranks' parts, added in the order of ranks, so every rank gets the same bits."""
+    """The sum of all ranks' parts, added in the order of ranks: all ranks get the same bits."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
     # Wait for all peers at once: one by one, each peer would add the latency of a read.
@@ -206,7 +206,7 @@ class PeerExchange:
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """int64 elements of a rank's memory: cells of even and odd exchanges, of sums and maxima."""
+        """int64 elements of a rank's memory: for even and odd exchanges, cells of sums and maxima."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
@@ -227,7 +227,7 @@ class PeerExchange:
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum x [T, width], or float32 partial sums [S, T, width], over ranks; rounded to `dtype`."""
+        """Sum x [T, width], or float32 partial sums [S, T, width], over ranks; round to `dtype`."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
@@ -241,7 +241,7 @@ class PeerExchange:
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """The maximum over ranks of each element of x [N] int64; at least the least int64 plus 1."""
+        """The maximum over ranks of each element of x [N] int64, at least the least int64 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -253,7 +253,7 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Whether a sum of `rows` rows takes two shots: one rank adds up each row, and sends the sum."""
+        """Whether a sum of `rows` rows takes two shots: one rank adds up a row and sends the sum."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -264,7 +264,7 @@ class PeerExchange:
     def _sum(
         self, x: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None, out: Tensor, eps: float
     ) -> None:
-        """Launch `_sum_kernel`; `norm` is residual, weight, and output for the residual plus the sum."""
+        """Launch `_sum_kernel`; `norm` is residual, weight, and where residual + sum is stored."""
         rows, splits, split_stride = x.shape[-2], 1, 0
         if x.dim() == 3:
             splits, split_stride = x.shape[0], x.stride(0)

@@ -70,7 +70,7 @@ def rms_norm(
             layer whose input dimension was split, and are added up here.
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
 
-    Arithmetic is float32. s is rounded to x's dtype before it is normalised, the result once.
+    Arithmetic is float32. s is rounded to x's dtype before the norm; the result is rounded once.
     """
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"x must be [T, H] with contiguous rows, got {tuple(x.shape)}")
@@ -244,7 +244,7 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # Programs of one warp spread a decode step over many multiprocessors. Prefills need larger ones:
+    # One-warp programs spread a decode step over many multiprocessors. A prefill wants larger ones:
     # 65,536 one-warp programs took 80 us for 8,192 tokens on an H200, 2.5 times as long as a copy.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)
