@@ -37,8 +37,7 @@ MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
 # with 16/8 heads, and 0.91 times with 12/2 heads. MIDDLE reaches 0.985 and 0.854 times. With mixed
 # contexts of 100 to 2,000 tokens and 16/8 heads, pair_cost raises LARGE from 0.970 to 1.014 times.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-# 32 pairs (batch 4, 16/8 heads) take 6.7 us with SMALL and 7.3 us with LARGE; 64 pairs take 8.9 us
-# with SMALL and 8.4 us with LARGE.
+# 16/8 heads: 32 pairs take 6.7 us with SMALL, 7.3 us with LARGE; 64 pairs take 8.9 us and 8.4 us.
 SMALL_PAIRS = 32
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
@@ -52,15 +51,13 @@ def decode_config(pairs: int) -> DecodeConfig:
 
 
 class DecodeWorkspace(NamedTuple):
-    """Scratch of `paged_decode`, shared by all batch sizes and by all layers on one CUDA stream.
+    """Scratch of `paged_decode`, shared by all batch sizes and by all layers on one CUDA stream."""
 
-    A program stores up to two partial results: for the pairs that it shares with earlier and with
-    later programs. Rows and head_dim are padded to powers of two.
-    """
-
+    # A program stores up to two partial results: of the pair that it shares with earlier programs,
+    # and of the pair that it shares with later programs. rows and head_dim are powers of two.
     values: Tensor  # float32 [programs, 2, rows, head_dim] partial results
-    lse: Tensor  # float32 [programs, 2, rows], the log-sum-exp in base 2 of their scores
-    arrived: Tensor  # int32 [programs], stored parts of the pair that begins there; 0 between calls
+    lse: Tensor  # float32 [programs, 2, rows] log-sum-exp of their scores, in base 2
+    arrived: Tensor  # int32 [programs] stored parts of the pair that begins there; 0 between calls
 
 
 def decode_workspace(
@@ -71,10 +68,8 @@ def decode_workspace(
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Allocate scratch for `programs` programs; by default the number that fills the device.
-
-    On an H200 the default takes 1.1 MB for 2 query heads of 128 per KV head, 1 row per request.
-    """
+    """Allocate scratch for `programs` programs; by default the number that fills the device."""
+    # On an H200 the default takes 1.1 MB for 2 query heads of 128 per KV head, 1 row per request.
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

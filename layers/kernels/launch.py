@@ -23,8 +23,6 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has the wgmma instructions, as only compute capability 9.x has.
-
-    Compiling a kernel with wgmma for another device fails: LLVM ends the process.
-    """
+    """Whether the device has the wgmma instructions, as only compute capability 9.x has."""
+    # Compiling a kernel with wgmma for another device makes LLVM end the process.
     return torch.cuda.get_device_capability(device)[0] == 9

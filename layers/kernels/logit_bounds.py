@@ -26,10 +26,8 @@ FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 @triton.jit
 def _key_value(key):
-    """The float32 of a uint32 sort key; keys are ordered like their floats.
-
-    Keys below that of -inf give -inf. Keys above that of inf give NaN, and no logit is >= NaN.
-    """
+    """The float32 of a uint32 sort key; keys are ordered like their floats."""
+    # Keys below that of -inf give -inf. Keys above that of inf give NaN, and no logit is >= NaN.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
 
@@ -63,10 +61,8 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
-    """The greatest sort key for which the logits of x at or above it weigh at least `target`.
-
-    Only the BITS leading bits are searched, the rest is 0. All BITS are 1 for a target <= 0.
-    """
+    """The greatest sort key for which the logits of x at or above it weigh at least `target`."""
+    # Only the BITS leading bits are searched, the rest is 0. All BITS are 1 for a target <= 0.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(BITS):
@@ -136,11 +132,9 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Two logits between which the top-p bound probably lies, from a sample of the row.
-
-    `below` is the mass below the bound. Many light tokens make up that mass, so a sample estimates
-    it well. The mass above may be mostly that of a few tokens, which a sample can miss.
-    """
+    """Two logits between which the top-p bound should lie; `below` is the mass under the bound."""
+    # Many light tokens make up the mass below the bound, so a sample of the row estimates that mass
+    # well. A few tokens may make up most of the mass above the bound, and a sample could miss them.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)

@@ -23,11 +23,8 @@ from memory.kv_cache import KVLayer
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
-    """One online-softmax step with scores `s` [G, N] in base 2 and values `v` [N, D].
-
-    `norm` is [G, N]. The caller sums over N once, after the last step: a sum across warps costs a
-    barrier.
-    """
+    """One online-softmax step with scores `s` [G, N] in base 2 and values `v` [N, D]."""
+    # `norm` stays [G, N]: a sum across warps costs a barrier, so the caller sums once, at the end.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]

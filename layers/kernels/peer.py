@@ -29,8 +29,8 @@ from layers.kernels.rowwise import warps_of_row
 _EMPTY_MAX = torch.iinfo(torch.int64).min  # marks an empty cell; sent values are greater
 _MAX_BLOCK = 64  # elements per program of `_max_kernel`
 # In one shot every rank adds up all rows. In two shots one rank adds up a row and sends the sum.
-# Larger sums than this, of more than two ranks, take two shots. Below are us per sum with residual
-# and norm on four H200, 60 sums in a CUDA graph: one shot, two shots (NCCL's sum, then a norm).
+# Sums larger than this, of more than two ranks, take two shots. Times are in us per sum with
+# residual and norm, on four H200, 60 sums in a CUDA graph: one shot, two shots (NCCL and a norm).
 # Width 1,024: 64 rows take 4.9, 5.3 (12.9), 128 rows 5.9, 5.9 (12.6), 256 rows 8.7, 6.8 (15.6).
 # Width 4,096: 24 rows take 6.5, 7.1 (12.4), 64 rows 9.7, 8.3 (15.6), 256 rows 24.2, 14.6 (29.0).
 _TWO_SHOT_BYTES = 256 << 10
@@ -206,7 +206,7 @@ class PeerExchange:
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """int64 elements of a rank's memory: for even and odd exchanges, cells of sums and maxima."""
+        """int64 elements of a rank's memory: cells of sums and maxima, even and odd exchanges."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
@@ -253,7 +253,7 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Whether a sum of `rows` rows takes two shots: one rank adds up a row and sends the sum."""
+        """Whether a sum of `rows` rows takes two shots: one rank adds up a row, and sends it on."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:

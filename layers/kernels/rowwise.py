@@ -221,7 +221,7 @@ def qk_norm_rope_store(
     *,
     pdl: bool = False,
 ) -> Tensor:
-    """Normalise and rotate queries and keys, store keys and values, return the queries.
+    """Normalise and rotate queries and keys, store keys and values in `kv`, return the queries.
 
     Args:
         qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads; or
@@ -230,7 +230,7 @@ def qk_norm_rope_store(
         rotation: positions [T], int32 or int64, and cosines and sines [P, D / 2] by position.
         slot_mapping: [T] int32 or int64, ``block * block_size + offset`` of each token in the
             cache. Keys and values of a token with a negative value are not stored.
-        kv: the cache for keys and values.
+
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
 
     Queries are [T, Hq, D] in the cache's dtype. Arithmetic is float32 with one rounding at the end.

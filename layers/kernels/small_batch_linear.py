@@ -23,19 +23,17 @@ from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
 _MULTIPROCESSORS = 132  # of an H100 or H200
-# Most elements of a weight for tiles of 128 tokens. With 128 tokens a weight [1536, 8960] takes
-# 11.7 us (cuBLAS 12.8), a weight [4096, 4096] 18.2 us (cuBLAS 14.5).
+# Larger weights take no tiles of 128 tokens. With such tiles and 128 tokens [1536, 8960] takes
+# 11.7 us (cuBLAS: 12.8), but [4096, 4096] takes 18.2 us (cuBLAS: 14.5).
 _TALL_WEIGHTS = 14 * 2**20
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
-    """Tile of `rows_kernel`, and whether all tiles are full (EVEN).
-
-    For all linears of Qwen3-0.6B's 28 layers, in one CUDA graph on an H200, `rows_kernel` takes
-    312 us at 1 token, 332 at 8 and 405 at 16. cuBLAS with separate norms, residuals and gates takes
-    1,042, 861 and 864 us. With one tile for all shapes, of 16 outputs and 4 warps of 64 inputs,
-    `rows_kernel` took 340, 352 and 426 us. At 32 tokens it took 612 us, and `tile_kernel` 543 us.
-    """
+    """Tile of `rows_kernel`, and whether all tiles are full (EVEN)."""
+    # The linears of Qwen3-0.6B's 28 layers, in one CUDA graph on an H200, take 312 us at 1 token,
+    # 332 us at 8 and 405 us at 16. cuBLAS with separate norms, residuals and gates takes 1,042, 861
+    # and 864 us. With one tile for all shapes, of 16 outputs and 4 warps of 64 inputs, the linears
+    # take 340, 352 and 426 us. At 32 tokens `rows_kernel` takes 612 us, and `tile_kernel` 543 us.
     wide = tokens > 8 if swiglu else n >= 4096
     bm, bn = (8 if tokens <= 8 else 16), (32 if wide else 16)
     if k <= 2048:
@@ -44,7 +42,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
         warps, kc = 8, 64 if wide or swiglu else 128
     chunks = triton.cdiv(k, warps * kc)
     stage = warps * kc * (bn * (2 if swiglu else 1) + bm) * 2
-    # All of a program's weights fit in shared memory, or a ring lets two programs share that memory.
+    # Shared memory holds all of a program's weights, or a small ring, so that two programs fit.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
     even = k == chunks * warps * kc and n % bn == 0
     tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
@@ -65,15 +63,13 @@ class _Tile(NamedTuple):
 
 
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
-    """The tile of `tile_kernel` for a product, or None if cuBLAS is as fast.
-
-    The rules come from a search over 20 to 150 tiles per shape, for Qwen3-0.6B and Qwen2-1.5B on an
-    H200. us per kernel at 64, 128 and 192 tokens (cuBLAS): a weight [4096, 1024] takes 3.9 (5.4),
-    4.8 (5.3) and 6.3 (5.9), a weight [1024, 3072] takes 3.6 (8.0), 4.4 (8.1) and 5.7 (7.8). The best
-    tiles give one wave of programs on at least half of the multiprocessors, have a ring that fills
-    the shared memory and, for narrow outputs, have at most 1,024 inputs per program. With more than
-    2,560 inputs per program cuBLAS was faster.
-    """
+    """The tile of `tile_kernel` for a product, or None if cuBLAS is as fast."""
+    # The rules come from a search over 20 to 150 tiles per shape, for Qwen3-0.6B and Qwen2-1.5B on
+    # an H200. At 64, 128 and 192 tokens a weight [4096, 1024] takes 3.9, 4.8 and 6.3 us (cuBLAS:
+    # 5.4, 5.3 and 5.9), and a weight [1024, 3072] 3.6, 4.4 and 5.7 us (cuBLAS: 8.0, 8.1 and 7.8).
+    # The best tiles gave one wave of programs on at least half of the multiprocessors, a ring that
+    # fills the shared memory and, for narrow outputs, at most 1,024 inputs per program. With more
+    # than 2,560 inputs per program cuBLAS was faster.
     chunks = k // 128
     if n % 64 or k % 128:
         return None
@@ -95,8 +91,7 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
     """The result of `_tile_config` for gate and up projections as one product."""
     if chunks > 20:
-        # 2 x [6144, 4096] take 27.6 us with 64 tokens, and 30.5 with cuBLAS, which is otherwise as
-        # fast for so many inputs.
+        # For 64 tokens 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Else cuBLAS is as fast here.
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -155,10 +150,9 @@ def small_batch_linear(
         norm_weight: weight [K] of an RMSNorm of x, for up to MAX_FUSED_TOKENS tokens.
         residual: [M, N], for up to MAX_FUSED_TOKENS tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
-        splits: number of slices of K with separate sums, see :func:`small_batch_splits`; 1 for up
-            to MAX_FUSED_TOKENS tokens.
+        splits: number of slices of K that are summed separately, see :func:`small_batch_splits`.
         out: [M, N] in x's dtype, or with ``splits`` [splits, M, N] float32, with contiguous rows.
-            None allocates the result. `out` must not be an input.
+            By default it is allocated. `out` must not be an input.
         pdl: launch with programmatic dependent launch.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
