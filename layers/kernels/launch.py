@@ -13,12 +13,12 @@ def has_triton() -> bool:
 
 
 def fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused Triton kernels take tensors of this device and dtype."""
+    """Whether the fused Triton kernels accept tensors of this dtype on this device."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start before the previous kernel ends (compute capability 9.0 on)."""
+    """Whether a kernel may start before the previous one ends (compute capability 9.0 or later)."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -1,11 +1,11 @@
 """Top-k, top-p and min-p without sorting: find a row's bound, the least logit that may be drawn.
 
 The bound is found by a binary search over its bits. Most time goes into passes over the row (300 KB
-of bf16 logits for 151,936 tokens). Most rows need two passes. The first finds maxima of groups of
-logits and the row's mass, the sum of its softmax weights. The second gathers a few thousand logits
-to search. The choice of these logits is a guess, which is checked: if the bound may lie elsewhere,
-or if the logits are too many, the search reads the whole row and decides two bits per pass. The
-bound is the same in each case.
+of bf16 logits for 151,936 tokens). Most rows need two passes. The first pass finds maxima of groups
+of logits and the row's mass, the sum of its softmax weights. The second pass gathers a few thousand
+logits to search. The choice of these logits is a guess, which is checked: if the bound may lie
+elsewhere, or if the logits are too many, the search reads the whole row and decides two bits per
+pass. The bound is the same in each case.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -15,12 +15,12 @@ import triton.language as tl
 
 from layers.logits import Filters
 
-# Adjacent logits of one thread: 16 bytes in half precision, one load, summed without other threads.
+# Logits that a thread loads at once (16 bytes in half precision), and adds up by itself.
 LANES = tl.constexpr(8)
 # Leading bits of a float32 that tell values of the dtype apart; even, as each pass decides two.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 # An H200 has 132 multiprocessors. For up to 132 rows a row's program has 32 warps and one
-# multiprocessor to itself, for latency. For more rows two programs of 16 warps share one.
+# multiprocessor to itself, for latency. For more rows two programs of 16 warps share it.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
@@ -34,7 +34,7 @@ def _key_value(key):
 
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
-    """Load every `spread`-th group of LANES logits, [BLOCK / LANES, LANES]; -inf from `end` on."""
+    """Load [BLOCK / LANES, LANES] logits: every `spread`-th group of LANES; -inf from `end` on."""
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
@@ -61,7 +61,7 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
-    """The greatest sort key for which the logits of x at or above it weigh at least `target`."""
+    """The greatest sort key such that the logits of x at or above its value weigh >= `target`."""
     # Only the BITS leading bits are searched, the rest is 0. All BITS are 1 for a target <= 0.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
@@ -101,7 +101,7 @@ def search_in_passes(
 
 @triton.jit
 def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The greatest value for which the logits at or above it weigh at least `target`."""
+    """The greatest value such that the row's logits at or above this value weigh >= `target`."""
     if end <= BLOCK:
         x = _load_block(ptr, 0, end, 1, BLOCK)
         found = _search(x, _weights(x, floor, highest, scale), target, BITS)
@@ -140,7 +140,7 @@ def guess_range(
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # Four standard errors of the sampled mass; no logit below `middle` weighs more than this.
+    # `margin` is four standard errors of the sample: logits below `middle` weigh up to `heaviest`.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
@@ -197,11 +197,9 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 
 @triton.jit
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gather the logits among which the top-p bound lies; take the whole row if that fails.
-
-    Returns pointer and end of the logits to search, the mass to reach among them, a floor below
-    which logits do not count, and the row's highest logit.
-    """
+    """Gather logits among which the top-p bound should lie; take the whole row if it does not."""
+    # Returns pointer and end of the logits to search, the mass to reach among these logits, a floor
+    # below which logits do not count, and the row's highest logit.
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total

@@ -4,8 +4,8 @@ The work is divided as Stream-K (Osama et al. 2023) divides a matrix product: th
 (request, KV head) pairs form one line, and every program takes an equal stretch of the line.
 Lengths are read on the device, so one launch shape, also in a CUDA graph, serves every mix of
 lengths. If several programs share a pair, each stores a partial softmax sum (Flash-Decoding, Dao et
-al. 2023), and the program that finishes last adds up the sums. A pair's rows are its new tokens'
-query heads that share the KV head. They form one small matrix product, so K and V are read once.
+al. 2023), and the program that finishes last adds up the sums. All new tokens of a request and all
+query heads of a KV head are the rows of one small matrix product, so K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -23,7 +23,7 @@ from memory.kv_cache import KVLayer
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
-    """One online-softmax step with scores `s` [G, N] in base 2 and values `v` [N, D]."""
+    """One online-softmax step with scores `s` [G, N], for exp2, and values `v` [N, D]."""
     # `norm` stays [G, N]: a sum across warps costs a barrier, so the caller sums once, at the end.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
@@ -57,7 +57,7 @@ def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _query_and_head(rows, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """For each row of a pair: its query's index in the request, its head's index in the group."""
+    """For each row of a pair: its query's index in the request and its head's in the group."""
     if QUERIES == 1:
         query, member = 0, rows
     else:
@@ -141,7 +141,7 @@ def _paged_decode_kernel(
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16  # tl.dot needs 16 rows
-    # K and V of older tokens can be read before the wait, so the newest token is added separately.
+    # With one query, older K and V are read before the wait, and the newest token is added apart.
     NEWEST_APART: tl.constexpr = PDL and APART and QUERIES == 1
     pid, programs = tl.program_id(0), tl.num_programs(0)
     if PDL:
@@ -189,7 +189,7 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several queries a row may see no token of its first tile. -inf would give NaN then.
+        # With several queries a row may see none of its first tile, and -inf - -inf would give NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -226,7 +226,7 @@ def _paged_decode_kernel(
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # Page ids are loaded one tile ahead by hand: Triton's pipeliner would give them a stage.
+        # Page ids are loaded one tile ahead by hand: Triton would spend a pipeline stage on them.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
@@ -246,20 +246,20 @@ def _paged_decode_kernel(
         norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
-        # Padding must not count arrivals: steps that compile kernels run padding on several streams
-        # at once, and all of them would count in the same scratch memory.
+        # Padding must not count arrivals: while kernels are compiled, several streams run padding
+        # at once, and all these streams would count in the same scratch memory.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
             stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # Part 0 of a program is of a pair that an earlier program began, part 1 of a pair that
-            # a later program ends. Arrivals are counted at the program where the pair begins.
+            # A program's part 0 belongs to a pair that an earlier program began, its part 1 to a
+            # pair that a later program ends. Arrivals are counted where the pair begins.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
             used = rows < PART_ROWS
-            # A part may have no tokens, only the pair cost. -inf would give NaN in `_combine`.
+            # A part may consist of pair cost without tokens: -inf would give NaN in `_combine`.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
             used_rows = used[:, None]
@@ -311,7 +311,7 @@ def paged_decode(
         workspace: from `decode_workspace`, made for n or more rows per request.
         pdl: launch with programmatic dependent launch, and read tables, lengths and, if n is 1,
             K and V of older tokens while earlier kernels still run. No kernel in the current chain
-            of dependent launches may write them; kernels of a decode step do not.
+            of dependent launches may write these; kernels of one decode step do not.
     """
     num_rows, num_heads, dim = q.shape
     _, page, kv_heads, _ = kv.k.shape

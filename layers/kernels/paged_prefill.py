@@ -32,10 +32,10 @@ class PrefillConfig:
 
 
 # 4 sequences of 4,096 tokens, bf16, 16 query and 8 KV heads of 128, run at 478 TFLOP/s on one H200.
-# That is 0.60 of the rate of an 8192^3 matrix product. Without TMA they run at 438 TFLOP/s, with
-# 256 rows at 437, with 3 stages, no register limit and one program per multiprocessor at 435.
+# That is 0.60 of the rate of an 8192^3 matrix product. Other shapes reach 438 TFLOP/s without TMA,
+# 437 with 256 rows, 435 with 3 stages and no register limit (one program per multiprocessor).
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
-# NARROW is for fewer tiles than fill the device. 1,024 tokens take 20 us (WIDE: 30), 512 tokens
+# NARROW is for too few tiles to fill the device. 1,024 tokens take 20 us (WIDE: 30), 512 tokens
 # after 3,000 cached ones 46 us (WIDE: 101). TMA is no faster here and costs the host 17 us a call.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
@@ -167,11 +167,11 @@ def paged_prefill(
     """Attend causally from the newest tokens of each sequence to its cache; returns `out`.
 
     Rows `query_start[p]:query_start[p + 1]` of `q` are the last of the `context_lens[p]` visible
-    tokens of sequence p. K and V of all visible tokens are in the pages already.
+    tokens of sequence p. The pages must already hold K and V of all visible tokens.
 
     Args:
         q, out: [T, Hq, D]. Rows from `query_start[P]` on are padding.
-        slots, context_lens: int32 [P], see `paged_decode` for these and all other arguments.
+        slots, context_lens: int32 [P]. For these and all other arguments see `paged_decode`.
         query_start: int32 [P + 1], ascending; a sequence may have no query.
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape

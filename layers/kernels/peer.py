@@ -29,10 +29,10 @@ from layers.kernels.rowwise import warps_of_row
 _EMPTY_MAX = torch.iinfo(torch.int64).min  # marks an empty cell; sent values are greater
 _MAX_BLOCK = 64  # elements per program of `_max_kernel`
 # In one shot every rank adds up all rows. In two shots one rank adds up a row and sends the sum.
-# Sums larger than this, of more than two ranks, take two shots. Times are in us per sum with
-# residual and norm, on four H200, 60 sums in a CUDA graph: one shot, two shots (NCCL and a norm).
-# Width 1,024: 64 rows take 4.9, 5.3 (12.9), 128 rows 5.9, 5.9 (12.6), 256 rows 8.7, 6.8 (15.6).
-# Width 4,096: 24 rows take 6.5, 7.1 (12.4), 64 rows 9.7, 8.3 (15.6), 256 rows 24.2, 14.6 (29.0).
+# Sums larger than this, of more than two ranks, take two shots. us per sum with residual and norm,
+# on four H200, 60 sums in a CUDA graph, as "one shot / two shots (NCCL's sum, then a norm)":
+# for width 1,024, 4.9 / 5.3 (12.9) at 64 rows, 5.9 / 5.9 (12.6) at 128, 8.7 / 6.8 (15.6) at 256;
+# for width 4,096, 6.5 / 7.1 (12.4) at 24 rows, 9.7 / 8.3 (15.6) at 64, 24.2 / 14.6 (29.0) at 256.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -109,7 +109,7 @@ def _sum_kernel(
         part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
-    start = (count & 1) * SIZE * stride + row * size  # of [parity, sender, row, column]
+    start = (count & 1) * SIZE * stride + row * size  # in cells [parity, sender, row, column]
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
@@ -163,7 +163,7 @@ def _max_kernel(
     mask = index < count
     best = tl.maximum(tl.load(x_ptr + index, mask=mask, other=0), EMPTY + 1)
     exchanges = tl.load(count_ptr + tl.program_id(0))
-    start = offset + (exchanges & 1) * SIZE * capacity + index  # of [parity, sender, element]
+    start = offset + (exchanges & 1) * SIZE * capacity + index  # in [parity, sender, element]
     for rank in tl.static_range(SIZE):
         if rank != RANK:
             peer = _address(buffers_ptr, rank, tl.int64)
@@ -206,7 +206,7 @@ class PeerExchange:
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """int64 elements of a rank's memory: cells of sums and maxima, even and odd exchanges."""
+        """Size of a rank's memory in int64: cells of sums and maxima, in even and odd exchanges."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
@@ -241,7 +241,7 @@ class PeerExchange:
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """The maximum over ranks of each element of x [N] int64, at least the least int64 + 1."""
+        """The maximum over ranks of each element of x [N] int64; never the least int64."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(

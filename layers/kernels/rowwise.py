@@ -227,7 +227,7 @@ def qk_norm_rope_store(
         qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads; or
             [S, T, ...] float32 partial sums, which are added up here.
         weights: RMSNorm weights [D] of query heads and of key heads, or None for no norm.
-        rotation: positions [T], int32 or int64, and cosines and sines [P, D / 2] by position.
+        rotation: positions [T], int32 or int64; cosines and sines [P, D / 2] of all positions.
         slot_mapping: [T] int32 or int64, ``block * block_size + offset`` of each token in the
             cache. Keys and values of a token with a negative value are not stored.
 
@@ -244,7 +244,7 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # One-warp programs spread a decode step over many multiprocessors. A prefill wants larger ones:
+    # One-warp programs spread a decode step over many multiprocessors. Prefills have larger programs:
     # 65,536 one-warp programs took 80 us for 8,192 tokens on an H200, 2.5 times as long as a copy.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)

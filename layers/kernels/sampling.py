@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# 4 logits, or one Philox call, per thread. With more Triton would reorder words in shared memory.
+# A thread has 4 logits, one Philox call. With more, Triton reorders words through shared memory.
 _BLOCK = 512
-_PROGRAMS = 4224  # to launch at least: 2 rounds of 16 on each of an H200's 132 multiprocessors
+_PROGRAMS = 4224  # programs to launch: 2 rounds of 16 on each of an H200's 132 multiprocessors
 
 
 @triton.jit
 def _philox(c0, position, k0, k1):
-    """Philox4x32-10 of counter (c0, position, 0, 0), key (k0, k1); uint32, c0 alone a tensor."""
+    """Philox4x32-10 of counter (c0, position, 0, 0), key (k0, k1); all are uint32, c0 a tensor."""
     c1, c2, c3 = position, c0 * 0, c0 * 0
     for _ in tl.static_range(10):
         # A 64-bit product gives both 32-bit halves; umulhi and * would take two instructions.
@@ -30,7 +30,7 @@ def _philox(c0, position, k0, k1):
 
 @triton.jit
 def _log2_exponential(x, HARDWARE: tl.constexpr):
-    """Gumbel noise / -log(2): log2(-log(u)), u = ((x >> 9) + 0.5) * 2**-23, of uint32 words x."""
+    """log2(-log(u)), which is Gumbel noise / -log(2); u is ((x >> 9) + 0.5) * 2**-23, x uint32."""
     # The hardware's log2 has an absolute error of about 2**-22. That is too much for u close to 1,
     # where -log(u) is tiny and decides the sample. There -log(u) comes from a series instead.
     # Sampling 256 x 151,936 bf16 logits takes 67 us on an H200. A first version took 132 us: both
@@ -63,7 +63,7 @@ def _sample_kernel(
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Best score of `blocks` * BLOCK columns of a row, and its token; grid: (rows, splits)."""
+    """Best score of `blocks` * BLOCK columns of a row and its token; the grid is (rows, splits)."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
@@ -75,7 +75,7 @@ def _sample_kernel(
     MINUS_INF: tl.constexpr = float("-inf")
     FILTERED: tl.constexpr = least_ptr is not None
     best = tl.full((BLOCK,), MINUS_INF, tl.float32)
-    index = start + lanes  # [BLOCK], column of the best score of each lane
+    index = start + lanes  # [BLOCK] column of the best score of each lane
     least = tl.load(least_ptr + row) if FILTERED else MINUS_INF
     logits_ptr += row * stride
     logits = tl.load(logits_ptr + index, mask=index < vocab_size, other=MINUS_INF)  # [BLOCK]
@@ -112,7 +112,7 @@ def _sample_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr):
-    """Best of a row's `splits` scores, and its token; SPLITS >= `splits`; grid: (rows)."""
+    """Best of a row's `splits` <= SPLITS scores and its token; the grid is (rows)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits

@@ -51,12 +51,11 @@ def rows_kernel(
     EVEN: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (ceil(N / BN)).
-
-    Bias, norm and residual may be None. EVEN: no chunk reaches past the weight's edge. Accumulators
-    are [warp, n, m]: the MMA's 16 rows are weight rows, its 8 columns are tokens. Chunk c of warp w
-    has the KC inputs from (c * WARPS + w) * KC on. A warp reads only what it copied itself.
-    """
+    """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (ceil(N / BN))."""
+    # f is SwiGLU or the identity. Bias, norm and residual may be None. EVEN says that no chunk
+    # reaches past the weight's edge. Accumulators are [warp, n, m]: the MMA's 16 rows are weight
+    # rows, and its 8 columns are tokens. Chunk c of warp w has the KC inputs from (c * WARPS + w) *
+    # KC on. A warp reads only what it copied itself.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -114,7 +113,7 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # If stages are reused, each iteration commits one copy group: STAGES - 1 stay in flight.
+        # If stages are reused, each iteration commits a group, so STAGES - 1 groups are in flight.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
@@ -185,11 +184,10 @@ def tile_kernel(
     WARPS: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits).
-
-    ks are the inputs of a split. TMA copies x and w into a ring of STAGES stages, which have one
-    mbarrier each. With SWIGLU a stage has BN weight rows of the gate, then BN of the up projection.
-    """
+    """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits)"""
+    # ks are the inputs of a split, and f is SwiGLU or the identity. TMA copies x and w into a ring
+    # of STAGES stages, and each stage has an mbarrier. With SWIGLU a stage has BN weight rows of
+    # the gate, then BN rows of the up projection.
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     WIDTH: gl.constexpr = BN * PARTS
     STAGE_BYTES: gl.constexpr = (BM + WIDTH) * BK * 2

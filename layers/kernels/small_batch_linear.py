@@ -1,14 +1,14 @@
 """Linear layers for decode batches of 1 to 256 tokens.
 
 At such batches a step of a small model is a chain of a hundred short kernels. The gaps between the
-kernels cost more than the bandwidth does. So these kernels use programmatic dependent launch: a
-kernel starts while its predecessor runs, copies its slice of the weight, which no kernel writes,
-into shared memory, and only then waits for its predecessor's output.
+kernels cost more time than the memory bandwidth does. So these kernels use programmatic dependent
+launch: a kernel starts while its predecessor runs, copies its slice of the weight, which no kernel
+writes, into shared memory, and only then waits for its predecessor's output.
 
 * ``rows_kernel`` serves up to 16 tokens. A program computes 16 or 32 outputs of all tokens with
-  mma.sync. It reads the whole input, so that it can normalise the input and add a residual.
-* ``tile_kernel`` serves more tokens, in tiles of 64 or 128, with wgmma. For narrow outputs programs
-  share the input dimension, and the norm that follows adds up their float32 partial sums.
+  mma.sync. A program sees whole input rows, so it can normalise the input and add a residual.
+* ``tile_kernel`` serves more tokens, in tiles of 64 or 128, with wgmma. If outputs are few, several
+  programs split the input dimension, and the next norm adds up their float32 partial sums.
 """
 
 from typing import NamedTuple
@@ -22,9 +22,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
-_MULTIPROCESSORS = 132  # of an H100 or H200
-# Larger weights take no tiles of 128 tokens. With such tiles and 128 tokens [1536, 8960] takes
-# 11.7 us (cuBLAS: 12.8), but [4096, 4096] takes 18.2 us (cuBLAS: 14.5).
+_MULTIPROCESSORS = 132  # number on an H100 or H200
+# Weights of more elements get no tiles of 128 tokens. With 128 tokens such tiles take 11.7 us for
+# [1536, 8960] (cuBLAS: 12.8), but 18.2 us for [4096, 4096] (cuBLAS: 14.5).
 _TALL_WEIGHTS = 14 * 2**20
 
 
@@ -42,7 +42,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
         warps, kc = 8, 64 if wide or swiglu else 128
     chunks = triton.cdiv(k, warps * kc)
     stage = warps * kc * (bn * (2 if swiglu else 1) + bm) * 2
-    # Shared memory holds all of a program's weights, or a small ring, so that two programs fit.
+    # Shared memory holds all weights of a program, or else two programs with rings of 100 KB.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
     even = k == chunks * warps * kc and n % bn == 0
     tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
@@ -50,7 +50,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
 
 
 class _Tile(NamedTuple):
-    """Tile of `tile_kernel`: BM tokens, BN outputs, and BK inputs per stage."""
+    """Tile of `tile_kernel` with BM tokens, BN outputs, and BK inputs per stage."""
 
     BM: int
     BN: int
@@ -91,7 +91,7 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
     """The result of `_tile_config` for gate and up projections as one product."""
     if chunks > 20:
-        # For 64 tokens 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Else cuBLAS is as fast here.
+        # 64 tokens and 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Else cuBLAS is as fast here.
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -99,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # One program per multiprocessor is not enough; with small rings two of them fit.
+        # One program per multiprocessor is not enough; with small rings two programs fit.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -107,7 +107,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
 
 
 def small_batch_splits(tokens: int, n: int, k: int) -> int:
-    """The number of slices of an [n, k] weight's input, if a norm adds up the partial sums."""
+    """Into how many slices of k to split an [n, k] product if a norm adds up the partial sums."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
@@ -115,7 +115,7 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether :func:`small_batch_linear` takes a product, and pays off; n is after any SwiGLU."""
+    """Whether :func:`small_batch_linear` takes a product and pays off; n counts after SwiGLU."""
     fits = n * k * (2 if swiglu else 1) < 2**31  # offsets into the weight have 32 bits
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
@@ -138,21 +138,22 @@ def small_batch_linear(
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens, x and weight required.
+    """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens; x and weight are needed.
 
     Needs compute capability 9.0. The order of the float32 sums depends on the shapes alone.
 
     Args:
         x: [M, K] bf16 or fp16; the stride of rows is a multiple of 16 elements.
-        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. It is read before
-            preceding kernels of the stream have finished, so these kernels must not write it.
+        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. The weight is read
+            before the stream's preceding kernels have finished, so these must not write it.
         bias: [N]; not together with ``swiglu`` or ``splits``.
         norm_weight: weight [K] of an RMSNorm of x, for up to MAX_FUSED_TOKENS tokens.
         residual: [M, N], for up to MAX_FUSED_TOKENS tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
-        splits: number of slices of K that are summed separately, see :func:`small_batch_splits`.
+        splits: above MAX_FUSED_TOKENS tokens, the number of slices of K that are summed separately;
+            see :func:`small_batch_splits`.
         out: [M, N] in x's dtype, or with ``splits`` [splits, M, N] float32, with contiguous rows.
-            By default it is allocated. `out` must not be an input.
+            By default `out` is allocated. `out` must not be an input.
         pdl: launch with programmatic dependent launch.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)

@@ -1,6 +1,6 @@
-"""The functions of `layers.step_rows` as Triton kernels, between tables of requests and step rows.
+"""Triton kernels of `layers.step_rows`: they copy between tables of requests and a step's rows.
 
-A slot is the index of a running request's row in the tables. These kernels begin and end a captured
+A slot is the index of a running request's row in the tables. The kernels begin and end a captured
 step, whose rows the host does not touch. Outside of a CUDA graph the kernels replace some twenty
 small torch operations, which take 0.5 ms on an H200's host.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from layers.step_rows import SampledRows, SlotTables, StepRows
 
-_MANY, _FEW = 1024, 16  # tokens per program: with prompts or chunks, with decodes alone
-_DRAWN = 32  # drawn tokens per program: one warp's, so that a batch spreads over multiprocessors
+_MANY, _FEW = 1024, 16  # tokens per program: in prefills, and in steps of decodes alone
+_DRAWN = 32  # drawn tokens per program: one per thread of a warp, so that a batch spreads widely
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -62,8 +62,8 @@ def _rows_kernel(
     num_sampled = tl.load(header + 5 * header_stride)
     live = slot != padding_slot
     if start < 0:
-        # Only the device knows this request's first position. The request's rows are all in program
-        # 0, so no other program depends on the entry of `computed_ptr` that program 0 changes.
+        # Only the device knows this request's first position. The request's rows all fit program 0
+        # of the request, so no other program uses the position, which program 0 changes below.
         start = tl.load(computed_ptr + slot, mask=live, other=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
