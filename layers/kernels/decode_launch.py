@@ -57,7 +57,7 @@ class DecodeWorkspace(NamedTuple):
     # and of the pair that it shares with later programs. rows and head_dim are powers of two.
     values: Tensor  # float32 [programs, 2, rows, head_dim] partial results
     lse: Tensor  # float32 [programs, 2, rows] log-sum-exp of their scores, in base 2
-    arrived: Tensor  # int32 [programs], results stored for the pair that each begins; 0 between calls
+    arrived: Tensor  # int32 [programs], stored results of the pair each begins; 0 between calls
 
 
 def decode_workspace(

@@ -19,8 +19,8 @@ from layers.logits import Filters
 LANES = tl.constexpr(8)
 # Leading bits of a float32 that tell values of the dtype apart; even, as each pass decides two.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# An H200 has 132 multiprocessors. For up to 132 rows a row's program has 32 warps and one
-# multiprocessor to itself, for latency. For more rows two programs of 16 warps share it.
+# An H200 has 132 multiprocessors. For up to 132 rows each program has 32 warps and a multiprocessor
+# to itself, for latency. For more rows two programs of 16 warps share a multiprocessor.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
@@ -34,7 +34,7 @@ def _key_value(key):
 
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
-    """Load [BLOCK / LANES, LANES] logits: every `spread`-th group of LANES; -inf from `end` on."""
+    """Load float32 [BLOCK / LANES, LANES]: every `spread`-th group of LANES; -inf from `end` on."""
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)

@@ -91,7 +91,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows past the end get the last position: a fully masked row would have no finite score.
+    # Rows past the end get the last query's position, so that their scores stay finite.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)

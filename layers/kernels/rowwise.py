@@ -244,7 +244,7 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # One-warp programs spread a decode step over many multiprocessors. Prefills have larger programs:
+    # One-warp programs spread decode steps over many multiprocessors. Prefills use larger programs:
     # 65,536 one-warp programs took 80 us for 8,192 tokens on an H200, 2.5 times as long as a copy.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# A thread has 4 logits, one Philox call. With more, Triton reorders words through shared memory.
+# A thread has 4 logits, one Philox call. With more, Triton moves words through shared memory.
 _BLOCK = 512
 _PROGRAMS = 4224  # programs to launch: 2 rounds of 16 on each of an H200's 132 multiprocessors
 

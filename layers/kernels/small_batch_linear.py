@@ -1,7 +1,7 @@
 """Linear layers for decode batches of 1 to 256 tokens.
 
 At such batches a step of a small model is a chain of a hundred short kernels. The gaps between the
-kernels cost more time than the memory bandwidth does. So these kernels use programmatic dependent
+kernels cost more time than the memory traffic does. So these kernels use programmatic dependent
 launch: a kernel starts while its predecessor runs, copies its slice of the weight, which no kernel
 writes, into shared memory, and only then waits for its predecessor's output.
 
@@ -91,7 +91,7 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
     """The result of `_tile_config` for gate and up projections as one product."""
     if chunks > 20:
-        # 64 tokens and 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Else cuBLAS is as fast here.
+        # At 64 tokens 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Otherwise cuBLAS is as fast.
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -115,7 +115,7 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether :func:`small_batch_linear` takes a product and pays off; n counts after SwiGLU."""
+    """Whether :func:`small_batch_linear` serves n outputs (after any SwiGLU) and pays off."""
     fits = n * k * (2 if swiglu else 1) < 2**31  # offsets into the weight have 32 bits
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
