@@ -1,4 +1,7 @@
-"""Launch shapes of `paged_decode`, with what they were measured for, and its scratch memory."""
+"""Launch shapes of `paged_decode`, with the measurements behind them, and its scratch memory.
+
+A pair is a request and a KV head. "16/8 heads" means 16 query heads and 8 KV heads.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,44 +15,49 @@ from torch import Tensor
 class DecodeConfig:
     """Launch shape of `paged_decode`."""
 
-    tile: int  # tokens
+    tile: int  # KV tokens that a program reads at once
     warps: int
     stages: int
     per_sm: int  # programs per multiprocessor, at most MAX_PER_SM
     max_registers: int | None = None
-    unroll: int = 4  # parts that the combination loads at once
-    pair_cost: int = 0  # what beginning a (request, KV head) pair costs, in tiles
+    unroll: int = 4  # partial results that `_combine` loads at once
+    pair_cost: int = 0  # cost of beginning a pair, in tiles, when work is divided
 
 
-# One H200, bf16, head_dim 128, in CUDA graphs with dependent launch.  Few pairs: latency.  Context
-# 400, 16/8 heads, batch 1: 4.2 us against 6.1 us with LARGE; with tiles of 64 5.2 at batch 2
-# against 4.4; with L2 prefetches before the wait, instead of loads, 0.1 to 2.5 us more.
+# Times are of one call on an H200, bf16, head_dim 128, in CUDA graphs with dependent launch. SMALL
+# is for few pairs, where latency counts. With context 400 and 16/8 heads, batch 1 takes 4.2 us
+# (LARGE: 6.1). Batch 2 takes 4.4 us, and 5.2 us with tiles of 64 tokens. Prefetching K and V to L2
+# before the wait for the previous kernel, instead of loading them, takes 0.1 to 2.5 us more.
 SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
-# Between them.  12/2 heads: batch 24 x 1,200 tokens 13.7 us against 15.7 with LARGE, 128 x 900 33.6
-# against 42.6, but 256 x 710 53.3 against 49.0.  16/8 heads: 24 x 1,200 35.0 against 37.4.
+# MIDDLE is between SMALL and LARGE. With 12/2 heads 24 requests of 1,200 tokens take 13.7 us
+# (LARGE: 15.7), 128 requests of 900 take 33.6 us (LARGE: 42.6), but 256 requests of 710 take
+# 53.3 us (LARGE: 49.0). With 16/8 heads 24 requests of 1,200 tokens take 35.0 us (LARGE: 37.4).
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# Batch 256, context 850: 1.00 of the rate of a large sum with 16/8 heads, 0.91 with 12/2 (MIDDLE:
-# 0.985 and 0.854).  With 16/8 the pair cost takes contexts from 100 to 2000 from 0.970 to 1.014.
+# At batch 256 and context 850 LARGE reads memory 1.00 times as fast as a sum over a large tensor
+# with 16/8 heads, and 0.91 times as fast with 12/2 heads. MIDDLE reads 0.985 and 0.854 times as
+# fast. With contexts of 100 to 2,000 tokens and 16/8 heads pair_cost raises LARGE's 0.970 to 1.014.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-# 32 pairs (batch 4, 16/8 heads): 6.7 us with SMALL, 7.3 us with LARGE; 64 pairs: 8.9 and 8.4.
+# With SMALL and 16/8 heads 32 pairs take 6.7 us (LARGE: 7.3), and 64 take 8.9 us (LARGE: 8.4).
 SMALL_PAIRS = 32
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 
 
 def decode_config(pairs: int) -> DecodeConfig:
-    """The launch shape for so many (request, KV head) pairs."""
+    """The launch shape for a number of (request, KV head) pairs."""
     if pairs <= SMALL_PAIRS:
         return SMALL
     return MIDDLE if pairs <= MIDDLE_PAIRS else LARGE
 
 
 class DecodeWorkspace(NamedTuple):
-    """Scratch of `paged_decode`; one serves all batch sizes, and all layers of one stream."""
+    """Scratch of `paged_decode`, shared by all batch sizes and by all layers on one CUDA stream."""
 
-    values: Tensor  # float32 [programs, 2, rows, head_dim], the last two padded: of shared pairs
-    lse: Tensor  # float32 [programs, 2, rows], their log-sum-exp in base 2
-    arrived: Tensor  # int32 [programs], zero between calls
+    # A program stores up to two partial results: of the pair that it shares with earlier programs,
+    # and of the pair that it shares with later programs. rows and head_dim are powers of two.
+    values: Tensor  # float32 [programs, 2, rows, head_dim] partial results
+    lse: Tensor  # float32 [programs, 2, rows] log-sum-exp of their scores, in base 2
+    arrived: Tensor  # int32 [programs], stored results of the pair each begins; 0 between calls
 
 
 def decode_workspace(
@@ -60,10 +68,8 @@ def decode_workspace(
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Scratch for at most so many programs (default: what fills the device) and rows per request.
-
-    1.1 MB for two query heads of 128 per KV head and one row per request.
-    """
+    """Allocate scratch for `programs` programs; by default the number that fills the device."""
+    # On an H200 the default takes 1.1 MB for 2 query heads of 128 per KV head, 1 row per request.
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

@@ -1,4 +1,4 @@
-"""What the kernels of a device may use."""
+"""Which kernels and hardware features a device supports."""
 
 import torch
 
@@ -13,18 +13,16 @@ def has_triton() -> bool:
 
 
 def fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tensors of this kind go through the fused kernels."""
+    """Whether the fused Triton kernels accept tensors of this dtype on this device."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def dependent_launch(device: torch.device) -> bool:
-    """Whether kernels may start before the one in front of them ends (compute capability 9.0)."""
+    """Whether a kernel may start before the previous one ends (compute capability 9.0 or later)."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has wgmma, which came with compute capability 9.0 and left with 10.0.
-
-    For others a kernel with it does not compile: LLVM ends the process.
-    """
+    """Whether the device has the wgmma instructions, as only compute capability 9.x has."""
+    # Compiling a kernel with wgmma for another device makes LLVM end the process.
     return torch.cuda.get_device_capability(device)[0] == 9

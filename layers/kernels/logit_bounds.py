@@ -1,9 +1,11 @@
-"""Top-k, top-p and min-p without sorting: the least logit of a row that may be drawn, bit by bit.
+"""Top-k, top-p and min-p without sorting: find a row's bound, the least logit that may be drawn.
 
-Passes over the row take the time (300 KB of bf16 logits for 151,936 tokens). Mostly there are two:
-one for the largest logits and the mass, one that gathers the few thousand logits among which the
-answer lies, for the search. Which ones is a guess that is checked: if the answer may lie elsewhere,
-or they are too many, the search takes the whole row, two bits a pass. The result is the same.
+The bound is found by a binary search over its bits. Most time goes into passes over the row (300 KB
+of bf16 logits for 151,936 tokens). Most rows need two passes. The first pass finds maxima of groups
+of logits and the row's mass, the sum of its softmax weights. The second pass gathers a few thousand
+logits to search. The choice of these logits is a guess, which is checked: if the bound may lie
+elsewhere, or if the logits are too many, the search reads the whole row and decides two bits per
+pass. The bound is the same in each case.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -13,25 +15,26 @@ import triton.language as tl
 
 from layers.logits import Filters
 
-# Logits that a thread loads at once, 16 bytes of half precision, and adds up by itself.
+# Logits that a thread loads at once (16 bytes in half precision), and adds up by itself.
 LANES = tl.constexpr(8)
-# Leading bits that tell two values apart once they are float32; even, as a pass decides two.
+# Leading bits of a float32 that tell values of the dtype apart; even, as each pass decides two.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# An H200 has 132 multiprocessors. Up to as many rows each program of 32 warps has one to itself,
-# for latency. With more rows two programs of 16 warps share one.
+# An H200 has 132 multiprocessors. For up to 132 rows each program has 32 warps and a multiprocessor
+# to itself, for latency. For more rows two programs of 16 warps share a multiprocessor.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
 @triton.jit
 def _key_value(key):
-    """The float32 of a key in IEEE's total order; -inf below, NaN (no logit reaches it) above."""
+    """The float32 of a uint32 sort key; keys are ordered like their floats."""
+    # Keys below that of -inf give -inf. Keys above that of inf give NaN, and no logit is >= NaN.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
-    """[BLOCK / lanes, lanes] float32, -inf from `end` on; rows of it are `spread` rows apart."""
+    """Load float32 [BLOCK / LANES, LANES]: every `spread`-th group of LANES; -inf from `end` on."""
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
@@ -39,7 +42,7 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """What logits weigh, like x: 1 each if `scale` is None, else their mass: 0 below `floor`."""
+    """Weights of logits x: 1 if `scale` is None, else the softmax weight, or 0 below `floor`."""
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
@@ -48,7 +51,7 @@ def _weights(x, floor, highest, scale):
 
 @triton.jit
 def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
-    """Sum of the weights of logits in memory."""
+    """Sum of the weights of the first `end` logits at `ptr`."""
     total = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -58,10 +61,8 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
-    """Key of the greatest of the logits x that, with all above it, reaches `target` in weight.
-
-    Its bits beyond BITS are 0. All ones for a target of 0 or less.
-    """
+    """The greatest sort key such that the logits of x at or above its value weigh >= `target`."""
+    # Only the BITS leading bits are searched, the rest is 0. All BITS are 1 for a target <= 0.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(BITS):
@@ -75,7 +76,7 @@ def _search(x, weights, target, BITS: tl.constexpr):
 def search_in_passes(
     ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """As `_search`, over any number of blocks, two bits a pass."""
+    """The result of `_search` for any number of blocks; every pass over them decides two bits."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
@@ -89,7 +90,7 @@ def search_in_passes(
             sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
             sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
             sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
-        # The sums only fall from one to the next.
+        # sum1 >= sum2 >= sum3, so the number of sums that reach the target is the two bits' value.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
@@ -100,7 +101,7 @@ def search_in_passes(
 
 @triton.jit
 def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The greatest logit that, with all above it, reaches `target` in weight."""
+    """The greatest value such that the row's logits at or above this value weigh >= `target`."""
     if end <= BLOCK:
         x = _load_block(ptr, 0, end, 1, BLOCK)
         found = _search(x, _weights(x, floor, highest, scale), target, BITS)
@@ -111,13 +112,13 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Largest logits [BLOCK / lanes], of every BLOCK-th group of lanes each, and the row's mass."""
+    """Return maxima [BLOCK / LANES], each over LANES columns of every block, and the row's mass."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
-        # Anything finite will do as long as all are -inf.
+        # While all logits so far are -inf, a finite anchor avoids -inf - -inf, which is NaN.
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass *= tl.exp2((best - anchor) * scale)
         mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
@@ -131,36 +132,35 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Between which logits the mass of all that lie lower may be `below`, by a sample of the row.
-
-    Many light tokens make up that mass, so a sample tells it. Of the mass above a few may be most.
-    """
+    """Two logits between which the top-p bound should lie; `below` is the mass under the bound."""
+    # Many light tokens make up the mass below the bound, so a sample of the row estimates that mass
+    # well. A few tokens may make up most of the mass above the bound, and a sample could miss them.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # Four standard errors: none below `middle` is heavier.
+    # `margin` is four standard errors of the sample: logits below `middle` weigh up to `heaviest`.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # Logits above this one are above that of `high`, whatever its bits beyond BITS.
+    # The bits after BITS are set, so that logits with the leading bits of `high` are in the range.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Fill up the last block of `count` logits, so that loads take 16 bytes; return its end."""
+    """Pad `count` logits with -inf to whole blocks, so that loads take 16 bytes; return the end."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
-    tl.debug_barrier()  # other threads of the program read what these wrote
+    tl.debug_barrier()  # other threads of the program read these logits
     return (count + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy groups of lanes with a logit >= `low`, two blocks at most; return the logits' number."""
+    """Copy groups of LANES logits with a logit >= `low`, two blocks at most; return their count."""
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -169,7 +169,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # as it was
+            value = x.to(out_ptr.dtype.element_ty)  # exact, since x was loaded in this dtype
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -177,7 +177,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits from `low` to `high`, two blocks at most; return their number, and mass above."""
+    """Copy logits in [low, high], two blocks at most; return their count and the mass over high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -197,10 +197,9 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 
 @triton.jit
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Where to look for the logit that reaches top_p of the mass: the whole row if need be.
-
-    Returns place, end, mass to be reached there, a bound below the logit sought, highest logit.
-    """
+    """Gather logits among which the top-p bound should lie; take the whole row if it does not."""
+    # Returns pointer and end of the logits to search, the mass to reach among these logits, a floor
+    # below which logits do not count, and the row's highest logit.
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total
@@ -226,7 +225,7 @@ def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: 
 def _bounds_kernel(
     logits_ptr, filters, scratch_ptr, out_ptr, stride, size, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The bound of one row; grid (rows). `scratch_ptr` has room for two blocks of logits a row."""
+    """Compute a row's bound; the grid is (rows). `scratch_ptr` has two blocks of logits per row."""
     row = tl.program_id(0).to(tl.int64)
     ptr = logits_ptr + row * stride
     scratch_ptr += row * (2 * BLOCK)
@@ -235,7 +234,7 @@ def _bounds_kernel(
     least = tl.full((), float("-inf"), tl.float32)
     counts = (top_k >= 1) & (top_k < size)
     if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
-        divisor = tl.maximum(temperature, 1e-30)  # above 0, as in the reference
+        divisor = tl.maximum(temperature, 1e-30)  # keeps `scale` finite, as in the reference
         scale = 1.4426950408889634 / divisor  # log2(e), for exp2
         end = size
         target = tl.full((), 0.0, tl.float32)
@@ -244,8 +243,8 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # Reduced after the loop: a maximum of maxima that is used twice, of rows that are not
-            # aligned, fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
+            # The maximum over LANES is taken after the loop. Taken in the loop, for rows that are
+            # not aligned, it fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
@@ -253,7 +252,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # So many logits at least are no smaller.
+                    # `low` is the top_k-th largest maximum: at least top_k logits are >= `low`.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
@@ -274,13 +273,13 @@ def _bounds_kernel(
 def logit_bounds(
     logits: torch.Tensor, filters: Filters, *, block: int | None = None
 ) -> torch.Tensor:
-    """As :func:`layers.logits.logit_bounds_reference`, in passes over the logits where they lie.
+    """Compute :func:`layers.logits.logit_bounds_reference` [R] float32 in passes over the logits.
 
-    A bound [R] float32 may lie below the reference's, between the same two values of the type.
+    A bound may be less than the reference's, but no value of the logits' dtype lies in between.
 
     Args:
         logits: [R, V] bf16, fp16 or fp32; rows may be strided.
-        filters: [R] float32 each.
+        filters: four tensors [R] float32.
         block: logits of a row read at once, a power of two; chosen by the number of rows if None.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
@@ -295,7 +294,7 @@ def logit_bounds(
             *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
             *(_BITS[logits.dtype], block),
             num_warps=max(1, block // 512),
-            # 64 registers a thread let 1,024 threads share a multiprocessor.
+            # With 64 registers per thread 1,024 threads fit on a multiprocessor.
             maxnreg=64,
         )
     return out

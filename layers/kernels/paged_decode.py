@@ -1,11 +1,11 @@
 """Attention of the newest tokens of each request over a paged KV cache (the decode step).
 
-The work is cut as Stream-K (Osama et al. 2023) cuts a matrix product: the KV tiles of all (request,
-KV head) pairs form one line, and every program takes an equal stretch of it.  Lengths are read on
-the device, so one launch shape serves every mix of lengths, in a CUDA graph too.  A pair that
-several programs share leaves partial softmax sums (Flash-Decoding, Dao et al. 2023); the last
-program to arrive adds them up.  The query heads that share a KV head, once per new token of the
-request, are the rows of one small matrix product: K and V are read once.
+The work is divided as Stream-K (Osama et al. 2023) divides a matrix product: the KV tiles of all
+(request, KV head) pairs form one line, and every program takes an equal stretch of the line.
+Lengths are read on the device, so one launch shape, also in a CUDA graph, serves every mix of
+lengths. If several programs share a pair, each stores a partial softmax sum (Flash-Decoding, Dao et
+al. 2023), and the program that finishes last adds up the sums. All new tokens of a request and all
+query heads of a KV head are the rows of one small matrix product, so K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -23,10 +23,8 @@ from memory.kv_cache import KVLayer
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
-    """One online-softmax step with scores `s` [G, N] in base 2 and values `v` [N, D].
-
-    `norm` is [G, N]: the caller sums it up once, since a sum across warps costs a barrier.
-    """
+    """One online-softmax step with scores `s` [G, N], for exp2, and values `v` [N, D]."""
+    # `norm` stays [G, N]: a sum across warps costs a barrier, so the caller sums once, at the end.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]
@@ -35,7 +33,7 @@ def _accumulate(s, v, top, norm, acc):
 
 @triton.jit
 def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Page ids of tile `t`: a scalar if a page holds whole tiles, else one id per token."""
+    """Page ids of KV tile `t`: a scalar if pages hold whole tiles, else one id per token."""
     if PAGE % TILE == 0:
         pages = tl.load(table + t * TILE // PAGE, mask=t * TILE < num_tokens, other=0)
     else:
@@ -46,7 +44,7 @@ def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Offsets of the cache rows of tile `t`: a base, and [TILE, 1] beside it."""
+    """Offsets of tile `t`'s tokens in the cache: a base, and [TILE, 1] offsets to add to it."""
     offsets = tl.arange(0, TILE)
     if PAGE % TILE == 0:
         base = page * page_stride + t * TILE % PAGE * token_stride
@@ -59,7 +57,7 @@ def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _query_and_head(rows, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """The query of its request, and the head of its group, of each row of a pair."""
+    """For each row of a pair: its query's index in the request and its head's in the group."""
     if QUERIES == 1:
         query, member = 0, rows
     else:
@@ -78,13 +76,13 @@ def _combine(
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Add up the parts that programs `owner`..`final` left, and store the result [rows, DIM]."""
+    """Add up the partial results of programs `owner` to `final`, and store the sum [rows, DIM]."""
     values_ptr, lse_ptr, _ = parts
     out_at, out_row, out_head = place
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    # [COLUMNS], as all below: no statistics of rows, so that nothing crosses threads.
+    # All tensors below are [COLUMNS]. Each column has its own statistics: no data cross threads.
     columns = tl.arange(0, COLUMNS)
     row, dim = columns // DIM_PAD, columns % DIM_PAD
     query, member = _query_and_head(row, GROUP, QUERIES)
@@ -94,7 +92,7 @@ def _combine(
         for i in tl.static_range(UNROLL):
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
-            # .cg: other programs wrote these, and L1 is not coherent.
+            # Other programs wrote the parts, and L1 is not coherent: .cg reads from L2.
             live = who <= final
             at = lse_ptr + part * PART_ROWS + row
             lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -142,8 +140,8 @@ def _paged_decode_kernel(
     q_row, q_head, page_stride, token_stride, head_stride, table_row, out_row, out_head = strides
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
-    ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16  # the least of a tl.dot
-    # With one query, the current token is added apart, since all others can be read early.
+    ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16  # tl.dot needs 16 rows
+    # With one query, older K and V are read before the wait, and the newest token is added apart.
     NEWEST_APART: tl.constexpr = PDL and APART and QUERIES == 1
     pid, programs = tl.program_id(0), tl.num_programs(0)
     if PDL:
@@ -151,13 +149,13 @@ def _paged_decode_kernel(
     lane = tl.arange(0, BATCH_PAD)
     lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
-    # The line of work: sequence by sequence, head by head, tile by tile.  An empty sequence counts
-    # one tile, so that some program writes its zeros.
+    # The line of work is ordered by sequence, then head, then tile. An empty sequence counts as one
+    # tile, so that some program writes its zeros.
     tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
     share = tl.cdiv(tl.sum(tiles + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
     if APART:
-        # Few pairs: latency counts.  Each is padded to whole shares, so that no program works on
-        # two; with more than 32 parts, adding them up takes longer than they save.
+        # With few pairs latency counts. Each pair is padded to whole shares, so no program works on
+        # two pairs. Adding up more than 32 parts of a pair takes longer than the parts save.
         share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32))
         while tl.sum(tl.cdiv(tiles, share), 0) * KV_HEADS > programs:
             share += tl.cdiv(share, 8)
@@ -191,13 +189,13 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several queries, a row may see nothing of its first tile: -inf would give NaN.
+        # With several queries a row may see none of its first tile, and -inf - -inf would give NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
         if NEWEST_APART:
-            # Only q and the current token's K and V come from the kernel before this one.  The
-            # first tile is read before the wait, without that token, which is added apart.
+            # The previous kernel writes only q and the newest token's K and V. So the first tile is
+            # read before the wait without the newest token, which is added after the wait.
             seen_tokens, loop_from = num_tokens - 1, begin + 1
             page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
             base, more = _tile_rows(page, begin, page_stride, token_stride, PAGE, TILE)
@@ -228,7 +226,7 @@ def _paged_decode_kernel(
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # The page id is loaded one tile ahead by hand: the pipeliner would give it a stage.
+        # Page ids are loaded one tile ahead by hand: Triton would spend a pipeline stage on them.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
@@ -248,25 +246,26 @@ def _paged_decode_kernel(
         norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
-        # Padding counts no arrivals: in rehearsals other streams do the same.
+        # Padding must not count arrivals: while kernels are compiled, several streams run padding
+        # at once, and all these streams would count in the same scratch memory.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
             stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # At most one pair began before this program (part 0) and one outlasts it (part 1).
-            # Arrivals are counted at the program where a pair begins.
+            # A program's part 0 belongs to a pair that an earlier program began, its part 1 to a
+            # pair that a later program ends. Arrivals are counted where the pair begins.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
             used = rows < PART_ROWS
-            # A part may hold nothing but the pair cost; -inf would give NaN when combined.
+            # A part may consist of pair cost without tokens: -inf would give NaN in `_combine`.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
             used_rows = used[:, None]
             at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
             tl.store(at_part, result, mask=used_rows)
-            # All threads' stores come before the one thread that announces them.
+            # All threads must have stored the part before one thread announces it.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
             if before == final - owner:
@@ -297,21 +296,22 @@ def paged_decode(
     """Attend from the newest n = `rows_per_request` tokens of B requests; returns `out`.
 
     Rows b * n to b * n + n - 1 of `q` are the last n of the `context_lens[b]` visible tokens of
-    request b: row j sees `context_lens[b] - n + 1 + j` of them.  If that is none, its result is 0.
+    request b. Of these rows, row j sees the first `context_lens[b] - n + 1 + j` tokens. The result
+    of a row that sees no token is 0.
 
     Args:
-        q, out: [B * n, Hq, D], bfloat16 or float16; the last stride is 1, the others are free.
+        q, out: [B * n, Hq, D], bfloat16 or float16; the last stride is 1, other strides are free.
         kv: the pages, with K and V of all visible tokens.
-        block_tables: int32 [S, max_pages], page ids; only those that a context needs are read.
+        block_tables: int32 [S, max_pages] page ids; only ids that a context needs are read.
         slots: int32 [B], the row of `block_tables` of each request.
-        context_lens: int32 [B], visible tokens, the queries' own included.  0 marks padding:
-            zeros come out, nothing is read.
+        context_lens: int32 [B], number of visible tokens, which include the queries. 0 marks
+            padding, whose result is 0 and for which no K and V are read.
         scale: factor of the scores.
-        max_context_len: host-side bound on `context_lens`, for the launch shape alone.
-        workspace: from `decode_workspace`, for as many rows of a request or more.
+        max_context_len: upper bound of `context_lens`; affects the launch shape alone.
+        workspace: from `decode_workspace`, made for n or more rows per request.
         pdl: launch with programmatic dependent launch, and read tables, lengths and, if n is 1,
-            older K and V while earlier kernels still run.  The caller promises that none of the
-            kernels in the current chain of such launches writes them, as in one decode step.
+            K and V of older tokens while earlier kernels still run. No kernel in the current chain
+            of dependent launches may write these; kernels of one decode step do not.
     """
     num_rows, num_heads, dim = q.shape
     _, page, kv_heads, _ = kv.k.shape
@@ -326,7 +326,7 @@ def paged_decode(
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
-    apart = 2 * pairs <= programs  # no program takes more than one pair then
+    apart = 2 * pairs <= programs  # then no program works on two pairs
     batch_pad = 16 if batch <= 16 else max(256, triton.next_power_of_2(batch))
     _paged_decode_kernel[(programs,)](
         *(q, kv.k, kv.v, block_tables, slots, context_lens, out, tuple(workspace)),

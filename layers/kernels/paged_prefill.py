@@ -1,9 +1,9 @@
 """Causal attention of many new tokens per sequence over a paged KV cache (the prefill step).
 
-FlashAttention-2 (Dao 2023): a program owns a tile of queries and walks the keys once with an
-online softmax.  The query heads that share a KV head lie in one tile, as rows (token, head): K and
-V are fetched once for all of them, without padding.  The tiles of all sequences form one line,
-which the programs divide on the device, so that a launch fits any lengths with the same total.
+The algorithm is FlashAttention-2 (Dao 2023): a program owns a tile of queries and reads the keys
+once, with an online softmax. A tile's rows are (token, head) pairs, with all query heads that share
+a KV head. So K and V are fetched once for these heads. Programs find their tiles on the device from
+the sequences' lengths, so one launch shape fits any lengths with the same total.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -23,22 +23,23 @@ LOG2_E = 1.4426950408889634
 class PrefillConfig:
     """Launch shape of `paged_prefill`."""
 
-    rows: int  # (token, head) pairs of a tile of queries
-    tile: int  # keys
+    rows: int  # rows of a query tile, which are (token, head) pairs
+    tile: int  # keys that are read at once
     warps: int
     stages: int
     max_registers: int | None = None
-    tma: bool = True  # read K and V through tensor descriptors where pages hold whole tiles
+    tma: bool = True  # read K and V by TMA if pages hold whole tiles
 
 
-# One H200, bf16, 16/8 heads of 128.  4 x 4096 tokens: 478 TFLOP/s, 0.60 of an 8192^3 product, 438
-# without TMA.  3 stages, no register limit (one program per multiprocessor): 435; 256 rows: 437.
+# 4 sequences of 4,096 tokens, bf16, 16 query and 8 KV heads of 128, run at 478 TFLOP/s on one H200.
+# That is 0.60 of the rate of an 8192^3 matrix product. Other shapes reach 438 TFLOP/s without TMA,
+# 437 with 256 rows, 435 with 3 stages and no register limit (one program per multiprocessor).
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
-# Too few tiles to fill the device.  1024 tokens: 20 us against 30 us with WIDE; 512 tokens after
-# 3000: 46 us against 101 us.  TMA is level here, and costs the host 17 us a call.
+# NARROW is for too few tiles to fill the device. 1,024 tokens take 20 us (WIDE: 30), 512 tokens
+# after 3,000 cached ones 46 us (WIDE: 101). TMA is no faster here and costs the host 17 us a call.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
-LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # fits past 128; not tuned
+LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # for head_dim over 128; not tuned
 
 
 @triton.jit(
@@ -78,7 +79,7 @@ def _paged_prefill_kernel(
         return
     q_begin = tl.sum(tl.where(lane == seq, begins, 0), 0)
     q_len = tl.sum(tl.where(lane == seq, lens, 0), 0)
-    # The last tile of a sequence has the longest walk: it gets the first program.
+    # The last tile of a sequence has the most keys to read, so the first program takes it.
     first_row = (tl.sum(tl.where(lane == seq, ends, 0), 0) - 1 - place) * ROWS
     num_tokens = tl.load(len_ptr + seq)
     table = table_ptr + tl.load(slot_ptr + seq).to(tl.int64) * table_row
@@ -90,7 +91,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows past the end see what the last one sees: their scores stay finite.
+    # Rows past the end get the last query's position, so that their scores stay finite.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
@@ -100,7 +101,7 @@ def _paged_prefill_kernel(
         v_src += head * head_stride
     top, norm = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    # First the tiles of keys that all rows see, then those that need a mask.
+    # First come the key tiles that all rows see, then the key tiles that need a causal mask.
     for masked in tl.static_range(2):
         begin = all_see if masked else 0
         end = last_end if masked else all_see
@@ -114,7 +115,7 @@ def _paged_prefill_kernel(
                 v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
                 page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
                 if masked:
-                    # The rest of the last page may hold anything: 0 * NaN must not reach the sum.
+                    # The rest of the last page may hold NaN, and 0 * NaN must not reach the sum.
                     v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
             else:
                 if PAGE % TILE == 0:
@@ -165,14 +166,13 @@ def paged_prefill(
 ) -> Tensor:
     """Attend causally from the newest tokens of each sequence to its cache; returns `out`.
 
-    Sequence p owns the rows `query_start[p]:query_start[p + 1]` of `q`: the last ones of its
-    `context_lens[p]` visible tokens, whose K and V are all in the pages already.
+    Rows `query_start[p]:query_start[p + 1]` of `q` are the last of the `context_lens[p]` visible
+    tokens of sequence p. The pages must already hold K and V of all visible tokens.
 
     Args:
-        query_start: int32 [P + 1], ascending; a sequence may have no query.  Rows of `q` behind
-            the last one are padding.
-
-    q and out are [T, Hq, D], slots and context_lens int32 [P]; for all else see `paged_decode`.
+        q, out: [T, Hq, D]. Rows from `query_start[P]` on are padding.
+        slots, context_lens: int32 [P]. For these and all other arguments see `paged_decode`.
+        query_start: int32 [P + 1], ascending; a sequence may have no query.
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
@@ -184,9 +184,9 @@ def paged_prefill(
     if tma:
         box = [1, config.tile, 1, dim]
         k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
-    # Every sequence may have one tile that is not full.
+    # The last tile of every sequence may be partly empty.
     tiles = triton.cdiv(rows * group, config.rows) + batch
-    batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few forms
+    batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](
         *(q, k_src, v_src, block_tables, slots, query_start, context_lens, out),
         *(scale * LOG2_E, batch),

@@ -1,13 +1,14 @@
-"""Sums and maxima over the devices of one host, through memory that all of them have mapped.
+"""Sums and maxima over the GPUs of one host, through memory that all these GPUs have mapped.
 
-A sum is one kernel, with the residual add and the RMSNorm that follow: every device writes its part
-into the others' memory and adds up what they wrote into its own. A cell with a value that no part
-can have, -0, is empty: the reader waits until its cells are full, and empties them again. So data
-need no fence, barrier or flag, as in TensorRT-LLM's "Lamport" all-reduce.
+One kernel computes a sum over ranks, the residual add and the RMSNorm that follow. Every rank
+writes its part of the sum into the memory of all other ranks, and adds up the parts that other
+ranks wrote into its own memory. A memory cell that holds -0 is empty; no part is sent as -0. The
+reader waits until its cells are full, and empties them again. So data need no fence, barrier or
+flag, as in TensorRT-LLM's "Lamport" all-reduce.
 
-A program handles one row and counts its own exchanges. Even and odd ones have cells of their own:
-a device that writes for exchange n + 2 has seen what the others wrote for n + 1, after they had
-emptied the cells of n.
+A program handles one row and counts its exchanges. Even and odd exchanges have separate cells. So a
+rank that writes for exchange n + 2 finds empty cells: it has read what its peers sent for exchange
+n + 1, and they sent it after they had emptied the cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -25,24 +26,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell; the least value counts as one more
-_MAX_BLOCK = 64  # elements of a program of the maximum
-# Sums of more than two ranks go in two shots beyond this size. Four H200, 60 sums in a graph, us a
-# sum with residual and norm, in one shot and in two, NCCL's sum with a norm of its own in brackets:
-# width 1,024: 64 rows 4.9, 5.3 (12.9), 128 rows 5.9, 5.9 (12.6), 256 rows 8.7, 6.8 (15.6);
-# width 4,096: 24 rows 6.5, 7.1 (12.4), 64 rows 9.7, 8.3 (15.6), 256 rows 24.2, 14.6 (29.0).
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # marks an empty cell; sent values are greater
+_MAX_BLOCK = 64  # elements per program of `_max_kernel`
+# In one shot every rank adds up all rows. In two shots one rank adds up a row and sends the sum.
+# Sums larger than this, of more than two ranks, take two shots. us per sum with residual and norm,
+# on four H200, 60 sums in a CUDA graph, as "one shot / two shots (NCCL's sum, then a norm)":
+# for width 1,024, 4.9 / 5.3 (12.9) at 64 rows, 5.9 / 5.9 (12.6) at 128, 8.7 / 6.8 (15.6) at 256;
+# for width 4,096, 6.5 / 7.1 (12.4) at 24 rows, 9.7 / 8.3 (15.6) at 64, 24.2 / 14.6 (29.0) at 256.
 _TWO_SHOT_BYTES = 256 << 10
 
 
 @triton.jit
 def _address(buffers_ptr, rank, dtype: tl.constexpr):
-    """Start of a rank's memory."""
+    """Pointer to the start of a rank's memory."""
     return tl.multiple_of(tl.load(buffers_ptr + rank).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def _receive(ptr, mask, empty):
-    """Wait until peers have filled the cells, and empty them."""
+    """Wait until peers have filled the masked cells, empty the cells and return their values."""
     got = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
         got = tl.load(ptr, mask=mask, other=0, volatile=True)
@@ -52,17 +54,17 @@ def _receive(ptr, mask, empty):
 
 @triton.jit
 def _cells(x):
-    """A 16-bit float as what is sent: its bits, +0 for -0."""
+    """The bits of a 16-bit float as they are sent: -0 becomes +0, since -0 marks empty cells."""
     bits = x.to(tl.int16, bitcast=True)
     return tl.where(bits == -32768, 0, bits).to(tl.int16)
 
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of all ranks' parts, in the order of ranks: the same bits on each."""
+    """The sum of all ranks' parts, added in the order of ranks: all ranks get the same bits."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # All at once: one after the other each peer would cost the latency of another read.
+    # Wait for all peers at once: one by one, each peer would add the latency of a read.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -92,7 +94,7 @@ def _sum_kernel(
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
-    # What never changes may be read before the wait.
+    # No kernel writes the weight and the addresses, so they may be read before the wait.
     if norm is not None:
         residual_ptr, weight_ptr, total_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -107,11 +109,11 @@ def _sum_kernel(
         part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
-    start = (count & 1) * SIZE * stride + row * size  # in [parity, sender, row, column]
+    start = (count & 1) * SIZE * stride + row * size  # in cells [parity, sender, row, column]
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
-        # The rows are dealt out: a row's owner adds it up and sends the sum.
+        # Rows are dealt out among ranks. The owner of a row adds up the row and sends the sum.
         owner = row % SIZE
         if owner == RANK:
             summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
@@ -131,7 +133,7 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # Rounded before it is normalised: what is stored is what is normalised.
+        # The total is rounded before the norm, so that the stored total is what is normalised.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
@@ -176,56 +178,56 @@ def _max_kernel(
 
 @dataclass(eq=False, kw_only=True)
 class PeerExchange:
-    """One rank's side of the exchange.
+    """One rank's end of the sums and maxima over ranks.
 
-    Every rank makes the same calls with the same shapes in the same order, all on one stream.
+    All ranks must make the same calls with the same shapes in the same order, each on one stream.
     """
 
     rank: int
-    # Of each rank's memory as this device maps it: `num_words(...)` int64 that were emptied before
-    # any rank exchanges anything.
+    # The address of each rank's memory in this device's mapping. Each memory has `num_words(...)`
+    # int64, and all must have been emptied by `empty` before any rank's first exchange.
     addresses: Sequence[int]
-    rows: int  # most rows of a sum
-    width: int  # elements of a row, a multiple of 8
+    rows: int  # greatest number of rows in a sum
+    width: int  # elements per row, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device
     pdl: bool  # launch with programmatic dependent launch (compute capability 9.0 and later)
-    # While it is set, kernels are compiled and not run, and results are zeros.
+    # While this event is set, kernels are compiled but not run, and results are zeros.
     rehearses: Event = field(default_factory=Event)
     two_shot_bytes: int = _TWO_SHOT_BYTES
 
     def __post_init__(self) -> None:
         self._size = len(self.addresses)
         self._buffers = torch.tensor(self.addresses, dtype=torch.int64, device=self.device)
-        # The next exchange of each program of the two kernels.
+        # For each program of the two kernels, the number of exchanges that it has done.
         self._sums = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
         programs = triton.cdiv(self.rows, _MAX_BLOCK)
         self._maxima = torch.zeros(programs, dtype=torch.int32, device=self.device)
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """int64 elements of a rank's memory: two parities of a sum's and a maximum's cells."""
+        """Size of a rank's memory in int64: cells of sums and maxima, in even and odd exchanges."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
     def empty(memory: Tensor, size: int, rows: int) -> None:
-        """Empty all cells of a rank's memory."""
+        """Mark all cells of a rank's memory as empty."""
         maxima = memory.numel() - 2 * size * rows
         memory[:maxima].view(torch.int16).fill_(torch.iinfo(torch.int16).min)
         memory[maxima:].fill_(_EMPTY_MAX)
 
     def takes_sum(self, x: Tensor) -> bool:
-        """Whether `all_reduce` and `add_rms_norm` take x."""
+        """Whether `all_reduce` and `add_rms_norm` accept x."""
         dtype = self.dtype if x.dim() == 2 else torch.float32
         fits = 0 < x.shape[-2] <= self.rows and x.shape[-1] == self.width
         return fits and x.stride(-1) == 1 and x.dtype == dtype
 
     def takes_max(self, x: Tensor) -> bool:
-        """Whether `all_max` takes x."""
+        """Whether `all_max` accepts x."""
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks of x [T, width], or of float32 partial sums [S, T, width], rounded."""
+        """Sum x [T, width], or float32 partial sums [S, T, width], over ranks; round to `dtype`."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
@@ -233,13 +235,13 @@ class PeerExchange:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """``rms_norm(residual, weight, eps, all_reduce(x))``, see `layers.kernels.rowwise`."""
+        """``rms_norm(residual, weight, eps, all_reduce(x))`` of `layers.kernels.rowwise`, fused."""
         out, total = (self._made(residual.shape, residual.dtype) for _ in range(2))
         self._sum(x, (residual, weight, total), out, eps)
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """The largest of each element of x [N] int64 over the ranks; above the least int64."""
+        """The maximum over ranks of each element of x [N] int64; never the least int64."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -251,18 +253,18 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Whether one rank adds up each row: (size - 1) / size of them are sent twice then."""
+        """Whether a sum of `rows` rows takes two shots: one rank adds up a row, and sends it on."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A kernel's output: in a rehearsal, which writes none, zeros."""
+        """Memory for a kernel's output; zeros while `rehearses` is set, as no kernel runs then."""
         make = torch.zeros if self.rehearses.is_set() else torch.empty
         return make(shape, dtype=dtype, device=self.device)
 
     def _sum(
         self, x: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None, out: Tensor, eps: float
     ) -> None:
-        """Launch the sum; `norm` is residual, weight and where the stream's sum goes."""
+        """Launch `_sum_kernel`; `norm` is residual, weight, and where residual + sum is stored."""
         rows, splits, split_stride = x.shape[-2], 1, 0
         if x.dim() == 3:
             splits, split_stride = x.shape[0], x.stride(0)

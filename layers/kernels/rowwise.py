@@ -1,7 +1,7 @@
-"""Kernels of one pass over the rows: norms, the gate of SwiGLU, and what precedes attention.
+"""Kernels that read each row once: RMSNorm, the gate of SwiGLU, and RoPE with the store of K and V.
 
-RMSNorm: Zhang and Sennrich 2019 (arXiv:1910.07467). SwiGLU: Shazeer 2020 (arXiv:2002.05202).
-Rotary position embedding: Su et al. 2021 (arXiv:2104.09864), by halves.
+RMSNorm is by Zhang and Sennrich 2019 (arXiv:1910.07467), SwiGLU by Shazeer 2020 (arXiv:2002.05202),
+RoPE by Su et al. 2021 (arXiv:2104.09864). RoPE rotates element i of a head with element i + D / 2.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -32,10 +32,10 @@ def _rms_norm_kernel(
     x_stride, split_stride, residual_stride = strides
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    mask = cols < size  # [BLOCK], as all below
+    mask = cols < size  # [BLOCK]
     if PDL:
         gdc_launch_dependents()
-    # The weight never depends on an earlier kernel, so it may be read before the wait.
+    # No earlier kernel writes the weight, so it may be read before the wait.
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
@@ -44,7 +44,7 @@ def _rms_norm_kernel(
         x += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # The sum is rounded before it is normalised: what is stored is what is normalised.
+        # The sum is rounded before the norm, so that the stored sum is what is normalised.
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, x, mask=mask)
     x32 = x.to(tl.float32)
@@ -54,23 +54,23 @@ def _rms_norm_kernel(
 
 
 def warps_of_row(size: int) -> int:
-    """One warp per 512 columns, 1 to 8: 16 elements and two 16-byte loads a thread."""
+    """Warps for a row: one per 512 columns, so two 16-byte loads per thread; from 1 to 8."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, part: Tensor | None = None, *, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(s / sqrt(mean(s**2) + eps) * weight, s)`` with ``s = x + part``, or x alone.
+    """Return ``(s / sqrt(mean(s**2) + eps) * weight, s)``; s is x + part, or x without a part.
 
     Args:
         x: [T, H] residual stream.
         weight: [H], contiguous.
-        part: [T, H] in x's dtype, or [S, T, H] float32: the partial sums of a linear whose input
-            dimension was split, which are added up here.
+        part: [T, H] in x's dtype, or [S, T, H] float32. The latter are partial sums of a linear
+            layer whose input dimension was split, and are added up here.
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
 
-    Arithmetic is float32 with one rounding; s is rounded to x's dtype before it is normalised.
+    Arithmetic is float32. s is rounded to x's dtype before the norm; the result is rounded once.
     """
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"x must be [T, H] with contiguous rows, got {tuple(x.shape)}")
@@ -111,13 +111,13 @@ def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: t
 def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
     """Return ``silu(gate_up[:, :I]) * gate_up[:, I:]`` as [T, I] for ``gate_up`` [T, 2I].
 
-    Float32 inside, one rounding. For `pdl` see `rms_norm`.
+    Arithmetic is float32 with one rounding at the end. For `pdl` see `rms_norm`.
     """
     if gate_up.dim() != 2 or gate_up.stride(1) != 1 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [T, 2I] with contiguous rows: {tuple(gate_up.shape)}")
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, size)
-    # 1024 columns and 4 warps: one 16-byte load of each half a thread.
+    # With 1024 columns and 4 warps a thread loads 16 bytes of each half of a row.
     block = min(1024, triton.next_power_of_2(size))
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(size, block))](
@@ -152,8 +152,8 @@ def _qk_norm_rope_store_kernel(
     positions_ptr, cos_ptr, sin_ptr = rotation
     qkv_stride, split_stride, block_stride, slot_stride, head_stride = strides
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-    # Rows are (token, head) pairs, heads fastest. HEADS divides both head counts, so a program
-    # holds query, key or value heads, never a mix.
+    # Rows are (token, head) pairs, and the head varies fastest. HEADS divides both head counts. So
+    # all heads of a program are query heads, or all are key heads, or all are value heads.
     rows = tl.arange(0, TOKENS * HEADS)
     token = (tl.program_id(0) * TOKENS + rows // HEADS).to(tl.int64)
     first_head = tl.program_id(1) * HEADS
@@ -165,7 +165,7 @@ def _qk_norm_rope_store_kernel(
     is_query = first_head < Q_HEADS
     is_key = (first_head >= Q_HEADS) & (first_head < Q_HEADS + KV_HEADS)
     if weights is not None:
-        # Weights never depend on an earlier kernel, so they may be read before the wait.
+        # No earlier kernel writes the weights, so they may be read before the wait.
         weight_ptr = weights[1]
         if is_query:
             weight_ptr = weights[0]
@@ -221,19 +221,19 @@ def qk_norm_rope_store(
     *,
     pdl: bool = False,
 ) -> Tensor:
-    """Normalise and rotate queries and keys, store keys and values, return the queries.
+    """Normalise and rotate queries and keys, store keys and values in `kv`, return the queries.
 
     Args:
         qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads; or
-            [S, T, ...] float32, partial sums that are added up here.
-        weights: [D] RMSNorm weights of query and of key heads, or None for no norm.
-        rotation: positions [T], int32 or int64, and tables [P, D / 2] to look them up in.
-        slot_mapping: [T] int32 or int64, ``block * block_size + offset`` in the cache; a
-            negative slot stores nothing.
-        kv: where keys and values go.
+            [S, T, ...] float32 partial sums, which are added up here.
+        weights: RMSNorm weights [D] of query heads and of key heads, or None for no norm.
+        rotation: positions [T], int32 or int64; cosines and sines [P, D / 2] of all positions.
+        slot_mapping: [T] int32 or int64, ``block * block_size + offset`` of each token in the
+            cache. Keys and values of a token with a negative value are not stored.
+
         pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
 
-    Queries are [T, Hq, D] in the caches' dtype. Arithmetic is float32 with one rounding at the end.
+    Queries are [T, Hq, D] in the cache's dtype. Arithmetic is float32 with one rounding at the end.
     """
     _, block_size, kv_heads, dim = kv.k.shape
     tokens = qkv.shape[-2]
@@ -244,8 +244,8 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # One warp and a few heads a program spread a decode step widely; a prefill wants larger
-    # programs: 65,536 one-warp programs took 80 us at 8,192 tokens on an H200, 2.5 times the copy.
+    # One-warp programs spread decode steps over many multiprocessors. Prefills use larger programs:
+    # 65,536 one-warp programs took 80 us for 8,192 tokens on an H200, 2.5 times as long as a copy.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)
     if tokens:

@@ -1,4 +1,4 @@
-"""Sampling in one pass over the logits; layers/sampler.py holds the reference and the noise."""
+"""Sampling in one pass over the logits; layers/sampler.py has the reference and the algorithm."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
@@ -6,17 +6,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# Four logits, one Philox call, a thread: with more, Triton reorders words through shared memory.
+# A thread has 4 logits, one Philox call. With more, Triton moves words through shared memory.
 _BLOCK = 512
-_PROGRAMS = 4224  # wanted in flight: two rounds of 16 on each of an H200's 132 multiprocessors
+_PROGRAMS = 4224  # programs to launch: 2 rounds of 16 on each of an H200's 132 multiprocessors
 
 
 @triton.jit
 def _philox(c0, position, k0, k1):
-    """Philox4x32-10 of (c0, position, 0, 0); c0 is a uint32 tensor, the rest uint32 scalars."""
+    """Philox4x32-10 of counter (c0, position, 0, 0), key (k0, k1); all are uint32, c0 a tensor."""
     c1, c2, c3 = position, c0 * 0, c0 * 0
     for _ in tl.static_range(10):
-        # One wide multiplication gives both halves; umulhi and * would be two instructions.
+        # A 64-bit product gives both 32-bit halves; umulhi and * would take two instructions.
         even = c0.to(tl.uint64) * 0xD2511F53
         odd = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -30,13 +30,12 @@ def _philox(c0, position, k0, k1):
 
 @triton.jit
 def _log2_exponential(x, HARDWARE: tl.constexpr):
-    """log2(-log(u)) of uint32 words, u = ((x >> 9) + 0.5) * 2**-23: Gumbel noise / -log(2).
-
-    The hardware's log2 has an absolute error of about 2**-22. Where u is next to 1 that is too
-    much, as -log(u) is tiny there and decides the sample: it comes from the series of -log(1 - w).
-    With two exact logarithms 256 x 151,936 bf16 take 132 us on an H200, with these 67.
-    """
-    # 2**-23 apart in [1, 2); subtracting 1 - 2**-24 is exact, and so is 1 - u.
+    """log2(-log(u)), which is Gumbel noise / -log(2); u is ((x >> 9) + 0.5) * 2**-23, x uint32."""
+    # The hardware's log2 has an absolute error of about 2**-22. That is too much for u close to 1,
+    # where -log(u) is tiny and decides the sample. There -log(u) comes from a series instead.
+    # Sampling 256 x 151,936 bf16 logits takes 67 us on an H200. A first version took 132 us: both
+    # logarithms were exact, a product took two instructions, and no block was loaded ahead.
+    # Floats in [1, 2) are 2**-23 apart, so subtracting 1 - 2**-24 is exact, as is 1 - u.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
@@ -45,7 +44,7 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     return libdevice.fast_log2f(negative_log) if HARDWARE else tl.log2(negative_log)
 
 
-# A step's rows begin anywhere in the buffers of captured steps.
+# In a captured step the sampled rows begin anywhere in their buffers, so alignment varies.
 @triton.jit(
     do_not_specialize=["blocks"],
     do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "position_ptr", "least_ptr"],
@@ -64,7 +63,7 @@ def _sample_kernel(
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Best score and its token of `blocks` * BLOCK columns of one row; grid (rows, splits)."""
+    """Best score of `blocks` * BLOCK columns of a row and its token; the grid is (rows, splits)."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
@@ -76,31 +75,31 @@ def _sample_kernel(
     MINUS_INF: tl.constexpr = float("-inf")
     FILTERED: tl.constexpr = least_ptr is not None
     best = tl.full((BLOCK,), MINUS_INF, tl.float32)
-    index = start + lanes  # [BLOCK], of the best score of each lane
+    index = start + lanes  # [BLOCK] column of the best score of each lane
     least = tl.load(least_ptr + row) if FILTERED else MINUS_INF
     logits_ptr += row * stride
     logits = tl.load(logits_ptr + index, mask=index < vocab_size, other=MINUS_INF)  # [BLOCK]
     for block in range(blocks):
         columns = start + block * BLOCK + lanes
         score = logits
-        # The next block is fetched behind this one's arithmetic.
+        # The next block is loaded while this block is computed.
         ahead = columns + BLOCK
         inside = (ahead < vocab_size) & (block + 1 < blocks)
         logits = tl.load(logits_ptr + ahead, mask=inside, other=MINUS_INF)
         score = score.to(tl.float32)
         drawn = temperature > 0
         if FILTERED:
-            # Not `>=`: the reference masks nothing where the threshold is NaN.
+            # `<` masks nothing if the threshold is NaN, as in the reference.
             score = tl.where(score < least, MINUS_INF, score)
-            # Most blocks have nothing to draw from, and noise is what sampling costs.
+            # Most blocks have no logit left to draw, and skip the noise, which takes most time.
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
-            # Four words of [BLOCK / 4], joined so that word j of group i lands at 4 * i + j.
+            # Four tensors [BLOCK / 4] of words are joined: word j of group i lands at 4 * i + j.
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
-        # Strictly greater keeps the lowest index, and drops NaN.
+        # `>` keeps the lowest index among equal scores, and never takes NaN.
         better = score > best
         best = tl.where(better, score, best)
         index = tl.where(better, columns, index)
@@ -113,7 +112,7 @@ def _sample_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr):
-    """The best of a row's `splits` scores, at most SPLITS; grid (rows)."""
+    """Best of a row's `splits` <= SPLITS scores and its token; the grid is (rows)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits
@@ -134,7 +133,7 @@ def sample_shard(
     vocab_offset: int = 0,
     least: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`layers.sampler.sample_shard`, but for roundings of the noise.
+    """Compute :func:`layers.sampler.sample_shard`; only the noise may be rounded differently.
 
     Logits are bf16, fp16 or fp32; their rows may be strided. Positions are int32 or int64.
     """

@@ -1,6 +1,6 @@
-"""The kernels behind small_batch_linear.py, in Triton's lower-level dialect Gluon.
+"""The kernels that small_batch_linear.py launches, in Gluon, Triton's lower-level dialect.
 
-Plain Triton cannot keep a copy into shared memory in flight across a wait for the kernel before.
+Plain Triton cannot keep a copy to shared memory in flight while it waits for the previous kernel.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -11,13 +11,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Triton 3.7 calls it barrier, 3.6 thread_barrier.
+# Triton 3.7 calls this function barrier, and Triton 3.6 calls it thread_barrier.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
-    """arange(size) along one axis of a three-dimensional layout, shaped to broadcast."""
+    """arange(size) along one axis of a three-dimensional layout; the other axes have size 1."""
     if axis == 0:
         line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     elif axis == 1:
@@ -51,12 +51,11 @@ def rows_kernel(
     EVEN: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (N / BN).
-
-    Bias, norm and residual may be None. EVEN: all of a chunk is inside the weight. The accumulator
-    is [warp, n, m]: weight rows are the MMA's 16 rows, tokens its 8 columns. Chunk c of warp w
-    covers KC inputs from (c * WARPS + w) * KC on; each warp reads what it copied.
-    """
+    """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (ceil(N / BN))."""
+    # f is SwiGLU or the identity. Bias, norm and residual may be None. EVEN says that no chunk
+    # reaches past the weight's edge. Accumulators are [warp, n, m]: the MMA's 16 rows are weight
+    # rows, and its 8 columns are tokens. Chunk c of warp w has the KC inputs from (c * WARPS + w) *
+    # KC on. A warp reads only what it copied itself.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -69,7 +68,7 @@ def rows_kernel(
         [1, 1, 8], [1, 256 // KC, KC // 8], [WARPS, 1, 1], [2, 1, 0]
     )
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
-    # A thread of the epilogue holds the partial sums of all warps.
+    # In the epilogue each thread holds the partial sums of all warps for its outputs.
     EPILOGUE: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 16, 2], [1, 1, WARPS], [1, 2, 0])
     TILE: gl.constexpr = gl.SliceLayout(0, EPILOGUE)
     PARTS: gl.constexpr = 2 if SWIGLU else 1
@@ -114,11 +113,11 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # With a ring every step commits one group, so that STAGES - 1 younger ones stay in flight.
+        # If stages are reused, each iteration commits a group, so STAGES - 1 groups are in flight.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
-            # The norm's row scale commutes with the product and is applied at the end.
+            # The norm's scale of a token commutes with the product, so it is applied at the end.
             x32 = x.to(gl.float32)
             square += x32 * x32
             x = (x32 * gains[c].to(gl.float32)).to(dtype)
@@ -185,11 +184,10 @@ def tile_kernel(
     WARPS: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits).
-
-    Both operands come through a ring of STAGES stages by TMA, each stage with a barrier of its
-    own. With SWIGLU a stage's weight tile is BN rows of the gate above BN rows of the up part.
-    """
+    """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits)"""
+    # ks are the inputs of a split, and f is SwiGLU or the identity. TMA copies x and w into a ring
+    # of STAGES stages, and each stage has an mbarrier. With SWIGLU a stage has BN weight rows of
+    # the gate, then BN rows of the up projection.
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     WIDTH: gl.constexpr = BN * PARTS
     STAGE_BYTES: gl.constexpr = (BM + WIDTH) * BK * 2
@@ -223,7 +221,7 @@ def tile_kernel(
         w = ws.index(c % STAGES).permute([1, 0])  # [BK, WIDTH]
         acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
         if c > 0 and c - 1 + STAGES < CHUNKS:
-            # The chunk before this one has been used by all warps: its stage is filled again.
+            # Wait until all warps have used the previous chunk, then refill its stage.
             acc = hopper.warpgroup_mma_wait(1, [acc])
             _barrier()
             s = (c - 1) % STAGES
@@ -237,7 +235,7 @@ def tile_kernel(
     m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]  # [BM, 1]
     n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]  # [1, BN]
     if SWIGLU:
-        # A thread's accumulators hold column n of the gate and of the up part both.
+        # A thread's accumulators hold the gate and the up part of the same outputs.
         gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()  # [BM, BN] each
         out = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, OUT)
     else:

@@ -1,14 +1,14 @@
-"""Linear layers for decode batches of 1 to 256 tokens, which end before a launch pays off.
+"""Linear layers for decode batches of 1 to 256 tokens.
 
-A step of a small model at such batches is a chain of a hundred short kernels, and the gaps between
-them cost more than bandwidth. So these kernels are built for programmatic dependent launch: they
-start while their predecessor still runs, copy their slice of the *weight*, which no kernel writes,
-into shared memory, and only then wait for the predecessor's output.
+At such batches a step of a small model is a chain of a hundred short kernels. The gaps between the
+kernels cost more time than the memory traffic does. So these kernels use programmatic dependent
+launch: a kernel starts while its predecessor runs, copies its slice of the weight, which no kernel
+writes, into shared memory, and only then waits for its predecessor's output.
 
-* Up to 16 tokens, ``rows_kernel``: a program computes 16 or 32 outputs of all tokens with mma.sync.
-  It sees whole inputs and outputs, so that it can normalise the input and add a residual.
-* Beyond, ``tile_kernel``: a tile of 64 or 128 tokens with wgmma. For narrow outputs the input
-  dimension is split over programs, and the norm that follows adds up the float32 partial sums.
+* ``rows_kernel`` serves up to 16 tokens. A program computes 16 or 32 outputs of all tokens with
+  mma.sync. A program sees whole input rows, so it can normalise the input and add a residual.
+* ``tile_kernel`` serves more tokens, in tiles of 64 or 128, with wgmma. If outputs are few, several
+  programs split the input dimension, and the next norm adds up their float32 partial sums.
 """
 
 from typing import NamedTuple
@@ -22,19 +22,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
-_MULTIPROCESSORS = 132  # of an H100 or H200
-# 128 tokens: 1536 x 8960 takes 11.7 us (cuBLAS 12.8), 4096 x 4096 18.2 (14.5).
+_MULTIPROCESSORS = 132  # number on an H100 or H200
+# Weights of more elements get no tiles of 128 tokens. With 128 tokens such tiles take 11.7 us for
+# [1536, 8960] (cuBLAS: 12.8), but 18.2 us for [4096, 4096] (cuBLAS: 14.5).
 _TALL_WEIGHTS = 14 * 2**20
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
-    """Tile of the rows kernel, and whether all tiles are full.
-
-    Measured on an H200 with all layers in one graph. Qwen3-0.6B's 28 took 312 us at 1 token, 332 at
-    8 and 405 at 16; cuBLAS with its norms, residuals and gates 1,042, 861 and 864. Of its
-    constants, 16 rows and 4 warps of 64 everywhere took 340, 352 and 426 us. With 32 tokens this
-    kernel took 612 us, the other one 543.
-    """
+    """Tile of `rows_kernel`, and whether all tiles are full (EVEN)."""
+    # The linears of Qwen3-0.6B's 28 layers, in one CUDA graph on an H200, take 312 us at 1 token,
+    # 332 us at 8 and 405 us at 16. cuBLAS with separate norms, residuals and gates takes 1,042, 861
+    # and 864 us. With one tile for all shapes, of 16 outputs and 4 warps of 64 inputs, the linears
+    # take 340, 352 and 426 us. At 32 tokens `rows_kernel` takes 612 us, and `tile_kernel` 543 us.
     wide = tokens > 8 if swiglu else n >= 4096
     bm, bn = (8 if tokens <= 8 else 16), (32 if wide else 16)
     if k <= 2048:
@@ -43,7 +42,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
         warps, kc = 8, 64 if wide or swiglu else 128
     chunks = triton.cdiv(k, warps * kc)
     stage = warps * kc * (bn * (2 if swiglu else 1) + bm) * 2
-    # All weights of a program at once, or a ring that leaves room for two programs beside.
+    # Shared memory holds all weights of a program, or else two programs with rings of 100 KB.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
     even = k == chunks * warps * kc and n % bn == 0
     tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
@@ -51,7 +50,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
 
 
 class _Tile(NamedTuple):
-    """Tile of the wgmma kernel: BM tokens, BN outputs, BK inputs a stage."""
+    """Tile of `tile_kernel` with BM tokens, BN outputs, and BK inputs per stage."""
 
     BM: int
     BN: int
@@ -64,16 +63,13 @@ class _Tile(NamedTuple):
 
 
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
-    """The tile for a product, or None where cuBLAS is as fast.
-
-    From a search over 20 to 150 tiles a shape on an H200, for Qwen3-0.6B and Qwen2-1.5B. us a
-    kernel, cuBLAS in brackets: [4096, 1024] 3.9 (5.4) with 64 tokens, 4.8 (5.3) with 128, 6.3 (5.9)
-    with 192; [1024, 3072] 3.6 (8.0), 4.4 (8.1), 5.7 (7.8).
-
-    What the search says: one wave of programs on at least half of the multiprocessors, the ring in
-    all of the shared memory, and at most 1,024 inputs a program where the output is narrow. With
-    more than 2,560 inputs a program cuBLAS was ahead.
-    """
+    """The tile of `tile_kernel` for a product, or None if cuBLAS is as fast."""
+    # The rules come from a search over 20 to 150 tiles per shape, for Qwen3-0.6B and Qwen2-1.5B on
+    # an H200. At 64, 128 and 192 tokens a weight [4096, 1024] takes 3.9, 4.8 and 6.3 us (cuBLAS:
+    # 5.4, 5.3 and 5.9), and a weight [1024, 3072] 3.6, 4.4 and 5.7 us (cuBLAS: 8.0, 8.1 and 7.8).
+    # The best tiles gave one wave of programs on at least half of the multiprocessors, a ring that
+    # fills the shared memory and, for narrow outputs, at most 1,024 inputs per program. With more
+    # than 2,560 inputs per program cuBLAS was faster.
     chunks = k // 128
     if n % 64 or k % 128:
         return None
@@ -93,9 +89,9 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 
 
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
-    """As `_tile_config`, for the gate and up projections in one."""
+    """The result of `_tile_config` for gate and up projections as one product."""
     if chunks > 20:
-        # 2 x [6144, 4096] with 64 tokens: 27.6 us against 30.5; otherwise cuBLAS is as fast.
+        # At 64 tokens 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Otherwise cuBLAS is as fast.
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -103,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # Small rings: two programs a multiprocessor, where one is not enough.
+        # One program per multiprocessor is not enough; with small rings two programs fit.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -111,7 +107,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
 
 
 def small_batch_splits(tokens: int, n: int, k: int) -> int:
-    """How many ways to split the input of an [n, k] weight if a norm adds up what comes out."""
+    """Into how many slices of k to split an [n, k] product if a norm adds up the partial sums."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
@@ -119,8 +115,8 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether :func:`small_batch_linear` takes n outputs (after any SwiGLU) and is worth it."""
-    fits = n * k * (2 if swiglu else 1) < 2**31  # offsets into the weight are of 32 bits
+    """Whether :func:`small_batch_linear` serves n outputs (after any SwiGLU) and pays off."""
+    fits = n * k * (2 if swiglu else 1) < 2**31  # offsets into the weight have 32 bits
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
     if tokens <= MAX_FUSED_TOKENS:
@@ -142,22 +138,22 @@ def small_batch_linear(
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens, each part optional.
+    """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens; x and weight are needed.
 
     Needs compute capability 9.0. The order of the float32 sums depends on the shapes alone.
 
     Args:
-        x: [M, K] bf16 or fp16; rows may be strided by a multiple of 16.
-        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. It is read before
-            the preceding kernels of the stream have finished, so they must not write it.
+        x: [M, K] bf16 or fp16; the stride of rows is a multiple of 16 elements.
+        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. The weight is read
+            before the stream's preceding kernels have finished, so these must not write it.
         bias: [N]; not together with ``swiglu`` or ``splits``.
-        norm_weight: [K] of an RMSNorm of the input. Up to MAX_FUSED_TOKENS tokens.
-        residual: [M, N]. Up to MAX_FUSED_TOKENS tokens.
+        norm_weight: weight [K] of an RMSNorm of x, for up to MAX_FUSED_TOKENS tokens.
+        residual: [M, N], for up to MAX_FUSED_TOKENS tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
-        splits: above MAX_FUSED_TOKENS tokens, how many slices of K to sum apart, see
-            :func:`small_batch_splits`.
-        out: [M, N] in ``x``'s dtype, or with ``splits`` [splits, M, N] float32; made when absent;
-            contiguous rows. It must be none of the inputs.
+        splits: above MAX_FUSED_TOKENS tokens, the number of slices of K that are summed separately;
+            see :func:`small_batch_splits`.
+        out: [M, N] in x's dtype, or with ``splits`` [splits, M, N] float32, with contiguous rows.
+            By default `out` is allocated. `out` must not be an input.
         pdl: launch with programmatic dependent launch.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
