@@ -1,6 +1,7 @@
 """Tables of the running requests on the device, and the rows of a step, which are made from them.
 
-A request's slot is its row index in the tables. A step has one row for each token to compute.
+A request's slot is its row index in the tables. A step has one row for each token to compute. The
+sampled rows of a step are those whose next token is drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Staging:
 
     Args:
         device: the target. On a CPU there are no buffers: a tensor shares its array's memory.
-        num_bytes: first size of a buffer, which grows when a step uploads more.
+        num_bytes: initial size of a buffer, which grows when a step uploads more.
     """
 
     def __init__(self, device: torch.device, num_bytes: int = 1 << 20) -> None:
@@ -86,8 +87,8 @@ def _pinned(num_bytes: int) -> Tensor:
 class DeviceState:
     """Applies plans to the tables of the running requests, and makes a step's rows from them.
 
-    A plan contains only changes. Sampled tokens are written to the token table on the device, so
-    that they are never uploaded.
+    Of the tables' contents a plan carries only the changes. Sampled tokens are written to the token
+    table on the device, so that they are never uploaded.
 
     Args:
         tables: tables without requests.
@@ -115,7 +116,7 @@ class DeviceState:
             self._extend(plan.block_updates)
 
     def rows(self, plan: StepPlan) -> StepRows:
-        """Make the rows of a plan, after `apply`; the tables then count the rows as computed."""
+        """Make the rows of a plan, after `apply`, and update `tables.num_computed`."""
         if plan.prefill or plan.decode != self._decode or self._decode_rows is None:
             header = header_of([*map(_column, plan.prefill), *((s, -1, 1, 1) for s in plan.decode)])
             rows = StepRows.empty(
@@ -126,7 +127,7 @@ class DeviceState:
                 num_chunk_rows=plan.num_prefill_tokens,
                 longest_chunk=max((chunk.num_tokens for chunk in plan.prefill), default=0),
             )
-            # Most steps decode the same requests as the step before, and reuse its rows.
+            # Most steps decode the requests of the step before, and reuse that step's `StepRows`.
             self._decode, self._decode_rows = plan.decode, None if plan.prefill else rows
         else:
             rows = self._decode_rows
@@ -134,11 +135,11 @@ class DeviceState:
         return rows
 
     def fill(self, rows: StepRows) -> None:
-        """Fill `rows` according to `rows.header`; the tables then count the rows as computed."""
+        """Fill `rows` as `rows.header` says, and update `tables.num_computed`."""
         self._ops.fill_rows(self.tables, rows)
 
     def write(self, sampled: SampledRows, tokens: Tensor) -> None:
-        """Store drawn tokens [R] int64 in `sampled`, and in the token table for the next step."""
+        """Store drawn tokens [R] int64 in `sampled.tokens`, and in the token table."""
         self._ops.write_tokens(self.tables, sampled, tokens)
 
     def all_greedy(self, plan: StepPlan) -> bool:
@@ -177,11 +178,11 @@ def _column(chunk: PrefillChunk) -> tuple[int, int, int, int]:
 
 
 def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
-    """`StepRows.header` [6, requests] for sampled rows in the order of their requests.
+    """Make `StepRows.header` [6, requests]; sampled rows get indices in the order of `columns`.
 
     Args:
-        columns: for each request its slot, first position (-1: the first one that is not
-            computed), number of rows, and number of sampled rows.
+        columns: for each request its slot, first position (-1: the first that is not computed),
+            number of rows, and number of sampled rows. The header's other rows are running sums.
     """
     header = np.empty((6, len(columns)), dtype=np.int64)
     header[[0, 1, 2, 5]] = np.array(columns, dtype=np.int64).T
@@ -194,21 +195,21 @@ def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
 def chunks_header(
     chunks: tuple[PrefillChunk, ...], width: int, num_rows: int, padding: int
 ) -> Array:
-    """`StepRows.header` for prefill chunks that run as a captured CUDA graph.
+    """Make `StepRows.header` for prefill chunks that run as a captured CUDA graph.
 
-    The header has `width` requests, and one more for the padding rows behind the last chunk. Of
-    `width` indices for sampled rows the chunks use the last, so that those of decodes follow.
+    The graph always has `width` requests, a last request that owns the padding rows, and `width`
+    sampled rows. The sampled rows of decodes follow behind these. So that all sampled rows of a
+    plan are contiguous, chunks use the last of the `width` sampled rows, and padding the first.
 
     Args:
-        width: number of requests, at least the number of chunks.
+        width: number of requests except the last one, at least the number of chunks.
         num_rows: rows of the step, padding included.
-        padding: the slot that stands for padding.
+        padding: the tables' padding slot, which belongs to no request.
     """
     columns = [*map(_column, chunks)]
     left = num_rows - sum(chunk.num_tokens for chunk in chunks)
     columns += [(padding, 0, 0, 0)] * (width - len(columns)) + [(padding, 0, left, 0)]
     header = header_of(columns)
     samples = header[5, :-1] > 0
-    # Of the `width` indices of sampled rows, padding takes the first ones.
     header[4, np.concatenate((np.flatnonzero(~samples), np.flatnonzero(samples)))] = range(width)
     return header

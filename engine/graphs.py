@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: one replay instead of some two hundred kernel launches.
 
-Decodes and prefill chunks have separate graphs, each for several row counts. A step with decodes
-and chunks replays two graphs. (Common graphs would be needed for every pair of row counts.) Two
-graphs read the weights twice. As long as the prefill is short, the second reading takes less time
-than launching the kernels one by one.
+Decodes and prefill chunks have separate graphs, with one graph for each of several row counts. A
+step with decodes and chunks replays two graphs. (Graphs for mixed steps would be needed for every
+pair of row counts.) Two graphs read the weights twice. As long as the prefill is short, the second
+reading takes less time than launching the kernels one by one.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097
 # Most prefill chunks in a captured step. With 32 instead of 8 the first token of a single prompt
 # takes 0.01 to 0.12 ms longer. More than 32 were not tried.
 MAX_CHUNKS = 32
-# Launching the kernels of one layer takes the host of an H200 0.4 ms. The other two constants are
-# approximate rates at which the H200 reads weights and multiplies. An estimate from the three
-# constants limits the length of a prefill beside decodes: for longer prefills two replays would
-# take longer than launching the kernels. The limit was not measured.
+# Launching the kernels of one layer takes the host of an H200 0.4 ms. `_BYTES_PER_SECOND` and
+# `_FLOPS` are approximate rates at which an H200 reads weights and multiplies. From the constants
+# `StepGraphs` estimates the longest prefill beside decodes for which two replays take less time
+# than launching the kernels. The estimate was not checked by a measurement.
 _LAUNCH_SECONDS = 0.4e-3
 _BYTES_PER_SECOND = 4e12
 _FLOPS = 600e12
 
-# A function like `StepPass.plain`: enqueues a step without sampling options for rows whose header
-# is set. It returns the logits [R, columns], and may write them into the given tensor.
+# A function like `StepPass.plain`: enqueues a step for rows whose `StepRows.header` is set, returns
+# the logits [R, this rank's vocabulary], and may write the logits into the tensor, if one is given.
 PlainStep = Callable[[StepRows, "Tensor | None"], Tensor]
 
 
@@ -47,7 +47,7 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of decodes that get a CUDA graph; a step is padded to the next larger number.
 
     The numbers double up to 8. Then they rise by 8 up to 64, by 16 up to 256, and by 32 from there
-    to `max_num_seqs`. Padding costs the matrix products next to nothing, and attention nothing.
+    to `max_num_seqs`. Padding adds next to no time to matrix products, and none to attention.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
@@ -56,13 +56,12 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 class StepGraphs:
     """The captured CUDA graphs of one runner.
 
-    All graphs share one buffer for logits and one for sampled rows. The first `MAX_CHUNKS` entries
-    are for prefill chunks, and those behind for decodes. The sampled rows of chunks take the last
-    of the chunks' entries, so that all rows that a plan samples are contiguous.
+    All graphs share two buffers: one for logits, and one for sampled rows, whose next token is
+    drawn. In each buffer the first `MAX_CHUNKS` entries are for prefill chunks, and the rest for
+    decodes. Chunks use the last of their entries, so that all used entries are contiguous.
 
     Args:
         step: enqueues the work that a graph captures.
-        state: the tables from which a step's rows are made.
         max_tokens: most rows that the prefill chunks of a step may have.
         weights_per_layer: number of weights, of 2 bytes each, in a layer on this rank (average).
     """
@@ -121,7 +120,7 @@ class StepGraphs:
 
     def rehearsals(self) -> list[Callable[[], object]]:
         """Functions that each enqueue a step without a graph; together they use all kernels."""
-        # One number of rows for each kernel of matrix products. `heaviest` adds the largest number.
+        # Every matrix product kernel serves one of these row counts, or the count of `heaviest`.
         sizes = [n for n in (1, 16, 24, 128, 256) if n < self._decode_sizes[-1]]
         return [*(partial(self._run, "decodes", n) for n in sizes), *self.heaviest()]
 
@@ -140,7 +139,7 @@ class StepGraphs:
         `serves` must be true for the plan, and `DeviceState.apply` must have been called.
 
         Returns:
-            Logits [R, columns] and sampled rows with their tokens; the next replay overwrites both.
+            Logits [R, this rank's vocabulary] and R sampled rows; the next replay overwrites both.
         """
         assert self._logits is not None
         if plan.prefill:
@@ -160,7 +159,7 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue `size` rows of chunks or of decodes; the graphs share the buffer `logits`."""
+        """Enqueue a step of `size` rows, of "chunks" or "decodes"; put the logits into `logits`."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:

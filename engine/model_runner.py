@@ -47,8 +47,9 @@ from utils.loader import load_weights
 class StepPass:
     """Enqueues a step's work once its rows are known: forward pass, sampling, storing the tokens.
 
-    The runner's CUDA graphs hold this object. So it must not refer to the runner: the reference
-    cycle would keep a dropped runner's memory until the garbage collector runs.
+    The step's sampled rows are the rows whose next token is drawn. The runner's CUDA graphs hold
+    this object. So this object must not refer to the runner: the reference cycle would keep a
+    dropped runner's memory until the garbage collector runs.
     """
 
     model: CausalLM
@@ -60,13 +61,13 @@ class StepPass:
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Logits [R + P, this rank's vocabulary] of the R sampled rows, then of `prompt_rows`.
+        """Logits [R + P, this rank's vocabulary]: of R sampled rows, then of P `prompt_rows`.
 
         Args:
-            prompt_rows: [P] int64 rows of prompt tokens whose log-probabilities are wanted.
+            prompt_rows: [P] int64 rows whose next prompt token needs a log-probability.
             out: a tensor that the model may write the logits into.
         """
-        # Without prefill chunks every row is sampled. None selects all rows.
+        # Without prefill chunks every row is a sampled row. None selects all rows.
         wanted = rows.sampled.rows if rows.num_chunks else None
         if prompt_rows is not None:
             wanted = torch.cat((rows.sampled.rows, prompt_rows))
@@ -105,7 +106,7 @@ class StepPass:
         return output
 
     def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
-        """Enqueue a step without sampling options; return its logits. `rows.header` must be set."""
+        """Enqueue a step that draws by temperature and seed alone. `rows.header` must be set."""
         self.state.fill(rows)
         logits = self.forward(rows, out=out)
         self.draw(logits, rows.sampled)
@@ -116,12 +117,11 @@ class LocalRunner(ModelRunner):
     """Owns the model, the KV cache and the tables of running requests on one device.
 
     On CUDA steps are enqueued on a stream, and decodes and short prefills run as captured graphs.
-    On a CPU, `execute` runs the step itself at pipeline_depth 0. At pipeline_depth 1 a worker
-    thread runs the step, so that the caller can plan the next step at the same time.
+    On a CPU with pipeline_depth 0, `execute` returns when the step has ended. With pipeline_depth 1
+    a worker thread runs the step, so that the caller can plan the next step at the same time.
 
     Args:
         config: as returned by `engine.parts.resolve`.
-        checkpoint: the model's checkpoint folder.
         parallel: this runner's rank and the number of ranks; by default there is a single rank.
 
     Raises:
@@ -205,7 +205,7 @@ class LocalRunner(ModelRunner):
                 logits, sampled = self._graphs.replay(plan)
                 output = StepOutput(sampled.tokens)
                 if special:
-                    # The graphs draw without sampling options, so the tokens are drawn again.
+                    # The graphs drew by temperature and seed alone. So all tokens are drawn again.
                     output = self._pass.draw(logits, sampled, special)
             else:
                 rows = self._state.rows(plan)
@@ -244,7 +244,7 @@ class LocalRunner(ModelRunner):
         )
         weights = self._model.weight_targets()
         load_weights(checkpoint.path, weights, tied=shape.tied)
-        # Counted on undivided tensors: every rank then decides alike which steps run as graphs.
+        # All ranks count the undivided weights, so all ranks run the same steps as graphs.
         total = sum(math.prod(slot.shape) for slot in weights.values())
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
@@ -255,7 +255,7 @@ class LocalRunner(ModelRunner):
         return spec
 
     def _allocate(self, geometry: KVGeometry) -> None:
-        """Allocate the KV cache, and make the `StepPass` and the uncaptured graphs that use it."""
+        """Allocate the KV cache; make `StepPass` and `StepGraphs` for it, without capturing yet."""
         self._geometry = geometry
         self._cache = KVCache(geometry, self._dtype, self._device)
         kv = self._cache.layers()
@@ -283,9 +283,9 @@ class LocalRunner(ModelRunner):
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
     def _compile(self, graphs: StepGraphs) -> None:
-        """Run steps that need different kernels in parallel threads, to compile in parallel.
+        """Compile the Triton kernels in parallel: each thread runs a step that needs other kernels.
 
-        All rows are padding. So the steps may share tensors: nothing reads what padding writes.
+        All rows are padding, whose results nothing reads. So the threads can share tensors.
         """
         steps = graphs.rehearsals()
 
@@ -298,7 +298,7 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        # In a rehearsal collectives do not communicate. Otherwise ranks could hang, as their
+        # Within `rehearsal()` collectives do not communicate. If they did, ranks could hang: their
         # threads reach the collectives in different orders.
         with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
             list(threads.map(run, steps))
@@ -326,8 +326,8 @@ def step_launcher(
     """Make the launcher that starts a runner's steps on `device`; `clock` is the runner's."""
     depth = config.pipeline_depth or 0
     if device.type == "cuda":
-        # depth + 1 steps are in flight. With several ranks one more result buffer is needed: a new
-        # plan is sent when rank 0 has ended a step, and other ranks may not have ended that step.
+        # Up to depth + 1 steps are in flight, each with its result buffer. A rank slower than rank
+        # 0 needs one buffer more: the next plan is sent as soon as rank 0 has ended a step.
         return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)
     return HostLauncher(clock, in_thread=depth > 0)
 

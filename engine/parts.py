@@ -34,11 +34,11 @@ _KINDS = (
     PartKind("admission_policy", "engine.policies:AdmissionPolicy", ("engine.policies",)),
     PartKind("preemption_policy", "engine.policies:PreemptionPolicy", ("engine.policies",)),
     PartKind("step_policy", "engine.policies:StepPolicy", ("engine.policies",)),
-    # "radix" finds as many cached tokens as "prefix". What the two cost was not compared.
+    # "radix" finds as many cached tokens as "prefix"; their speeds were not compared.
     PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
     PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
     PartKind("model_runner", "engine.types:ModelRunner", _RUNNERS),
-    # "auto" takes the first that works. The fastest is first (docs/LOG.md), "torch" always works.
+    # "auto" takes the first backend that works, fastest first (docs/LOG.md). "torch" always works.
     PartKind(
         "attention_backend",
         f"{_ATTENTION}.base:AttentionBackend",
@@ -57,11 +57,11 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
 
     Raises:
         ConfigError: an option asks for something that the machine or the checkpoint does not have,
-            for a part that does not exist, or for two parts that contradict each other.
+            names a part that does not exist, or contradicts the part that another option names.
         UnsupportedModelError: the checkpoint does not say how long a context may be.
     """
     config = _on_device(config, checkpoint)
-    # 4096 was not measured. Block tables and a CPU's KV cache grow with this default.
+    # No measurement led to 4096. A larger default would enlarge block tables and a CPU's KV cache.
     limit = checkpoint.max_position
     length = config.max_model_len or min(4096, limit)
     if length > limit:
@@ -85,14 +85,14 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
     import torch
 
     runner: Any = find("model_runner", config)
-    # A factory does not tell whether its runner has a device. True is assumed.
+    # A factory function does not tell whether its runner has a device. True is assumed.
     has_device = getattr(getattr(runner, "func", runner), "has_device", True)
     cuda = has_device and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
     cuda = cuda and config.device != "cpu"
     # CUDA graphs are on by default. 1,024 short requests ran at 94,840 tok/s when prefills beside
-    # decodes ran as graphs. Before it was 47,729: launching such a step took the host 10 to 15 ms.
+    # decodes ran as graphs, and at 47,729 before: launching such a step took the host 10 to 15 ms.
     graphs = config.enable_cuda_graphs
     if graphs and not cuda:
         problem = "there is no CUDA device to capture on"
@@ -114,7 +114,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Set enable_prefix_caching to what the block manager does; a ConfigError if options differ."""
+    """Fill in enable_prefix_caching from the block manager; a ConfigError if options contradict."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -146,7 +146,7 @@ def _first(option: str, fits: Callable[[Any], bool]) -> str:
 
 
 def make(option: str, config: Config, *args: Any) -> Any:
-    """Construct the part that an option names with `config` and `args`; may raise ConfigError."""
+    """Make the part that an option names, from `config` and `args`; may raise ConfigError."""
     return PART_KINDS[option].make(getattr(config, option), config, *args)
 
 
@@ -160,7 +160,7 @@ def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Schedu
 
 def check_policies(config: Config, scheduler: object) -> None:
     """Refuse a policy that does not exist, or that the scheduler (or its class) would ignore."""
-    # A factory has no `policies`. Until its scheduler is made, all policies count as used.
+    # A factory has no `policies`. Until the factory is called, all policies count as used.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:
@@ -221,7 +221,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
         config = replace(config, attention_backend=name)
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
-    # `unsupported` is asked before a class is constructed, but after a factory was called.
+    # A class answers `unsupported` without being constructed. A factory has to be called first.
     backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
     reason = backend.unsupported(spec)
     if reason is not None:

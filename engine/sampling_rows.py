@@ -1,9 +1,10 @@
 """Sampling options of a step's rows: filters, penalties, log-probabilities, logits processors.
 
-Most steps have no request with such an option, and then only look into an empty dictionary.
-Steps with options run the same forward pass. Filters (top-k, top-p, min-p) give each row a bound:
-tokens whose logits are below the bound are not drawn. Penalties, `min_tokens` and logits processors
-change logits before a token is drawn. Rows with changed logits are drawn separately, in blocks.
+The sampled rows of a step are those whose next token is drawn. Most steps have no request with a
+sampling option beyond temperature and seed, and only look into an empty dictionary. Filters (top-k,
+top-p, min-p) give each row a bound: tokens whose logits are below the bound are not drawn.
+Penalties, `min_tokens` and logits processors change logits before a token is drawn. For rows with
+changed logits the sampler runs separately, on blocks of at most `BLOCK_ROWS` rows.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from layers.step_rows import SampledRows
 from sampling_params import LogitsProcessor
 from utils.errors import StepError
 
-# Rows whose logits are changed at once. Each row needs its logits, a float32 copy and the token
-# counts of the penalties: 97 MB for 64 rows of 151,936 bfloat16 logits, whatever the batch size.
+# Most rows whose logits are changed together. Each row needs its logits, a float32 copy and the
+# token counts of the penalties: 97 MB for 64 rows of 151,936 bfloat16 logits at any batch size.
 BLOCK_ROWS = 64
 
 
 def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
-    """Most device memory in bytes that sampling options take beyond a step without options.
+    """Most device memory in bytes that sampling options take, without logits of prompt tokens.
 
     A block of rows, for changed logits or for log-probabilities, needs three copies of its logits,
-    two of them in float32. Several ranks need two copies of all rows to gather the vocabulary.
+    two of them in float32. With several ranks, gathering full logits needs two copies of all rows.
     """
     copies = 0 if num_ranks == 1 else 2 * max_num_seqs * dtype_bytes
     block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
@@ -54,7 +55,7 @@ class StepScores:
     Attributes:
         found: log-probabilities of new tokens, then of prompt tokens.
         new: (row, N) for each new token in `found`: its row among the sampled rows, and the number
-            of most likely tokens that are wanted beside it.
+            of most likely tokens whose log-probabilities are also wanted.
         prompts: (chunk, count, N) for each prefill chunk with tokens in `found`: the chunk's
             index, the number of its tokens, and N as above.
         num_chunks: number of prefill chunks in the step.
@@ -95,7 +96,7 @@ class _ChangedRows:
         filters, penalizes: whether any of the S rows has filters, or penalties.
         withheld: [3, W] int64: index of a row among the S, a token that the row must not draw
             yet, and the first position where the token is allowed.
-        processors: (index among the S, logits processors) of each row with processors.
+        processors: (index among the S, its logits processors) of each row that has processors.
     """
 
     rows: Tensor
@@ -112,7 +113,7 @@ class _ChangedRows:
         sampled: SampledRows,
         parameters: Tensor,
     ) -> Tensor:
-        """Tokens [S] int64; `logits` [R, vocabulary], `sampled`, `parameters` are of all R rows."""
+        """Draw tokens [S] int64. `logits` [R, vocabulary], `sampled`, `parameters` have R rows."""
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
@@ -137,15 +138,15 @@ class SpecialRows:
     """Sampling options of a step with R sampled rows.
 
     Attributes:
-        parameters: [8, R] float32, see `_parameters`.
-        filters: of all R rows. Rows without filters and rows in `changed` have temperature 0,
-            which turns filters off. None if filters are off for all rows.
-        changed: the rows whose logits are changed before tokens are drawn, in blocks.
+        parameters: [8, R] float32, the 8 values of `_parameters` for each row.
+        filters: the filters of all R rows; None if no filter is on. Rows without filters and rows
+            in `changed` have temperature 0 in this field, which turns filters off.
+        changed: blocks of the rows whose logits are changed before tokens are drawn.
         all_changed: whether all R rows are in `changed`.
         new, prompts, num_chunks: as in `StepScores`.
-        scored_rows: [len(new)] int64 rows in `new`, as indices among the R rows.
-        prompt_rows, prompt_tokens: [P] int64 rows of prompt tokens in the step, and the next prompt
-            token of each, whose log-probability is wanted.
+        scored_rows: [len(new)] int64: the rows in `new`, as indices among the R rows.
+        prompt_rows: [P] int64 rows of the step whose next prompt token needs a log-probability.
+        prompt_tokens: [P] int64: the next prompt token of each of `prompt_rows`.
     """
 
     parameters: Tensor
@@ -166,7 +167,7 @@ class SpecialRows:
 
         Args:
             tokens: [slots + 1, max_model_len] token ids of prompt and output of each request.
-            logits: [R + P, this rank's vocabulary] of the R sampled rows, then of `prompt_rows`.
+            logits: [R + P, this rank's vocabulary]: of R sampled rows, then of P `prompt_rows`.
 
         Returns:
             [R] int64 tokens, and the log-probabilities that were asked for.
@@ -184,7 +185,7 @@ class SpecialRows:
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Scores from the unchanged `logits` [R, vocabulary], `prompt_logits` [P, vocabulary]."""
+        """Log-probabilities by unchanged logits [R, vocabulary] and [P, vocabulary], if wanted."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
@@ -298,7 +299,7 @@ class SamplingRows:
 
 
 def _changes(new: NewRequest) -> bool:
-    """Whether penalties, withheld tokens or processors change the request's logits."""
+    """Whether penalties, tokens withheld for `min_tokens` or processors change the logits."""
     s = new.sampling
     return bool(s.penalizes or new.withheld_token_ids or s.logits_processors)
 

@@ -44,15 +44,16 @@ class _Handle(StepHandle):
 
 
 class SimulatedRunner(ModelRunner):
-    """Runs plans in virtual time: `LLM(path, model_runner="simulated")`.
+    """Runs plans in virtual time; `LLM(path, model_runner="simulated")` selects this runner.
 
     Virtual time moves only when the caller waits for a result or calls `wait_until`. Planning takes
     no virtual time, and steps run one after the other. So a run depends on its requests and options
-    alone, not on the machine. If `model_runner` is a factory of this runner, also set
-    `pipeline_depth`: its default depends on the machine, as a factory has no `has_device`.
+    alone, not on the machine. If `model_runner` is a function, also set `pipeline_depth`, whose
+    default would depend on the machine, because the engine cannot ask a function for `has_device`.
 
-    A token depends on its request's seed and its position. A decode row keeps at least 1 of its
-    positions; a hash of seed, position and row length says how many. All tokens are equally likely.
+    A token depends on its request's seed and its position. With speculative decoding a decode row
+    has n positions and gives 1 to n tokens; a hash of seed, position and n says how many. All
+    tokens are equally likely.
 
     Args:
         checkpoint: gives the vocabulary's size; without a checkpoint the size is 50.
@@ -60,7 +61,7 @@ class SimulatedRunner(ModelRunner):
         seconds: function from a plan to the time that the step takes; by default `STEP_SECONDS`.
 
     Raises:
-        ConfigError: tensor_parallel_size is above 1, or (in `execute`) `seconds` returned no time.
+        ConfigError: tensor_parallel_size is above 1, or in `execute` `seconds` gave no valid time.
     """
 
     name = "simulated"
@@ -123,12 +124,11 @@ class SimulatedRunner(ModelRunner):
         self._closed = True
 
     def _start(self, plan: StepPlan) -> None:
-        """Register the plan's new requests."""
         for new in plan.new_requests:
             self._requests[new.slot] = SimulatedRequest(new, list(new.token_ids))
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        """The token that is sampled after a chunk, if the chunk samples."""
+        """The token that is drawn after a chunk, in a list; empty if the plan wants no token."""
         return [self._next(self._requests[chunk.slot])] if chunk.samples else []
 
     def _decode(self, slot: int, count: int) -> list[int]:
@@ -140,7 +140,7 @@ class SimulatedRunner(ModelRunner):
         return [self._next(request) for _ in range(1 + hash((seed, position, most)) % most)]
 
     def _next(self, request: SimulatedRequest) -> int:
-        """Append a drawn token, or the next id that is not withheld if the drawn token is."""
+        """Append a drawn token; if `min_tokens` forbids the token, the next allowed id instead."""
         drawn, new, size = self._draw(request), request.new, self._vocab_size
         num_output = len(request.tokens) - len(new.token_ids) + new.num_output_tokens
         withheld = new.withheld_token_ids if num_output < new.sampling.min_tokens else ()
@@ -153,11 +153,11 @@ class SimulatedRunner(ModelRunner):
         return hash((request.new.seed, len(request.tokens))) % self._vocab_size
 
     def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:
-        """Reports by index of the row; `outputs` has the new tokens of each row."""
+        """Reports of rows for `StepResult`: none here; `FakeRunner` makes some from `outputs`."""
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
-        """The prompt tokens that the chunk predicts, and the request's `prompt_logprobs` option."""
+        """The next prompt token of each position in the chunk, and the `prompt_logprobs` option."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
         return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs

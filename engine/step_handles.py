@@ -53,7 +53,7 @@ class HostLauncher:
                 return run()
             except Exception:
                 raise
-            except BaseException as error:  # e.g. SystemExit, which must not end the waiting thread
+            except BaseException as error:  # SystemExit would otherwise end the waiting thread
                 raise _step_error(step_id, error) from error
 
         if self._worker is not None:
@@ -94,8 +94,6 @@ class StreamLauncher:
     """Enqueues each step on its own CUDA stream, followed by a copy of the output to the host.
 
     Args:
-        clock: the runner's clock.
-        device: the CUDA device of the stream.
         max_tokens: largest number of tokens that a step returns.
         in_flight: largest number of launched steps whose results have not been read.
     """

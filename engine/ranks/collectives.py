@@ -1,4 +1,4 @@
-"""The model runner of one rank, and sums and maxima over all ranks (collectives)."""
+"""The model runner of one rank, and its collectives: sums and maxima over all ranks."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 # When a rank fails, the parent process kills the ranks that wait for it long before this timeout.
 _TIMEOUT = timedelta(hours=1)
-# Largest tensor that is summed through peer memory: 256 rows of Qwen3-8B.
+# Most bytes that are summed through peer memory: 256 rows of Qwen3-8B's 4,096 16-bit values.
 _PEER_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class GroupContext(ParallelContext):
-    """A rank whose collectives are those of a process group: gloo on CPUs, NCCL on GPUs.
+    """A rank's collectives through a process group: gloo on CPUs, NCCL on GPUs.
 
-    CUDA graphs can capture NCCL's collectives. With `exchange`, small tensors do not go through
-    NCCL, but through peer memory: memory of each device that all devices have mapped.
+    CUDA graphs can capture NCCL's collectives. If `exchange` is set, small tensors are reduced
+    through peer memory instead of NCCL: each device writes into the memory of the other devices.
     """
 
     _: KW_ONLY
@@ -109,7 +109,7 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """`context`, with sums of few rows [T, width] through peer memory if the devices allow that."""
+    """Add `exchange` to `context` for sums of few rows [T, width], if the devices support that."""
     device = torch.device("cuda", torch.cuda.current_device())
     pairs = permutations(range(context.size), 2)
     mapped = all(starmap(torch.cuda.can_device_access_peer, pairs))
@@ -121,13 +121,13 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
     rows = max(1, _PEER_BYTES // (width * dtype.itemsize))
     count = PeerExchange.num_words(context.size, rows, width)
-    # symmetric.empty does the same, but imports sympy, which takes 2 s of a start of 8 s.
+    # symmetric.empty also allocates peer memory, but imports sympy: 2 s of a start that takes 8 s.
     allocate = symmetric._SymmetricMemory.empty_strided_p2p  # type: ignore[attr-defined]
     memory = allocate((count,), (1,), torch.int64, device)
     PeerExchange.empty(memory, context.size, rows)
     mapping = symmetric.rendezvous(memory, context.group)
     torch.cuda.synchronize(device)
-    # No rank may write into peer memory before every rank has emptied its own.
+    # A rank must not write into a peer's memory before the peer has marked this memory as empty.
     mapping.barrier()
     exchange = PeerExchange(
         rank=context.rank,
@@ -162,7 +162,7 @@ def local_rank(
     """Make the runner of one rank in the rank's process; for `peer` see `join_ranks`."""
     context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
     if config.device == "cpu":
-        # The parent process plans ahead already. A worker thread here would only add overhead.
+        # The parent process plans while ranks compute: a worker thread here would only cost time.
         config = replace(config, pipeline_depth=0)
     return LocalRunner(config, checkpoint, context)
 

@@ -71,7 +71,7 @@ class TensorParallelRunner(ModelRunner):
         self._ready: list[tuple[KVGeometry, ...]] = []
         self._codec = PlanCodec()
         # A list for the result of each step in flight, oldest first. Handles are not kept here:
-        # they refer to the runner, and the cycle would delay its release.
+        # handles refer to the runner, and the reference cycle would delay freeing the runner.
         self._pending: deque[list[StepResult]] = deque()
         self._error: Exception | None = None
         self._closed = False
@@ -140,7 +140,7 @@ class TensorParallelRunner(ModelRunner):
             self._end()
 
     def take_in(self, timeout: float | None) -> None:
-        """Wait up to `timeout` seconds (None: for ever) for messages of any rank; keep results.
+        """Wait up to `timeout` seconds (None: for ever) for messages; give results to the handles.
 
         Raises:
             WorkerDiedError, StepError: a rank has failed.
@@ -152,7 +152,7 @@ class TensorParallelRunner(ModelRunner):
         if not self._end.alive:
             raise EngineClosedError("the runner was closed before the result of the step came")
         if not self._flush():
-            # Ranks may be waiting for the rest of a message, so this wait has to be short.
+            # A rank waits for bytes that are written after this wait, so the wait must be short.
             timeout = _FULL_SECONDS if timeout is None else min(timeout, _FULL_SECONDS)
         ready = self._selector.select(timeout)
         try:
@@ -181,7 +181,7 @@ class TensorParallelRunner(ModelRunner):
         channel = self._held.enter_context(Channel(fileno=ours.detach()))
         self._channels.append(channel)
         self._selector.register(channel, selectors.EVENT_READ, index)
-        # -c adds the current directory to sys.path. `code` deletes it: the parent may not have it.
+        # -c adds the current directory to sys.path. The parent may lack it, so `code` deletes it.
         code = "import sys; del sys.path[:1]; from engine.ranks.worker import main; main()"
         with theirs:
             process = subprocess.Popen(
@@ -196,12 +196,12 @@ class TensorParallelRunner(ModelRunner):
                     # NVLink multicast needs rights that containers often lack.
                     "NCCL_NVLS_ENABLE": "0",
                     **os.environ,
-                    # PYTHONSAFEPATH would keep -c from adding the entry that `code` deletes.
+                    # If set, PYTHONSAFEPATH keeps -c from adding the entry that `code` deletes.
                     "PYTHONSAFEPATH": "",
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },
             )
-        # Closing `_held` waits for the process to end.
+        # When `_held` is closed, it waits until the process has ended.
         self._processes.append(self._held.enter_context(process))
         channel.post(start)
 
@@ -213,12 +213,12 @@ class TensorParallelRunner(ModelRunner):
         self._end()
 
     def _fail(self, index: int, cause: object) -> NoReturn:
-        """Raise the error of a failed rank, or of another rank whose failure made it fail.
+        """Raise the error of rank `index`, or of the lost rank that caused the error.
 
-        If `cause` is not a `Failure`, the rank's process has died.
+        `cause` is the rank's last message: a `Failure`, or None if the rank's process has died.
         """
         deadline = time.monotonic() + _CAUSE_SECONDS
-        # The rank sends nothing more. If watched, its closed socket would always count as ready.
+        # The rank sends nothing more, and `select` would always report its closed socket as ready.
         self._selector.unregister(self._channels[index])
         while isinstance(cause, Failure) and cause.lost_peer and time.monotonic() < deadline:
             for key, _ in self._selector.select(deadline - time.monotonic())[:1]:
@@ -250,7 +250,7 @@ class _Sent(StepHandle):
 def _start_message(
     config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, rank: Rank
 ) -> bytes:
-    """The first message to a rank, without callables that ranks do not use or pickle may refuse."""
+    """Encode a rank's first message. Unused callables are left out, as pickle may refuse them."""
     kept: dict[str, Any] = {
         field.name: field.default
         for field in fields(config)
@@ -277,7 +277,7 @@ def _died(index: int, process: subprocess.Popen[bytes]) -> WorkerDiedError:
 
 
 def _end(owner: int, processes: list[subprocess.Popen[bytes]], held: ExitStack) -> None:
-    """Kill the ranks and close `held`; a forked child of process `owner` must do neither."""
+    """Kill the ranks and close `held`; do neither in a forked child of the process `owner`."""
     if os.getpid() == owner:
         for process in processes:
             process.kill()

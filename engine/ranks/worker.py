@@ -30,7 +30,7 @@ _SPIN_SECONDS = 500e-6
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The position of one rank among the ranks, and its resources."""
+    """One rank's index, the number of ranks, and resources of the rank's process."""
 
     index: int
     size: int
@@ -38,7 +38,7 @@ class Rank:
     num_threads: int  # CPU threads that torch may use in this rank
 
 
-# Makes a rank's runner. It has to be a function that the rank's process can import.
+# Function that makes a rank's runner. The rank's process must be able to import the function.
 MakeRunner = Callable[[Config, "Checkpoint", Rank], ModelRunner]
 
 
@@ -75,7 +75,7 @@ class Failure:
 def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
     """Run plans until the channel ends, then close the runner; send results if `reports` is true.
 
-    The next plan is launched while a step runs, if the step's handle can tell that the step runs.
+    The next plan is launched while a step runs, unless `done` of the step's handle is always True.
     """
     codec = PlanCodec()
     poll = select.poll()
@@ -102,8 +102,8 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
 def _end_with_parent(channel: Channel, parent_id: int) -> None:
     """End this process, wherever it is stuck, as soon as its parent has ended."""
     poll = select.poll()
-    # Mask 0 reports only that both directions are closed. The parent closes a single direction when
-    # no more plans will come, and this process must then go on.
+    # With event mask 0, poll reports only that both directions are closed. The parent closes one
+    # direction after the last plan, and this process must then go on.
     poll.register(channel, 0)
     # If a child of the parent inherited the parent's socket, only getppid shows the parent's end.
     while not poll.poll(1000) and os.getppid() == parent_id:
