@@ -142,7 +142,7 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Mark the `with` block as changing requests. During the block `drop` only calls `abort`."""
+        """Inside the `with` block requests change, so `drop` leaves its work to the next `step`."""
         self._calls += 1
         self._thread = threading.get_ident()
         try:
@@ -183,8 +183,7 @@ class LLMEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request at the next `step`. May be called from any thread at any time."""
-        # An id that no request has yet is ignored: it would end the request that gets the id later.
-        # No lock is needed: appending to a deque is atomic.
+        # An unused id is ignored: it would end a later request. Appending to a deque needs no lock.
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 

@@ -37,7 +37,7 @@ class NewRequest:
     sampling: SamplingParams
     seed: int  # key of the sampling noise, 0 <= seed < 2**63
     num_output_tokens: int = 0  # how many of `token_ids` are output
-    withheld_token_ids: tuple[int, ...] = ()  # stop tokens, banned for the first `min_tokens` tokens
+    withheld_token_ids: tuple[int, ...] = ()  # stop tokens, banned in the first `min_tokens` tokens
     max_total_tokens: int = NO_LIMIT  # the runner keeps no token beyond this total length
     # A runner may let noise depend on `sample` and `seed_kind`. The shipped runners do not.
     sample: int = 0  # index of this output among those of its prompt

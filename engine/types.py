@@ -188,7 +188,7 @@ class BlockManager(ABC):
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """Add blocks until `num_tokens` tokens have blocks. False (nothing added) if too few free."""
+        """Add blocks for the first `num_tokens` tokens; False (none added) if too few are free."""
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
