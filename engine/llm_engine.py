@@ -132,7 +132,7 @@ class LLMEngine:
                 ended += finished
                 if self._read:
                     ended += self._read_texts()
-                # `_forget` counts output tokens. So `_read_texts` first drops those after a stop.
+                # `_forget` counts output tokens. So `_read_texts` comes first: it drops tokens.
                 self._forget(ended)
             except BaseException:
                 self.reset("error")

@@ -29,7 +29,7 @@ class QueuePolicy(Policy):
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
-        """Add a waiting request: a new one, or a popped one that waits again, e.g. if preempted."""
+        """Add a new request, or a popped request that must wait again, e.g. after a preemption."""
 
     @abstractmethod
     def first(self) -> Sequence | None:
@@ -72,12 +72,12 @@ class StepPolicy(Policy):
 
     @abstractmethod
     def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
-        """Maximum number of prompt tokens in the step: at most `budget`; 0 only if requests decode.
+        """Limit of prompt tokens in the step: at most `budget`, at least 1 if no request decodes.
 
         Args:
-            budget: the token budget of the step; at least the number of requests that can run.
-            num_decodes: number of decoding requests. All of them decode in the step if the planned
-                prompt tokens leave a position for each; otherwise all of them wait.
+            budget: token budget of the step; at least the number of requests that can run at once.
+            num_decodes: number of decoding requests. All decode in the step if the prompt tokens
+                leave a position for each decoding request; otherwise all wait.
             gap: number of consecutive steps, up to now, in which the decoding requests waited.
         """
 
@@ -157,7 +157,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """Runs the request with the fewest output tokens left by `Sequence.num_expected_tokens`."""
+    """Runs the request with the fewest expected output tokens left (`num_expected_tokens`)."""
 
     name = "shortest_job"
 
@@ -166,10 +166,10 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Runs the first request of the waiting user with the lowest level: tokens charged so far."""
+    """Serves the waiting user with the lowest level: the number of tokens charged to the user."""
 
     def __init__(self, config: Config) -> None:
-        # `levels` has every user so far; `_queues` and `_order` only users with waiting requests.
+        # `levels` has all users ever seen. `_queues` and `_order` have only waiting users.
         self.levels: defaultdict[str, int] = defaultdict(int)
         self._queues: defaultdict[str, FirstCome] = defaultdict(lambda: FirstCome(config))
         self._order: LazyHeap[str] = LazyHeap()
@@ -209,7 +209,7 @@ class FairShare(_UserQueue):
     """Serves the waiting user who has been charged the fewest tokens so far.
 
     Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
-    OSDI 2024). Idle time gives no credit: a returning user's count is raised to the count of the
+    OSDI 2024). Idle time gives no credit: a returning user's charge is raised to the charge of the
     user served last. A request is charged its expected length first, its real length when it ends.
     """
 
@@ -238,7 +238,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits all requests for which blocks are free. If blocks run out later, one is preempted."""
+    """Admits a request if blocks are free now. If blocks run out later, a request is preempted."""
 
     name = "optimistic"
 
@@ -276,7 +276,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # In `steps` steps the first `count` requests still run. Each has grown by `steps - 1`.
+            # The first `count` requests run `steps` more steps and grow by `steps - 1` tokens.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -312,7 +312,7 @@ class FewestComputed(PreemptionPolicy):
 
 
 class DecodeFirst(StepPolicy):
-    """All decoding requests run in each step. Prompts get the rest of the budget (Sarathi-Serve)."""
+    """All decoding requests run in each step. Prompts get the remaining budget (Sarathi-Serve)."""
 
     name = "decode_first"
 
@@ -321,7 +321,7 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts take the whole budget, but at most `max_gap` times in a row if decodes wait.
+    """Prompts may take the whole budget, in at most `max_gap` steps in a row while decodes wait.
 
     First tokens come sooner than with `DecodeFirst`. The intervals of later tokens vary more.
     """

@@ -48,8 +48,8 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the cache at the first admission
     num_preemptions: int = 0
 
-    # Only the scheduler uses the fields from here on.
-    slot: int | None = field(init=False)  # index in the runner's tables; None unless it runs
+    # Only the scheduler changes the fields from here on.
+    slot: int | None = field(init=False)  # index in the runner's tables; None if not running
     # Number of leading positions that are computed or planned, including all drafts in flight.
     num_scheduled: int = field(init=False)
     num_drafted: int = field(init=False)  # how many of `num_scheduled` are drafts in flight
@@ -76,7 +76,7 @@ class Sequence:
         if self.sampling.prompt_logprobs is None:
             return salt
         # Prompt log-probabilities need logits, which the cache does not keep. So the salt contains
-        # the id: a request finds only blocks that it computed itself before a preemption.
+        # the id: a request finds only blocks of its own, from before a preemption.
         return f"{salt}\0{self.request_id}"
 
     @property
@@ -129,7 +129,7 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
 def check_request(
     prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
 ) -> int:
-    """Check a request for one output. Returns its length limit, prompt and output together.
+    """Check a request for one output. Returns the length limit of prompt and output together.
 
     Raises:
         RequestError: the prompt or a parameter cannot be served; RequestTooLongError is a subclass.
@@ -220,14 +220,14 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
 
 
 def percentile(rising: list[float], share: float) -> float:
-    """The smallest x in `rising` so that at least the fraction `share` (0, 1] of values is <= x."""
+    """The smallest x in `rising` for which at least a share (0, 1] of all values is <= x."""
     return rising[math.ceil(share * len(rising)) - 1]
 
 
 def increments(
     seq: Sequence, index: int, *, has_text: bool
 ) -> Generator[dict[str, Any] | None, None, None]:
-    """Yield at each call what the output gained since the last increment; None if nothing is new.
+    """Yield what the output has gained since the last increment, or None if there is no news.
 
     With a tokenizer (`has_text`) an increment waits for text that later tokens cannot change. The
     last increment has a finish_reason. `index` is the index of the prompt.

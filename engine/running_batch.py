@@ -19,12 +19,12 @@ class RunningBatch:
 
     A scheduler calls `admit`, `prefill`, `decode` and `preempt`, then `build`, which returns the
     `StepPlan` of these calls. `commit` applies a `StepResult` to the requests. A request runs in
-    one of `max_num_seqs` slots. Dicts of requests have the id as key.
+    one of `max_num_seqs` slots. Dicts of requests have the request's id as key.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
         self.blocks = blocks  # schedulers and policies may read the manager, not change it
-        self.running: dict[int, Sequence] = {}  # unfinished requests with a slot, as admitted
+        self.running: dict[int, Sequence] = {}  # unfinished, with a slot; in order of admission
         self.prefilling: dict[int, Sequence] = {}  # running requests with prefill left to plan
         # Running requests that can be planned to decode: prefill is planned, `_goes_on` is True.
         self.decoding: dict[int, Sequence] = {}
@@ -100,7 +100,7 @@ class RunningBatch:
         return True
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
-        """Reserve blocks for `num_positions` more positions; False (none reserved) if too few."""
+        """Reserve blocks for more positions. False (nothing changes) if too few blocks are free."""
         # All drafts in flight count as accepted. A rejection only makes the next row end earlier.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
@@ -158,11 +158,11 @@ class RunningBatch:
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
             return wanted
-        # Blocks run out. Drafts are not worth a preemption: the row uses the blocks it has.
+        # Too few blocks are free. Drafts are worth no preemption, so the row gets fewer positions.
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a request's slot and blocks. Readmission computes its uncached tokens again."""
+        """Take a request's slot and blocks. Readmission recomputes its uncached tokens."""
         assert seq.num_in_flight == 0, "a request in flight cannot be preempted"
         self._stop(seq)
         seq.reset()
@@ -197,7 +197,7 @@ class RunningBatch:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Append new tokens, find stops, commit full blocks. Returns the finished requests."""
+        """Append new tokens, find stops, commit full blocks. Returns the requests that ended."""
         result.check(plan)
         self.num_in_flight -= 1
         holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
@@ -205,7 +205,7 @@ class RunningBatch:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
         num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
-        # This loop is most of the host's work per token. So most rows call no Python function.
+        # This loop is most of the host's work per token. For most rows it calls no Python function.
         for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None
@@ -262,7 +262,7 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
-            # When a preempted request is computed again, `seq` already has some of the values.
+            # After a preemption `seq` already has the log-probabilities of its leading tokens.
             missing = len(seq.prompt_logprobs) - (chunk.start + 1)
             seq.prompt_logprobs += found[missing:]
 

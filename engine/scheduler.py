@@ -19,8 +19,8 @@ class QueuedScheduler(Scheduler):
     policies: ClassVar[Collection[str]] = ("queue_policy",)
 
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
-        self.budget = config.max_num_batched_tokens  # maximum positions of a step
-        self.max_decode_tokens = 1 + config.num_speculative_tokens  # maximum of a decode row
+        self.budget = config.max_num_batched_tokens  # position limit of a step
+        self.max_decode_tokens = 1 + config.num_speculative_tokens  # position limit of a decode row
         self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make("queue_policy", config)
         # Requests outside the queue, each waiting until a running request has computed its prefix.
@@ -42,7 +42,7 @@ class QueuedScheduler(Scheduler):
         self.queue.push(seq)
 
     def admit(self, seq: Sequence) -> bool:
-        """Admit `seq`, the queue's first request. False (nothing changes) if there is no space."""
+        """Admit the first request of the queue. False (nothing changes) if no slot or block is free."""
         if not self.batch.admit(seq):
             return False
         self.queue.pop()
@@ -50,7 +50,7 @@ class QueuedScheduler(Scheduler):
         return True
 
     def defer(self, prefix: PendingPrefix) -> bool:
-        """Move the queue's first request to `deferred`. False if `deferred` is full."""
+        """Let the queue's first request wait for `prefix`. False if `deferred` is full."""
         # `rejoin` looks at every deferred request in each step, so their number is limited.
         if len(self.deferred) >= self._most_deferred:
             return False
@@ -58,7 +58,7 @@ class QueuedScheduler(Scheduler):
         return True
 
     def rejoin(self) -> None:
-        """Requeue the deferred requests whose prefix is cached now, or will never be computed."""
+        """Requeue deferred requests whose prefix is cached now, or will never be computed."""
         deferred, self.deferred = self.deferred, []
         for seq, prefix in deferred:
             leader = self.batch.running.get(prefix.request_id)
@@ -75,7 +75,7 @@ class QueuedScheduler(Scheduler):
         return left
 
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
-        """Plan a decode row with drafts for each of `seqs`. Returns the number of positions.
+        """Plan a decode row with drafts for each of `seqs`. Returns how many positions it plans.
 
         `left` is what remains of the token budget: at least one position for each request. Drafts
         may use up all of `left`, so plan prompts first.
@@ -96,7 +96,7 @@ class QueuedScheduler(Scheduler):
             self.batch.finish(seq, "abort")
             others = [entry for entry in self.deferred if entry[0] is not seq]
             if len(others) < len(self.deferred):
-                # `FairShare.pop` charged the user when the request was deferred. `push` refunds it.
+                # `FairShare.pop` charged the user for the deferred request. `push` refunds it.
                 self.deferred = others
                 self.queue.push(seq)
             self.queue.discard(seq)
@@ -107,7 +107,7 @@ class QueuedScheduler(Scheduler):
 
 
 class ContinuousScheduler(QueuedScheduler):
-    """In each step decodes the running requests, and fills the token budget with prefill.
+    """Each step decodes the running requests and fills the rest of the token budget with prefill.
 
     Iteration-level scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from
     vLLM (Kwon et al., SOSP 2023), chunked prefill from Sarathi-Serve (Agrawal et al., OSDI 2024).
@@ -141,7 +141,7 @@ class ContinuousScheduler(QueuedScheduler):
         return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
-        """Plan prompt tokens of running, then of newly admitted requests. Returns their number."""
+        """Plan prompt tokens of running, then of newly admitted requests. Returns how many."""
         left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
@@ -162,7 +162,7 @@ class ContinuousScheduler(QueuedScheduler):
         return None
 
     def _reserve_decodes(self) -> int | None:
-        """Reserve blocks for decodes. Returns the number of preemptions, or None: commit first."""
+        """Reserve blocks for decodes, and count preemptions. None if a commit must come first."""
         num_preemptions = 0
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
@@ -178,10 +178,10 @@ class ContinuousScheduler(QueuedScheduler):
 
 
 class StaticScheduler(QueuedScheduler):
-    """Admits a batch of requests and runs all of them to their ends before the next batch.
+    """Static batching (Orca's baseline): runs a batch to its end before admitting the next batch.
 
     A batch takes requests from the queue as long as all fit at their length limits, so no request
-    is preempted. The slot of a request that ends early stays empty. Baseline of the Orca paper.
+    is preempted. The slot of a request that ends early stays empty.
     """
 
     name = "static"

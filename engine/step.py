@@ -37,7 +37,7 @@ class NewRequest:
     sampling: SamplingParams
     seed: int  # key of the sampling noise, 0 <= seed < 2**63
     num_output_tokens: int = 0  # how many of `token_ids` are output
-    withheld_token_ids: tuple[int, ...] = ()  # stop tokens, banned in the first `min_tokens` tokens
+    withheld_token_ids: tuple[int, ...] = ()  # banned from the first `min_tokens` output tokens
     max_total_tokens: int = NO_LIMIT  # the runner keeps no token beyond this total length
     # A runner may let noise depend on `sample` and `seed_kind`. The shipped runners do not.
     sample: int = 0  # index of this output among those of its prompt
@@ -90,9 +90,9 @@ class StepPlan:
 
     A decode row starts at the request's first position that is not computed. The runner sampled the
     token of this position in an earlier step. Decode row i has up to `decode_tokens[i]` positions.
-    The runner drafts the tokens of all positions after the first. It accepts a drafted token if it
-    accepts all drafted tokens before, and if sampling gives the same token at this position. The
-    runner ends a row before position `max_total_tokens - 1`, for which no block is reserved.
+    The runner drafts the tokens of all positions after the first. A drafted token is accepted if
+    all drafts before it in the row are accepted, and sampling gives the same token at its position.
+    The runner ends a row before position `max_total_tokens - 1`, for which no block is reserved.
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
@@ -103,7 +103,7 @@ class StepPlan:
     # The copies can be made in any order: targets are distinct, and no target is a source. Sources
     # were written by earlier steps, and may be overwritten by later steps.
     block_copies: tuple[BlockCopy, ...] = ()
-    decode_tokens: tuple[int, ...] = ()  # maximum positions of each decode row; empty: 1 for each
+    decode_tokens: tuple[int, ...] = ()  # maximum positions of each decode row; if empty, 1 each
     # For each cache group: blocks to fill with NaN before the step; only with `kv_sanitizer=True`.
     poisoned_blocks: tuple[tuple[int, ...], ...] = ()
     timed: bool = False  # whether the result must have `device_seconds`

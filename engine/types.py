@@ -5,7 +5,7 @@ index of a token in its request; the prompt comes first. A *block* is KV cache f
 consecutive positions. A request's *block table* lists the request's blocks. A *cache group* is a
 set of layers that keep the KV of the same positions. Each request has one block table for each
 cache group. The *kind* of a cache group tells which positions the group keeps. A *row* of a step
-is the work for one request in this step. A step is *in flight* from its planning until its commit.
+is the work for one request in this step. A step is *in flight* from `schedule` until `commit`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 # Type of `ModelRunner.now`, which returns the seconds since a fixed moment.
 Clock = Callable[[], float]
 
-# Block table entry of a freed block: all its positions left the sliding window. Never in a plan.
+# Table entry of a block that was freed because the sliding window had passed it. Not in plans.
 NO_BLOCK = -1
 
 
@@ -101,7 +101,7 @@ class KVGeometry:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counters of a prefix cache. They start at 0 again when an error resets the engine."""
+    """Counters of a prefix cache. The counters start at 0 again when an error resets the engine."""
 
     queried_tokens: int = 0  # tokens looked up at admissions; each readmission counts again
     hit_tokens: int = 0  # how many of `queried_tokens` were found in the cache
@@ -137,7 +137,7 @@ class StepHandle(ABC):
 
     @abstractmethod
     def result(self) -> StepResult:
-        """Wait for the result. Raises StepError: step failed; WorkerDiedError: a rank has died."""
+        """Wait for the result. StepError: the step failed. WorkerDiedError: a rank has died."""
 
     def done(self) -> bool:
         """Whether `result` would return without waiting. A runner that cannot tell returns True."""
@@ -168,27 +168,27 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Total number of blocks. With several groups: the total of the group with the fewest."""
+        """Total number of blocks, in the cache group that has the fewest."""
 
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Number of free or evictable blocks. With several groups: of the group with the fewest."""
+        """Number of free or evictable blocks, in the cache group that has the fewest of them."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        """Start a block table, and return how many leading tokens are in the cache already.
+        """Start a request's block table, and return how many leading tokens are cached already.
 
         The last token never counts as cached, because sampling needs the token's logits. Without
-        prefix caching the result is 0. The table gets the blocks of the cached tokens. If cached
-        tokens end inside a block, the table ends with a new block for this request alone, to which
-        `take_copies` has the cached block copied. Only requests with equal `cache_salt` share
-        blocks. Until `release` the caller may append to `token_ids`, but not change it otherwise.
+        prefix caching the result is 0. The table gets the blocks of the cached tokens. If the
+        cached tokens end inside a block, the table ends with a new block for this request alone.
+        `take_copies` then returns the copy that fills the new block. Only requests with equal
+        `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`.
         """
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """Add blocks for the first `num_tokens` tokens; False (none added) if too few are free."""
+        """Extend the table to `num_tokens` tokens. False (nothing changes) if blocks run out."""
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
@@ -208,14 +208,14 @@ class BlockManager(ABC):
         """Release the request's blocks. The caller ensures that no step in flight uses them."""
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
-        """Return the copies for the next plan, which `begin` asked for since the last call.
+        """Return the copies for the next plan: those that `begin` has needed since the last call.
 
-        Copies for released requests are left out. Copied blocks are not evicted before this call.
+        Copies for released requests are left out. Blocks to copy are not evicted before this call.
         """
         return ()
 
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
-        """The uncached prefix of `token_ids` that a running request is computing; None without one.
+        """A prefix of `token_ids` that a running request will add to the cache; None without one.
 
         If the running request is released before it commits the prefix, the prefix is not cached.
         """
@@ -240,9 +240,9 @@ class Scheduler(ABC):
     committed in the order of planning. After an exception the engine makes a new scheduler and
     block manager, and step ids restart at 0.
 
-    The runner accepts at least one position of a decode row, and at most all of the row. The
-    scheduler learns in `commit` how many positions were accepted, and before reserves blocks as if
-    all were. A request that may reach its length limit with the steps in flight is not planned
+    The runner accepts at least one position of each decode row. Only `commit` tells the scheduler
+    how many positions were accepted. Until then blocks are reserved as if all were accepted. If
+    the steps in flight may bring a request to its length limit, the request is not planned again
     until `commit` shows that the request continues.
 
     `commit` appends to a request's `token_ids`, `logprobs`, `prompt_logprobs`, `values` and
@@ -253,7 +253,7 @@ class Scheduler(ABC):
     """
 
     name: ClassVar[str]
-    # Policy options of `Config` that the scheduler uses. Setting any other raises a ConfigError.
+    # The policy options that the scheduler uses. Setting any other one raises a ConfigError.
     policies: ClassVar[Collection[str]] = ()
 
     @property
@@ -267,14 +267,14 @@ class Scheduler(ABC):
 
     @abstractmethod
     def schedule(self) -> StepPlan | None:
-        """Plan the next step. None if nothing can be planned before a step in flight is committed.
+        """Plan the next step. Returns None if nothing can be planned now.
 
         The engine raises a StepError on None if requests are unfinished and no step is in flight.
         """
 
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Apply the result of the oldest plan in flight. Returns the requests that end by it.
+        """Apply the result of the oldest plan in flight. Returns the requests that ended.
 
         Tokens after a stop token or beyond the length limit are dropped, with their times,
         log-probabilities and values. Rows of requests that ended earlier are dropped too.
@@ -308,7 +308,7 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step; wait for its end only if necessary. Steps take effect in call order."""
+        """Start a step, if possible without waiting for its end. Steps run in call order."""
 
     # The engine's only clock: seconds since a fixed moment. The default is a plain function. If it
     # were a bound method, a scheduler that stores `now` would keep the runner's memory alive.
