@@ -42,7 +42,7 @@ class QueuedScheduler(Scheduler):
         self.queue.push(seq)
 
     def admit(self, seq: Sequence) -> bool:
-        """Admit the first request of the queue. False (nothing changes) if no slot or block is free."""
+        """Admit the queue's first request. False (nothing changes) if no slot or block is free."""
         if not self.batch.admit(seq):
             return False
         self.queue.pop()
