@@ -274,7 +274,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Apply the result of the oldest plan in flight. Returns the requests that ended.
+        """Apply the result of the oldest plan in flight. Returns the requests that it ends.
 
         Tokens after a stop token or beyond the length limit are dropped, with their times,
         log-probabilities and values. Rows of requests that ended earlier are dropped too.
@@ -282,7 +282,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
-        """Abort a request and return it. Returns None if no unfinished request has the id."""
+        """End a request with finish_reason "abort" and return it. None if it is unknown or ended."""
 
 
 class ModelRunner(ABC):
