@@ -282,7 +282,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
-        """End a request with finish_reason "abort" and return it. None if it is unknown or ended."""
+        """End a request with finish_reason "abort". Returns it; None if it is unknown or ended."""
 
 
 class ModelRunner(ABC):
