@@ -21,12 +21,12 @@ from utils.text import TextReader
 
 
 class LLMEngine:
-    """Runs one model: owns scheduler, block manager, runner and the steps in flight."""
+    """Runs one model. Owns the scheduler, the block manager, the runner and the steps in flight."""
 
     # `reset` replaces the scheduler and the block manager, e.g. after an exception.
     scheduler: Scheduler
     blocks: BlockManager  # one manager for all cache groups
-    num_new_tokens: int  # tokens sampled in the last committed step, also those after a stop
+    num_new_tokens: int  # sampled in the last committed step; tokens after a stop token count too
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
@@ -64,9 +64,9 @@ class LLMEngine:
         *,
         sample: int = 0,
     ) -> Sequence:
-        """Check and queue a request for one output: output number `sample` of a prompt.
+        """Check and queue a request for one output: output number `sample` of the prompt.
 
-        `text` turns the growing output into text, and finds the stop strings.
+        `text` converts the growing output to text, and finds the stop strings.
 
         Raises:
             RequestError: the prompt or a parameter cannot be served.
@@ -108,16 +108,16 @@ class LLMEngine:
         return seq
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """Plan and start steps until the pipeline is full, then commit the oldest step.
+        """Start steps until `pipeline_depth` + 1 are in flight, then commit the oldest of them.
 
         Returns the plan of the committed step (None if there was nothing to do), and the requests
-        that have ended: finished with the step, or aborted before it.
+        that this call has ended: by the committed step, or because of an earlier `abort`.
 
         Raises:
-            StepError: the step failed. After any exception (also a fault of a part, or Ctrl-C) all
-                unfinished requests have ended, and the engine accepts new requests.
-            WorkerDiedError: a rank's process has ended. Every step fails after a WorkerDiedError,
-                and after a StepError of a runner with several ranks.
+            StepError: the step failed. After any exception (Ctrl-C included) all unfinished
+                requests have ended. New requests can run, but not after a WorkerDiedError, and not
+                after a StepError of a runner with several ranks: then every later step fails.
+            WorkerDiedError: a rank's process has ended.
         """
         self.check_usable()
         depth = self.config.pipeline_depth or 0
@@ -132,7 +132,7 @@ class LLMEngine:
                 ended += finished
                 if self._read:
                     ended += self._read_texts()
-                # After `_read_texts`: a stop string removes tokens, which `_forget` must not count.
+                # `_forget` counts output tokens. So `_read_texts` comes first: it drops tokens.
                 self._forget(ended)
             except BaseException:
                 self.reset("error")
@@ -142,7 +142,7 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """While requests are being changed in here, `drop` defers its work to the next step."""
+        """Inside the `with` block requests change, so `drop` leaves its work to the next `step`."""
         self._calls += 1
         self._thread = threading.get_ident()
         try:
@@ -165,7 +165,7 @@ class LLMEngine:
         return plan, finished
 
     def _read_texts(self) -> list[Sequence]:
-        """Convert new tokens to text. Returns the requests that were ended by a stop string."""
+        """Convert new tokens to text. Ends and returns running requests with a stop string."""
         stopped = []
         for request_id, seq in list(self._read.items()):
             assert seq.text is not None
@@ -183,13 +183,12 @@ class LLMEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request at the next `step`. May be called from any thread at any time."""
-        # An unused id is ignored, or it would end the request that gets the id later. No lock is
-        # needed: appending to a deque is atomic.
+        # An unused id is ignored: it would end a later request. Appending to a deque needs no lock.
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 
     def drop(self, seqs: list[Sequence]) -> None:
-        """End requests that are no longer wanted: at once if possible, else at the next step.
+        """End requests that the caller no longer wants: now if possible, else at the next `step`.
 
         The garbage collector may call `drop`, in any thread and in the middle of any other call.
         """
@@ -205,7 +204,7 @@ class LLMEngine:
         self.finish_steps()
 
     def finish_steps(self) -> None:
-        """Commit the steps that are still in flight if all requests have ended."""
+        """If all requests have ended, commit the steps that are still in flight."""
         while self.has_unfinished and not self._live:
             self.step()
 
@@ -214,7 +213,7 @@ class LLMEngine:
         with self._inside():
             # If Ctrl-C interrupts `reset`, `check_usable` repeats it at the engine's next use.
             self._stale = True
-            # The results of the steps in flight do not matter, nor do their errors.
+            # All requests end, so results and errors of the steps in flight are ignored.
             while self._pipeline:
                 with suppress(Exception):
                     self._pipeline[0][1].result()
@@ -250,7 +249,7 @@ class LLMEngine:
         )
 
     def _forget(self, seqs: list[Sequence]) -> None:
-        """Count requests that have ended, and drop the references to them."""
+        """Add requests that have ended to the totals, and drop the engine's references to them."""
         totals = self._totals
         for seq in seqs:
             del self._live[seq.request_id]
@@ -260,13 +259,13 @@ class LLMEngine:
             totals["preemptions"] += seq.num_preemptions
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Blocks of running requests are not cached later either."""
+        """Forget all cached prefixes. Requests that run now add no blocks to the cache any more."""
         self.check_usable()
         with self._inside():
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Repeat a `reset` that was interrupted. Raises EngineClosedError after `close`."""
+        """Repeat an interrupted `reset`. Raises an EngineClosedError if the engine is closed."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

@@ -1,4 +1,4 @@
-"""Scheduling policies: the contracts, and the shipped policies. Policies never use a device."""
+"""Scheduling policies: base classes, and the shipped policies. Policies never use a device."""
 
 from __future__ import annotations
 
@@ -25,14 +25,11 @@ class Policy(ABC):
 
 
 class QueuePolicy(Policy):
-    """Holds the waiting requests and decides which runs next.
-
-    Thousands of requests may wait: no method may look at all of them. `KeyedQueue` sorts by a key.
-    """
+    """Orders the waiting requests. Thousands may wait, so no method may loop over all of them."""
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
-        """Add a waiting request: new, or popped before and now back, e.g. after a preemption."""
+        """Add a new request, or a popped request that must wait again, e.g. after a preemption."""
 
     @abstractmethod
     def first(self) -> Sequence | None:
@@ -47,7 +44,7 @@ class QueuePolicy(Policy):
         """Remove a waiting request that was aborted. Its `finish_reason` is already set."""
 
     def ended(self, seq: Sequence) -> None:
-        """Take note that a popped request has finished or was aborted."""
+        """Called when a popped request has finished or was aborted."""
         del seq
 
 
@@ -63,11 +60,11 @@ class AdmissionPolicy(Policy):
 
 
 class PreemptionPolicy(Policy):
-    """Chooses the request to preempt when a running request needs a block and none is free."""
+    """Chooses the request to preempt when a running request needs a block but no block is free."""
 
     @abstractmethod
     def victim(self, running: Collection[Sequence]) -> Sequence:
-        """The request of `running` to preempt. `running` is in order of admission, never empty."""
+        """The request of `running` to preempt. `running` is sorted by admission, and not empty."""
 
 
 class StepPolicy(Policy):
@@ -75,21 +72,23 @@ class StepPolicy(Policy):
 
     @abstractmethod
     def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
-        """Most prompt tokens of the step: up to `budget`, and at least 1 if there are no decodes.
+        """Limit of prompt tokens in the step: at most `budget`, at least 1 if no request decodes.
 
-        The `num_decodes` decoding requests run if the prompts leave a position for each, else all
-        of them wait. The decoding requests waited in the last `gap` steps. `budget`, the token
-        budget of the step, is at least the number of requests that can run at once.
+        Args:
+            budget: token budget of the step; at least the number of requests that can run at once.
+            num_decodes: number of decoding requests. All decode in the step if the prompt tokens
+                leave a position for each decoding request; otherwise all wait.
+            gap: number of consecutive steps, up to now, in which the decoding requests waited.
         """
 
 
 class FirstCome(QueuePolicy):
-    """Runs requests in order of arrival. A preempted request gets its old place back."""
+    """Runs requests in order of arrival. A preempted request returns to its place in this order."""
 
     name = "fcfs"
 
     def __init__(self, config: Config) -> None:
-        # Both are sorted by id. `_back` has requests pushed again: few, so `insort` is cheap.
+        # `_arrived` and `_back` are sorted by id. `_back` has the few requests that wait again.
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
         self._back: list[Sequence] = []
 
@@ -117,14 +116,14 @@ class FirstCome(QueuePolicy):
 
 
 class KeyedQueue(QueuePolicy):
-    """Runs the request with the smallest key; among equal keys the earliest arrival. O(log n)."""
+    """Runs the request with the smallest key; of equal keys the earliest arrival. O(log n)."""
 
     def __init__(self, config: Config) -> None:
         self.waiting: LazyHeap[Sequence] = LazyHeap()
 
     @abstractmethod
     def key(self, seq: Sequence) -> Any:
-        """A comparable sort key of the request. Called when the request is pushed."""
+        """The request's sort key, comparable with `<`. Called once for each `push`."""
 
     def push(self, seq: Sequence) -> None:
         self.waiting.push((self.key(seq), seq.request_id), seq)
@@ -149,7 +148,7 @@ class Priority(KeyedQueue):
 
 
 class ShortestPrompt(KeyedQueue):
-    """Runs the request with the fewest known tokens first: prompt, and output if preempted."""
+    """Runs the request with the fewest tokens first. Output before a preemption counts too."""
 
     name = "shortest_prompt"
 
@@ -158,7 +157,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """Runs the request with fewest output tokens left, by `predicted_tokens`, else `max_tokens`."""
+    """Runs the request with the fewest expected output tokens left (`num_expected_tokens`)."""
 
     name = "shortest_job"
 
@@ -167,10 +166,10 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the user with the lowest level (tokens charged), each user's requests in order."""
+    """Serves the waiting user with the lowest level: the number of tokens charged to the user."""
 
     def __init__(self, config: Config) -> None:
-        # Tokens charged to each user ever seen. `_queues` and `_order` have only users that wait.
+        # `levels` has all users ever seen. `_queues` and `_order` have only waiting users.
         self.levels: defaultdict[str, int] = defaultdict(int)
         self._queues: defaultdict[str, FirstCome] = defaultdict(lambda: FirstCome(config))
         self._order: LazyHeap[str] = LazyHeap()
@@ -207,11 +206,11 @@ class _UserQueue(QueuePolicy):
 
 
 class FairShare(_UserQueue):
-    """Serves the user who has been served the fewest tokens so far.
+    """Serves the waiting user who has been charged the fewest tokens so far.
 
     Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
-    OSDI 2024). Idle time gives no credit: a user who comes back gets at least the level of the user
-    served last. A request's charge is its expected length at first, its real length once it ended.
+    OSDI 2024). Idle time gives no credit: a returning user's charge is raised to the charge of the
+    user served last. A request is charged its expected length first, its real length when it ends.
     """
 
     name = "fair_share"
@@ -239,7 +238,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits every request that has blocks now. If blocks run out later, a request is preempted."""
+    """Admits a request if blocks are free now. If blocks run out later, a request is preempted."""
 
     name = "optimistic"
 
@@ -248,7 +247,7 @@ class Optimistic(AdmissionPolicy):
 
 
 class ReserveOutput(AdmissionPolicy):
-    """Admits a request if it and all running ones can reach their limits. So none is preempted."""
+    """Admits a request if it and all running ones fit at their length limits: no preemptions."""
 
     name = "reserve"
 
@@ -259,9 +258,9 @@ class ReserveOutput(AdmissionPolicy):
 
 
 class LookAhead(AdmissionPolicy):
-    """Admits a request if all running ones fit the cache until they reach their expected lengths.
+    """Admits a request if it and all running requests fit the cache up to their expected lengths.
 
-    Memory use peaks when some request ends, so only these moments are checked. The idea is from
+    Memory use peaks just before a request ends, so only these moments are checked. The idea is from
     Past-Future (Gong et al., ASPLOS 2025), which learns the expected lengths.
     """
 
@@ -269,7 +268,7 @@ class LookAhead(AdmissionPolicy):
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # Steps to each request's end, position of its newest token; the last to end comes first.
+        # For each request: steps until its end, position of its newest token. Longest-lived first.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
         full = 0
@@ -277,7 +276,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # `steps` steps from now `count` requests still run, `steps - 1` positions longer each.
+            # The first `count` requests run `steps` more steps and grow by `steps - 1` tokens.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -295,7 +294,7 @@ class Latest(PreemptionPolicy):
 
 
 class LowestPriority(PreemptionPolicy):
-    """Preempts the lowest `SamplingParams.priority`; of equal ones the request admitted last."""
+    """Preempts the request of lowest `SamplingParams.priority`; of equals the last admitted."""
 
     name = "lowest_priority"
 
@@ -313,7 +312,7 @@ class FewestComputed(PreemptionPolicy):
 
 
 class DecodeFirst(StepPolicy):
-    """Every decoding request decodes in every step; prompts fill the rest (Sarathi-Serve)."""
+    """All decoding requests run in each step. Prompts get the remaining budget (Sarathi-Serve)."""
 
     name = "decode_first"
 
@@ -322,9 +321,9 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts take whole steps: at most `max_gap` steps in a row while decoding requests wait.
+    """Prompts may take the whole budget, in at most `max_gap` steps in a row while decodes wait.
 
-    First tokens come sooner than with `DecodeFirst`; later tokens come less evenly.
+    First tokens come sooner than with `DecodeFirst`. The intervals of later tokens vary more.
     """
 
     name = "prefill_first"

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Sequence:
-    """A request from arrival to finish. All times are seconds on the runner's clock."""
+    """A request and its state, from arrival to finish. Times are seconds on the runner's clock."""
 
     request_id: int  # unique in its engine; a later request has a larger id
     token_ids: list[int]  # prompt and committed output, in a copy of the caller's list
     sampling: SamplingParams  # the parameters that the user gave
     _: KW_ONLY
-    max_total_tokens: int  # length limit: most tokens of prompt and output together
+    max_total_tokens: int  # length limit of prompt and output together
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end the request
     seed: int = 0  # key of the sampling noise
     seed_kind: SeedKind = SeedKind.DERIVED
@@ -38,21 +38,21 @@ class Sequence:
     # `RowReport.values` of each output token; empty if the runner reports none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if asked for
-    # Log-probabilities of prompt tokens so far, if asked for; None for the first, not predicted.
+    # Log-probabilities of the prompt tokens computed so far, if asked for. The first entry is None,
+    # because no position predicts the first token.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    text: TextReader | None = None  # makes text of the output, for a stream or stop strings
+    text: TextReader | None = None  # converts output to text, for a stream or stop strings
     added_at: float = 0.0
     admitted_at: float | None = None  # time of the first admission
     token_times: list[float] = field(default_factory=list)  # `StepResult.ended_at` for each token
     num_cached: int = 0  # prompt tokens found in the cache at the first admission
     num_preemptions: int = 0
 
-    # The scheduler owns the fields from here on. A slot is a row index in the runner's tables.
-    slot: int | None = field(init=False)  # the request's slot; None unless the request runs
-    # Leading positions that are computed or planned. All drafts count as kept, even beyond the
-    # length limit.
+    # Only the scheduler changes the fields from here on.
+    slot: int | None = field(init=False)  # index in the runner's tables; None if not running
+    # Number of leading positions that are computed or planned, including all drafts in flight.
     num_scheduled: int = field(init=False)
-    num_drafted: int = field(init=False)  # positions of `num_scheduled` that may be rejected
+    num_drafted: int = field(init=False)  # how many of `num_scheduled` are drafts in flight
     num_prefill: int = field(init=False)  # tokens known at admission, which are prefilled
     num_in_flight: int = field(init=False)  # steps in flight that compute a row of this request
     num_committed: int = field(init=False)  # leading positions whose KV is known to be written
@@ -64,7 +64,7 @@ class Sequence:
         self.reset()
 
     def reset(self) -> None:
-        """Clear the scheduler's fields: on arrival, and when the request is preempted."""
+        """Clear the scheduler's fields. Called on arrival and at each preemption."""
         self.slot = None
         self.num_scheduled = self.num_committed = self.num_drafted = self.num_in_flight = 0
         self.num_prefill = self.capacity = 0
@@ -75,8 +75,8 @@ class Sequence:
         salt = self.sampling.cache_salt
         if self.sampling.prompt_logprobs is None:
             return salt
-        # Prompt log-probabilities need logits, which cached blocks do not have. With its id in the
-        # salt a preempted request finds only its own blocks, whose log-probabilities it has.
+        # Prompt log-probabilities need logits, which the cache does not keep. So the salt contains
+        # the id: a request finds only blocks of its own, from before a preemption.
         return f"{salt}\0{self.request_id}"
 
     @property
@@ -92,7 +92,7 @@ class Sequence:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Guess of the final length, prompt and output together; above the present length."""
+        """Expected final length of prompt and output together; more than the present length."""
         guess = self.sampling.predicted_tokens
         if guess is None:
             return self.max_total_tokens
@@ -111,7 +111,7 @@ ParamsForPrompts = SamplingParams | list[SamplingParams] | None
 
 
 def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
-    """One SamplingParams for each of `count` prompts; a RequestError if `params` does not fit."""
+    """One SamplingParams for each of `count` prompts. RequestError: wrong type or list length."""
     if params is None:
         params = SamplingParams()
     per_prompt = params if isinstance(params, list) else [params] * count
@@ -129,7 +129,7 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
 def check_request(
     prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
 ) -> int:
-    """Check a request for one output. Returns its limit of tokens, prompt and output together.
+    """Check a request for one output. Returns the length limit of prompt and output together.
 
     Raises:
         RequestError: the prompt or a parameter cannot be served; RequestTooLongError is a subclass.
@@ -166,7 +166,7 @@ def _check_picklable(params: SamplingParams) -> None:
     """Raise a RequestError for logits processors that cannot be sent to the ranks' processes."""
     try:
         data = pickle.dumps(params.logits_processors)
-        # A rank's process has a different __main__, where the pickled names do not exist.
+        # Names of __main__ cannot be unpickled in a rank's process, which has another __main__.
         if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
             raise TypeError("they are of the module __main__")
     except Exception as error:  # a callable's own pickling code may raise anything
@@ -178,7 +178,7 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
-    """Requests of prompt `index`, one per output. When all have ended, `ended` gets this object."""
+    """All requests of prompt `index`. `LLM` appends this object to `ended` when all have ended."""
 
     index: int
     seqs: list[Sequence]
@@ -220,17 +220,17 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
 
 
 def percentile(rising: list[float], share: float) -> float:
-    """The smallest of the sorted values that at least a share (0, 1] of them does not exceed."""
+    """The smallest x in `rising` for which at least a share (0, 1] of all values is <= x."""
     return rising[math.ceil(share * len(rising)) - 1]
 
 
 def increments(
     seq: Sequence, index: int, *, has_text: bool
 ) -> Generator[dict[str, Any] | None, None, None]:
-    """Yield what an output gained since the last increment; None if nothing can be shown yet.
+    """Yield what the output has gained since the last increment, or None if there is no news.
 
-    The last increment has a finish_reason. Without a tokenizer (`has_text` False) new tokens are
-    shown at once. `index` is the index of the prompt.
+    With a tokenizer (`has_text`) an increment waits for text that later tokens cannot change. The
+    last increment has a finish_reason. `index` is the index of the prompt.
     """
     text, reason = seq.text, None
     num_tokens = num_chars = 0

@@ -1,4 +1,4 @@
-"""The running requests, and the plan that is being built."""
+"""The running requests, and the plan that the scheduler is building."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepRes
 from engine.types import BlockManager, Clock, RowReport, TokenLogprobs
 from utils.errors import RequestTooLongError
 
-# A row of a step: slot, positions planned, new tokens, their log-probabilities, report.
+# A row: slot, number of planned positions, new tokens, log-probabilities of these tokens, report.
 _Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
 
 class RunningBatch:
-    """Keeps a scheduler's decisions consistent with the step contract, at any pipeline depth.
+    """Turns a scheduler's decisions into valid plans, with any number of steps in flight.
 
-    `build` makes a `StepPlan` of the calls of `admit`, `prefill`, `decode` and `preempt` before it.
-    `commit` applies a `StepResult` to the requests. A request runs in one of `max_num_seqs` slots,
-    the rows of the runner's per-request tables. Dicts of requests are by id, in order of admission.
+    A scheduler calls `admit`, `prefill`, `decode` and `preempt`, then `build`, which returns the
+    `StepPlan` of these calls. `commit` applies a `StepResult` to the requests. A request runs in
+    one of `max_num_seqs` slots. Dicts of requests have the request's id as key.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
         self.blocks = blocks  # schedulers and policies may read the manager, not change it
-        self.running: dict[int, Sequence] = {}  # unfinished requests that hold a slot
-        self.prefilling: dict[int, Sequence] = {}  # running requests with known tokens left to plan
-        # Running requests that have a token left to sample, even if all drafts in flight are kept.
+        self.running: dict[int, Sequence] = {}  # unfinished, with a slot; in order of admission
+        self.prefilling: dict[int, Sequence] = {}  # running requests with prefill left to plan
+        # Running requests that can be planned to decode: prefill is planned, `_goes_on` is True.
         self.decoding: dict[int, Sequence] = {}
         self.num_in_flight = 0  # number of plans that have not been committed
         self._groups, self._clock = blocks.groups, clock
@@ -35,10 +35,10 @@ class RunningBatch:
         self._next_step_id = 0
         # Parts of the next plan. Dicts are by slot.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # first block table entry that the runner does not have
+        self._grown: dict[int, int] = {}  # first block table entry that the next plan sends
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
-        self._decode_counts: dict[int, int] = {}  # positions of each decode row with drafts
+        self._decode_counts: dict[int, int] = {}  # maximum positions of each decode row
 
     @property
     def num_free_slots(self) -> int:
@@ -46,7 +46,7 @@ class RunningBatch:
 
     @property
     def num_running(self) -> int:
-        """Number of requests that hold a slot, also finished ones with a step in flight."""
+        """Number of requests that hold a slot, including finished ones with a step in flight."""
         return len(self._holder) - len(self._free_slots)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -54,9 +54,9 @@ class RunningBatch:
         return -(-num_tokens // self.blocks.block_size)
 
     def most_blocks(self, seq: Sequence) -> int:
-        """Number of blocks that the request holds at its length limit."""
-        # The last output token is only sampled: no step writes its KV, so it needs no place in a
-        # block. If the limit is the prompt's length, the whole prompt is still computed.
+        """Number of blocks that the request needs to reach its length limit."""
+        # The last output token is only sampled. Its KV is never written, so it needs no block. If
+        # the limit is the prompt's length, there is no output, and the whole prompt is computed.
         return self.blocks_for(max(seq.max_total_tokens - 1, seq.num_prompt_tokens))
 
     def check_fits(self, seq: Sequence) -> None:
@@ -69,7 +69,7 @@ class RunningBatch:
             raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
     def admit(self, seq: Sequence) -> bool:
-        """Give a request a slot and blocks. False (nothing changes) if too few are free."""
+        """Give a request a slot and blocks. False (nothing changes) if no slot or block is free."""
         if not self._free_slots:
             return False
         cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
@@ -100,8 +100,8 @@ class RunningBatch:
         return True
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
-        """Reserve blocks for the next positions. False (nothing changes) if too few are free."""
-        # All positions in flight count as kept. So blocks suffice wherever the next row starts.
+        """Reserve blocks for more positions. False (nothing changes) if too few blocks are free."""
+        # All drafts in flight count as accepted. A rejection only makes the next row end earlier.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
             return True
@@ -114,7 +114,7 @@ class RunningBatch:
         return True
 
     def prefill(self, seq: Sequence, max_tokens: int) -> int:
-        """Plan to compute up to `max_tokens` known tokens of a request. Returns how many."""
+        """Plan a prefill chunk of up to `max_tokens` tokens. Returns the chunk's size."""
         assert seq.slot is not None
         start = seq.num_scheduled
         num_tokens = min(max_tokens, seq.num_prefill - start)
@@ -151,25 +151,25 @@ class RunningBatch:
         return total
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
-        """How many positions, 1 to `wanted`, the request's next row may compute."""
-        # The length limit is applied to the earliest start, at which all drafts in flight are
-        # rejected. If the row starts later, the runner cuts the row at the limit.
+        """How many positions, 1 to `wanted`, the request's next decode row may compute."""
+        # If all drafts in flight are rejected, the row starts at `earliest`. If some are accepted,
+        # the row starts later, and the runner ends the row at the length limit.
         earliest = seq.num_scheduled - seq.num_drafted
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
             return wanted
-        # No request is preempted for drafts: the row is cut to the positions that have blocks.
+        # Too few blocks are free. Drafts are worth no preemption, so the row gets fewer positions.
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
-        """Take away a request's slot and blocks. Readmission computes all its tokens again."""
+        """Take a request's slot and blocks. Readmission recomputes its uncached tokens."""
         assert seq.num_in_flight == 0, "a request in flight cannot be preempted"
         self._stop(seq)
         seq.reset()
         seq.num_preemptions += 1
 
     def build(self) -> StepPlan | None:
-        """Make a plan of all calls since the last `build`; None if no row was planned."""
+        """Make a plan from all calls since the last `build`; None if no row was planned."""
         if not self._chunks and not self._decode:
             return None
         updates = []
@@ -197,7 +197,7 @@ class RunningBatch:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Append new tokens, find stops, commit full blocks. Returns the finished requests."""
+        """Append new tokens, find stops, commit full blocks. Returns the requests that ended."""
         result.check(plan)
         self.num_in_flight -= 1
         holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
@@ -205,18 +205,18 @@ class RunningBatch:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
         num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
-        # This loop is most of the host's work per token. So a row of one token calls no function.
+        # This loop is most of the host's work per token. For most rows it calls no Python function.
         for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None
             seq.num_in_flight -= 1
             if seq.finish_reason is not None:
-                # The row was planned before the request was known to end. Its tokens are dropped.
+                # The request ended after the row was planned. The row's tokens are dropped.
                 if seq.num_in_flight == 0:
                     self._release(seq)
                 continue
             if report is not None and report.error is not None:
-                # Nothing of the row is committed: its KV may be as wrong as its logits.
+                # No position is committed: the row's KV may be wrong, and must not be shared.
                 seq.error = report.error
                 finished.append(seq)
                 self.finish(seq, "error")
@@ -238,7 +238,7 @@ class RunningBatch:
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
             if num_planned > 1 and row >= num_chunks:
-                # A row with drafts commits one position for each new token, up to a stop.
+                # Each new token that was appended stands for one accepted position.
                 seq.num_committed = committed = before + len(token_ids) - num_known
                 seq.num_scheduled -= before + num_planned - committed
                 seq.num_drafted -= num_planned - 1
@@ -247,7 +247,7 @@ class RunningBatch:
             else:
                 seq.num_committed = committed = before + num_planned
                 if not new and committed >= seq.max_total_tokens:
-                    # The prompt is as long as the limit, so the request ends without a new token.
+                    # The length limit is the prompt's length, so the request ends without output.
                     reason = "length"
             if committed // block_size != before // block_size:
                 self.blocks.commit(seq.request_id, token_ids, committed)
@@ -262,12 +262,12 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
-            # After a preemption leading tokens have their log-probabilities already.
+            # After a preemption `seq` already has the log-probabilities of its leading tokens.
             missing = len(seq.prompt_logprobs) - (chunk.start + 1)
             seq.prompt_logprobs += found[missing:]
 
     def finish(self, seq: Sequence, reason: str) -> None:
-        """End a request. It keeps its slot and blocks until no step in flight uses them."""
+        """End a request. The request keeps slot and blocks until no step in flight uses them."""
         seq.finish_reason = reason
         self._stop(seq)
 
@@ -288,12 +288,12 @@ class RunningBatch:
 
 
 def _goes_on(seq: Sequence) -> bool:
-    """Whether the request stays below its length limit even if all planned positions are kept."""
+    """Whether the request is below its length limit even if all planned drafts are accepted."""
     return seq.num_scheduled + 1 < seq.max_total_tokens
 
 
 def _rows(plan: StepPlan, result: StepResult) -> Iterator[_Row]:
-    """The rows of a finished step: prefill chunks, then decode rows."""
+    """The rows of a finished step: first all prefill chunks, then all decode rows."""
     tokens = iter(result.tokens)
     scores: Iterator[list[TokenLogprobs] | None] = iter(result.logprobs or repeat(None))
     reports = map(result.reports.get, count()) if result.reports else repeat(None)

@@ -19,11 +19,11 @@ class QueuedScheduler(Scheduler):
     policies: ClassVar[Collection[str]] = ("queue_policy",)
 
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
-        self.budget = config.max_num_batched_tokens  # most positions of a step
-        self.max_decode_tokens = 1 + config.num_speculative_tokens  # most positions of a decode row
+        self.budget = config.max_num_batched_tokens  # position limit of a step
+        self.max_decode_tokens = 1 + config.num_speculative_tokens  # position limit of a decode row
         self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make("queue_policy", config)
-        # Waiting requests outside the queue, each with a prefix that a running request computes.
+        # Requests outside the queue, each waiting until a running request has computed its prefix.
         self.deferred: list[tuple[Sequence, PendingPrefix]] = []
         self._most_deferred = config.max_num_seqs
         self._waiting: dict[int, Sequence] = {}
@@ -42,7 +42,7 @@ class QueuedScheduler(Scheduler):
         self.queue.push(seq)
 
     def admit(self, seq: Sequence) -> bool:
-        """Start the queue's first request. False (nothing changes) if slots or blocks run out."""
+        """Admit the queue's first request. False (nothing changes) if no slot or block is free."""
         if not self.batch.admit(seq):
             return False
         self.queue.pop()
@@ -50,7 +50,7 @@ class QueuedScheduler(Scheduler):
         return True
 
     def defer(self, prefix: PendingPrefix) -> bool:
-        """Move the queue's first request to `deferred`; False if too many requests are there."""
+        """Let the queue's first request wait for `prefix`. False if `deferred` is full."""
         # `rejoin` looks at every deferred request in each step, so their number is limited.
         if len(self.deferred) >= self._most_deferred:
             return False
@@ -58,7 +58,7 @@ class QueuedScheduler(Scheduler):
         return True
 
     def rejoin(self) -> None:
-        """Requeue the deferred requests whose prefix is cached now, or will never be computed."""
+        """Requeue deferred requests whose prefix is cached now, or will never be computed."""
         deferred, self.deferred = self.deferred, []
         for seq, prefix in deferred:
             leader = self.batch.running.get(prefix.request_id)
@@ -68,21 +68,21 @@ class QueuedScheduler(Scheduler):
                 self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
-        """Plan prompt tokens of running requests. Returns how many of `left` tokens remain."""
+        """Plan up to `left` prompt tokens of running requests. Returns what remains of `left`."""
         for seq in list(self.batch.prefilling.values()):
             if left > 0:
                 left -= self.batch.prefill(seq, left)
         return left
 
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
-        """Plan a decode row with drafts for each of `seqs`. Returns the positions planned.
+        """Plan a decode row with drafts for each of `seqs`. Returns how many positions it plans.
 
-        `left` positions of the budget remain, at least one for each request. Drafts may use up all
-        `left` positions, so plan prompts first.
+        `left` is what remains of the token budget: at least one position for each request. Drafts
+        may use up all of `left`, so plan prompts first.
         """
         if not seqs:
             return 0
-        # All rows get the same number of drafts. Else the first requests would run faster.
+        # All rows get equally many drafts. Otherwise the first requests would run faster.
         return self.batch.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -96,7 +96,7 @@ class QueuedScheduler(Scheduler):
             self.batch.finish(seq, "abort")
             others = [entry for entry in self.deferred if entry[0] is not seq]
             if len(others) < len(self.deferred):
-                # Deferred requests were popped. `push` undoes the charge of `FairShare.pop`.
+                # `FairShare.pop` charged the user for the deferred request. `push` refunds it.
                 self.deferred = others
                 self.queue.push(seq)
             self.queue.discard(seq)
@@ -107,7 +107,7 @@ class QueuedScheduler(Scheduler):
 
 
 class ContinuousScheduler(QueuedScheduler):
-    """Each step decodes the running requests and fills its token budget with prefill.
+    """Each step decodes the running requests and fills the rest of the token budget with prefill.
 
     Iteration-level scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from
     vLLM (Kwon et al., SOSP 2023), chunked prefill from Sarathi-Serve (Agrawal et al., OSDI 2024).
@@ -127,10 +127,10 @@ class ContinuousScheduler(QueuedScheduler):
         num_preemptions = self._reserve_decodes()
         if num_preemptions is None:
             return None
-        # `decodes` lacks requests whose prefill ends in this step. They decode from the next step.
+        # Requests whose prefill ends in this step are not in `decodes` yet.
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
-        # No admission right after a preemption: the preempted request would get its blocks back.
+        # After a preemption no request is admitted: the preempted one could take its blocks back.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
         left = self.budget - planned
         if len(decodes) <= left:
@@ -141,7 +141,7 @@ class ContinuousScheduler(QueuedScheduler):
         return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
-        """Plan prompt tokens, of running requests first. Returns the number planned."""
+        """Plan prompt tokens of running, then of newly admitted requests. Returns how many."""
         left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
@@ -150,24 +150,24 @@ class ContinuousScheduler(QueuedScheduler):
 
     def _admit_first(self) -> Sequence | None:
         while self.batch.num_free_slots and (seq := self.queue.first()):
-            # A request that runs alone always fits. A policy that refuses it would stop the engine.
+            # The policy is not asked if no request runs: its refusal would stop the engine.
             if self.batch.running and not self._admission.admits(seq, self.batch):
                 break
             prefix = self.batch.blocks.pending(seq.token_ids, seq.cache_salt)
             if prefix is None:
                 return seq if self.admit(seq) else None
-            # A running request will compute the prefix. Waiting avoids computing the prefix twice.
+            # A running request is computing `prefix`. Waiting avoids computing `prefix` twice.
             if not self.defer(prefix):
                 break
         return None
 
     def _reserve_decodes(self) -> int | None:
-        """Reserve blocks for decodes. Returns the number of preemptions; None if they must wait."""
+        """Reserve blocks for decodes, and count preemptions. None if a commit must come first."""
         num_preemptions = 0
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.batch.reserve(seq):
-                # Requests in flight cannot be preempted: their steps must be committed first.
+                # No request can be preempted before the steps in flight have been committed.
                 if self.batch.num_in_flight:
                     return None
                 victim = self._preemption.victim(self.batch.running.values())
@@ -178,10 +178,10 @@ class ContinuousScheduler(QueuedScheduler):
 
 
 class StaticScheduler(QueuedScheduler):
-    """Admits a batch of requests and runs all of them to their ends before the next batch.
+    """Static batching (Orca's baseline): runs a batch to its end before admitting the next batch.
 
     A batch takes requests from the queue as long as all fit at their length limits, so no request
-    is preempted. Slots of requests that end early stay empty. Static batching is Orca's baseline.
+    is preempted. The slot of a request that ends early stays empty.
     """
 
     name = "static"

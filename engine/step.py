@@ -1,6 +1,6 @@
-"""Plan and result of a step. They are frozen, picklable and contain no tensors.
+"""Plan and result of a step: frozen, picklable dataclasses without tensors.
 
-`engine.types` defines slot, position, block, cache group and row, and exports these classes too.
+`engine.types` defines slot, position, block, cache group and row, and re-exports these classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from sampling_params import SamplingParams
 from utils.errors import ContractError
 
-# Token id -> log-probability at one position: the position's token first, then the most likely.
+# Token id -> log-probability at one position: first the position's token, then the likeliest ones.
 TokenLogprobs = dict[int, float]
 
 # `max_total_tokens` of a request that has no length limit.
@@ -29,7 +29,7 @@ class SeedKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request that enters a slot. Later plans name only the slot."""
+    """A request that gets a slot. Later plans name the request only by the slot."""
 
     slot: int
     request_id: int
@@ -37,7 +37,7 @@ class NewRequest:
     sampling: SamplingParams
     seed: int  # key of the sampling noise, 0 <= seed < 2**63
     num_output_tokens: int = 0  # how many of `token_ids` are output
-    withheld_token_ids: tuple[int, ...] = ()  # stop tokens, banned for `min_tokens` output tokens
+    withheld_token_ids: tuple[int, ...] = ()  # banned from the first `min_tokens` output tokens
     max_total_tokens: int = NO_LIMIT  # the runner keeps no token beyond this total length
     # A runner may let noise depend on `sample` and `seed_kind`. The shipped runners do not.
     sample: int = 0  # index of this output among those of its prompt
@@ -48,8 +48,8 @@ class NewRequest:
 class BlockUpdate:
     """Write `block_ids` to entries `first_index`, `first_index + 1`, ... of a slot's block table.
 
-    No BlockUpdate tells the runner that a block left a slot's window and went to another request.
-    So the runner must not read positions before `first_read` of the cache group's `CacheKind`.
+    When a block leaves a slot's sliding window, the block may go to another request without a
+    BlockUpdate for the slot. So the runner must not read positions before `CacheKind.first_read`.
     """
 
     slot: int
@@ -60,7 +60,7 @@ class BlockUpdate:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy all positions of block `source` to block `target`, in every layer of the group."""
+    """Copy the KV of block `source` to block `target`, in every layer of the cache group."""
 
     source: int
     target: int
@@ -71,8 +71,8 @@ class BlockCopy:
 class PrefillChunk:
     """Compute positions [start, start + num_tokens) of a slot. Earlier positions are in the cache.
 
-    `samples` is True if the chunk ends at the request's last known token, and the length limit
-    allows one more token. The runner then samples this token.
+    If `samples` is True, the runner samples the next token after the chunk. `samples` is True if
+    the chunk ends with the request's last known token and the length limit allows another token.
     """
 
     slot: int
@@ -83,16 +83,16 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of the model, as pure data: what changed, then what to compute.
+    """One step of the model, as pure data: updates of the runner's tables, and rows to compute.
 
     A runner applies `new_requests`, then `block_updates`, then makes the `block_copies`, then
-    computes the rows: the prefill chunks in order, then one row for each slot in `decode`.
+    computes the rows: the prefill chunks in order, then one decode row for each slot in `decode`.
 
     A decode row starts at the request's first position that is not computed. The runner sampled the
-    token of this position in an earlier step. Row i computes up to `decode_tokens[i]` positions.
-    The runner drafts the tokens of all positions after the first. It keeps (accepts) a position if
-    every drafted token up to the position equals the token that sampling would have given there.
-    The runner cuts a row before position `max_total_tokens - 1`, which has no reserved block.
+    token of this position in an earlier step. Decode row i has up to `decode_tokens[i]` positions.
+    The runner drafts the tokens of all positions after the first. A drafted token is accepted if
+    all drafts before it in the row are accepted, and sampling gives the same token at its position.
+    The runner ends a row before position `max_total_tokens - 1`, for which no block is reserved.
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
@@ -103,8 +103,8 @@ class StepPlan:
     # The copies can be made in any order: targets are distinct, and no target is a source. Sources
     # were written by earlier steps, and may be overwritten by later steps.
     block_copies: tuple[BlockCopy, ...] = ()
-    decode_tokens: tuple[int, ...] = ()  # most positions (>= 1) of each decode row; empty: 1 each
-    # For each cache group, blocks to fill with NaN before the step. Only the KV sanitizer uses it.
+    decode_tokens: tuple[int, ...] = ()  # maximum positions of each decode row; if empty, 1 each
+    # For each cache group: blocks to fill with NaN before the step; only with `kv_sanitizer=True`.
     poisoned_blocks: tuple[tuple[int, ...], ...] = ()
     timed: bool = False  # whether the result must have `device_seconds`
 
@@ -115,22 +115,22 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Most positions that this step may compute. The token budget limits this number."""
+        """Maximum number of positions that the step computes; at most the token budget."""
         return self.num_prefill_tokens + sum(self.decode_counts)
 
     @property
     def decode_counts(self) -> tuple[int, ...]:
-        """`decode_tokens`, or a 1 for each decode row if `decode_tokens` is empty."""
+        """Maximum positions of each decode row: `decode_tokens`, or 1 for each if it is empty."""
         return self.decode_tokens or (1,) * len(self.decode)
 
     @property
     def row_slots(self) -> list[int]:
-        """The slot of each row: first of the prefill chunks, then of the decode rows."""
+        """The slot of each row: slots of the prefill chunks, then slots of the decode rows."""
         return [chunk.slot for chunk in self.prefill] + list(self.decode)
 
     @property
     def sampled_slots(self) -> list[int]:
-        """Slots that get new tokens, in the order of `StepResult.tokens`."""
+        """The slots that get new tokens, in the order of the lists in `StepResult.tokens`."""
         return [chunk.slot for chunk in self.prefill if chunk.samples] + list(self.decode)
 
 
@@ -140,8 +140,8 @@ class RowReport:
 
     # An error ends the request with finish_reason "error", and the row's tokens are dropped.
     error: Exception | None = None
-    # Named results that the runner chooses to report, e.g. hidden states. There is one mapping for
-    # each of the row's tokens. A prompt's last chunk that samples nothing may have one mapping.
+    # Named results that the runner chooses to report, e.g. hidden states: one mapping for each new
+    # token of the row. A prompt's last chunk may report one mapping even if it samples no token.
     values: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -150,22 +150,22 @@ class StepResult:
     """What a step produced."""
 
     step_id: int
-    # New tokens: one list for each of the plan's `sampled_slots`. A chunk has one token. A decode
-    # row has one for each position kept: at least 1, and none beyond the length limit.
+    # New tokens: one list for each of the plan's `sampled_slots`. A chunk's list has one token. The
+    # list of a decode row has a token for each accepted position, but none beyond the length limit.
     tokens: list[list[int]]
     ended_at: float  # time on the runner's clock when the host saw that the step had ended
-    # Log-probabilities for each list of `tokens`. The list is empty if the request did not ask for
-    # them; None if no request of the step did.
+    # For each list of `tokens`, a list of log-probabilities; an empty list if the request asked for
+    # no log-probabilities. `logprobs` is None if no request of the step asked for any.
     logprobs: list[list[TokenLogprobs]] | None = None
     # For each of the plan's chunks, log-probabilities of the prompt tokens at start + 1, start + 2,
     # ..., which the chunk predicts. Empty lists and None mean what they mean in `logprobs`.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     device_seconds: float | None = None  # how long the device worked, if the plan is `timed`
-    # Reports by the row's index in `StepPlan.row_slots`. Most rows have none.
+    # Row's index in `StepPlan.row_slots` -> report of the row. Most rows have no report.
     reports: Mapping[int, RowReport] = field(default_factory=dict)
 
     def check(self, plan: StepPlan) -> None:
-        """Raise a ContractError if rows or tokens of the result are missing or too many."""
+        """Raise a ContractError if the result has too few or too many rows or tokens for `plan`."""
         lengths = list(map(len, self.tokens))
         sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
         num_rows = len(sampling) + len(plan.decode)
@@ -176,7 +176,7 @@ class StepResult:
                 f"step {plan.step_id} has {num_rows} rows that sample; its result is of step "
                 f"{self.step_id}, {found}"
             )
-        # Fast path: most steps have one token a row and nothing else.
+        # Fast path: in most steps every row has one token, no log-probabilities and no report.
         plain = self.logprobs is None and not self.reports and not plan.decode_tokens
         if plain and lengths.count(1) == num_rows:
             return

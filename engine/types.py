@@ -1,10 +1,11 @@
-"""The contracts of the engine: scheduler, block manager, model runner and their values.
+"""Interfaces of scheduler, block manager and model runner, and the values that they exchange.
 
-A *slot* is the index of a running request's row in the runner's tables. A *position* is the index
-of a token in its request; the prompt comes first. A *block* is KV cache for `block_size`
-consecutive positions. A request's *block table* lists its blocks. A *cache group* is a set of
-layers that keep the KV of the same positions; its layers share block tables. The *kind* of a cache
-group tells which positions the group keeps. A *row* is what one step computes for one request.
+A *slot* is the index of a running request in the runner's per-request tables. A *position* is the
+index of a token in its request; the prompt comes first. A *block* is KV cache for `block_size`
+consecutive positions. A request's *block table* lists the request's blocks. A *cache group* is a
+set of layers that keep the KV of the same positions. Each request has one block table for each
+cache group. The *kind* of a cache group tells which positions the group keeps. A *row* of a step
+is the work for one request in this step. A step is *in flight* from `schedule` until `commit`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = [
 # Type of `ModelRunner.now`, which returns the seconds since a fixed moment.
 Clock = Callable[[], float]
 
-# Block table entry of a block that was given back after leaving the window; never in plans.
+# Table entry of a block that was freed because the sliding window had passed it. Not in plans.
 NO_BLOCK = -1
 
 
@@ -59,7 +60,7 @@ class CacheKind(ABC):
 
 @dataclass(frozen=True, slots=True)
 class FullPages(CacheKind):
-    """Full attention: all positions of a request are kept until the request ends."""
+    """Full attention: the group keeps all positions of a request as long as the request runs."""
 
     def first_read(self, position: int) -> int:
         return 0
@@ -100,9 +101,9 @@ class KVGeometry:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counters of a prefix cache. They start at 0 again when an error resets the engine."""
+    """Counters of a prefix cache. The counters start at 0 again when an error resets the engine."""
 
-    queried_tokens: int = 0  # tokens of admitted requests; a preempted request counts again
+    queried_tokens: int = 0  # tokens looked up at admissions; each readmission counts again
     hit_tokens: int = 0  # how many of `queried_tokens` were found in the cache
     evicted_blocks: int = 0  # cached blocks that were evicted to make room
     cached_blocks: int = 0  # blocks that are in the cache now
@@ -110,14 +111,14 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since the engine started. Each of a prompt's `n` outputs counts as a request."""
+    """Totals since the engine started. A prompt with `n` outputs counts as `n` requests."""
 
     steps: int  # committed steps
-    finished_requests: int  # requests that have ended for any reason
+    finished_requests: int  # requests that have ended for any reason, aborted ones included
     unfinished_requests: int  # requests that wait or run now
-    prompt_tokens: int  # prompt tokens of finished requests
-    output_tokens: int  # output tokens of finished requests
-    preemptions: int  # preemptions of finished requests
+    prompt_tokens: int  # prompt tokens of all `finished_requests`
+    output_tokens: int  # output tokens of all `finished_requests`
+    preemptions: int  # preemptions of all `finished_requests`
     num_blocks: int  # blocks of the KV cache
     num_free_blocks: int  # blocks that can be handed out now, cached ones included
     cache: CacheStats
@@ -125,7 +126,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class PendingPrefix:
-    """A prefix that is cached once request `request_id` has committed `num_tokens` tokens."""
+    """A prefix that will be cached when request `request_id` has committed `num_tokens` tokens."""
 
     request_id: int
     num_tokens: int
@@ -136,10 +137,10 @@ class StepHandle(ABC):
 
     @abstractmethod
     def result(self) -> StepResult:
-        """Wait for the step. Raises StepError if it failed, WorkerDiedError if a rank has died."""
+        """Wait for the result. StepError: the step failed. WorkerDiedError: a rank has died."""
 
     def done(self) -> bool:
-        """Whether `result` would return at once. A runner that cannot tell returns True."""
+        """Whether `result` would return without waiting. A runner that cannot tell returns True."""
         return True
 
 
@@ -167,61 +168,61 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Total number of blocks. With several groups it is the number of the smallest group."""
+        """Total number of blocks, in the cache group that has the fewest."""
 
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Blocks that `grow` can hand out, evictable ones included; the scarcest group's number."""
+        """Number of free or evictable blocks, in the cache group that has the fewest of them."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        """Start a block table, and return how many leading tokens are in the cache already.
+        """Start a request's block table, and return how many leading tokens are cached already.
 
-        At least one token is left to compute, because sampling needs its logits. Without prefix
-        caching the result is 0. The table gets the blocks of the cached tokens. If these tokens end
-        inside a block, the table's last block is a free block for this request alone, and
-        `take_copies` tells which cached block must be copied to it. Only requests with equal
+        The last token never counts as cached, because sampling needs the token's logits. Without
+        prefix caching the result is 0. The table gets the blocks of the cached tokens. If the
+        cached tokens end inside a block, the table ends with a new block for this request alone.
+        `take_copies` then returns the copy that fills the new block. Only requests with equal
         `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`.
         """
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """Extend all tables to `num_tokens` tokens. False (nothing changes) if blocks run out."""
+        """Extend the table to `num_tokens` tokens. False (nothing changes) if blocks run out."""
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
-        """The block table, with `NO_BLOCK` for blocks given back. Callers must not change it."""
+        """The request's block table; freed blocks are `NO_BLOCK`. Callers must not change it."""
 
     @abstractmethod
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
         """Record that the KV of the first `num_computed` tokens of `token_ids` has been written.
 
-        The manager may now share full blocks of these tokens, and take back blocks that no later
+        The manager may now share full blocks of these tokens, and free blocks that no later
         position reads. Steps in flight write only positions from `num_computed` on. The caller
-        commits at least whenever a block has become full, and never counts rejected drafts.
+        commits whenever a block has become full. Rejected draft tokens never count as computed.
         """
 
     @abstractmethod
     def release(self, request_id: int) -> None:
-        """Give up the request's blocks. The caller ensures that no step in flight uses them."""
+        """Release the request's blocks. The caller ensures that no step in flight uses them."""
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
-        """Block copies that the next plan must make, for requests begun since the last call.
+        """Return the copies for the next plan: those that `begin` has needed since the last call.
 
-        A request released meanwhile needs no copy. No source block is handed out before this call.
+        Copies for released requests are left out. Blocks to copy are not evicted before this call.
         """
         return ()
 
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
-        """A longer prefix than `begin` would find now, if a running request is computing one.
+        """A prefix of `token_ids` that a running request will add to the cache; None without one.
 
-        The prefix never arrives if the running request is released before it commits the prefix.
+        If the running request is released before it commits the prefix, the prefix is not cached.
         """
         return None
 
     def reset_prefix_cache(self) -> None:  # noqa: B027  (nothing to forget without caching)
-        """Forget all cached blocks. Blocks of requests that run now are not cached later either."""
+        """Forget all cached blocks. Requests that run now add no blocks to the cache any more."""
 
     @property
     def stats(self) -> CacheStats:
@@ -235,23 +236,24 @@ class Scheduler(ABC):
     The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. A scheduler
     must not read any other clock, because a runner without a device keeps virtual time.
 
-    Between `schedule` and `commit` of a plan its requests are *in flight*. A request in flight may
-    be planned again, but not preempted or released. Plans are committed in the order of planning.
-    After an exception the engine makes a new scheduler and block manager; step ids restart at 0.
+    A request in flight may be planned again, but not preempted, and keeps its blocks. Plans are
+    committed in the order of planning. After an exception the engine makes a new scheduler and
+    block manager, and step ids restart at 0.
 
-    A decode row keeps between 1 and `decode_tokens[i]` positions. Only `commit` tells how many are
-    kept; until then blocks are reserved as if all were kept. A request that may reach its length
-    limit with the steps in flight is not planned until `commit` shows that the request goes on.
+    The runner accepts at least one position of each decode row. Only `commit` tells the scheduler
+    how many positions were accepted. Until then blocks are reserved as if all were accepted. If
+    the steps in flight may bring a request to its length limit, the request is not planned again
+    until `commit` shows that the request continues.
 
-    `commit` appends to a request's `token_ids`, `token_times` (`ended_at` for each token),
-    `logprobs`, `prompt_logprobs` and `values`, and sets `finish_reason` and `error`. If a row
-    reports an error, its request ends with finish_reason "error". The first admission sets
-    `admitted_at` and `num_cached`. Each preemption adds 1 to `num_preemptions`. The class
-    `engine.running_batch.RunningBatch` does this bookkeeping.
+    `commit` appends to a request's `token_ids`, `logprobs`, `prompt_logprobs`, `values` and
+    `token_times` (the step's `ended_at`, once for each token), and sets `finish_reason` and
+    `error`. If a row reports an error, its request ends with finish_reason "error". The first
+    admission sets `admitted_at` and `num_cached`. Each preemption adds 1 to `num_preemptions`. The
+    class `engine.running_batch.RunningBatch` does this bookkeeping.
     """
 
     name: ClassVar[str]
-    # The policy options of `Config` that the scheduler uses. Setting others raises a ConfigError.
+    # The policy options that the scheduler uses. Setting any other one raises a ConfigError.
     policies: ClassVar[Collection[str]] = ()
 
     @property
@@ -261,18 +263,18 @@ class Scheduler(ABC):
 
     @abstractmethod
     def add(self, seq: Sequence) -> None:
-        """Queue a request. Raises RequestTooLongError if the request can never run."""
+        """Queue a request. Raises RequestTooLongError if the whole cache is too small for it."""
 
     @abstractmethod
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if nothing can be planned before a step in flight is committed.
+        """Plan the next step. Returns None if nothing can be planned now.
 
-        On None the engine raises a StepError if requests are unfinished and no step is in flight.
+        The engine raises a StepError on None if requests are unfinished and no step is in flight.
         """
 
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Apply the result of the oldest plan, and return the requests that finished with it.
+        """Apply the result of the oldest plan in flight. Returns the requests that it ends.
 
         Tokens after a stop token or beyond the length limit are dropped, with their times,
         log-probabilities and values. Rows of requests that ended earlier are dropped too.
@@ -280,7 +282,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
-        """End a request with finish_reason "abort". None if no unfinished request has the id."""
+        """End a request with finish_reason "abort". Returns it; None if it is unknown or ended."""
 
 
 class ModelRunner(ABC):
@@ -292,11 +294,11 @@ class ModelRunner(ABC):
     """
 
     name: ClassVar[str]
-    # Whether the runner drafts tokens, so that a decode row may keep several positions. If False,
-    # every decode row keeps one position, and the engine refuses `num_speculative_tokens`.
+    # Whether the runner drafts tokens for speculative decoding. If False, every decode row computes
+    # one position, and the engine refuses the option `num_speculative_tokens`.
     drafts: ClassVar[bool] = False
-    # False for a runner without a device. Options "auto" and None then get the values of a
-    # machine without a GPU, so that runs are equal on all machines.
+    # False for a runner that uses no device. For such a runner, options that depend on the machine
+    # get the values of a machine without a GPU, so that runs are equal on all machines.
     has_device: ClassVar[bool] = True
 
     @property
@@ -306,10 +308,10 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step, if possible without waiting for it. Steps take effect in call order."""
+        """Start a step, if possible without waiting for its end. Steps run in call order."""
 
     # The engine's only clock: seconds since a fixed moment. The default is a plain function. If it
-    # were a bound method, a part that stores `now` would keep the runner and its memory alive.
+    # were a bound method, a scheduler that stores `now` would keep the runner's memory alive.
     now: Clock = staticmethod(time.perf_counter)
 
     def wait_until(self, moment: float) -> None:
