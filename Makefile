@@ -50,7 +50,7 @@ unit-rest: $(VENV)/.dev
 
 # Started when two of the others have ended; with another seed each time, which it prints.
 unit-traces: $(VENV)/.dev
-	$(BIN)/python -m tests.contracts.fuzz --jobs 1 --seconds 20
+	$(BIN)/python -m tests.contracts.fuzz --jobs 1 --seconds 10
 
 unit-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow tests

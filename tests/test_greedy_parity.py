@@ -15,7 +15,9 @@ from engine.requests import Sequence
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, Greedy, random_prompts, reference_greedy
 
-MAX_TOKENS = 64
+MAX_TOKENS = 40
+# Answers of the shipped model end after fewer.
+SHIPPED_MAX_TOKENS = 64
 # Around the block sizes 16, 64 and 256; several cross a border of 256 while they decode.
 LENGTHS = [1, 230, 5, 250, 17, 240, 16, 64, 15, 33, 3, 100, 255, 256, 48, 200]
 LONGEST = max(LENGTHS) + MAX_TOKENS
@@ -37,19 +39,26 @@ def _shipped_reference(path: Path) -> Greedy:
     for task in ("Return x plus one.", "Return the name of the file.", "Return the length."):
         question = f'<|im_start|>user\ndef f(x):\n    """{task}"""<|im_end|>\n'
         prompts.append(tokenizer.encode(question + "<|im_start|>assistant\n"))
-    return reference_greedy(path, prompts, MAX_TOKENS)
+    return reference_greedy(path, prompts, SHIPPED_MAX_TOKENS)
 
 
-def _check(path: Path, expected: Greedy, *, preempts: bool | None, **options: Any) -> None:
+def _check(
+    path: Path,
+    expected: Greedy,
+    *,
+    preempts: bool | None,
+    max_tokens: int = MAX_TOKENS,
+    **options: Any,
+) -> None:
     """`preempts`: whether someone has to be preempted; None if that is not known."""
     # What policies look at must not change a token.
     params = [
         SamplingParams(
             temperature=0,
-            max_tokens=MAX_TOKENS,
+            max_tokens=max_tokens,
             priority=i * 7 % 3,
             user="abc"[i * 5 % 3],
-            predicted_tokens=1 + i * 23 % MAX_TOKENS,
+            predicted_tokens=1 + i * 23 % max_tokens,
         )
         for i in range(len(expected.prompts))
     ]
@@ -192,7 +201,8 @@ def test_greedy_tokens_with_budgets_of_a_few_tokens(
 def test_the_shipped_reference_has_no_ties_and_both_kinds_of_ends(shipped: Path) -> None:
     expected = _shipped_reference(shipped)
     assert expected.smallest_lead > 1e-4
-    assert [len(tokens) < MAX_TOKENS for tokens in expected.outputs] == [False] * 4 + [True] * 3
+    ended = [len(tokens) < SHIPPED_MAX_TOKENS for tokens in expected.outputs]
+    assert ended == [False] * 4 + [True] * 3
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -208,6 +218,7 @@ def test_greedy_tokens_of_the_shipped_model_equal_transformers(
         shipped,
         _shipped_reference(shipped),
         preempts=blocks is not None,
+        max_tokens=SHIPPED_MAX_TOKENS,
         pipeline_depth=depth,
         kvcache_block_size=block_size,
         max_num_seqs=max_num_seqs,

@@ -80,7 +80,11 @@ def _of_main(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "size", "depth"),
-    [("qwen3-gqa4-bias-tied", 4, 1), ("qwen2-gqa2-wide-heads-tied", 2, 0)],
+    [
+        ("qwen3-gqa4-bias-tied", 2, 1),
+        ("qwen2-gqa2-wide-heads-tied", 2, 0),
+        pytest.param("qwen3-gqa4-bias-tied", 4, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_are_those_of_one_process(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str, size: int, depth: int

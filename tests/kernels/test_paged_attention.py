@@ -37,6 +37,8 @@ if INTERPRET and HAS_TRITON:
 
     patch_interpreter()
 
+_SLOW = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Case:
@@ -76,6 +78,12 @@ def relative_error(out: Tensor, want: Tensor) -> float:
 @starts_interpreter
 def test_in_interpreter() -> None:
     run_in_interpreter(__file__)
+
+
+@pytest.mark.slow
+@starts_interpreter
+def test_in_interpreter_what_is_slow() -> None:
+    run_in_interpreter(__file__, "slow")
 
 
 @interpreted
@@ -140,16 +148,16 @@ def test_decode(
         # Contexts about a tile's border, fewer visible tokens than rows, padding; shared pairs.
         (1, [31, 32, 33, 0], (12, 2), 16, 16, 6, False),
         (2, [31, 0, 32, 33, 1], (12, 2), 16, 16, 7, False),
-        (2, [64, 65, 66, 0, 2], (16, 8), 32, 32, 40, False),
-        (2, [97], (32, 1), 16, 32, 5, False),
+        pytest.param(2, [64, 65, 66, 0, 2], (16, 8), 32, 32, 40, False, marks=_SLOW),
+        pytest.param(2, [97], (32, 1), 16, 32, 5, False, marks=_SLOW),
         (4, [16, 17, 18, 19, 20, 3, 0], (16, 8), 16, 16, 25, False),
         (4, [70, 0, 4, 131], (12, 2), 64, 32, 9, False),
-        (4, [3, 35], (32, 1), 64, 32, 4, False),
-        (5, [15, 36, 0, 4, 5, 68], (12, 2), 16, 32, 8, False),
+        pytest.param(4, [3, 35], (32, 1), 64, 32, 4, False, marks=_SLOW),
+        pytest.param(5, [15, 36, 0, 4, 5, 68], (12, 2), 16, 32, 8, False, marks=_SLOW),
         (5, [120, 33], (32, 1), 16, 16, 11, False),
         # Programs to spare: pairs in parts, tables and lengths read early.
         (2, [33, 0, 1, 64], (12, 2), 64, 32, 48, True),
-        (4, [66, 130, 0, 2], (16, 8), 16, 32, 160, True),
+        pytest.param(4, [66, 130, 0, 2], (16, 8), 16, 32, 160, True, marks=_SLOW),
         (5, [240, 3], (12, 2), 32, 16, 64, True),
         # None to spare, lengths alone read early.
         (5, [34, 0, 90], (16, 8), 16, 16, 20, True),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 @pytest.mark.parametrize(
     ("size", "dtype", "rounds"),
     [
-        (2, "float16", 16),
+        pytest.param(2, "float16", 16, marks=pytest.mark.slow),
         (4, "float16", 16),
         (3, "bfloat16", 16),
         pytest.param(4, "float16", 200, marks=pytest.mark.slow),
