@@ -41,7 +41,7 @@ _PART = Rule(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of one engine; frozen. `engine.parts.resolve` replaces None and "auto" by values.
+    """Options of one engine; immutable. `LLM.config` has values in place of None and "auto".
 
     Attributes:
         model: checkpoint folder, or the name of a model on the Hugging Face hub.
@@ -55,9 +55,9 @@ class Config:
         gpu_memory_utilization: share of the device's memory that the engine uses (CUDA only).
         kvcache_block_size: tokens per KV block, a multiple of 16.
         num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
-            blocks or in bytes. The default on CUDA is the memory that gpu_memory_utilization
-            leaves; on a CPU it is room for max_num_seqs full contexts, at most 1 GiB.
-        enable_cuda_graphs: capture decodes and short prefills. None captures wherever possible.
+            blocks or in bytes. By default the cache takes what weights and steps leave of
+            gpu_memory_utilization; on a CPU room for max_num_seqs full contexts, at most 1 GiB.
+        enable_cuda_graphs: run decodes and short prefills as CUDA graphs. None: wherever possible.
         enforce_eager: never capture CUDA graphs.
         enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
             if the block manager can cache prefixes.
@@ -65,12 +65,12 @@ class Config:
             "lfu": the block that the fewest requests found. "cost": the cheapest to recompute.
         tensor_parallel_size: devices that share one model, 1 to 8. Each device has its own process.
         attention_backend: "auto" takes the fastest backend that works on the device.
-        num_speculative_tokens: maximum number of drafted tokens per decode row. A drafted token is
-            kept only if the runner would have sampled it, so the output does not change. Of the
-            shipped runners only "fake" and "simulated" draft. "local" refuses a value above 0.
-        pipeline_depth: 0 plans a step after the previous step has ended. 1 plans a step while the
-            previous step runs. None means 1 on CUDA and 0 on a CPU. Both give the same tokens.
-        seed: base from which the seeds of requests without a seed are derived.
+        num_speculative_tokens: maximum number of tokens that are drafted for a request in a step. A
+            draft is kept only if sampling gives the same token, so the output does not change. Only
+            the runners "fake" and "simulated" draft. "local" refuses a value above 0.
+        pipeline_depth: with 0 a step is planned after the previous step has ended, with 1 while the
+            previous step runs. None means 1 on CUDA and 0 on a CPU. Both values give equal tokens.
+        seed: number from which the engine derives the seeds of requests without a seed.
         kv_sanitizer: check every use of KV blocks, and fill freed blocks with NaN. Slow.
         scheduler: "continuous" or "static".
         model_runner: "local" runs the model. "fake" and "simulated" need no device.
@@ -147,7 +147,7 @@ class Config:
 
 
 _RULES = rules_of(Config)
-# Pairs of options that contradict each other if both are set, to True or to a number.
+# Pairs of options of which at most one may be set, to True or to a number.
 _EITHER = (
     ("enforce_eager", "enable_cuda_graphs"),
     ("num_kvcache_blocks", "kvcache_memory_bytes"),

@@ -34,7 +34,7 @@ class LLM:
             for out in llm.generate(["def add(a, b):"], SamplingParams(temperature=0)):
                 print(out["text"])
 
-    Options are the fields of `Config`. `preset` sets several options at once (docs/presets.md).
+    Options are the fields of `Config`, and `preset`, which sets several at once (docs/presets.md).
 
     Attributes:
         engine: the `LLMEngine` that runs requests (`Sequence`) in steps (`StepPlan`).
@@ -47,7 +47,7 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # Prompts of `generate` and `add_request` with unfinished requests, by their request ids.
+        # Prompts with unfinished requests, by request id. Prompts of `stream` are not included.
         self._unfinished: dict[int, PromptRequests] = {}
         # Prompts of `add_request` that have ended and that `step` has not returned yet.
         self._ended: list[PromptRequests] = []
@@ -74,12 +74,12 @@ class LLM:
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
-            One dictionary per prompt, in order: `text`, `token_ids`, `finish_reason`, `error`,
+            One dictionary per prompt, in order, with `text`, `token_ids`, `finish_reason`, `error`,
             `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`, and with n > 1 `outputs`.
-            docs/options.md explains the entries.
+            The page docs/options.md explains the entries.
 
         Raises:
-            RequestError: a prompt or its parameters cannot be served; then no prompt was started.
+            RequestError: a prompt or its parameters cannot be served. No prompt is started then.
             StepError: a step failed.
             EngineClosedError: `close` was called before.
         """
@@ -91,7 +91,7 @@ class LLM:
                 while len(outputs) < len(groups):
                     plan = self._advance()
                     progress.update(plan, self.engine.num_new_tokens, len(ended))
-                    # With pipeline_depth=1 the device runs the next step during this decoding.
+                    # With pipeline_depth=1 the device runs a step while `make_output` decodes.
                     outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
                     ended.clear()
             self.engine.finish_steps()
@@ -109,14 +109,14 @@ class LLM:
         """Generate like `generate`, but return the outputs in parts while they grow.
 
         Returns:
-            An iterator of dictionaries: `index` of the prompt, `sample` (number of the output among
-            the prompt's `n`), new `text`, new `token_ids` and `finish_reason`. `finish_reason` is
-            None except in an output's last dictionary, which also has `error`. A `text` has whole
-            characters only. The texts of an output add up to the text that `generate` returns.
-            Closing or dropping the iterator aborts the unfinished requests.
+            An iterator of dictionaries with the prompt's `index`, the output's index `sample` among
+            the prompt's `n` outputs, new `text`, new `token_ids` and `finish_reason`. The
+            `finish_reason` is None except in an output's last dictionary, which also has `error`. A
+            `text` has whole characters only. The texts of an output add up to the text that
+            `generate` returns. Closing or dropping the iterator aborts the unfinished requests.
         """
         stream = self._increments(self._add(prompts, sampling_params))
-        # Start the generator: closing a generator that has not started would abort nothing.
+        # Start the generator: closing an unstarted one would skip its `finally`, which aborts.
         next(stream)
         return stream
 
@@ -128,8 +128,8 @@ class LLM:
     ) -> list[dict[str, Any]]:
         """Generate the answer to a conversation, or to each conversation of a list.
 
-        A message has `role` and `content`. The checkpoint's chat template makes prompts for a call
-        of `generate`. A RequestError is also raised if the template is missing or fails.
+        A message has `role` and `content`. The checkpoint's chat template turns the messages into
+        prompts for `generate`. If the template is missing or fails, a RequestError is raised.
         """
         self.engine.check_usable()
         kinds = (list, tuple)
@@ -158,7 +158,7 @@ class LLM:
 
         Calls of `step` and of `generate` run the request. Raises the errors of `generate`.
         """
-        # Other types are not put into a list: [5] would pass for a prompt of one token.
+        # Only texts and lists are wrapped: a wrong `prompt=5` would become [5], a valid prompt.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
         (group,) = self._add(prompts, sampling_params, self._ended)
         return group.seqs[0].request_id
@@ -166,7 +166,7 @@ class LLM:
     def step(self) -> list[dict[str, Any]]:
         """Run one step of all requests, and return the outputs of requests that have ended.
 
-        Only requests of `add_request` are returned, as dictionaries like those of `generate` with
+        Only requests from `add_request` are returned, as dictionaries like those of `generate` with
         `request_id` added. If a StepError ended requests, the next `step` returns their outputs.
         """
         self._advance()
@@ -209,10 +209,10 @@ class LLM:
     def _add(
         self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
     ) -> list[PromptRequests]:
-        """Queue `n` requests for each prompt; if one of them is refused, queue none at all.
+        """Queue `n` requests for each prompt; if a request is refused, none stays queued.
 
-        A prompt is appended to the list `ended` when all its requests have ended. For a stream
-        `ended` is None, and every request gets a `TextReader`.
+        When all requests of a prompt have ended, the prompt is appended to the list `ended`. For a
+        stream `ended` is None, and every request gets a `TextReader`.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
@@ -223,7 +223,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # Stop strings without a tokenizer get no reader, so that the engine refuses.
+                    # Without a tokenizer there is no reader: the engine refuses stop strings.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one
@@ -253,19 +253,19 @@ class LLM:
             self.engine.drop([seq for seq, _ in seqs])
 
     def _advance(self) -> StepPlan | None:
-        """Run one step, and move the prompts that have ended to their `ended` lists."""
+        """Run one step, and call `_collect_ended` for the requests that have ended."""
         ids = None
         try:
             plan, finished = self.engine.step()
-            # Without a plan the engine had nothing to do: prompts still in `_unfinished` were ended
-            # by a reset of the engine. `_collect_ended(None)` looks at all of them.
+            # No plan: the engine had nothing to run. If prompts are left in `_unfinished`, a reset
+            # of the engine has ended them. `_collect_ended(None)` checks all prompts.
             ids = [seq.request_id for seq in finished] if plan else None
         finally:
             self._collect_ended(ids)
         return plan
 
     def _collect_ended(self, request_ids: list[int] | None = None) -> None:
-        """Move prompts that have ended to their `ended` lists; None looks at all requests."""
+        """Append prompts that have ended to their `ended` lists. None checks all prompts."""
         for request_id in list(self._unfinished) if request_ids is None else request_ids:
             group = self._unfinished.get(request_id)
             if group and all(seq.finish_reason is not None for seq in group.seqs):
@@ -290,7 +290,7 @@ class Progress:
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
-        """Count a committed step that sampled `num_tokens` and ended `num_finished` prompts."""
+        """Count an ended step that sampled `num_tokens` tokens and ended `num_finished` prompts."""
         if self._bar.disable:
             return
         now = time.perf_counter()

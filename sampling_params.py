@@ -21,11 +21,11 @@ from utils.rules import (
     share,
 )
 
-# Distance between the seeds of successive outputs and requests: 2^64 / golden ratio. Seeds are
-# taken modulo 2^63. Because the distance is odd, they do not repeat.
+# Difference, modulo 2^63, between the seeds of successive outputs or requests. The difference is
+# 2^64 / golden ratio. Because it is odd, 2^63 successive seeds are all different.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
-# (token ids of prompt and output, logits [vocab_size] float32) -> new logits of the same shape.
+# A function (token ids of prompt and output, logits [vocab_size] float32) -> new logits.
 LogitsProcessor = Callable[[list[int], Any], Any]
 
 _SEED = Rule(
@@ -40,7 +40,7 @@ _STOP = Rule(
     'Use e.g. stop="\\n".',
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
-# The engine makes salts with \0 in them. A user's salt must not equal a salt of the engine.
+# Salts that the engine makes itself contain \0, so that no user's salt can equal them.
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
@@ -56,18 +56,18 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 takes the most likely token (greedy). A value above 0 divides the logits.
-        top_p: keep the most likely tokens until their probabilities sum up to this value.
+        top_p: keep the most likely tokens, just enough for their probabilities to reach this sum.
         top_k: keep this number of most likely tokens; 0 or -1 keeps all tokens.
         min_p: keep tokens whose probability is at least `min_p` times that of the likeliest token.
         repetition_penalty: for tokens that are in the prompt or output, positive logits are divided
             by this value and negative logits are multiplied by it.
         presence_penalty: subtracted from the logit of every token that is in the output.
         frequency_penalty: subtracted from a token's logit once for each time it is in the output.
-        seed: key of the request's sampling noise. Equal seeds give equal noise at equal positions,
-            whatever else is in the batch. None derives a seed from the engine's `seed` and the
-            order of arrival. Only the first of `n` outputs uses this seed itself.
+        seed: seed of the request's sampling noise. Equal seeds give equal noise at equal positions,
+            whatever else is in the batch. None derives the seed from the engine's `seed` and the
+            order of arrival. If n > 1, each output after the first gets a seed derived from `seed`.
         max_tokens: maximum number of tokens to generate. None generates up to the engine's
-            `max_model_len`. A number that exceeds `max_model_len` with the prompt is refused.
+            `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
         min_tokens: until this number of tokens is generated, tokens that would end the request are
             not sampled, and stop strings are ignored.
         stop: a text, or several, at which the output ends. The output's text ends before the stop
@@ -75,28 +75,28 @@ class SamplingParams:
         stop_token_ids: tokens that end the output as an end-of-sequence token does.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return log-probabilities of each generated token and of this number of most likely
-            tokens. They come from the model's logits before penalties, temperature and filters.
-        prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. Such a request
-            takes nothing from the prefix cache. A step holds the logits of all its prompt tokens at
-            once: lower `max_num_batched_tokens` if memory is short.
+            tokens, from the model's logits before penalties, temperature and filters.
+        prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. The request
+            uses no cached blocks of other requests. A step holds the logits of all its prompt
+            tokens in memory: lower `max_num_batched_tokens` if memory is short.
         n: number of outputs. The prefix cache lets the outputs share blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`, which the engine calls in
             each step with the tokens so far and one row of float32 logits.
-        priority: policies that use it run higher values first, and preempt them last.
+        priority: scheduling policies that use it run higher values first, and preempt them last.
         user: name of the user, for policies that share the engine between users.
         cache_salt: requests share cached prefixes only if their salts are equal.
         predicted_tokens: a guess of the output's length, for scheduling policies. The guess never
             ends the request. None stands for `max_tokens`.
         penalizes: derived: whether a penalty changes the logits of tokens that occurred before.
         filters: derived: whether top_k, top_p or min_p may exclude tokens from sampling.
-        needs_logits: derived: whether the request needs more than Gumbel-max sampling.
+        needs_logits: derived: whether filters, penalties, min_tokens, processors or logprobs apply.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
     """
 
-    # The sampler adds temperature * noise to the logits in float32, and the noise reaches 16. Above
-    # a temperature of 1e4 the rounding of this product (1e-2) begins to blur the logits.
+    # The sampler adds temperature * noise to the logits in float32, with noise up to 16. So at a
+    # temperature of 1e4 the sum is rounded to about 1e-2. A higher temperature would lose more.
     temperature: float = ruled(1.0, number(0, 1e4, "Use 0 for greedy decoding."))
     top_p: float = ruled(1.0, share("Use 1 to keep all."))
     top_k: int = ruled(0, integer(-1, fix="Use 0 to keep all."))

@@ -15,14 +15,14 @@ from utils.registry import PartKind
 
 
 class PagedBlockManager(BlockManager):
-    """Hands out free blocks; a block belongs to one request (vLLM, Kwon et al., SOSP 2023)."""
+    """Gives each request blocks of its own, from a free list (vLLM, Kwon et al., SOSP 2023)."""
 
     name = "paged"
     block_size = num_blocks = 0
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.block_size, self.num_blocks = geometry.block_size, geometry.num_blocks
-        # A stack with the lowest id on top: the block that was freed last is handed out first.
+        # `_free` is a stack: the block freed last is handed out first. At first block 0 is on top.
         self._free = list(range(geometry.num_blocks - 1, -1, -1))
         self._references = [0] * geometry.num_blocks
         self._tables: dict[int, list[int]] = {}
@@ -49,57 +49,57 @@ class PagedBlockManager(BlockManager):
         return self._tables[request_id]
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Do nothing: without prefix caching there is nothing to publish."""
+        """Do nothing: without prefix caching no block is recorded for later requests."""
 
     def release(self, request_id: int) -> None:
         for block in reversed(self._tables.pop(request_id)):
             self._drop(block)
 
     def _take(self) -> int:
-        """Take a free block, and count its first reference. The caller has checked for space."""
+        """Take a free block, and set its reference count to 1. The caller has checked for space."""
         block = self._free.pop()
         self._references[block] = 1
         return block
 
     def _drop(self, block: int) -> None:
-        """Give up one reference to a block."""
+        """Remove one reference to a block; free the block if this was the last reference."""
         assert self._references[block] > 0, "release of a free block"
         self._references[block] -= 1
         if self._references[block] == 0:
             self._give(block)
 
     def _give(self, block: int) -> None:
-        """Free a block whose last reference was given up."""
+        """Make a block free again, after its last reference was removed."""
         self._free.append(block)
 
 
-# Content of a block: the cached block before it (for a first block the cache salt), its tokens.
+# Key for a block's content: the cached block before it (or the cache salt), and its token ids.
 _Key = tuple[CachedBlock | str, bytes]
 
 
 @dataclass(slots=True)
 class _Request:
-    """A request between `begin` and `release`."""
+    """What the manager records about a request from `begin` to `release`."""
 
-    tokens: list[int]  # the caller's own list, which grows
+    tokens: list[int]  # the caller's list of token ids, not a copy; the caller appends to it
     salt: str
-    last: CachedBlock | str  # cached block of the last published block; the salt if there is none
-    num_published: int  # leading blocks that other requests can find
-    hits: list[CachedBlock] | None  # cached blocks found; None after the first successful `grow`
-    num_cached: int  # leading tokens that were found in the cache
-    # Cached blocks of other requests that equal blocks of this request. This request computed its
-    # own blocks, and holds no reference to the cached ones.
+    last: CachedBlock | str  # cached block with the last published tokens; salt if there are none
+    num_published: int  # number of leading blocks whose content other requests can find
+    hits: list[CachedBlock] | None  # cached blocks that `begin` found; None once `grow` succeeded
+    num_cached: int  # number of leading tokens that `begin` found in the cache
+    # Published blocks with the same content as blocks that this request computed itself. The
+    # request holds no reference to a twin, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # the first unpublished block, if it is in `_pending`
-    publishes: bool = True  # False after a reset of the prefix cache
+    next_block: _Key | None = None  # key of the request's entry in `_pending`, if it has one
+    publishes: bool = True  # whether `commit` publishes blocks; False after a reset of the cache
 
 
 class CachingBlockManager(PagedBlockManager):
-    """Shares full blocks between requests that start with the same tokens and cache salt.
+    """Shares full blocks between requests that have equal cache salts and equal leading tokens.
 
-    `commit` publishes a block: other requests can find it from then on, until it is evicted. If
-    requests compute equal blocks side by side, only the first block is published. A block is found
-    through the block before it. So a hit is exact: the tokens of all blocks up to it were compared.
+    `commit` publishes blocks: requests find a published block until it is evicted. If requests
+    compute blocks with equal content, only the first block is published. A lookup compares tokens
+    and parent of a block. The parent is the block before it, or for a first block the cache salt.
 
     Subclasses implement the index of published blocks: `find`, `link` and `unlink`.
     """
@@ -113,21 +113,21 @@ class CachingBlockManager(PagedBlockManager):
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
         self._pending: dict[_Key, int] = {}
-        # Copies for the next plan, by request id. A copy holds a reference to its source block.
+        # Block copies for the next plan, by request id. Each copy holds a reference to its source.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        """The published block with this `parent` (for a first block a salt) and int32 `tokens`."""
+        """Find the block with int32 `tokens` whose parent is `parent`, a block or a cache salt."""
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        """Add a block that `find` did not find. Returns the block that it displaced, if any."""
+        """Add a block to the index. Returns the block that it replaced in the index, if any."""
 
     @abstractmethod
     def unlink(self, node: CachedBlock) -> None:
-        """Remove a block from the index. The blocks behind it need not be found any more."""
+        """Remove a block from the index. The index may lose the blocks behind it, too."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -161,7 +161,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # If `begin` counted, a request that waits for space would be counted at each attempt.
+            # Hits are counted here and not in `begin`, which runs again if a request had to wait.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -176,7 +176,7 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # A twin was evicted, and blocks published behind it cannot be found. Publish all again.
+            # A twin was evicted (`block` is -1). Blocks behind it are not found: publish all again.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
@@ -199,7 +199,7 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The plan copies first: a new owner of the source writes to it in a later step.
+            # The next step makes the copy; a new holder of the source writes to it in a later step.
             self._drop(copy.source)
         return copies
 
@@ -227,11 +227,11 @@ class CachingBlockManager(PagedBlockManager):
             request.publishes, request.next_block = False, None
 
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
-        """Replace the last block of a prompt of which all blocks were found in the cache.
+        """Take the last block out of a request's table, when the whole prompt is in the cache.
 
-        The last token is computed again for its logits, and no shared block may be written. So the
-        table gets a copy of the block. If no block is free, or if blocks have one token, the table
-        gets no block instead. Returns how many tokens have to be computed.
+        The last token must be computed, for its logits. This writes KV, and no shared block may be
+        written. So the table gets a free block, as a copy of the cached block. If no block is free,
+        or if blocks have one token, there is no copy. Returns how many tokens must be computed.
         """
         table = self._tables[request_id]
         source = table.pop()
@@ -244,7 +244,7 @@ class CachingBlockManager(PagedBlockManager):
         return self.block_size
 
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
-        """The cached blocks that hold the first tokens, in order."""
+        """The longest run of published blocks that hold the leading tokens of `token_ids`."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
         for i in range(len(token_ids) // self.block_size):
@@ -261,7 +261,7 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # The block was published before, behind a block that was evicted since.
+            # `stale` is this block's old index entry, not found because an earlier block is gone.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
@@ -270,9 +270,9 @@ class CachingBlockManager(PagedBlockManager):
         return node
 
     def _announce(self, request_id: int, request: _Request) -> None:
-        """Enter the request's next unpublished block into `_pending`, if its tokens are known.
+        """Enter the block that the request computes next into `_pending`, if its tokens are known.
 
-        One block is enough: a request that waits for it asks again after its publication.
+        A request that waited for the block calls `pending` again, so one block at a time is enough.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -301,7 +301,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Stop caching a block that has left the index. A block that no request holds is free."""
+        """Stop caching a block that left the index; free the block if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)
@@ -310,10 +310,10 @@ class CachingBlockManager(PagedBlockManager):
 
 
 class PrefixCacheManager(CachingBlockManager):
-    """Finds a block by a 128-bit digest of its parent's digest and its tokens, as vLLM does.
+    """Finds a block by a 128-bit digest of the parent's digest and the block's tokens, as in vLLM.
 
-    The digest only says where to look: parent and tokens of the block found there are compared.
-    So neither a digest collision nor an evicted parent ever causes a wrong hit.
+    If a block has the wanted digest, its parent and its tokens are compared as well. So neither a
+    digest collision nor an evicted parent ever causes a wrong hit.
     """
 
     name = "prefix"
@@ -346,10 +346,10 @@ class PrefixCacheManager(CachingBlockManager):
 
 
 class RadixCacheManager(CachingBlockManager):
-    """Finds blocks in a tree of tokens per cache salt (SGLang, Zheng et al., NeurIPS 2024).
+    """Finds blocks in a prefix tree for each cache salt (SGLang, Zheng et al., NeurIPS 2024).
 
-    An edge has the tokens of one block. Block tables cannot share shorter pieces, and longer edges
-    would have to be split where prompts diverge.
+    Each edge holds the tokens of one block. Shorter edges would not help, as block tables share
+    whole blocks. Longer edges would have to be split where prompts diverge.
     """
 
     name = "radix"

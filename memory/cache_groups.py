@@ -9,10 +9,10 @@ from utils.errors import ContractError
 
 
 class WindowBlockManager(PagedBlockManager):
-    """Frees a request's blocks when their positions have left the window. Caches no prefixes.
+    """Frees blocks whose positions have left the attention window. Caches no prefixes.
 
-    A request is admitted only with blocks for its whole prompt. So the cache must have as many
-    blocks as the longest request needs.
+    A request starts with blocks for all its tokens, even for tokens that have left the window. So
+    the cache must have as many blocks as the longest request needs.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
@@ -26,7 +26,7 @@ class WindowBlockManager(PagedBlockManager):
         return super().begin(request_id, token_ids, cache_salt)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Free the blocks that position `num_computed` and all later positions do not read."""
+        """Free the blocks that no position from `num_computed` on will read."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
         first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):
@@ -42,8 +42,8 @@ class WindowBlockManager(PagedBlockManager):
 class GroupedBlockManager(BlockManager):
     """Passes every call to the managers of all groups; `grow` succeeds in all groups or in none.
 
-    A cached prefix could be used only if every group had it. So a manager that caches prefixes
-    raises a ContractError, as do managers with different block sizes.
+    The constructor raises a ContractError if block sizes differ, or if a manager caches prefixes: a
+    cached prefix could be used only if every group had cached it.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -66,7 +66,7 @@ class GroupedBlockManager(BlockManager):
         return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        # A request's tables have the same length in all groups: freed entries stay in the tables.
+        # All groups need `wanted` blocks: tables are equally long, as freed entries stay in them.
         wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False
@@ -76,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The request's block table in the first group. `groups` has the managers of all groups."""
+        """The request's table in the first group; managers in `groups` have its other tables."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:

@@ -10,8 +10,8 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# At this position a token's attention takes about as many FLOPs as its matrix products:
-# 4 * layers * heads * head_dim * position = 2 * parameters. Qwen3-0.6B gives some 4,000.
+# Position at which a token's attention takes about as many FLOPs as its matrix products. There
+# 4 * layers * heads * head_dim * position = 2 * parameters. For Qwen3-0.6B that is some 4,000.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
@@ -24,20 +24,19 @@ class CachedBlock:
         self.block = block  # block id; -1 after the block was evicted
         self.parent = parent  # the cached block before this block; for a first block the cache salt
         self.tokens = tokens  # the block's token ids, int32 each
-        self.depth: int = (
-            parent.depth + 1 if isinstance(parent, CachedBlock) else 0
-        )  # number of blocks before this block
-        self.hits = 0  # number of requests that found this block
+        # number of blocks before this block
+        self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
+        self.hits = 0  # number of requests that found this block in the cache
         self.digest = b""  # digest of parent and tokens; only for `PrefixCacheManager`
-        self.worth = 0.0  # highest value of a released child; only for `CostPolicy`
+        self.worth = 0.0  # highest value among released children; only for `CostPolicy`
 
 
 class EvictionPolicy(ABC):
     """Keeps the idle blocks (cached blocks that no request holds), and evicts one when asked.
 
-    A block can be found only through its parent, the block before it. So children should be evicted
-    before their parent. Requests release their last block first. So a policy that evicts in the
-    order of release evicts children first.
+    A block's parent is the block before it. A block whose parent was evicted cannot be found, so
+    children should be evicted before their parent. A request releases its last block first. So a
+    policy that evicts in the order of release evicts children before their parent.
     """
 
     name: ClassVar[str]
@@ -55,7 +54,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def remove(self, block: CachedBlock) -> None:
-        """Remove a block, because a request found it or because it is not cached any more."""
+        """Remove a block that a request holds again, or that is not cached any more."""
 
     @abstractmethod
     def pop(self) -> CachedBlock:
@@ -91,7 +90,7 @@ class LowestFirst(EvictionPolicy):
 
     @abstractmethod
     def value(self, block: CachedBlock) -> float:
-        """How much it is worth to keep the block. Called once, when the block is released."""
+        """The worth of keeping the block. Called when the last request releases the block."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -107,7 +106,7 @@ class LowestFirst(EvictionPolicy):
 
 
 class LFUPolicy(LowestFirst):
-    """Evicts the block that the fewest requests found. No child has more hits than its parent."""
+    """Evicts the block that fewest requests found. No child is found more often than its parent."""
 
     name = "lfu"
 
@@ -116,11 +115,12 @@ class LFUPolicy(LowestFirst):
 
 
 class CostPolicy(LowestFirst):
-    """Evicts the block that is cheapest to recompute, weighted by its hits and its age.
+    """Evicts the block with the lowest value, computed from recomputation cost, hits and age.
 
-    GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A block's value is
-    its cost times its uses, plus the value of the block evicted last. So blocks released later get
-    higher values than unused old blocks. A deeper block costs more, because of its attention.
+    The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A
+    block's value is its cost times (1 + hits), plus the value of the block evicted last. This last
+    term rises with time, so blocks released later get higher values than old blocks. The cost rises
+    with the block's depth, because later positions attend to more tokens.
     """
 
     name = "cost"
@@ -132,7 +132,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # A block is useless without its parent. So a parent is worth at least as much as a child.
+        # Without its parent a block is not found. So a parent is worth at least as much as a child.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

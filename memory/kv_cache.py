@@ -20,10 +20,10 @@ class KVLayer:
     """The blocks of one layer, as several views of the same storage.
 
     Attributes:
-        k, v: [num_blocks, block_size, num_kv_heads, head_dim].
-        flat: [num_blocks * block_size, 2 * num_kv_heads, head_dim]. A row has the K heads of one
-            position, then the V heads of the position.
-        keys, values: [1, num_kv_heads, num_blocks * block_size, head_dim].
+        k, v: keys and values by block, [num_blocks, block_size, num_kv_heads, head_dim].
+        flat: keys and values by position, [num_blocks * block_size, 2 * num_kv_heads, head_dim]; a
+            position's K heads come before its V heads.
+        keys, values: keys and values by head, [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
@@ -34,18 +34,18 @@ class KVLayer:
 
     @staticmethod
     def of(pages: Tensor) -> KVLayer:
-        """The views of `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        """Make the views of `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
         flat = pages.view(-1, 2 * pages.shape[3], pages.shape[4])
         keys, values = flat.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
         return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, keys, values)
 
 
 class KVCache:
-    """The whole cache: `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
+    """KV of all layers in `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
 
-    K and V of a position lie side by side, so that one indexed copy stores both K and V. (In other
-    layouts the time of paged decodes differed by under 2 % on an H200.) Raises an OutOfMemoryError
-    if the device cannot hold the cache.
+    K and V of a position are adjacent, so that one indexed write stores K and V. With other layouts
+    the time of paged decodes differed by under 2 % on an H200. The constructor raises an
+    OutOfMemoryError if the device cannot hold the cache.
     """
 
     def __init__(self, geometry: KVGeometry, dtype: torch.dtype, device: torch.device) -> None:
@@ -62,35 +62,35 @@ class KVCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block in all layers. The copy runs on the current stream."""
-        # One launch without temporary memory. Indexing by several blocks at once would need some.
+        # Indexing by one block makes no temporary tensor. Indexing by a list of blocks makes one.
         self.data[:, target] = self.data[:, source]
 
     def layers(self) -> list[KVLayer]:
-        """The views of each layer."""
+        """The `KVLayer` of each layer."""
         return [KVLayer.of(pages) for pages in self.data]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros. Uninitialised rows may hold NaN, and a masked product 0 * NaN is NaN.
+    """A tensor of zeros. Uninitialised memory may hold NaN, and a masked position's 0 * NaN is NaN.
 
-    On Linux a CPU tensor is in huge pages if possible: 32 mixed requests ran 3 to 8 % faster.
+    On Linux a CPU tensor is put in huge pages, which made 32 mixed requests 3 to 8 % faster.
     """
     if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Without huge pages `torch.zeros` below serves; without memory it raises the error.
+        # Without huge pages `torch.zeros` below is used. It raises an error if memory is short.
         with suppress(OSError, OverflowError):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             area = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
             area.madvise(mmap.MADV_HUGEPAGE)
-            # The tensor keeps a reference to the area. The area is unmapped with the tensor.
+            # The tensor keeps `area` alive. The memory is unmapped when the tensor is deleted.
             return torch.frombuffer(area, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
-    """`geometry` with the config's num_kvcache_blocks, or as many as kvcache_memory_bytes holds.
+    """`geometry` with as many blocks as num_kvcache_blocks or kvcache_memory_bytes asks for.
 
-    By default max_num_seqs requests have room for the longest context, up to 1 GiB in all. 1 GiB is
-    small beside a laptop's memory, and memory is touched only when blocks are written. Raises an
+    If neither is set, max_num_seqs requests of max_model_len tokens have room, up to 1 GiB in all.
+    A laptop can spare 1 GiB, and the system provides memory only when blocks are written. Raises an
     OutOfMemoryError if kvcache_memory_bytes is less than one block.
     """
     if config.num_kvcache_blocks is not None:

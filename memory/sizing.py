@@ -13,8 +13,8 @@ from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
 # Memory that `measure_usage` does not see: the driver's memory for captured graphs (some 70 graphs
-# with a few hundred nodes each), and rounding of allocations. tests/gpu checks that the engine's
-# whole memory differs from gpu_memory_utilization by less than 2 % of the device's memory.
+# with a few hundred nodes each), and rounding of allocations. Tests in tests/gpu check that the
+# engine's share of the device's memory is gpu_memory_utilization, to within 2 % of that memory.
 _MARGIN_BYTES = 256 << 20
 
 
@@ -34,8 +34,8 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator raises a plain RuntimeError, so its text has to be compared. The
-        # CUDA error "illegal memory access" must not match.
+        # torch's CPU allocator raises a plain RuntimeError, which is recognised by its text. The
+        # text must be long enough not to match the CUDA error "illegal memory access".
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
         if not full or isinstance(error, OutOfMemoryError):
@@ -47,7 +47,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free device memory in bytes; 0 for a CPU, where free memory does not size the KV cache."""
+    """Free device memory in bytes; 0 for a CPU, whose KV cache is not sized by free memory."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -65,9 +65,9 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """Measure weights and heaviest steps; eager steps and the pool of graphs share no memory."""
+    """Measure how much memory the weights take, and how much further memory `steps` need."""
     torch.cuda.synchronize(device)
-    peak = 0
+    peak = 0  # sum over `steps`, because eager steps and the pool of CUDA graphs share no memory
     weights = free_before - free_bytes(device)
     for step in steps:
         torch.cuda.empty_cache()
@@ -82,8 +82,8 @@ def measure_usage(
 def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
     """`geometry` with as many blocks as fit beside weights and activations.
 
-    The engine's total stays below `utilization` of the device's memory, and below `free_before`.
-    If not even one block fits, an OutOfMemoryError says how much each part takes.
+    The engine's memory stays below the share `utilization` of the device's memory, and below
+    `usage.free_before`. If no block fits, an OutOfMemoryError says how much each part takes.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES

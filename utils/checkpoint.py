@@ -15,7 +15,7 @@ from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedMo
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder. Its weights have not been read."""
+    """A checkpoint folder and its configuration. `utils.loader` reads the weights later."""
 
     path: Path
     hf_config: Any  # content of config.json, as transformers' configuration object
@@ -23,12 +23,12 @@ class Checkpoint:
     eos_token_ids: frozenset[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle for another process, where `hf_config` has transformers' base class."""
+        """Pickle `hf_config` as a dictionary, of which `_from_fields` makes a PreTrainedConfig."""
         return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
 
     @property
     def max_position(self) -> int:
-        """Longest context in tokens that the checkpoint was made for, with its rope scaling."""
+        """Longest context in tokens that the checkpoint was made for; rope scaling extends it."""
         limit = getattr(self.hf_config, "max_position_embeddings", None)
         if not isinstance(limit, int):
             kind = self.hf_config.model_type
@@ -45,13 +45,13 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # The base class avoids an import of the model's own configuration class. Such an import loads
-    # transformers' generation and torch's compiler: 1.4 s, while torch itself takes 1.0 s.
+    # The base class is used because importing a model's own configuration class takes 1.4 s: it
+    # loads transformers' generation code and torch's compiler. (Importing torch takes 1.0 s.)
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a checkpoint folder, or a model of the Hugging Face hub through its local cache.
+    """Open a checkpoint folder, or a Hugging Face hub model, which is downloaded unless cached.
 
     Raises a CheckpointError if there is no such model, or if it has no usable config.json.
     """

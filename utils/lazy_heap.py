@@ -12,14 +12,14 @@ T = TypeVar("T")
 class LazyHeap(Generic[T]):
     """A heap with the smallest key first; of items with equal keys the first pushed comes first.
 
-    An item is in the heap at most once. The entry of a removed item is stale. A stale entry stays
-    until it comes to the top, or until more than half of all entries are stale. So every operation
-    takes O(log n) amortised time.
+    An item is in the heap at most once. If an item is removed, its entry in the list `heap` stays,
+    and is called stale. A stale entry is deleted when it comes to the top, or when more than half
+    of all entries are stale. So every operation takes O(log n) amortised time.
     """
 
     def __init__(self) -> None:
         self.heap: list[tuple[Any, int, T]] = []
-        # The number of each item's entry. Entries with other numbers are stale.
+        # The number of each item's valid entry in `heap`. Entries with other numbers are stale.
         self._numbers: dict[T, int] = {}
         self._count = itertools.count()
 

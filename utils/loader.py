@@ -1,4 +1,4 @@
-"""Loads safetensors files into parameters. A tensor that does not fit is an error."""
+"""Loads safetensors files into parameters. Missing or unexpected tensors are an error."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from utils.errors import WeightsError
 
-# Tensors with this suffix are skipped: inverse rotary frequencies, which old exports stored.
+# Tensors with this suffix are skipped: inverse rotary frequencies, which old checkpoints contain.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
-# Tensors of other types come from quantised checkpoints and are not the weights themselves.
+# Other types are refused: they come from quantised checkpoints, which the engine does not support.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -26,7 +26,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 class WeightTarget:
     """Where one tensor of a checkpoint is loaded to."""
 
-    target: Tensor  # view of a parameter; this rank's part is broadcast to its shape and copied
+    target: Tensor  # view of a parameter; `copy_` copies this rank's slice to it and may broadcast
     shape: tuple[int, ...]  # full shape of the checkpoint's tensor
     dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
     start: int = 0  # first index along `dim` that this rank takes
@@ -36,11 +36,11 @@ class WeightTarget:
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
     """Load all tensors in the safetensors files of a checkpoint folder.
 
-    Raises a WeightsError if tensors do not fit (it names up to 8 per problem) or a file is damaged.
+    Raises a WeightsError if a file is damaged or tensors do not fit (names at most 8 per problem).
 
     Args:
         slots: where each tensor goes, by the tensor's name in the checkpoint.
-        tied: the output head shares the embedding's weight. A stored head must equal the embedding.
+        tied: the output head is the embedding's weight. A head in the files must equal this weight.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -22,7 +22,7 @@ class PartKind:
     option: str  # name of the option
     contract: str  # "module:Class" of the parts' base class, which is imported when it is needed
     packages: tuple[str, ...]  # packages or modules where names are looked up
-    auto: tuple[str, ...] = ()  # "auto" takes the first of these names that can serve the options
+    auto: tuple[str, ...] = ()  # "auto" takes the first of these parts that works with the options
 
     @property
     def base(self) -> type:
@@ -32,8 +32,8 @@ class PartKind:
     def known(self) -> dict[str, type]:
         """The parts that have a name: concrete subclasses of `base` in `packages`, by name.
 
-        Classes without a `name` of their own are left out: they are bases or chosen by the engine.
-        A module that needs a package which is not installed is skipped.
+        Classes that set no `name` are left out: base classes, and parts that only the engine
+        chooses. A module that needs a package which is not installed is skipped.
 
         Raises:
             ImportError: a module imports a name that an installed package does not have.
@@ -68,7 +68,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """The part's class or factory; a ConfigError if the part is unknown or no `base` class."""
+        """The part's class or factory; a ConfigError if it is unknown or no subclass of `base`."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -105,7 +105,7 @@ class PartKind:
         try:
             inspect.signature(make).bind(*args)
         except ValueError:
-            pass  # some callables have no signature
+            pass  # some callables have no signature, so their arguments cannot be checked
         except TypeError as error:
             kinds = ", ".join(type(arg).__name__ for arg in args)
             problem = f"cannot be called with ({kinds}): {error}"

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A check of a value, and the error's texts. `fix` may be a function of the wrong value."""
+    """A check of a value, and texts for the error. `fix` may be a function of the wrong value."""
 
     allows: Callable[[Any], bool]
     problem: str
@@ -83,6 +83,6 @@ def choice(*known: str) -> Rule:
 
 
 def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:
-    """A rule for a list or tuple of values that `allows` accepts; the error calls them `words`."""
+    """A rule for lists and tuples whose values `allows` accepts; errors call the values `words`."""
     problem = f"must be a list of {words}"
     return Rule(lambda v: isinstance(v, (list, tuple)) and all(map(allows, v)), problem, fix)

@@ -85,7 +85,7 @@ def decoder(tokenizer: Any | None) -> Decode:
         return lambda token_ids: ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        # The backend gives the same text in 1/16 of the tokenizer's time: 0.8 us for a few tokens.
+        # `backend.decode` takes 1/16 of the time of `tokenizer.decode`: 0.8 us for a few tokens.
         return partial(backend.decode, skip_special_tokens=True)
     return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -93,9 +93,9 @@ def decoder(tokenizer: Any | None) -> Decode:
 class TextReader:
     """The text of a growing output, up to the first stop string in it.
 
-    A character is shown when all its bytes are there. Bytes that never become a character are
-    shown as U+FFFD, once the next character or the output's end makes that certain. Stop strings
-    that are complete within the first `min_tokens` tokens are ignored.
+    A character is added to `text` when all its bytes are there. Bytes that never become a character
+    are added as U+FFFD when the next character has come or the output has ended. Stop strings that
+    are complete within the first `min_tokens` tokens are ignored.
     """
 
     def __init__(self, decode: Decode, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
@@ -103,9 +103,9 @@ class TextReader:
         self.text = ""  # the text so far, without the stop string
         self.num_tokens = 0  # tokens read so far; tokens after a stop string are never read
         self.stopped = False  # whether a stop string was found
-        # A token's text may depend on the token before it. A border is a number of tokens whose
-        # text ends with a whole character: `_border` is the last border, `_start` the one before.
-        # Tokens are decoded from `_start` on; `text` has `_shown` characters of their text already.
+        # A token's text may depend on the token before it. `_border` is the number of tokens up to
+        # the last whole character, and `_start` is the previous value of `_border`. Tokens from
+        # index `_start` on are decoded together. `text` has their first `_shown` characters.
         self._start = self._border = self._shown = 0
 
     @property
@@ -118,7 +118,7 @@ class TextReader:
         return len(self.text)
 
     def read(self, token_ids: list[int], *, ended: bool) -> bool:
-        """Read the whole output so far, `ended` or not; returns whether it has a stop string."""
+        """Read the tokens so far (all if `ended`). Returns whether a stop string was found."""
         while self.num_tokens < len(token_ids) and not self.stopped:
             self.num_tokens += 1
             window = self._decode(token_ids[self._start : self.num_tokens])
@@ -141,7 +141,7 @@ class TextReader:
         self.text += new
         if not self._stop or self.num_tokens <= self._min_tokens:
             return
-        # Only stop strings that end in the new text are new. The leftmost stop string counts.
+        # Old text was searched before. The leftmost stop string that ends in new text counts.
         starts = (self.text.find(s, max(0, before + 1 - len(s))) for s in self._stop)
         first = min((at for at in starts if at >= 0), default=None)
         if first is not None:

@@ -1,9 +1,9 @@
 """A runner without a model or a device, in which a mistake in a plan changes the sampled tokens.
 
-The KV cache has an integer, the *entry*, for each position. An entry is a hash of the position's
-token and of the earlier entries, as found through the block table. A sampled token is a hash of
-entries too. So a wrong block, a block freed too early, a stale prefix or a lost write changes the
-tokens. `FakeModel.alone` computes the right tokens without a cache.
+Instead of K and V the cache holds one integer per position, the *entry*. An entry is a hash of the
+position's token and of the request's earlier entries, which are read through the block table. A
+sampled token is a hash of the request's entries. So a wrong block, a block freed too early, a stale
+prefix or a lost write changes the tokens. `FakeModel.alone` gets the right tokens without a cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engine.types import CacheKind, FullPages, KVGeometry, StepHandle
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# Entries of positions that were not written yet, and of drafted positions that were not kept.
+# `_POISON` is the entry of a position not written yet, `_REJECTED` of a draft that was not kept.
 _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 
 
@@ -30,8 +30,8 @@ _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 class FakeModel:
     """Hashes of integers in place of a model. The hashes are the same in every process.
 
-    `read` is the sum of the entries that a position reads, so the block size does not change it.
-    All cache groups hold the same entries. In `read` each group counts the entries that it keeps.
+    `read` is the sum of the entries that a position attends to, whatever the block size. All cache
+    groups hold equal entries. Each group adds the entries in its own window to the sum.
     """
 
     vocab_size: int = 50
@@ -43,18 +43,18 @@ class FakeModel:
     kinds: tuple[CacheKind, ...] = (FullPages(),)  # which positions each cache group keeps
 
     def entry(self, read: int, token: int) -> int:
-        """The cache entry of a position with `token`, if the position reads the sum `read`."""
+        """The entry of a position with `token` that attends to entries with the sum `read`."""
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """The token sampled for a request with this seed after a position that reads `read`."""
+        """The token sampled with `seed`; `read` includes the entry of the request's last token."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
         return draw % self.vocab_size
 
     def fails(self, read: int, seed: int) -> bool:
-        """Whether the row reports an error in place of the token that `sample` gives."""
+        """Whether a row reports an error instead of the token that `sample` gives."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
 
     def alone(
@@ -84,11 +84,11 @@ class FakeRunner(SimulatedRunner):
     """Executes plans on blocks of integers: `LLM(path, model_runner="fake")`.
 
     `FakeRunner(config, groups=...)` needs no checkpoint and no torch. A step takes no time by
-    default. A decode row keeps as many positions as in the simulated runner. The row's further
-    positions get garbage entries, as rejected drafts leave them in a real cache.
+    default. A hash decides how many drafted positions a decode row keeps, as in `SimulatedRunner`.
+    Other drafted positions get wrong entries, as rejected drafts leave wrong KV in a real cache.
 
     Args:
-        model: by default a FakeModel with the checkpoint's vocabulary and end of sequence.
+        model: by default a FakeModel that takes vocabulary size and eos token from `checkpoint`.
     """
 
     name = "fake"
@@ -111,7 +111,7 @@ class FakeRunner(SimulatedRunner):
         size = self.checker.block_size
         # Entries by cache group, block and position in the block.
         self._pages = [[[_POISON] * size for _ in range(g.num_blocks)] for g in self._groups]
-        self._rows: dict[int, Row] = {}  # rows of this step, by slot (a request's index)
+        self._rows: dict[int, Row] = {}  # rows of the current step, by slot (index of a request)
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """Execute a plan. A plan that breaks a rule of `PlanChecker` raises a ContractError."""
@@ -128,12 +128,12 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # Blocks before the row's start keep their entries: a prefix found in the cache.
+                # A new block before the row's start holds a cached prefix, so its entries stay.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        # If the chunk samples, `_draw` computes the chunk's last position.
+        # If the chunk samples, `_draw` computes the last position, so the loop leaves it out.
         for position in range(chunk.start, chunk.start + chunk.num_tokens - chunk.samples):
             self._compute(self._requests[chunk.slot], position)
         return super()._prefill(chunk)
@@ -150,7 +150,7 @@ class FakeRunner(SimulatedRunner):
         """Compute the last token's position, then sample from the entries in the blocks."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # Read the entry back: another entry comes back if a wrong table holds a block twice.
+        # The sum includes the entry just written. It is wrong if the table has a block twice.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
@@ -170,7 +170,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """The sum of the entries before `end` that `position` reads, over all groups."""
+        """The sum of the entries before `end` that `position` attends to, over all cache groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

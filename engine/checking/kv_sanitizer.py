@@ -2,8 +2,8 @@
 
 Every plan is checked before it runs, by the rules of `PlanChecker` and against a record of each
 block: its holders and its written positions. A block is *dead* if its content may not be read any
-more. Dead blocks are filled with NaN on the device, and a step must not write NaN. This NaN check
-finds misuse that no plan shows, for example a kernel that reads past a request's end.
+more. Dead blocks are filled with NaN on the device. A step that reads NaN also writes NaN, which
+raises an error. The NaN check also finds kernels that read past a request's end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Wraps a new block manager, and records holders and written positions of its blocks."""
+    """Wraps an unused block manager, and records holders and written positions of its blocks."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
@@ -41,7 +41,7 @@ class SanitizedBlocks:
 
     @property
     def groups(self) -> tuple[SanitizedBlocks, ...]:
-        """The wrapper itself, so that no caller reaches the inner manager."""
+        """This wrapper; the wrapped manager's `groups` would let callers bypass the records."""
         return (self,)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -66,7 +66,7 @@ class SanitizedBlocks:
         before = list(self._inner.table(request_id))
         self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # For layers with a window, `commit` frees blocks that have left the window.
+        # The wrapped manager replaces a table entry when the entry's block has left the window.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -112,7 +112,7 @@ class KVSanitizer(PlanChecker):
     """A plan checker that also checks plans against the records of `SanitizedBlocks`."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()  # one for each cache group, set by `watch`
+    managers: tuple[SanitizedBlocks, ...] = ()  # a wrapper for each cache group, set by `watch`
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
@@ -126,12 +126,12 @@ class KVSanitizer(PlanChecker):
 
     def settle(self, row: Row, num_kept: int) -> None:
         super().settle(row, num_kept)
-        # Drafted positions that were not kept are unwritten, unless a later row computes them.
+        # Drafted positions that were not kept count as unwritten, unless a later row writes them.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
         for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):
                 block, most = table[place], max(0, end - place * self.block_size)
-                # The request may have given the block up, and another request may hold it.
+                # If the request has given the block up, the record may describe another request.
                 if row.state.new.request_id in blocks.holders[block]:
                     blocks.filled[block] = min(blocks.filled[block], most)
 
@@ -149,7 +149,7 @@ class KVSanitizer(PlanChecker):
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
         """Check one row of the plan, and record its positions as written."""
         size, request_id, end = self.block_size, row.state.new.request_id, row.end
-        # `row.start` is the earliest possible start: the row reads no block before this index.
+        # The row reads no block before `first_place`, because it starts at `row.start` or later.
         first_place = self.groups[group].kind.first_read(row.start) // size
         table = row.state.tables[group][: -(-end // size)]
         for place in range(first_place, len(table)):
@@ -178,7 +178,7 @@ class SanitizedRunner(ModelRunner):
         self._checker = KVSanitizer(inner.kv_groups, config)
 
     def watch(self, managers: Iterable[BlockManager]) -> tuple[BlockManager, ...]:
-        """Wrap the block managers of the next plans, one for each cache group."""
+        """Wrap unused block managers, one for each cache group, and return the wrappers."""
         self._checker.reset()
         self._checker.managers = tuple(map(SanitizedBlocks, managers))
         return cast(tuple[BlockManager, ...], self._checker.managers)
@@ -217,7 +217,7 @@ class KVPoison:
         self._requests: dict[int, int] = {}  # request ids by slot (row in the device's tables)
 
     def fill(self, plan: StepPlan) -> None:
-        """Fill the plan's dead blocks, of one cache group, with NaN on the current stream."""
+        """Fill `plan.poisoned_blocks` with NaN on the current stream. Supports one cache group."""
         for group in plan.poisoned_blocks:
             blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
             for layer in self._kv:
@@ -229,7 +229,7 @@ class KVPoison:
         tables, size = self._tables, self._tables.block_size
         per_row = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
         slots, counts = torch.tensor([plan.row_slots, per_row], device=tables.num_computed.device)
-        # `num_computed` includes the positions of the step: each row's positions end there.
+        # The step has raised `num_computed`, so each row's last position is `num_computed - 1`.
         behind = counts.cumsum(0).repeat_interleave(counts)
         behind -= torch.arange(len(behind), device=behind.device)
         slots = slots.repeat_interleave(counts)

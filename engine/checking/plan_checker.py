@@ -1,8 +1,8 @@
 """Checks that every plan and every result keeps the rules of `engine.types` and `engine.step`.
 
-The checker reads only plans and results. So it serves the fake runner, the conformance kit and the
-KV sanitizer, which adds checks against the block manager. A *slot* is the index of a running
-request's row in the runner's tables. A *place* is an index in a block table.
+The checker reads only plans and results, so the fake runner, the KV sanitizer and tests can use it.
+A *slot* is the index of a running request in the runner's tables. A *place* is an index in a block
+table. A step and its rows are *in flight* from the plan to the result.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class SlotState:
 
     new: NewRequest
     tables: list[list[int]]  # the block table in each cache group
-    # How many positions rows may compute. A token at the length limit is computed only if it
-    # belongs to the prompt, and is only sampled otherwise.
+    # How many positions may be computed. A sampled token that reaches the length limit is not
+    # computed any more, but all tokens that the request enters the slot with are computed.
     num_positions: int
-    # Fewest and most positions that are computed once all steps in flight have ended. `low` and
-    # `high` differ while drafts are in flight; `high` may exceed the length limit.
+    # When all steps in flight have ended, at least `low` and at most `high` positions are computed.
+    # `low` and `high` differ while drafts are in flight; `high` may exceed the length limit.
     low: int = -1  # -1 before the first row
     high: int = 0
-    # (group, place) of each table entry added since the slot's last row.
+    # Table entries that were set since the slot's last row, as (group, place).
     fresh: list[tuple[int, int]] = field(default_factory=list)
     rows: deque[Row] = field(default_factory=deque)  # rows in flight, oldest first
     ended: bool = False  # whether the request has ended: no plan may have a row of it any more
@@ -38,18 +38,18 @@ class SlotState:
 
 @dataclass(slots=True)
 class Row:
-    """A row of a step."""
+    """What a step computes for one request."""
 
     state: SlotState
     start: int  # earliest possible start
-    latest: int  # latest possible start, after `start` if drafts of the request are in flight
+    latest: int  # latest possible start; above `start` if drafts of the request are in flight
     count: int  # maximum number of positions that the row computes
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # (group, place) of table entries new since the last row
+    fresh: Sequence[tuple[int, int]] = ()  # table entries new for this row, as (group, place)
 
     @property
     def end(self) -> int:
-        """The position after the last position that the row may compute."""
+        """The index after the last position that the row may compute."""
         return min(self.latest + self.count, self.state.num_positions)
 
 
@@ -88,10 +88,10 @@ class PlanChecker:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all: after an exception all requests have ended, and step ids start at 0 again."""
+        """Forget all requests and steps: after an exception the engine starts again at step 0."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # results that were read before earlier ones
+        self._results: dict[int, StepResult] = {}  # results that wait for results of earlier steps
         self._slots: dict[int, SlotState] = {}
         self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
@@ -116,9 +116,9 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result once all earlier results are there; a ContractError if it is wrong."""
+        """Check a result after the results of earlier steps; a ContractError if it is wrong."""
         if self._next_step_id == 0:
-            return  # an earlier step failed, and `reset` forgot this step
+            return  # a step failed: `reset` has forgotten all steps
         step_id = result.step_id
         require(step_id in self._in_flight, f"a result of step {step_id}, not in flight")
         self._results[step_id] = result
@@ -131,11 +131,11 @@ class PlanChecker:
         self._leave(request_id)
 
     def misuse(self, request_id: int, block: int, problem: str) -> PlanError:
-        """The error for a misused block; it names the step of the last plan."""
+        """The error for a misused block, with the id of the last checked step."""
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Correct the starts of later rows after a row with drafts has kept `num_kept` tokens."""
+        """Narrow the possible starts of later rows, now that `row` has kept `num_kept` tokens."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
@@ -164,7 +164,7 @@ class PlanChecker:
             if len(scored) != wanted:
                 problem = f"{len(scored)} log-probabilities, and {wanted} were asked for"
                 raise ContractError(f"slot {new.slot}: {problem}")
-            if row.count > 1 and row.start >= len(new.token_ids):  # a decode row with drafts
+            if row.count > 1 and row.start >= len(new.token_ids):  # a decode with drafts
                 self.settle(row, len(tokens))
 
     def _users(self, group: int, block: int) -> list[int]:
@@ -195,7 +195,7 @@ class PlanChecker:
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        # `old` held this slot before; `before` is this request's state before its preemption.
+        # `old` is the slot's last request; `before` is this request's state before its preemption.
         old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
         require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
@@ -255,7 +255,7 @@ class PlanChecker:
         return Row(state, start, start, chunk.num_tokens, samples)
 
     def _decode(self, slot: int, count: int) -> Row:
-        # `require` is not used here: its message would be formatted for every row.
+        # `require` is not used here: its message would be formatted for every row, at a cost.
         state = self._state(slot)
         limit = state.new.max_total_tokens
         if state.low < len(state.new.token_ids):
@@ -268,7 +268,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that the row has its blocks, and that no step in flight uses its new blocks."""
+        """Check that the row has all its blocks, and that no row in flight uses the new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
@@ -280,7 +280,7 @@ class PlanChecker:
             row.fresh, state.fresh = state.fresh, []
         for group, place in row.fresh:
             block = state.tables[group][place]
-            # Blocks before the row's start hold a prefix found in the cache, and may be shared.
+            # New blocks before the row's start hold a cached prefix, which requests may share.
             if place * size >= row.start and (users := self._users(group, block)):
                 problem = f"goes to slot {new.slot} while slots {users} use it"
                 raise self.misuse(new.request_id, block, problem)
