@@ -116,6 +116,8 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
     keys in the cache are rotated already. Raises UnsupportedModelError for an unknown rope type.
     """
     parameters = dict(hf_config.rope_parameters)
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UnsupportedModelError(f"rope_parameters by kind of layer: {', '.join(parameters)}")
     rope_type = parameters.get("rope_type", "default")
     if rope_type == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +108,13 @@ def test_an_unknown_type_is_refused_by_name() -> None:
     config = _config(ROPES["default"])
     config.rope_parameters = {"rope_type": "spiral", "rope_theta": 1.0}
     with pytest.raises(UnsupportedModelError, match="spiral"):
+        rotary_table(config, HEAD_DIM, MAX_LEN, CPU)
+
+
+def test_parameters_by_kind_of_layer_are_refused() -> None:
+    parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    config = SimpleNamespace(rope_parameters=parameters)
+    with pytest.raises(UnsupportedModelError, match="full_attention"):
         rotary_table(config, HEAD_DIM, MAX_LEN, CPU)
 
 
