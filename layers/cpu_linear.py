@@ -8,16 +8,17 @@ import warnings
 import torch
 from torch import Tensor
 
-# Weights with more elements are kept in float16 only, which takes half the memory; smaller weights
-# are kept in oneDNN's float32 layout too. For a weight [6144, 1024] FBGEMM takes 0.42 times as long
-# as oneDNN at 1 row, and 1.16 times from 512 rows on.
+# Weights with more elements are kept in float16 only, in half the memory; smaller weights are also
+# kept in float32 for oneDNN. For a weight [6144, 1024] FBGEMM (float16) takes 0.42 times as long as
+# oneDNN (float32) for 1 row of inputs, and 1.16 times for 512 rows or more.
 _HALF_BESIDE = 2**20
-# FBGEMM is used up to this many rows: at 64 it takes 0.83 to 1.0 times as long as oneDNN.
+# Smaller weights use FBGEMM up to 64 rows. With 64 rows FBGEMM takes 0.83 to 1.0 times as long as
+# oneDNN.
 _MOST_ROWS = 64
-# Up to this many multiplications one thread is faster than all: a call of FBGEMM costs 12 us on all
-# threads, and 1 us on one thread. With a limit of 2^22, whole runs were slower.
+# With smaller weights, products of at most this many multiplications run on one thread: a call of
+# FBGEMM costs 12 us on all threads, 1 us on one. With a limit of 2^22, whole runs were slower.
 _ALONE = 2**21
-# Most elements packed by a call. From 2^25 elements on, each takes 40 ns to pack instead of 10 ns.
+# Most elements packed per call: from 2^25 on, packing an element takes 40 ns instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -28,8 +29,8 @@ class HalfLinear:
     of float16 suffices if the weight is first multiplied by a power of two.
 
     `holds` must accept the weight [N, K]. Inputs are multiplied by `scale` [K] float32, if given.
-    Up to `rows_alone` rows the calling thread computes the product alone. Above `most_rows` rows
-    oneDNN is to be used; `most_rows` is infinite for weights that are kept in float16 only.
+    Products of up to `rows_alone` rows run on one thread. For more than `most_rows` rows the caller
+    should use oneDNN; `most_rows` is infinite for weights that are kept in float16 only.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
@@ -39,13 +40,13 @@ class HalfLinear:
             shared = torch.get_num_threads() > 1
             self.most_rows = _MOST_ROWS
             self.rows_alone = _ALONE // weight.numel() if shared else _MOST_ROWS
-        # The factor is a power of two, so that multiplying inputs by its inverse is exact.
+        # `factor` is a power of two, so multiplying inputs by 1 / factor is exact.
         self._inverse = 1.0 / factor
         self._scale: Tensor | float = self._inverse if scale is None else scale * self._inverse
         scaled = weight * factor
         if self.rows_alone:
             with warnings.catch_warnings():
-                # torch warns at the first packing and the first product that both are deprecated.
+                # torch warns at the first call of either function that the function is deprecated.
                 warnings.simplefilter("ignore")
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
                 self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
@@ -67,7 +68,7 @@ class HalfLinear:
         ):
             return False
         factor = _power_of_two(weight)
-        # The check goes part by part, since it makes three copies of what it checks.
+        # The check takes 4096 rows at a time, since it makes three copies of the rows.
         scaled = (part * factor for part in torch.split(weight, 4096))
         return all(bool(p.isfinite().all()) and torch.equal(p.half().float(), p) for p in scaled)
 
@@ -89,7 +90,7 @@ class HalfLinear:
 
 
 def _power_of_two(weight: Tensor) -> float:
-    """Return the factor that brings the largest absolute element to between 2^14 and 2^15."""
+    """Return the power of two that scales the largest absolute element into [2^14, 2^15)."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # The exponent is at most 100: weights are never so small, and 2^128 overflows float32.
+    # The limit of 100 avoids overflow at 2^128. Only for weights below 2^-86 does the limit matter.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

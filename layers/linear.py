@@ -1,8 +1,9 @@
 """Embedding, linear layers and output head, each with this rank's share of its weight.
 
 Embedding and head divide the vocabulary over ranks; column-parallel layers divide their outputs
-and row-parallel layers their inputs (Shoeybi et al., Megatron-LM, 2019). Each layer has a `Matmul`
-for its device, which computes the product and the norm, gate or residual around the product.
+and row-parallel layers their inputs (Shoeybi et al., Megatron-LM, 2019). Each linear layer has a
+`Matmul` for its device, which may fuse the product with a norm, gate or residual addition. The
+residual stream is a `Stream`: a sum `total`, and a block's output `part` not yet added to `total`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from utils.loader import WeightTarget
 # With several ranks, each rank's number of vocabulary rows is a multiple of 16: kernels for small
 # batches compute 16 outputs at a time, and the sampler's noise is made for 4 tokens at a time.
 _ROWS = 16
-# Number of input rows that oneDNN lays a weight out for. 16 and 256 were as fast at any batch.
+# Number of input rows that oneDNN optimises the weight layout for. 16 and 256 were as fast.
 _PACK_ROWS = 64
 
 
@@ -38,7 +39,7 @@ class _Linear:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm | None = None) -> None:
-        """Keep the loaded weight only in a layout for the device; for `norm` see `make_matmul`."""
+        """Hand the loaded weight over to a `Matmul`; `norm` is the norm of the layer's input."""
         assert self.weight is not None
         self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
@@ -69,11 +70,11 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return this rank's outputs side by side, and the stream; see `Matmul.normed`."""
+        """Return this rank's concatenated outputs, and the stream, as `Matmul.normed` does."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(first projection) * second projection, and the stream; see `Matmul.gated`."""
+        """Return silu(first projection) * second projection, and the stream, as `Matmul.gated`."""
         return self._matmul.gated(normed)
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
@@ -125,7 +126,7 @@ class RowLinear(_Linear):
         super().prepare(norm)
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
-        """Add the projection of x [T, this rank's inputs] to the stream, whose part is None."""
+        """Add the projection of x [T, this rank's inputs] to `stream`; its `part` must be None."""
         return self._matmul.added(x, stream)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -138,10 +139,7 @@ class RowLinear(_Linear):
 
 
 class VocabEmbedding:
-    """Looks up token vectors in a table with one row per token, divided equally over ranks.
-
-    Rows of this rank from `length` on are padding, and zero.
-    """
+    """Table of token vectors. Each rank has equally many rows; its rows from `length` on are 0."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
@@ -167,7 +165,7 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """Projects the normalised stream to logits; the weight is an embedding's table."""
+    """Projects the normalised stream to logits; the weight is that of a `VocabEmbedding`."""
 
     def __init__(self, table: VocabEmbedding, place: Place) -> None:
         self._table = table
@@ -178,7 +176,7 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Return logits [R, this rank's rows], in `out` if given; -inf for padding rows."""
+        """Return logits [R, this rank's table rows], in `out` if given; -inf for padding rows."""
         logits = self._matmul.normed(normed, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
@@ -200,11 +198,11 @@ class Matmul:
         return y if out is None else out.copy_(y)
 
     def partial(self, x: Tensor) -> Tensor:
-        """Return x W^T + b [T, N], or S partial sums [S, T, N] float32 that the reader adds up."""
+        """Return x W^T + b [T, N], or float32 summands [S, T, N] whose sum over S is x W^T + b."""
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        """Add the product of x [T, K] to the stream, whose part must be None."""
+        """Return the stream plus the product of x [T, K]; `stream.part` must be None."""
         return Stream(stream.total, self.partial(x))
 
     def normed(
@@ -212,7 +210,8 @@ class Matmul:
     ) -> tuple[Tensor, Stream]:
         """Return the product of the normalised stream, and the stream with part added to total.
 
-        The product is [T, N], in `out` if given. With `partial` the product may be partial sums.
+        The product is [T, N], in `out` if given. If `partial` is set, the product may be returned
+        as summands, see `Matmul.partial`.
         """
         x, stream = normed.norm.compute(normed.stream)
         return (self.partial(x) if partial else self(x, out)), stream
@@ -224,9 +223,9 @@ class Matmul:
 
 
 class CPUMatmul(Matmul):
-    """Products in float32 on a CPU, by `HalfLinear` or with a weight in oneDNN's blocked layout.
+    """Float32 products on a CPU, by `HalfLinear` for up to `few_rows` rows, by oneDNN for more.
 
-    `HalfLinear` is used up to `few_rows` rows. If `few_rows` is infinite, `weight` is empty.
+    `weight` is in oneDNN's blocked layout. If `few_rows` is infinite, `weight` is empty.
     """
 
     def __init__(
@@ -260,7 +259,7 @@ class CPUMatmul(Matmul):
 class SmallBatchMatmul(Matmul):
     """Products by this project's kernels for up to 256 tokens on Hopper, by cuBLAS for more.
 
-    Up to 16 tokens the kernel also computes norm, gate and residual; for more tokens the gate only.
+    For up to 16 tokens a kernel can fuse norm, gate and residual addition; for more only the gate.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
@@ -298,7 +297,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # `partial` is ignored: the kernel takes this product without splitting the inputs.
+        # `partial` is ignored: this call of the kernel always returns complete sums.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
@@ -314,10 +313,10 @@ class SmallBatchMatmul(Matmul):
         return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """Return the kernel's input, the summed stream, and arguments for a norm in the kernel."""
+        """Return the kernel's input, the stream with part added, and arguments of a fused norm."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
-        # The kernel rounds input * norm weight before it scales the row: float16 could overflow.
+        # The kernel rounds x * norm weight, before it divides by the RMS: float16 could overflow.
         fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
         if stream.part is None and fuses:
             return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}
@@ -337,7 +336,10 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 def make_matmul(
     weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
 ) -> Matmul:
-    """Make the fastest `Matmul`; it may take over the weight of `norm`, which it alone reads."""
+    """Make the fastest `Matmul` for `place`; `norm` is the norm of its input.
+
+    A `CPUMatmul` multiplies its weight by that of `norm`, which then must have no other reader.
+    """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)
     if place.fused and has_wgmma(place.device):

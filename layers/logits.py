@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Most rows scored at once. Three copies of the rows take 194 MB for 151,936 bfloat16 logits a row.
+# Rows that `score` copies at once. For 151,936 bfloat16 logits a row three copies take 194 MB.
 SCORED_ROWS = 128
 
 
@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities `values` of `tokens` [R], `top_values` of each row's N likeliest [R, N]."""
+    """Log-probabilities of given tokens, [R], and of the N likeliest tokens of each row, [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -63,16 +63,16 @@ def penalize(
     presence and frequency penalties are OpenAI's and count the output only.
 
     Args:
-        tokens: [R, L] integer ids of the prompt, then of the output. Later entries are ignored.
-        num_prompt, num_tokens: [R] integer lengths of prompt, and of prompt plus output (>= 1).
+        tokens: integer ids [R, L] of the prompt, then of the output. Later entries are ignored.
+        num_prompt, num_tokens: integer lengths [R] of prompt, and of prompt plus output (>= 1).
     """
     if not logits.is_cuda:
-        # Not on a GPU, where the host would have to wait for the largest length.
+        # On a GPU the tensor stays whole, since the host would have to wait for the largest length.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # Entries after a row's end repeat its first token: all entries of a token write equal logits.
+    # Entries after a row's end become its first token; entries with one token write equal logits.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -118,7 +118,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Score `tokens` [R] int64 and the `num_top` likeliest, in the first R rows or `rows` [R]."""
+    """Score `tokens`, int64 [R], and the `num_top` likeliest, in `rows` (default: first R rows)."""
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

@@ -1,7 +1,4 @@
-"""The residual stream, RMS norms (Zhang and Sennrich, 2019) and rotary embedding of Q and K.
-
-The rotary position embedding (Su et al., RoFormer, 2021) is scaled as the config says.
-"""
+"""Residual stream, RMS norm (Zhang and Sennrich, 2019), rotary embedding (Su et al., 2021)."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ from utils.loader import WeightTarget
 # 0.18 us. A forward pass of the shipped model takes 1.2 ms on a CPU and constructs 34 instances.
 @dataclass(slots=True)
 class Stream:
-    """The residual stream of T tokens is total + the sum of part over ranks.
+    """The residual stream of T tokens: its value is total + the sum of part over all ranks.
 
     Attributes:
-        total: [T, hidden_size], the same on every rank.
+        total: sum of embeddings and earlier outputs [T, hidden_size], the same on every rank.
         part: a block's output [T, hidden_size] on this rank, or S partial sums of that output
             [S, T, hidden_size] float32, which the next norm adds to total. None adds nothing.
     """
@@ -36,7 +33,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Normed:
-    """A stream that the next linear layer normalises, in its kernel or by `norm.compute`."""
+    """A stream and the norm that the next linear layer applies, fused or by `norm.compute`."""
 
     norm: RMSNorm
     stream: Stream
@@ -45,8 +42,8 @@ class Normed:
 class RMSNormalizer:
     """x / sqrt(mean(x^2) + eps) / sqrt(n) over the last dimension, of size n, in float32.
 
-    Computed as x / hypot(|x|, sqrt(n * eps)). For one row on a CPU that takes 4 us, and torch's
-    rms_norm takes 7 us. The caller multiplies by sqrt(n), as a factor of a weight.
+    The code computes x / hypot(|x|, sqrt(n * eps)) with the Euclidean norm |x|. For one row on a
+    CPU this takes 4 us, and torch's rms_norm 7 us. The caller's weight has the missing factor.
     """
 
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
@@ -73,7 +70,7 @@ class RMSNorm:
         self._scale = self.weight.float() * len(self.weight) ** 0.5
 
     def take_scale(self) -> Tensor:
-        """Return weight * sqrt(hidden_size) float32, a factor that `compute` omits from then on."""
+        """Return weight * sqrt(hidden_size) float32; from now on `compute` omits this factor."""
         assert self._scale is not None
         scale, self._scale = self._scale, None
         return scale
@@ -107,13 +104,13 @@ class RMSNorm:
 
 
 def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.device) -> Tensor:
-    """Return cosines and signed sines for all positions, [2, max_len, 1, head_dim] float32.
+    """Return cosines and sines for all positions, [2, max_len, 1, head_dim] float32.
 
-    For x in halves [x1 | x2] the rotated vector is x * table[0] + [x2 | x1] * table[1].
-
-    All positions have the frequencies that transformers uses for `max_len` tokens. transformers
-    changes "dynamic" and "longrope" frequencies as a sequence grows. Here that is not possible:
-    keys in the cache are rotated already. Raises UnsupportedModelError for an unknown rope type.
+    For x in halves [x1 | x2] the rotated vector is x * table[0] + [x2 | x1] * table[1]. So sines in
+    the first half of a row are negated. All positions have the frequencies that transformers uses
+    for `max_len` tokens. transformers changes "dynamic" and "longrope" frequencies as a sequence
+    grows; this engine does not, since keys in the cache are already rotated by older frequencies.
+    Raises UnsupportedModelError for an unknown rope type.
     """
     parameters = dict(hf_config.rope_parameters)
     if any(isinstance(value, dict) for value in parameters.values()):
@@ -141,7 +138,7 @@ class Rotation:
     """Positions [T] of a step's tokens, and the cosines and sines to rotate by.
 
     Torch code gets the rows of `rotary_table` for these positions, [T, 1, head_dim]. Fused kernels
-    get a table of all positions with unsigned sines, [max_model_len, head_dim / 2].
+    get a table of all positions, [max_model_len, head_dim / 2], with sines that are not negated.
     """
 
     positions: Tensor
@@ -150,9 +147,9 @@ class Rotation:
 
 
 class RotaryEmbedding:
-    """The rotary embedding of a model, made from its `rotary_table` and shared by its layers.
+    """The rotary embedding (RoFormer) of a model, made from `rotary_table`, shared by all layers.
 
-    With `gather`, `prepare` reads the table once a step; otherwise a fused kernel reads the table.
+    With `gather`, `prepare` selects the rows of a step; otherwise fused kernels get all rows.
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
@@ -160,7 +157,7 @@ class RotaryEmbedding:
         self._cos, self._sin = table
         if not gather:
             half = table.shape[-1] // 2
-            # `rotary_table` negates the sines of the first half, so the second half serves.
+            # Kernels take half of each row: for sines the second half, since the first is negated.
             self._cos = self._cos[:, 0, :half].contiguous()
             self._sin = self._sin[:, 0, half:].contiguous()
 
@@ -175,7 +172,7 @@ class RotaryEmbedding:
 class QKNormRopeStore:
     """Normalises Q and K, rotates Q and K, and writes K and V to the paged KV cache.
 
-    Both numbers of heads are this rank's. `eps` is None in models that do not normalise Q and K.
+    Head counts are those of this rank. `eps` is None for models that do not normalise Q and K.
     """
 
     def __init__(
@@ -187,7 +184,7 @@ class QKNormRopeStore:
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
-            # The weight has a row per head of Q and of K, so that one call normalises Q and K.
+            # Weights of Q and K are repeated for each head, so that one call normalises both.
             self.qk_weight = place.empty(self._num_qk, head_dim)
             self._normalize = RMSNormalizer(head_dim, eps, place.device)
 
@@ -201,9 +198,10 @@ class QKNormRopeStore:
         """Return rotated queries [T, num_heads, head_dim], and store K and V in `kv`.
 
         Args:
-            qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; may be overwritten.
-                Fused kernels also take S partial sums [S, T, ...] float32.
-            slot_mapping: [T] rows of `kv.flat`. Fused kernels store nothing for a row of -1.
+            qkv: contiguous [T, (num_heads + 2 * num_kv_heads) * head_dim]; may be overwritten.
+                Fused kernels also take S float32 summands of Q, K and V, [S, T, ...].
+            slot_mapping: rows [T] of `kv.flat` to store K and V in. For a row of -1, fused kernels
+                store nothing.
         """
         weight = self.qk_weight
         if self._place.fused:

@@ -5,7 +5,7 @@ and a position give the same noise in every batch, on every device, for any spli
 
     key      = (low 32 bits of the seed, high 32 bits of the seed)
     counter  = (token // 4, position, 0, 0)
-    word     = output lane token % 4
+    word     = Philox output word number token % 4
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
@@ -28,7 +28,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: 4 words from a counter of 4 and a key of 2; int64 holds each 32-bit word."""
+    """Philox4x32-10: 4 words from a counter of 4 words and a key of 2; an int64 holds a word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -66,14 +66,14 @@ def sample_shard(
     """Sample a token per row by the Gumbel-max trick: the argmax of logits + temperature * noise.
 
     Args:
-        logits: [R, vocab_size] of any float dtype.
-        temperatures: [R] float32, >= 0.
-        seeds, positions: [R] integers that set the noise: the seed, the sampled position.
+        logits: any float dtype, [R, vocab_size].
+        temperatures: float32 [R], >= 0.
+        seeds, positions: integers [R] that fix a row's noise; the sampled token gets this position.
         vocab_offset: token id of the first column, a multiple of 4.
-        least: [R] float32; tokens with a logit below the row's value are never sampled.
+        least: float32 [R]; tokens with a logit below the row's value are never sampled.
 
     Returns:
-        [R] float32 largest sums, and [R] int64 tokens: the lowest token if several sums are equal.
+        The largest sum, float32 [R], and its token, int64 [R]; the lowest token if sums are equal.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
@@ -120,7 +120,7 @@ class Sampler:
         return self._parallel.all_reduce(whole)
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
-        """Do the same as `__call__` with logits of all ranks' columns, as `gathered` returns."""
+        """Sample like `__call__`, from logits of all ranks' columns, as `gathered` returns."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         return self._sample(logits, *keys, least=least)[1]
 
@@ -128,8 +128,9 @@ class Sampler:
         """Return the token with the best score on any rank; the lowest if scores are equal."""
         if self._parallel.size == 1:
             return tokens
-        # The upper half of an int64 is the score, the lower half prefers low tokens. Floats order
-        # like their bits if negative floats have their lower 31 bits flipped. + 0 turns -0 into 0.
+        # An int64 has the score in its upper half, and in its lower half a value that prefers low
+        # tokens. Bits of floats, read as int32, order like the floats after the lower 31 bits of
+        # negative floats are flipped. Adding 0.0 turns -0.0, which has other bits, into 0.0.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

@@ -18,15 +18,15 @@ _PER_ROW = ("input_ids", "positions", "slot_mapping")
 
 @dataclass(frozen=True, slots=True)
 class SlotTables:
-    """What the device knows of each running request. A slot is a request's row in these tables.
+    """Device tables of all running requests. A slot is the index of a request's row in the tables.
 
-    The last row, `padding_slot`, is for padding. Triton kernels neither read nor write that row.
+    The last slot, `padding_slot`, belongs to no request: padding rows of a step have that slot.
 
     Attributes:
-        tokens: [slots + 1, max_model_len] int32 prompt and sampled tokens.
-        block_tables: [slots + 1, max_blocks] int32 block ids.
-        num_computed, seeds: [slots + 1] int64 number of computed positions, and seed of the noise.
-        temperatures: [slots + 1] float32.
+        tokens: token ids of prompt and output, int32 [slots + 1, max_model_len].
+        block_tables: block ids, int32 [slots + 1, max_blocks].
+        num_computed: number of tokens whose K and V are computed, int64 [slots + 1].
+        temperatures, seeds: temperature and seed of sampling, float32 and int64 [slots + 1].
     """
 
     tokens: Tensor
@@ -54,11 +54,11 @@ class SlotTables:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The R rows of a step whose next token is sampled: [R] int64, `temperatures` [R] float32.
+    """The R sampled rows of a step: the rows for which a next token is sampled.
 
-    `rows` are indices of rows of the step. `slots` and `positions` say where in `SlotTables.tokens`
-    the sampled token goes. `tokens` is unset until the tokens are sampled. Padding has the
-    padding slot in `slots`, and 0 in the other tensors.
+    Tensors are int64 [R], but `temperatures` is float32. `rows` are indices of the step's rows. The
+    sampled `tokens[i]` is also stored in `SlotTables.tokens[slots[i], positions[i]]`. Padding has
+    the padding slot in `slots`, and 0 in `rows`, `positions`, `temperatures` and `seeds`.
     """
 
     rows: Tensor
@@ -82,15 +82,15 @@ class StepRows:
     """The T rows (tokens) of a step of B requests: rows of prefill chunks first, then of decodes.
 
     Attributes:
-        header: [6, B] int64, from which `fill_rows` makes all other tensors. For each request:
-            slot; first position (-1: the first position that is not computed yet); number of rows;
-            index of the first row; index of its first entry in `sampled` (-1: no entry); number of
-            its last rows that are sampled. An entry without a sampled row is padding.
-        input_ids, positions, slot_mapping: [T] int64 token ids, positions, and rows of
-            `KVLayer.flat` for K and V; 0, 0 and -1 for padding, which only captured steps have.
-        slots, context_lens: [B] int32, see `AttentionBatch`. Padding has the padding slot and 0.
-        query_start: [B + 1] int32 first row of each request, then T.
-        num_chunks, num_chunk_rows: number of prefill chunks, and of their rows together.
+        header: int64 [6, B], from which `fill_rows` makes all other tensors. A request's column is:
+            slot; position of its first row, or -1 for `SlotTables.num_computed`; number of rows;
+            index of its first row; index of its first entry in `sampled`, or -1 for no entry; how
+            many of its last rows are sampled. An entry without a sampled row becomes padding.
+        input_ids, positions, slot_mapping: token ids, positions, and rows of `KVLayer.flat` to
+            store K and V in, int64 [T]. Only steps in CUDA graphs have padding, which is 0, 0, -1.
+        slots, context_lens: as in `AttentionBatch`, int32 [B]; padding has the padding slot and 0.
+        query_start: index of each request's first row, then T, int32 [B + 1].
+        num_chunks, num_chunk_rows: number of prefill chunks, and total number of their rows.
     """
 
     header: Tensor
@@ -108,7 +108,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Allocate unset rows; `sampled` may be a number of rows, `counts` are integer fields."""
+        """Allocate tensors; an int as `sampled` is the number R, `counts` sets the int fields."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -118,12 +118,12 @@ class StepRows:
         return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
-        """The same prefill chunks, with views of the tensors' first `count` rows."""
+        """A view of the first `count` rows; its header still has all prefill chunks."""
         rows = {name: getattr(self, name)[:count] for name in _PER_ROW}
         return replace(self, **rows, num_chunk_rows=count, longest_chunk=count)
 
     def first_decodes(self, count: int) -> StepRows:
-        """Views of the first `count` decodes; only for steps without prefill chunks."""
+        """A view of the first `count` decodes; only for steps without prefill chunks."""
         rows = count * self.rows_per_decode
         return replace(
             self,
@@ -136,7 +136,7 @@ class StepRows:
         )
 
     def attention(self, block_tables: Tensor) -> AttentionBatch:
-        """The requests and their rows as an attention backend needs them."""
+        """Return the requests and their rows in the form that attention backends take."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
         return AttentionBatch(block_tables, self.slots, self.context_lens, start, *counts)
@@ -145,10 +145,10 @@ class StepRows:
 def enter_requests(
     tables: SlotTables, header: Tensor, temperatures: Tensor, token_ids: Tensor, longest: int
 ) -> None:
-    """Write N new requests into the tables.
+    """Write token ids, temperatures and seeds of N new requests into the tables.
 
-    `header` is [4, N] int64. For each request: slot; index of its first id in `token_ids`; number
-    of its ids, at most `longest`; seed.
+    `header` is int64 [4, N]. A request's column is: slot; index of its first id in `token_ids`;
+    number of its ids, at most `longest`; seed.
     """
     del longest
     slots, _, counts, seeds = header
@@ -160,10 +160,10 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Set all tensors of `rows` from its header; from then on the rows count as computed.
+    """Set all tensors of `rows` from its header, and count the rows in `tables.num_computed`.
 
-    A step of decodes with one row each must not have padding. Such a step has shorter code here:
-    on a loaded CPU it takes 79 us, and `fill_any_rows` took 495 us.
+    Decodes with one row each take a shorter path, which does not support padding. On a loaded CPU
+    the shorter path takes 79 us, and `fill_any_rows` took 495 us.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
@@ -184,7 +184,7 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Do the same as `fill_rows` for any step; tensors of `rows` may be longer than needed."""
+    """Do what `fill_rows` does for any step; elements beyond the header's rows stay unchanged."""
     slots, start, counts, first, place, num_sampled = rows.header
     live = slots != tables.padding_slot
     begin = torch.where(start < 0, tables.num_computed[slots], start) * live
@@ -217,13 +217,13 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
-    """Store sampled tokens [R] int64 in `sampled`, and in `tables` for the next step to read."""
+    """Store sampled tokens, int64 [R], in `sampled.tokens`, and in `tables` for the next step."""
     sampled.tokens.copy_(tokens)
-    # Padding writes to the row of the padding slot, which nothing reads.
+    # The token of a padding entry goes to the row of the padding slot, which nothing reads.
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
 
 
 def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the rows of `KVLayer.flat` for positions `at` of `slots`, int64."""
+    """Return the int64 row of `KVLayer.flat` for position `at[i]` of the request in `slots[i]`."""
     blocks = tables.block_tables[slots, at // tables.block_size].long()
     return torch.add(at % tables.block_size, blocks, alpha=tables.block_size, out=out)

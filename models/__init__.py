@@ -1,9 +1,7 @@
-"""Each model architecture is one file, which the checkpoint's `model_type` names.
+"""Each model architecture is one file, `models/<model_type>.py`, with underscores for dashes.
 
-A file `models/<model_type>.py` (with underscores for dashes) defines two names:
-
-    model_shape(hf_config) -> ModelShape    or raises UnsupportedModelError
-    MODEL                                   a subclass of `models.base.CausalLM`
+The file defines a function `model_shape(hf_config)`, which returns a `ModelShape` or raises
+UnsupportedModelError, and a class `MODEL`, which is a subclass of `models.base.CausalLM`.
 
 With several ranks `hf_config` is a plain `PreTrainedConfig`. It has the fields of the model's own
 config class, but neither the methods nor the `attribute_map` of that class.

@@ -31,9 +31,9 @@ class ForwardBatch:
     """The T tokens of one step: those of the prefill chunks first, then those of the decodes.
 
     Attributes:
-        input_ids, slot_mapping: [T] int64 token ids, and rows of `KVLayer.flat` for their K and V.
+        input_ids, slot_mapping: token ids, and rows of `KVLayer.flat` for K and V, int64 [T].
         attention: what the attention backend's `prepare` returned for this step.
-        sampled_rows: [R] int64 indices of the tokens whose logits are needed; None for all tokens.
+        sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
         logits: buffer [R, this rank's columns] that the model may, but need not, return logits in.
     """
 

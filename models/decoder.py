@@ -37,7 +37,7 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
-    # Other architectures' configs may lack layer_types; sliding_window is then for all layers.
+    # Some configs lack layer_types; a sliding_window then applies to all layers.
     all_layers = getattr(hf_config, "sliding_window", None) and "sliding_attention"
     kinds = set(getattr(hf_config, "layer_types", None) or [all_layers or "full_attention"])
     kinds.discard("full_attention")
@@ -211,7 +211,7 @@ class DecoderLM(CausalLM):
         *caches, last_cache = batch.kv
         for layer, kv in zip(layers, caches, strict=True):
             stream = layer(stream, batch, kv)
-        # Rows that are not sampled need only K and V of the last layer: its MLP skips these rows.
+        # The last layer stores K and V of all rows, but returns its output for sampled rows alone.
         stream = last(stream, batch, last_cache, batch.sampled_rows)
         return self.lm_head(self.norm(stream), batch.logits)
 

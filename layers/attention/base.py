@@ -36,11 +36,11 @@ class AttentionBatch:
     """The B requests of a step and their query rows: prefills come first, then decodes.
 
     Attributes:
-        block_tables: [slots, max_blocks] int32, like all tensors here: the block ids of every
-            running request. Entries after a request's last block are stale.
-        slots: [B] row of each request of the step in `block_tables`.
-        context_lens: [B] length of each request with this step's tokens; 0 for padding.
-        query_start: [num_prefills + 1] first query row of each prefill, then the end of the last.
+        block_tables: block ids of all running requests, [slots, max_blocks]; int32 like all tensors
+            here. Entries after a request's last block are stale.
+        slots: for each request of the step, its row in `block_tables`, [B].
+        context_lens: length of each request including this step's tokens, [B]; 0 for padding.
+        query_start: first row of each prefill and end of the last prefill, [num_prefills + 1].
         num_prefills, num_prefill_tokens: number of prefills, and total of their query rows.
         max_query_len: no prefill has more query rows than this; 0 if there are no prefills.
         rows_per_decode: number of query rows of each decode.
@@ -57,13 +57,13 @@ class AttentionBatch:
 
 
 class AttentionBackend(ABC):
-    """Causal attention of a step's tokens over the paged KV cache, which has their K and V already.
+    """Causal attention over the paged KV cache, in which K and V of the step's tokens are stored.
 
     Query head h reads KV head h // (num_heads // num_kv_heads).
     """
 
     name: ClassVar[str]
-    captures: ClassVar[bool] = False  # whether CUDA graphs can hold the backend's work
+    captures: ClassVar[bool] = False  # whether a CUDA graph can capture the backend's work
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:

@@ -13,8 +13,8 @@ from memory.kv_cache import KVLayer
 
 _MIN_VERSION = (2, 7)
 
-# What `prepare` returns: the batch, the block tables [B, N] int32 of its requests, and the
-# cumulative context lengths [num_prefills + 1] int32 of its prefills, which begin with 0.
+# `prepare` returns the batch, block tables of its requests, int32 [B, N], and the cumulative sum of
+# its prefills' context lengths, int32 [num_prefills + 1], whose first element is 0.
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
 
@@ -22,7 +22,7 @@ class FlashAttention(AttentionBackend):
     """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
-    captures = True  # kernels read each request's length on the device
+    captures = True  # kernels read lengths from device memory, so a replay uses new lengths
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Kernels skip keys beyond max_seqlen_k, and a CUDA graph keeps its captured value.
+                # Kernels skip keys beyond max_seqlen_k, and a CUDA graph keeps the captured value.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
@@ -82,7 +82,7 @@ def _package_problem() -> str | None:
     """Return why the installed flash-attn cannot be used; None if it can."""
     try:
         import flash_attn
-    except ImportError as error:  # flash-attn is missing, or compiled against another torch
+    except ImportError as error:  # flash-attn is missing, or was built for another torch
         return f"the package flash-attn cannot be imported ({error}); README.md says how to get it"
     # Later major versions have the same package name but other functions.
     version = str(getattr(flash_attn, "__version__", "unknown"))

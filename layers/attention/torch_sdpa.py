@@ -14,10 +14,10 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Query rows [first, last) of one SDPA call: a prefill of n rows, or B decodes of one row each.
+    """One SDPA call, for query rows `first` to `last` - 1: a prefill of n rows, or B decodes.
 
-    A prefill reads L `rows` of `KVLayer.flat`; its mask is [n, L], or None for a causal mask.
-    Decodes read B * L rows; their mask is [B, 1, 1, L], or None for no mask.
+    A prefill reads L `rows` of `KVLayer.flat`; its mask is [n, L], or None for a causal mask. Each
+    decode has one query row and reads L rows; the mask is [B, 1, 1, L], or None for no mask.
     """
 
     first: int
@@ -63,7 +63,7 @@ class TorchAttention(AttentionBackend):
     def _decodes(self, batch: AttentionBatch, tables: Tensor) -> _Part:
         lens, count = batch.context_lens[batch.num_prefills :], batch.rows_per_decode
         if count > 1:
-            # Each query row becomes a request of its own, with the context that the row may see.
+            # Each query row is treated as a request whose context ends with that row's token.
             lens = (lens.unsqueeze(1) + torch.arange(1 - count, 1, device=lens.device)).flatten()
             tables = tables.repeat_interleave(count, 0)
         known, mask = lens.tolist(), None
@@ -74,15 +74,15 @@ class TorchAttention(AttentionBackend):
         rows = self._cache_rows(tables, longest)
         if min(known) < longest:
             visible = self._columns[:longest] < lens.unsqueeze(1)
-            # Padding reads the first cache row of its request. Stale rows may hold NaN, and NaN
-            # times an attention weight of 0 is NaN.
+            # Positions after a request's end read its first cache row. Unused cache rows may hold
+            # NaN, and NaN times an attention weight of 0 is NaN.
             rows = torch.where(visible, rows, rows[:, :1])
             mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
             mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
         return _Part(first, first + len(known), rows.flatten(), mask, decodes=True)
 
     def _request_rows(self, table: Tensor, length: int) -> Tensor | slice:
-        """Rows of `KVLayer.flat` with the first `length` positions of a block table [1, N]."""
+        """Return rows of `KVLayer.flat` for the first `length` tokens of a block table [1, N]."""
         blocks = table[0, : -(-length // self._spec.block_size)].tolist()
         first = blocks[0]
         if blocks == list(range(first, first + len(blocks))):
@@ -91,7 +91,7 @@ class TorchAttention(AttentionBackend):
         return self._cache_rows(table, length)[0]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
-        """Rows [B, length] of `KVLayer.flat`, like `_request_rows`, for block tables [B, N]."""
+        """Return rows [B, length] of `KVLayer.flat` for the first tokens of block tables [B, N]."""
         size = self._spec.block_size
         blocks = tables[:, : -(-length // size)].long()
         return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
@@ -126,14 +126,14 @@ class TorchAttention(AttentionBackend):
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
         """Return K and V of n requests, each [n, num_kv_heads, L, head_dim].
 
-        On a CPU the next call may overwrite these K and V.
+        On a CPU the next call of `_gather` may overwrite these K and V.
         """
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
-            # malloc maps a new tensor above 32 MiB page by page, which is 4 times as slow.
+            # A buffer is reused: a new tensor above 32 MiB is mapped page by page, 4 times as slow.
             size = rows.shape[0] * heads * dim
             if self._gathered.numel() < size:
                 self._gathered = self._gathered.new_empty(size + size // 8)
