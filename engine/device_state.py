@@ -104,6 +104,8 @@ class DeviceState:
             from layers.kernels import step_rows
 
             self._ops = step_rows
+        # The running requests with sampling options beyond temperature and seed, by slot.
+        self.special: dict[int, NewRequest] = {}
         self._random_slots: set[int] = set()
         self._decode: tuple[int, ...] = ()
         self._decode_rows: StepRows | None = None
@@ -162,6 +164,10 @@ class DeviceState:
         )
         self._random_slots.difference_update(slots)
         self._random_slots.update(r.slot for r in requests if r.sampling.temperature > 0)
+        for request in requests:
+            self.special.pop(request.slot, None)
+            if request.sampling.needs_logits:
+                self.special[request.slot] = request
 
     def _extend(self, updates: tuple[BlockUpdate, ...]) -> None:
         table = self.tables.block_tables

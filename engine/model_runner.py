@@ -159,9 +159,9 @@ class LocalRunner(ModelRunner):
         with torch.inference_mode(), here, memory_errors(self._device):
             spec = self._load(checkpoint)
             self._sampler = Sampler(parallel, self._device, self._dtype)
-            self._sampling = SamplingRows(config.max_num_seqs, self._staging)
             limits = config.max_num_seqs, spec.max_model_len, spec.block_size
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
+            self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
             geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
             # All ranks execute the same plans, so all use the block count of the smallest cache.
             blocks = torch.tensor([-geometry.num_blocks], device=self._device)
@@ -199,7 +199,7 @@ class LocalRunner(ModelRunner):
             self._cache.copy_block(copy.source, copy.target)
         with self._staging.group():
             self._state.apply(plan)
-            special = self._sampling.of(plan)
+            special = self._sampling.of(plan) if self._state.special else None
             prompt_rows = special.prompt_rows if special and special.prompts else None
             if self._graphs and prompt_rows is None and self._graphs.serves(plan):
                 logits, sampled = self._graphs.replay(plan)

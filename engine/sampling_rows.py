@@ -1,7 +1,7 @@
 """Sampling options of a step's rows: filters, penalties, log-probabilities, logits processors.
 
-The sampled rows of a step are those whose next token is drawn. Most steps have no request with a
-sampling option beyond temperature and seed, and only look into an empty dictionary. Filters (top-k,
+The sampled rows of a step are those whose next token is drawn. A runner asks
+only if it has requests with a sampling option beyond temperature and seed. Filters (top-k,
 top-p, min-p) give each row a bound: tokens whose logits are below the bound are not drawn.
 Penalties, `min_tokens` and logits processors change logits before a token is drawn. For rows with
 changed logits the sampler runs separately, on blocks of at most `BLOCK_ROWS` rows.
@@ -9,6 +9,7 @@ changed logits the sampler runs separately, on blocks of at most `BLOCK_ROWS` ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -196,16 +197,19 @@ class SpecialRows:
 
 
 class SamplingRows:
-    """The running requests with sampling options beyond temperature and seed, by slot.
+    """Makes the `SpecialRows` of plans.
 
     Args:
+        requests: `DeviceState.special`, the running requests with sampling options, by slot.
         num_slots: number of slots. A slot is a running request's row in the device tables.
         staging: uploads tensors; `of` is called within `staging.group()`.
     """
 
-    def __init__(self, num_slots: int, staging: Staging) -> None:
+    def __init__(
+        self, requests: Mapping[int, NewRequest], num_slots: int, staging: Staging
+    ) -> None:
         self._staging = staging
-        self._requests: dict[int, NewRequest] = {}
+        self._requests = requests
         self._parameters = np.zeros((num_slots, 8), dtype=np.float32)
         self._decode: tuple[int, ...] | None = None
         self._decode_rows: SpecialRows | None = None
@@ -213,16 +217,10 @@ class SamplingRows:
     def of(self, plan: StepPlan) -> SpecialRows | None:
         """The options of a plan's rows, or None if no row has any.
 
-        Call this method for every plan, because it also records the plan's new requests.
+        Call this method for every plan that runs while there are requests with options.
         """
         for new in plan.new_requests:
-            if new.sampling.needs_logits:
-                self._requests[new.slot] = new
-                self._parameters[new.slot] = _parameters(new)
-            else:
-                self._requests.pop(new.slot, None)
-        if not self._requests:
-            return None
+            self._parameters[new.slot] = _parameters(new)
         if plan.prefill or plan.new_requests:
             self._decode = None
             return self._found(plan)

@@ -12,17 +12,30 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.sampling_rows
-from engine.device_state import Staging
-from engine.sampling_rows import BLOCK_ROWS, SamplingRows, special_bytes
+from engine.device_state import DeviceState, Staging
+from engine.sampling_rows import BLOCK_ROWS, SamplingRows, SpecialRows, special_bytes
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS, Filters, logit_bounds_reference
 from layers.parallel import ParallelContext
 from layers.sampler import Sampler, gumbel_noise
-from layers.step_rows import SampledRows
+from layers.step_rows import SampledRows, SlotTables
 from sampling_params import SamplingParams
 
 VOCAB_SIZE = 96
 CPU = torch.device("cpu")
+
+
+class _Rows:
+    """The sampling options of plans, found as a runner finds them."""
+
+    def __init__(self, num_slots: int) -> None:
+        staging = Staging(CPU)
+        self._state = DeviceState(SlotTables.zeros(num_slots, 64, 16, CPU), staging)
+        self._rows = SamplingRows(self._state.special, num_slots, staging)
+
+    def of(self, plan: StepPlan) -> SpecialRows | None:
+        self._state.apply(plan)
+        return self._rows.of(plan) if self._state.special else None
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -70,7 +83,7 @@ def _scored(
         new_requests=tuple(NewRequest(i, i, (i % 7, 5), p, i) for i, p in enumerate(params)),
         prefill=tuple(PrefillChunk(i, 0, 2, True) for i in range(count)),
     )
-    special = SamplingRows(count, Staging(CPU)).of(plan)
+    special = _Rows(count).of(plan)
     assert special is not None
     tokens = torch.tensor([[i % 7, 5, 0, 0] for i in range(count)], dtype=torch.int32)
     generator = torch.Generator().manual_seed(2)
@@ -170,7 +183,7 @@ def test_prompts_are_scored_at_their_own_rows_and_to_their_end() -> None:
         NewRequest(1, 1, (11, 12, 13, 14), wants, 0, num_output_tokens=1),
     )
     chunks = (PrefillChunk(0, 0, 3, True), PrefillChunk(1, 0, 4, True))
-    special = SamplingRows(2, Staging(CPU)).of(StepPlan(0, news, prefill=chunks))
+    special = _Rows(2).of(StepPlan(0, news, prefill=chunks))
     assert special is not None
     assert special.prompts == [(1, 2, 1)]
     assert special.prompt_rows.tolist() == [3, 4]
@@ -178,7 +191,7 @@ def test_prompts_are_scored_at_their_own_rows_and_to_their_end() -> None:
 
 
 def test_decodes_have_the_options_of_who_holds_the_slots_now() -> None:
-    rows, step = SamplingRows(2, Staging(CPU)), 0
+    rows, step = _Rows(2), 0
     for first, expected in ((1, [(0, 1), (1, 0)]), (3, [(0, 3), (1, 0)]), (None, [(1, 0)])):
         held = {0: first, 1: 0} if step == 0 else {0: first}
         news = tuple(
@@ -200,7 +213,7 @@ def test_tokens_are_withheld_until_the_output_is_long_enough(position: int, toke
     """Of a request with a prompt of three tokens, preempted after its first one of output."""
     params = SamplingParams(temperature=0.0, min_tokens=3)
     new = NewRequest(0, 0, (1, 2, 3, 4), params, 0, 1, withheld_token_ids=(7,))
-    rows = SamplingRows(1, Staging(CPU))
+    rows = _Rows(1)
     rows.of(StepPlan(0, (new,), prefill=(PrefillChunk(0, 0, 4, True),)))
     special = rows.of(StepPlan(1, decode=(0,)))
     assert special is not None
@@ -265,7 +278,7 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     news = tuple(_random_request(random, slot) for slot in range(count))
     known = [[*q.token_ids, *random.choices(range(10), k=random.randint(0, 5))] for q in news]
     chunks = tuple(PrefillChunk(q.slot, 0, len(q.token_ids), True) for q in news)
-    rows = SamplingRows(count, Staging(CPU))
+    rows = _Rows(count)
     # Other requests held the slots before: nothing of theirs may be left.
     for requests in (tuple(_random_request(random, slot) for slot in range(count)), news):
         rows.of(StepPlan(0, requests, prefill=chunks))
