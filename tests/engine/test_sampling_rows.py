@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -280,8 +281,10 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     chunks = tuple(PrefillChunk(q.slot, 0, len(q.token_ids), True) for q in news)
     rows = _Rows(count)
     # Other requests held the slots before: nothing of theirs may be left.
-    for requests in (tuple(_random_request(random, slot) for slot in range(count)), news):
-        rows.of(StepPlan(0, requests, prefill=chunks))
+    before = [_random_request(random, slot) for slot in range(count)]
+    plain = [replace(request, sampling=SamplingParams()) for request in before]
+    for request in (*before, *plain, *news):
+        rows.of(StepPlan(0, (request,), prefill=(chunks[request.slot],)))
     order = random.sample(range(count), count)
     special = rows.of(StepPlan(1, decode=tuple(order)))
     tokens = torch.full((count, 32), 3, dtype=torch.int32)
