@@ -283,7 +283,7 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     # Other requests held the slots before: nothing of theirs may be left.
     before = [_random_request(random, slot) for slot in range(count)]
     plain = [replace(request, sampling=SamplingParams()) for request in before]
-    for request in (*before, *plain, *news):
+    for request in (*before, *plain, *sorted(news, key=lambda q: q.sampling.needs_logits)):
         rows.of(StepPlan(0, (request,), prefill=(chunks[request.slot],)))
     order = random.sample(range(count), count)
     special = rows.of(StepPlan(1, decode=tuple(order)))
