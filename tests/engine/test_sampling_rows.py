@@ -310,3 +310,16 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     assert drawn.tolist() == [
         _expected(news[slot], known[slot], logits[row]) for row, slot in enumerate(order)
     ]
+
+
+def test_filters_of_an_earlier_request_do_not_hold_for_a_plain_one() -> None:
+    """Not even if no request with options was there when the plain one took the slot."""
+    rows, filtered, plain = _Rows(2), SamplingParams(top_k=1), SamplingParams()
+    for slot, params in ((0, filtered), (0, plain), (1, filtered)):
+        new = NewRequest(slot, slot, (1, 2), params, 0)
+        rows.of(StepPlan(0, (new,), prefill=(PrefillChunk(slot, 0, 2, True),)))
+    special = rows.of(StepPlan(1, decode=(0, 1)))
+    assert special is not None
+    assert special.filters is not None
+    least = logit_bounds_reference(torch.arange(10.0).repeat(2, 1), special.filters)
+    assert least.tolist() == [float("-inf"), 9.0]
