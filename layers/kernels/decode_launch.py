@@ -27,8 +27,8 @@ class DecodeConfig:
 
 # Times are of one call on an H200 in a CUDA graph: bf16, head_dim 128, dependent launch. SMALL is
 # for few pairs, where latency counts. One request of 400 tokens with 16/8 heads takes 4.2 us
-# (LARGE: 6.1). The first K and V tile is loaded before the wait for the previous kernel. An L2
-# prefetch instead takes 0.1 to 1.1 us longer, with 3,800 tokens 1 to 3 us longer.
+# (LARGE: 6.1). The first K and V tile is loaded before the wait for the previous kernel. With an L2
+# prefetch instead, batch 1 takes 0.1 to 1.1 us more, and 1 to 3 us at context 3,800.
 SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
 # With 12/2 heads, 24 requests of 1,200 tokens (48 pairs) take 13.7 us with MIDDLE and 15.7 us with
 # LARGE. 256 requests of 710 tokens (512 pairs) take 53.3 us with MIDDLE and 49.0 us with LARGE.
@@ -54,10 +54,10 @@ class DecodeWorkspace(NamedTuple):
     """Scratch memory of `paged_decode` for all batch sizes and all layers on one CUDA stream."""
 
     # A program may share its first pair with earlier programs and its last pair with later ones. So
-    # it stores two results at most. `rows` (rows of q of a pair) and head_dim are powers of two.
+    # it stores up to two results. `rows`, the rows of q for a pair, and head_dim are powers of two.
     values: Tensor  # float32 [programs, 2, rows, head_dim] partial attention outputs
     lse: Tensor  # float32 [programs, 2, rows] base-2 log-sum-exp of the scores of each output
-    # How many results of the last pair that begins in each program are stored; 0 between calls.
+    # For each program, the number of results stored of the last pair that it begins; afterwards 0.
     arrived: Tensor  # int32 [programs]
 
 
@@ -70,7 +70,6 @@ def decode_workspace(
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
     """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM per multiprocessor."""
-    # On an H200, 16/8 heads, head_dim 128, 1 row per request and the default of 0 take 1.1 MB.
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

@@ -18,7 +18,7 @@ from layers.logits import Filters
 
 # Number of adjacent logits that a thread loads at once (16 bytes in half precision).
 LANES = tl.constexpr(8)
-# Leading bits of a float32 that distinguish values of a dtype. Even, since a pass finds two bits.
+# Number of leading float32 bits that distinguish a dtype's values; even, as a pass finds two.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 # An H200 has 132 multiprocessors. For up to 132 rows, each row's program has 32 warps and a whole
 # multiprocessor, for low latency. For more rows, two programs of 16 warps share a multiprocessor.
@@ -36,7 +36,7 @@ def _key_value(key):
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
     """Load BLOCK logits as float32 [BLOCK / LANES, LANES]; a row is LANES adjacent logits."""
-    # Two rows are `spread` * LANES columns apart in the source. Columns from `end` on load as -inf.
+    # Rows lie `spread` * LANES columns apart in the source. Columns from `end` on load as -inf.
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
@@ -63,7 +63,7 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
-    """Return the greatest sort key such that weights of all x >= its value sum to >= `target`."""
+    """Return the greatest key such that the weights of all x >= its float sum up to >= `target`."""
     # Only the highest BITS bits are found, the others are 0. For a target <= 0 all BITS bits are 1.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
@@ -104,7 +104,7 @@ def search_in_passes(
 
 @triton.jit
 def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the greatest v such that the weights of all logits >= v sum to >= `target`."""
+    """Return the greatest v such that the weights of all logits >= v sum up to >= `target`."""
     if end <= BLOCK:
         x = _load_block(ptr, 0, end, 1, BLOCK)
         found = _search(x, _weights(x, floor, highest, scale), target, BITS)
@@ -149,7 +149,7 @@ def guess_range(
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # All later bits are set to 1: a logit that has `high`'s first BITS bits is in the range.
+    # The bits after the first BITS are set: logits equal to `high` in the first BITS are in range.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
@@ -174,7 +174,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # rounds nothing: x was loaded in this dtype
+            value = x.to(out_ptr.dtype.element_ty)  # exact: x was loaded from logits of this dtype
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -182,7 +182,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high] like `_gather_from`; return their number and the mass above."""
+    """Copy logits in [low, high] like `_gather_from`; return their number and the mass > high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -203,8 +203,8 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 @triton.jit
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Choose the logits that the top-p search reads: copies near the bound, or the whole row."""
-    # Returns the pointer and the number of these logits, the weight that those >= the bound must
-    # reach, a floor below which logits have no weight, and the row's highest logit.
+    # Returns the pointer and the number of these logits, the total weight that logits >= the bound
+    # must reach, a floor below which logits have no weight, and the row's highest logit.
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total
@@ -239,7 +239,7 @@ def _bounds_kernel(
     least = tl.full((), float("-inf"), tl.float32)
     counts = (top_k >= 1) & (top_k < size)
     if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
-        divisor = tl.maximum(temperature, 1e-30)  # at 1e-40, for one, `scale` would be infinite
+        divisor = tl.maximum(temperature, 1e-30)  # temperature 1e-40 would make `scale` infinite
         scale = 1.4426950408889634 / divisor  # log2(e), for exp2
         end = size
         target = tl.full((), 0.0, tl.float32)
@@ -248,8 +248,8 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # The maximum over LANES columns is taken after the loop. Taken inside, with unaligned
-            # rows, it fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
+            # The maximum over LANES columns follows the loop. In the loop, with unaligned rows, it
+            # fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
@@ -284,7 +284,7 @@ def logit_bounds(
 
     Args:
         logits: bf16, fp16 or fp32 [R, V]; rows may be strided.
-        filters: four settings of each row, float32 [R].
+        filters: temperatures, top_k, top_p and min_p of the rows, float32 [R] each.
         block: number of logits that a program reads at once, a power of two; None chooses one.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:

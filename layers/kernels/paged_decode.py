@@ -4,7 +4,7 @@ The KV tokens of each pair (request, KV head) are cut into tiles. Programs divid
 pairs' tiles into equal shares, as in Stream-K (Osama et al. 2023). Programs read the requests'
 lengths on the device, so one launch serves any lengths, also in a CUDA graph. If several programs
 share a pair, each stores a partial softmax sum (Flash-Decoding, Dao et al. 2023), and the last one
-to finish combines them. The rows of the matrix product are all new tokens of a request times all
+to finish combines them. The rows of a matrix product are all new tokens of a request times all
 query heads of a KV head, so a pair's K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -57,7 +57,7 @@ def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _query_and_head(rows, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """Split row indices of a pair into the index of the new token and of the query head."""
+    """Split the row indices of a pair into indices of new tokens and of query heads."""
     if QUERIES == 1:
         query, member = 0, rows
     else:
@@ -76,7 +76,7 @@ def _combine(
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Combine partial results of one pair, by programs `owner` to `final`; store the output."""
+    """Combine a pair's partial results from programs `owner` to `final`; store the output."""
     values_ptr, lse_ptr, _ = parts
     out_at, out_row, out_head = place
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
@@ -189,7 +189,7 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several new tokens a row may not see its first tile, and -inf - -inf would give NaN.
+        # With several new tokens a row may see no key of its first tile: -inf - -inf would be NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -226,7 +226,7 @@ def _paged_decode_kernel(
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # The next tile's page ids are loaded explicitly, else they would take up a pipeline stage.
+        # Page ids are loaded a tile ahead here, since Triton would spend a pipeline stage on them.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
@@ -246,15 +246,15 @@ def _paged_decode_kernel(
         norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
-        # A request of length 0 (padding) must not use the counters. While kernels are compiled,
+        # A request of length 0 (padding) must not count in `arrived`. While kernels are compiled,
         # several streams run such requests at once, in the same scratch memory.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
             stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # A program stores part 1 of the pair that begins in it, and part 0 of one that began
-            # earlier. A pair's stored parts are counted where the pair begins, at program `owner`.
+            # A program stores part 1 for a pair that it begins, part 0 for a pair that another
+            # program began. Stored parts are counted at `owner`, the program that began the pair.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
@@ -310,7 +310,7 @@ def paged_decode(
         workspace: result of `decode_workspace` for n or more rows per request.
         pdl: use programmatic dependent launch. Tables, lengths and, if n is 1, K and V of older
             tokens are then read while earlier kernels still run. No kernel in the current chain of
-            dependent launches may write what is read early; kernels of the layers do not.
+            dependent launches may write what is read early; the layers' kernels do not.
     """
     num_rows, num_heads, dim = q.shape
     _, page, kv_heads, _ = kv.k.shape
@@ -325,7 +325,7 @@ def paged_decode(
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
-    apart = 2 * pairs <= programs  # if True, no program works on two pairs
+    apart = 2 * pairs <= programs  # if True, a program works on one pair at most
     batch_pad = 16 if batch <= 16 else max(256, triton.next_power_of_2(batch))
     _paged_decode_kernel[(programs,)](
         *(q, kv.k, kv.v, block_tables, slots, context_lens, out, tuple(workspace)),

@@ -31,16 +31,15 @@ class PrefillConfig:
     tma: bool = True  # whether TMA loads K and V if the page size is a multiple of `tile`
 
 
-# Rates are for 4 sequences of 4,096 tokens, bf16, 16/8 (query/KV) heads of 128, on an H200. WIDE
-# reaches 478 TFLOP/s, 0.60 of the rate of an 8192^3 matrix product. It reaches 438 without TMA, 437
-# with 256 rows, and 435 with 3 stages and no limit of registers (one program per multiprocessor).
+# For 4 sequences of 4,096 tokens, bf16, 16/8 (query/KV) heads of 128, WIDE reaches 478 TFLOP/s on
+# an H200: 0.60 of the rate of an 8192^3 matrix product. Without TMA it reaches 438 TFLOP/s.
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
 # NARROW is for too few tiles to fill the device. With 16/8 heads 1,024 tokens take 20 us (WIDE:
 # 30), and 512 after 3,000 cached ones 46 us (WIDE: 101). TMA costs the host 17 us a call. It is no
 # faster with 16/8 heads; with 12/2 heads 1,024 tokens take 16.7 us with TMA and 19.7 us without.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
-LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # for head_dim > 128, untuned
+LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # for head_dim > 128; not tuned
 
 
 @triton.jit(
@@ -92,7 +91,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows past the sequence's end take the last query's position: their scores then are finite.
+    # Rows past the sequence's end take the last query's position, so that their scores are finite.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)

@@ -6,9 +6,9 @@ own memory. A memory cell that holds -0 is empty; senders replace -0 by +0. The 
 its cells are full, and empties them again. So data need no fence, barrier or flag, as in
 TensorRT-LLM's "Lamport" all-reduce.
 
-A program sums one row and counts its sums, called exchanges. Even and odd exchanges have separate
-cells. So cells are empty when exchange n + 2 writes to them: its sender has received the values of
-exchange n + 1, which its peers sent after they had emptied their cells of exchange n.
+A program handles one row and counts its exchanges, the uses of its cells. Even and odd exchanges
+have separate cells. So cells are empty when exchange n + 2 writes to them: its sender has received
+the values of exchange n + 1, sent by peers after they had emptied the cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -28,11 +28,11 @@ from layers.kernels.rowwise import warps_of_row
 
 _EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of `all_max`; sent values are greater
 _MAX_BLOCK = 64  # number of elements per program of `_max_kernel`
-# Larger sums of more than two ranks take two shots: one rank adds up a row and sends the sum. In
-# one shot every rank adds up all rows. Times in us are of a sum with residual and norm on four
-# H200. For 64, 128 and 256 rows of 1,024, one shot takes 4.9, 5.9 and 8.7, two shots 5.3, 5.9 and
-# 6.8, NCCL and a norm 12.9, 12.6 and 15.6. For 24, 64 and 256 rows of 4,096, one shot takes 6.5,
-# 9.7 and 24.2, two shots 7.1, 8.3 and 14.6, NCCL and a norm 12.4, 15.6 and 29.0.
+# In one shot every rank adds up all rows. In two shots one rank adds up a row and sends the sum.
+# Larger sums of more than two ranks take two shots. On four H200, a sum with residual and norm
+# takes for 64, 128 and 256 rows of 1,024 elements 4.9, 5.9 and 8.7 us in one shot, 5.3, 5.9 and 6.8
+# us in two, and 12.9, 12.6 and 15.6 us with NCCL. For 24, 64 and 256 rows of 4,096 it takes 6.5,
+# 9.7 and 24.2 us in one shot, 7.1, 8.3 and 14.6 in two, 12.4, 15.6 and 29.0 with NCCL.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -64,7 +64,7 @@ def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
     """The sum of all ranks' summands, in the order of ranks, so that all ranks get equal bits."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # All peers are polled at once. One by one, each peer would add the latency of a read.
+    # All peers are polled at once. Polled one by one, each peer would add a read's latency.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -109,7 +109,7 @@ def _sum_kernel(
         part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
-    start = (count & 1) * SIZE * stride + row * size  # index in [parity, sender, row, column]
+    start = (count & 1) * SIZE * stride + row * size  # of cell [parity, sender, row, column]
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
@@ -206,7 +206,7 @@ class PeerExchange:
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """Number of int64 in a rank's memory: cells of even and odd sums, then of maxima."""
+        """A rank's memory in int64: cells of sums and of maxima, for even and odd exchanges."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
@@ -227,7 +227,7 @@ class PeerExchange:
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum x [T, width], or x.sum(0) for float32 x [S, T, width], over ranks; return `dtype`."""
+        """Sum x [T, width], or float32 x.sum(0) of [S, T, width], over ranks; round to `dtype`."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
@@ -241,7 +241,7 @@ class PeerExchange:
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """The elementwise maximum over ranks of x [N] int64, or -2**63 + 1 if that is greater."""
+        """The elementwise maximum over ranks of x [N] int64, but at least -2**63 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -253,7 +253,7 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Whether a sum of `rows` rows takes two shots: one rank adds up a row and sends it."""
+        """Whether `rows` rows take two shots: one rank adds up a row and sends the sum."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -51,11 +51,11 @@ def rows_kernel(
     EVEN: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (ceil(N / BN))."""
-    # f is SwiGLU or the identity. Bias, norm and residual may be None. Warps divide the inputs (k)
-    # into chunks of KC: chunk c of warp w begins at input (c * WARPS + w) * KC. A warp reads only
-    # what it copied itself. EVEN means that no chunk crosses the weight's edge. Accumulators are
-    # [warp, n, m]: the 16 rows of an MMA are weight rows, and its 8 columns are tokens.
+    """out = f(RMSNorm(x) @ w.T + bias) + residual, f = SwiGLU or identity; grid (ceil(N / BN))."""
+    # Bias, norm and residual may be None. Warps divide the inputs (k) into chunks of KC: chunk c of
+    # warp w begins at input (c * WARPS + w) * KC. A warp reads only data that it copied to shared
+    # memory itself. EVEN means that no chunk crosses the weight's edge. Accumulators are [warp, n,
+    # m]: the 16 rows of an MMA are weight rows, and its 8 columns are tokens.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -113,8 +113,7 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # If stages are reused, each iteration commits a group, so STAGES - 1 groups are newer than
-        # c's.
+        # If stages are reused, each iteration commits a group: STAGES - 1 are newer than chunk c's.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:

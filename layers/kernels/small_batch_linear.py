@@ -22,9 +22,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
-_MULTIPROCESSORS = 132  # of an H200
-# Weights with more elements have no tiles of 128 tokens. For 128 tokens these take 11.7 us for a
-# weight [1536, 8960] (cuBLAS: 12.8 us), but 18.2 us for a weight [4096, 4096] (cuBLAS: 14.5 us).
+_MULTIPROCESSORS = 132  # H100 and H200
+# Weights of more elements get no tiles of 128 tokens. At 128 tokens such tiles take 11.7 us with a
+# weight [1536, 8960] (cuBLAS: 12.8 us), but 18.2 us with a weight [4096, 4096] (cuBLAS: 14.5).
 _TALL_WEIGHTS = 14 * 2**20
 
 
@@ -66,8 +66,7 @@ class _Tile(NamedTuple):
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
     """Tile of `tile_kernel` for a weight [n, k], or None if cuBLAS is as fast or no tile fits."""
     # The rules come from a search over 20 to 150 tiles per shape, for Qwen3-0.6B and Qwen2-1.5B on
-    # an H200. At 64, 128 and 192 tokens a weight [4096, 1024] takes 3.9, 4.8 and 6.3 us (cuBLAS:
-    # 5.4, 5.3 and 5.9 us). With the best tiles, all programs run at once on at least half of the
+    # an H200. With the best tiles, all programs run at once on at least half of the
     # multiprocessors, and the ring of stages fills shared memory. For few outputs, a program has at
     # most 1,024 inputs. With more than 2,560 inputs per program cuBLAS was faster.
     chunks = k // 128
@@ -89,10 +88,10 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 
 
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
-    """The same for a gate and an up projection, of n outputs each, computed as one product."""
+    """Like `_tile_config`, for a gate and an up projection of n outputs each, as one product."""
     if chunks > 20:
-        # At 64 tokens 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Else cuBLAS is as fast if k >
-        # 2,560.
+        # If k > 2,560, cuBLAS is as fast for more tokens. At 64 tokens, gate and up weights [6144,
+        # 4096] take 27.6 us (cuBLAS: 30.5 us).
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -100,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # There are more programs than multiprocessors. Two programs with small rings fit on each.
+        # Programs outnumber multiprocessors here. With small rings two programs fit on each.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -116,7 +115,7 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether :func:`small_batch_linear` accepts n outputs; not where cuBLAS is known as faster."""
+    """Whether `small_batch_linear` can compute n outputs and cuBLAS is not known to be as fast."""
     fits = n * k * (2 if swiglu else 1) < 2**31  # kernels use 32-bit offsets into the weight
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
@@ -146,15 +145,15 @@ def small_batch_linear(
 
     Args:
         x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.
-        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. Earlier kernels on
-            the stream must not write the weight, since it is read before they have finished.
+        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. With `pdl`
+            (dependent launch) it is read before earlier kernels end, so these must not write it.
         bias: [N]; not together with ``swiglu`` or ``splits``.
-        norm_weight, residual: RMSNorm weight [K] and [M, N], for up to MAX_FUSED_TOKENS tokens.
+        norm_weight: weight [K] of an RMSNorm of x, for up to MAX_FUSED_TOKENS tokens.
+        residual: [M, N] to be added, for up to MAX_FUSED_TOKENS tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
         splits: number of slices of K that are summed separately, from `small_batch_splits`.
         out: [M, N] in x's dtype, or if ``splits`` > 1 float32 [splits, M, N], with contiguous rows.
-            None allocates it. It must not be an input.
-        pdl: use programmatic dependent launch.
+            None allocates it. `out` must not be an input.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     if weight.shape[1] != k or not weight.is_contiguous() or weight.dtype != x.dtype:
