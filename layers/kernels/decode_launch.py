@@ -1,6 +1,7 @@
-"""Launch shapes of `paged_decode`, with the measurements behind them, and its scratch memory.
+"""Launch configurations of `paged_decode`, with measurements, and its scratch memory.
 
-A pair is a request and a KV head. "16/8 heads" means 16 query heads and 8 KV heads.
+`paged_decode` divides the KV tokens of all pairs (request, KV head) into tiles, and the tiles among
+its programs. "16/8 heads" means 16 query heads and 8 KV heads.
 """
 
 from dataclasses import dataclass
@@ -13,51 +14,51 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Launch shape of `paged_decode`."""
+    """How `paged_decode` is compiled and launched."""
 
-    tile: int  # KV tokens that a program reads at once
+    tile: int  # number of KV tokens that a program reads in one loop iteration
     warps: int
     stages: int
-    per_sm: int  # programs per multiprocessor, at most MAX_PER_SM
+    per_sm: int  # number of programs launched for each multiprocessor, at most MAX_PER_SM
     max_registers: int | None = None
-    unroll: int = 4  # partial results that `_combine` loads at once
-    pair_cost: int = 0  # cost of beginning a pair, in tiles, when work is divided
+    unroll: int = 4  # number of partial results that `_combine` loads in one loop iteration
+    pair_cost: int = 0  # number of tiles added to each pair when work is divided among programs
 
 
-# Times are of one call on an H200, bf16, head_dim 128, in CUDA graphs with dependent launch. SMALL
-# is for few pairs, where latency counts. With context 400 and 16/8 heads, batch 1 takes 4.2 us
-# (LARGE: 6.1). Batch 2 takes 4.4 us, and 5.2 us with tiles of 64 tokens. Prefetching K and V to L2
-# before the wait for the previous kernel, instead of loading them, takes 0.1 to 2.5 us more.
+# Times are of one call on an H200 in a CUDA graph: bf16, head_dim 128, dependent launch. SMALL is
+# for few pairs, where latency counts. One request of 400 tokens with 16/8 heads takes 4.2 us
+# (LARGE: 6.1). The first K and V tile is loaded before the wait for the previous kernel. With an L2
+# prefetch instead, batch 1 takes 0.1 to 1.1 us more, and 1 to 3 us at context 3,800.
 SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
-# MIDDLE is between SMALL and LARGE. With 12/2 heads 24 requests of 1,200 tokens take 13.7 us
-# (LARGE: 15.7), 128 requests of 900 take 33.6 us (LARGE: 42.6), but 256 requests of 710 take
-# 53.3 us (LARGE: 49.0). With 16/8 heads 24 requests of 1,200 tokens take 35.0 us (LARGE: 37.4).
+# With 12/2 heads, 24 requests of 1,200 tokens (48 pairs) take 13.7 us with MIDDLE and 15.7 us with
+# LARGE. 256 requests of 710 tokens (512 pairs) take 53.3 us with MIDDLE and 49.0 us with LARGE.
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# At batch 256 and context 850 LARGE reads memory 1.00 times as fast as a sum over a large tensor
-# with 16/8 heads, and 0.91 times as fast with 12/2 heads. MIDDLE reads 0.985 and 0.854 times as
-# fast. With contexts of 100 to 2,000 tokens and 16/8 heads pair_cost raises LARGE's 0.970 to 1.014.
+# Bandwidths are relative to that of a sum over a large tensor. With 256 requests of 850 tokens
+# LARGE reaches 1.00 with 16/8 heads and 0.91 with 12/2 heads (MIDDLE: 0.985 and 0.854). With 16/8
+# heads and 100 to 2,000 tokens LARGE reaches 1.014, and 0.970 without pair_cost.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-# With SMALL and 16/8 heads 32 pairs take 6.7 us (LARGE: 7.3), and 64 take 8.9 us (LARGE: 8.4).
+# With 16/8 heads 32 pairs take 6.7 us with SMALL (LARGE: 7.3 us), and 64 take 8.9 us (LARGE: 8.4).
 SMALL_PAIRS = 32
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 
 
 def decode_config(pairs: int) -> DecodeConfig:
-    """The launch shape for a number of (request, KV head) pairs."""
+    """The launch configuration for a number of pairs (request, KV head)."""
     if pairs <= SMALL_PAIRS:
         return SMALL
     return MIDDLE if pairs <= MIDDLE_PAIRS else LARGE
 
 
 class DecodeWorkspace(NamedTuple):
-    """Scratch of `paged_decode`, shared by all batch sizes and by all layers on one CUDA stream."""
+    """Scratch memory of `paged_decode` for all batch sizes and all layers on one CUDA stream."""
 
-    # A program stores up to two partial results: of the pair that it shares with earlier programs,
-    # and of the pair that it shares with later programs. rows and head_dim are powers of two.
-    values: Tensor  # float32 [programs, 2, rows, head_dim] partial results
-    lse: Tensor  # float32 [programs, 2, rows] log-sum-exp of their scores, in base 2
-    arrived: Tensor  # int32 [programs], stored results of the pair each begins; 0 between calls
+    # A program may share its first pair with earlier programs and its last pair with later ones. So
+    # it stores up to two results. `rows`, the rows of q for a pair, and head_dim are powers of two.
+    values: Tensor  # float32 [programs, 2, rows, head_dim] partial attention outputs
+    lse: Tensor  # float32 [programs, 2, rows] base-2 log-sum-exp of the scores of each output
+    # For each program, the number of results stored of the last pair that it begins; afterwards 0.
+    arrived: Tensor  # int32 [programs]
 
 
 def decode_workspace(
@@ -68,8 +69,7 @@ def decode_workspace(
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Allocate scratch for `programs` programs; by default the number that fills the device."""
-    # On an H200 the default takes 1.1 MB for 2 query heads of 128 per KV head, 1 row per request.
+    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM per multiprocessor."""
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

@@ -13,16 +13,16 @@ def has_triton() -> bool:
 
 
 def fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused Triton kernels accept tensors of this dtype on this device."""
+    """Whether the fused Triton kernels can run on this device with tensors of this dtype."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start before the previous one ends (compute capability 9.0 or later)."""
+    """Whether a kernel may start before its predecessor ends: compute capability 9.0 or later."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has the wgmma instructions, as only compute capability 9.x has."""
-    # Compiling a kernel with wgmma for another device makes LLVM end the process.
+    """Whether the device has wgmma instructions: compute capability 9.x alone has them."""
+    # On any other device, compiling a kernel with wgmma makes LLVM abort the whole process.
     return torch.cuda.get_device_capability(device)[0] == 9

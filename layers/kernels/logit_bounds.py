@@ -1,11 +1,12 @@
-"""Top-k, top-p and min-p without sorting: find a row's bound, the least logit that may be drawn.
+"""Top-k, top-p and min-p filters without sorting: find a bound for each row of logits.
 
-The bound is found by a binary search over its bits. Most time goes into passes over the row (300 KB
-of bf16 logits for 151,936 tokens). Most rows need two passes. The first pass finds maxima of groups
-of logits and the row's mass, the sum of its softmax weights. The second pass gathers a few thousand
-logits to search. The choice of these logits is a guess, which is checked: if the bound may lie
-elsewhere, or if the logits are too many, the search reads the whole row and decides two bits per
-pass. The bound is the same in each case.
+The bound is the smallest logit whose token may be sampled. A binary search finds its bits, from the
+highest bit on. Most of the time goes into passes that read the whole row (300 KB for 151,936 bf16
+logits). Most rows need two passes. The first pass takes maxima of groups of logits and sums up the
+row's softmax weights (the row's mass). Then the kernel chooses a range that should hold the bound.
+The second pass copies the few thousand logits in this range to scratch memory, and the search reads
+these copies alone. If the bound may lie outside of the range, or the copies do not fit, the search
+reads the whole row and decides two bits per pass. The bound is the same in all cases.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -15,18 +16,18 @@ import triton.language as tl
 
 from layers.logits import Filters
 
-# Logits that a thread loads at once (16 bytes in half precision), and adds up by itself.
+# Number of adjacent logits that a thread loads at once (16 bytes in half precision).
 LANES = tl.constexpr(8)
-# Leading bits of a float32 that tell values of the dtype apart; even, as each pass decides two.
+# Number of leading float32 bits that distinguish a dtype's values; even, as a pass finds two.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# An H200 has 132 multiprocessors. For up to 132 rows each program has 32 warps and a multiprocessor
-# to itself, for latency. For more rows two programs of 16 warps share a multiprocessor.
+# An H200 has 132 multiprocessors. For up to 132 rows, each row's program has 32 warps and a whole
+# multiprocessor, for low latency. For more rows, two programs of 16 warps share a multiprocessor.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
 @triton.jit
 def _key_value(key):
-    """The float32 of a uint32 sort key; keys are ordered like their floats."""
+    """Convert uint32 sort keys to float32; sort keys are ordered like the floats they stand for."""
     # Keys below that of -inf give -inf. Keys above that of inf give NaN, and no logit is >= NaN.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
@@ -34,7 +35,8 @@ def _key_value(key):
 
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
-    """Load float32 [BLOCK / LANES, LANES]: every `spread`-th group of LANES; -inf from `end` on."""
+    """Load BLOCK logits as float32 [BLOCK / LANES, LANES]; a row is LANES adjacent logits."""
+    # Rows lie `spread` * LANES columns apart in the source. Columns from `end` on load as -inf.
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
@@ -42,7 +44,7 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """Weights of logits x: 1 if `scale` is None, else the softmax weight, or 0 below `floor`."""
+    """Softmax weights of logits x, but 0 below `floor`; without `scale` all weights are 1."""
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
@@ -51,7 +53,7 @@ def _weights(x, floor, highest, scale):
 
 @triton.jit
 def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
-    """Sum of the weights of the first `end` logits at `ptr`."""
+    """The sum of the weights (see `_weights`) of the first `end` logits at `ptr`."""
     total = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -61,8 +63,8 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
-    """The greatest sort key such that the logits of x at or above its value weigh >= `target`."""
-    # Only the BITS leading bits are searched, the rest is 0. All BITS are 1 for a target <= 0.
+    """Return the greatest key such that the weights of all x >= its float sum up to >= `target`."""
+    # Only the highest BITS bits are found, the others are 0. For a target <= 0 all BITS bits are 1.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(BITS):
@@ -76,7 +78,7 @@ def _search(x, weights, target, BITS: tl.constexpr):
 def search_in_passes(
     ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """The result of `_search` for any number of blocks; every pass over them decides two bits."""
+    """Do what `_search` does, for any number of logits; each pass over them decides two bits."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
@@ -90,7 +92,8 @@ def search_in_passes(
             sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
             sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
             sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
-        # sum1 >= sum2 >= sum3, so the number of sums that reach the target is the two bits' value.
+        # The three sums belong to the values 1, 2 and 3 of the two bits. sum1 >= sum2 >= sum3, so
+        # the right value is the number of sums that reach the target.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
@@ -101,7 +104,7 @@ def search_in_passes(
 
 @triton.jit
 def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The greatest value such that the row's logits at or above this value weigh >= `target`."""
+    """Return the greatest v such that the weights of all logits >= v sum up to >= `target`."""
     if end <= BLOCK:
         x = _load_block(ptr, 0, end, 1, BLOCK)
         found = _search(x, _weights(x, floor, highest, scale), target, BITS)
@@ -112,13 +115,13 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Return maxima [BLOCK / LANES], each over LANES columns of every block, and the row's mass."""
+    """Return the maxima of column groups, [BLOCK / LANES], and the sum of softmax weights."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
-        # While all logits so far are -inf, a finite anchor avoids -inf - -inf, which is NaN.
+        # While all logits of a group are -inf, `anchor` is 0, since -inf - -inf would give NaN.
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass *= tl.exp2((best - anchor) * scale)
         mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
@@ -132,35 +135,37 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Two logits between which the top-p bound should lie; `below` is the mass under the bound."""
-    # Many light tokens make up the mass below the bound, so a sample of the row estimates that mass
-    # well. A few tokens may make up most of the mass above the bound, and a sample could miss them.
+    """Return two logits between which the top-p bound should lie; the mass below it is `below`."""
+    # A sample of the row estimates the mass below the bound well, since many light tokens make up
+    # this mass. A few tokens, which a sample may miss, can make up most of the mass above.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # `margin` is four standard errors of the sample: logits below `middle` weigh up to `heaviest`.
+    # `share`, the sampled mass below the bound, has a relative standard error <= sqrt(heaviest /
+    # share), as logits below `middle` weigh <= `heaviest`. `margin` is four times this error.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # The bits after BITS are set, so that logits with the leading bits of `high` are in the range.
+    # The bits after the first BITS are set: logits equal to `high` in the first BITS are in range.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Pad `count` logits with -inf to whole blocks, so that loads take 16 bytes; return the end."""
+    """Pad `count` logits with -inf to whole blocks (for 16-byte loads); return the padded count."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
-    tl.debug_barrier()  # other threads of the program read these logits
+    tl.debug_barrier()  # all logits must be stored before other threads read them
     return (count + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy groups of LANES logits with a logit >= `low`, two blocks at most; return their count."""
+    """Copy groups of LANES logits whose maximum is >= `low`; return the number of logits."""
+    # Logits that do not fit the two blocks at `out_ptr` are counted but not copied.
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -169,7 +174,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # exact, since x was loaded in this dtype
+            value = x.to(out_ptr.dtype.element_ty)  # exact: x was loaded from logits of this dtype
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -177,7 +182,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high], two blocks at most; return their count and the mass over high."""
+    """Copy logits in [low, high] like `_gather_from`; return their number and the mass > high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -197,9 +202,9 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 
 @triton.jit
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gather logits among which the top-p bound should lie; take the whole row if it does not."""
-    # Returns pointer and end of the logits to search, the mass to reach among these logits, a floor
-    # below which logits do not count, and the row's highest logit.
+    """Choose the logits that the top-p search reads: copies near the bound, or the whole row."""
+    # Returns the pointer and the number of these logits, the total weight that logits >= the bound
+    # must reach, a floor below which logits have no weight, and the row's highest logit.
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total
@@ -225,7 +230,7 @@ def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: 
 def _bounds_kernel(
     logits_ptr, filters, scratch_ptr, out_ptr, stride, size, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Compute a row's bound; the grid is (rows). `scratch_ptr` has two blocks of logits per row."""
+    """Find the bound of row program_id(0); `scratch_ptr` has room for two blocks of each row."""
     row = tl.program_id(0).to(tl.int64)
     ptr = logits_ptr + row * stride
     scratch_ptr += row * (2 * BLOCK)
@@ -234,7 +239,7 @@ def _bounds_kernel(
     least = tl.full((), float("-inf"), tl.float32)
     counts = (top_k >= 1) & (top_k < size)
     if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
-        divisor = tl.maximum(temperature, 1e-30)  # keeps `scale` finite, as in the reference
+        divisor = tl.maximum(temperature, 1e-30)  # temperature 1e-40 would make `scale` infinite
         scale = 1.4426950408889634 / divisor  # log2(e), for exp2
         end = size
         target = tl.full((), 0.0, tl.float32)
@@ -243,8 +248,8 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # The maximum over LANES is taken after the loop. Taken in the loop, for rows that are
-            # not aligned, it fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
+            # The maximum over LANES columns follows the loop. In the loop, with unaligned rows, it
+            # fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
@@ -252,7 +257,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # `low` is the top_k-th largest maximum: at least top_k logits are >= `low`.
+                    # `low` is the top_k-th largest maximum, so top_k or more logits are >= `low`.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
@@ -273,14 +278,14 @@ def _bounds_kernel(
 def logit_bounds(
     logits: torch.Tensor, filters: Filters, *, block: int | None = None
 ) -> torch.Tensor:
-    """Compute :func:`layers.logits.logit_bounds_reference` [R] float32 in passes over the logits.
+    """Compute `logit_bounds_reference` of layers.logits, float32 [R], in passes over the logits.
 
-    A bound may be less than the reference's, but no value of the logits' dtype lies in between.
+    A bound may be less than the reference's, but no value of the logits' dtype is in between.
 
     Args:
-        logits: [R, V] bf16, fp16 or fp32; rows may be strided.
-        filters: four tensors [R] float32.
-        block: logits of a row read at once, a power of two; chosen by the number of rows if None.
+        logits: bf16, fp16 or fp32 [R, V]; rows may be strided.
+        filters: temperatures, top_k, top_p and min_p of the rows, float32 [R] each.
+        block: number of logits that a program reads at once, a power of two; None chooses one.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
@@ -294,7 +299,7 @@ def logit_bounds(
             *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
             *(_BITS[logits.dtype], block),
             num_warps=max(1, block // 512),
-            # With 64 registers per thread 1,024 threads fit on a multiprocessor.
+            # A multiprocessor has 65,536 registers: enough for 1,024 threads of 64 registers.
             maxnreg=64,
         )
     return out

@@ -1,11 +1,11 @@
-"""Attention of the newest tokens of each request over a paged KV cache (the decode step).
+"""Attention of each request's newest tokens over a paged KV cache (the decode step).
 
-The work is divided as Stream-K (Osama et al. 2023) divides a matrix product: the KV tiles of all
-(request, KV head) pairs form one line, and every program takes an equal stretch of the line.
-Lengths are read on the device, so one launch shape, also in a CUDA graph, serves every mix of
-lengths. If several programs share a pair, each stores a partial softmax sum (Flash-Decoding, Dao et
-al. 2023), and the program that finishes last adds up the sums. All new tokens of a request and all
-query heads of a KV head are the rows of one small matrix product, so K and V are read once.
+The KV tokens of each pair (request, KV head) are cut into tiles. Programs divide the list of all
+pairs' tiles into equal shares, as in Stream-K (Osama et al. 2023). Programs read the requests'
+lengths on the device, so one launch serves any lengths, also in a CUDA graph. If several programs
+share a pair, each stores a partial softmax sum (Flash-Decoding, Dao et al. 2023), and the last one
+to finish combines them. The rows of a matrix product are all new tokens of a request times all
+query heads of a KV head, so a pair's K and V are read once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -23,8 +23,8 @@ from memory.kv_cache import KVLayer
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
-    """One online-softmax step with scores `s` [G, N], for exp2, and values `v` [N, D]."""
-    # `norm` stays [G, N]: a sum across warps costs a barrier, so the caller sums once, at the end.
+    """One step of online softmax: scores `s` [G, N], scaled for exp2, and values `v` [N, D]."""
+    # `norm` stays [G, N]: a sum over N takes a barrier, so the caller sums only once, at the end.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]
@@ -33,7 +33,7 @@ def _accumulate(s, v, top, norm, acc):
 
 @triton.jit
 def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Page ids of KV tile `t`: a scalar if pages hold whole tiles, else one id per token."""
+    """Page ids of KV tile `t`: one if PAGE is a multiple of TILE, else one for each token."""
     if PAGE % TILE == 0:
         pages = tl.load(table + t * TILE // PAGE, mask=t * TILE < num_tokens, other=0)
     else:
@@ -44,7 +44,7 @@ def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Offsets of tile `t`'s tokens in the cache: a base, and [TILE, 1] offsets to add to it."""
+    """Offsets of the tokens of tile `t` in the cache: a scalar base, and [TILE, 1] to add to it."""
     offsets = tl.arange(0, TILE)
     if PAGE % TILE == 0:
         base = page * page_stride + t * TILE % PAGE * token_stride
@@ -57,7 +57,7 @@ def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _query_and_head(rows, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """For each row of a pair: its query's index in the request and its head's in the group."""
+    """Split the row indices of a pair into indices of new tokens and of query heads."""
     if QUERIES == 1:
         query, member = 0, rows
     else:
@@ -76,13 +76,13 @@ def _combine(
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Add up the partial results of programs `owner` to `final`, and store the sum [rows, DIM]."""
+    """Combine a pair's partial results from programs `owner` to `final`; store the output."""
     values_ptr, lse_ptr, _ = parts
     out_at, out_row, out_head = place
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    # All tensors below are [COLUMNS]. Each column has its own statistics: no data cross threads.
+    # Each of COLUMNS output values has a maximum and sum of its own: threads exchange no data.
     columns = tl.arange(0, COLUMNS)
     row, dim = columns // DIM_PAD, columns % DIM_PAD
     query, member = _query_and_head(row, GROUP, QUERIES)
@@ -92,7 +92,7 @@ def _combine(
         for i in tl.static_range(UNROLL):
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
-            # Other programs wrote the parts, and L1 is not coherent: .cg reads from L2.
+            # Other programs wrote the results. L1 caches are not coherent, so .cg reads from L2.
             live = who <= final
             at = lse_ptr + part * PART_ROWS + row
             lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -141,7 +141,7 @@ def _paged_decode_kernel(
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16  # tl.dot needs 16 rows
-    # With one query, older K and V are read before the wait, and the newest token is added apart.
+    # With 1 new token, older K and V are read before gdc_wait, K and V of the new token after it.
     NEWEST_APART: tl.constexpr = PDL and APART and QUERIES == 1
     pid, programs = tl.program_id(0), tl.num_programs(0)
     if PDL:
@@ -149,13 +149,13 @@ def _paged_decode_kernel(
     lane = tl.arange(0, BATCH_PAD)
     lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
-    # The line of work is ordered by sequence, then head, then tile. An empty sequence counts as one
-    # tile, so that some program writes its zeros.
+    # The list of tiles is ordered by request, then KV head, then token. A request without tokens
+    # counts as one tile, so that some program writes zeros as its output.
     tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
     share = tl.cdiv(tl.sum(tiles + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
     if APART:
-        # With few pairs latency counts. Each pair is padded to whole shares, so no program works on
-        # two pairs. Adding up more than 32 parts of a pair takes longer than the parts save.
+        # With few pairs, latency counts. Each pair gets whole shares, so no program works on two
+        # pairs. A pair gets 32 shares at most: to combine more would take longer than it saves.
         share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32))
         while tl.sum(tl.cdiv(tiles, share), 0) * KV_HEADS > programs:
             share += tl.cdiv(share, 8)
@@ -189,13 +189,13 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several queries a row may see none of its first tile, and -inf - -inf would give NaN.
+        # With several new tokens a row may see no key of its first tile: -inf - -inf would be NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
         if NEWEST_APART:
-            # The previous kernel writes only q and the newest token's K and V. So the first tile is
-            # read before the wait without the newest token, which is added after the wait.
+            # The previous kernel writes q and the new token's K and V only. So the first tile is
+            # loaded before the wait, without the new token.
             seen_tokens, loop_from = num_tokens - 1, begin + 1
             page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
             base, more = _tile_rows(page, begin, page_stride, token_stride, PAGE, TILE)
@@ -226,7 +226,7 @@ def _paged_decode_kernel(
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # Page ids are loaded one tile ahead by hand: Triton would spend a pipeline stage on them.
+        # Page ids are loaded a tile ahead here, since Triton would spend a pipeline stage on them.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
@@ -246,26 +246,26 @@ def _paged_decode_kernel(
         norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
-        # Padding must not count arrivals: while kernels are compiled, several streams run padding
-        # at once, and all these streams would count in the same scratch memory.
+        # A request of length 0 (padding) must not count in `arrived`. While kernels are compiled,
+        # several streams run such requests at once, in the same scratch memory.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
             stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # A program's part 0 belongs to a pair that an earlier program began, its part 1 to a
-            # pair that a later program ends. Arrivals are counted where the pair begins.
+            # A program stores part 1 for a pair that it begins, part 0 for a pair that another
+            # program began. Stored parts are counted at `owner`, the program that began the pair.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
             used = rows < PART_ROWS
-            # A part may consist of pair cost without tokens: -inf would give NaN in `_combine`.
+            # A part without tokens (only pair cost) gets -1e30: -inf would give NaN in `_combine`.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
             used_rows = used[:, None]
             at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
             tl.store(at_part, result, mask=used_rows)
-            # All threads must have stored the part before one thread announces it.
+            # All threads must have stored their values before one thread counts the part as stored.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
             if before == final - owner:
@@ -293,25 +293,24 @@ def paged_decode(
     pdl: bool = False,
     config: DecodeConfig | None = None,
 ) -> Tensor:
-    """Attend from the newest n = `rows_per_request` tokens of B requests; returns `out`.
+    """Compute attention of the newest n = `rows_per_request` tokens of B requests; returns `out`.
 
-    Rows b * n to b * n + n - 1 of `q` are the last n of the `context_lens[b]` visible tokens of
-    request b. Of these rows, row j sees the first `context_lens[b] - n + 1 + j` tokens. The result
-    of a row that sees no token is 0.
+    Request b has `context_lens[b]` tokens in the cache, of which the last n are its rows b * n to b
+    * n + n - 1 of `q`. Row b * n + j sees the first `context_lens[b] - n + 1 + j` tokens. A row
+    that sees no token gets the result 0.
 
     Args:
-        q, out: [B * n, Hq, D], bfloat16 or float16; the last stride is 1, other strides are free.
-        kv: the pages, with K and V of all visible tokens.
-        block_tables: int32 [S, max_pages] page ids; only ids that a context needs are read.
-        slots: int32 [B], the row of `block_tables` of each request.
-        context_lens: int32 [B], number of visible tokens, which include the queries. 0 marks
-            padding, whose result is 0 and for which no K and V are read.
-        scale: factor of the scores.
-        max_context_len: upper bound of `context_lens`; affects the launch shape alone.
-        workspace: from `decode_workspace`, made for n or more rows per request.
-        pdl: launch with programmatic dependent launch, and read tables, lengths and, if n is 1,
-            K and V of older tokens while earlier kernels still run. No kernel in the current chain
-            of dependent launches may write these; kernels of one decode step do not.
+        q, out: bfloat16 or float16 [B * n, Hq, D]; the last stride is 1, other strides are free.
+        kv: the pages, which already hold K and V of all tokens of the requests.
+        block_tables: page ids, int32 [S, max_pages]; ids past a request's last page are not read.
+        slots: int32 [B], for each request the index of its row in `block_tables`.
+        context_lens: int32 [B]. 0 marks padding: its result is 0, and no K and V are read for it.
+        scale: factor by which the products of q and K are multiplied.
+        max_context_len: upper bound of `context_lens`; affects only the number of programs.
+        workspace: result of `decode_workspace` for n or more rows per request.
+        pdl: use programmatic dependent launch. Tables, lengths and, if n is 1, K and V of older
+            tokens are then read while earlier kernels still run. No kernel in the current chain of
+            dependent launches may write what is read early; the layers' kernels do not.
     """
     num_rows, num_heads, dim = q.shape
     _, page, kv_heads, _ = kv.k.shape
@@ -326,7 +325,7 @@ def paged_decode(
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
-    apart = 2 * pairs <= programs  # then no program works on two pairs
+    apart = 2 * pairs <= programs  # if True, a program works on one pair at most
     batch_pad = 16 if batch <= 16 else max(256, triton.next_power_of_2(batch))
     _paged_decode_kernel[(programs,)](
         *(q, kv.k, kv.v, block_tables, slots, context_lens, out, tuple(workspace)),

@@ -1,14 +1,14 @@
 """Sums and maxima over the GPUs of one host, through memory that all these GPUs have mapped.
 
-One kernel computes a sum over ranks, the residual add and the RMSNorm that follow. Every rank
-writes its part of the sum into the memory of all other ranks, and adds up the parts that other
-ranks wrote into its own memory. A memory cell that holds -0 is empty; no part is sent as -0. The
-reader waits until its cells are full, and empties them again. So data need no fence, barrier or
-flag, as in TensorRT-LLM's "Lamport" all-reduce.
+One kernel computes a sum over ranks, adds the residual and applies the RMSNorm. Every rank writes
+its summand to the memory of all other ranks, and adds up the summands that other ranks wrote to its
+own memory. A memory cell that holds -0 is empty; senders replace -0 by +0. The receiver waits until
+its cells are full, and empties them again. So data need no fence, barrier or flag, as in
+TensorRT-LLM's "Lamport" all-reduce.
 
-A program handles one row and counts its exchanges. Even and odd exchanges have separate cells. So a
-rank that writes for exchange n + 2 finds empty cells: it has read what its peers sent for exchange
-n + 1, and they sent it after they had emptied the cells of exchange n.
+A program handles one row and counts its exchanges, the uses of its cells. Even and odd exchanges
+have separate cells. So cells are empty when exchange n + 2 writes to them: its sender has received
+the values of exchange n + 1, sent by peers after they had emptied the cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -26,25 +26,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # marks an empty cell; sent values are greater
-_MAX_BLOCK = 64  # elements per program of `_max_kernel`
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of `all_max`; sent values are greater
+_MAX_BLOCK = 64  # number of elements per program of `_max_kernel`
 # In one shot every rank adds up all rows. In two shots one rank adds up a row and sends the sum.
-# Sums larger than this, of more than two ranks, take two shots. us per sum with residual and norm,
-# on four H200, 60 sums in a CUDA graph, as "one shot / two shots (NCCL's sum, then a norm)":
-# for width 1,024, 4.9 / 5.3 (12.9) at 64 rows, 5.9 / 5.9 (12.6) at 128, 8.7 / 6.8 (15.6) at 256;
-# for width 4,096, 6.5 / 7.1 (12.4) at 24 rows, 9.7 / 8.3 (15.6) at 64, 24.2 / 14.6 (29.0) at 256.
+# Larger sums of more than two ranks take two shots. On four H200, a sum with residual and norm
+# takes for 64, 128 and 256 rows of 1,024 elements 4.9, 5.9 and 8.7 us in one shot, 5.3, 5.9 and 6.8
+# us in two, and 12.9, 12.6 and 15.6 us with NCCL. For 24, 64 and 256 rows of 4,096 it takes 6.5,
+# 9.7 and 24.2 us in one shot, 7.1, 8.3 and 14.6 in two, 12.4, 15.6 and 29.0 with NCCL.
 _TWO_SHOT_BYTES = 256 << 10
 
 
 @triton.jit
 def _address(buffers_ptr, rank, dtype: tl.constexpr):
-    """Pointer to the start of a rank's memory."""
+    """Pointer to the start of the memory of rank `rank`."""
     return tl.multiple_of(tl.load(buffers_ptr + rank).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def _receive(ptr, mask, empty):
-    """Wait until peers have filled the masked cells, empty the cells and return their values."""
+    """Wait until peers have filled the cells under `mask`; empty them and return their values."""
     got = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
         got = tl.load(ptr, mask=mask, other=0, volatile=True)
@@ -54,17 +54,17 @@ def _receive(ptr, mask, empty):
 
 @triton.jit
 def _cells(x):
-    """The bits of a 16-bit float as they are sent: -0 becomes +0, since -0 marks empty cells."""
+    """The bits of 16-bit floats for sending: -0 becomes +0, since -0 marks an empty cell."""
     bits = x.to(tl.int16, bitcast=True)
     return tl.where(bits == -32768, 0, bits).to(tl.int16)
 
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of all ranks' parts, added in the order of ranks: all ranks get the same bits."""
+    """The sum of all ranks' summands, in the order of ranks, so that all ranks get equal bits."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # Wait for all peers at once: one by one, each peer would add the latency of a read.
+    # All peers are polled at once. Polled one by one, each peer would add a read's latency.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -94,7 +94,7 @@ def _sum_kernel(
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
-    # No kernel writes the weight and the addresses, so they may be read before the wait.
+    # No kernel writes the weight or the addresses, so they may be read before gdc_wait.
     if norm is not None:
         residual_ptr, weight_ptr, total_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -109,11 +109,11 @@ def _sum_kernel(
         part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
-    start = (count & 1) * SIZE * stride + row * size  # in cells [parity, sender, row, column]
+    start = (count & 1) * SIZE * stride + row * size  # of cell [parity, sender, row, column]
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
-        # Rows are dealt out among ranks. The owner of a row adds up the row and sends the sum.
+        # Rank row % SIZE is the row's owner: it adds up the row and sends the sum to all others.
         owner = row % SIZE
         if owner == RANK:
             summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
@@ -133,7 +133,7 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # The total is rounded before the norm, so that the stored total is what is normalised.
+        # The total is rounded before the norm, so that the norm uses the values that are stored.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
@@ -178,35 +178,35 @@ def _max_kernel(
 
 @dataclass(eq=False, kw_only=True)
 class PeerExchange:
-    """One rank's end of the sums and maxima over ranks.
+    """One rank's side of sums and maxima over ranks.
 
-    All ranks must make the same calls with the same shapes in the same order, each on one stream.
+    All ranks must make the same calls with the same shapes in one order, each rank on one stream.
     """
 
     rank: int
-    # The address of each rank's memory in this device's mapping. Each memory has `num_words(...)`
-    # int64, and all must have been emptied by `empty` before any rank's first exchange.
+    # Addresses of all ranks' memories, as mapped on this device. Each has `num_words(...)` int64.
+    # All must have been emptied by `empty` before any rank's first exchange.
     addresses: Sequence[int]
-    rows: int  # greatest number of rows in a sum
-    width: int  # elements per row, a multiple of 8
+    rows: int  # the most rows that a sum may have
+    width: int  # number of elements per row, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device
-    pdl: bool  # launch with programmatic dependent launch (compute capability 9.0 and later)
-    # While this event is set, kernels are compiled but not run, and results are zeros.
+    pdl: bool  # whether to use programmatic dependent launch (compute capability 9.0 or later)
+    # While this event is set, kernels are compiled but do not run, and all results are zeros.
     rehearses: Event = field(default_factory=Event)
     two_shot_bytes: int = _TWO_SHOT_BYTES
 
     def __post_init__(self) -> None:
         self._size = len(self.addresses)
         self._buffers = torch.tensor(self.addresses, dtype=torch.int64, device=self.device)
-        # For each program of the two kernels, the number of exchanges that it has done.
+        # One number for each program of a kernel: how many exchanges that program has done.
         self._sums = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
         programs = triton.cdiv(self.rows, _MAX_BLOCK)
         self._maxima = torch.zeros(programs, dtype=torch.int32, device=self.device)
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """Size of a rank's memory in int64: cells of sums and maxima, in even and odd exchanges."""
+        """A rank's memory in int64: cells of sums and of maxima, for even and odd exchanges."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
@@ -217,17 +217,17 @@ class PeerExchange:
         memory[maxima:].fill_(_EMPTY_MAX)
 
     def takes_sum(self, x: Tensor) -> bool:
-        """Whether `all_reduce` and `add_rms_norm` accept x."""
+        """Whether `all_reduce` and `add_rms_norm` accept the tensor x."""
         dtype = self.dtype if x.dim() == 2 else torch.float32
         fits = 0 < x.shape[-2] <= self.rows and x.shape[-1] == self.width
         return fits and x.stride(-1) == 1 and x.dtype == dtype
 
     def takes_max(self, x: Tensor) -> bool:
-        """Whether `all_max` accepts x."""
+        """Whether `all_max` accepts the tensor x."""
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum x [T, width], or float32 partial sums [S, T, width], over ranks; round to `dtype`."""
+        """Sum x [T, width], or float32 x.sum(0) of [S, T, width], over ranks; round to `dtype`."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
@@ -235,13 +235,13 @@ class PeerExchange:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """``rms_norm(residual, weight, eps, all_reduce(x))`` of `layers.kernels.rowwise`, fused."""
+        """Compute rowwise.py's ``rms_norm(residual, weight, eps, all_reduce(x))`` in one kernel."""
         out, total = (self._made(residual.shape, residual.dtype) for _ in range(2))
         self._sum(x, (residual, weight, total), out, eps)
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """The maximum over ranks of each element of x [N] int64; never the least int64."""
+        """The elementwise maximum over ranks of x [N] int64, but at least -2**63 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -253,18 +253,18 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Whether a sum of `rows` rows takes two shots: one rank adds up a row, and sends it on."""
+        """Whether `rows` rows take two shots: one rank adds up a row and sends the sum."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Memory for a kernel's output; zeros while `rehearses` is set, as no kernel runs then."""
+        """Allocate a kernel's output: zeros while `rehearses` is set, as no kernel runs then."""
         make = torch.zeros if self.rehearses.is_set() else torch.empty
         return make(shape, dtype=dtype, device=self.device)
 
     def _sum(
         self, x: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None, out: Tensor, eps: float
     ) -> None:
-        """Launch `_sum_kernel`; `norm` is residual, weight, and where residual + sum is stored."""
+        """Launch `_sum_kernel`; `norm` is (residual, weight, tensor for residual + sum) or None."""
         rows, splits, split_stride = x.shape[-2], 1, 0
         if x.dim() == 3:
             splits, split_stride = x.shape[0], x.stride(0)

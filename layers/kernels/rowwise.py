@@ -1,4 +1,4 @@
-"""Kernels that read each row once: RMSNorm, the gate of SwiGLU, and RoPE with the store of K and V.
+"""Kernels for RMSNorm, SwiGLU's silu(gate) * up, and RoPE together with the store of K and V.
 
 RMSNorm is by Zhang and Sennrich 2019 (arXiv:1910.07467), SwiGLU by Shazeer 2020 (arXiv:2002.05202),
 RoPE by Su et al. 2021 (arXiv:2104.09864). RoPE rotates element i of a head with element i + D / 2.
@@ -35,7 +35,7 @@ def _rms_norm_kernel(
     mask = cols < size  # [BLOCK]
     if PDL:
         gdc_launch_dependents()
-    # No earlier kernel writes the weight, so it may be read before the wait.
+    # No earlier kernel writes the weight, so it may be read before gdc_wait.
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
@@ -44,7 +44,6 @@ def _rms_norm_kernel(
         x += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # The sum is rounded before the norm, so that the stored sum is what is normalised.
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, x, mask=mask)
     x32 = x.to(tl.float32)
@@ -54,23 +53,23 @@ def _rms_norm_kernel(
 
 
 def warps_of_row(size: int) -> int:
-    """Warps for a row: one per 512 columns, so two 16-byte loads per thread; from 1 to 8."""
+    """Number of warps for a row, 1 to 8: one per 512 columns, or two 16-byte loads per thread."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, part: Tensor | None = None, *, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(s / sqrt(mean(s**2) + eps) * weight, s)``; s is x + part, or x without a part.
+    """Return ``(s / sqrt(mean(s**2) + eps) * weight, s)`` for s = x + part, or s = x without part.
 
     Args:
         x: [T, H] residual stream.
         weight: [H], contiguous.
-        part: [T, H] in x's dtype, or [S, T, H] float32. The latter are partial sums of a linear
-            layer whose input dimension was split, and are added up here.
-        pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
+        part: [T, H] in x's dtype, or float32 [S, T, H]: S partial sums of a linear layer whose
+            input dimension was split. This kernel adds them up.
+        pdl: use programmatic dependent launch (compute capability 9.0 or later).
 
-    Arithmetic is float32. s is rounded to x's dtype before the norm; the result is rounded once.
+    Arithmetic is float32. s is rounded to x's dtype before the norm, and the norm's result once.
     """
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"x must be [T, H] with contiguous rows, got {tuple(x.shape)}")
@@ -117,7 +116,7 @@ def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
         raise ValueError(f"gate_up must be [T, 2I] with contiguous rows: {tuple(gate_up.shape)}")
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, size)
-    # With 1024 columns and 4 warps a thread loads 16 bytes of each half of a row.
+    # With 4 warps for 1,024 columns a thread loads 16 bytes of gate and 16 bytes of up.
     block = min(1024, triton.next_power_of_2(size))
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(size, block))](
@@ -152,8 +151,8 @@ def _qk_norm_rope_store_kernel(
     positions_ptr, cos_ptr, sin_ptr = rotation
     qkv_stride, split_stride, block_stride, slot_stride, head_stride = strides
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-    # Rows are (token, head) pairs, and the head varies fastest. HEADS divides both head counts. So
-    # all heads of a program are query heads, or all are key heads, or all are value heads.
+    # A row here is a (token, head) pair, and the head varies fastest. HEADS divides both head
+    # counts, so a program's heads are all query heads, all key heads or all value heads.
     rows = tl.arange(0, TOKENS * HEADS)
     token = (tl.program_id(0) * TOKENS + rows // HEADS).to(tl.int64)
     first_head = tl.program_id(1) * HEADS
@@ -165,7 +164,7 @@ def _qk_norm_rope_store_kernel(
     is_query = first_head < Q_HEADS
     is_key = (first_head >= Q_HEADS) & (first_head < Q_HEADS + KV_HEADS)
     if weights is not None:
-        # No earlier kernel writes the weights, so they may be read before the wait.
+        # No earlier kernel writes the weights, so they may be read before gdc_wait.
         weight_ptr = weights[1]
         if is_query:
             weight_ptr = weights[0]
@@ -225,15 +224,13 @@ def qk_norm_rope_store(
 
     Args:
         qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads; or
-            [S, T, ...] float32 partial sums, which are added up here.
+            float32 [S, T, (Hq + 2 * Hkv) * D]: S partial sums, which this kernel adds up.
         weights: RMSNorm weights [D] of query heads and of key heads, or None for no norm.
-        rotation: positions [T], int32 or int64; cosines and sines [P, D / 2] of all positions.
-        slot_mapping: [T] int32 or int64, ``block * block_size + offset`` of each token in the
-            cache. Keys and values of a token with a negative value are not stored.
+        rotation: positions int32 or int64 [T]; cosines and sines [P, D / 2] of P positions.
+        slot_mapping: int32 or int64 [T], ``block * block_size + offset`` of each token in the
+            cache. If negative, the token's keys and values are not stored.
 
-        pdl: launch with programmatic dependent launch (compute capability 9.0 and later).
-
-    Queries are [T, Hq, D] in the cache's dtype. Arithmetic is float32 with one rounding at the end.
+    Queries are [T, Hq, D] in the cache's dtype, computed in float32. For `pdl` see `rms_norm`.
     """
     _, block_size, kv_heads, dim = kv.k.shape
     tokens = qkv.shape[-2]
@@ -244,8 +241,8 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # One-warp programs spread decode steps over many multiprocessors. Prefills use larger programs:
-    # 65,536 one-warp programs took 80 us for 8,192 tokens on an H200, 2.5 times as long as a copy.
+    # Programs of one warp and one token spread few tokens over many multiprocessors. 8,192 tokens
+    # in 65,536 such programs took 80 us on an H200, 2.5 times as long as a copy of the data.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)
     if tokens:

@@ -1,4 +1,4 @@
-"""Sampling in one pass over the logits; layers/sampler.py has the reference and the algorithm."""
+"""Kernels that sample tokens in one pass over the logits; layers/sampler.py has the algorithm."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
@@ -6,17 +6,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# A thread has 4 logits, one Philox call. With more, Triton moves words through shared memory.
+# A thread has 4 logits: one call of Philox gives 4 words of noise. With more logits per thread,
+# Triton would move words between threads through shared memory.
 _BLOCK = 512
-_PROGRAMS = 4224  # programs to launch: 2 rounds of 16 on each of an H200's 132 multiprocessors
+_PROGRAMS = 4224  # programs to launch: 132 multiprocessors of an H200 run 16 each, in 2 rounds
 
 
 @triton.jit
 def _philox(c0, position, k0, k1):
-    """Philox4x32-10 of counter (c0, position, 0, 0), key (k0, k1); all are uint32, c0 a tensor."""
+    """Philox4x32-10 for counter (c0, position, 0, 0) and key (k0, k1), uint32; c0 is a tensor."""
     c1, c2, c3 = position, c0 * 0, c0 * 0
     for _ in tl.static_range(10):
-        # A 64-bit product gives both 32-bit halves; umulhi and * would take two instructions.
+        # A 64-bit product gives both 32-bit halves in one instruction; umulhi and * take two.
         even = c0.to(tl.uint64) * 0xD2511F53
         odd = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -30,11 +31,9 @@ def _philox(c0, position, k0, k1):
 
 @triton.jit
 def _log2_exponential(x, HARDWARE: tl.constexpr):
-    """log2(-log(u)), which is Gumbel noise / -log(2); u is ((x >> 9) + 0.5) * 2**-23, x uint32."""
-    # The hardware's log2 has an absolute error of about 2**-22. That is too much for u close to 1,
-    # where -log(u) is tiny and decides the sample. There -log(u) comes from a series instead.
-    # Sampling 256 x 151,936 bf16 logits takes 67 us on an H200. A first version took 132 us: both
-    # logarithms were exact, a product took two instructions, and no block was loaded ahead.
+    """log2(-log(u)), that is Gumbel noise / -log(2), of u = ((x >> 9) + 0.5) * 2**-23, x uint32."""
+    # The hardware's log2 has an absolute error of about 2**-22. For u near 1 that is too much:
+    # -log(u) is tiny there, and such tokens win most often. So a series computes -log(u) there.
     # Floats in [1, 2) are 2**-23 apart, so subtracting 1 - 2**-24 is exact, as is 1 - u.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
@@ -44,7 +43,7 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     return libdevice.fast_log2f(negative_log) if HARDWARE else tl.log2(negative_log)
 
 
-# In a captured step the sampled rows begin anywhere in their buffers, so alignment varies.
+# These tensors may begin anywhere in a buffer: one compiled kernel must serve all alignments.
 @triton.jit(
     do_not_specialize=["blocks"],
     do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "position_ptr", "least_ptr"],
@@ -63,7 +62,7 @@ def _sample_kernel(
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Best score of `blocks` * BLOCK columns of a row and its token; the grid is (rows, splits)."""
+    """Best score (logit + noise) in `blocks` * BLOCK columns and its token; grid (rows, splits)."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
@@ -75,31 +74,31 @@ def _sample_kernel(
     MINUS_INF: tl.constexpr = float("-inf")
     FILTERED: tl.constexpr = least_ptr is not None
     best = tl.full((BLOCK,), MINUS_INF, tl.float32)
-    index = start + lanes  # [BLOCK] column of the best score of each lane
+    index = start + lanes  # [BLOCK]: for each lane, the column of its best score so far
     least = tl.load(least_ptr + row) if FILTERED else MINUS_INF
     logits_ptr += row * stride
     logits = tl.load(logits_ptr + index, mask=index < vocab_size, other=MINUS_INF)  # [BLOCK]
     for block in range(blocks):
         columns = start + block * BLOCK + lanes
         score = logits
-        # The next block is loaded while this block is computed.
+        # The next block is loaded before this block is computed, so that the load overlaps.
         ahead = columns + BLOCK
         inside = (ahead < vocab_size) & (block + 1 < blocks)
         logits = tl.load(logits_ptr + ahead, mask=inside, other=MINUS_INF)
         score = score.to(tl.float32)
         drawn = temperature > 0
         if FILTERED:
-            # `<` masks nothing if the threshold is NaN, as in the reference.
+            # If `least` is NaN, `<` is False and no logit is masked, as in the reference.
             score = tl.where(score < least, MINUS_INF, score)
-            # Most blocks have no logit left to draw, and skip the noise, which takes most time.
+            # Most blocks have no unmasked logit, and skip the noise, which takes most of the time.
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
-            # Four tensors [BLOCK / 4] of words are joined: word j of group i lands at 4 * i + j.
+            # Philox gives four words per four columns: word j of group i is for column 4 * i + j.
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
-        # `>` keeps the lowest index among equal scores, and never takes NaN.
+        # `>` keeps the lower column if scores are equal, and is False for NaN.
         better = score > best
         best = tl.where(better, score, best)
         index = tl.where(better, columns, index)
@@ -112,7 +111,7 @@ def _sample_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr):
-    """Best of a row's `splits` <= SPLITS scores and its token; the grid is (rows)."""
+    """Best of a row's scores, one from each of `splits` programs, and its token; grid (rows)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits
@@ -133,9 +132,9 @@ def sample_shard(
     vocab_offset: int = 0,
     least: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute :func:`layers.sampler.sample_shard`; only the noise may be rounded differently.
+    """Compute :func:`layers.sampler.sample_shard`; its noise may be rounded differently here.
 
-    Logits are bf16, fp16 or fp32; their rows may be strided. Positions are int32 or int64.
+    Logits are bf16, fp16 or fp32, and their rows may be strided. Positions are int32 or int64.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")

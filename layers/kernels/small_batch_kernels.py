@@ -1,4 +1,4 @@
-"""The kernels that small_batch_linear.py launches, in Gluon, Triton's lower-level dialect.
+"""Kernels that small_batch_linear.py launches, in Gluon, which is Triton's lower-level dialect.
 
 Plain Triton cannot keep a copy to shared memory in flight while it waits for the previous kernel.
 """
@@ -17,7 +17,7 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 @gluon.jit
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
-    """arange(size) along one axis of a three-dimensional layout; the other axes have size 1."""
+    """arange(size) along one axis of a three-dimensional layout; the other two axes have size 1."""
     if axis == 0:
         line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     elif axis == 1:
@@ -51,11 +51,11 @@ def rows_kernel(
     EVEN: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out[m, n] = f(norm(x[m]) @ w[n].T + bias[n]) + residual[m, n]; grid (ceil(N / BN))."""
-    # f is SwiGLU or the identity. Bias, norm and residual may be None. EVEN says that no chunk
-    # reaches past the weight's edge. Accumulators are [warp, n, m]: the MMA's 16 rows are weight
-    # rows, and its 8 columns are tokens. Chunk c of warp w has the KC inputs from (c * WARPS + w) *
-    # KC on. A warp reads only what it copied itself.
+    """out = f(RMSNorm(x) @ w.T + bias) + residual, f = SwiGLU or identity; grid (ceil(N / BN))."""
+    # Bias, norm and residual may be None. Warps divide the inputs (k) into chunks of KC: chunk c of
+    # warp w begins at input (c * WARPS + w) * KC. A warp reads only data that it copied to shared
+    # memory itself. EVEN means that no chunk crosses the weight's edge. Accumulators are [warp, n,
+    # m]: the 16 rows of an MMA are weight rows, and its 8 columns are tokens.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -68,7 +68,7 @@ def rows_kernel(
         [1, 1, 8], [1, 256 // KC, KC // 8], [WARPS, 1, 1], [2, 1, 0]
     )
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
-    # In the epilogue each thread holds the partial sums of all warps for its outputs.
+    # In this layout a thread holds the partial sums of all warps for its outputs.
     EPILOGUE: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 16, 2], [1, 1, WARPS], [1, 2, 0])
     TILE: gl.constexpr = gl.SliceLayout(0, EPILOGUE)
     PARTS: gl.constexpr = 2 if SWIGLU else 1
@@ -97,7 +97,7 @@ def rows_kernel(
         for c in gl.static_range(CHUNKS):
             k = c * WARPS * KC + xk
             gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    # Nothing above this line reads what another kernel of the step writes.
+    # Code above this wait reads only weights, which no other kernel of the step writes.
     gdc_wait()
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
@@ -113,11 +113,11 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # If stages are reused, each iteration commits a group, so STAGES - 1 groups are in flight.
+        # If stages are reused, each iteration commits a group: STAGES - 1 are newer than chunk c's.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
-            # The norm's scale of a token commutes with the product, so it is applied at the end.
+            # The norm scales all inputs of a token by one factor, so outputs are scaled instead.
             x32 = x.to(gl.float32)
             square += x32 * x32
             x = (x32 * gains[c].to(gl.float32)).to(dtype)
@@ -185,9 +185,9 @@ def tile_kernel(
     SWIGLU: gl.constexpr,
 ) -> None:
     """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits)"""
-    # ks are the inputs of a split, and f is SwiGLU or the identity. TMA copies x and w into a ring
-    # of STAGES stages, and each stage has an mbarrier. With SWIGLU a stage has BN weight rows of
-    # the gate, then BN rows of the up projection.
+    # ks are the inputs of one split, and f is SwiGLU or the identity. TMA copies x and w into a
+    # ring of STAGES stages, each with an mbarrier. With SWIGLU a stage has BN weight rows of the
+    # gate projection, then BN of the up projection.
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     WIDTH: gl.constexpr = BN * PARTS
     STAGE_BYTES: gl.constexpr = (BM + WIDTH) * BK * 2
@@ -211,7 +211,7 @@ def tile_kernel(
             stage = ws.index(s).slice(p * BN, BN)  # [BN, BK]
             place = [n0 + p * N, k0 + s * BK]
             tma.async_copy_global_to_shared(w_desc, place, ready.index(s), stage)
-    # Nothing above this line reads what another kernel of the step writes.
+    # Code above this wait reads only weights, which no other kernel of the step writes.
     gdc_wait()
     for s in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
@@ -221,7 +221,7 @@ def tile_kernel(
         w = ws.index(c % STAGES).permute([1, 0])  # [BK, WIDTH]
         acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
         if c > 0 and c - 1 + STAGES < CHUNKS:
-            # Wait until all warps have used the previous chunk, then refill its stage.
+            # The previous chunk's stage may be refilled when all warps have used that chunk.
             acc = hopper.warpgroup_mma_wait(1, [acc])
             _barrier()
             s = (c - 1) % STAGES
@@ -235,7 +235,7 @@ def tile_kernel(
     m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]  # [BM, 1]
     n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]  # [1, BN]
     if SWIGLU:
-        # A thread's accumulators hold the gate and the up part of the same outputs.
+        # A thread's accumulators hold both the gate and the up projection of its outputs.
         gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()  # [BM, BN] each
         out = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, OUT)
     else:

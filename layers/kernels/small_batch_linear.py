@@ -1,14 +1,14 @@
 """Linear layers for decode batches of 1 to 256 tokens.
 
-At such batches a step of a small model is a chain of a hundred short kernels. The gaps between the
-kernels cost more time than the memory traffic does. So these kernels use programmatic dependent
-launch: a kernel starts while its predecessor runs, copies its slice of the weight, which no kernel
-writes, into shared memory, and only then waits for its predecessor's output.
+With such batches a step of a small model runs some hundred short kernels one after the other. The
+gaps between kernels take longer than the memory traffic. So these kernels use programmatic
+dependent launch: a kernel starts while its predecessor runs, copies its slice of the weight into
+shared memory, and only then waits for the predecessor's output. No kernel writes the weight.
 
 * ``rows_kernel`` serves up to 16 tokens. A program computes 16 or 32 outputs of all tokens with
-  mma.sync. A program sees whole input rows, so it can normalise the input and add a residual.
-* ``tile_kernel`` serves more tokens, in tiles of 64 or 128, with wgmma. If outputs are few, several
-  programs split the input dimension, and the next norm adds up their float32 partial sums.
+  mma.sync. It reads whole rows of x, so it can normalise them; it can also add a residual.
+* ``tile_kernel`` serves more tokens, in tiles of 64 or 128 tokens, with wgmma. If outputs are few,
+  several programs split the input dimension, and the next RMSNorm adds up their partial sums.
 """
 
 from typing import NamedTuple
@@ -22,18 +22,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
-_MULTIPROCESSORS = 132  # number on an H100 or H200
-# Weights of more elements get no tiles of 128 tokens. With 128 tokens such tiles take 11.7 us for
-# [1536, 8960] (cuBLAS: 12.8), but 18.2 us for [4096, 4096] (cuBLAS: 14.5).
+_MULTIPROCESSORS = 132  # H100 and H200
+# Weights of more elements get no tiles of 128 tokens. At 128 tokens such tiles take 11.7 us with a
+# weight [1536, 8960] (cuBLAS: 12.8 us), but 18.2 us with a weight [4096, 4096] (cuBLAS: 14.5).
 _TALL_WEIGHTS = 14 * 2**20
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
-    """Tile of `rows_kernel`, and whether all tiles are full (EVEN)."""
-    # The linears of Qwen3-0.6B's 28 layers, in one CUDA graph on an H200, take 312 us at 1 token,
-    # 332 us at 8 and 405 us at 16. cuBLAS with separate norms, residuals and gates takes 1,042, 861
-    # and 864 us. With one tile for all shapes, of 16 outputs and 4 warps of 64 inputs, the linears
-    # take 340, 352 and 426 us. At 32 tokens `rows_kernel` takes 612 us, and `tile_kernel` 543 us.
+    """Tile of `rows_kernel`; EVEN says whether all tiles are full."""
+    # All linear layers of Qwen3-0.6B, with norms, residuals and SwiGLU, in one CUDA graph on an
+    # H200 take 310 us at 1 token, 332 us at 8 and 402 us at 16. cuBLAS with separate kernels for
+    # the rest takes 1,082, 884 and 926 us. At 32 tokens `rows_kernel` takes 612 us and
+    # `tile_kernel` 543 us.
     wide = tokens > 8 if swiglu else n >= 4096
     bm, bn = (8 if tokens <= 8 else 16), (32 if wide else 16)
     if k <= 2048:
@@ -42,7 +42,8 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
         warps, kc = 8, 64 if wide or swiglu else 128
     chunks = triton.cdiv(k, warps * kc)
     stage = warps * kc * (bn * (2 if swiglu else 1) + bm) * 2
-    # Shared memory holds all weights of a program, or else two programs with rings of 100 KB.
+    # If the chunks of a program fit 200 KB of shared memory, each has its own stage. Else stages
+    # form a ring of 100 KB, so that a multiprocessor holds two programs.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
     even = k == chunks * warps * kc and n % bn == 0
     tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
@@ -50,7 +51,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
 
 
 class _Tile(NamedTuple):
-    """Tile of `tile_kernel` with BM tokens, BN outputs, and BK inputs per stage."""
+    """Tile of `tile_kernel`: BM tokens, BN outputs, and BK inputs in each stage of its ring."""
 
     BM: int
     BN: int
@@ -63,13 +64,11 @@ class _Tile(NamedTuple):
 
 
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
-    """The tile of `tile_kernel` for a product, or None if cuBLAS is as fast."""
+    """Tile of `tile_kernel` for a weight [n, k], or None if cuBLAS is as fast or no tile fits."""
     # The rules come from a search over 20 to 150 tiles per shape, for Qwen3-0.6B and Qwen2-1.5B on
-    # an H200. At 64, 128 and 192 tokens a weight [4096, 1024] takes 3.9, 4.8 and 6.3 us (cuBLAS:
-    # 5.4, 5.3 and 5.9), and a weight [1024, 3072] 3.6, 4.4 and 5.7 us (cuBLAS: 8.0, 8.1 and 7.8).
-    # The best tiles gave one wave of programs on at least half of the multiprocessors, a ring that
-    # fills the shared memory and, for narrow outputs, at most 1,024 inputs per program. With more
-    # than 2,560 inputs per program cuBLAS was faster.
+    # an H200. With the best tiles, all programs run at once on at least half of the
+    # multiprocessors, and the ring of stages fills shared memory. For few outputs, a program has at
+    # most 1,024 inputs. With more than 2,560 inputs per program cuBLAS was faster.
     chunks = k // 128
     if n % 64 or k % 128:
         return None
@@ -89,9 +88,10 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 
 
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
-    """The result of `_tile_config` for gate and up projections as one product."""
+    """Like `_tile_config`, for a gate and an up projection of n outputs each, as one product."""
     if chunks > 20:
-        # At 64 tokens 2 x [6144, 4096] take 27.6 us (cuBLAS: 30.5). Otherwise cuBLAS is as fast.
+        # If k > 2,560, cuBLAS is as fast for more tokens. At 64 tokens, gate and up weights [6144,
+        # 4096] take 27.6 us (cuBLAS: 30.5 us).
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -99,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # One program per multiprocessor is not enough; with small rings two programs fit.
+        # Programs outnumber multiprocessors here. With small rings two programs fit on each.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -107,7 +107,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
 
 
 def small_batch_splits(tokens: int, n: int, k: int) -> int:
-    """Into how many slices of k to split an [n, k] product if a norm adds up the partial sums."""
+    """Number of slices of k for a weight [n, k], if the next RMSNorm adds up the partial sums."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
@@ -115,8 +115,8 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether :func:`small_batch_linear` serves n outputs (after any SwiGLU) and pays off."""
-    fits = n * k * (2 if swiglu else 1) < 2**31  # offsets into the weight have 32 bits
+    """Whether `small_batch_linear` can compute n outputs and cuBLAS is not known to be as fast."""
+    fits = n * k * (2 if swiglu else 1) < 2**31  # kernels use 32-bit offsets into the weight
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
     if tokens <= MAX_FUSED_TOKENS:
@@ -138,23 +138,22 @@ def small_batch_linear(
     out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens; x and weight are needed.
+    """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    Needs compute capability 9.0. The order of the float32 sums depends on the shapes alone.
+    All but x and weight may be left out. Needs compute capability 9.0. The order of the float32
+    sums depends on the shapes alone.
 
     Args:
-        x: [M, K] bf16 or fp16; the stride of rows is a multiple of 16 elements.
-        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. The weight is read
-            before the stream's preceding kernels have finished, so these must not write it.
+        x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.
+        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. With `pdl`
+            (dependent launch) it is read before earlier kernels end, so these must not write it.
         bias: [N]; not together with ``swiglu`` or ``splits``.
         norm_weight: weight [K] of an RMSNorm of x, for up to MAX_FUSED_TOKENS tokens.
-        residual: [M, N], for up to MAX_FUSED_TOKENS tokens.
+        residual: [M, N] to be added, for up to MAX_FUSED_TOKENS tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
-        splits: above MAX_FUSED_TOKENS tokens, the number of slices of K that are summed separately;
-            see :func:`small_batch_splits`.
-        out: [M, N] in x's dtype, or with ``splits`` [splits, M, N] float32, with contiguous rows.
-            By default `out` is allocated. `out` must not be an input.
-        pdl: launch with programmatic dependent launch.
+        splits: number of slices of K that are summed separately, from `small_batch_splits`.
+        out: [M, N] in x's dtype, or if ``splits`` > 1 float32 [splits, M, N], with contiguous rows.
+            None allocates it. `out` must not be an input.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     if weight.shape[1] != k or not weight.is_contiguous() or weight.dtype != x.dtype:
