@@ -191,6 +191,7 @@ class Matmul:
         self.weight = weight
         self._bias = bias
         self._place = place
+        self._folded = False  # whether W contains the weight of the norm before it
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return x W^T + b [T, N] for x [T, K], stored in `out` if given."""
@@ -213,7 +214,7 @@ class Matmul:
         The product is [T, N], in `out` if given. If `partial` is set, the product may be returned
         as summands, see `Matmul.partial`.
         """
-        x, stream = normed.norm.compute(normed.stream)
+        x, stream = normed.norm.compute(normed.stream, scaled=not self._folded)
         return (self.partial(x) if partial else self(x, out)), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
@@ -232,7 +233,8 @@ class CPUMatmul(Matmul):
         self, weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None
     ) -> None:
         super().__init__(weight, bias, place)
-        scale = None if norm is None else norm.take_scale()
+        scale = None if norm is None else norm.scale
+        self._folded = norm is not None
         self._half = HalfLinear(weight, scale) if HalfLinear.holds(weight) else None
         self.few_rows = self._half.most_rows if self._half else 0
         if self.few_rows == math.inf:
@@ -338,7 +340,8 @@ def make_matmul(
 ) -> Matmul:
     """Make the fastest `Matmul` for `place`; `norm` is the norm of its input.
 
-    A `CPUMatmul` multiplies its weight by that of `norm`, which then must have no other reader.
+    A `CPUMatmul` folds the weight of `norm` into its own weight. It then must only be called as
+    `normed` or `gated`, with this norm.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)

@@ -64,22 +64,20 @@ class RMSNorm:
         self.weight = place.empty(hidden_size)
         self._place = place
         self._normalize = RMSNormalizer(hidden_size, eps, place.device)
-        self._scale: Tensor | None = None
+        self.scale: Tensor
 
     def prepare(self) -> None:
-        self._scale = self.weight.float() * len(self.weight) ** 0.5
-
-    def take_scale(self) -> Tensor:
-        """Return weight * sqrt(hidden_size) float32; from now on `compute` omits this factor."""
-        assert self._scale is not None
-        scale, self._scale = self._scale, None
-        return scale
+        """Make `scale` [hidden_size] float32, the factor of `RMSNormalizer`'s result."""
+        self.scale = self.weight.float() * len(self.weight) ** 0.5
 
     def __call__(self, stream: Stream) -> Normed:
         return Normed(self, stream)
 
-    def compute(self, stream: Stream) -> tuple[Tensor, Stream]:
-        """Return norm(total + part) [T, hidden_size], and the stream with part added to total."""
+    def compute(self, stream: Stream, *, scaled: bool = True) -> tuple[Tensor, Stream]:
+        """Return norm(total + part) [T, hidden_size], and the stream with part added to total.
+
+        `scaled` is False for a linear layer on a CPU that has folded `scale` into its weight.
+        """
         total, part, place = stream.total, stream.part, self._place
         if part is not None and place.parallel.size > 1:
             both = place.parallel.add_rms_norm(part, total, self.weight, self.eps)
@@ -95,9 +93,7 @@ class RMSNorm:
         if part is not None:
             stream = Stream(total := part + total)
         y = self._normalize(total)
-        if self._scale is not None:
-            y = (y * self._scale).to(total.dtype)
-        return y, stream
+        return (y * self.scale).to(total.dtype) if scaled else y, stream
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         return {f"{name}.weight": WeightTarget(self.weight, tuple(self.weight.shape))}

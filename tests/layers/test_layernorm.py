@@ -81,12 +81,13 @@ def test_rows_are_independent() -> None:
     torch.testing.assert_close(norm.compute(Stream(x))[0], rows)
 
 
-def test_the_scale_can_be_handed_on() -> None:
+def test_the_scale_can_be_left_out() -> None:
     norm = _norm(32)
     x = _random(9, 32)
-    expected, _ = norm.compute(Stream(x))
-    scale = norm.take_scale()
-    torch.testing.assert_close(norm.compute(Stream(x))[0] * scale, expected)
+    for _ in range(2):
+        expected, _ = norm.compute(Stream(x))
+        unscaled, _ = norm.compute(Stream(x), scaled=False)
+        torch.testing.assert_close(unscaled * norm.scale, expected)
 
 
 def test_the_normalizer_leaves_the_factor_to_the_caller() -> None:

@@ -17,6 +17,7 @@ from utils.errors import ConfigError
 
 HIDDEN = 24
 ROWS = [1, 7, 70]
+SIZES = {"a": 16, "b": 32}
 EPS = 1e-6
 
 
@@ -219,3 +220,26 @@ def test_kv_heads_of_each_rank(
 def test_kv_heads_that_cannot_be_shared_evenly_are_refused(num_kv_heads: int, size: int) -> None:
     with pytest.raises(ConfigError, match="KV heads"):
         ParallelContext(0, size).kv_heads(num_kv_heads)
+
+
+@pytest.mark.parametrize("prepared_with_norm", [(True, True), (True, False), (False, True)])
+def test_several_layers_may_read_one_norm(
+    tmp_path: Path, prepared_with_norm: tuple[bool, bool]
+) -> None:
+    """As in a mixture of experts; one that knows the norm folds its weight, another does not."""
+    tensors = _checkpoint(SIZES, bias=True)
+    here = place()
+    norm = RMSNorm(HIDDEN, EPS, here)
+    layers = {name: ColumnLinear(HIDDEN, (n,), bias=True, place=here) for name, n in SIZES.items()}
+    targets = norm.weight_targets("norm")
+    for name, layer in layers.items():
+        targets |= layer.weight_targets(name)
+    load(tmp_path, tensors, targets)
+    norm.prepare()
+    for layer, known in zip(layers.values(), prepared_with_norm, strict=True):
+        layer.prepare(norm if known else None)
+    for rows in ROWS:
+        x = _input(rows)
+        for name, layer in layers.items():
+            y, _ = layer(norm(Stream(x)))
+            torch.testing.assert_close(y, _normed(tensors, name, x), atol=1e-4, rtol=1e-4)
