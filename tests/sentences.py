@@ -2,9 +2,9 @@
 
     python -m tests.sentences [--seed 15] [--count 40] [--all FILE ...]
 
-At most one of forty may need a second reading. Each sentence comes with its place: the file, and
-the class or function that it stands in. A sentence of a longer paragraph comes with the paragraph.
---all prints every sentence of the files, in order, instead.
+At most one of forty may need a second reading. A sentence comes with what its reader has before
+their eyes: the file, the class or function with its docstring, the line of code beside a comment,
+the section of a page with the paragraph or list. --all prints every sentence of the files instead.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _LEAST_WORDS = 5
 
 @dataclass(frozen=True, order=True)
 class Sentence:
-    """A sentence, and the paragraph of a docstring, comment or page that it stands in."""
+    """A sentence, where it stands, and the text around it."""
 
     place: str
     text: str
-    paragraph: str
+    around: str
 
     def __str__(self) -> str:
-        alone = self.text == self.paragraph
-        return f"- {self.place}: {self.text}" + ("" if alone else f"\n    [{self.paragraph}]")
+        alone = self.text == self.around
+        return f"- {self.place}: {self.text}" + ("" if alone else f"\n    [{self.around}]")
 
 
 def main() -> None:
@@ -67,24 +67,22 @@ def sentences() -> Iterator[Sentence]:
 
 def _of_file(name: str) -> Iterator[Sentence]:
     text = (ROOT / name).read_text()
-    if name.endswith(".py"):
-        found = [*_docstrings(text), *_comments(text)]
-    else:
-        found = [("", paragraph) for paragraph in _paragraphs(text)]
-    for owner, paragraph in found:
-        whole = " ".join(paragraph.split())
-        for sentence in _ENDS.split(whole):
+    python = name.endswith(".py")
+    for owner, paragraph, around in (
+        [*_docstrings(text), *_comments(text)] if python else _page(text)
+    ):
+        for sentence in _ENDS.split(" ".join(paragraph.split())):
             if len(sentence.split()) >= _LEAST_WORDS:
-                yield Sentence(f"{name} {owner}".strip(), sentence, whole)
+                yield Sentence(f"{name} {owner}".strip(), sentence, " ".join(around.split()))
 
 
-def _docstrings(source: str) -> Iterator[tuple[str, str]]:
-    """Owner and text of docstrings' paragraphs; what is said of an argument is a paragraph."""
+def _docstrings(source: str) -> Iterator[tuple[str, str, str]]:
+    """Owner, paragraph and whole of docstrings; what is said of an argument is a paragraph."""
     for owner, node in _definitions(ast.parse(source), ""):
         text = ast.get_docstring(node) or ""
         for paragraph in re.split(r"\n\s*\n|\n(?= {4}\w[\w, ]*:)", text):
             lines = [line for line in paragraph.splitlines() if line.strip() not in _HEADINGS]
-            yield owner, "\n".join(lines)
+            yield owner, "\n".join(lines), text
 
 
 _Definition = ast.Module | ast.ClassDef | ast.FunctionDef
@@ -97,9 +95,9 @@ def _definitions(node: _Definition, owner: str) -> Iterator[tuple[str, _Definiti
             yield from _definitions(child, f"{owner}.{child.name}".lstrip("."))
 
 
-def _comments(source: str) -> Iterator[tuple[str, str]]:
-    """Owner and text of comments: of one behind code, of several lines of their own together."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+def _comments(source: str) -> Iterator[tuple[str, str, str]]:
+    """Owner and text of comments, with the line of code that they are behind or above."""
+    tokens, code = tokenize.generate_tokens(io.StringIO(source).readline), source.splitlines()
     found = [t for t in tokens if t.type == tokenize.COMMENT and not t.string.startswith(_ORDERS)]
 
     def together(item: tuple[int, tokenize.TokenInfo]) -> object:
@@ -108,8 +106,10 @@ def _comments(source: str) -> Iterator[tuple[str, str]]:
         return token.start[0] - index if alone else token.start
 
     for _, group in groupby(enumerate(found), key=together):
-        lines = [token for _, token in group]
-        yield _owner(source, lines[0].start[0]), "\n".join(t.string.lstrip("# ") for t in lines)
+        comment = [token for _, token in group]
+        text = "\n".join(token.string.lstrip("# ") for token in comment)
+        line = comment[0].line.partition("#")[0] or code[comment[-1].start[0]]
+        yield _owner(source, comment[0].start[0]), text, f"{text} | {line}"
 
 
 def _owner(source: str, line: int) -> str:
@@ -122,13 +122,17 @@ def _owner(source: str, line: int) -> str:
     return around[-1] if around else ""
 
 
-def _paragraphs(page: str) -> Iterator[str]:
-    """The paragraphs and list items of a page, without code, tables, headings and addresses."""
+def _page(page: str) -> Iterator[tuple[str, str, str]]:
+    """Heading, paragraph or list item, and all of the list; no code, tables and addresses."""
     text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
     text = re.sub(r"\]\([^)]*\)", "]", text)
-    for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-*|] |\s*\d+\. )", text):
-        if not paragraph.lstrip().startswith(("#", "|")):
-            yield re.sub(r"^\s*[-*] ", "", paragraph)
+    heading = ""
+    for block in re.split(r"\n\s*\n", text):
+        if block.lstrip().startswith("#"):
+            heading = f"({block.strip('# ')})"
+        elif not block.lstrip().startswith("|"):
+            for item in re.split(r"\n(?=\s*[-*] |\s*\d+\. )", block):
+                yield heading, re.sub(r"^\s*[-*] ", "", item), block
 
 
 if __name__ == "__main__":
