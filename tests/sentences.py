@@ -21,7 +21,7 @@ from itertools import groupby
 
 from tests.size import ROOT, manifest
 
-_ENDS = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`\[\"(])")
+_ENDS = re.compile(r"(?<=[.!?])\s+(?=[A-Z`\[\"(])")
 _HEADINGS = {"Args:", "Attributes:", "Raises:", "Returns:"}
 # Comments that are for tools.
 _ORDERS = ("# mypy", "# type", "# noqa", "# fmt")
@@ -67,10 +67,8 @@ def sentences() -> Iterator[Sentence]:
 
 def _of_file(name: str) -> Iterator[Sentence]:
     text = (ROOT / name).read_text()
-    python = name.endswith(".py")
-    for owner, paragraph, around in (
-        [*_docstrings(text), *_comments(text)] if python else _page(text)
-    ):
+    found = [*_docstrings(text), *_comments(text)] if name.endswith(".py") else _page(text)
+    for owner, paragraph, around in found:
         for sentence in _ENDS.split(" ".join(paragraph.split())):
             if len(sentence.split()) >= _LEAST_WORDS:
                 yield Sentence(f"{name} {owner}".strip(), sentence, " ".join(around.split()))
@@ -108,7 +106,7 @@ def _comments(source: str) -> Iterator[tuple[str, str, str]]:
     for _, group in groupby(enumerate(found), key=together):
         comment = [token for _, token in group]
         text = "\n".join(token.string.lstrip("# ") for token in comment)
-        line = comment[0].line.partition("#")[0] or code[comment[-1].start[0]]
+        line = comment[0].line.partition("#")[0].strip() or code[comment[-1].start[0]]
         yield _owner(source, comment[0].start[0]), text, f"{text} | {line}"
 
 
