@@ -51,7 +51,7 @@ class Config:
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
         max_num_seqs: maximum number of requests that run at once.
-        max_num_batched_tokens: maximum number of positions in a step, drafted positions included.
+        max_num_batched_tokens: maximum number of positions in a step, with drafts; >= max_num_seqs.
         gpu_memory_utilization: share of the device's memory that the engine uses (CUDA only).
         kvcache_block_size: tokens per KV block, a multiple of 16.
         num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
@@ -79,8 +79,7 @@ class Config:
             many requests run at once, which request gives up its blocks when blocks run out, and
             what a step computes first (docs/scheduling.md).
 
-    Raises:
-        ConfigError: an option is out of range or contradicts another option.
+    Raises a ConfigError if an option is out of range or contradicts another option.
     """
 
     model: str

@@ -82,17 +82,16 @@ class SamplingParams:
         n: number of outputs. The prefix cache lets the outputs share blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`, which the engine calls in
             each step with the tokens so far and one row of float32 logits.
-        priority: scheduling policies that use it run higher values first, and preempt them last.
+        priority: policies that use it run higher values first (vLLM: lower), and preempt them last.
         user: name of the user, for policies that share the engine between users.
         cache_salt: requests share cached prefixes only if their salts are equal.
-        predicted_tokens: a guess of the output's length, for scheduling policies. The guess never
+        predicted_tokens: expected length of the output in tokens, for scheduling policies. It never
             ends the request. None stands for `max_tokens`.
         penalizes: derived: whether a penalty changes the logits of tokens that occurred before.
         filters: derived: whether top_k, top_p or min_p may exclude tokens from sampling.
         needs_logits: derived: whether filters, penalties, min_tokens, processors or logprobs apply.
 
-    Raises:
-        RequestError: a value is out of range; the message names the field.
+    Raises a RequestError that names the field if a value is out of range.
     """
 
     # The sampler adds temperature * noise to the logits in float32, with noise up to 16. So at a

@@ -1,7 +1,8 @@
 """Tables of the running requests on the device, and the rows of a step, which are made from them.
 
-A request's slot is its row index in the tables. A step has one row for each token to compute. The
-sampled rows of a step are those whose next token is drawn.
+A request's slot is its row index in the tables. A row of a step is one token here. The rows of
+`engine.types` are something else: a row there is all work of a step for one request, and may have
+several tokens. The sampled rows of a step are those whose next token is drawn.
 """
 
 from __future__ import annotations

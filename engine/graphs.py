@@ -138,8 +138,7 @@ class StepGraphs:
 
         `serves` must be true for the plan, and `DeviceState.apply` must have been called.
 
-        Returns:
-            Logits [R, this rank's vocabulary] and R sampled rows; the next replay overwrites both.
+        Returns logits [R, this rank's vocabulary] and R sampled rows, valid until the next replay.
         """
         assert self._logits is not None
         if plan.prefill:

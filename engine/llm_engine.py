@@ -108,10 +108,11 @@ class LLMEngine:
         return seq
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """Start steps until `pipeline_depth` + 1 are in flight, then commit the oldest of them.
+        """End aborted requests, start steps, commit the oldest step in flight, find stop strings.
 
+        Steps are started until `pipeline_depth` + 1 are in flight, or nothing can be planned.
         Returns the plan of the committed step (None if there was nothing to do), and the requests
-        that this call has ended: by the committed step, or because of an earlier `abort`.
+        that this call has ended: by the committed step, a stop string, or an earlier `abort`.
 
         Raises:
             StepError: the step failed. After any exception (Ctrl-C included) all unfinished

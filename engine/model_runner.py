@@ -65,7 +65,7 @@ class StepPass:
 
         Args:
             prompt_rows: [P] int64 rows whose next prompt token needs a log-probability.
-            out: a tensor that the model may write the logits into.
+            out: tensor for the logits, in the model's dtype. The model need not use `out`.
         """
         # Without prefill chunks every row is a sampled row. None selects all rows.
         wanted = rows.sampled.rows if rows.num_chunks else None
@@ -92,6 +92,7 @@ class StepPass:
         """Draw a step's tokens, and write them into the token table for the next step.
 
         Args:
+            logits, sampled: what `forward` returned, and the R rows to draw a token for.
             special: the rows' options beyond temperature and seed; None if no row has any.
             greedy: whether every row has temperature 0.
         """
@@ -106,7 +107,7 @@ class StepPass:
         return output
 
     def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
-        """Enqueue a step that draws by temperature and seed alone. `rows.header` must be set."""
+        """Enqueue a step that draws by temperature and seed alone, and return the step's logits."""
         self.state.fill(rows)
         logits = self.forward(rows, out=out)
         self.draw(logits, rows.sampled)
@@ -116,15 +117,16 @@ class StepPass:
 class LocalRunner(ModelRunner):
     """Owns the model, the KV cache and the tables of running requests on one device.
 
-    On CUDA steps are enqueued on a stream, and decodes and short prefills run as captured graphs.
-    On a CPU with pipeline_depth 0, `execute` returns when the step has ended. With pipeline_depth 1
-    a worker thread runs the step, so that the caller can plan the next step at the same time.
+    On CUDA steps are enqueued on a stream. Decodes and short prefills run as CUDA graphs if options
+    and backend allow graphs. On a CPU with pipeline_depth 0, `execute` returns when the step has
+    ended. With pipeline_depth 1 a worker thread runs the step while the caller plans the next step.
 
     Args:
-        config: as returned by `engine.parts.resolve`.
+        config, checkpoint: as `engine.parts.resolve` and `utils.checkpoint.open_checkpoint` return.
         parallel: this runner's rank and the number of ranks; by default there is a single rank.
 
     Raises:
+        ConfigError: an option that this model or machine cannot serve.
         UnsupportedModelError, WeightsError: see `utils.errors`.
         OutOfMemoryError: weights and KV cache do not fit the device.
     """
@@ -333,11 +335,7 @@ def step_launcher(
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
-    """The module in `models` that implements the checkpoint's model_type.
-
-    Raises:
-        UnsupportedModelError: `models` has no such module.
-    """
+    """The module for the checkpoint's model_type; UnsupportedModelError if `models` has none."""
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"
     known = name.removeprefix("models.").isidentifier()

@@ -55,7 +55,8 @@ class AdmissionPolicy(Policy):
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         """Whether `seq`, the first request of the queue, may start beside the running requests.
 
-        The scheduler checks afterwards that free blocks suffice. `batch` must not be changed.
+        This method is not called while no request runs. The first request is always admitted if
+        enough blocks are free, which the scheduler checks afterwards. `batch` must not be changed.
         """
 
 

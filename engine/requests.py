@@ -131,8 +131,7 @@ def check_request(
 ) -> int:
     """Check a request for one output. Returns the length limit of prompt and output together.
 
-    Raises:
-        RequestError: the prompt or a parameter cannot be served; RequestTooLongError is a subclass.
+    Raises RequestError, or its subclass RequestTooLongError, if the request cannot be served.
     """
     ids = f"Token ids are integers from 0 to {vocab_size - 1}."
     if not prompt:

@@ -164,14 +164,11 @@ class SpecialRows:
     def draw(
         self, sampler: Sampler, tokens: Tensor, logits: Tensor, sampled: SampledRows
     ) -> tuple[Tensor, StepScores | None]:
-        """Draw the step's tokens.
+        """Draw the step's tokens, [R] int64; return them and the log-probabilities asked for.
 
         Args:
             tokens: [slots + 1, max_model_len] token ids of prompt and output of each request.
             logits: [R + P, this rank's vocabulary]: of R sampled rows, then of P `prompt_rows`.
-
-        Returns:
-            [R] int64 tokens, and the log-probabilities that were asked for.
         """
         count = len(sampled.slots)
         whole = sampler.gathered(logits)

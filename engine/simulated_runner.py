@@ -60,8 +60,7 @@ class SimulatedRunner(ModelRunner):
         groups: the cache groups; by default one, whose size follows from `config`.
         seconds: function from a plan to the time that the step takes; by default `STEP_SECONDS`.
 
-    Raises:
-        ConfigError: tensor_parallel_size is above 1, or in `execute` `seconds` gave no valid time.
+    Raises a ConfigError if tensor_parallel_size is above 1. `execute` does if a time is not valid.
     """
 
     name = "simulated"

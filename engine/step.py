@@ -85,8 +85,8 @@ class PrefillChunk:
 class StepPlan:
     """One step of the model, as pure data: updates of the runner's tables, and rows to compute.
 
-    A runner applies `new_requests`, then `block_updates`, then makes the `block_copies`, then
-    computes the rows: the prefill chunks in order, then one decode row for each slot in `decode`.
+    A runner applies `new_requests`, then `block_updates`, and before or after these `block_copies`.
+    Last it computes the rows: prefill chunks in order, then a decode row for each slot in `decode`.
 
     A decode row starts at the request's first position that is not computed. The runner sampled the
     token of this position in an earlier step. Decode row i has up to `decode_tokens[i]` positions.
@@ -165,7 +165,7 @@ class StepResult:
     reports: Mapping[int, RowReport] = field(default_factory=dict)
 
     def check(self, plan: StepPlan) -> None:
-        """Raise a ContractError if the result has too few or too many rows or tokens for `plan`."""
+        """Raise a ContractError if step id or number of tokens, logprobs or values is wrong."""
         lengths = list(map(len, self.tokens))
         sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
         num_rows = len(sampling) + len(plan.decode)

@@ -85,7 +85,7 @@ class KVGeometry:
     """Shape of one cache group: K and V of `num_layers` layers in `num_blocks` blocks."""
 
     num_layers: int
-    num_kv_heads: int
+    num_kv_heads: int  # KV heads of one rank
     head_dim: int
     block_size: int
     num_blocks: int
@@ -183,7 +183,8 @@ class BlockManager(ABC):
         prefix caching the result is 0. The table gets the blocks of the cached tokens. If the
         cached tokens end inside a block, the table ends with a new block for this request alone.
         `take_copies` then returns the copy that fills the new block. Only requests with equal
-        `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`.
+        `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`, and
+        after the last `commit` also drop tokens at the end of the output (after a stop string).
         """
 
     @abstractmethod
@@ -247,7 +248,9 @@ class Scheduler(ABC):
 
     `commit` appends to a request's `token_ids`, `logprobs`, `prompt_logprobs`, `values` and
     `token_times` (the step's `ended_at`, once for each token), and sets `finish_reason` and
-    `error`. If a row reports an error, its request ends with finish_reason "error". The first
+    `error`. If a row reports an error, its request ends with finish_reason "error". A request whose
+    length limit is its prompt's length gets no token: its last chunk has `samples=False`, and the
+    commit of this chunk ends the request with "length". The first
     admission sets `admitted_at` and `num_cached`. Each preemption adds 1 to `num_preemptions`. The
     class `engine.running_batch.RunningBatch` does this bookkeeping.
     """

@@ -1,6 +1,8 @@
 """Device tensors for the rows (tokens) of a step, made from device tables of all requests.
 
-The functions here are in plain torch; `layers.kernels.step_rows` has them as Triton kernels.
+A row here is one token. The rows of `engine.types` are something else: a row there is all work of a
+step for one request, and may have several tokens. `layers.kernels.step_rows` has Triton kernels for
+the functions here.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class SlotTables:
 
     Attributes:
         tokens: token ids of prompt and output, int32 [slots + 1, max_model_len].
-        block_tables: block ids, int32 [slots + 1, max_blocks].
+        block_tables: ids of blocks of `block_size` positions, int32 [slots + 1, max_blocks].
         num_computed: number of tokens whose K and V are computed, int64 [slots + 1].
         temperatures, seeds: temperature and seed of sampling, float32 and int64 [slots + 1].
     """
@@ -91,6 +93,7 @@ class StepRows:
         slots, context_lens: as in `AttentionBatch`, int32 [B]; padding has the padding slot and 0.
         query_start: index of each request's first row, then T, int32 [B + 1].
         num_chunks, num_chunk_rows: number of prefill chunks, and total number of their rows.
+        longest_chunk, rows_per_decode: most rows of one chunk (0: no chunks); rows of each decode.
     """
 
     header: Tensor
@@ -145,7 +148,7 @@ class StepRows:
 def enter_requests(
     tables: SlotTables, header: Tensor, temperatures: Tensor, token_ids: Tensor, longest: int
 ) -> None:
-    """Write token ids, temperatures and seeds of N new requests into the tables.
+    """Write token ids (int32), temperatures (float32 [N]) and seeds of N requests into the tables.
 
     `header` is int64 [4, N]. A request's column is: slot; index of its first id in `token_ids`;
     number of its ids, at most `longest`; seed.
@@ -162,8 +165,8 @@ def enter_requests(
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     """Set all tensors of `rows` from its header, and count the rows in `tables.num_computed`.
 
-    Decodes with one row each take a shorter path, which does not support padding. On a loaded CPU
-    the shorter path takes 79 us, and `fill_any_rows` took 495 us.
+    In this torch version decodes with one row each take a shorter path, which does not support
+    padding. On a loaded CPU the shorter path takes 79 us, and `fill_any_rows` took 495 us.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)

@@ -90,7 +90,10 @@ class LowestFirst(EvictionPolicy):
 
     @abstractmethod
     def value(self, block: CachedBlock) -> float:
-        """The worth of keeping the block. Called when the last request releases the block."""
+        """The worth of keeping the block. Called each time that its last holder releases the block.
+
+        The value stays until a request finds the block, or until the block is evicted.
+        """
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -32,7 +32,8 @@ class ForwardBatch:
 
     Attributes:
         input_ids, slot_mapping: token ids, and rows of `KVLayer.flat` for K and V, int64 [T].
-        attention: what the attention backend's `prepare` returned for this step.
+        rotation, attention: results of `prepare` of `CausalLM.rotary` and of the attention backend.
+        kv: the KV cache of each layer, in the order of the layers.
         sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
         logits: buffer [R, this rank's columns] that the model may, but need not, return logits in.
     """
@@ -49,6 +50,8 @@ class ForwardBatch:
 class CausalLM(ABC):
     """A model's weights and forward pass on one rank."""
 
+    # The runner calls `rotary.prepare` once before each forward pass, with positions [T] int64, and
+    # passes the result as `ForwardBatch.rotation`. A model without rotary embedding needs it too.
     rotary: RotaryEmbedding
 
     @abstractmethod
@@ -73,7 +76,8 @@ class CausalLM(ABC):
 
     @abstractmethod
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Return logits [R, this rank's columns] of the batch's `sampled_rows`.
+        """Return logits [R, this rank's columns], in the model's dtype, of `batch.sampled_rows`.
 
-        The first column of rank r is token r * columns. Columns past the vocabulary are -inf.
+        All ranks have equally many columns; with several ranks, a multiple of 4. The first column
+        of rank r is token r * columns. Columns past the vocabulary are -inf.
         """

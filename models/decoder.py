@@ -33,7 +33,9 @@ class DecoderSpec(ModelShape):
 def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> DecoderSpec:
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
-    Raises UnsupportedModelError for settings that this decoder would silently compute wrongly.
+    Raises UnsupportedModelError for activations other than silu, layers without full attention,
+    quantised weights, and sizes that do not fit. Nothing else is checked. So `model_shape` must
+    refuse settings that only its architecture has and that are not built, e.g. `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -73,7 +75,12 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
 
 class Block(Protocol):
-    """The part of a layer that follows a norm: `Attention`, `MLP`, or a class of your own."""
+    """The part of a layer that follows a norm: `Attention`, `MLP`, or a class of your own.
+
+    `DecoderLayer` calls the MLP with `(normed)` and the attention with `(normed, batch, kv, rows)`:
+    the `ForwardBatch`, this layer's `KVLayer`, and in the last layer the indices [R] int64 of the
+    rows to return (None: all rows). The attention stores K and V of all rows.
+    """
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 

@@ -35,8 +35,7 @@ class PartKind:
         Classes that set no `name` are left out: base classes, and parts that only the engine
         chooses. A module that needs a package which is not installed is skipped.
 
-        Raises:
-            ImportError: a module imports a name that an installed package does not have.
+        Raises an ImportError if a module imports a name that an installed package does not have.
         """
         base = self.base
         return {

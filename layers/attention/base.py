@@ -16,7 +16,7 @@ from memory.kv_cache import KVLayer
 class AttentionSpec:
     """What a backend has to serve: the attention heads of one rank, and the KV cache they read.
 
-    `scale` multiplies dot products of Q and K. A decode has up to `rows_per_decode` query rows.
+    `scale` multiplies dot products of Q and K. No batch has a larger `rows_per_decode`.
     """
 
     num_heads: int
@@ -36,8 +36,8 @@ class AttentionBatch:
     """The B requests of a step and their query rows: prefills come first, then decodes.
 
     Attributes:
-        block_tables: block ids of all running requests, [slots, max_blocks]; int32 like all tensors
-            here. Entries after a request's last block are stale.
+        block_tables: block ids of all running requests, [slots + 1, max_blocks]; int32 like all
+            tensors here. Entries after a request's last block are stale. The last row is padding.
         slots: for each request of the step, its row in `block_tables`, [B].
         context_lens: length of each request including this step's tokens, [B]; 0 for padding.
         query_start: first row of each prefill and end of the last prefill, [num_prefills + 1].
@@ -81,5 +81,6 @@ class AttentionBackend(ABC):
     def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
         """Return attention output [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
 
-        Rows of `q` may be strided. The n query rows of a request belong to its last n tokens.
+        `q` and the result have the spec's dtype. Rows of `q` may be strided. The n query rows of a
+        request belong to its last n tokens. Results of padding rows may have any value.
         """

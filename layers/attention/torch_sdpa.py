@@ -124,10 +124,7 @@ class TorchAttention(AttentionBackend):
         return out.reshape(n, -1)
 
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
-        """Return K and V of n requests, each [n, num_kv_heads, L, head_dim].
-
-        On a CPU the next call of `_gather` may overwrite these K and V.
-        """
+        """Return n requests' K and V, [n, num_kv_heads, L, head_dim], valid until the next call."""
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)

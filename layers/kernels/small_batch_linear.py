@@ -31,9 +31,8 @@ _TALL_WEIGHTS = 14 * 2**20
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
     """Tile of `rows_kernel`; EVEN says whether all tiles are full."""
     # All linear layers of Qwen3-0.6B, with norms, residuals and SwiGLU, in one CUDA graph on an
-    # H200 take 310 us at 1 token, 332 us at 8 and 402 us at 16. cuBLAS with separate kernels for
-    # the rest takes 1,082, 884 and 926 us. At 32 tokens `rows_kernel` takes 612 us and
-    # `tile_kernel` 543 us.
+    # H200 take 310 us at 1 token, 332 us at 8, 402 us at 16. cuBLAS with separate kernels for the
+    # rest takes 1,082, 884 and 926 us. At 32 tokens `rows_kernel` takes 612, `tile_kernel` 543 us.
     wide = tokens > 8 if swiglu else n >= 4096
     bm, bn = (8 if tokens <= 8 else 16), (32 if wide else 16)
     if k <= 2048:

@@ -2,8 +2,7 @@
 
 A slot is the index of a running request's row in the tables. A step's rows are tokens. The kernels
 begin and end a captured step, so the host does not write the step's rows. In steps with prefill the
-kernels and one upload replace some twenty torch operations. First tokens then come 0.6 to 1.0 ms
-sooner.
+kernels and one upload replace some 20 torch operations. First tokens come 0.6 to 1.0 ms sooner.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 

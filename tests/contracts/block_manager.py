@@ -131,8 +131,10 @@ class BlockManagerContract(TogetherContract):
     Attributes:
         make_blocks: the class or a factory.
         make_scheduler: what it is driven by in the traces.
-        kind: of the cache group whose blocks it has. In the traces, which the scheduler drives, it
-            has full pages; a second group with a window has `WindowBlockManager` there.
+        kind: of the cache group whose blocks the manager has in the tests without a scheduler. With
+            a scheduler, i.e. in traces, the manager has a group with full pages. A trace with a
+            second group does not use `make_blocks`: its groups have `PagedBlockManager` and
+            `WindowBlockManager`.
     """
 
     make_blocks: ClassVar[Any]
