@@ -85,7 +85,10 @@ class Block(Protocol):
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Prepare for use, after loading; `norm` is the norm before the block, prepared already."""
+        """Lay the loaded weights out. `norm` is the norm whose output the block reads, prepared.
+
+        Each linear layer that reads `norm` may get `norm` for its own `prepare`.
+        """
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         """Map the checkpoint's tensor names that begin with `name` to the block's weights."""
