@@ -60,7 +60,7 @@ class SimulatedRunner(ModelRunner):
         groups: the cache groups; by default one, whose size follows from `config`.
         seconds: function from a plan to the time that the step takes; by default `STEP_SECONDS`.
 
-    Raises a ConfigError if tensor_parallel_size is above 1. `execute` does if a time is not valid.
+    Raises a ConfigError if tensor_parallel_size is above 1, and in `execute` for an invalid time.
     """
 
     name = "simulated"

@@ -9,7 +9,7 @@ and a position give the same noise in every batch, on every device, for any spli
     u        = ((word >> 9) + 1/2) / 2^23
     noise    = -log(-log(u))
 
-u has 23 random bits. With 24 bits u would round to 1 once in 2^24 draws: infinite noise.
+u has 23 random bits. With 24, u would be 1 in float32, and the noise infinite, once in 2^24 draws.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def sample_shard(
         vocab_offset: token id of the first column, a multiple of 4.
         least: float32 [R]; tokens with a logit below the row's value are never sampled.
 
-    Returns the largest sum, float32 [R], and its token, int64 [R]; the lowest of equal ones.
+    Returns the largest sum, float32 [R], and its token, int64 [R]: the lowest token of equal sums.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
