@@ -142,7 +142,10 @@ class StepRows:
         """Return the requests and their rows in the form that attention backends take."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
-        return AttentionBatch(block_tables, self.slots, self.context_lens, start, *counts)
+        # The last request of captured chunks owns the padding rows. It is no decode, so left out.
+        decodes = (len(self.input_ids) - self.num_chunk_rows) // self.rows_per_decode
+        slots, lens = (x[: self.num_chunks + decodes] for x in (self.slots, self.context_lens))
+        return AttentionBatch(block_tables, slots, lens, start, *counts)
 
 
 def enter_requests(

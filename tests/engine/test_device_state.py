@@ -192,6 +192,8 @@ def test_of_rows_of_captured_chunks_any_number_may_be_one_chunk() -> None:
     attention = part.attention(torch.zeros(1))
     assert (attention.num_prefills, attention.num_prefill_tokens) == (2, 24)
     assert attention.max_query_len == 24
+    # The third request owns the padding, and a backend must not take it for a decode.
+    assert len(attention.slots) == len(attention.context_lens) == 2
     for name in ("input_ids", "positions", "slot_mapping"):
         ours, all_of_them = getattr(part, name), getattr(whole, name)
         assert len(ours) == 24

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine.device_state import chunks_header
+from engine.types import PrefillChunk
 from layers.attention.base import AttentionSpec
 from layers.attention.flash_attn import FlashAttention
 from layers.attention.torch_sdpa import TorchAttention
+from layers.step_rows import StepRows
 from llm import LLM, SamplingParams
-from tests.contracts.attention import AttentionContract
+from tests.contracts.attention import AttentionContract, Request, make_case
 from tests.layers.attention import fake_flash_attn
 from utils.errors import ConfigError
 
@@ -125,3 +128,28 @@ def test_an_engine_on_it_gives_the_tokens_of_the_reference(shipped: Path) -> Non
             outputs = llm.generate(prompts, params, use_tqdm=False)
         tokens.append([out["token_ids"] for out in outputs])
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.usefixtures("package")
+def test_padding_of_captured_chunks_is_no_decode() -> None:
+    """Two chunks of a captured step of 24 rows, of which the last 15 are padding."""
+    case = make_case(
+        [Request(40, 5), Request(4, 4)],
+        [],
+        block_size=256,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    chunks = tuple(PrefillChunk(slot, 0, n, True) for slot, n in ((0, 5), (1, 4)))
+    rows = StepRows.empty(
+        torch.from_numpy(chunks_header(chunks, 2, 24, len(case.batch.block_tables) - 1)),
+        24,
+        2,
+        num_chunks=2,
+    ).first_rows(24)
+    rows.query_start[:3], rows.context_lens[:2] = case.batch.query_start, case.batch.context_lens
+    rows.slots[:2] = case.batch.slots
+    backend = OnCPU(case.spec)
+    q = torch.cat((case.q, torch.zeros(15, *case.q.shape[1:], dtype=case.q.dtype)))
+    out = backend.attend(q, case.kv, backend.prepare(rows.attention(case.batch.block_tables)))
+    torch.testing.assert_close(out[:9], case.expected, atol=1e-2, rtol=1e-2)
