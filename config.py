@@ -147,7 +147,4 @@ class Config:
 
 _RULES = rules_of(Config)
 # Pairs of options of which at most one may be set, to True or to a number.
-_EITHER = (
-    ("enforce_eager", "enable_cuda_graphs"),
-    ("num_kvcache_blocks", "kvcache_memory_bytes"),
-)
+_EITHER = (("enforce_eager", "enable_cuda_graphs"), ("num_kvcache_blocks", "kvcache_memory_bytes"))

@@ -107,7 +107,7 @@ class SamplingParams:
     max_tokens: int | None = ruled(
         64, integer(1, fix="Use None to generate up to max_model_len.", optional=True)
     )
-    min_tokens: int = ruled(0, integer(0, fix="Use 0 for none."))
+    min_tokens: int = ruled(0, integer(0, 2**31, fix="Use 0 for none."))
     stop: str | list[str] | tuple[str, ...] = ruled((), _STOP)
     stop_token_ids: list[int] | tuple[int, ...] = ruled((), _TOKEN_IDS)
     ignore_eos: bool = ruled(False, boolean())

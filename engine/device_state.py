@@ -19,6 +19,7 @@ from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers import step_rows as reference
 from layers.kernels.launch import has_triton
 from layers.step_rows import SampledRows, SlotTables, StepRows
+from utils.errors import ContractError
 
 Array = np.ndarray[Any, Any]
 
@@ -173,6 +174,8 @@ class DeviceState:
     def _extend(self, updates: tuple[BlockUpdate, ...]) -> None:
         table = self.tables.block_tables
         width = table.shape[1]
+        if any(u.first_index + len(u.block_ids) > width for u in updates):
+            raise ContractError(f"a block table has more than {width} entries (max_model_len)")
         at = [u.slot * width + u.first_index + i for u in updates for i in range(len(u.block_ids))]
         ids = [block for update in updates for block in update.block_ids]
         where = self.staging.upload(np.array(at, dtype=np.int64))

@@ -43,9 +43,9 @@ class LLMEngine:
         self._thread = threading.get_ident()
         self.runner: ModelRunner = make_runner(config, self.checkpoint)
         self._sanitizer: SanitizedRunner | None = None
-        if config.kv_sanitizer:
-            self.runner = self._sanitizer = SanitizedRunner(self.runner, config)
         try:
+            if config.kv_sanitizer:
+                self.runner = self._sanitizer = SanitizedRunner(self.runner, config)
             self.reset()
         except BaseException:
             self.runner.close()
@@ -123,7 +123,6 @@ class LLMEngine:
         self.check_usable()
         depth = self.config.pipeline_depth or 0
         with self._inside():
-            self._stale = True
             try:
                 asked = [self._aborts.popleft() for _ in range(len(self._aborts))]
                 ended = [seq for one in asked if (seq := self.scheduler.abort(one))]
@@ -138,16 +137,23 @@ class LLMEngine:
             except BaseException:
                 self.reset("error")
                 raise
-            self._stale = False
         return committed, ended
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Inside the `with` block requests change, so `drop` leaves its work to the next `step`."""
+        """Inside the `with` block requests change, so `drop` leaves its work to the next `step`.
+
+        An error of a part, or Ctrl-C, may leave a change half done: `check_usable` then resets.
+        """
         self._calls += 1
         self._thread = threading.get_ident()
+        self._stale = True
         try:
             yield
+            self._stale = False
+        except RequestError:
+            self._stale = False
+            raise
         finally:
             self._calls -= 1
 
@@ -212,8 +218,6 @@ class LLMEngine:
     def reset(self, reason: str = "abort") -> None:
         """End all requests, wait for steps in flight, make a new scheduler and block manager."""
         with self._inside():
-            # If Ctrl-C interrupts `reset`, `check_usable` repeats it at the engine's next use.
-            self._stale = True
             # All requests end, so results and errors of the steps in flight are ignored.
             while self._pipeline:
                 with suppress(Exception):
@@ -229,15 +233,16 @@ class LLMEngine:
                 managers = self._sanitizer.watch(managers)
             self.blocks = grouped(managers)
             self.scheduler = make_scheduler(self.config, self.blocks, self.runner.now)
-            self._stale = False
 
     def close(self) -> None:
         """End all requests and free the memory. A second call does nothing."""
         if self._closed:
             return
-        self.reset()
-        self._closed = True
-        self.runner.close()
+        try:
+            self.reset()
+        finally:
+            self._closed = True
+            self.runner.close()
 
     @property
     def stats(self) -> EngineStats:
@@ -266,7 +271,7 @@ class LLMEngine:
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Repeat an interrupted `reset`. Raises an EngineClosedError if the engine is closed."""
+        """Reset if the last call was interrupted. EngineClosedError: the engine is closed."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

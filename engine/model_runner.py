@@ -138,12 +138,9 @@ class LocalRunner(ModelRunner):
     ) -> None:
         parallel = parallel or ParallelContext()
         if config.tensor_parallel_size != parallel.size:
-            raise ConfigError(
-                "tensor_parallel_size",
-                config.tensor_parallel_size,
-                f"this runner is one of {parallel.size}",
-                'Leave model_runner at "local": every rank then gets a runner of its own.',
-            )
+            problem = f"this runner is one of {parallel.size}"
+            fix = 'Leave model_runner at "local": every rank then gets a runner of its own.'
+            raise ConfigError("tensor_parallel_size", config.tensor_parallel_size, problem, fix)
         self._config = config
         self._parallel = parallel
         self._device = torch.device(config.device)
@@ -160,11 +157,12 @@ class LocalRunner(ModelRunner):
         here = torch.cuda.stream(stream) if stream else nullcontext()
         with torch.inference_mode(), here, memory_errors(self._device):
             spec = self._load(checkpoint)
-            self._sampler = Sampler(parallel, self._device, self._dtype)
+            vocab_size = int(checkpoint.hf_config.vocab_size)
+            self._sampler = Sampler(Place(parallel, self._dtype, self._device), vocab_size)
             limits = config.max_num_seqs, spec.max_model_len, spec.block_size
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
             self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
-            geometry = self._sized(before, int(checkpoint.hf_config.vocab_size))
+            geometry = self._sized(before, vocab_size)
             # All ranks execute the same plans, so all use the block count of the smallest cache.
             blocks = torch.tensor([-geometry.num_blocks], device=self._device)
             self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))

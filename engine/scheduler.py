@@ -38,8 +38,8 @@ class QueuedScheduler(Scheduler):
 
     def wait(self, seq: Sequence) -> None:
         """Put a new or preempted request into the queue."""
-        self._waiting[seq.request_id] = seq
         self.queue.push(seq)
+        self._waiting[seq.request_id] = seq
 
     def admit(self, seq: Sequence) -> bool:
         """Admit the queue's first request. False (nothing changes) if no slot or block is free."""

@@ -170,12 +170,12 @@ class StepResult:
         sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
         num_rows = len(sampling) + len(plan.decode)
         num_scores = num_rows if self.logprobs is None else len(self.logprobs)
-        if self.step_id != plan.step_id or not len(lengths) == num_scores == num_rows:
-            found = f"with tokens of {len(lengths)} and log-probabilities of {num_scores}"
-            raise ContractError(
-                f"step {plan.step_id} has {num_rows} rows that sample; its result is of step "
-                f"{self.step_id}, {found}"
-            )
+        num_chunks = len(plan.prefill if self.prompt_logprobs is None else self.prompt_logprobs)
+        found = self.step_id, len(lengths), num_scores, num_chunks
+        expected = plan.step_id, num_rows, num_rows, len(plan.prefill)
+        if found != expected:
+            names = "step, rows with tokens, rows with log-probabilities, chunks"
+            raise ContractError(f"a result has {found} instead of {expected} ({names})")
         # Fast path: in most steps every row has one token, no log-probabilities and no report.
         plain = self.logprobs is None and not self.reports and not plan.decode_tokens
         if plain and lengths.count(1) == num_rows:

@@ -175,4 +175,4 @@ class _StreamStep(StepHandle):
 
 
 def _step_error(step_id: int, error: BaseException) -> StepError:
-    return StepError(f"step {step_id} failed: {error}")
+    return StepError(f"step {step_id} failed: {type(error).__name__}: {error}")

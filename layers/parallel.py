@@ -50,12 +50,9 @@ class ParallelContext:
     def per_rank(self, what: str, count: int) -> int:
         """Return this rank's share of `count` units; raise ConfigError if they do not divide."""
         if count % self.size:
-            raise ConfigError(
-                "tensor_parallel_size",
-                self.size,
-                f"does not divide the model's {count} {what}",
-                f"Use a divisor of {count}.",
-            )
+            problem = f"does not divide the model's {count} {what}"
+            fix = f"Use a divisor of {count}."
+            raise ConfigError("tensor_parallel_size", self.size, problem, fix)
         return count // self.size
 
     def kv_heads(self, num_kv_heads: int) -> tuple[int, int]:

@@ -19,8 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from layers.kernels.launch import fused
-from layers.parallel import ParallelContext
+from layers.parallel import Place
 from layers.step_rows import SampledRows
 
 _MASK32 = 0xFFFFFFFF
@@ -82,12 +81,15 @@ def sample_shard(
 
 
 class Sampler:
-    """Samples from logits whose columns are divided over ranks; all ranks get the same tokens."""
+    """Samples from logits whose columns are divided over ranks; all ranks get the same tokens.
 
-    def __init__(self, parallel: ParallelContext, device: torch.device, dtype: torch.dtype) -> None:
-        self._parallel = parallel
+    `vocab_size` is needed only if there are several ranks: then the last columns are padding.
+    """
+
+    def __init__(self, place: Place, vocab_size: int | None = None) -> None:
+        self._parallel, self._vocab_size = place.parallel, vocab_size
         self._sample: Callable[..., tuple[Tensor, Tensor]] = sample_shard
-        if fused(device, dtype):
+        if place.fused:
             from layers.kernels import sampling
 
             self._sample = sampling.sample_shard
@@ -108,14 +110,14 @@ class Sampler:
         return self._agreed(best.float(), column + self._parallel.rank * logits.shape[1])
 
     def gathered(self, logits: Tensor) -> Tensor:
-        """Return logits with the columns of all ranks, on every rank."""
+        """Return logits [R, vocab_size] with the columns of all ranks, on every rank."""
         if self._parallel.size == 1:
             return logits
         rows, columns = logits.shape
         whole = logits.new_zeros(rows, self._parallel.size * columns)
         first = self._parallel.rank * columns
         whole[:, first : first + columns] = logits
-        return self._parallel.all_reduce(whole)
+        return self._parallel.all_reduce(whole)[:, : self._vocab_size]
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
         """Sample like `__call__`, from logits of all ranks' columns, as `gathered` returns."""

@@ -261,7 +261,8 @@ def _start_message(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         problem = f"cannot be sent to the processes of the ranks ({error})"
         fix = 'Give a name, "package.module:Class", or a class that a module defines.'
-        raise ConfigError("attention_backend", config.attention_backend, problem, fix) from error
+        culprit = "attention_backend" if callable(config.attention_backend) else "model_runner"
+        raise ConfigError(culprit, getattr(config, culprit), problem, fix) from error
 
 
 def _died(index: int, process: subprocess.Popen[bytes]) -> WorkerDiedError:

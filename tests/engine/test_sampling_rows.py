@@ -17,10 +17,10 @@ from engine.device_state import DeviceState, Staging
 from engine.sampling_rows import BLOCK_ROWS, SamplingRows, SpecialRows, special_bytes
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS, Filters, logit_bounds_reference
-from layers.parallel import ParallelContext
 from layers.sampler import Sampler, gumbel_noise
 from layers.step_rows import SampledRows, SlotTables
 from sampling_params import SamplingParams
+from tests.layers.tensors import place
 
 VOCAB_SIZE = 96
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def _scored(
         seeds=torch.arange(count),
         tokens=torch.zeros(count, dtype=torch.int64),
     )
-    sampler = sampler or Sampler(ParallelContext(), CPU, torch.bfloat16)
+    sampler = sampler or Sampler(place(dtype=torch.bfloat16))
     with watched or nullcontext():
         drawn, scored = special.draw(sampler, tokens, logits, sampled)
     new, prompts = scored.logprobs(count) if scored else ([], [])
@@ -129,7 +129,7 @@ def test_blocks_of_rows_draw_what_one_would(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("special", [{"repetition_penalty": 1.2, "top_k": 9}, {"logprobs": 3}])
 def test_special_rows_are_worked_through_in_blocks(special: dict[str, Any]) -> None:
     params = [SamplingParams(temperature=0.0, **special)] * (5 * SCORED_ROWS)
-    *_, numel = _drawn(params, _Greedy(ParallelContext(), CPU, torch.bfloat16))
+    *_, numel = _drawn(params, _Greedy(place(dtype=torch.bfloat16)))
     assert numel <= max(BLOCK_ROWS, SCORED_ROWS) * VOCAB_SIZE
 
 
@@ -224,7 +224,7 @@ def test_tokens_are_withheld_until_the_output_is_long_enough(position: int, toke
     for name in SampledRows.__slots__:
         getattr(sampled, name).zero_()
     sampled.positions.fill_(position)
-    sampler = Sampler(ParallelContext(), CPU, torch.float32)
+    sampler = Sampler(place())
     drawn, scores = special.draw(sampler, torch.zeros(1, 9, dtype=torch.int32), logits, sampled)
     assert (drawn.tolist(), scores) == ([token], None)
 
@@ -301,7 +301,7 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
         seeds=torch.tensor([news[slot].seed for slot in order]),
         tokens=torch.zeros(count, dtype=torch.int64),
     )
-    sampler = Sampler(ParallelContext(), CPU, torch.float32)
+    sampler = Sampler(place())
     drawn = (
         sampler(logits, sampled)
         if special is None

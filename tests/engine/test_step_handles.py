@@ -45,7 +45,7 @@ def test_a_failure_comes_with_the_result(in_thread: bool) -> None:
     launcher = HostLauncher(time.perf_counter, in_thread=in_thread)
     handle = launcher.launch(5, fails)
     for _ in range(2):
-        with pytest.raises(StepError, match="step 5 failed: planted"):
+        with pytest.raises(StepError, match="step 5 failed: RuntimeError: planted"):
             handle.result()
     assert launcher.launch(6, lambda: StepOutput(torch.tensor([1]))).result().tokens == [[1]]
     launcher.close()
@@ -118,7 +118,7 @@ def test_what_would_end_a_thread_ends_its_step_alone() -> None:
     launcher = HostLauncher(time.perf_counter, in_thread=True)
     handle = launcher.launch(5, leaves)
     for _ in range(2):
-        with pytest.raises(StepError, match="step 5 failed: 3"):
+        with pytest.raises(StepError, match="step 5 failed: SystemExit: 3"):
             handle.result()
     assert launcher.launch(6, lambda: StepOutput(torch.tensor([1]))).result().tokens == [[1]]
     launcher.close()

@@ -173,7 +173,7 @@ def test_a_failure_comes_with_the_result_and_the_next_step_runs(stream: FakeStre
     for _ in range(3):
         handle = launcher.launch(7, fails)
         steps.launch()
-        with pytest.raises(StepError, match="step 7 failed: planted"):
+        with pytest.raises(StepError, match="step 7 failed: RuntimeError: planted"):
             handle.result()
         steps.land()
 
@@ -225,7 +225,7 @@ def test_a_device_that_failed_is_told_with_the_result(
     monkeypatch.setattr(fake_cuda.FakeEvent, "query", fails)
     monkeypatch.setattr(fake_cuda.FakeEvent, "synchronize", fails)
     assert handle.done()
-    with pytest.raises(StepError, match="step 4 failed: an illegal memory access"):
+    with pytest.raises(StepError, match="step 4 failed: RuntimeError: an illegal memory access"):
         handle.result()
 
 

@@ -13,6 +13,7 @@ import layers.sampler
 from layers.parallel import ParallelContext
 from layers.sampler import Sampler, gumbel_noise, philox4x32, sample_shard
 from layers.step_rows import SampledRows
+from tests.layers.tensors import place
 
 VOCAB_SIZE = 40
 NUM_DRAWS = 20_000
@@ -223,7 +224,7 @@ def _over_ranks(logits: Tensor, size: int, choose: Callable[[Sampler, Tensor], T
     """What the last rank chooses after the others gave their candidates."""
     given: list[Tensor] = []
     for rank, part in enumerate(logits.chunk(size, 1)):
-        sampler = Sampler(_Shards(rank, size, given), torch.device("cpu"), torch.float32)
+        sampler = Sampler(place(_Shards(rank, size, given)))
         tokens = choose(sampler, part)
     return tokens
 
