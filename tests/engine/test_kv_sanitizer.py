@@ -316,6 +316,19 @@ def test_a_block_that_leaves_the_window_dies_then_and_once() -> None:
     assert blocks.take_dead() == tuple(sorted(rest))
 
 
+def test_a_cached_block_dies_when_the_cache_is_reset() -> None:
+    blocks = SanitizedBlocks(PrefixCacheManager(_CONFIG, _SMALL))
+    tokens = [0] * 4
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 4)
+    table = tuple(blocks.table(0))
+    blocks.commit(0, tokens, 4)
+    blocks.release(0)
+    blocks.take_dead()
+    blocks.reset_prefix_cache()
+    assert set(table) <= set(blocks.take_dead())
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_drafts_give_the_same_tokens_at_the_same_times(
