@@ -63,6 +63,17 @@ def test_a_model_type_without_a_module_is_refused(model_type: str) -> None:
         find_architecture(_checkpoint(model_type))
 
 
+def test_a_package_that_a_model_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is there, so that it is not an unknown model."""
+
+    def lacks(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'some_kernels'", name="some_kernels")
+
+    monkeypatch.setattr("engine.model_runner.importlib.import_module", lacks)
+    with pytest.raises(ModuleNotFoundError, match="some_kernels"):
+        find_architecture(_checkpoint("qwen3"))
+
+
 def test_auto_takes_a_backend_that_works_here() -> None:
     assert isinstance(make_backend(_config(), SPEC), TorchAttention)
 
