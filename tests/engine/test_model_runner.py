@@ -19,13 +19,16 @@ from config import Config
 from engine.model_runner import LocalRunner, find_architecture
 from engine.parts import captures_graphs, make_backend, resolve
 from engine.sampling_rows import special_bytes
-from engine.types import StepPlan
+from engine.step_handles import StepOutput
+from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers.attention.base import AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
 from layers.parallel import ParallelContext
 from memory.kv_cache import KVCache
 from memory.sizing import Usage, fit_blocks
+from sampling_params import SamplingParams
 from tests.checkpoints import Checkpoints
+from tests.engine.waits import PATIENCE
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 
@@ -133,6 +136,32 @@ def test_a_closed_runner_executes_nothing(checkpoints: Checkpoints, depth: int) 
     runner.close()
     with pytest.raises(EngineClosedError):
         runner.execute(StepPlan(0))
+
+
+def test_a_step_in_flight_ends_before_its_runner_is_taken_apart(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins = threading.Event()
+
+    class Late(LocalRunner):
+        def _run(self, plan: StepPlan) -> StepOutput:
+            assert begins.wait(PATIENCE)
+            return super()._run(plan)
+
+    checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
+    runner = Late(resolve(_config(pipeline_depth=1), checkpoint), checkpoint)
+    new = NewRequest(0, 0, (5, 6, 7), SamplingParams(temperature=0), 0)
+    chunk = PrefillChunk(0, 0, 3, True)
+    handle = runner.execute(StepPlan(0, (new,), (BlockUpdate(0, 0, (0,)),), (chunk,)))
+    close = runner._launcher.close
+
+    def begin_and_close() -> None:
+        begins.set()
+        close()
+
+    monkeypatch.setattr(runner._launcher, "close", begin_and_close)
+    runner.close()
+    assert [len(tokens) for tokens in handle.result().tokens] == [1]
 
 
 def test_the_cache_leaves_room_for_the_heaviest_steps_and_for_sampling_options(
