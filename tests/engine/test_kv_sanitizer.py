@@ -224,6 +224,16 @@ def test_a_kernel_that_reads_past_the_end(shipped: Path, depth: int) -> None:
     assert (error.step_id, error.request_id) == (11, 0)
 
 
+def test_the_request_that_has_the_slot_now_is_named(shipped: Path) -> None:
+    options = {"attention_backend": ReadsTooFar, "enable_prefix_caching": False}
+    with _llm(shipped, max_num_seqs=1, **options) as llm:
+        short = SamplingParams(temperature=0, max_tokens=3)
+        llm.generate(PROMPTS[0], short, use_tqdm=False)
+        with pytest.raises(KVSanitizerError, match="is NaN") as caught:
+            _run(llm)
+    assert caught.value.request_id == 1
+
+
 def test_the_engine_goes_on_after_an_error(shipped: Path) -> None:
     with _llm(shipped, attention_backend=ReadsTooFar) as llm:
         with pytest.raises(KVSanitizerError):
@@ -314,6 +324,35 @@ def test_a_block_that_leaves_the_window_dies_then_and_once() -> None:
     assert blocks.holders[first] == set()
     blocks.release(0)
     assert blocks.take_dead() == tuple(sorted(rest))
+
+
+def test_a_block_that_was_cached_for_another_request_dies_with_its_next_one() -> None:
+    """The cache gives the block up for the second request, which never publishes it."""
+    blocks = SanitizedBlocks(PrefixCacheManager(_CONFIG, _SMALL))
+    tokens = list(range(24))
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 24)
+    blocks.commit(0, tokens, 24)
+    blocks.release(0)
+    others = [50] * 24
+    blocks.begin(1, others)
+    assert blocks.grow(1, 24)
+    blocks.take_dead()
+    blocks.release(1)
+    assert blocks.take_dead() == tuple(range(6))
+
+
+def test_a_cached_block_dies_when_the_cache_is_reset() -> None:
+    blocks = SanitizedBlocks(PrefixCacheManager(_CONFIG, _SMALL))
+    tokens = [0] * 4
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 4)
+    table = tuple(blocks.table(0))
+    blocks.commit(0, tokens, 4)
+    blocks.release(0)
+    blocks.take_dead()
+    blocks.reset_prefix_cache()
+    assert set(table) <= set(blocks.take_dead())
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +18,17 @@ import models.qwen3
 from config import Config
 from engine.model_runner import LocalRunner, find_architecture
 from engine.parts import captures_graphs, make_backend, resolve
-from engine.types import StepPlan
+from engine.sampling_rows import special_bytes
+from engine.step_handles import StepOutput
+from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers.attention.base import AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
 from layers.parallel import ParallelContext
+from memory.kv_cache import KVCache
+from memory.sizing import Usage, fit_blocks
+from sampling_params import SamplingParams
 from tests.checkpoints import Checkpoints
+from tests.engine.waits import PATIENCE
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
 
@@ -54,6 +64,17 @@ def test_an_architecture_is_the_module_of_its_model_type(model_type: str, module
 def test_a_model_type_without_a_module_is_refused(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="somewhere is a"):
         find_architecture(_checkpoint(model_type))
+
+
+def test_a_package_that_a_model_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is there, so that it is not an unknown model."""
+
+    def lacks(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'some_kernels'", name="some_kernels")
+
+    monkeypatch.setattr("engine.model_runner.importlib.import_module", lacks)
+    with pytest.raises(ModuleNotFoundError, match="some_kernels"):
+        find_architecture(_checkpoint("qwen3"))
 
 
 def test_auto_takes_a_backend_that_works_here() -> None:
@@ -115,3 +136,125 @@ def test_a_closed_runner_executes_nothing(checkpoints: Checkpoints, depth: int) 
     runner.close()
     with pytest.raises(EngineClosedError):
         runner.execute(StepPlan(0))
+
+
+def test_a_step_in_flight_ends_before_its_runner_is_taken_apart(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins = threading.Event()
+
+    class Late(LocalRunner):
+        def _run(self, plan: StepPlan) -> StepOutput:
+            assert begins.wait(PATIENCE)
+            return super()._run(plan)
+
+    checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
+    runner = Late(resolve(_config(pipeline_depth=1), checkpoint), checkpoint)
+    new = NewRequest(0, 0, (5, 6, 7), SamplingParams(temperature=0), 0)
+    chunk = PrefillChunk(0, 0, 3, True)
+    handle = runner.execute(StepPlan(0, (new,), (BlockUpdate(0, 0, (0,)),), (chunk,)))
+    close = runner._launcher.close
+
+    def begin_and_close() -> None:
+        begins.set()
+        close()
+
+    monkeypatch.setattr(runner._launcher, "close", begin_and_close)
+    runner.close()
+    assert [len(tokens) for tokens in handle.result().tokens] == [1]
+
+
+def test_the_cache_leaves_room_for_the_heaviest_steps_and_for_sampling_options(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heaviest prefill has as many of the longest prompts as the token budget allows."""
+    checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
+    config = resolve(_config(max_model_len=33, max_num_batched_tokens=100), checkpoint)
+    runner: Any = LocalRunner(config, checkpoint)
+    usage = Usage(80 << 30, 40 << 30, weights=1 << 30, peak=5 << 20)
+
+    def measured(
+        device: torch.device, free_before: int, steps: list[Callable[[], object]]
+    ) -> Usage:
+        for step in steps:
+            step()
+        return replace(usage, free_before=free_before)
+
+    def cache(geometry: Any, dtype: torch.dtype, device: torch.device) -> KVCache:
+        return KVCache(geometry, dtype, torch.device("cpu"))
+
+    monkeypatch.setattr("engine.model_runner.measure_usage", measured)
+    monkeypatch.setattr("engine.model_runner.KVCache", cache)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    plans: list[StepPlan] = []
+    runner._run = plans.append
+    runner._device = torch.device("cuda")
+    vocab_size = 10**8
+    geometry = runner._sized(usage.free_before, vocab_size)
+    (plan,) = plans
+    assert [(c.start, c.num_tokens, c.samples) for c in plan.prefill] == [(0, 32, True)] * 3
+    assert plan.sampled_slots == [0, 1, 2]
+    assert [len(new.token_ids) for new in plan.new_requests] == [32] * 3
+    special = special_bytes(config.max_num_seqs, vocab_size, 4, 1)
+    left = fit_blocks(
+        config.gpu_memory_utilization, geometry, replace(usage, peak=usage.peak + special)
+    )
+    assert geometry.num_blocks == left.num_blocks
+
+
+def test_all_ranks_run_the_same_steps_as_graphs(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also ranks whose shares of the vocabulary differ: their collectives have to meet."""
+    checkpoint = open_checkpoint(str(checkpoints["qwen3-square-tied"]))
+    config = replace(resolve(_config(max_model_len=64), checkpoint), tensor_parallel_size=2)
+    limits: list[tuple[int, int]] = []
+
+    def graphs(step: object, state: object, max_tokens: int, weights_per_layer: int) -> None:
+        limits.append((max_tokens, weights_per_layer))
+
+    monkeypatch.setattr("engine.model_runner.captures_graphs", lambda *args: True)
+    monkeypatch.setattr("engine.model_runner.StepGraphs", graphs)
+    for rank in range(2):
+        LocalRunner(config, checkpoint, ParallelContext(rank, 2)).close()
+    assert limits[0] == limits[1]
+    assert limits[0][0] == config.max_num_batched_tokens
+
+
+def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of a rehearsal runs in a thread of its own, which begins on device 0."""
+    events: dict[int, list[str]] = {}
+    rehearses = threading.Event()
+
+    def note(event: str) -> None:
+        events.setdefault(threading.get_ident(), []).append(event)
+
+    class Rehearsing(ParallelContext):
+        @contextmanager
+        def rehearsal(self) -> Iterator[None]:
+            rehearses.set()
+            yield
+            rehearses.clear()
+
+    class Graphs:
+        def __init__(self, *args: object) -> None: ...
+
+        def rehearsals(self) -> list[Callable[[], object]]:
+            return [lambda: note(f"step, rehearses={rehearses.is_set()}")]
+
+        def capture(self) -> None:
+            note(f"capture, rehearses={rehearses.is_set()}")
+
+    monkeypatch.setattr("engine.model_runner.captures_graphs", lambda *args: True)
+    monkeypatch.setattr("engine.model_runner.StepGraphs", Graphs)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: note(f"on {device}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    stream = SimpleNamespace(synchronize=lambda: note("end"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
+    LocalRunner(resolve(_config(), checkpoint), checkpoint, Rehearsing()).close()
+    assert events.pop(threading.get_ident()) == ["capture, rehearses=False"]
+    assert [*events.values()] == [["on cpu", "step, rehearses=True", "end"]]

@@ -22,6 +22,7 @@ from engine.policies import (
     LookAhead,
     PreemptionPolicy,
     PrefillFirst,
+    StepPolicy,
 )
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
@@ -398,6 +399,21 @@ class TestStep:
         plan = bench.launch()
         assert plan is not None
         assert (plan.num_prefill_tokens, plan.decode) == (30, (0,))
+
+
+class TwiceTheBudget(StepPolicy):
+    """Asks for more prompt tokens than a step may have."""
+
+    def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
+        return 2 * budget
+
+
+def test_no_step_policy_exceeds_the_token_budget() -> None:
+    bench = Bench(budget=8, step_policy=TwiceTheBudget)
+    bench.add(30)
+    plan = bench.launch()
+    assert plan is not None
+    assert plan.num_tokens == 8
 
 
 class LongestFirst(KeyedQueue):

@@ -156,6 +156,17 @@ def test_a_follower_can_be_aborted(depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
+def test_without_a_free_slot_all_stay_in_the_queue(depth: int) -> None:
+    driver = _driver(max_num_seqs=1, budget=512, depth=depth)
+    for i in range(2):
+        _submit(driver, _prompt(100, 5, i))
+    driver.launch()
+    assert _deferred(driver) == []
+    driver.finish()
+    assert _prefill_tokens(driver) < 2 * 105
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
 def test_no_more_wait_than_could_run(depth: int) -> None:
     """A step looks at as many requests as there are slots, however many share a prefix."""
     driver = _driver(max_num_seqs=4, budget=256, depth=depth)

@@ -29,6 +29,19 @@ def test_the_next_batch_starts_when_the_last_request_ended(depth: int) -> None:
     assert batches == [(0, 2), (9, 2), (13, 1)]
 
 
+def test_the_next_batch_waits_for_a_step_in_flight_of_a_request_that_ended() -> None:
+    """Until the step has ended, its request keeps slot and blocks, which the batch would lack."""
+    bench = _bench(max_num_seqs=2, depth=1)
+    bench.add(4, 1)
+    bench.add(4, 20, stop=frozenset(range(VOCAB_SIZE)))
+    for _ in range(2):
+        bench.add(4, 3)
+    bench.run()
+    bench.check_idle()
+    assert bench.plans[1].decode == (1,)
+    assert [len(plan.new_requests) for plan in bench.plans if plan.new_requests] == [2, 2]
+
+
 def test_slots_of_early_ends_stay_empty() -> None:
     bench = _bench(max_num_seqs=2)
     bench.add(4, 20, stop=frozenset(range(VOCAB_SIZE)))

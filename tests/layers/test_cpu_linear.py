@@ -49,8 +49,9 @@ def test_a_weight_in_float16_is_the_weight(size: float) -> None:
         torch.tensor([[1.0, 1.5 * 2.0**-60]]),
         torch.tensor([[1.0, float("inf")]]),
         torch.tensor([[1.0, float("nan")]]),
+        torch.cat((torch.ones(4096, 8), _random(1, 8))),
     ],
-    ids=["float32", "range", "inf", "nan"],
+    ids=["float32", "range", "inf", "nan", "last row of many"],
 )
 def test_a_weight_that_would_be_rounded_is_refused(weight: Tensor) -> None:
     assert not HalfLinear.holds(weight)

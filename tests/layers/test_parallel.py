@@ -141,3 +141,11 @@ def test_a_rehearsal_needs_no_partners_either() -> None:
         assert torch.equal(rank.all_max(x), torch.arange(3))
     with pytest.raises(AttributeError):
         rank.all_reduce(x)
+
+
+def test_a_rehearsal_that_fails_ends_too() -> None:
+    rank = GroupContext(0, 2, group=None)
+    with pytest.raises(ValueError, match="no such kernel"), rank.rehearsal():
+        raise ValueError("no such kernel")
+    with pytest.raises(AttributeError):
+        rank.all_reduce(torch.arange(3))

@@ -243,6 +243,26 @@ def test_children_of_an_equal_block_outlive_it(make: Make) -> None:
     assert blocks.table(3)[:3] == table
 
 
+def test_any_equal_block_that_is_given_up_is_published_anew(make: Make) -> None:
+    """Of two blocks that equal published ones, the published first one goes, the second stays."""
+    blocks = make(7)
+    long = _tokens(1, 2)
+    requests = (_tokens(1), long, list(long))
+    for request_id, tokens in enumerate(requests):
+        _start(blocks, request_id, tokens)
+    for request_id, tokens in enumerate(requests):
+        blocks.commit(request_id, tokens, len(tokens))
+    blocks.release(0)
+    assert _serve(blocks, 3, [*_tokens(7, 8), 1]) == 0  # takes all the space there is
+    assert blocks.stats.evicted_blocks == 1
+    long = requests[2]
+    long += _tokens(3)
+    assert blocks.grow(2, 3 * SIZE)
+    blocks.commit(2, long, 3 * SIZE)
+    blocks.release(1)
+    assert _start(blocks, 4, [*long, 1]) == 3 * SIZE
+
+
 def test_a_hit_holds_the_blocks(make: Make) -> None:
     blocks = make(4)
     _serve(blocks, 0, _tokens(1, 2, 3))

@@ -151,6 +151,11 @@ def test_all_end_tokens_are_honoured(
     assert _open(tmp_path, generation, eos_token_id=config).eos_token_ids == expected
 
 
+def test_the_last_token_of_the_vocabulary_may_end_a_text_and_none_behind_it(tmp_path: Path) -> None:
+    ends = _open(tmp_path, {"eos_token_id": [99, 100]}, vocab_size=100, eos_token_id=None)
+    assert ends.eos_token_ids == {99}
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "null"])
 def test_a_broken_generation_config_is_named(tmp_path: Path, text: str) -> None:
     _folder(tmp_path)

@@ -53,6 +53,19 @@ class TestReading:
 
         check()
 
+    def test_a_character_is_shown_once_though_the_next_one_is_cut_short(self) -> None:
+        """As in byte fallback: one byte that is missing makes all bytes beside it invalid."""
+
+        def decode(token_ids: list[int]) -> str:
+            try:
+                return bytes(token_ids).decode()
+            except UnicodeDecodeError:
+                return "\ufffd" * len(token_ids)
+
+        text = "\u00e9\u20ac"
+        pieces = _read(TextReader(decode), list(text.encode()))
+        assert pieces == ["", "\u00e9", "", "", "\u20ac"]
+
     def test_characters_are_never_split(self, tokenizer: Any, decode: Decode) -> None:
         text = "caf\u00e9 \u65e5\u672c \U0001f600\U0001f468\u200d\U0001f469 x"
         tokens = tokenizer.encode(text)
