@@ -1,7 +1,7 @@
-"""Launch configurations of `paged_decode`, with measurements, and its scratch memory.
+"""Launch configurations and scratch memory of the attention kernel `paged_decode`.
 
-`paged_decode` divides the KV tokens of all pairs (request, KV head) into tiles, and the tiles among
-its programs. "16/8 heads" means 16 query heads and 8 KV heads.
+A pair is one request with one KV head. `paged_decode` cuts the KV tokens of each pair into tiles,
+and divides the tiles of all pairs among its programs. "16/8 heads" means 16 query and 8 KV heads.
 """
 
 from dataclasses import dataclass
@@ -14,50 +14,50 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How `paged_decode` is compiled and launched."""
+    """Options with which `paged_decode` is compiled and launched."""
 
     tile: int  # number of KV tokens that a program reads in one loop iteration
     warps: int
     stages: int
-    per_sm: int  # number of programs launched for each multiprocessor, at most MAX_PER_SM
+    per_sm: int  # number of programs launched for each multiprocessor; at most MAX_PER_SM
     max_registers: int | None = None
-    unroll: int = 4  # number of partial results that `_combine` loads in one loop iteration
-    pair_cost: int = 0  # number of tiles added to each pair when work is divided among programs
+    unroll: int = 4  # number of partial results of a pair that are combined in one loop iteration
+    pair_cost: int = 0  # time to begin a pair, in multiples of the time for one tile
 
 
-# Times are of one call on an H200 in a CUDA graph: bf16, head_dim 128, dependent launch. SMALL is
-# for few pairs, where latency counts. One request of 400 tokens with 16/8 heads takes 4.2 us
-# (LARGE: 6.1). The first K and V tile is loaded before the wait for the previous kernel. With an L2
-# prefetch instead, batch 1 takes 0.1 to 1.1 us more, and 1 to 3 us at context 3,800.
+# Times are for one call in a CUDA graph on an H200 with bf16, head_dim 128 and programmatic
+# dependent launch. For one request of 400 tokens with 16/8 heads SMALL takes 4.2, LARGE 6.1 us.
 SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
-# With 12/2 heads, 24 requests of 1,200 tokens (48 pairs) take 13.7 us with MIDDLE and 15.7 us with
-# LARGE. 256 requests of 710 tokens (512 pairs) take 53.3 us with MIDDLE and 49.0 us with LARGE.
+# With 12/2 heads, MIDDLE takes 13.7 us and LARGE 15.7 us for 24 requests of 1,200 tokens (48
+# pairs), but MIDDLE takes 53.3 us and LARGE 49.0 us for 256 requests of 710 tokens (512 pairs).
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# Bandwidths are relative to that of a sum over a large tensor. With 256 requests of 850 tokens
-# LARGE reaches 1.00 with 16/8 heads and 0.91 with 12/2 heads (MIDDLE: 0.985 and 0.854). With 16/8
-# heads and 100 to 2,000 tokens LARGE reaches 1.014, and 0.970 without pair_cost.
+# A ratio is the kernel's read bandwidth divided by that of a sum over a large tensor. For 256
+# requests of 850 tokens, LARGE reaches a ratio of 1.00 with 16/8 heads and 0.91 with 12/2 heads.
+# For a batch with 16/8 heads whose requests have between 100 and 2,000 tokens, LARGE reaches a
+# ratio of 1.014 with pair_cost=2, and a ratio of 0.970 with pair_cost=0.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-# With 16/8 heads 32 pairs take 6.7 us with SMALL (LARGE: 7.3 us), and 64 take 8.9 us (LARGE: 8.4).
+# With 16/8 heads, SMALL is faster than LARGE for 32 pairs, and slower than LARGE for 64 pairs.
 SMALL_PAIRS = 32
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 
 
 def decode_config(pairs: int) -> DecodeConfig:
-    """The launch configuration for a number of pairs (request, KV head)."""
+    """Return the launch configuration for a batch with `pairs` pairs of a request and KV head."""
     if pairs <= SMALL_PAIRS:
         return SMALL
     return MIDDLE if pairs <= MIDDLE_PAIRS else LARGE
 
 
 class DecodeWorkspace(NamedTuple):
-    """Scratch memory of `paged_decode` for all batch sizes and all layers on one CUDA stream."""
+    """Scratch memory of `paged_decode`; all layers on one CUDA stream can share it."""
 
-    # A program may share its first pair with earlier programs and its last pair with later ones. So
-    # it stores up to two results. `rows`, the rows of q for a pair, and head_dim are powers of two.
-    values: Tensor  # float32 [programs, 2, rows, head_dim] partial attention outputs
-    lse: Tensor  # float32 [programs, 2, rows] base-2 log-sum-exp of the scores of each output
-    # For each program, the number of results stored of the last pair that it begins; afterwards 0.
+    # A program may share its first pair with earlier programs, and its last pair with later
+    # programs. So a program stores up to two partial results. `rows` is the number of queries that
+    # use a pair's K and V. `rows` and head_dim are rounded up to powers of two.
+    values: Tensor  # float32 [programs, 2, rows, head_dim], partial attention outputs
+    lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of a partial output's scores
+    # arrived[i] counts partial results of the last pair that program i begins; 0 between calls.
     arrived: Tensor  # int32 [programs]
 
 
@@ -69,7 +69,7 @@ def decode_workspace(
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM per multiprocessor."""
+    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM programs per SM."""
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

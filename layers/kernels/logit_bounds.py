@@ -1,12 +1,12 @@
 """Top-k, top-p and min-p filters without sorting: find a bound for each row of logits.
 
-The bound is the smallest logit whose token may be sampled. A binary search finds its bits, from the
-highest bit on. Most of the time goes into passes that read the whole row (300 KB for 151,936 bf16
-logits). Most rows need two passes. The first pass takes maxima of groups of logits and sums up the
-row's softmax weights (the row's mass). Then the kernel chooses a range that should hold the bound.
-The second pass copies the few thousand logits in this range to scratch memory, and the search reads
-these copies alone. If the bound may lie outside of the range, or the copies do not fit, the search
-reads the whole row and decides two bits per pass. The bound is the same in all cases.
+A token may be sampled if its logit is at least the bound. A binary search finds the bits of the
+bound, from the highest bit on. To save time the kernel reads the whole row (300 KB for 151,936 bf16
+logits) as seldom as possible, usually twice. The first pass computes maxima of groups of logits and
+for top-p the sum of the row's softmax weights. Then the kernel chooses a range of logits that
+should contain the bound. The second pass copies the few thousand logits in this range to scratch
+memory, and the search reads only the copied logits. If the bound may lie outside of the range, or
+if the copies do not fit, the search reads the whole row once for every two bits of the bound.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -16,27 +16,28 @@ import triton.language as tl
 
 from layers.logits import Filters
 
-# Number of adjacent logits that a thread loads at once (16 bytes in half precision).
+# Number of adjacent logits that a thread loads at once: 16 bytes of bf16 or fp16 logits.
 LANES = tl.constexpr(8)
-# Number of leading float32 bits that distinguish a dtype's values; even, as a pass finds two.
+# Number of leading bits of a float32 bound that the search finds. These bits distinguish all values
+# of the logits' dtype. The number is even, since a pass over the whole row finds two bits.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# An H200 has 132 multiprocessors. For up to 132 rows, each row's program has 32 warps and a whole
-# multiprocessor, for low latency. For more rows, two programs of 16 warps share a multiprocessor.
+# An H200 has 132 multiprocessors. For up to 132 rows, each row's program has 32 warps and a
+# multiprocessor of its own. For more rows, two programs of 16 warps share a multiprocessor.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
 @triton.jit
 def _key_value(key):
-    """Convert uint32 sort keys to float32; sort keys are ordered like the floats they stand for."""
-    # Keys below that of -inf give -inf. Keys above that of inf give NaN, and no logit is >= NaN.
+    """Return the float32 values of uint32 sort keys; a greater key stands for a greater float."""
+    # Keys below the key of -inf give -inf. Keys above the key of inf give NaN; no logit is >= NaN.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
-    """Load BLOCK logits as float32 [BLOCK / LANES, LANES]; a row is LANES adjacent logits."""
-    # Rows lie `spread` * LANES columns apart in the source. Columns from `end` on load as -inf.
+    """Load BLOCK / LANES groups of LANES adjacent logits, as float32 [BLOCK / LANES, LANES]."""
+    # Groups begin `spread` * LANES logits apart. Logits from index `end` on are loaded as -inf.
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
@@ -44,7 +45,7 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """Softmax weights of logits x, but 0 below `floor`; without `scale` all weights are 1."""
+    """Return softmax weights of logits x, or 0 if x < `floor`; if `scale` is None, return ones."""
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
@@ -53,7 +54,7 @@ def _weights(x, floor, highest, scale):
 
 @triton.jit
 def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
-    """The sum of the weights (see `_weights`) of the first `end` logits at `ptr`."""
+    """Return the sum of the softmax weights of the first `end` logits at `ptr`."""
     total = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -63,8 +64,9 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
-    """Return the greatest key such that the weights of all x >= its float sum up to >= `target`."""
-    # Only the highest BITS bits are found, the others are 0. For a target <= 0 all BITS bits are 1.
+    """Return the sort key of the largest v such that all x >= v have a total weight >= `target`."""
+    # The search finds the BITS highest bits of the key; the lower bits of the key stay 0. If
+    # `target` is 0 or negative, every v fits, so the BITS highest bits of the key become 1.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(BITS):
@@ -78,7 +80,7 @@ def _search(x, weights, target, BITS: tl.constexpr):
 def search_in_passes(
     ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Do what `_search` does, for any number of logits; each pass over them decides two bits."""
+    """Return the sort key that `_search` would return for the first `end` logits at `ptr`."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
@@ -92,8 +94,8 @@ def search_in_passes(
             sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
             sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
             sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
-        # The three sums belong to the values 1, 2 and 3 of the two bits. sum1 >= sum2 >= sum3, so
-        # the right value is the number of sums that reach the target.
+        # A pass finds two bits of the key. sum1, sum2 and sum3 are the total weights if these bits
+        # are 1, 2 or 3. The sums descend, so the bits' value is the number of sums >= `target`.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
@@ -104,7 +106,7 @@ def search_in_passes(
 
 @triton.jit
 def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the greatest v such that the weights of all logits >= v sum up to >= `target`."""
+    """Return the largest v such that all logits >= v have a total weight >= `target`."""
     if end <= BLOCK:
         x = _load_block(ptr, 0, end, 1, BLOCK)
         found = _search(x, _weights(x, floor, highest, scale), target, BITS)
@@ -115,13 +117,13 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Return the maxima of column groups, [BLOCK / LANES], and the sum of softmax weights."""
+    """Return the maxima of BLOCK / LANES groups of logits, and the sum of all softmax weights."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
-        # While all logits of a group are -inf, `anchor` is 0, since -inf - -inf would give NaN.
+        # If a group has only -inf logits so far, `anchor` is 0, since -inf - -inf would be NaN.
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass *= tl.exp2((best - anchor) * scale)
         mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
@@ -135,37 +137,38 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return two logits between which the top-p bound should lie; the mass below it is `below`."""
-    # A sample of the row estimates the mass below the bound well, since many light tokens make up
-    # this mass. A few tokens, which a sample may miss, can make up most of the mass above.
+    """Return (low, high), the ends of a range of logits that should contain the top-p bound."""
+    # `below` is the total weight of the logits below the bound. A sample of the row estimates this
+    # weight well, since these logits are many. A sample may miss heavy logits above the bound.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # `share`, the sampled mass below the bound, has a relative standard error <= sqrt(heaviest /
-    # share), as logits below `middle` weigh <= `heaviest`. `margin` is four times this error.
+    # `middle` is an estimate of the bound. Each logit below `middle` weighs at most `heaviest`. So
+    # the relative standard error of `share`, the weight below the bound in the sample, is at most
+    # sqrt(heaviest / share). `margin` is four times this error.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # The bits after the first BITS are set: logits equal to `high` in the first BITS are in range.
+    # The remaining bits of `high` become 1, so that logits with the same BITS bits are in range.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Pad `count` logits with -inf to whole blocks (for 16-byte loads); return the padded count."""
+    """Append -inf to `count` logits until they fill whole blocks; return their new number."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
-    tl.debug_barrier()  # all logits must be stored before other threads read them
+    tl.debug_barrier()  # every logit must be stored before other threads read it
     return (count + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy groups of LANES logits whose maximum is >= `low`; return the number of logits."""
-    # Logits that do not fit the two blocks at `out_ptr` are counted but not copied.
+    """Copy groups of LANES logits whose maximum is >= `low`; return the number of these logits."""
+    # `out_ptr` has room for two blocks. Logits that do not fit are counted but not copied.
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -174,7 +177,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # exact: x was loaded from logits of this dtype
+            value = x.to(out_ptr.dtype.element_ty)  # exact, since the logits had this dtype
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -182,7 +185,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high] like `_gather_from`; return their number and the mass > high."""
+    """Copy logits in [low, high]; return their number, and the weight of all logits > high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -202,9 +205,9 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 
 @triton.jit
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Choose the logits that the top-p search reads: copies near the bound, or the whole row."""
-    # Returns the pointer and the number of these logits, the total weight that logits >= the bound
-    # must reach, a floor below which logits have no weight, and the row's highest logit.
+    """Choose the logits that the top-p search reads: copies of a range, or the whole row."""
+    # Returns a pointer to the chosen logits, their number, `target`, `floor`, and the row's highest
+    # logit. The chosen logits >= the bound weigh >= `target`. Logits < `floor` weigh nothing.
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total
@@ -230,7 +233,7 @@ def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: 
 def _bounds_kernel(
     logits_ptr, filters, scratch_ptr, out_ptr, stride, size, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Find the bound of row program_id(0); `scratch_ptr` has room for two blocks of each row."""
+    """Find the bound of row program_id(0); each row has scratch memory for two blocks."""
     row = tl.program_id(0).to(tl.int64)
     ptr = logits_ptr + row * stride
     scratch_ptr += row * (2 * BLOCK)
@@ -239,7 +242,7 @@ def _bounds_kernel(
     least = tl.full((), float("-inf"), tl.float32)
     counts = (top_k >= 1) & (top_k < size)
     if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
-        divisor = tl.maximum(temperature, 1e-30)  # temperature 1e-40 would make `scale` infinite
+        divisor = tl.maximum(temperature, 1e-30)  # at a temperature of 1e-40 `scale` would be inf
         scale = 1.4426950408889634 / divisor  # log2(e), for exp2
         end = size
         target = tl.full((), 0.0, tl.float32)
@@ -248,8 +251,8 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # The maximum over LANES columns follows the loop. In the loop, with unaligned rows, it
-            # fails an assertion of Triton 3.6's compiler (OptimizeThreadLocality).
+            # The maximum over LANES columns is taken after the loop. A maximum in the loop fails an
+            # assertion of Triton 3.6's compiler (OptimizeThreadLocality) if rows are unaligned.
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
@@ -257,7 +260,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # `low` is the top_k-th largest maximum, so top_k or more logits are >= `low`.
+                    # `low` is the top_k-th largest in `best`: at least top_k logits are >= `low`.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
@@ -278,14 +281,14 @@ def _bounds_kernel(
 def logit_bounds(
     logits: torch.Tensor, filters: Filters, *, block: int | None = None
 ) -> torch.Tensor:
-    """Compute `logit_bounds_reference` of layers.logits, float32 [R], in passes over the logits.
+    """Return the bound of each row, float32 [R]; tokens with lower logits are filtered out.
 
-    A bound may be less than the reference's, but no value of the logits' dtype is in between.
+    No value of the logits' dtype lies between this bound and that of `logit_bounds_reference`.
 
     Args:
-        logits: bf16, fp16 or fp32 [R, V]; rows may be strided.
-        filters: temperatures, top_k, top_p and min_p of the rows, float32 [R] each.
-        block: number of logits that a program reads at once, a power of two; None chooses one.
+        logits: bf16, fp16 or fp32 [R, V]; each row is contiguous, and the stride of rows is free.
+        filters: temperatures, top_k, top_p and min_p of all rows, float32 [R] each.
+        block: number of logits that a program reads at once, a power of two. The default fits R.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
@@ -299,7 +302,7 @@ def logit_bounds(
             *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
             *(_BITS[logits.dtype], block),
             num_warps=max(1, block // 512),
-            # A multiprocessor has 65,536 registers: enough for 1,024 threads of 64 registers.
+            # 1,024 threads with 64 registers each fill the 65,536 registers of a multiprocessor.
             maxnreg=64,
         )
     return out

@@ -1,9 +1,9 @@
 """Causal attention of many new tokens per sequence over a paged KV cache (the prefill step).
 
-The algorithm is FlashAttention-2 (Dao 2023): a program owns a tile of queries and reads their keys
-once, with an online softmax. The rows of a tile are (token, query head) pairs of all query heads
-that share a KV head, so K and V are loaded once for these heads. Programs find their tiles on the
-device from the sequences' lengths, so one launch shape fits any lengths of the same total.
+The algorithm is FlashAttention-2 (Dao 2023): a program computes a tile of queries and reads their
+keys once, with an online softmax. A tile has a row for each of its tokens and each query head of
+one KV head, so these query heads share the loads of K and V. Each program finds its tile from the
+sequences' lengths in device memory, so a CUDA graph serves all lengths that have the same sum.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -21,22 +21,24 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """How `paged_prefill` is compiled and launched."""
+    """Options with which `paged_prefill` is compiled and launched."""
 
-    rows: int  # number of (token, query head) pairs in a tile of queries
+    rows: int  # number of rows in a tile of queries; a row is one token with one query head
     tile: int  # number of keys that a program reads in one loop iteration
     warps: int
     stages: int
     max_registers: int | None = None
-    tma: bool = True  # whether TMA loads K and V if the page size is a multiple of `tile`
+    tma: bool = True  # whether to load K and V by TMA if the page size is a multiple of `tile`
 
 
-# For 4 sequences of 4,096 tokens, bf16, 16/8 (query/KV) heads of 128, WIDE reaches 478 TFLOP/s on
-# an H200: 0.60 of the rate of an 8192^3 matrix product. Without TMA it reaches 438 TFLOP/s.
+# Figures are for an H200, bf16 and head_dim 128; "16/8 heads" means 16 query and 8 KV heads. For 4
+# sequences of 4,096 tokens with 16/8 heads, WIDE reaches 478 TFLOP/s with TMA (0.60 of the rate of
+# an 8192^3 matrix product), and 438 TFLOP/s without TMA.
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
-# NARROW is for too few tiles to fill the device. With 16/8 heads 1,024 tokens take 20 us (WIDE:
-# 30), and 512 after 3,000 cached ones 46 us (WIDE: 101). TMA costs the host 17 us a call. It is no
-# faster with 16/8 heads; with 12/2 heads 1,024 tokens take 16.7 us with TMA and 19.7 us without.
+# NARROW is for batches that give fewer than WIDE_TILES tiles with WIDE. A prompt of 1,024 tokens
+# with 16/8 heads takes 20 us with NARROW and 30 us with WIDE. NARROW does not use TMA: to launch a
+# kernel with TMA takes 17 us more of the host's time. With 16/8 heads NARROW would be no faster
+# with TMA. With 12/2 heads and 1,024 tokens NARROW takes 19.7 us, and would take 16.7 us with TMA.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
 LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # for head_dim > 128; not tuned
@@ -79,7 +81,7 @@ def _paged_prefill_kernel(
         return
     q_begin = tl.sum(tl.where(lane == seq, begins, 0), 0)
     q_len = tl.sum(tl.where(lane == seq, lens, 0), 0)
-    # The sequence's first program takes its last tile, which has the most keys to read.
+    # A sequence's first program takes the sequence's last tile, which has the most keys to read.
     first_row = (tl.sum(tl.where(lane == seq, ends, 0), 0) - 1 - place) * ROWS
     num_tokens = tl.load(len_ptr + seq)
     table = table_ptr + tl.load(slot_ptr + seq).to(tl.int64) * table_row
@@ -91,7 +93,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows past the sequence's end take the last query's position, so that their scores are finite.
+    # Rows past the sequence's end get the last query's position, so that their scores are finite.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
@@ -101,7 +103,6 @@ def _paged_prefill_kernel(
         v_src += head * head_stride
     top, norm = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    # Tiles of keys that all rows see come first. Tiles that need a causal mask come second.
     for masked in tl.static_range(2):
         begin = all_see if masked else 0
         end = last_end if masked else all_see
@@ -115,7 +116,7 @@ def _paged_prefill_kernel(
                 v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
                 page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
                 if masked:
-                    # Unwritten V of the last page may be NaN, and 0 * NaN is NaN. So V is set to 0.
+                    # V past the last token becomes 0: the cache may hold NaN, and 0 * NaN is NaN.
                     v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
             else:
                 if PAGE % TILE == 0:
@@ -164,15 +165,15 @@ def paged_prefill(
     out: Tensor,
     config: PrefillConfig | None = None,
 ) -> Tensor:
-    """Compute causal attention of each sequence's newest tokens over its cache; returns `out`.
+    """Compute causal attention of the newest tokens of P sequences; return `out`.
 
-    Rows `query_start[p]:query_start[p + 1]` of `q` are the last of the `context_lens[p]` tokens of
-    sequence p. The pages must already hold K and V of all these tokens.
+    Sequence p has `context_lens[p]` tokens, and the pages must already hold K and V of all of them.
+    In `q`, rows `query_start[p]:query_start[p + 1]` are the newest tokens of sequence p.
 
     Args:
         q, out: [T, Hq, D]. Rows from `query_start[P]` on are padding, whose result is not written.
-        slots, context_lens: int32 [P]. `paged_decode` describes these and all other arguments.
-        query_start: int32 [P + 1], ascending; a sequence may have no new token.
+        slots, context_lens: int32 [P]. These and all other arguments are as in `paged_decode`.
+        query_start: int32 [P + 1], ascending. A sequence may have no new token.
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
@@ -184,7 +185,7 @@ def paged_prefill(
     if tma:
         box = [1, config.tile, 1, dim]
         k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
-    # Every sequence's last tile may be partly empty, so there may be `batch` tiles more.
+    # The last tile of each sequence may be partly empty, so up to `batch` tiles are added.
     tiles = triton.cdiv(rows * group, config.rows) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](

@@ -1,6 +1,6 @@
-"""Kernels that small_batch_linear.py launches, in Gluon, which is Triton's lower-level dialect.
+"""Kernels of small_batch_linear.py, written in Gluon, which is Triton's lower-level dialect.
 
-Plain Triton cannot keep a copy to shared memory in flight while it waits for the previous kernel.
+A plain Triton kernel cannot copy to shared memory while it waits for the previous kernel.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -11,13 +11,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Triton 3.7 calls this function barrier, and Triton 3.6 calls it thread_barrier.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
-    """arange(size) along one axis of a three-dimensional layout; the other two axes have size 1."""
+    """Return arange(size) along one axis of a 3-D layout; the other two axes have size 1."""
     if axis == 0:
         line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     elif axis == 1:
@@ -51,11 +50,11 @@ def rows_kernel(
     EVEN: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out = f(RMSNorm(x) @ w.T + bias) + residual, f = SwiGLU or identity; grid (ceil(N / BN))."""
-    # Bias, norm and residual may be None. Warps divide the inputs (k) into chunks of KC: chunk c of
-    # warp w begins at input (c * WARPS + w) * KC. A warp reads only data that it copied to shared
-    # memory itself. EVEN means that no chunk crosses the weight's edge. Accumulators are [warp, n,
-    # m]: the 16 rows of an MMA are weight rows, and its 8 columns are tokens.
+    """Compute out = f(RMSNorm(x) @ w.T + bias) + residual; f is SwiGLU or the identity."""
+    # Each program computes BN outputs of all tokens. Its warps divide the K inputs into chunks of
+    # KC: chunk c of warp w begins at input (c * WARPS + w) * KC. A warp copies its own chunks to
+    # shared memory and reads no other chunks. EVEN means that no chunk crosses the weight's edge.
+    # In an MMA instruction rows are outputs and columns are tokens.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -68,7 +67,6 @@ def rows_kernel(
         [1, 1, 8], [1, 256 // KC, KC // 8], [WARPS, 1, 1], [2, 1, 0]
     )
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
-    # In this layout a thread holds the partial sums of all warps for its outputs.
     EPILOGUE: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 16, 2], [1, 1, WARPS], [1, 2, 0])
     TILE: gl.constexpr = gl.SliceLayout(0, EPILOGUE)
     PARTS: gl.constexpr = 2 if SWIGLU else 1
@@ -97,7 +95,7 @@ def rows_kernel(
         for c in gl.static_range(CHUNKS):
             k = c * WARPS * KC + xk
             gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    # Code above this wait reads only weights, which no other kernel of the step writes.
+    # Before gdc_wait only weights are read, since earlier kernels may still be writing x.
     gdc_wait()
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
@@ -113,11 +111,11 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # If stages are reused, each iteration commits a group: STAGES - 1 are newer than chunk c's.
+        # Wait for chunk c. If stages are reused, STAGES - 1 newer copies may still be running.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
-            # The norm scales all inputs of a token by one factor, so outputs are scaled instead.
+            # RMSNorm scales all inputs of a token by one factor. Here the outputs are scaled by it.
             x32 = x.to(gl.float32)
             square += x32 * x32
             x = (x32 * gains[c].to(gl.float32)).to(dtype)
@@ -184,10 +182,10 @@ def tile_kernel(
     WARPS: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """out[split, m, n] = f(x[m, ks] @ w[n, ks].T + bias[n]); grid (N / BN, ceil(M / BM), splits)"""
-    # ks are the inputs of one split, and f is SwiGLU or the identity. TMA copies x and w into a
-    # ring of STAGES stages, each with an mbarrier. With SWIGLU a stage has BN weight rows of the
-    # gate projection, then BN of the up projection.
+    """Compute out[i] = f(x[:, ks] @ w[:, ks].T + bias), where ks are the inputs of split i."""
+    # f is SwiGLU or the identity. TMA copies x and w into a ring of STAGES stages in shared memory;
+    # each stage has an mbarrier. With SWIGLU a stage has BN rows of the gate projection's weight,
+    # then BN rows of the up projection's weight.
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     WIDTH: gl.constexpr = BN * PARTS
     STAGE_BYTES: gl.constexpr = (BM + WIDTH) * BK * 2
@@ -211,7 +209,7 @@ def tile_kernel(
             stage = ws.index(s).slice(p * BN, BN)  # [BN, BK]
             place = [n0 + p * N, k0 + s * BK]
             tma.async_copy_global_to_shared(w_desc, place, ready.index(s), stage)
-    # Code above this wait reads only weights, which no other kernel of the step writes.
+    # Before gdc_wait only weights are read, since earlier kernels may still be writing x.
     gdc_wait()
     for s in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
@@ -221,7 +219,7 @@ def tile_kernel(
         w = ws.index(c % STAGES).permute([1, 0])  # [BK, WIDTH]
         acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
         if c > 0 and c - 1 + STAGES < CHUNKS:
-            # The previous chunk's stage may be refilled when all warps have used that chunk.
+            # When all warps have used chunk c - 1, its stage is refilled with a later chunk.
             acc = hopper.warpgroup_mma_wait(1, [acc])
             _barrier()
             s = (c - 1) % STAGES
@@ -235,7 +233,6 @@ def tile_kernel(
     m = m0 + gl.arange(0, BM, gl.SliceLayout(1, OUT))[:, None]  # [BM, 1]
     n = n0 + gl.arange(0, BN, gl.SliceLayout(0, OUT))[None, :]  # [1, BN]
     if SWIGLU:
-        # A thread's accumulators hold both the gate and the up projection of its outputs.
         gate, up = acc.reshape([BM, 2, BN]).permute([0, 2, 1]).split()  # [BM, BN] each
         out = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, OUT)
     else:

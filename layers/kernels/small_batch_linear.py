@@ -1,14 +1,14 @@
 """Linear layers for decode batches of 1 to 256 tokens.
 
-With such batches a step of a small model runs some hundred short kernels one after the other. The
-gaps between kernels take longer than the memory traffic. So these kernels use programmatic
+For such a batch a step of a small model is a long chain of short kernels. The gaps between
+kernels take longer than the kernels' memory traffic. So the kernels of this module use programmatic
 dependent launch: a kernel starts while its predecessor runs, copies its slice of the weight into
-shared memory, and only then waits for the predecessor's output. No kernel writes the weight.
+shared memory, and only then waits for the predecessor's output.
 
-* ``rows_kernel`` serves up to 16 tokens. A program computes 16 or 32 outputs of all tokens with
-  mma.sync. It reads whole rows of x, so it can normalise them; it can also add a residual.
-* ``tile_kernel`` serves more tokens, in tiles of 64 or 128 tokens, with wgmma. If outputs are few,
-  several programs split the input dimension, and the next RMSNorm adds up their partial sums.
+* ``rows_kernel`` serves 1 to 16 tokens. A program computes 16 or 32 outputs of all tokens with
+  mma.sync. The kernel can also apply an RMSNorm to its input and add a residual to its output.
+* ``tile_kernel`` serves 17 to 256 tokens, in tiles of 64 or 128 tokens, with wgmma. For few outputs
+  the input dimension is split among programs, and the next RMSNorm kernel adds up partial sums.
 """
 
 from typing import NamedTuple
@@ -23,16 +23,17 @@ from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
 _MULTIPROCESSORS = 132  # H100 and H200
-# Weights of more elements get no tiles of 128 tokens. At 128 tokens such tiles take 11.7 us with a
-# weight [1536, 8960] (cuBLAS: 12.8 us), but 18.2 us with a weight [4096, 4096] (cuBLAS: 14.5).
+# Largest weight, in elements, that gets tiles of 128 tokens without SwiGLU. On an H200, 128 tokens
+# take 11.7 us for a weight [1536, 8960] with such tiles (cuBLAS: 12.8 us), and 18.2 us for a weight
+# [4096, 4096] (cuBLAS: 14.5 us).
 _TALL_WEIGHTS = 14 * 2**20
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
-    """Tile of `rows_kernel`; EVEN says whether all tiles are full."""
-    # All linear layers of Qwen3-0.6B, with norms, residuals and SwiGLU, in one CUDA graph on an
-    # H200 take 310 us at 1 token, 332 us at 8, 402 us at 16. cuBLAS with separate kernels for the
-    # rest takes 1,082, 884 and 926 us. At 32 tokens `rows_kernel` takes 612, `tile_kernel` 543 us.
+    """Return the tile sizes of `rows_kernel`, and EVEN: whether all tiles are full."""
+    # For all linear layers of Qwen3-0.6B, with norms, residuals and SwiGLU, in one CUDA graph on an
+    # H200, `rows_kernel` takes 310 us at 1 token and 402 us at 16 tokens. With separate
+    # kernels for norms, residuals and SwiGLU, cuBLAS takes 1,082 us at 1 and 926 us at 16 tokens.
     wide = tokens > 8 if swiglu else n >= 4096
     bm, bn = (8 if tokens <= 8 else 16), (32 if wide else 16)
     if k <= 2048:
@@ -41,8 +42,8 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
         warps, kc = 8, 64 if wide or swiglu else 128
     chunks = triton.cdiv(k, warps * kc)
     stage = warps * kc * (bn * (2 if swiglu else 1) + bm) * 2
-    # If the chunks of a program fit 200 KB of shared memory, each has its own stage. Else stages
-    # form a ring of 100 KB, so that a multiprocessor holds two programs.
+    # A stage is shared memory for one chunk of inputs. If all chunks fit 200 KB, each has its own
+    # stage. Otherwise the stages form a ring of 100 KB, so that two programs fit a multiprocessor.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
     even = k == chunks * warps * kc and n % bn == 0
     tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
@@ -50,7 +51,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
 
 
 class _Tile(NamedTuple):
-    """Tile of `tile_kernel`: BM tokens, BN outputs, and BK inputs in each stage of its ring."""
+    """Sizes of `tile_kernel`: BM tokens and BN outputs per program, BK inputs per stage."""
 
     BM: int
     BN: int
@@ -63,11 +64,10 @@ class _Tile(NamedTuple):
 
 
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
-    """Tile of `tile_kernel` for a weight [n, k], or None if cuBLAS is as fast or no tile fits."""
-    # The rules come from a search over 20 to 150 tiles per shape, for Qwen3-0.6B and Qwen2-1.5B on
-    # an H200. With the best tiles, all programs run at once on at least half of the
-    # multiprocessors, and the ring of stages fills shared memory. For few outputs, a program has at
-    # most 1,024 inputs. With more than 2,560 inputs per program cuBLAS was faster.
+    """Return the tile for a weight [n, k], or None if cuBLAS is as fast or no tile fits."""
+    # For each linear layer of Qwen3-0.6B and Qwen2-1.5B 20 to 150 tiles were timed on an H200. With
+    # the fastest tiles all programs run at once, occupy at least half of the multiprocessors, and
+    # have stages that fill shared memory. With over 2,560 inputs per program cuBLAS was faster.
     chunks = k // 128
     if n % 64 or k % 128:
         return None
@@ -87,10 +87,10 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 
 
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
-    """Like `_tile_config`, for a gate and an up projection of n outputs each, as one product."""
+    """Return the tile for a gate and an up projection of n outputs each, or None for cuBLAS."""
     if chunks > 20:
-        # If k > 2,560, cuBLAS is as fast for more tokens. At 64 tokens, gate and up weights [6144,
-        # 4096] take 27.6 us (cuBLAS: 30.5 us).
+        # For k > 2,560 and more than 64 tokens cuBLAS is as fast. For 64 tokens and two weights
+        # [6144, 4096] `tile_kernel` takes 27.6 us and cuBLAS 30.5 us.
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -98,7 +98,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # Programs outnumber multiprocessors here. With small rings two programs fit on each.
+        # Programs outnumber multiprocessors. Small rings let two programs share a multiprocessor.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -106,7 +106,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
 
 
 def small_batch_splits(tokens: int, n: int, k: int) -> int:
-    """Number of slices of k for a weight [n, k], if the next RMSNorm adds up the partial sums."""
+    """Return the number of slices into which `small_batch_linear` should split k."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
@@ -114,8 +114,8 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether `small_batch_linear` can compute n outputs and cuBLAS is not known to be as fast."""
-    fits = n * k * (2 if swiglu else 1) < 2**31  # kernels use 32-bit offsets into the weight
+    """Whether `small_batch_linear` allows these shapes and cuBLAS is not known to be as fast."""
+    fits = n * k * (2 if swiglu else 1) < 2**31  # offsets into the weight have 32 bits
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
     if tokens <= MAX_FUSED_TOKENS:
@@ -139,20 +139,20 @@ def small_batch_linear(
 ) -> Tensor:
     """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    All but x and weight may be left out. Needs compute capability 9.0. The order of the float32
-    sums depends on the shapes alone.
+    Only x and weight are required. The device must have compute capability 9.0. The order in which
+    float32 sums are computed depends on the shapes alone.
 
     Args:
         x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.
-        weight: [N, K], or with ``swiglu`` [2N, K], gate rows first; contiguous. With `pdl`
-            (dependent launch) it is read before earlier kernels end, so these must not write it.
-        bias: [N]; not together with ``swiglu`` or ``splits``.
-        norm_weight: weight [K] of an RMSNorm of x, for up to MAX_FUSED_TOKENS tokens.
-        residual: [M, N] to be added, for up to MAX_FUSED_TOKENS tokens.
+        weight: contiguous [N, K]; with ``swiglu`` [2N, K], N rows of gate and N rows of up. With
+            ``pdl`` (programmatic dependent launch) earlier kernels must not write the weight.
+        bias: [N]; not allowed together with ``swiglu`` or with ``splits`` > 1.
+        norm_weight: weight [K] of an RMSNorm of x; only for up to MAX_FUSED_TOKENS tokens.
+        residual: [M, N]; added to the result, only for up to MAX_FUSED_TOKENS tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
-        splits: number of slices of K that are summed separately, from `small_batch_splits`.
-        out: [M, N] in x's dtype, or if ``splits`` > 1 float32 [splits, M, N], with contiguous rows.
-            None allocates it. `out` must not be an input.
+        splits: number of slices of K that are summed separately; `small_batch_splits` returns it.
+        out: [M, N] in x's dtype, or if ``splits`` > 1 float32 [splits, M, N]. Rows are contiguous.
+            ``out`` must not share memory with an input. By default a new tensor is allocated.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     if weight.shape[1] != k or not weight.is_contiguous() or weight.dtype != x.dtype:
