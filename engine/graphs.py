@@ -24,7 +24,7 @@ from layers.step_rows import SampledRows, StepRows
 # Row counts for which prefill chunks are captured. A step is padded to the next larger count; above
 # 2,048 rows padding adds at most 6 % to the rows. A prefill of a few hundred tokens takes an H200 1
 # to 3 ms, and launching the kernels of 28 layers takes the host some 10 ms. Prefills with more rows
-# than the last count run without a graph: the device computes longer than the host launches.
+# than the last count run without a graph: the device then takes longer than the host's launches.
 CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
 # Maximum number of prefill chunks in a captured step. With a maximum of 32 instead of 8, a prefill
 # graph on an H200 takes 0.01 to 0.12 ms longer. A maximum above 32 was not tried.
@@ -114,7 +114,7 @@ class StepGraphs:
             pool = self._graphs[kind, size].pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
-        """Return functions that each enqueue, without a graph, the largest decode or prefill step."""
+        """Return functions that enqueue, without graphs, the largest decode and prefill steps."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 

@@ -335,7 +335,7 @@ def step_launcher(
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
-    """Return the module in `models` for a checkpoint. May raise UnsupportedModelError."""
+    """Return the module in `models` for a model_type, or raise an UnsupportedModelError."""
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"
     known = name.removeprefix("models.").isidentifier()

@@ -60,7 +60,7 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
         UnsupportedModelError: the checkpoint does not state a maximum context length.
     """
     config = _on_device(config, checkpoint)
-    # 4096 was chosen without measurements. More would enlarge block tables and a CPU's KV cache.
+    # The default 4096 is a guess. A larger default would enlarge block tables and CPU KV caches.
     limit = checkpoint.max_position
     length = config.max_model_len or min(4096, limit)
     if length > limit:
@@ -91,7 +91,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
         raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
     cuda = cuda and config.device != "cpu"
     # CUDA graphs are on by default. For 1,024 short requests on an H200, Qwen3-0.6B made 94,840
-    # tok/s with graphs for steps of prefills and decodes, and 47,729 without graphs for such steps.
+    # tok/s if steps with both prefills and decodes used graphs, and 47,729 if such steps did not.
     graphs = config.enable_cuda_graphs
     if graphs and not cuda:
         problem = "there is no CUDA device to capture on"
@@ -113,7 +113,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Set enable_prefix_caching by the block manager. ConfigError: an option contradicts it."""
+    """Return `config` with enable_prefix_caching set. ConfigError: options contradict each other."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -213,7 +213,7 @@ def make_block_managers(
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """Make the attention backend. ConfigError: it cannot run this model on this machine."""
+    """Make the attention backend. ConfigError: this model or machine is not supported."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
         name = _first(option, lambda part: part.unsupported(spec) is None)
@@ -229,7 +229,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Return whether to capture CUDA graphs. ConfigError: enabled by the user, but impossible."""
+    """Return whether to capture CUDA graphs. ConfigError: graphs are enabled but impossible."""
     import torch
 
     from layers.kernels.launch import fused

@@ -156,7 +156,7 @@ class SimulatedRunner(ModelRunner):
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
-        """Return the next prompt token of each position in a chunk, and option prompt_logprobs."""
+        """Return the next prompt token of each position, and the option prompt_logprobs."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
         return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs

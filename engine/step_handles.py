@@ -142,7 +142,7 @@ class StreamLauncher:
 
 @dataclass(slots=True)
 class _StreamStep(StepHandle):
-    """Handle of a step on a CUDA stream. `_output` is in pinned memory, complete after `_done`."""
+    """Handle of a step on a CUDA stream. After the event `_done`, pinned memory has the output."""
 
     _step_id: int
     _output: StepOutput

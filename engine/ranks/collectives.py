@@ -25,9 +25,9 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     from layers.kernels.peer import PeerExchange
 
-# Time limit of a collective. If a rank fails, the parent process kills all ranks long before.
+# Time limit of a collective. If a rank fails, the parent process kills all ranks much earlier.
 _TIMEOUT = timedelta(hours=1)
-# Maximum bytes of a tensor that is summed through peer memory: 256 hidden states of Qwen3-8B.
+# Maximum size in bytes of a tensor summed through peer memory: 256 hidden states of Qwen3-8B.
 _PEER_BYTES = 2 << 20
 
 
@@ -159,7 +159,7 @@ def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> 
 def local_rank(
     config: Config, checkpoint: Checkpoint, rank: Rank, *, peer: bool = True
 ) -> LocalRunner:
-    """Make the runner of one rank, in the process of the rank. `join_ranks` explains `peer`."""
+    """Make the runner of one rank, in its process. `peer`: GPUs may write to each other's memory."""
     context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
     if config.device == "cpu":
         # Without a worker thread: the parent process already plans while this process computes.

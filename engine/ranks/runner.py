@@ -37,7 +37,7 @@ _FULL_SECONDS = 50e-6
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
-    """`__cause__` of the error that the runner raises if a rank fails; has the rank's traceback."""
+    """`__cause__` of the error that the runner raises if a rank fails; holds its traceback."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
