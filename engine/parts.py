@@ -113,7 +113,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Return `config` with enable_prefix_caching set. ConfigError: options contradict each other."""
+    """Return `config` with enable_prefix_caching set. ConfigError: two options contradict."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):

@@ -159,7 +159,7 @@ def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> 
 def local_rank(
     config: Config, checkpoint: Checkpoint, rank: Rank, *, peer: bool = True
 ) -> LocalRunner:
-    """Make the runner of one rank, in its process. `peer`: GPUs may write to each other's memory."""
+    """Make the runner of a rank, in its process. `peer`: GPUs may write to each other's memory."""
     context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
     if config.device == "cpu":
         # Without a worker thread: the parent process already plans while this process computes.
