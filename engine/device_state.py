@@ -1,8 +1,8 @@
-"""Tables of the running requests on the device, and the rows of a step, which are made from them.
+"""Device tables of the running requests, from which the device makes the rows of each step.
 
-A request's slot is its row index in the tables. A row of a step is one token here. The rows of
-`engine.types` are something else: a row there is all work of a step for one request, and may have
-several tokens. The sampled rows of a step are those whose next token is drawn.
+The slot of a request is its index in the tables. In this file a row of a step is one input token.
+(In `engine.types` a row is all work of a step for one request, and may have several tokens.) The
+sampled rows of a step are the rows whose next token is drawn.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from utils.errors import ContractError
 
 Array = np.ndarray[Any, Any]
 
-# Two steps may be in flight while a third one is prepared, and each uses a buffer of its own.
+# Two steps may be running or waiting while a third step is prepared. Each step uses one buffer.
 _NUM_BUFFERS = 3
 
 
 class Staging:
-    """Uploads a step's arrays through pinned buffers, which the steps use in turn.
+    """Copies a step's arrays to the device, through three pinned buffers that steps use in turn.
 
     A copy from pinned memory returns at once, and the device reads the memory later. So a buffer
-    is written again only after an event tells that all copies from the buffer have ended.
+    is written again only after a CUDA event shows that all copies from the buffer have ended.
 
     Args:
-        device: the target. On a CPU there are no buffers: a tensor shares its array's memory.
-        num_bytes: initial size of a buffer, which grows when a step uploads more.
+        device: target of the copies. On a CPU no buffers are used.
+        num_bytes: initial size of a buffer. A buffer grows if a step uploads more.
     """
 
     def __init__(self, device: torch.device, num_bytes: int = 1 << 20) -> None:
@@ -49,7 +49,7 @@ class Staging:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """Context manager for the uploads of one step, which are enqueued on the current stream."""
+        """Return a context for all uploads of one step, which must use a single CUDA stream."""
         if not self._cuda:
             yield
             return
@@ -62,20 +62,20 @@ class Staging:
             self._read[self._turn].record()
 
     def upload(self, array: Array, out: Tensor | None = None) -> Tensor:
-        """Upload an array, into `out` if given. The caller must not change the array afterwards."""
+        """Copy an array to `out` or a new tensor; return it. The array must not change later."""
         source = torch.from_numpy(array)
         if not self._cuda:
             return source if out is None else out.copy_(source)
         size = array.nbytes
         buffer = self._buffers[self._turn]
         if self._used + size > buffer.numel():
-            # Copies from the old buffer may still run. torch's pinned allocator does not reuse the
-            # old buffer's memory before these copies have ended.
+            # The old buffer can be dropped while copies from it still run: torch's pinned allocator
+            # reuses its memory only after the copies have ended.
             buffer = self._buffers[self._turn] = _pinned(2 * (self._used + size))
             self._used = 0
         pinned = buffer[self._used : self._used + size].view(source.dtype).view(source.shape)
         pinned.copy_(source)
-        # Every array starts on a multiple of 16 bytes, so that views of any dtype are aligned.
+        # Each array in a buffer starts at a multiple of 16 bytes, which aligns it for any dtype.
         self._used += -(-size // 16) * 16
         if out is None:
             return pinned.to(self._device, non_blocking=True)
@@ -87,15 +87,14 @@ def _pinned(num_bytes: int) -> Tensor:
 
 
 class DeviceState:
-    """Applies plans to the tables of the running requests, and makes a step's rows from them.
+    """Keeps the device tables of the running requests, and makes the rows of steps from the tables.
 
-    Of the tables' contents a plan carries only the changes. Sampled tokens are written to the token
-    table on the device, so that they are never uploaded.
+    A plan carries only changes of the tables. The device itself writes drawn tokens to the token
+    table, so drawn tokens are never uploaded.
 
     Args:
-        tables: tables without requests.
-        staging: uploads the plans' arrays; methods that upload are called within `staging.group()`.
-        kernels: whether to use Triton kernels; by default on CUDA if Triton is installed.
+        staging: uploads arrays. Call `apply` and `rows` within `staging.group()`.
+        kernels: whether to use Triton kernels; by default True on CUDA if Triton is installed.
     """
 
     def __init__(self, tables: SlotTables, staging: Staging, kernels: bool | None = None) -> None:
@@ -106,7 +105,7 @@ class DeviceState:
             from layers.kernels import step_rows
 
             self._ops = step_rows
-        # The running requests with sampling options beyond temperature and seed, by slot.
+        # Requests with sampling options besides temperature and seed; the keys are slots.
         self.special: dict[int, NewRequest] = {}
         self._random_slots: set[int] = set()
         self._decode: tuple[int, ...] = ()
@@ -120,7 +119,7 @@ class DeviceState:
             self._extend(plan.block_updates)
 
     def rows(self, plan: StepPlan) -> StepRows:
-        """Make the rows of a plan, after `apply`, and update `tables.num_computed`."""
+        """Return the rows of a plan, and update `tables.num_computed`. Call `apply` first."""
         if plan.prefill or plan.decode != self._decode or self._decode_rows is None:
             header = header_of([*map(_column, plan.prefill), *((s, -1, 1, 1) for s in plan.decode)])
             rows = StepRows.empty(
@@ -131,7 +130,7 @@ class DeviceState:
                 num_chunk_rows=plan.num_prefill_tokens,
                 longest_chunk=max((chunk.num_tokens for chunk in plan.prefill), default=0),
             )
-            # Most steps decode the requests of the step before, and reuse that step's `StepRows`.
+            # A later step without prefill that decodes the same slots uses these rows again.
             self._decode, self._decode_rows = plan.decode, None if plan.prefill else rows
         else:
             rows = self._decode_rows
@@ -139,15 +138,15 @@ class DeviceState:
         return rows
 
     def fill(self, rows: StepRows) -> None:
-        """Fill `rows` as `rows.header` says, and update `tables.num_computed`."""
+        """Compute all tensors of `rows` from `rows.header`, and update `tables.num_computed`."""
         self._ops.fill_rows(self.tables, rows)
 
     def write(self, sampled: SampledRows, tokens: Tensor) -> None:
-        """Store drawn tokens [R] int64 in `sampled.tokens`, and in the token table."""
+        """Store the drawn tokens, [R] int64, in `sampled.tokens` and in the token table."""
         self._ops.write_tokens(self.tables, sampled, tokens)
 
     def all_greedy(self, plan: StepPlan) -> bool:
-        """Whether every request that the plan samples a token for has temperature 0."""
+        """Return whether every request for which the plan draws a token has temperature 0."""
         return not self._random_slots or self._random_slots.isdisjoint(plan.sampled_slots)
 
     def _enter(self, requests: tuple[NewRequest, ...]) -> None:
@@ -188,11 +187,11 @@ def _column(chunk: PrefillChunk) -> tuple[int, int, int, int]:
 
 
 def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
-    """Make `StepRows.header` [6, requests]; sampled rows get indices in the order of `columns`.
+    """Return `StepRows.header` [6, requests]; sampled rows are numbered in the order of `columns`.
 
     Args:
-        columns: for each request its slot, first position (-1: the first that is not computed),
-            number of rows, and number of sampled rows. The header's other rows are running sums.
+        columns: four values for each request: slot, position of its first row (-1 stands for
+            `num_computed` of the slot), number of rows, number of sampled rows.
     """
     header = np.empty((6, len(columns)), dtype=np.int64)
     header[[0, 1, 2, 5]] = np.array(columns, dtype=np.int64).T
@@ -205,16 +204,17 @@ def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
 def chunks_header(
     chunks: tuple[PrefillChunk, ...], width: int, num_rows: int, padding: int
 ) -> Array:
-    """Make `StepRows.header` for prefill chunks that run as a captured CUDA graph.
+    """Return `StepRows.header` for prefill chunks that run as a captured CUDA graph.
 
-    The graph always has `width` requests, a last request that owns the padding rows, and `width`
-    sampled rows. The sampled rows of decodes follow behind these. So that all sampled rows of a
-    plan are contiguous, chunks use the last of the `width` sampled rows, and padding the first.
+    The sizes of a graph are fixed: it has `width` requests for chunks, one further request that
+    holds all padding rows, and `width` sampled rows. In the graphs' buffers the sampled rows of
+    decodes follow after the `width` sampled rows. Chunks use the last of the `width` sampled rows,
+    so that all sampled rows of a plan are contiguous; the first of the `width` rows are padding.
 
     Args:
-        width: number of requests except the last one, at least the number of chunks.
-        num_rows: rows of the step, padding included.
-        padding: the tables' padding slot, which belongs to no request.
+        width: number of requests for chunks; at least `len(chunks)`.
+        num_rows: number of rows of the step, padding rows included.
+        padding: slot of padding rows, which belongs to no request.
     """
     columns = [*map(_column, chunks)]
     left = num_rows - sum(chunk.num_tokens for chunk in chunks)

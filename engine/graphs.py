@@ -1,9 +1,9 @@
-"""Steps as CUDA graphs: one replay instead of some two hundred kernel launches.
+"""Captures steps as CUDA graphs. A replay replaces some two hundred kernel launches.
 
-Decodes and prefill chunks have separate graphs, with one graph for each of several row counts. A
-step with decodes and chunks replays two graphs. (Graphs for mixed steps would be needed for every
-pair of row counts.) Two graphs read the weights twice. As long as the prefill is short, the second
-reading takes less time than launching the kernels one by one.
+A row of a step is one input token. Decodes and prefill chunks have separate graphs, and each graph
+is for a fixed number of rows. A step with decodes and prefill chunks replays two graphs; a single
+graph would have to be captured for every pair of row counts. Two graphs read the weights twice,
+which for a short prefill still takes less time than launching all kernels one by one.
 """
 
 from __future__ import annotations
@@ -21,33 +21,32 @@ from engine.device_state import DeviceState, chunks_header, header_of
 from engine.types import StepPlan
 from layers.step_rows import SampledRows, StepRows
 
-# Row counts of the captured prefill chunks. A step is padded to the next larger count; from 2,048
-# rows on padding adds 6 % of the rows at most. Prefills above the last count run without a graph:
-# the device then takes longer than the host's launches. For shorter prefills launching takes
-# longer: a prefill of a few hundred tokens takes an H200 1 to 3 ms, and launching the kernels of 28
-# layers takes the host some 10 ms.
+# Row counts for which prefill chunks are captured. A step is padded to the next larger count; above
+# 2,048 rows padding adds at most 6 % to the rows. A prefill of a few hundred tokens takes an H200 1
+# to 3 ms, and launching the kernels of 28 layers takes the host some 10 ms. Prefills with more rows
+# than the last count run without a graph: the device then takes longer than the host's launches.
 CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
-# Most prefill chunks in a captured step. With 32 instead of 8 the first token of a single prompt
-# takes 0.01 to 0.12 ms longer. More than 32 were not tried.
+# Maximum number of prefill chunks in a captured step. With a maximum of 32 instead of 8, a prefill
+# graph on an H200 takes 0.01 to 0.12 ms longer. A maximum above 32 was not tried.
 MAX_CHUNKS = 32
-# Launching the kernels of one layer takes the host of an H200 0.4 ms. `_BYTES_PER_SECOND` and
-# `_FLOPS` are approximate rates at which an H200 reads weights and multiplies. From the constants
-# `StepGraphs` estimates the longest prefill beside decodes for which two replays take less time
-# than launching the kernels. The estimate was not checked by a measurement.
+# `_LAUNCH_SECONDS` is the host's time to launch the kernels of one layer. `_BYTES_PER_SECOND` and
+# `_FLOPS` are approximate rates at which an H200 reads weights and multiplies. From these constants
+# `StepGraphs` estimates up to which number of prefill tokens a step with decodes is faster with two
+# replays than with separate kernel launches. No measurement has checked the estimate.
 _LAUNCH_SECONDS = 0.4e-3
 _BYTES_PER_SECOND = 4e12
 _FLOPS = 600e12
 
-# A function like `StepPass.plain`: enqueues a step for rows whose `StepRows.header` is set, returns
-# the logits [R, this rank's vocabulary], and may write the logits into the tensor, if one is given.
+# Type of the function `StepPass.plain`, which enqueues a step for rows with a `StepRows.header` and
+# returns logits [R, this rank's vocabulary]. The model may write them to the second argument.
 PlainStep = Callable[[StepRows, "Tensor | None"], Tensor]
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of decodes that get a CUDA graph; a step is padded to the next larger number.
+    """Return the numbers of decodes for which a CUDA graph is captured.
 
-    The numbers double up to 8. Then they rise by 8 up to 64, by 16 up to 256, and by 32 from there
-    to `max_num_seqs`. Padding adds next to no time to matrix products, and none to attention.
+    The numbers double up to 8, rise by 8 up to 64, by 16 up to 256, then by 32 to `max_num_seqs`. A
+    step is padded to the next larger number; the padding hardly slows the step.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
@@ -56,14 +55,15 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 class StepGraphs:
     """The captured CUDA graphs of one runner.
 
-    All graphs share two buffers: one for logits, and one for sampled rows, whose next token is
-    drawn. In each buffer the first `MAX_CHUNKS` entries are for prefill chunks, and the rest for
-    decodes. Chunks use the last of their entries, so that all used entries are contiguous.
+    All graphs share a buffer for logits and a buffer for sampled rows (rows whose next token is
+    drawn). In both buffers the first `MAX_CHUNKS` entries are for prefill chunks, and all later
+    entries for decodes. If a step has fewer chunks than `MAX_CHUNKS`, the chunks use the last of
+    the `MAX_CHUNKS` entries, so that all entries that the step uses are contiguous.
 
     Args:
-        step: enqueues the work that a graph captures.
-        max_tokens: most rows that the prefill chunks of a step may have.
-        weights_per_layer: number of weights, of 2 bytes each, in a layer on this rank (average).
+        step: function that enqueues the work of a step, which a graph then captures.
+        max_tokens: maximum number of prefill tokens in a step.
+        weights_per_layer: average number of 2-byte weights in a layer on this rank.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class StepGraphs:
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
-        """Capture a graph for every number of rows; all rows are padding during the capture."""
+        """Capture all graphs. During the capture all rows are padding."""
         pool = None
-        # Large graphs come first, so that smaller graphs fit into their memory pool. The graphs can
-        # share the pool because no graph reads data that another graph left there.
+        # All graphs share a memory pool, which is safe: no graph reads memory that another graph
+        # wrote there. Large graphs are captured first, so that small graphs need no more memory.
         steps = [("decodes", size) for size in self._decode_sizes]
         steps += [("chunks", size) for size in self._chunk_sizes]
         for kind, size in reversed(steps):
@@ -114,18 +114,18 @@ class StepGraphs:
             pool = self._graphs[kind, size].pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
-        """Functions that enqueue the largest step of decodes, and of chunks, without a graph."""
+        """Return functions that enqueue, without graphs, the largest decode and prefill steps."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
     def rehearsals(self) -> list[Callable[[], object]]:
-        """Functions that each enqueue a step without a graph; together they use all kernels."""
-        # Every matrix product kernel serves one of these row counts, or the count of `heaviest`.
+        """Return functions that each enqueue a step without a graph; the steps use all kernels."""
+        # Steps of these row counts and the steps of `heaviest` use all kernels of matrix products.
         sizes = [n for n in (1, 16, 24, 128, 256) if n < self._decode_sizes[-1]]
         return [*(partial(self._run, "decodes", n) for n in sizes), *self.heaviest()]
 
     def serves(self, plan: StepPlan) -> bool:
-        """Whether the plan's rows fit the captured graphs."""
+        """Return whether `replay` can run the plan."""
         if not plan.prefill or not self._graphs:
             return bool(self._graphs)
         most = max(self._chunk_sizes, default=0)
@@ -134,11 +134,10 @@ class StepGraphs:
         return len(plan.prefill) <= MAX_CHUNKS and plan.num_prefill_tokens <= most
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, SampledRows]:
-        """Replay the graphs of a plan, which also draw its tokens and store them.
+        """Replay the graphs for a plan. The graphs compute logits, and draw and store tokens.
 
-        `serves` must be true for the plan, and `DeviceState.apply` must have been called.
-
-        Returns logits [R, this rank's vocabulary] and R sampled rows, valid until the next replay.
+        `serves(plan)` must be true, and `DeviceState.apply(plan)` must have been called. Returns
+        logits [R, this rank's vocabulary] and the R sampled rows, valid until the next replay.
         """
         assert self._logits is not None
         if plan.prefill:
@@ -158,21 +157,21 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue a step of `size` rows, of "chunks" or "decodes"; put the logits into `logits`."""
+        """Enqueue a step of `size` rows; return its logits, and write them to `logits` if given."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:
             rows, part = self._decodes.first_decodes(size), slice(MAX_CHUNKS, MAX_CHUNKS + size)
         out = None if logits is None else logits[part]
         made = self._step(rows, out)
-        # A model may ignore `out` and return a tensor of its own.
+        # A model may ignore `out` and return a new tensor.
         if out is not None and made is not out:
             out.copy_(made)
         return made
 
 
 def captured(work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """Capture what `work` enqueues on the current stream; the graph's memory is from `pool`."""
+    """Return a CUDA graph of the kernels that `work` enqueues, with memory from `pool`."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):

@@ -45,11 +45,11 @@ from utils.loader import load_weights
 
 @dataclass(slots=True)
 class StepPass:
-    """Enqueues a step's work once its rows are known: forward pass, sampling, storing the tokens.
+    """Enqueues a step's work: forward pass, drawing the new tokens, storing the new tokens.
 
-    The step's sampled rows are the rows whose next token is drawn. The runner's CUDA graphs hold
-    this object. So this object must not refer to the runner: the reference cycle would keep a
-    dropped runner's memory until the garbage collector runs.
+    A row of a step is one input token. A sampled row is a row whose next token is drawn. The CUDA
+    graphs of a runner hold this object, so this object must not refer to the runner: a reference
+    cycle would keep a dropped runner's memory until the garbage collector runs.
     """
 
     model: CausalLM
@@ -61,13 +61,13 @@ class StepPass:
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Logits [R + P, this rank's vocabulary]: of R sampled rows, then of P `prompt_rows`.
+        """Return logits [R + P, this rank's vocabulary]: R sampled rows, then P `prompt_rows`.
 
         Args:
-            prompt_rows: [P] int64 rows whose next prompt token needs a log-probability.
-            out: tensor for the logits, in the model's dtype. The model need not use `out`.
+            prompt_rows: [P] int64: indices of rows whose next prompt token gets a log-probability.
+            out: tensor in the model's dtype that the model may write the logits to and return.
         """
-        # Without prefill chunks every row is a sampled row. None selects all rows.
+        # Without prefill chunks every row is a sampled row, and None makes the model use all rows.
         wanted = rows.sampled.rows if rows.num_chunks else None
         if prompt_rows is not None:
             wanted = torch.cat((rows.sampled.rows, prompt_rows))
@@ -92,8 +92,9 @@ class StepPass:
         """Draw a step's tokens, and write them into the token table for the next step.
 
         Args:
-            logits, sampled: what `forward` returned, and the R rows to draw a token for.
-            special: the rows' options beyond temperature and seed; None if no row has any.
+            logits: the result of `forward`.
+            sampled: the R rows to draw a token for; their `tokens` receive the drawn tokens.
+            special: sampling options besides temperature and seed; None if no row has any.
             greedy: whether every row has temperature 0.
         """
         if special:
@@ -107,7 +108,7 @@ class StepPass:
         return output
 
     def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
-        """Enqueue a step that draws by temperature and seed alone, and return the step's logits."""
+        """Enqueue a step that uses no sampling options but temperature and seed; return logits."""
         self.state.fill(rows)
         logits = self.forward(rows, out=out)
         self.draw(logits, rows.sampled)
@@ -117,18 +118,19 @@ class StepPass:
 class LocalRunner(ModelRunner):
     """Owns the model, the KV cache and the tables of running requests on one device.
 
-    On CUDA steps are enqueued on a stream. Decodes and short prefills run as CUDA graphs if options
-    and backend allow graphs. On a CPU with pipeline_depth 0, `execute` returns when the step has
-    ended. With pipeline_depth 1 a worker thread runs the step while the caller plans the next step.
+    On a GPU, `execute` enqueues the step on a CUDA stream. Decodes and short prefills run as CUDA
+    graphs if the options and the attention backend allow graphs. On a CPU with pipeline_depth 0,
+    `execute` returns when the step has ended; with pipeline_depth 1 a worker thread runs the step.
 
     Args:
-        config, checkpoint: as `engine.parts.resolve` and `utils.checkpoint.open_checkpoint` return.
+        config: config that `engine.parts.resolve` returned.
+        checkpoint: the checkpoint to load weights from.
         parallel: this runner's rank and the number of ranks; by default there is a single rank.
 
     Raises:
-        ConfigError: an option that this model or machine cannot serve.
-        UnsupportedModelError, WeightsError: see `utils.errors`.
-        OutOfMemoryError: weights and KV cache do not fit the device.
+        ConfigError: an option asks for something that this model or machine cannot do.
+        UnsupportedModelError, WeightsError: the model is not supported, or its weights are faulty.
+        OutOfMemoryError: weights and KV cache do not fit into the device's memory.
     """
 
     name = "local"
@@ -163,7 +165,7 @@ class LocalRunner(ModelRunner):
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
             self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
             geometry = self._sized(before, vocab_size)
-            # All ranks execute the same plans, so all use the block count of the smallest cache.
+            # All ranks get the same block ids, so all ranks use the smallest rank's block count.
             blocks = torch.tensor([-geometry.num_blocks], device=self._device)
             self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))
             if config.kv_sanitizer:
@@ -192,7 +194,6 @@ class LocalRunner(ModelRunner):
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepOutput:
-        """Enqueue a step: apply the plan, make the rows, run the forward pass, draw the tokens."""
         if self._poison:
             self._poison.fill(plan)
         for copy in plan.block_copies:
@@ -205,7 +206,7 @@ class LocalRunner(ModelRunner):
                 logits, sampled = self._graphs.replay(plan)
                 output = StepOutput(sampled.tokens)
                 if special:
-                    # The graphs drew by temperature and seed alone. So all tokens are drawn again.
+                    # The graphs drew tokens without the options in `special`: draw all again.
                     output = self._pass.draw(logits, sampled, special)
             else:
                 rows = self._state.rows(plan)
@@ -244,7 +245,8 @@ class LocalRunner(ModelRunner):
         )
         weights = self._model.weight_targets()
         load_weights(checkpoint.path, weights, tied=shape.tied)
-        # All ranks count the undivided weights, so all ranks run the same steps as graphs.
+        # By the number of weights `StepGraphs` decides which steps run as graphs. All ranks must
+        # decide alike, so the number comes from the whole weights' shapes, not the rank's shares.
         total = sum(math.prod(slot.shape) for slot in weights.values())
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
@@ -255,7 +257,7 @@ class LocalRunner(ModelRunner):
         return spec
 
     def _allocate(self, geometry: KVGeometry) -> None:
-        """Allocate the KV cache; make `StepPass` and `StepGraphs` for it, without capturing yet."""
+        """Allocate the KV cache, and make a `StepPass` and a `StepGraphs`; capture no graph yet."""
         self._geometry = geometry
         self._cache = KVCache(geometry, self._dtype, self._device)
         kv = self._cache.layers()
@@ -265,7 +267,7 @@ class LocalRunner(ModelRunner):
             self._graphs = StepGraphs(self._pass.plain, self._state, *limits)
 
     def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
-        """The KV cache's geometry, with as many blocks as the config asks for or memory allows."""
+        """Return the KV cache's geometry; the config or the free memory sets the block count."""
         config, one_block = self._config, self._one_block
         if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
             return kv_blocks(config, one_block)
@@ -283,14 +285,11 @@ class LocalRunner(ModelRunner):
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
     def _compile(self, graphs: StepGraphs) -> None:
-        """Compile the Triton kernels in parallel: each thread runs a step that needs other kernels.
-
-        All rows are padding, whose results nothing reads. So the threads can share tensors.
-        """
+        """Compile all Triton kernels in parallel: several threads each run one step of padding."""
         steps = graphs.rehearsals()
 
         def run(step: Callable[[], object]) -> None:
-            # A new thread's current device is device 0.
+            # In a new thread the current CUDA device is device 0, which may be another rank's.
             torch.cuda.set_device(self._device)
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.inference_mode(), torch.cuda.stream(stream):
@@ -298,13 +297,14 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        # Within `rehearsal()` collectives do not communicate. If they did, ranks could hang: their
-        # threads reach the collectives in different orders.
+        # All threads write to the same tensors, but nothing reads results of padding. Within
+        # `rehearsal()` collectives do not communicate. Communicating ranks could hang: the threads
+        # of two ranks reach the collectives in different orders.
         with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
-        """Functions that run the largest prefill and decode, which need the most memory."""
+        """Return functions that each run one large step; one of them uses the most memory."""
         config = self._config
         assert config.max_model_len is not None
         longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
@@ -323,17 +323,17 @@ class LocalRunner(ModelRunner):
 def step_launcher(
     config: Config, clock: Clock, device: torch.device
 ) -> HostLauncher | StreamLauncher:
-    """Make the launcher that starts a runner's steps on `device`; `clock` is the runner's."""
+    """Return the launcher for steps on `device`; `clock` tells when a step ended."""
     depth = config.pipeline_depth or 0
     if device.type == "cuda":
-        # Up to depth + 1 steps are in flight, each with its result buffer. A rank slower than rank
-        # 0 needs one buffer more: the next plan is sent as soon as rank 0 has ended a step.
+        # Up to pipeline_depth + 1 steps run or wait, and each needs a result buffer. With several
+        # ranks the next plan is sent when rank 0 has ended a step: a slower rank has one step more.
         return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)
     return HostLauncher(clock, in_thread=depth > 0)
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
-    """The module for the checkpoint's model_type; UnsupportedModelError if `models` has none."""
+    """Return the module in `models` for a model_type, or raise an UnsupportedModelError."""
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"
     known = name.removeprefix("models.").isidentifier()

@@ -1,7 +1,7 @@
-"""Finds and makes the engine's parts, and replaces None and "auto" in the options.
+"""Finds and makes the engine's parts, and sets options whose value is None or "auto".
 
-`PART_KINDS` lists the kinds of parts, such as scheduler, policy or model runner. Torch is imported
-only inside functions, because schedulers use this module and must work without torch.
+A part is a class that an option selects, such as a scheduler, a policy or a model runner. Torch is
+imported only inside functions: schedulers import this module and must work without torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from layers.attention.base import AttentionBackend, AttentionSpec
     from utils.checkpoint import Checkpoint
 
-# The options that name the policies of a scheduler.
 POLICIES = ("queue_policy", "admission_policy", "preemption_policy", "step_policy")
 _RUNNERS = ("engine", "engine.ranks", "engine.checking")
 _ATTENTION = "layers.attention"
@@ -34,11 +33,11 @@ _KINDS = (
     PartKind("admission_policy", "engine.policies:AdmissionPolicy", ("engine.policies",)),
     PartKind("preemption_policy", "engine.policies:PreemptionPolicy", ("engine.policies",)),
     PartKind("step_policy", "engine.policies:StepPolicy", ("engine.policies",)),
-    # "radix" finds as many cached tokens as "prefix"; their speeds were not compared.
+    # "auto" does not consider "radix", which finds as many cached tokens as "prefix".
     PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
     PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
     PartKind("model_runner", "engine.types:ModelRunner", _RUNNERS),
-    # "auto" takes the first backend that works, fastest first (docs/LOG.md). "torch" always works.
+    # "auto" selects the first backend that works. The fastest is first; "torch" works everywhere.
     PartKind(
         "attention_backend",
         f"{_ATTENTION}.base:AttentionBackend",
@@ -50,27 +49,27 @@ PART_KINDS: Mapping[str, PartKind] = MappingProxyType({kind.option: kind for kin
 
 
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:
-    """The config with every None and "auto" that depends on machine or checkpoint filled in.
+    """Return the config; machine and checkpoint give values for options that are None or "auto".
 
-    The runner decides later on the number of KV blocks, the attention backend and CUDA graphs. If a
-    factory makes the block manager, enable_prefix_caching stays None until it has been made.
+    The runner sets the number of KV blocks, the attention backend and the use of CUDA graphs later.
+    If block_manager is a factory function, `make_block_managers` sets enable_prefix_caching later.
 
     Raises:
         ConfigError: an option asks for something that the machine or the checkpoint does not have,
             names a part that does not exist, or contradicts the part that another option names.
-        UnsupportedModelError: the checkpoint does not say how long a context may be.
+        UnsupportedModelError: the checkpoint does not state a maximum context length.
     """
     config = _on_device(config, checkpoint)
-    # No measurement led to 4096. A larger default would enlarge block tables and a CPU's KV cache.
+    # The default 4096 is a guess. A larger default would enlarge block tables and CPU KV caches.
     limit = checkpoint.max_position
     length = config.max_model_len or min(4096, limit)
     if length > limit:
         problem = f"the checkpoint was made for {limit} positions"
         raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
-    # With several devices each of them has a process, in which a "local" runner works.
+    # A "tensor_parallel" runner starts a process for each device, with a "local" runner in each.
     divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
     runner = "tensor_parallel" if divided else config.model_runner
-    # Prefix caching is on by default: the next turn of a chat finds the previous turns cached.
+    # Prefix caching is on by default because in a chat each prompt starts with the previous turns.
     blocks, wanted = config.block_manager, config.enable_prefix_caching
     if blocks == "auto":
         blocks = _first("block_manager", lambda part: wanted in (None, part.caches_prefixes))
@@ -81,31 +80,31 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
-    """Fill in the device and what depends on the device: dtype, CUDA graphs, pipeline depth."""
+    """Return the config with device, dtype, enable_cuda_graphs and pipeline_depth set."""
     import torch
 
     runner: Any = find("model_runner", config)
-    # A factory function does not tell whether its runner has a device. True is assumed.
+    # A factory function has no `has_device`; its runner is assumed to have a device.
     has_device = getattr(getattr(runner, "func", runner), "has_device", True)
     cuda = has_device and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ConfigError("device", "cuda", "there is no usable CUDA device", 'Use "cpu".')
     cuda = cuda and config.device != "cpu"
-    # CUDA graphs are on by default. 1,024 short requests ran at 94,840 tok/s when prefills beside
-    # decodes ran as graphs, and at 47,729 before: launching such a step took the host 10 to 15 ms.
+    # CUDA graphs are on by default. For 1,024 short requests on an H200, Qwen3-0.6B made 94,840
+    # tok/s if steps with both prefills and decodes used graphs, and 47,729 if such steps did not.
     graphs = config.enable_cuda_graphs
     if graphs and not cuda:
         problem = "there is no CUDA device to capture on"
         raise ConfigError("enable_cuda_graphs", True, problem, "Leave it at None.")
     if config.enforce_eager or not cuda:
         graphs = False
-    # On a CPU float32 is the default: half precision is rarely faster and never more exact.
+    # On a CPU float32 is the default: 16-bit dtypes are rarely faster and never more exact.
     dtype = config.dtype
     if dtype == "auto":
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
-    # On CUDA depth 1 hides the 0.26 ms that the host needs for a step of 256 requests. On a CPU the
-    # worker thread competes for cores: a step of one request took 2.4 ms instead of 1.3 ms.
+    # With an H200, pipeline_depth 1 hides the host's 0.26 ms for a decode step of 256 requests.
+    # On a CPU, a step of one request took 2.4 ms with pipeline_depth 1, and 1.3 ms with 0.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -114,7 +113,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Fill in enable_prefix_caching from the block manager; a ConfigError if options contradict."""
+    """Return `config` with enable_prefix_caching set. ConfigError: two options contradict."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -127,40 +126,40 @@ def _with_caching(config: Config, blocks: Any) -> Config:
 
 
 def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigError:
-    """The error for an option that the chosen part of the given kind cannot serve."""
+    """Return an error: `option` does not work with the part that the option `kind` selects."""
     problem = f"{kind}={getattr(config, kind)!r} {problem}"
     fix = f"Leave it at {getattr(Config, option)!r} or choose another {kind}."
     return ConfigError(option, getattr(config, option), problem, fix)
 
 
 def find(option: str, config: Config) -> Callable[..., Any]:
-    """The class or factory that an option names (not "auto"); a ConfigError if there is none."""
+    """Return the class or factory that an option names. Raises a ConfigError if there is none."""
     return PART_KINDS[option].find(getattr(config, option))
 
 
 def _first(option: str, fits: Callable[[Any], bool]) -> str:
-    """The name that "auto" stands for: the first candidate for which `fits` returns true."""
+    """Return the name that "auto" stands for: the first part for which `fits` returns True."""
     kind = PART_KINDS[option]
     known = kind.known()
     return next(name for name in kind.auto if name in known and fits(known[name]))
 
 
 def make(option: str, config: Config, *args: Any) -> Any:
-    """Make the part that an option names, from `config` and `args`; may raise ConfigError."""
+    """Make the part that an option names: call the class or factory with `config` and `args`."""
     return PART_KINDS[option].make(getattr(config, option), config, *args)
 
 
 def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """Make the scheduler with the runner's clock; a ConfigError if it would ignore a policy."""
+    """Make the scheduler. Raises a ConfigError if the scheduler would ignore a chosen policy."""
     scheduler: Scheduler = make("scheduler", config, blocks, clock)
-    # `resolve` cannot check the policies if the scheduler comes from a factory.
+    # If the option scheduler is a factory function, `resolve` could not check the policies.
     check_policies(config, scheduler)
     return scheduler
 
 
 def check_policies(config: Config, scheduler: object) -> None:
-    """Refuse a policy that does not exist, or that the scheduler (or its class) would ignore."""
-    # A factory has no `policies`. Until the factory is called, all policies count as used.
+    """Raise a ConfigError if a policy does not exist or the scheduler (or its class) ignores it."""
+    # A factory function has no `policies`. Its scheduler is assumed to use all policies.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:
@@ -170,7 +169,7 @@ def check_policies(config: Config, scheduler: object) -> None:
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
-    """Make the runner and load the model; raise a ConfigError if an option is not supported."""
+    """Make the runner, which loads the model. Raises a ConfigError for unsupported options."""
     runner: ModelRunner = make("model_runner", config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
@@ -181,11 +180,11 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
 def make_block_managers(
     asked: Config, config: Config, groups: tuple[KVGeometry, ...]
 ) -> tuple[Config, tuple[BlockManager, ...]]:
-    """Make a block manager for each cache group, and fill in enable_prefix_caching.
+    """Return `config` with enable_prefix_caching set, and a block manager for each cache group.
 
-    A cache group is a set of layers that share a block table. With several groups or an attention
-    window prefix caching is switched off, or a ConfigError is raised if the user asked for caching.
-    `asked` is the user's config, and `config` is what `resolve` made of `asked`.
+    A cache group is a set of layers that share a block table. With several groups, or with an
+    attention window, prefixes cannot be cached: caching is switched off, or a ConfigError is raised
+    if the user's config `asked` demands caching. `config` is what `resolve` returned for `asked`.
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
@@ -196,8 +195,8 @@ def make_block_managers(
         raise ConfigError(option, value, problem, fix)
 
     windows = [isinstance(group.kind, WindowPages) for group in groups]
-    # A prefix must be cached in every group to be usable. If a factory makes the managers,
-    # enable_prefix_caching is None here, and the check below asks the managers.
+    # If the option block_manager is a factory function, enable_prefix_caching is None here, and
+    # the managers are checked after the factory has made them.
     if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
         for option in ("enable_prefix_caching", "block_manager"):
             if getattr(asked, option) not in (None, "auto"):
@@ -214,14 +213,14 @@ def make_block_managers(
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """Make the attention backend; a ConfigError if it cannot serve this model on this machine."""
+    """Make the attention backend. ConfigError: this model or machine is not supported."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
         name = _first(option, lambda part: part.unsupported(spec) is None)
         config = replace(config, attention_backend=name)
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
-    # A class answers `unsupported` without being constructed. A factory has to be called first.
+    # A class answers `unsupported` without an instance. A factory function must be called first.
     backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
     reason = backend.unsupported(spec)
     if reason is not None:
@@ -230,7 +229,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether to capture CUDA graphs; a ConfigError if they are asked for and impossible."""
+    """Return whether to capture CUDA graphs. ConfigError: graphs are enabled but impossible."""
     import torch
 
     from layers.kernels.launch import fused

@@ -1,10 +1,9 @@
-"""Sampling options of a step's rows: filters, penalties, log-probabilities, logits processors.
+"""Sampling options besides temperature and seed, for the sampled rows of a step.
 
-The sampled rows of a step are those whose next token is drawn. A runner asks
-only if it has requests with a sampling option beyond temperature and seed. Filters (top-k,
-top-p, min-p) give each row a bound: tokens whose logits are below the bound are not drawn.
-Penalties, `min_tokens` and logits processors change logits before a token is drawn. For rows with
-changed logits the sampler runs separately, on blocks of at most `BLOCK_ROWS` rows.
+A row of a step is one input token, and a sampled row is a row whose next token is drawn. Filters
+(top-k, top-p, min-p) give each row a bound: tokens with logits below the bound are not drawn.
+Penalties, `min_tokens` and logits processors change a row's logits before a token is drawn. Tokens
+of rows with changed logits are drawn in blocks of at most `BLOCK_ROWS` rows, after all other rows.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from layers.step_rows import SampledRows
 from sampling_params import LogitsProcessor
 from utils.errors import StepError
 
-# Most rows whose logits are changed together. Each row needs its logits, a float32 copy and the
-# token counts of the penalties: 97 MB for 64 rows of 151,936 bfloat16 logits at any batch size.
+# Maximum number of rows whose logits are changed at once. For 64 rows of 151,936 bfloat16 logits
+# the logits, a float32 copy and the token counts for penalties take 97 MB for a batch of any size.
 BLOCK_ROWS = 64
 
 
 def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
-    """Most device memory in bytes that sampling options take, without logits of prompt tokens.
+    """Return the maximum number of bytes that sampling options take on the device.
 
-    A block of rows, for changed logits or for log-probabilities, needs three copies of its logits,
-    two of them in float32. With several ranks, gathering full logits needs two copies of all rows.
+    A block of rows needs three copies of its logits, two of them in float32. Gathering logits from
+    several ranks needs two more copies of all logits. Logits of prompt tokens are not counted.
     """
     copies = 0 if num_ranks == 1 else 2 * max_num_seqs * dtype_bytes
     block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
@@ -51,14 +50,14 @@ def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_rank
 
 @dataclass(frozen=True, slots=True)
 class StepScores:
-    """Log-probabilities of a step's tokens, and the requests that asked for them.
+    """Log-probabilities of tokens of a step, and the rows and chunks to which they belong.
 
     Attributes:
-        found: log-probabilities of new tokens, then of prompt tokens.
-        new: (row, N) for each new token in `found`: its row among the sampled rows, and the number
-            of most likely tokens whose log-probabilities are also wanted.
-        prompts: (chunk, count, N) for each prefill chunk with tokens in `found`: the chunk's
-            index, the number of its tokens, and N as above.
+        found: log-probabilities of new tokens, followed by those of prompt tokens. Each token also
+            has log-probabilities of the N likeliest tokens; a request's options set N.
+        new: (row, N) of each new token in `found`; `row` is an index among the sampled rows.
+        prompts: (chunk, count, N) of each prefill chunk with prompt tokens in `found`: index of the
+            chunk, number of its prompt tokens in `found`, and N.
         num_chunks: number of prefill chunks in the step.
     """
 
@@ -70,7 +69,7 @@ class StepScores:
     def logprobs(
         self, num_rows: int
     ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
-        """`logprobs` and `prompt_logprobs` of a `StepResult`, after `found` is on the host."""
+        """Return `StepResult.logprobs` and `.prompt_logprobs`; `found` must be in host memory."""
         f = self.found
         columns = (f.tokens, f.values, f.top_tokens, f.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -90,14 +89,14 @@ class StepScores:
 
 @dataclass(frozen=True, slots=True)
 class _ChangedRows:
-    """S rows of a step, at most `BLOCK_ROWS`, whose logits are changed before tokens are drawn.
+    """A block of S sampled rows whose logits are changed before tokens are drawn.
 
     Attributes:
-        rows: [S] int64 indices of the S rows among the step's R sampled rows.
-        filters, penalizes: whether any of the S rows has filters, or penalties.
-        withheld: [3, W] int64: index of a row among the S, a token that the row must not draw
-            yet, and the first position where the token is allowed.
-        processors: (index among the S, its logits processors) of each row that has processors.
+        rows: [S] int64: the rows' indices among all R sampled rows of the step.
+        filters, penalizes: whether any row of the block has filters, and whether any has penalties.
+        withheld: [3, W] int64, for `min_tokens`. Each column forbids a token for a row: the row's
+            index in the block, the token's id, and the first position where the token is allowed.
+        processors: (index in the block, logits processors) of each row with logits processors.
     """
 
     rows: Tensor
@@ -114,7 +113,7 @@ class _ChangedRows:
         sampled: SampledRows,
         parameters: Tensor,
     ) -> Tensor:
-        """Draw tokens [S] int64. `logits` [R, vocabulary], `sampled`, `parameters` have R rows."""
+        """Return tokens [S] int64; `logits`, `sampled`, `parameters` have all R rows."""
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
@@ -139,15 +138,15 @@ class SpecialRows:
     """Sampling options of a step with R sampled rows.
 
     Attributes:
-        parameters: [8, R] float32, the 8 values of `_parameters` for each row.
-        filters: the filters of all R rows; None if no filter is on. Rows without filters and rows
-            in `changed` have temperature 0 in this field, which turns filters off.
+        parameters: [8, R] float32: the values that `_parameters` returns, for each row.
+        filters: filters of all R rows, or None if no row outside `changed` has filters. In this
+            field rows without filters and rows in `changed` have temperature 0: no filtering.
         changed: blocks of the rows whose logits are changed before tokens are drawn.
         all_changed: whether all R rows are in `changed`.
-        new, prompts, num_chunks: as in `StepScores`.
-        scored_rows: [len(new)] int64: the rows in `new`, as indices among the R rows.
-        prompt_rows: [P] int64 rows of the step whose next prompt token needs a log-probability.
-        prompt_tokens: [P] int64: the next prompt token of each of `prompt_rows`.
+        new, prompts, num_chunks: values for the fields of `StepScores` with these names.
+        scored_rows: [len(new)] int64: the row indices in `new`.
+        prompt_rows: [P] int64: indices of rows whose next prompt token gets a log-probability.
+        prompt_tokens: [P] int64: for each index in `prompt_rows`, the next prompt token.
     """
 
     parameters: Tensor
@@ -164,11 +163,11 @@ class SpecialRows:
     def draw(
         self, sampler: Sampler, tokens: Tensor, logits: Tensor, sampled: SampledRows
     ) -> tuple[Tensor, StepScores | None]:
-        """Draw the step's tokens, [R] int64; return them and the log-probabilities asked for.
+        """Draw the step's tokens. Returns tokens [R] int64, and log-probabilities or None.
 
         Args:
-            tokens: [slots + 1, max_model_len] token ids of prompt and output of each request.
-            logits: [R + P, this rank's vocabulary]: of R sampled rows, then of P `prompt_rows`.
+            tokens: [slots + 1, max_model_len]: prompt and output tokens of each running request.
+            logits: [R + P, this rank's vocabulary]: R sampled rows, followed by P `prompt_rows`.
         """
         count = len(sampled.slots)
         whole = sampler.gathered(logits)
@@ -183,7 +182,7 @@ class SpecialRows:
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Log-probabilities by unchanged logits [R, vocabulary] and [P, vocabulary], if wanted."""
+        """Return log-probabilities from unchanged logits, or None if no request wants any."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
@@ -197,9 +196,10 @@ class SamplingRows:
     """Makes the `SpecialRows` of plans.
 
     Args:
-        requests: `DeviceState.special`, the running requests with sampling options, by slot.
-        num_slots: number of slots. A slot is a running request's row in the device tables.
-        staging: uploads tensors; `of` is called within `staging.group()`.
+        requests: slot -> request, for running requests with options besides temperature and seed. A
+            slot is the index of a running request in the device tables.
+        num_slots: number of slots.
+        staging: uploads arrays. Call `of` within `staging.group()`.
     """
 
     def __init__(
@@ -212,9 +212,9 @@ class SamplingRows:
         self._decode_rows: SpecialRows | None = None
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
-        """The options of a plan's rows, or None if no row has any.
+        """Return the sampling options of a plan's rows, or None if no row has any.
 
-        Call this method for every plan that runs while there are requests with options.
+        While `requests` is not empty, call this for every plan: it stores options of new requests.
         """
         for new in plan.new_requests:
             self._parameters[new.slot] = _parameters(new)
@@ -235,7 +235,7 @@ class SamplingRows:
         filtered = [row for row, new in special if new.sampling.filters and not _changes(new)]
         scored = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
         parameters = np.ascontiguousarray(self._parameters[slots].T)
-        # Temperature 0 turns the filters off for all rows that are not in `filtered`.
+        # Temperature 0 switches filters off; all rows outside `filtered` keep temperature 0 here.
         filters = np.zeros_like(parameters[:4])
         filters[:, filtered] = parameters[:4, filtered]
         return SpecialRows(
@@ -257,7 +257,7 @@ class SamplingRows:
     def _of_prompts(
         self, plan: StepPlan
     ) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
-        """`prompts`, `prompt_rows` and `prompt_tokens` of `SpecialRows`, as lists."""
+        """Return `prompts`, `prompt_rows` and `prompt_tokens` for a `SpecialRows`, as lists."""
         prompts: list[tuple[int, int, int]] = []
         rows: list[int] = []
         tokens: list[int] = []
@@ -294,17 +294,17 @@ class SamplingRows:
 
 
 def _changes(new: NewRequest) -> bool:
-    """Whether penalties, tokens withheld for `min_tokens` or processors change the logits."""
+    """Return whether penalties, `min_tokens` or processors change the request's logits."""
     s = new.sampling
     return bool(s.penalizes or new.withheld_token_ids or s.logits_processors)
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:
-    """Filters (temperature, top_k, top_p, min_p), penalties and prompt length of a request."""
+    """Return temperature, top_k, top_p, min_p, three penalties and prompt length of a request."""
     s = new.sampling
     num_prompt = len(new.token_ids) - new.num_output_tokens
-    # The values become float32, which is exact for integers up to 2^24. A tiny top_p would round to
-    # 0 in float32, and no token would pass the filter.
+    # The caller stores the values as float32, which is exact for integers up to 2^24. A tiny top_p
+    # would become 0 in float32, and with top_p 0 no token passes the filter.
     filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
 

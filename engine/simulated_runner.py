@@ -1,4 +1,4 @@
-"""A runner without model and device. A function says how much virtual time a step takes."""
+"""A model runner without model and device: a function sets how much virtual time a step takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.errors import ConfigError, EngineClosedError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# Seconds that a step takes by default: about as long as a step of a small model on a CPU.
+# Default duration of a step, in seconds: about the duration of a small model's step on a CPU.
 STEP_SECONDS = 0.01
 
 
@@ -24,7 +24,7 @@ class SimulatedRequest:
     """A running request."""
 
     new: NewRequest
-    tokens: list[int]  # prompt and output so far
+    tokens: list[int]  # ids of the prompt and of the output so far
     failed: bool = False  # the request's rows report an error; set only by `FakeRunner`
 
 
@@ -48,19 +48,20 @@ class SimulatedRunner(ModelRunner):
 
     Virtual time moves only when the caller waits for a result or calls `wait_until`. Planning takes
     no virtual time, and steps run one after the other. So a run depends on its requests and options
-    alone, not on the machine. If `model_runner` is a function, also set `pipeline_depth`, whose
-    default would depend on the machine, because the engine cannot ask a function for `has_device`.
+    alone, not on the machine. If the option `model_runner` is a function that makes this runner,
+    set `pipeline_depth` too: its default then depends on whether the machine has a GPU.
 
-    A token depends on its request's seed and its position. With speculative decoding a decode row
-    has n positions and gives 1 to n tokens; a hash of seed, position and n says how many. All
-    tokens are equally likely.
+    A hash of a request's seed and a token's position gives the token's id. With speculative
+    decoding, a decode of n tokens (the last token and n - 1 drafts) gives 1 to n new tokens; a hash
+    of seed, position and n gives the number. Log-probabilities are equal for all tokens.
 
     Args:
-        checkpoint: gives the vocabulary's size; without a checkpoint the size is 50.
-        groups: the cache groups; by default one, whose size follows from `config`.
-        seconds: function from a plan to the time that the step takes; by default `STEP_SECONDS`.
+        checkpoint: only its vocabulary size is used; without a checkpoint the size is 50.
+        groups: geometries of the KV cache groups; by default one group, sized by `config`.
+        seconds: function that returns a plan's duration in seconds; by default `STEP_SECONDS`.
 
-    Raises a ConfigError if tensor_parallel_size is above 1, and in `execute` for an invalid time.
+    Raises a ConfigError if tensor_parallel_size is above 1. `execute` raises a ConfigError if
+    `seconds` returns anything but a finite number of 0 or more.
     """
 
     name = "simulated"
@@ -78,7 +79,7 @@ class SimulatedRunner(ModelRunner):
         if (size := config.tensor_parallel_size) != 1:
             raise ConfigError("tensor_parallel_size", size, "there is no device", "Use 1.")
         if not groups:
-            # Imported here because memory.kv_cache imports torch.
+            # Imported here because `memory.kv_cache` imports torch.
             from memory.kv_cache import kv_blocks
 
             block = KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4)
@@ -127,19 +128,19 @@ class SimulatedRunner(ModelRunner):
             self._requests[new.slot] = SimulatedRequest(new, list(new.token_ids))
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        """The token that is drawn after a chunk, in a list; empty if the plan wants no token."""
+        """Return a list with the token drawn after a chunk, or an empty list if none is drawn."""
         return [self._next(self._requests[chunk.slot])] if chunk.samples else []
 
     def _decode(self, slot: int, count: int) -> list[int]:
-        """The new tokens of a decode row."""
+        """Return the new tokens of a request that decodes, at most `count` tokens."""
         request = self._requests[slot]
         seed, position = request.new.seed, len(request.tokens)
         most = min(count, request.new.max_total_tokens - position)
-        # The hash is the same in every process: Python salts only the hashes of str and bytes.
+        # A hash of integers is the same in all processes: Python salts only hashes of str, bytes.
         return [self._next(request) for _ in range(1 + hash((seed, position, most)) % most)]
 
     def _next(self, request: SimulatedRequest) -> int:
-        """Append a drawn token; if `min_tokens` forbids the token, the next allowed id instead."""
+        """Draw, append and return a token. If `min_tokens` forbids it, use the next allowed id."""
         drawn, new, size = self._draw(request), request.new, self._vocab_size
         num_output = len(request.tokens) - len(new.token_ids) + new.num_output_tokens
         withheld = new.withheld_token_ids if num_output < new.sampling.min_tokens else ()
@@ -148,15 +149,14 @@ class SimulatedRunner(ModelRunner):
         return request.tokens[-1]
 
     def _draw(self, request: SimulatedRequest) -> int:
-        """A token for the next position of the request."""
         return hash((request.new.seed, len(request.tokens))) % self._vocab_size
 
     def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:
-        """Reports of rows for `StepResult`: none here; `FakeRunner` makes some from `outputs`."""
+        """Return `StepResult.reports`: none here, but the subclass `FakeRunner` returns some."""
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
-        """The next prompt token of each position in the chunk, and the `prompt_logprobs` option."""
+        """Return the next prompt token of each position, and the option prompt_logprobs."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
         return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
@@ -164,11 +164,11 @@ class SimulatedRunner(ModelRunner):
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]
     ) -> list[list[TokenLogprobs]] | None:
-        """Log-probabilities of rows (tokens, number of likeliest tokens); None if no row asks."""
+        """Return log-probabilities of pairs (tokens, logprobs option); None if no option is set."""
         if all(num_top is None for _, num_top in rows):
             return None
         even = -math.log(self._vocab_size)
-        # All tokens are equally likely, so the lowest ids count as the most likely ones.
+        # All tokens are equally likely. The tokens with the lowest ids are given as the likeliest.
         return [
             [] if top is None else [{t: even, **dict.fromkeys(range(top), even)} for t in tokens]
             for tokens, top in rows

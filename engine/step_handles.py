@@ -17,13 +17,13 @@ from utils.errors import StepError
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """A step's new tokens [R] int64, and log-probabilities if a request asked for any."""
+    """The new tokens of a step, [R] int64, and log-probabilities if a request wants any."""
 
     tokens: Tensor
     scores: StepScores | None = None
 
     def result(self, step_id: int, ended_at: float, device_seconds: float | None) -> StepResult:
-        """Convert to a `StepResult`; the tokens and log-probabilities must be on the host."""
+        """Return the `StepResult`. Tokens and log-probabilities must already be in host memory."""
         tokens = self.tokens.unsqueeze(1).tolist()
         new, prompt = self.scores.logprobs(len(tokens)) if self.scores else (None, None)
         return StepResult(step_id, tokens, ended_at, new, prompt, device_seconds)
@@ -40,7 +40,7 @@ class HostLauncher:
         self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Start a step. If `timed`, the result tells how long the device worked on the step."""
+        """Start a step. If `timed` is true, the step's result includes the step's duration."""
 
         def run() -> StepResult:
             begin = self._clock()
@@ -53,7 +53,7 @@ class HostLauncher:
                 return run()
             except Exception:
                 raise
-            except BaseException as error:  # SystemExit would otherwise end the waiting thread
+            except BaseException as error:  # a SystemExit would end the thread that calls `result`
                 raise _step_error(step_id, error) from error
 
         if self._worker is not None:
@@ -73,7 +73,7 @@ class HostLauncher:
 
 @dataclass(slots=True)
 class _HostStep(StepHandle):
-    """Handle of a step that runs on the host, or of a step whose launch failed."""
+    """Handle of a step that runs on the host, or whose enqueueing on a stream raised an error."""
 
     _step_id: int
     _ended: Future[StepResult]
@@ -91,11 +91,11 @@ class _HostStep(StepHandle):
 
 
 class StreamLauncher:
-    """Enqueues each step on its own CUDA stream, followed by a copy of the output to the host.
+    """Enqueues all steps on one CUDA stream, and after each step a copy of its output to the host.
 
     Args:
-        max_tokens: largest number of tokens that a step returns.
-        in_flight: largest number of launched steps whose results have not been read.
+        max_tokens: maximum number of new tokens in a step.
+        in_flight: maximum number of launched steps whose results have not been read.
     """
 
     def __init__(self, clock: Clock, device: torch.device, max_tokens: int, in_flight: int) -> None:
@@ -111,7 +111,7 @@ class StreamLauncher:
         self._turn = 0
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Enqueue a step; for `timed` see `HostLauncher.launch`."""
+        """Enqueue a step. If `timed` is true, its result includes the time the device needed."""
         self._turn = (self._turn + 1) % len(self._results)
         buffer, done = self._results[self._turn]
         timer = partial(torch.cuda.Event, enable_timing=True)
@@ -142,7 +142,7 @@ class StreamLauncher:
 
 @dataclass(slots=True)
 class _StreamStep(StepHandle):
-    """Handle of a step on a stream; a copy of its output to pinned memory is enqueued as well."""
+    """Handle of a step on a CUDA stream. After the event `_done`, pinned memory has the output."""
 
     _step_id: int
     _output: StepOutput
@@ -168,7 +168,7 @@ class _StreamStep(StepHandle):
         try:
             done = bool(self._done.query())  # type: ignore[no-untyped-call]
         except RuntimeError:
-            return True  # the device failed; `result` raises the error
+            return True  # a CUDA error: `result` will raise a StepError
         if done and self._ended_at is None:
             self._ended_at = self._clock()
         return done

@@ -1,9 +1,9 @@
 """Tensor parallelism: one process per rank, and a runner that sends every plan to all ranks.
 
-`TensorParallelRunner.execute` (runner.py) encodes a plan once and writes the bytes into a socket of
-every rank (channel.py). Each rank (worker.py) runs the plan on its share of the model, with sums
-over all ranks (collectives.py). All ranks sample the same tokens; rank 0 sends them back.
-
-A rank that raises an error sends the error. If a rank's process dies, WorkerDiedError is raised.
-In both cases the runner kills the other ranks, as they may wait for the failed rank for ever.
+`TensorParallelRunner.execute` (runner.py) encodes a plan once, and sends the bytes to every rank
+through a socket (channel.py). Each rank (worker.py) runs the plan on its share of the model, and
+collectives add up partial results of all ranks (collectives.py). All ranks draw the same tokens;
+rank 0 sends the tokens back. If a rank raises an error, the rank sends the error to the runner,
+which raises it. If a rank's process dies, the runner raises a WorkerDiedError. After either failure
+the runner kills all other ranks, because a collective may wait for the failed rank for ever.
 """

@@ -1,4 +1,4 @@
-"""Messages between the tensor-parallel runner and a rank: socket transport and compact encoding."""
+"""Encodes messages between the tensor-parallel runner and a rank, and sends them by a socket."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Channel(socket.socket):
 
     def __init__(self, fileno: int) -> None:
         super().__init__(fileno=fileno)
-        # Without this call a timeout set by socket.setdefaulttimeout would apply.
+        # A new socket has the timeout set by socket.setdefaulttimeout; this call removes it.
         self.setblocking(True)
         self._unsent = bytearray()
 
     def queue(self, message: bytes) -> None:
-        """Append a message made by `encode` to the bytes that `flush` has to write."""
+        """Store a message that `encode` returned. `flush` writes the message to the socket."""
         self._unsent += _LENGTH.pack(len(message)) + message
 
     def flush(self) -> bool:
-        """Write what the socket takes; False if bytes remain.
+        """Write queued messages without waiting; return False if the socket did not take all bytes.
 
-        If the other process has ended, all bytes are dropped. `receive` then returns None.
+        If the other process has ended, queued messages are dropped, and `receive` returns None.
         """
         while self._unsent:
             try:
@@ -49,13 +49,13 @@ class Channel(socket.socket):
         return True
 
     def post(self, message: bytes) -> None:
-        """Queue a message, and wait until the socket has taken all of it."""
+        """Queue a message, and wait until all queued messages are written to the socket."""
         self.queue(message)
         while not self.flush():
             os.sched_yield()
 
     def receive(self) -> Any:
-        """Wait for the next message; None if the other process has ended or stopped writing."""
+        """Wait for a message and return it; None if the other process ended or closed its side."""
         try:
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
             message = self._read(length)
@@ -79,7 +79,7 @@ def _flat(kind: type) -> Callable[[Any], tuple[type, tuple[Any, ...]]]:
 
 def _pack(result: StepResult) -> tuple[Callable[..., StepResult], tuple[Any, ...]]:
     tokens = array("q", chain.from_iterable(result.tokens))
-    # A row that reports an error may have no token.
+    # Usually each request in a result has one new token. A failed request may have no new token.
     one_each = len(tokens) == len(result.tokens) and all(result.tokens)
     counts = None if one_each else [len(row) for row in result.tokens]
     return _unpack, (tokens, counts, *_BESIDE_TOKENS(result))
@@ -92,10 +92,10 @@ def _unpack(tokens: array[int], counts: list[int] | None, step_id: int, *rest: A
 
 
 _BESIDE_TOKENS = attrgetter(*(one.name for one in fields(StepResult) if one.name != "tokens"))
-# Compact forms for pickle. A plan is sent as its class and the values of its fields. Encoding and
-# decoding a plan of 256 decodes with 16 new blocks takes 23 us, and 56 us by plain pickle. A
-# result's tokens are sent as one array, with a token count for each row unless every count is 1.
-# Encoding and decoding a result of 256 rows takes 38 us, and 68 us by plain pickle.
+# Functions that return a compact form of an object for pickle. In the form of a result, all tokens
+# are in one array. To encode and decode a result of 256 tokens takes 38 us, and 68 us with plain
+# pickle. To encode and decode a plan of 256 decodes with 16 new blocks takes 23 us, and 56 us with
+# plain pickle.
 _COMPACT: dict[type, Callable[[Any], Any]] = {
     StepResult: _pack,
     **{k: _flat(k) for k in (StepPlan, NewRequest, BlockUpdate, BlockCopy, PrefillChunk)},
@@ -103,7 +103,7 @@ _COMPACT: dict[type, Callable[[Any], Any]] = {
 
 
 def encode(message: object) -> bytes:
-    """Encode a message for `Channel.queue` or `Channel.post`."""
+    """Return a message as bytes for `Channel.queue` or `Channel.post`."""
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, 5)
     pickler.dispatch_table = copyreg.dispatch_table | _COMPACT
@@ -112,10 +112,10 @@ def encode(message: object) -> bytes:
 
 
 class PlanCodec:
-    """Encodes or decodes a sequence of plans.
+    """Encodes plans in the runner's process, or decodes plans in a rank's process.
 
-    If a plan decodes the same slots as the plan before, its list of slots is not sent. So the
-    codec that decodes must see every message of the codec that encodes, in order.
+    If a plan decodes the same requests as the plan before, its field `decode` is not sent. So the
+    decoding instance must get every message of the encoding instance, in order.
     """
 
     _slots: tuple[int, ...] = ()

@@ -28,30 +28,30 @@ from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResu
 from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
-# If a rank reports that another rank is lost, the runner waits this long for the lost rank's error.
+# If a collective failed because a rank failed, the runner waits this long for that rank's error.
 _CAUSE_SECONDS = 2.0
-# A rank that does not end when asked to is killed after this time. The longest step takes far less.
+# `close` kills ranks that have not ended after this many seconds. No step takes that long.
 _CLOSE_SECONDS = 30.0
-# While a rank's socket is full, the runner waits this long for results before it writes again.
+# While a rank's socket is full, the runner waits for results for this time before it writes again.
 _FULL_SECONDS = 50e-6
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
-    """A rank's traceback, as the cause of the error that the runner raises."""
+    """`__cause__` of the error that the runner raises if a rank fails; holds its traceback."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
 
 
 class TensorParallelRunner(ModelRunner):
-    """Sends every plan to all ranks. Each rank is a process of its own.
+    """Sends every plan to all ranks. Each rank is a separate process.
 
-    The process that schedules is not a rank, so planning overlaps with the ranks' host work. The
-    first failure of any rank ends all ranks. All ranks end when this process ends for any reason.
+    The process of this runner is not a rank, so the scheduler plans while the ranks' processes
+    launch kernels. If any rank fails, all ranks are ended. If this process ends, all ranks end too.
 
     Args:
-        config: as returned by `engine.parts.resolve`; tensor_parallel_size is the number of ranks.
-        make_runner: function that is called in each rank's process to make the rank's runner.
+        config: config that `engine.parts.resolve` returned. tensor_parallel_size is the rank count.
+        make_runner: function that makes a rank's runner; called in the process of each rank.
 
     Raises:
         ConfigError: there are too few devices, the model's heads do not divide by the ranks, or
@@ -70,8 +70,8 @@ class TensorParallelRunner(ModelRunner):
             check_divides(config, checkpoint)
         self._ready: list[tuple[KVGeometry, ...]] = []
         self._codec = PlanCodec()
-        # A list for the result of each step in flight, oldest first. Handles are not kept here:
-        # handles refer to the runner, and the reference cycle would delay freeing the runner.
+        # One list for each sent step, oldest first. `take_in` appends a step's result to its list.
+        # Handles are not stored here: a handle refers to the runner, which makes a reference cycle.
         self._pending: deque[list[StepResult]] = deque()
         self._error: Exception | None = None
         self._closed = False
@@ -84,7 +84,7 @@ class TensorParallelRunner(ModelRunner):
         num_threads = max(1, torch.get_num_threads() // size)
         memory = Path("/dev/shm")
         try:
-            # An unnamed file through which the ranks find each other. They inherit its descriptor.
+            # The ranks exchange addresses in this unnamed file, whose descriptor they inherit.
             with tempfile.TemporaryFile(dir=memory if memory.is_dir() else None) as store:
                 for index in range(size):
                     rank = Rank(index, size, f"/dev/fd/{store.fileno()}", num_threads)
@@ -98,7 +98,7 @@ class TensorParallelRunner(ModelRunner):
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
-        """The cache groups of one rank, with the rank's share of the KV heads."""
+        """Geometries of the cache groups on one rank, which has a share of the KV heads."""
         return self._ready[0]
 
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -112,18 +112,18 @@ class TensorParallelRunner(ModelRunner):
             for channel in self._channels:
                 channel.queue(message)
         except BaseException as error:
-            # Some ranks may have the plan and others not, so no rank can go on.
+            # If only some ranks get the plan, they wait for the other ranks for ever.
             self._break(error)
             raise
-        # If this loop is interrupted, the next call writes the rest.
+        # If Ctrl-C interrupts this loop, the next `execute` or `take_in` writes the rest.
         while not self._flush():
             self.take_in(_FULL_SECONDS)
         return _Sent(self, arrived)
 
     def close(self) -> None:
-        """End all ranks after their steps in flight; may be called twice.
+        """Let the ranks finish the steps that were sent, then end all ranks. May be called twice.
 
-        If a rank has died, a WorkerDiedError is raised after all ranks have ended.
+        If a rank's process died, a WorkerDiedError is raised after all ranks have ended.
         """
         self._closed = True
         if not self._end.alive:
@@ -140,7 +140,7 @@ class TensorParallelRunner(ModelRunner):
             self._end()
 
     def take_in(self, timeout: float | None) -> None:
-        """Wait up to `timeout` seconds (None: for ever) for messages; give results to the handles.
+        """Wait at most `timeout` seconds (None: no limit) for messages; store results in handles.
 
         Raises:
             WorkerDiedError, StepError: a rank has failed.
@@ -152,7 +152,7 @@ class TensorParallelRunner(ModelRunner):
         if not self._end.alive:
             raise EngineClosedError("the runner was closed before the result of the step came")
         if not self._flush():
-            # A rank waits for bytes that are written after this wait, so the wait must be short.
+            # The rest of a message is written only after this wait, so the wait must be short.
             timeout = _FULL_SECONDS if timeout is None else min(timeout, _FULL_SECONDS)
         ready = self._selector.select(timeout)
         try:
@@ -167,12 +167,12 @@ class TensorParallelRunner(ModelRunner):
                     case cause:
                         self._fail(key.data, cause)
         except BaseException as error:
-            # An interruption may leave half of a message unread. Later bytes would be misread.
+            # A message may be half read after an interruption. Later messages are then unreadable.
             self._break(error)
             raise
 
     def _flush(self) -> bool:
-        """Write as much as the ranks' sockets take; False if bytes are left."""
+        """Write queued messages to all ranks without waiting. Returns whether all are written."""
         written = [channel.flush() for channel in self._channels]
         return all(written)
 
@@ -181,44 +181,44 @@ class TensorParallelRunner(ModelRunner):
         channel = self._held.enter_context(Channel(fileno=ours.detach()))
         self._channels.append(channel)
         self._selector.register(channel, selectors.EVENT_READ, index)
-        # -c adds the current directory to sys.path. The parent may lack it, so `code` deletes it.
+        # `python -c` puts the current directory first in sys.path. `code` deletes this entry.
         code = "import sys; del sys.path[:1]; from engine.ranks.worker import main; main()"
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(), store),
                 stdin=subprocess.DEVNULL,
-                # A process with its own session gets no Ctrl-C. The parent handles Ctrl-C.
+                # In a new session, Ctrl-C does not reach the rank. This process handles Ctrl-C.
                 start_new_session=True,
                 env={
-                    # All ranks are on this machine, so NCCL needs no network but loopback.
+                    # All ranks are on this machine: NCCL needs only the loopback interface.
                     "NCCL_SOCKET_IFNAME": "lo",
-                    # NVLink multicast needs rights that containers often lack.
+                    # NCCL's NVLink multicast needs rights that containers often lack.
                     "NCCL_NVLS_ENABLE": "0",
                     **os.environ,
-                    # If set, PYTHONSAFEPATH keeps -c from adding the entry that `code` deletes.
+                    # With PYTHONSAFEPATH, `python -c` would not add the entry that `code` deletes.
                     "PYTHONSAFEPATH": "",
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },
             )
-        # When `_held` is closed, it waits until the process has ended.
+        # Closing `_held` waits until the process has ended.
         self._processes.append(self._held.enter_context(process))
         channel.post(start)
 
     def _break(self, error: BaseException) -> None:
-        """End all ranks, and keep `error` as the reason unless there is an earlier reason."""
+        """End all ranks. Later calls of `take_in` raise the first error passed here."""
         if self._error is None:
             cut_short = StepError(f"a message was cut short ({error!r})")
             self._error = error if isinstance(error, AllmosError) else cut_short
         self._end()
 
     def _fail(self, index: int, cause: object) -> NoReturn:
-        """Raise the error of rank `index`, or of the lost rank that caused the error.
+        """Raise the error of rank `index`, or of another rank whose end caused that error.
 
-        `cause` is the rank's last message: a `Failure`, or None if the rank's process has died.
+        `cause` is the last message of the rank: a `Failure`, or None if the rank's process died.
         """
         deadline = time.monotonic() + _CAUSE_SECONDS
-        # The rank sends nothing more, and `select` would always report its closed socket as ready.
+        # Without this call, every later `select` would report the ended rank's socket as ready.
         self._selector.unregister(self._channels[index])
         while isinstance(cause, Failure) and cause.lost_peer and time.monotonic() < deadline:
             for key, _ in self._selector.select(deadline - time.monotonic())[:1]:
@@ -239,7 +239,7 @@ class _Sent(StepHandle):
     """Handle of a step that was sent to the ranks."""
 
     runner: TensorParallelRunner
-    arrived: list[StepResult]  # `take_in` appends the step's result
+    arrived: list[StepResult]  # empty until `take_in` appends the result
 
     def result(self) -> StepResult:
         while not self.arrived:
@@ -250,7 +250,8 @@ class _Sent(StepHandle):
 def _start_message(
     config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, rank: Rank
 ) -> bytes:
-    """Encode a rank's first message. Unused callables are left out, as pickle may refuse them."""
+    """Return a rank's first message, with all that the rank needs to make its runner."""
+    # Pickle may refuse callables. So options that ranks do not use are reset if they are callables.
     kept: dict[str, Any] = {
         field.name: field.default
         for field in fields(config)
@@ -278,7 +279,7 @@ def _died(index: int, process: subprocess.Popen[bytes]) -> WorkerDiedError:
 
 
 def _end(owner: int, processes: list[subprocess.Popen[bytes]], held: ExitStack) -> None:
-    """Kill the ranks and close `held`; do neither in a forked child of the process `owner`."""
+    """Kill the ranks and close `held`. In a forked child of the process `owner`, do nothing."""
     if os.getpid() == owner:
         for process in processes:
             process.kill()

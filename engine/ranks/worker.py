@@ -1,4 +1,4 @@
-"""A rank's process: receives plans, runs them, sends results. This module does not import torch."""
+"""The process of a rank, which receives and runs plans. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ from utils.errors import StepError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# A rank without work polls its channel for this time before it sleeps. The time is longer than the
-# pause between two steps, and short enough not to burden an idle machine.
+# After a step, a rank polls its channel for this many seconds before it sleeps. The pause between
+# two steps is usually shorter. A much longer time would burden an idle machine.
 _SPIN_SECONDS = 500e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One rank's index, the number of ranks, and resources of the rank's process."""
+    """What a rank's process gets: the index of the rank, the number of ranks, and resources."""
 
     index: int
     size: int
-    store: str  # path of the file through which the ranks find each other
-    num_threads: int  # CPU threads that torch may use in this rank
+    store: str  # path of the file in which the ranks exchange addresses
+    num_threads: int  # number of CPU threads that torch may use
 
 
-# Function that makes a rank's runner. The rank's process must be able to import the function.
+# Type of the function that makes a rank's runner. The function must be importable by its name.
 MakeRunner = Callable[[Config, "Checkpoint", Rank], ModelRunner]
 
 
 class LostPeerError(Exception):
-    """A collective failed because another rank failed. The other rank's report tells the cause."""
+    """A collective failed because another rank failed. The other rank reports the real error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The last message of a rank that raised an error."""
+    """Message that a rank sends before it ends because of an error."""
 
     error: Exception
-    traceback: str  # as Python prints it
-    lost_peer: bool  # whether another rank's end caused the error
+    traceback: str  # the text that Python prints
+    lost_peer: bool  # whether a LostPeerError caused `error`
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """Make the report of an exception that is being handled."""
+        """Return the message for `error`."""
         text = "".join(traceback.format_exception(error))
         cause: BaseException | None = error
         seen: set[int] = set()
         while cause is not None and not isinstance(cause, LostPeerError):
             seen.add(id(cause))
             cause = cause.__cause__ or cause.__context__
-            # The chain of causes may be a cycle.
+            # A chain of __cause__ and __context__ may be a cycle.
             cause = None if id(cause) in seen else cause
         try:
             pickle.loads(pickle.dumps(error))
@@ -73,9 +73,10 @@ class Failure:
 
 
 def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
-    """Run plans until the channel ends, then close the runner; send results if `reports` is true.
+    """Run plans until the parent process closes the channel, then close the runner.
 
-    The next plan is launched while a step runs, unless `done` of the step's handle is always True.
+    Results are sent if `reports` is true. A plan that arrives during a step is launched at once,
+    unless the runner cannot tell when a step has ended.
     """
     codec = PlanCodec()
     poll = select.poll()
@@ -100,19 +101,19 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
 
 
 def _end_with_parent(channel: Channel, parent_id: int) -> None:
-    """End this process, wherever it is stuck, as soon as its parent has ended."""
+    """End this process when the parent process has ended, even if this process hangs."""
     poll = select.poll()
-    # With event mask 0, poll reports only that both directions are closed. The parent closes one
-    # direction after the last plan, and this process must then go on.
+    # With event mask 0, poll reports only that both directions of the socket are closed. After the
+    # last plan the parent closes one direction, and this process must still finish its steps.
     poll.register(channel, 0)
-    # If a child of the parent inherited the parent's socket, only getppid shows the parent's end.
+    # The parent's children may keep an inherited socket open. So the parent's id is checked too.
     while not poll.poll(1000) and os.getppid() == parent_id:
         pass
     os._exit(1)
 
 
 def main() -> None:
-    """Run a rank's process; the arguments are its socket's descriptor and its parent's id."""
+    """Run a rank's process. sys.argv has the socket's descriptor and the parent's process id."""
     descriptor, parent_id = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(fileno=descriptor)
@@ -122,10 +123,10 @@ def main() -> None:
         make_runner, config, checkpoint, rank = channel.receive()
         runner = make_runner(config, checkpoint, rank)
         channel.post(encode(runner.kv_groups))
-        # All ranks have the same results, so only rank 0 sends them.
+        # All ranks have the same results, and rank 0 alone sends results.
         serve(runner, channel, reports=rank.index == 0)
         status = 0
     except Exception as error:
         channel.post(encode(Failure.of(error)))
-    # sys.exit would run the process group's destructors, which may wait for ended ranks for ever.
+    # sys.exit would destroy the process group, and that may wait for ended ranks for ever.
     os._exit(status)
