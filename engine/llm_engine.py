@@ -141,13 +141,10 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Inside the `with` block requests change, so `drop` leaves its work to the next `step`.
-
-        An error of a part, or Ctrl-C, may leave a change half done: `check_usable` then resets.
-        """
+        """Inside the `with` block requests change, so `drop` leaves its work to the next `step`."""
         self._calls += 1
         self._thread = threading.get_ident()
-        self._stale = True
+        self._stale = True  # if an error or Ctrl-C leaves a change half done, `check_usable` resets
         try:
             yield
             self._stale = False

@@ -60,8 +60,7 @@ class SimulatedRunner(ModelRunner):
         groups: geometries of the KV cache groups; by default one group, sized by `config`.
         seconds: function that returns a plan's duration in seconds; by default `STEP_SECONDS`.
 
-    Raises a ConfigError if tensor_parallel_size is above 1. `execute` raises a ConfigError if
-    `seconds` returns anything but a finite number of 0 or more.
+    Raises a ConfigError for several ranks, and in `execute` if a duration is not finite and >= 0.
     """
 
     name = "simulated"

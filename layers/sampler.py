@@ -81,10 +81,7 @@ def sample_shard(
 
 
 class Sampler:
-    """Samples from logits whose columns are divided over ranks; all ranks get the same tokens.
-
-    `vocab_size` is needed only if there are several ranks: then the last columns are padding.
-    """
+    """Samples from logits whose columns are divided over ranks; columns past the vocabulary pad."""
 
     def __init__(self, place: Place, vocab_size: int | None = None) -> None:
         self._parallel, self._vocab_size = place.parallel, vocab_size

@@ -30,6 +30,7 @@ class SanitizedBlocks:
         # Blocks to fill with NaN. At first these are all blocks, because none is written.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
+        self._unshared: set[int] = set()  # ids of requests that ran when the cache was reset
         # Ids of the requests that hold each block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
         # How many leading positions of each block are written, or will be by planned steps.
@@ -64,7 +65,8 @@ class SanitizedBlocks:
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
         before = list(self._inner.table(request_id))
-        self._published.update(before[: num_computed // self._inner.block_size])
+        if request_id not in self._unshared:
+            self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
         # The wrapped manager replaces a table entry when the entry's block has left the window.
         after = self._inner.table(request_id)
@@ -73,9 +75,12 @@ class SanitizedBlocks:
     def release(self, request_id: int) -> None:
         self._drop(request_id, [b for b in self._inner.table(request_id) if b != NO_BLOCK])
         self._inner.release(request_id)
+        self._unshared.discard(request_id)
 
     def reset_prefix_cache(self) -> None:
         self._inner.reset_prefix_cache()
+        self._published.clear()
+        self._unshared.update(*self.holders)
         for block, holders in enumerate(self.holders):
             if not holders:
                 self._kill(block)
