@@ -219,7 +219,7 @@ class BlockManager(ABC):
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
         """Return a prefix of `token_ids` that a running request is computing for the cache.
 
-        None if there is no such prefix. If the running request ends early, the prefix is not cached.
+        None if there is no such prefix. If the running request ends early, no prefix is cached.
         """
         return None
 
