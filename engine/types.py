@@ -145,9 +145,9 @@ class StepHandle(ABC):
 class BlockManager(ABC):
     """Owns the KV blocks of a cache group, and the block table of each running request.
 
-    The constructor takes the `Config` and the group's `KVGeometry`. If there are several cache
-    groups, `memory.cache_groups` joins the managers of the groups to one manager. For each request
-    the scheduler calls `begin`, then `grow` and `commit` any number of times, then `release`.
+    The constructor takes the `Config` and the group's `KVGeometry`. `memory.cache_groups` joins the
+    managers of several groups to one manager. For each request the scheduler calls `begin`, then
+    `grow` and `commit` any number of times, then `release`. Calls never run concurrently.
     """
 
     name: ClassVar[str]
