@@ -1,4 +1,4 @@
-"""The engine: makes scheduler, block manager and runner from a Config, and runs steps."""
+"""The engine makes a scheduler, a block manager and a runner from a Config, and runs steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from utils.text import TextReader
 class LLMEngine:
     """Runs one model. Owns the scheduler, the block manager, the runner and the steps in flight."""
 
-    # `reset` replaces the scheduler and the block manager, e.g. after an exception.
-    scheduler: Scheduler
+    scheduler: Scheduler  # after an exception `reset` makes a new scheduler and block manager
     blocks: BlockManager  # one manager for all cache groups
-    num_new_tokens: int  # sampled in the last committed step; tokens after a stop token count too
+    num_new_tokens: int  # tokens sampled in the last committed step, including dropped tokens
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
@@ -34,7 +33,7 @@ class LLMEngine:
         self.config = config = resolve(config, self.checkpoint)
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}  # all unfinished requests, by id
-        self._read: dict[int, Sequence] = {}  # unfinished requests with a TextReader, by id
+        self._read: dict[int, Sequence] = {}  # unfinished requests whose `text` is set, by id
         self._aborts: deque[int] = deque()
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
@@ -64,13 +63,13 @@ class LLMEngine:
         *,
         sample: int = 0,
     ) -> Sequence:
-        """Check and queue a request for one output: output number `sample` of the prompt.
+        """Check and queue a request for one output, the prompt's output with index `sample`.
 
         `text` converts the growing output to text, and finds the stop strings.
 
         Raises:
             RequestError: the prompt or a parameter cannot be served.
-            RequestTooLongError: the request exceeds max_model_len or the whole KV cache.
+            RequestTooLongError: the request is too long for max_model_len or for the KV cache.
             EngineClosedError: the engine is closed.
         """
         self.check_usable()
@@ -110,14 +109,15 @@ class LLMEngine:
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         """End aborted requests, start steps, commit the oldest step in flight, find stop strings.
 
-        Steps are started until `pipeline_depth` + 1 are in flight, or nothing can be planned.
-        Returns the plan of the committed step (None if there was nothing to do), and the requests
-        that this call has ended: by the committed step, a stop string, or an earlier `abort`.
+        Steps are started until `pipeline_depth` + 1 steps are in flight, or nothing can be planned.
+        Returns the plan of the committed step, or None if there was no step to commit. Also returns
+        the requests that have ended: in the committed step, at a stop string, or after an `abort`.
+
+        After any exception, also Ctrl-C, all unfinished requests have ended. New requests can then
+        run, unless the exception is a StepError or WorkerDiedError of a runner with several ranks.
 
         Raises:
-            StepError: the step failed. After any exception (Ctrl-C included) all unfinished
-                requests have ended. New requests can run, but not after a WorkerDiedError, and not
-                after a StepError of a runner with several ranks: then every later step fails.
+            StepError: a step failed.
             WorkerDiedError: a rank's process has ended.
         """
         self.check_usable()
@@ -132,7 +132,7 @@ class LLMEngine:
                 ended += finished
                 if self._read:
                     ended += self._read_texts()
-                # `_forget` counts output tokens. So `_read_texts` comes first: it drops tokens.
+                # `_forget` counts output tokens, so `_read_texts`, which drops tokens, comes first.
                 self._forget(ended)
             except BaseException:
                 self.reset("error")
@@ -141,7 +141,7 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Inside the `with` block requests change, so `drop` leaves its work to the next `step`."""
+        """Context manager for changes of requests. Inside it, `drop` leaves its work to `step`."""
         self._calls += 1
         self._thread = threading.get_ident()
         self._stale = True  # if an error or Ctrl-C leaves a change half done, `check_usable` resets
@@ -169,7 +169,7 @@ class LLMEngine:
         return plan, finished
 
     def _read_texts(self) -> list[Sequence]:
-        """Convert new tokens to text. Ends and returns running requests with a stop string."""
+        """Convert new tokens to text. End and return running requests that hit a stop string."""
         stopped = []
         for request_id, seq in list(self._read.items()):
             assert seq.text is not None
@@ -187,14 +187,15 @@ class LLMEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request at the next `step`. May be called from any thread at any time."""
-        # An unused id is ignored: it would end a later request. Appending to a deque needs no lock.
+        # An id that no request has yet is ignored, because it would end a later request.
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 
     def drop(self, seqs: list[Sequence]) -> None:
         """End requests that the caller no longer wants: now if possible, else at the next `step`.
 
-        The garbage collector may call `drop`, in any thread and in the middle of any other call.
+        Ending them now is not possible while another engine method runs, or in another thread. The
+        garbage collector may call `drop` in these cases, too.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
@@ -232,7 +233,7 @@ class LLMEngine:
             self.scheduler = make_scheduler(self.config, self.blocks, self.runner.now)
 
     def close(self) -> None:
-        """End all requests and free the memory. A second call does nothing."""
+        """End all requests and free the memory. If the engine is closed already, do nothing."""
         if self._closed:
             return
         try:
@@ -252,7 +253,7 @@ class LLMEngine:
         )
 
     def _forget(self, seqs: list[Sequence]) -> None:
-        """Add requests that have ended to the totals, and drop the engine's references to them."""
+        """Count ended requests in the totals of `stats`, and remove the requests from `_live`."""
         totals = self._totals
         for seq in seqs:
             del self._live[seq.request_id]
@@ -262,13 +263,13 @@ class LLMEngine:
             totals["preemptions"] += seq.num_preemptions
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests that run now add no blocks to the cache any more."""
+        """Forget all cached prefixes. The requests that run now will add no blocks to the cache."""
         self.check_usable()
         with self._inside():
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Reset if the last call was interrupted. EngineClosedError: the engine is closed."""
+        """Raise EngineClosedError if the engine is closed. Reset if the last call was cut short."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

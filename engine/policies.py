@@ -1,4 +1,4 @@
-"""Scheduling policies: base classes, and the shipped policies. Policies never use a device."""
+"""Scheduling policies: four base classes, and their implementations. Policies use no device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Policy(ABC):
 
 
 class QueuePolicy(Policy):
-    """Orders the waiting requests. Thousands may wait, so no method may loop over all of them."""
+    """Orders the waiting requests. No method may loop over all of them: thousands may wait."""
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
@@ -33,18 +33,18 @@ class QueuePolicy(Policy):
 
     @abstractmethod
     def first(self) -> Sequence | None:
-        """The request to run next; None if no request waits."""
+        """Return the request to run next, or None if no request waits."""
 
     @abstractmethod
     def pop(self) -> Sequence:
-        """Remove the request that `first` returns, and return it."""
+        """Remove and return the request that `first` would return."""
 
     @abstractmethod
     def discard(self, seq: Sequence) -> None:
-        """Remove a waiting request that was aborted. Its `finish_reason` is already set."""
+        """Remove a waiting request that was aborted: its `finish_reason` is already set."""
 
     def ended(self, seq: Sequence) -> None:
-        """Called when a popped request has finished or was aborted."""
+        """React to the end of a popped request, which has finished or was aborted."""
         del seq
 
 
@@ -53,38 +53,39 @@ class AdmissionPolicy(Policy):
 
     @abstractmethod
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
-        """Whether `seq`, the first request of the queue, may start beside the running requests.
+        """Whether `seq`, the queue's first request, may join the running requests of `batch`.
 
-        This method is not called while no request runs. The first request is always admitted if
-        enough blocks are free, which the scheduler checks afterwards. `batch` must not be changed.
+        The method must not change `batch`. The scheduler checks afterwards whether blocks for `seq`
+        are free. If no request runs, the scheduler admits `seq` without calling this method.
         """
 
 
 class PreemptionPolicy(Policy):
-    """Chooses the request to preempt when a running request needs a block but no block is free."""
+    """Chooses which running request to preempt when a decode row needs a block but none is free."""
 
     @abstractmethod
     def victim(self, running: Collection[Sequence]) -> Sequence:
-        """The request of `running` to preempt. `running` is sorted by admission, and not empty."""
+        """Return the request to preempt. `running` is not empty and is in order of admission."""
 
 
 class StepPolicy(Policy):
-    """Splits a step's token budget between prompts and decodes."""
+    """Splits the token budget of a step between prefill chunks and decode rows."""
 
     @abstractmethod
     def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
-        """Limit of prompt tokens in the step: at most `budget`, at least 1 if no request decodes.
+        """Return the maximum number of prompt tokens in the step.
+
+        The result is at most `budget`, and at least 1 if no request decodes. All decoding requests
+        run in the step if prompts leave at least `num_decodes` positions of the budget, else none.
 
         Args:
-            budget: token budget of the step; at least the number of requests that can run at once.
-            num_decodes: number of decoding requests. All decode in the step if the prompt tokens
-                leave a position for each decoding request; otherwise all wait.
-            gap: number of consecutive steps, up to now, in which the decoding requests waited.
+            budget: maximum number of positions in the step; not less than `max_num_seqs`.
+            gap: number of steps in a row, right before this one, in which decoding requests waited.
         """
 
 
 class FirstCome(QueuePolicy):
-    """Runs requests in order of arrival. A preempted request returns to its place in this order."""
+    """Runs requests in order of arrival. A preempted request keeps its place in this order."""
 
     name = "fcfs"
 
@@ -117,14 +118,14 @@ class FirstCome(QueuePolicy):
 
 
 class KeyedQueue(QueuePolicy):
-    """Runs the request with the smallest key; of equal keys the earliest arrival. O(log n)."""
+    """Runs the request with the smallest key; if keys are equal, the earliest arrival first."""
 
     def __init__(self, config: Config) -> None:
         self.waiting: LazyHeap[Sequence] = LazyHeap()
 
     @abstractmethod
     def key(self, seq: Sequence) -> Any:
-        """The request's sort key, comparable with `<`. Called once for each `push`."""
+        """The request's sort key, comparable with `<`. Each `push` calls this method once."""
 
     def push(self, seq: Sequence) -> None:
         self.waiting.push((self.key(seq), seq.request_id), seq)
@@ -149,7 +150,7 @@ class Priority(KeyedQueue):
 
 
 class ShortestPrompt(KeyedQueue):
-    """Runs the request with the fewest tokens first. Output before a preemption counts too."""
+    """Runs the request with the fewest tokens: its prompt, and its output before a preemption."""
 
     name = "shortest_prompt"
 
@@ -158,7 +159,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """Runs the request with the fewest expected output tokens left (`num_expected_tokens`)."""
+    """Runs the request that is expected to need the fewest output tokens until its end."""
 
     name = "shortest_job"
 
@@ -167,7 +168,7 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the waiting user with the lowest level: the number of tokens charged to the user."""
+    """Serves the waiting user with the lowest level: the number of tokens charged to a user."""
 
     def __init__(self, config: Config) -> None:
         # `levels` has all users ever seen. `_queues` and `_order` have only waiting users.
@@ -210,8 +211,9 @@ class FairShare(_UserQueue):
     """Serves the waiting user who has been charged the fewest tokens so far.
 
     Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
-    OSDI 2024). Idle time gives no credit: a returning user's charge is raised to the charge of the
-    user served last. A request is charged its expected length first, its real length when it ends.
+    OSDI 2024). A user pays for a request its expected length first, and its real length when it
+    ends. Idle time gives no credit: if a user without waiting requests adds a request, the user's
+    charge is raised to the charge of the user served last.
     """
 
     name = "fair_share"
@@ -239,7 +241,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits a request if blocks are free now. If blocks run out later, a request is preempted."""
+    """Admits a request if blocks for its present tokens are free. Preemptions may follow."""
 
     name = "optimistic"
 
@@ -248,7 +250,7 @@ class Optimistic(AdmissionPolicy):
 
 
 class ReserveOutput(AdmissionPolicy):
-    """Admits a request if it and all running ones fit at their length limits: no preemptions."""
+    """Admits a request if it and all running requests fit the cache at their length limits."""
 
     name = "reserve"
 
@@ -261,15 +263,15 @@ class ReserveOutput(AdmissionPolicy):
 class LookAhead(AdmissionPolicy):
     """Admits a request if it and all running requests fit the cache up to their expected lengths.
 
-    Memory use peaks just before a request ends, so only these moments are checked. The idea is from
-    Past-Future (Gong et al., ASPLOS 2025), which learns the expected lengths.
+    Memory use peaks just before a request ends, so only the steps in which a request ends are
+    checked. The idea is from Past-Future (Gong et al., ASPLOS 2025), which learns the lengths.
     """
 
     name = "lookahead"
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # For each request: steps until its end, position of its newest token. Longest-lived first.
+        # For each request: steps until its end, position of its newest token; latest end first.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
         full = 0
@@ -277,7 +279,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # The first `count` requests run `steps` more steps and grow by `steps - 1` tokens.
+            # In this request's last step, the first `count` requests are `steps - 1` tokens longer.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -295,7 +297,7 @@ class Latest(PreemptionPolicy):
 
 
 class LowestPriority(PreemptionPolicy):
-    """Preempts the request of lowest `SamplingParams.priority`; of equals the last admitted."""
+    """Preempts the request of lowest `SamplingParams.priority`; if equal, the last admitted."""
 
     name = "lowest_priority"
 
@@ -304,7 +306,7 @@ class LowestPriority(PreemptionPolicy):
 
 
 class FewestComputed(PreemptionPolicy):
-    """Preempts the request with the fewest computed positions; of equals the last admitted."""
+    """Preempts the request with the fewest computed positions; if equal, the last admitted."""
 
     name = "fewest_computed"
 
@@ -322,10 +324,7 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts may take the whole budget, in at most `max_gap` steps in a row while decodes wait.
-
-    First tokens come sooner than with `DecodeFirst`. The intervals of later tokens vary more.
-    """
+    """Prompts may take the whole budget, in at most `max_gap` steps in a row while decodes wait."""
 
     name = "prefill_first"
     max_gap = 4

@@ -1,4 +1,4 @@
-"""Requests: their state, their checks, and the outputs that users get."""
+"""State of requests, checks of requests, and the outputs that users get."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 class Sequence:
     """A request and its state, from arrival to finish. Times are seconds on the runner's clock."""
 
-    request_id: int  # unique in its engine; a later request has a larger id
-    token_ids: list[int]  # prompt and committed output, in a copy of the caller's list
+    request_id: int  # unique in the engine; a later request has a larger id
+    token_ids: list[int]  # prompt and committed output; not the caller's list but a copy
     sampling: SamplingParams  # the parameters that the user gave
     _: KW_ONLY
     max_total_tokens: int  # length limit of prompt and output together
     stop_token_ids: frozenset[int] = frozenset()  # tokens that end the request
-    seed: int = 0  # key of the sampling noise
+    seed: int = 0  # seed of the random numbers that sampling uses
     seed_kind: SeedKind = SeedKind.DERIVED
-    sample: int = 0  # index of this output among those of its prompt
+    sample: int = 0  # index of this output among the outputs of its prompt
     num_prompt_tokens: int = field(init=False)
     finish_reason: str | None = None  # None while unfinished, or "stop", "length", "abort", "error"
-    error: Exception | None = None  # the error that the runner reported, if it ended the request
-    # `RowReport.values` of each output token; empty if the runner reports none.
+    error: Exception | None = None  # what the runner reported, if finish_reason is "error"
+    # The mapping of `RowReport.values` for each output token; empty if the runner reports none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if asked for
-    # Log-probabilities of the prompt tokens computed so far, if asked for. The first entry is None,
+    # Log-probabilities of the prompt tokens computed so far, if requested. The first entry is None,
     # because no position predicts the first token.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
     text: TextReader | None = None  # converts output to text, for a stream or stop strings
@@ -48,15 +48,15 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the cache at the first admission
     num_preemptions: int = 0
 
-    # Only the scheduler changes the fields from here on.
+    # Only the scheduler changes the fields from `slot` to `capacity`.
     slot: int | None = field(init=False)  # index in the runner's tables; None if not running
     # Number of leading positions that are computed or planned, including all drafts in flight.
     num_scheduled: int = field(init=False)
-    num_drafted: int = field(init=False)  # how many of `num_scheduled` are drafts in flight
-    num_prefill: int = field(init=False)  # tokens known at admission, which are prefilled
-    num_in_flight: int = field(init=False)  # steps in flight that compute a row of this request
-    num_committed: int = field(init=False)  # leading positions whose KV is known to be written
-    capacity: int = field(init=False)  # tokens for which the block table has blocks
+    num_drafted: int = field(init=False)  # how many of these positions are drafts in flight
+    num_prefill: int = field(init=False)  # number of tokens at the admission; all are prefilled
+    num_in_flight: int = field(init=False)  # number of steps in flight with a row of this request
+    num_committed: int = field(init=False)  # number of leading positions that are committed
+    capacity: int = field(init=False)  # number of positions in the blocks of the block table
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)
@@ -64,19 +64,19 @@ class Sequence:
         self.reset()
 
     def reset(self) -> None:
-        """Clear the scheduler's fields. Called on arrival and at each preemption."""
+        """Clear the fields from `slot` to `capacity`, on arrival and at each preemption."""
         self.slot = None
         self.num_scheduled = self.num_committed = self.num_drafted = self.num_in_flight = 0
         self.num_prefill = self.capacity = 0
 
     @property
     def cache_salt(self) -> str:
-        """Only requests with equal salts share cached prefixes."""
+        """A string for the prefix cache: only requests with equal salts share cached prefixes."""
         salt = self.sampling.cache_salt
         if self.sampling.prompt_logprobs is None:
             return salt
         # Prompt log-probabilities need logits, which the cache does not keep. So the salt contains
-        # the id: a request finds only blocks of its own, from before a preemption.
+        # the request id, and the request finds only blocks that it computed before a preemption.
         return f"{salt}\0{self.request_id}"
 
     @property
@@ -84,7 +84,7 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     def keep_output(self, num_tokens: int) -> None:
-        """Drop output tokens after the first `num_tokens`, and their times, logprobs and values."""
+        """Drop all output tokens after the first `num_tokens`, with times, logprobs and values."""
         del self.token_ids[self.num_prompt_tokens + num_tokens :]
         del self.token_times[num_tokens:]
         del self.logprobs[num_tokens:]
@@ -92,7 +92,7 @@ class Sequence:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Expected final length of prompt and output together; more than the present length."""
+        """Expected final length of prompt and output; greater than now, unless max_tokens=0."""
         guess = self.sampling.predicted_tokens
         if guess is None:
             return self.max_total_tokens
@@ -111,7 +111,7 @@ ParamsForPrompts = SamplingParams | list[SamplingParams] | None
 
 
 def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
-    """One SamplingParams for each of `count` prompts. RequestError: wrong type or list length."""
+    """Return a SamplingParams for each of `count` prompts. RequestError if `params` is unusable."""
     if params is None:
         params = SamplingParams()
     per_prompt = params if isinstance(params, list) else [params] * count
@@ -136,7 +136,7 @@ def check_request(
     ids = f"Token ids are integers from 0 to {vocab_size - 1}."
     if not prompt:
         raise RequestError("prompt", prompt, "is empty", "Give at least one token.")
-    # isinstance would accept True and False as token ids.
+    # `isinstance(token, int)` would accept True and False as token ids.
     for token in prompt:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise RequestError("prompt", token, "is not a token id", ids)
@@ -165,10 +165,10 @@ def _check_picklable(params: SamplingParams) -> None:
     """Raise a RequestError for logits processors that cannot be sent to the ranks' processes."""
     try:
         data = pickle.dumps(params.logits_processors)
-        # Names of __main__ cannot be unpickled in a rank's process, which has another __main__.
+        # A function of __main__ cannot be unpickled in a rank's process: its __main__ is different.
         if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
             raise TypeError("they are of the module __main__")
-    except Exception as error:  # a callable's own pickling code may raise anything
+    except Exception as error:  # pickling code of a user's class may raise any exception
         problem = f"the ranks cannot be sent them ({error})"
         fix = "Use functions of a module, or tensor_parallel_size=1."
         processors = params.logits_processors
@@ -177,10 +177,10 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
-    """All requests of prompt `index`. `LLM` appends this object to `ended` when all have ended."""
+    """The requests of one prompt. When all have ended, `LLM` appends this object to `ended`."""
 
-    index: int
-    seqs: list[Sequence]
+    index: int  # index of the prompt among the caller's prompts
+    seqs: list[Sequence]  # one request for each output
     ended: list[PromptRequests]
 
 
@@ -219,17 +219,17 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
 
 
 def percentile(rising: list[float], share: float) -> float:
-    """The smallest x in `rising` for which at least a share (0, 1] of all values is <= x."""
+    """The smallest x in the sorted `rising` for which at least `share` of the values are <= x."""
     return rising[math.ceil(share * len(rising)) - 1]
 
 
 def increments(
     seq: Sequence, index: int, *, has_text: bool
 ) -> Generator[dict[str, Any] | None, None, None]:
-    """Yield what the output has gained since the last increment, or None if there is no news.
+    """Yield increments of a growing output, each as a dictionary of new tokens and new text.
 
-    With a tokenizer (`has_text`) an increment waits for text that later tokens cannot change. The
-    last increment has a finish_reason. `index` is the index of the prompt.
+    Yields None if nothing is new. If `has_text` is True, text that later tokens can change is not
+    yielded yet. The last increment has a finish_reason. `index` is the prompt's index.
     """
     text, reason = seq.text, None
     num_tokens = num_chars = 0

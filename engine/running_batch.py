@@ -10,35 +10,34 @@ from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepRes
 from engine.types import BlockManager, Clock, RowReport, TokenLogprobs
 from utils.errors import RequestTooLongError
 
-# A row: slot, number of planned positions, new tokens, log-probabilities of these tokens, report.
+# A row: slot, number of planned positions, new tokens, the tokens' log-probabilities, report.
 _Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
 
 class RunningBatch:
-    """Turns a scheduler's decisions into valid plans, with any number of steps in flight.
+    """Turns a scheduler's decisions into step plans, and applies step results to the requests.
 
     A scheduler calls `admit`, `prefill`, `decode` and `preempt`, then `build`, which returns the
-    `StepPlan` of these calls. `commit` applies a `StepResult` to the requests. A request runs in
-    one of `max_num_seqs` slots. Dicts of requests have the request's id as key.
+    `StepPlan` of these calls. `commit` applies a `StepResult`.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
-        self.blocks = blocks  # schedulers and policies may read the manager, not change it
-        self.running: dict[int, Sequence] = {}  # unfinished, with a slot; in order of admission
+        self.blocks = blocks  # schedulers and policies must not change the block manager
+        self.running: dict[int, Sequence] = {}  # running requests by id, in order of admission
         self.prefilling: dict[int, Sequence] = {}  # running requests with prefill left to plan
-        # Running requests that can be planned to decode: prefill is planned, `_goes_on` is True.
+        # Running requests that may get a decode row: all prefill is planned, `_goes_on` is True.
         self.decoding: dict[int, Sequence] = {}
         self.num_in_flight = 0  # number of plans that have not been committed
         self._groups, self._clock = blocks.groups, clock
-        self._holder: list[Sequence | None] = [None] * max_num_seqs  # by slot
+        self._holder: list[Sequence | None] = [None] * max_num_seqs  # request in each slot
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._next_step_id = 0
-        # Parts of the next plan. Dicts are by slot.
+        # What the next plan will contain. The keys of the three dicts are slots.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # first block table entry that the next plan sends
+        self._grown: dict[int, int] = {}  # first block table entry that the runner lacks
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
-        self._decode_counts: dict[int, int] = {}  # maximum positions of each decode row
+        self._decode_counts: dict[int, int] = {}  # maximum number of positions of a decode row
 
     @property
     def num_free_slots(self) -> int:
@@ -46,21 +45,20 @@ class RunningBatch:
 
     @property
     def num_running(self) -> int:
-        """Number of requests that hold a slot, including finished ones with a step in flight."""
+        """Number of slots held by running requests, and by ended requests with steps in flight."""
         return len(self._holder) - len(self._free_slots)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Number of blocks that `num_tokens` tokens need."""
         return -(-num_tokens // self.blocks.block_size)
 
     def most_blocks(self, seq: Sequence) -> int:
         """Number of blocks that the request needs to reach its length limit."""
-        # The last output token is only sampled. Its KV is never written, so it needs no block. If
-        # the limit is the prompt's length, there is no output, and the whole prompt is computed.
+        # The KV of the last output token is never written, so the token needs no block. With
+        # `max_tokens=0` there is no output token, and the KV of the whole prompt is written.
         return self.blocks_for(max(seq.max_total_tokens - 1, seq.num_prompt_tokens))
 
     def check_fits(self, seq: Sequence) -> None:
-        """Raise RequestTooLongError if the request at its length limit exceeds the whole cache."""
+        """Raise RequestTooLongError if the request may need more blocks than the cache has."""
         needed, there = self.most_blocks(seq), self.blocks.num_blocks
         if needed > there:
             problem = f"with its output it needs {needed} KV blocks and the whole cache has {there}"
@@ -69,7 +67,7 @@ class RunningBatch:
             raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
     def admit(self, seq: Sequence) -> bool:
-        """Give a request a slot and blocks. False (nothing changes) if no slot or block is free."""
+        """Give a request a slot and blocks. If too few are free, change nothing; return False."""
         if not self._free_slots:
             return False
         cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
@@ -100,8 +98,8 @@ class RunningBatch:
         return True
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
-        """Reserve blocks for more positions. False (nothing changes) if too few blocks are free."""
-        # All drafts in flight count as accepted. A rejection only makes the next row end earlier.
+        """Reserve blocks for the next `num_positions` positions. Return False if blocks run out."""
+        # Drafts in flight count as accepted. If any is rejected, the next row ends before `end`.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
             return True
@@ -114,7 +112,7 @@ class RunningBatch:
         return True
 
     def prefill(self, seq: Sequence, max_tokens: int) -> int:
-        """Plan a prefill chunk of up to `max_tokens` tokens. Returns the chunk's size."""
+        """Plan a prefill chunk of at most `max_tokens` tokens. Returns the size of the chunk."""
         assert seq.slot is not None
         start = seq.num_scheduled
         num_tokens = min(max_tokens, seq.num_prefill - start)
@@ -130,10 +128,10 @@ class RunningBatch:
         return num_tokens
 
     def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
-        """Plan a decode row for each of `seqs`, and return the number of positions planned.
+        """Plan a decode row for each of `seqs`. Returns the number of positions of all rows.
 
-        All `seqs` must be in `decoding`, and `reserve` must have returned True for each. A row has
-        `num_positions` positions, or fewer if free blocks or the length limit do not allow more.
+        All `seqs` must be in `decoding`, and `reserve` must have returned True for each request. A
+        row has `num_positions` positions, or fewer if blocks or the length limit allow no more.
         """
         num_row, total = 1, 0
         for seq in list(seqs):
@@ -151,25 +149,25 @@ class RunningBatch:
         return total
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
-        """How many positions, 1 to `wanted`, the request's next decode row may compute."""
+        """The maximum number of positions of the request's next decode row, from 1 to `wanted`."""
         # If all drafts in flight are rejected, the row starts at `earliest`. If some are accepted,
         # the row starts later, and the runner ends the row at the length limit.
         earliest = seq.num_scheduled - seq.num_drafted
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
             return wanted
-        # Too few blocks are free. Drafts are worth no preemption, so the row gets fewer positions.
+        # Too few blocks are free. No request is preempted for drafts: the row gets fewer positions.
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a request's slot and blocks. Readmission recomputes its uncached tokens."""
+        """Take away a request's slot and blocks. The scheduler must queue the request again."""
         assert seq.num_in_flight == 0, "a request in flight cannot be preempted"
         self._stop(seq)
         seq.reset()
         seq.num_preemptions += 1
 
     def build(self) -> StepPlan | None:
-        """Make a plan from all calls since the last `build`; None if no row was planned."""
+        """Return the plan of all calls since the last plan, or None if no row was planned."""
         if not self._chunks and not self._decode:
             return None
         updates = []
@@ -197,7 +195,7 @@ class RunningBatch:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Append new tokens, find stops, commit full blocks. Returns the requests that ended."""
+        """Append new tokens, end requests, commit full blocks. Returns the ended requests."""
         result.check(plan)
         self.num_in_flight -= 1
         holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
@@ -205,18 +203,18 @@ class RunningBatch:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
         num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
-        # This loop is most of the host's work per token. For most rows it calls no Python function.
+        # Most of the host's time per token goes to this loop. For most rows it calls no function.
         for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None
             seq.num_in_flight -= 1
             if seq.finish_reason is not None:
-                # The request ended after the row was planned. The row's tokens are dropped.
+                # The request ended after the row was planned, so the row's tokens are dropped.
                 if seq.num_in_flight == 0:
                     self._release(seq)
                 continue
             if report is not None and report.error is not None:
-                # No position is committed: the row's KV may be wrong, and must not be shared.
+                # The row's KV may be wrong and must not be shared, so no position is committed.
                 seq.error = report.error
                 finished.append(seq)
                 self.finish(seq, "error")
@@ -238,7 +236,7 @@ class RunningBatch:
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
             if num_planned > 1 and row >= num_chunks:
-                # Each new token that was appended stands for one accepted position.
+                # A decode row with drafts: as many positions are accepted as tokens were appended.
                 seq.num_committed = committed = before + len(token_ids) - num_known
                 seq.num_scheduled -= before + num_planned - committed
                 seq.num_drafted -= num_planned - 1
@@ -247,7 +245,7 @@ class RunningBatch:
             else:
                 seq.num_committed = committed = before + num_planned
                 if not new and committed >= seq.max_total_tokens:
-                    # The length limit is the prompt's length, so the request ends without output.
+                    # With `max_tokens=0` the request ends without output after its last chunk.
                     reason = "length"
             if committed // block_size != before // block_size:
                 self.blocks.commit(seq.request_id, token_ids, committed)
@@ -262,12 +260,12 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
-            # After a preemption `seq` already has the log-probabilities of its leading tokens.
+            # After a preemption `seq` still has log-probabilities, so only missing ones are added.
             missing = len(seq.prompt_logprobs) - (chunk.start + 1)
             seq.prompt_logprobs += found[missing:]
 
     def finish(self, seq: Sequence, reason: str) -> None:
-        """End a request. The request keeps slot and blocks until no step in flight uses them."""
+        """End a request. Its slot and blocks become free when no step in flight uses them."""
         seq.finish_reason = reason
         self._stop(seq)
 
@@ -288,12 +286,12 @@ class RunningBatch:
 
 
 def _goes_on(seq: Sequence) -> bool:
-    """Whether the request is below its length limit even if all planned drafts are accepted."""
+    """Whether a request can get another decode row even if all drafts in flight are accepted."""
     return seq.num_scheduled + 1 < seq.max_total_tokens
 
 
 def _rows(plan: StepPlan, result: StepResult) -> Iterator[_Row]:
-    """The rows of a finished step: first all prefill chunks, then all decode rows."""
+    """All rows of a finished step. Prefill chunks come first, decode rows after them."""
     tokens = iter(result.tokens)
     scores: Iterator[list[TokenLogprobs] | None] = iter(result.logprobs or repeat(None))
     reports = map(result.reports.get, count()) if result.reports else repeat(None)

@@ -14,16 +14,16 @@ from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan
 
 
 class QueuedScheduler(Scheduler):
-    """Base of schedulers with a queue and a running batch. A subclass adds only `schedule`."""
+    """Base of schedulers with a queue and a running batch. A subclass defines only `schedule`."""
 
     policies: ClassVar[Collection[str]] = ("queue_policy",)
 
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
-        self.budget = config.max_num_batched_tokens  # position limit of a step
-        self.max_decode_tokens = 1 + config.num_speculative_tokens  # position limit of a decode row
+        self.budget = config.max_num_batched_tokens  # maximum number of positions in a step
+        self.max_decode_tokens = 1 + config.num_speculative_tokens
         self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make("queue_policy", config)
-        # Requests outside the queue, each waiting until a running request has computed its prefix.
+        # Requests that wait, outside the queue, until a running request has computed their prefix.
         self.deferred: list[tuple[Sequence, PendingPrefix]] = []
         self._most_deferred = config.max_num_seqs
         self._waiting: dict[int, Sequence] = {}
@@ -42,7 +42,7 @@ class QueuedScheduler(Scheduler):
         self._waiting[seq.request_id] = seq
 
     def admit(self, seq: Sequence) -> bool:
-        """Admit the queue's first request. False (nothing changes) if no slot or block is free."""
+        """Admit the queue's first request. Return False if no slot or too few blocks are free."""
         if not self.batch.admit(seq):
             return False
         self.queue.pop()
@@ -50,15 +50,15 @@ class QueuedScheduler(Scheduler):
         return True
 
     def defer(self, prefix: PendingPrefix) -> bool:
-        """Let the queue's first request wait for `prefix`. False if `deferred` is full."""
-        # `rejoin` looks at every deferred request in each step, so their number is limited.
+        """Move the queue's first request to `deferred`. Return False if `deferred` is full."""
+        # `deferred` has a size limit, because `rejoin` reads all of `deferred` in each step.
         if len(self.deferred) >= self._most_deferred:
             return False
         self.deferred.append((self.queue.pop(), prefix))
         return True
 
     def rejoin(self) -> None:
-        """Requeue deferred requests whose prefix is cached now, or will never be computed."""
+        """Put deferred requests back into the queue if their prefix is cached or never will be."""
         deferred, self.deferred = self.deferred, []
         for seq, prefix in deferred:
             leader = self.batch.running.get(prefix.request_id)
@@ -68,21 +68,21 @@ class QueuedScheduler(Scheduler):
                 self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
-        """Plan up to `left` prompt tokens of running requests. Returns what remains of `left`."""
+        """Plan up to `left` prompt tokens of running requests. Returns how many are still left."""
         for seq in list(self.batch.prefilling.values()):
             if left > 0:
                 left -= self.batch.prefill(seq, left)
         return left
 
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
-        """Plan a decode row with drafts for each of `seqs`. Returns how many positions it plans.
+        """Plan a decode row with drafts for each of `seqs`. Returns the sum of the rows' positions.
 
-        `left` is what remains of the token budget: at least one position for each request. Drafts
-        may use up all of `left`, so plan prompts first.
+        The rows get at most `left` positions together, and `left` must be at least the number of
+        rows. Drafts may use up `left`, so a scheduler plans prompts before decodes.
         """
         if not seqs:
             return 0
-        # All rows get equally many drafts. Otherwise the first requests would run faster.
+        # All rows get equally many drafts, so that no request runs faster than the others.
         return self.batch.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -96,7 +96,7 @@ class QueuedScheduler(Scheduler):
             self.batch.finish(seq, "abort")
             others = [entry for entry in self.deferred if entry[0] is not seq]
             if len(others) < len(self.deferred):
-                # `FairShare.pop` charged the user for the deferred request. `push` refunds it.
+                # `FairShare.pop` has charged the deferred request to its user. `push` refunds this.
                 self.deferred = others
                 self.queue.push(seq)
             self.queue.discard(seq)
@@ -107,7 +107,7 @@ class QueuedScheduler(Scheduler):
 
 
 class ContinuousScheduler(QueuedScheduler):
-    """Each step decodes the running requests and fills the rest of the token budget with prefill.
+    """Continuous batching: each step may admit requests, and have prefill chunks and decode rows.
 
     Iteration-level scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from
     vLLM (Kwon et al., SOSP 2023), chunked prefill from Sarathi-Serve (Agrawal et al., OSDI 2024).
@@ -127,10 +127,10 @@ class ContinuousScheduler(QueuedScheduler):
         num_preemptions = self._reserve_decodes()
         if num_preemptions is None:
             return None
-        # Requests whose prefill ends in this step are not in `decodes` yet.
+        # A request whose prefill ends in this step is not in `decodes`. It decodes in later steps.
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
-        # After a preemption no request is admitted: the preempted one could take its blocks back.
+        # After a preemption this step admits no request: it could be the preempted request again.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
         left = self.budget - planned
         if len(decodes) <= left:
@@ -141,7 +141,7 @@ class ContinuousScheduler(QueuedScheduler):
         return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
-        """Plan prompt tokens of running, then of newly admitted requests. Returns how many."""
+        """Plan prefill of running, then of new requests. Returns the number of planned tokens."""
         left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
@@ -150,24 +150,27 @@ class ContinuousScheduler(QueuedScheduler):
 
     def _admit_first(self) -> Sequence | None:
         while self.batch.num_free_slots and (seq := self.queue.first()):
-            # The policy is not asked if no request runs: its refusal would stop the engine.
+            # If no request runs, the policy is not asked: a refusal would stop the engine.
             if self.batch.running and not self._admission.admits(seq, self.batch):
                 break
             prefix = self.batch.blocks.pending(seq.token_ids, seq.cache_salt)
             if prefix is None:
                 return seq if self.admit(seq) else None
-            # A running request is computing `prefix`. Waiting avoids computing `prefix` twice.
+            # A running request is computing `prefix`, so `seq` waits instead of computing it too.
             if not self.defer(prefix):
                 break
         return None
 
     def _reserve_decodes(self) -> int | None:
-        """Reserve blocks for decodes, and count preemptions. None if a commit must come first."""
+        """Reserve blocks for the decode rows of the step; preempt requests if blocks run out.
+
+        Returns the number of preempted requests, or None if a commit must come first.
+        """
         num_preemptions = 0
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.batch.reserve(seq):
-                # No request can be preempted before the steps in flight have been committed.
+                # Requests in flight must not be preempted: steps in flight must be committed first.
                 if self.batch.num_in_flight:
                     return None
                 victim = self._preemption.victim(self.batch.running.values())
@@ -180,8 +183,8 @@ class ContinuousScheduler(QueuedScheduler):
 class StaticScheduler(QueuedScheduler):
     """Static batching (Orca's baseline): runs a batch to its end before admitting the next batch.
 
-    A batch takes requests from the queue as long as all fit at their length limits, so no request
-    is preempted. The slot of a request that ends early stays empty.
+    A batch takes requests from the queue as long as the cache has room for all of them at their
+    length limits, so no request is preempted. The slot of a request that ends early stays empty.
     """
 
     name = "static"

@@ -1,6 +1,6 @@
 """Plan and result of a step: frozen, picklable dataclasses without tensors.
 
-`engine.types` defines slot, position, block, cache group and row, and re-exports these classes.
+The docstring of `engine.types` explains the terms slot, position, block, cache group and row.
 """
 
 from __future__ import annotations
@@ -13,34 +13,33 @@ from typing import Any
 from sampling_params import SamplingParams
 from utils.errors import ContractError
 
-# Token id -> log-probability at one position: first the position's token, then the likeliest ones.
+# Token id -> log-probability at a position: first the token at the position, then the likeliest.
 TokenLogprobs = dict[int, float]
 
-# `max_total_tokens` of a request that has no length limit.
-NO_LIMIT = 2**31 - 1
+NO_LIMIT = 2**31 - 1  # `max_total_tokens` of a request that has no length limit
 
 
 class SeedKind(IntEnum):
-    """Where a request's seed comes from. Equal seeds of different kinds may give unequal noise."""
+    """Where the seed of a request's random numbers comes from."""
 
-    DERIVED = 0  # computed from the engine's seed and the order of arrival
+    DERIVED = 0  # computed from the engine's seed and the request's id
     GIVEN = 1  # set by the user
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request that gets a slot. Later plans name the request only by the slot."""
+    """A request that gets a slot. Later plans identify the request by its slot alone."""
 
     slot: int
     request_id: int
     token_ids: tuple[int, ...]  # the prompt and, after a preemption, the output so far
     sampling: SamplingParams
-    seed: int  # key of the sampling noise, 0 <= seed < 2**63
+    seed: int  # seed of the random numbers that sampling uses, 0 <= seed < 2**63
     num_output_tokens: int = 0  # how many of `token_ids` are output
-    withheld_token_ids: tuple[int, ...] = ()  # banned from the first `min_tokens` output tokens
-    max_total_tokens: int = NO_LIMIT  # the runner keeps no token beyond this total length
-    # A runner may let noise depend on `sample` and `seed_kind`. The shipped runners do not.
-    sample: int = 0  # index of this output among those of its prompt
+    withheld_token_ids: tuple[int, ...] = ()  # forbidden as the first `min_tokens` output tokens
+    max_total_tokens: int = NO_LIMIT  # maximum length of prompt and output together
+    # The random numbers may depend not only on `seed` but also on `sample` and `seed_kind`.
+    sample: int = 0  # index of this output among the outputs of its prompt
     seed_kind: SeedKind = SeedKind.DERIVED
 
 
@@ -48,14 +47,15 @@ class NewRequest:
 class BlockUpdate:
     """Write `block_ids` to entries `first_index`, `first_index + 1`, ... of a slot's block table.
 
-    When a block leaves a slot's sliding window, the block may go to another request without a
-    BlockUpdate for the slot. So the runner must not read positions before `CacheKind.first_read`.
+    When a block has left a slot's sliding window, another request may get the block, while the
+    slot's table keeps the block's id. So the runner must not read positions before
+    `CacheKind.first_read`.
     """
 
     slot: int
     first_index: int
     block_ids: tuple[int, ...]
-    group: int = 0
+    group: int = 0  # index of the cache group
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,15 @@ class BlockCopy:
 
     source: int
     target: int
-    group: int = 0
+    group: int = 0  # index of the cache group
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """Compute positions [start, start + num_tokens) of a slot. Earlier positions are in the cache.
 
-    If `samples` is True, the runner samples the next token after the chunk. `samples` is True if
-    the chunk ends with the request's last known token and the length limit allows another token.
+    If `samples` is True, the runner samples the token that follows the chunk. `samples` is True if
+    the chunk reaches the end of the request's tokens and the length limit allows a further token.
     """
 
     slot: int
@@ -85,14 +85,14 @@ class PrefillChunk:
 class StepPlan:
     """One step of the model, as pure data: updates of the runner's tables, and rows to compute.
 
-    A runner applies `new_requests`, then `block_updates`, and before or after these `block_copies`.
-    Last it computes the rows: prefill chunks in order, then a decode row for each slot in `decode`.
+    A runner applies `new_requests`, then `block_updates`. It applies `block_copies` before or after
+    them. Then it computes the rows: prefill chunks in order, then a row for each slot in `decode`.
 
-    A decode row starts at the request's first position that is not computed. The runner sampled the
-    token of this position in an earlier step. Decode row i has up to `decode_tokens[i]` positions.
-    The runner drafts the tokens of all positions after the first. A drafted token is accepted if
-    all drafts before it in the row are accepted, and sampling gives the same token at its position.
-    The runner ends a row before position `max_total_tokens - 1`, for which no block is reserved.
+    A decode row starts at the request's first position whose KV is not computed. An earlier step
+    sampled the token at this position. Decode row i has at most `decode_tokens[i]` positions. The
+    runner drafts the tokens at all positions of a row but the first. A draft is accepted if all
+    drafts before it in the row are accepted and sampling gives a token equal to the draft. The
+    runner ends a row before position `max_total_tokens - 1`, which has no reserved block.
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
@@ -100,32 +100,33 @@ class StepPlan:
     block_updates: tuple[BlockUpdate, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
     decode: tuple[int, ...] = ()
-    # The copies can be made in any order: targets are distinct, and no target is a source. Sources
-    # were written by earlier steps, and may be overwritten by later steps.
+    # The copies can be made in any order: all targets differ, and no target is a source. Earlier
+    # steps wrote the source blocks, and later steps may overwrite the source blocks.
     block_copies: tuple[BlockCopy, ...] = ()
-    decode_tokens: tuple[int, ...] = ()  # maximum positions of each decode row; if empty, 1 each
-    # For each cache group: blocks to fill with NaN before the step; only with `kv_sanitizer=True`.
+    # Maximum number of positions of each decode row. Empty if each decode row has one position.
+    decode_tokens: tuple[int, ...] = ()
+    # For each cache group: blocks to fill with NaN before the step. Empty without `kv_sanitizer`.
     poisoned_blocks: tuple[tuple[int, ...], ...] = ()
-    timed: bool = False  # whether the result must have `device_seconds`
+    timed: bool = False  # whether the result must contain `device_seconds`
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Tokens computed by prefill chunks, including recomputation after a preemption."""
+        """Number of tokens in all prefill chunks, tokens recomputed after a preemption included."""
         return sum(chunk.num_tokens for chunk in self.prefill)
 
     @property
     def num_tokens(self) -> int:
-        """Maximum number of positions that the step computes; at most the token budget."""
+        """Maximum number of positions that the step computes, in prefill chunks and decode rows."""
         return self.num_prefill_tokens + sum(self.decode_counts)
 
     @property
     def decode_counts(self) -> tuple[int, ...]:
-        """Maximum positions of each decode row: `decode_tokens`, or 1 for each if it is empty."""
+        """Maximum number of positions of each decode row: 1 each if `decode_tokens` is empty."""
         return self.decode_tokens or (1,) * len(self.decode)
 
     @property
     def row_slots(self) -> list[int]:
-        """The slot of each row: slots of the prefill chunks, then slots of the decode rows."""
+        """The slot of each row. Prefill chunks come first, decode rows after them."""
         return [chunk.slot for chunk in self.prefill] + list(self.decode)
 
     @property
@@ -140,8 +141,8 @@ class RowReport:
 
     # An error ends the request with finish_reason "error", and the row's tokens are dropped.
     error: Exception | None = None
-    # Named results that the runner chooses to report, e.g. hidden states: one mapping for each new
-    # token of the row. A prompt's last chunk may report one mapping even if it samples no token.
+    # Results that the runner chooses to report, e.g. hidden states: a mapping from names to results
+    # for each new token. A prompt's last chunk may have one mapping even if it samples no token.
     values: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -150,22 +151,22 @@ class StepResult:
     """What a step produced."""
 
     step_id: int
-    # New tokens: one list for each of the plan's `sampled_slots`. A chunk's list has one token. The
+    # New tokens: a list for each slot of `sampled_slots`. A prefill chunk's list has one token. The
     # list of a decode row has a token for each accepted position, but none beyond the length limit.
     tokens: list[list[int]]
     ended_at: float  # time on the runner's clock when the host saw that the step had ended
-    # For each list of `tokens`, a list of log-probabilities; an empty list if the request asked for
-    # no log-probabilities. `logprobs` is None if no request of the step asked for any.
+    # For each list in `tokens`, the tokens' log-probabilities; an empty list if the request asked
+    # for no log-probabilities. `logprobs` is None if no request of the step asked for any.
     logprobs: list[list[TokenLogprobs]] | None = None
-    # For each of the plan's chunks, log-probabilities of the prompt tokens at start + 1, start + 2,
-    # ..., which the chunk predicts. Empty lists and None mean what they mean in `logprobs`.
+    # For each chunk, log-probabilities of the prompt at positions start + 1 to start + num_tokens;
+    # an empty list if the request asked for none. The field is None if no request asked for any.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     device_seconds: float | None = None  # how long the device worked, if the plan is `timed`
-    # Row's index in `StepPlan.row_slots` -> report of the row. Most rows have no report.
+    # The keys are indices in `StepPlan.row_slots`. A row that has nothing to report has no key.
     reports: Mapping[int, RowReport] = field(default_factory=dict)
 
     def check(self, plan: StepPlan) -> None:
-        """Raise a ContractError if step id or number of tokens, logprobs or values is wrong."""
+        """Raise a ContractError if step id or number of tokens, logprobs or values do not fit."""
         lengths = list(map(len, self.tokens))
         sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
         num_rows = len(sampling) + len(plan.decode)

@@ -1,11 +1,12 @@
 """Interfaces of scheduler, block manager and model runner, and the values that they exchange.
 
 A *slot* is the index of a running request in the runner's per-request tables. A *position* is the
-index of a token in its request; the prompt comes first. A *block* is KV cache for `block_size`
+index of a token in the prompt and output of its request. A *block* is KV cache for `block_size`
 consecutive positions. A request's *block table* lists the request's blocks. A *cache group* is a
-set of layers that keep the KV of the same positions. Each request has one block table for each
-cache group. The *kind* of a cache group tells which positions the group keeps. A *row* of a step
-is the work for one request in this step. A step is *in flight* from `schedule` until `commit`.
+set of layers that keep the KV of the same positions, e.g. all layers with one window size. The
+group's *kind* tells which positions the group keeps. Each request has one block table for each
+group. A *row* of a step is the work for one request in this step. A step is *in flight* from
+`schedule`, which plans the step, to `commit`, which applies the step's result.
 """
 
 from __future__ import annotations
@@ -42,11 +43,9 @@ __all__ = [
 ]
 # fmt: on
 
-# Type of `ModelRunner.now`, which returns the seconds since a fixed moment.
-Clock = Callable[[], float]
+Clock = Callable[[], float]  # type of `ModelRunner.now`: returns the seconds since a fixed moment
 
-# Table entry of a block that was freed because the sliding window had passed it. Not in plans.
-NO_BLOCK = -1
+NO_BLOCK = -1  # block table entry in place of a block that was freed behind the sliding window
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class CacheKind(ABC):
 
     @abstractmethod
     def first_read(self, position: int) -> int:
-        """The earliest position that `position` attends to; never falls as `position` rises."""
+        """The first position that `position` attends to; never smaller for a larger `position`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class FullPages(CacheKind):
 
 @dataclass(frozen=True, slots=True)
 class WindowPages(CacheKind):
-    """Sliding window: a position attends to the last `window` positions, itself included."""
+    """Sliding window: each position attends to itself and the `window - 1` positions before it."""
 
     window: int
 
@@ -82,19 +81,18 @@ class WindowPages(CacheKind):
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
-    """Shape of one cache group: K and V of `num_layers` layers in `num_blocks` blocks."""
+    """Shape of the KV cache that each rank holds for one cache group."""
 
-    num_layers: int
+    num_layers: int  # layers of the cache group
     num_kv_heads: int  # KV heads of one rank
     head_dim: int
-    block_size: int
+    block_size: int  # positions per block
     num_blocks: int
     dtype_bytes: int  # bytes of one element
     kind: CacheKind = field(default_factory=FullPages)
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes that K and V of one block take, over all layers of the group."""
         per_position = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
         return self.block_size * per_position
 
@@ -103,8 +101,8 @@ class KVGeometry:
 class CacheStats:
     """Counters of a prefix cache. The counters start at 0 again when an error resets the engine."""
 
-    queried_tokens: int = 0  # tokens looked up at admissions; each readmission counts again
-    hit_tokens: int = 0  # how many of `queried_tokens` were found in the cache
+    queried_tokens: int = 0  # tokens of admitted requests; a readmission counts them again
+    hit_tokens: int = 0  # how many of the `queried_tokens` tokens were found in the cache
     evicted_blocks: int = 0  # cached blocks that were evicted to make room
     cached_blocks: int = 0  # blocks that are in the cache now
 
@@ -116,20 +114,20 @@ class EngineStats:
     steps: int  # committed steps
     finished_requests: int  # requests that have ended for any reason, aborted ones included
     unfinished_requests: int  # requests that wait or run now
-    prompt_tokens: int  # prompt tokens of all `finished_requests`
-    output_tokens: int  # output tokens of all `finished_requests`
-    preemptions: int  # preemptions of all `finished_requests`
-    num_blocks: int  # blocks of the KV cache
-    num_free_blocks: int  # blocks that can be handed out now, cached ones included
+    prompt_tokens: int  # prompt tokens of all finished requests together
+    output_tokens: int  # output tokens of all finished requests together
+    preemptions: int  # preemptions of all finished requests together
+    num_blocks: int  # all blocks of the KV cache, free or not
+    num_free_blocks: int  # blocks that no request uses; some may hold cached prefixes
     cache: CacheStats
 
 
 @dataclass(frozen=True, slots=True)
 class PendingPrefix:
-    """A prefix that will be cached when request `request_id` has committed `num_tokens` tokens."""
+    """A prefix that a running request is computing now and will add to the prefix cache."""
 
-    request_id: int
-    num_tokens: int
+    request_id: int  # the running request that computes the prefix
+    num_tokens: int  # length of the prefix
 
 
 class StepHandle(ABC):
@@ -137,19 +135,19 @@ class StepHandle(ABC):
 
     @abstractmethod
     def result(self) -> StepResult:
-        """Wait for the result. StepError: the step failed. WorkerDiedError: a rank has died."""
+        """Wait for the result. StepError if the step failed; WorkerDiedError if a rank died."""
 
     def done(self) -> bool:
-        """Whether `result` would return without waiting. A runner that cannot tell returns True."""
+        """Whether `result` would return without waiting. True also if the runner does not know."""
         return True
 
 
 class BlockManager(ABC):
     """Owns the KV blocks of a cache group, and the block table of each running request.
 
-    The constructor takes the `Config` and the group's `KVGeometry`. If there are several groups,
-    `memory.cache_groups` wraps their managers in one manager. The calls for a request are `begin`,
-    any number of `grow` and `commit`, then `release`. Calls never run concurrently.
+    The constructor takes the `Config` and the group's `KVGeometry`. `memory.cache_groups` joins the
+    managers of several groups to one manager. For each request the scheduler calls `begin`, then
+    `grow` and `commit` any number of times, then `release`. Calls never run concurrently.
     """
 
     name: ClassVar[str]
@@ -157,7 +155,7 @@ class BlockManager(ABC):
 
     @property
     def groups(self) -> tuple[BlockManager, ...]:
-        """The manager of each cache group; `(self,)` if there is one group."""
+        """The manager of each cache group. A manager of a single cache group returns `(self,)`."""
         return (self,)
 
     @property
@@ -168,62 +166,65 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_blocks(self) -> int:
-        """Total number of blocks, in the cache group that has the fewest."""
+        """Number of all blocks. With several cache groups: the minimum over the groups."""
 
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Number of free or evictable blocks, in the cache group that has the fewest of them."""
+        """Number of free or evictable blocks. With several groups: the minimum over the groups."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        """Start a request's block table, and return how many leading tokens are cached already.
+        """Create a request's block table. Returns how many leading tokens are in the cache already.
 
-        The last token never counts as cached, because sampling needs the token's logits. Without
-        prefix caching the result is 0. The table gets the blocks of the cached tokens. If the
-        cached tokens end inside a block, the table ends with a new block for this request alone.
-        `take_copies` then returns the copy that fills the new block. Only requests with equal
-        `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`, and
-        after the last `commit` also drop tokens at the end of the output (after a stop string).
+        The last token of `token_ids` never counts as cached, because sampling needs its logits.
+        Without prefix caching the result is 0. The table lists the blocks of the cached tokens. If
+        the cached tokens end inside a block, the table gets a new block in place of the shared
+        block. Then `take_copies` returns the copy that fills the new block. Only requests with
+        equal `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`,
+        and after the request's last `commit` also remove tokens at the end.
         """
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """Extend the table to `num_tokens` tokens. False (nothing changes) if blocks run out."""
+        """Add blocks to the request's table until the table has room for `num_tokens` tokens.
+
+        If too few blocks are free, add no block and return False.
+        """
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
-        """The request's block table; freed blocks are `NO_BLOCK`. Callers must not change it."""
+        """The request's block table, for reading only. Entries of freed blocks are `NO_BLOCK`."""
 
     @abstractmethod
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
         """Record that the KV of the first `num_computed` tokens of `token_ids` has been written.
 
         The manager may now share full blocks of these tokens, and free blocks that no later
-        position reads. Steps in flight write only positions from `num_computed` on. The caller
-        commits whenever a block has become full. Rejected draft tokens never count as computed.
+        position reads. Steps in flight write only positions from `num_computed` on. The caller must
+        call `commit` when a block has become full. Rejected draft tokens never count as computed.
         """
 
     @abstractmethod
     def release(self, request_id: int) -> None:
-        """Release the request's blocks. The caller ensures that no step in flight uses them."""
+        """Release a request's blocks. The caller ensures that no step in flight uses the blocks."""
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
-        """Return the copies for the next plan: those that `begin` has needed since the last call.
+        """Return the block copies that `begin` has asked for since the last call of `take_copies`.
 
-        Copies for released requests are left out. Blocks to copy are not evicted before this call.
+        Copies of released requests are left out. No source is evicted before its copy is returned.
         """
         return ()
 
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
-        """A prefix of `token_ids` that a running request will add to the cache; None without one.
+        """Return a prefix of `token_ids` that a running request is computing for the cache.
 
-        If the running request is released before it commits the prefix, the prefix is not cached.
+        None if there is no such prefix. If the running request ends early, no prefix is cached.
         """
         return None
 
     def reset_prefix_cache(self) -> None:  # noqa: B027  (nothing to forget without caching)
-        """Forget all cached blocks. Requests that run now add no blocks to the cache any more."""
+        """Forget all cached blocks. The requests that run now will add no blocks to the cache."""
 
     @property
     def stats(self) -> CacheStats:
@@ -232,32 +233,31 @@ class BlockManager(ABC):
 
 
 class Scheduler(ABC):
-    """Decides what each step computes. Does only CPU work and never touches a device.
+    """Decides what each step computes. A scheduler works on the CPU and never uses a device.
 
     The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. A scheduler
-    must not read any other clock, because a runner without a device keeps virtual time.
+    must read no clock but this `Clock`, because a runner without a device keeps virtual time.
 
-    A request in flight may be planned again, but not preempted, and keeps its blocks. Plans are
-    committed in the order of planning. After an exception the engine makes a new scheduler and
-    block manager, and step ids restart at 0.
+    A request is in flight while a step in flight has a row of the request. A request in flight may
+    get rows in further plans, but keeps its blocks and is not preempted. Plans are committed in the
+    order of planning. After an exception the engine makes a new scheduler and block manager, and
+    step ids restart at 0.
 
-    The runner accepts at least one position of each decode row. Only `commit` tells the scheduler
-    how many positions were accepted. Until then blocks are reserved as if all were accepted. If
-    the steps in flight may bring a request to its length limit, the request is not planned again
-    until `commit` shows that the request continues.
+    The runner accepts at least one position of each decode row. The scheduler learns from `commit`
+    how many positions of a row were accepted. Before this `commit` the scheduler reserves blocks as
+    if all positions were accepted. If the steps in flight may bring a request to its length limit,
+    the request gets no further row until `commit` shows that the request continues.
 
-    `commit` appends to a request's `token_ids`, `logprobs`, `prompt_logprobs`, `values` and
-    `token_times` (the step's `ended_at`, once for each token), and sets `finish_reason` and
-    `error`. If a row reports an error, its request ends with finish_reason "error". A request whose
-    length limit is its prompt's length gets no token: its last chunk has `samples=False`, and the
-    commit of this chunk ends the request with "length". The first
-    admission sets `admitted_at` and `num_cached`. Each preemption adds 1 to `num_preemptions`. The
-    class `engine.running_batch.RunningBatch` does this bookkeeping.
+    `commit` appends to a request's `token_ids`, `logprobs`, `prompt_logprobs` and `values`, and for
+    each new token `StepResult.ended_at` to `token_times`. `commit` sets `finish_reason` if the
+    request ends. A row with an error ends its request with finish_reason "error" and sets `error`.
+    A request with `max_tokens=0` gets no token, and ends with "length" when its last prefill chunk
+    is committed. The first admission sets `admitted_at` and `num_cached`. Each preemption adds 1 to
+    `num_preemptions`. The class `engine.running_batch.RunningBatch` does all of this.
     """
 
     name: ClassVar[str]
-    # The policy options that the scheduler uses. Setting any other one raises a ConfigError.
-    policies: ClassVar[Collection[str]] = ()
+    policies: ClassVar[Collection[str]] = ()  # policy options that may be set with this scheduler
 
     @property
     @abstractmethod
@@ -266,62 +266,62 @@ class Scheduler(ABC):
 
     @abstractmethod
     def add(self, seq: Sequence) -> None:
-        """Queue a request. Raises RequestTooLongError if the whole cache is too small for it."""
+        """Queue a request. Raises RequestTooLongError if the request can never fit the cache."""
 
     @abstractmethod
     def schedule(self) -> StepPlan | None:
         """Plan the next step. Returns None if nothing can be planned now.
 
-        The engine raises a StepError on None if requests are unfinished and no step is in flight.
+        None is an error if requests are unfinished and no step is in flight: a StepError is raised.
         """
 
     @abstractmethod
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Apply the result of the oldest plan in flight. Returns the requests that it ends.
+        """Apply the result of the oldest plan in flight. Returns the requests that the result ends.
 
-        Tokens after a stop token or beyond the length limit are dropped, with their times,
-        log-probabilities and values. Rows of requests that ended earlier are dropped too.
+        A new token after a stop token or beyond the length limit is dropped, and so are its time,
+        log-probabilities and values. Rows of requests that have already ended are ignored.
         """
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
-        """End a request with finish_reason "abort". Returns it; None if it is unknown or ended."""
+        """End a request with finish_reason "abort". Returns it, or None if unknown or ended."""
 
 
 class ModelRunner(ABC):
     """Executes plans. Owns the model, the KV tensors, the device and the clock.
 
     The constructor takes the `Config` and the `Checkpoint`. After `close`, `execute` raises an
-    EngineClosedError. `StepResult.ended_at` never falls from one step to the next. A runner
-    that overrides `now` also overrides `wait_until`.
+    EngineClosedError. `StepResult.ended_at` never decreases from one step to the next. A runner
+    that overrides the clock `now` must also override `wait_until`.
     """
 
     name: ClassVar[str]
     # Whether the runner drafts tokens for speculative decoding. If False, every decode row computes
     # one position, and the engine refuses the option `num_speculative_tokens`.
     drafts: ClassVar[bool] = False
-    # False for a runner that uses no device. For such a runner, options that depend on the machine
-    # get the values of a machine without a GPU, so that runs are equal on all machines.
+    # Whether the runner uses a device. If False, options whose default depends on the machine get
+    # the default of a machine without a GPU, so that runs are equal on all machines.
     has_device: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def kv_groups(self) -> tuple[KVGeometry, ...]:
-        """Shape of each cache group's KV cache. All groups have the same block size."""
+        """For each cache group, the shape of its KV cache. All groups have the same block size."""
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step, if possible without waiting for its end. Steps run in call order."""
+        """Start a step, if possible without waiting for it. Steps run in the order of the calls."""
 
-    # The engine's only clock: seconds since a fixed moment. The default is a plain function. If it
-    # were a bound method, a scheduler that stores `now` would keep the runner's memory alive.
+    # The engine's only clock: seconds since a fixed moment. The default is a plain function,
+    # because a scheduler that stores a bound method would keep the runner and its memory alive.
     now: Clock = staticmethod(time.perf_counter)
 
     def wait_until(self, moment: float) -> None:
-        """Return when `now()` has reached `moment`: sleep, or advance a virtual clock."""
+        """Sleep until `now()` reaches `moment`. With virtual time, set the clock to `moment`."""
         while (left := moment - self.now()) > 0:
             time.sleep(left)
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for the steps in flight and free all memory. A second call does nothing."""
+        """Wait for the steps in flight and free all memory. If the runner is closed, do nothing."""

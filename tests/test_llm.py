@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checking.fake_runner import FakeRunner
 from engine.requests import Sequence
+from engine.scheduler import ContinuousScheduler
 from engine.types import StepHandle, StepPlan, StepResult
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
@@ -609,6 +612,36 @@ class TestParts:
             _small_llm(small, model_runner=make_runner, scheduler=fails)
         assert closed == [True]
 
+    def test_the_runner_is_closed_if_the_sanitizer_cannot_be_made(
+        self, small: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        closed: list[bool] = []
+
+        class Unsized(FakeRunner):
+            kv_groups = property(lambda self: 1 // 0)
+
+            def close(self) -> None:
+                closed.append(True)
+                super().close()
+
+        with pytest.raises(ZeroDivisionError):
+            _small_llm(small, model_runner=lambda *args: Unsized(*args), kv_sanitizer=True)
+        assert closed == [True]
+
+    def test_the_runner_is_closed_though_a_part_cannot_be_made_again(self, small: Path) -> None:
+        made: list[Any] = []
+
+        def once(*args: Any) -> Any:
+            made.append(ContinuousScheduler(*args) if not made else 1 // 0)
+            return made[0]
+
+        llm = _small_llm(small, scheduler=once)
+        with pytest.raises(ZeroDivisionError):
+            llm.close()
+        llm.close()
+        with pytest.raises(EngineClosedError):
+            llm.engine.runner.execute(StepPlan(0))
+
 
 class _Raises:
     """Calls a function, but raises the `step`-th time; `before` or after the call."""
@@ -713,6 +746,46 @@ class TestErrorsInside:
 
         monkeypatch.setattr(llm.engine.runner, "execute", wrapped)
         self._check(llm, KeyboardInterrupt)
+
+    @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+    @pytest.mark.parametrize("before", [True, False])
+    def test_a_request_that_cannot_be_queued(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException, before: bool
+    ) -> None:
+        """Also beside another one, which ends with it: the part that failed is made anew."""
+        llm.add_request(PROMPTS[0], GREEDY)
+        llm.step()
+        queue = llm.engine.scheduler.queue  # type: ignore[attr-defined]
+        monkeypatch.setattr(queue, "push", _Raises(queue.push, 0, error, before=before))
+        with pytest.raises(type(error)):
+            llm.add_request(PROMPTS[1], GREEDY)
+        with _small_llm(llm.engine.checkpoint.path) as fresh:
+            assert _generate(llm, PROMPTS) == _generate(fresh, PROMPTS)
+        _assert_idle(llm)
+
+    @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+    @pytest.mark.parametrize(("part", "method"), [("queue", "discard"), ("blocks", "release")])
+    def test_a_stream_whose_end_fails(
+        self,
+        llm: LLM,
+        monkeypatch: pytest.MonkeyPatch,
+        part: str,
+        method: str,
+        error: BaseException,
+    ) -> None:
+        parts: dict[str, Any] = {
+            "queue": llm.engine.scheduler.queue,  # type: ignore[attr-defined]
+            "blocks": llm.engine.blocks,
+        }
+        stream = llm.stream([*PROMPTS, *PROMPTS], GREEDY)
+        next(stream)
+        owner = parts[part]
+        monkeypatch.setattr(owner, method, _Raises(getattr(owner, method), 0, error))
+        with suppress(type(error)):
+            stream.close()
+        with _small_llm(llm.engine.checkpoint.path) as fresh:
+            assert _generate(llm, PROMPTS) == _generate(fresh, PROMPTS)
+        _assert_idle(llm)
 
     def test_the_message_of_a_failed_step_names_the_cause(self, llm: LLM) -> None:
         fails = _Raises(lambda token_ids, logits: logits, 0, RuntimeError("planted"))

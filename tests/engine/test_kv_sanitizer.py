@@ -355,6 +355,21 @@ def test_a_cached_block_dies_when_the_cache_is_reset() -> None:
     assert set(table) <= set(blocks.take_dead())
 
 
+def test_blocks_of_a_request_that_ran_at_a_reset_of_the_cache_die_with_it() -> None:
+    blocks = SanitizedBlocks(PrefixCacheManager(_CONFIG, _SMALL))
+    tokens = [0] * 8
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 8)
+    table = set(blocks.table(0))
+    blocks.commit(0, tokens, 4)
+    blocks.take_dead()
+    blocks.reset_prefix_cache()
+    blocks.commit(0, tokens, 8)
+    assert blocks.take_dead() == ()
+    blocks.release(0)
+    assert set(blocks.take_dead()) == table
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_drafts_give_the_same_tokens_at_the_same_times(

@@ -248,6 +248,23 @@ def test_ranks_choose_what_one_would(size: int, scale: float) -> None:
     assert torch.equal(greedy, logits.argmax(1))
 
 
+class _Summed(ParallelContext):
+    """Two ranks, of which the other one has no logits."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_whole_rows_have_no_columns_of_padding() -> None:
+    """A logits processor gets them, and must not be able to choose a token that does not exist."""
+    logits = torch.randn(3, 16)
+    for rank in range(2):
+        whole = Sampler(place(_Summed(rank, 2)), vocab_size=29).gathered(logits)
+        expected = torch.zeros(3, 32)
+        expected[:, 16 * rank : 16 * rank + 16] = logits
+        assert torch.equal(whole, expected[:, :29])
+
+
 def test_ranks_settle_ties_for_the_lowest_token() -> None:
     logits = torch.full((6, 64), -1.0)
     logits[0, [17, 40]] = 5.0
