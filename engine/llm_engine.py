@@ -38,7 +38,7 @@ class LLMEngine:
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
         self._next_request_id = self.num_new_tokens = self._calls = 0
-        self._closed = False
+        self._closed = self._stale = False
         self._thread = threading.get_ident()
         self.runner: ModelRunner = make_runner(config, self.checkpoint)
         self._sanitizer: SanitizedRunner | None = None
@@ -144,12 +144,13 @@ class LLMEngine:
         """Context manager for changes of requests. Inside it, `drop` leaves its work to `step`."""
         self._calls += 1
         self._thread = threading.get_ident()
-        self._stale = True  # if an error or Ctrl-C leaves a change half done, `check_usable` resets
+        # If an error of a part or Ctrl-C leaves a change half done, the engine's next use resets.
+        before, self._stale = self._stale, True
         try:
             yield
-            self._stale = False
+            self._stale = before
         except RequestError:
-            self._stale = False
+            self._stale = before
             raise
         finally:
             self._calls -= 1
@@ -201,6 +202,8 @@ class LLMEngine:
             for seq in seqs:
                 self.abort(seq.request_id)
             return
+        if self._stale:
+            self.reset()
         with self._inside():
             for seq in seqs:
                 self._read.pop(seq.request_id, None)
@@ -231,6 +234,7 @@ class LLMEngine:
                 managers = self._sanitizer.watch(managers)
             self.blocks = grouped(managers)
             self.scheduler = make_scheduler(self.config, self.blocks, self.runner.now)
+        self._stale = False
 
     def close(self) -> None:
         """End all requests and free the memory. If the engine is closed already, do nothing."""

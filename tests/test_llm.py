@@ -10,8 +10,8 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import product
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -759,6 +759,8 @@ class TestErrorsInside:
         monkeypatch.setattr(queue, "push", _Raises(queue.push, 0, error, before=before))
         with pytest.raises(type(error)):
             llm.add_request(PROMPTS[1], GREEDY)
+        (ended,) = llm.step()
+        assert ended["finish_reason"] == "abort"
         with _small_llm(llm.engine.checkpoint.path) as fresh:
             assert _generate(llm, PROMPTS) == _generate(fresh, PROMPTS)
         _assert_idle(llm)

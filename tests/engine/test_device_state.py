@@ -12,6 +12,7 @@ from engine.device_state import DeviceState, Staging, chunks_header, header_of
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers.step_rows import SlotTables, StepRows
 from sampling_params import SamplingParams
+from utils.errors import ContractError
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0)
@@ -241,3 +242,12 @@ def test_chunks_of_a_captured_step_have_their_samples_at_the_end(samples: Any) -
     sampled = [place for place, sample in zip(places, samples, strict=False) if sample]
     assert sampled == list(range(4 - sum(samples), 4))
     assert header[5].tolist() == [*map(int, samples), *[0] * (5 - count)]
+
+
+def test_a_block_table_beyond_the_length_limit_is_refused() -> None:
+    """It would go on in the table of the next slot, which belongs to another request."""
+    state = State()
+    width = state.tables.block_tables.shape[1]
+    state.staged(StepPlan(0, block_updates=(BlockUpdate(1, width - 1, (5,)),)))
+    with pytest.raises(ContractError, match=f"more than {width} entries"):
+        state.staged(StepPlan(1, block_updates=(BlockUpdate(1, width - 1, (5, 6)),)))

@@ -218,6 +218,7 @@ def test_several_tokens_of_one_step_stop_at_the_first_end() -> None:
         (StepResult(2, [[1]], 0.0), r"\(2, 1, 1, \d\) instead of \(1, 1, 1"),
         (StepResult(1, [], 0.0), r"\(1, 0, 1, \d\) instead of \(1, 1, 1"),
         (StepResult(1, [[1], [2]], 0.0), r"\(1, 2, 1, \d\) instead of \(1, 1, 1"),
+        (StepResult(1, [[1]], 0.0, None, [[]]), r"\(1, 1, 1, 1\) instead of \(1, 1, 1, 0"),
         (StepResult(1, [[]], 0.0), "row 0: 0 tokens of 3 positions"),
         (StepResult(1, [[1, 2, 3, 4]], 0.0), "row 0: 4 tokens of 3 positions"),
         (StepResult(1, [[1, 2]], 0.0, []), r"\(1, 1, 0, \d\) instead of \(1, 1, 1"),

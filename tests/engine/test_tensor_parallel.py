@@ -307,6 +307,9 @@ def test_parts_that_cannot_be_sent_are_refused() -> None:
     with pytest.raises(ConfigError, match="attention_backend") as caught:
         TensorParallelRunner(config, checkpoint, FakeRank())
     assert caught.value.field == "attention_backend"
+    with pytest.raises(ConfigError, match="cannot be sent") as caught:
+        TensorParallelRunner(_config(), checkpoint, lambda *_: None)  # type: ignore[arg-type]
+    assert caught.value.field == "model_runner"
 
 
 def test_a_result_that_did_not_come_before_close_never_will() -> None:
