@@ -4,7 +4,6 @@ import torch
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:
