@@ -15,10 +15,10 @@ _HALF_BESIDE = 2**20
 # Smaller weights use FBGEMM for up to 64 input rows. For 64 input rows FBGEMM takes 0.83 to 1.0
 # times as long as oneDNN.
 _MOST_ROWS = 64
-# Products of smaller weights with at most this many multiplications run on one thread: the overhead
-# of a call is 12 us on all threads and 1 us on one. With a limit of 2^22 whole runs were slower.
+# Products of smaller weights with at most this many multiplications run on one thread: a call's
+# overhead is 12 us on all threads, 1 us on one thread. With a limit of 2^22 the engine was slower.
 _ALONE = 2**21
-# Maximum number of elements to pack per call. From 2^25 on, packing takes 40 ns per element, not 10.
+# Maximum number of elements to pack per call. With 2^25, an element takes 40 ns instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -92,5 +92,5 @@ class HalfLinear:
 def _power_of_two(weight: Tensor) -> float:
     """Return the power of two that brings the largest absolute weight into [2^14, 2^15)."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # At most 2^100, since float32 overflows at 2^128. The limit matters for weights below 2^-86.
+    # The limit of 2^100 avoids overflow at 2^128. It only matters if all weights are below 2^-86.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

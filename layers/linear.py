@@ -1,4 +1,4 @@
-"""Embedding, linear layers and output head; each rank has its share of their weights.
+"""Embedding, linear layers and output head. Each rank holds only its share of the weights.
 
 Embedding and head divide the vocabulary over ranks. Column-parallel layers divide their outputs,
 row-parallel layers their inputs (Shoeybi et al., Megatron-LM, 2019). A linear layer computes its
@@ -25,7 +25,7 @@ from utils.loader import WeightTarget
 # With several ranks, each rank's number of vocabulary rows is a multiple of 16: kernels for small
 # batches compute 16 outputs at a time, and the sampler's noise is made for 4 tokens at a time.
 _ROWS = 16
-# oneDNN optimises a weight's layout for this number of input rows; 16 and 256 were equally fast.
+# oneDNN optimises a weight's layout for 64 input rows. Layouts for 16 and 256 were equally fast.
 _PACK_ROWS = 64
 
 
@@ -70,11 +70,11 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return the outputs of all projections, [T, N], and the stream with `part` added."""
+        """Return all projections' outputs [T, N], and the stream with part added to total."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(projection 0) * projection 1, [T, N / 2], and the stream with part added."""
+        """Return silu(projection 0) * projection 1, and the stream with part added to total."""
         return self._matmul.gated(normed)
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
@@ -112,7 +112,7 @@ class QKVLinear(ColumnLinear):
 
 
 class RowLinear(_Linear):
-    """A linear layer that adds to the residual stream. The ranks divide its input features."""
+    """A linear layer whose output is added to the residual stream. Ranks divide its inputs."""
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
@@ -126,7 +126,7 @@ class RowLinear(_Linear):
         super().prepare(norm)
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
-        """Return `stream` plus the output for x [T, rank's inputs]. `stream.part` must be None."""
+        """Return `stream` plus the layer's output for x [T, K]. `stream.part` must be None."""
         return self._matmul.added(x, stream)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -139,7 +139,7 @@ class RowLinear(_Linear):
 
 
 class VocabEmbedding:
-    """A rank's rows of the token vectors' table. Rows from index `length` on are zero padding."""
+    """This rank's rows of the embedding table. Rows from index `length` on are padding: zeros."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
@@ -151,7 +151,7 @@ class VocabEmbedding:
         self.weight = place.empty(rows, hidden_size).zero_()
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """Return the vectors [T, hidden_size] of token_ids [T] int64."""
+        """Return the embeddings [T, hidden_size] of the tokens `token_ids`, int64 [T]."""
         if self._parallel.size == 1:
             return self.weight.index_select(0, token_ids)
         local = token_ids - self._start
@@ -176,7 +176,7 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Return logits [R, N] for the N rows of this rank's table; -inf for its padding rows."""
+        """Return logits [R, N] for the N rows of this rank's table. Padding rows get -inf."""
         logits = self._matmul.normed(normed, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
@@ -191,7 +191,7 @@ class Matmul:
         self.weight = weight
         self._bias = bias
         self._place = place
-        self._folded = False  # whether W is already multiplied by the norm's weight
+        self._folded = False  # whether W is multiplied by the preceding norm's weight
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return x W^T + b [T, N] for x [T, K]. If `out` is given, the result is stored there."""
@@ -218,7 +218,7 @@ class Matmul:
         return (self.partial(x) if partial else self(x, out)), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(gate) * up [T, N / 2] for the product [gate | up], and the same stream."""
+        """Return silu(gate) * up of the product [gate | up], and the stream as from `normed`."""
         y, stream = self.normed(normed)
         return silu_mul(y, self._place), stream
 
@@ -316,11 +316,11 @@ class SmallBatchMatmul(Matmul):
         return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """Return the kernel's input, the stream with part added, and arguments to fuse a norm."""
+        """Return the kernel's input, the stream with part added, and arguments for a fused norm."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
         # A fused norm multiplies x by the norm's weight before it divides by the RMS. In float16
-        # the product could overflow, so only bfloat16 norms are fused.
+        # x times weight could overflow, so only bfloat16 norms are fused.
         fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
         if stream.part is None and fuses:
             return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}

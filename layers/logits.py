@@ -18,7 +18,7 @@ SCORED_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Settings of sampling filters for R rows, for use with `logit_bounds`; float32 [R] each."""
+    """Settings of R rows' sampling filters, which `logit_bounds` takes; each is float32 [R]."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -28,7 +28,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Penalties for repeated tokens of R rows, for use with `penalize`; float32 [R] each."""
+    """R rows' penalties for repeated tokens, which `penalize` takes; each is float32 [R]."""
 
     repetition: Tensor
     presence: Tensor
@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of one given token per row, [R], and of each row's N best tokens [R, N]."""
+    """Log-probabilities: of a given token per row, [R], and of a row's N likeliest, [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -45,7 +45,7 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Return copies in pinned host memory; the copying is enqueued on the CUDA stream."""
+        """Return copies of the tensors in pinned host memory; the CUDA stream makes the copies."""
 
         def copied(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -57,22 +57,22 @@ class TokenScores:
 def penalize(
     logits: Tensor, tokens: Tensor, num_prompt: Tensor, num_tokens: Tensor, by: Penalties
 ) -> None:
-    """Penalise the tokens that each request has so far: change their logits [R, V] in place.
+    """Penalise the tokens that each request has so far, by changing the logits [R, V] in place.
 
     The repetition penalty is CTRL's (Keskar et al., 2019) and applies to tokens of prompt and
     output. The presence and frequency penalties are OpenAI's and apply to tokens of the output.
 
     Args:
-        tokens: ids of a request's prompt, then of its output, integers [R, L]; the rest is ignored.
-        num_prompt, num_tokens: number of tokens of the prompt, and of prompt and output; [R].
+        tokens: ids of prompt, then output, integers [R, L]; entries after the output are ignored.
+        num_prompt, num_tokens: positive lengths of prompt, and of prompt plus output, integers [R].
     """
     if not logits.is_cuda:
-        # Columns that no request uses are cut off. On a GPU the host would have to wait for this.
+        # Unused columns are cut off, but not on a GPU: the host would have to wait for the lengths.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # Entries after a request's end repeat its first token: equal tokens write equal logits below.
+    # Entries after a request's end repeat its first token. Entries of one token write equal logits.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -94,9 +94,9 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     """Do what `logit_bounds` does, by sorting. Rows with temperature 0 are not filtered.
 
-    The filter top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Then top_p
-    keeps the most likely of these tokens until their probabilities sum up to p (Holtzman et al.,
-    2020). min_p keeps tokens with at least min_p times the top probability (Nguyen et al., 2024).
+    First top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Then top_p keeps
+    the likeliest of these tokens until their probabilities sum to p (Holtzman et al., 2020). And
+    min_p keeps only tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
@@ -104,7 +104,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     temperature = torch.where(greedy, 1.0, filters.temperatures).clamp(min=1e-30).unsqueeze(1)
     kept = torch.where(filters.top_k < 1, logits.shape[1], filters.top_k).long()
     least_k = ordered.gather(1, (kept.clamp(max=logits.shape[1]) - 1).unsqueeze(1))
-    # Division by a tiny temperature could make logits infinite. So the largest is subtracted first.
+    # A tiny temperature could make logits infinite, so the largest logit is subtracted first.
     shifted = torch.where(ordered >= least_k, (ordered - highest) / temperature, float("-inf"))
     probability = shifted.softmax(dim=1)
     # top_p keeps a token if the probabilities of all more likely tokens sum up to less than p.
@@ -118,7 +118,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Return log-probabilities of `tokens`, int64 [R], and of each row's `num_top` best tokens.
+    """Return log-probabilities of `tokens`, int64 [R], and of a row's `num_top` likeliest tokens.
 
     Token i is scored with row `rows[i]` of the logits, or with row i if `rows` is None.
     """

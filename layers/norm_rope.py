@@ -42,7 +42,7 @@ class RMSNormalizer:
     """Computes x / sqrt(mean(x^2) + eps) / sqrt(n) over the last dimension, of size n, in float32.
 
     The code computes x / hypot(|x|, sqrt(n * eps)) with the Euclidean norm |x|. For one row on a
-    CPU this formula takes 4 us, and torch's rms_norm 7 us. The caller multiplies by sqrt(n).
+    CPU this formula takes 4 us, and torch's rms_norm 7 us. Callers multiply the result by sqrt(n).
     """
 
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
@@ -74,7 +74,7 @@ class RMSNorm:
     def compute(self, stream: Stream, *, scaled: bool = True) -> tuple[Tensor, Stream]:
         """Return norm(total + part) [T, hidden_size], and the stream with part added to total.
 
-        If `scaled` is False, the norm omits `scale`, since the next layer's weight contains it.
+        If `scaled` is False, `scale` is left out: the next layer's weight already contains `scale`.
         """
         total, part, place = stream.total, stream.part, self._place
         if part is not None and place.parallel.size > 1:
@@ -103,8 +103,8 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
     A head's vector x with the halves [x1 | x2] is rotated to x * table[0] + [x2 | x1] * table[1].
     For this formula the sines of the first half are negated. All positions have the frequencies
     that transformers uses for `max_len` tokens. With the rope types "dynamic" and "longrope",
-    transformers changes frequencies as a sequence grows. This engine cannot, since keys in the
-    cache are already rotated. Raises UnsupportedModelError for an unknown rope type.
+    transformers changes frequencies as a sequence grows. This engine cannot change frequencies,
+    as keys in the cache are already rotated. Raises UnsupportedModelError for unknown rope types.
     """
     parameters = dict(hf_config.rope_parameters)
     if any(isinstance(value, dict) for value in parameters.values()):
@@ -143,7 +143,7 @@ class Rotation:
 class RotaryEmbedding:
     """A model's rotary embedding (RoFormer), shared by all layers; `table` is a `rotary_table`.
 
-    With `gather`, `prepare` returns the rows of a step's positions; otherwise it returns all rows.
+    If `gather` is set, `prepare` returns the rows for a step's positions, otherwise all rows.
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
@@ -166,7 +166,7 @@ class RotaryEmbedding:
 class QKNormRopeStore:
     """Normalises Q and K, rotates Q and K, and writes K and V to the paged KV cache.
 
-    `num_heads`, `num_kv_heads` are this rank's. `eps` is None if the model has no norm of Q and K.
+    The numbers of heads are those of this rank. `eps` is None if Q and K are not normalised.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class QKNormRopeStore:
             qkv: Q, K and V, contiguous [T, (num_heads + 2 * num_kv_heads) * head_dim]; may be
                 overwritten. Fused kernels also take float32 partial sums of qkv, [S, T, ...].
             slot_mapping: for each token the row of `kv.flat` that is to hold its K and V, [T]. If
-                the row is -1, fused kernels store nothing; torch code does not support -1.
+                the row is -1, fused kernels store no K and V for the token.
         """
         weight = self.qk_weight
         if self._place.fused:

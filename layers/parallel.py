@@ -1,6 +1,6 @@
 """Where a layer runs (rank, dtype and device), and collectives of the tensor-parallel group.
 
-Layers are no `nn.Module`: calls of modules and access to parameters took 0.15 ms of a 2 ms CPU step.
+Layers are no `nn.Module`: module calls and parameter access took 0.15 ms of a 2 ms step on a CPU.
 A layer's `weight_targets` tells where to load its weights, and `prepare` is called after loading.
 """
 
@@ -44,7 +44,7 @@ class ParallelContext:
         return None
 
     def rehearsal(self) -> AbstractContextManager[None]:
-        """Return a context manager inside which collectives compile, but do not communicate."""
+        """Return a context manager inside which collectives compile kernels but send no data."""
         return nullcontext()
 
     def per_rank(self, what: str, count: int) -> int:

@@ -24,7 +24,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Return the 4 output words of Philox4x32-10. Each element of a tensor is one 32-bit word."""
+    """Return the 4 output words of Philox4x32-10. Each int64 element holds one 32-bit word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -64,8 +64,7 @@ def sample_shard(
     Args:
         logits: any float dtype, [R, vocab_size].
         temperatures: float32 [R], >= 0.
-        seeds: integers [R], the seed of each row's request.
-        positions: integers [R], the position that the sampled token will have in its request.
+        seeds, positions: each row's seed, and the position of its sampled token, integers [R].
         vocab_offset: token id of the first column of `logits`, a multiple of 4.
         least: float32 [R]; tokens whose logit is below `least` of their row are never sampled.
 
@@ -100,7 +99,7 @@ class Sampler:
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
 
     def greedy(self, logits: Tensor) -> Tensor:
-        """Return each row's most likely token. It is what `__call__` returns at temperature 0."""
+        """Return each row's most likely token, which `__call__` returns at temperature 0."""
         if self._parallel.size == 1:
             return logits.argmax(-1)
         best, column = logits.max(-1)
@@ -117,7 +116,7 @@ class Sampler:
         return self._parallel.all_reduce(whole)
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
-        """Sample like `__call__`, but from logits of the whole vocabulary, as from `gathered`."""
+        """Sample like `__call__`, but from the whole vocabulary's logits, made by `gathered`."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         return self._sample(logits, *keys, least=least)[1]
 
@@ -126,8 +125,8 @@ class Sampler:
         if self._parallel.size == 1:
             return tokens
         # Ranks compare int64 numbers. The upper half of a number is the score. The lower half is
-        # larger for lower tokens, so that on a tie the lowest token wins. The bits of a negative
-        # float need their lower 31 bits flipped: then bits, read as int32, order like the floats.
+        # larger for lower tokens, so that on a tie the lowest token wins. Read as int32, bits of
+        # floats order like the floats once the lower 31 bits of negative floats are flipped.
         # Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

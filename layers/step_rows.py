@@ -29,8 +29,7 @@ class SlotTables:
         tokens: token ids of each request's prompt and output, int32 [slots + 1, max_model_len].
         block_tables: ids of each request's KV cache blocks, int32 [slots + 1, max_blocks].
         num_computed: number of a request's tokens whose K and V are computed, int64 [slots + 1].
-        temperatures: each request's sampling temperature, float32 [slots + 1].
-        seeds: each request's sampling seed, int64 [slots + 1].
+        temperatures, seeds: each request's settings for sampling, float32 and int64 [slots + 1].
     """
 
     tokens: Tensor
@@ -60,8 +59,8 @@ class SlotTables:
 class SampledRows:
     """The R sampled rows of a step: the rows for which a next token is sampled.
 
-    Sampled row i is row `rows[i]` of the step, and belongs to the request in slot `slots[i]`. Its
-    next token, `tokens[i]`, gets position `positions[i]` of the request. If sampled row i is
+    Sampled row i is row `rows[i]` of the step, and belongs to the request in slot `slots[i]`. The
+    sampled token, `tokens[i]`, gets position `positions[i]` of this request. If sampled row i is
     padding, `slots[i]` is the padding slot, and `rows[i]`, `positions[i]`, `temperatures[i]` and
     `seeds[i]` are 0. The tensors are int64 [R], except `temperatures`, which is float32 [R].
     """
@@ -90,12 +89,13 @@ class StepRows:
         header: int64 [6, B]; `fill_rows` computes all other tensors from the header. The column of
             a request has six numbers: the request's slot; the position of its first row, or -1 if
             `SlotTables.num_computed` has this position; its number of rows; the index of its first
-            row in the step; the index of its first sampled row in `sampled`, or -1 if it has none;
-            its number of sampled rows, which are the last rows of the request.
+            row in the step; the index of its first entry in `sampled`, or -1 if it has no entry;
+            its number of sampled rows, which are its last rows. If a request has an entry but no
+            sampled rows, the entry becomes padding.
         input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
         slot_mapping: row of `KVLayer.flat` for each row's K and V, int64 [T]; -1 for padding rows.
         slots: slot of each request, int32 [B]; the padding slot for padding.
-        context_lens: length of each request with this step's tokens, int32 [B]; 0 for padding.
+        context_lens: length of each request, this step's tokens included, int32 [B]; padding has 0.
         query_start: index of each request's first row, int32 [B + 1]; the last element is T.
         num_chunks, num_chunk_rows: number of prefill chunks, and total number of their rows.
         longest_chunk: number of rows of the longest prefill chunk; 0 if there are no chunks.
@@ -117,7 +117,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Allocate all tensors but `header`. An int as `sampled` is R, the number of entries."""
+        """Allocate all tensors. If `sampled` is an int, it is the number of sampled rows."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -127,7 +127,7 @@ class StepRows:
         return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
-        """Return a view of the first `count` rows. Header and sampled rows stay complete."""
+        """Return a view with only the first `count` rows, but with all requests."""
         rows = {name: getattr(self, name)[:count] for name in _PER_ROW}
         return replace(self, **rows, num_chunk_rows=count, longest_chunk=count)
 
@@ -170,7 +170,7 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Fill all tensors of `rows` from `rows.header`, and add the rows to `tables.num_computed`.
+    """Fill the tensors of `rows` from `rows.header`; add the rows' tokens to `tables.num_computed`.
 
     Steps of decodes with one row each take a shorter path, which does not support padding. On a
     busy CPU such a step took 79 us on the shorter path and 495 us in `fill_any_rows`.

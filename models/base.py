@@ -31,12 +31,11 @@ class ForwardBatch:
     """The T tokens of one step: those of the prefill chunks first, then those of the decodes.
 
     Attributes:
-        input_ids: token id of each token, int64 [T].
-        slot_mapping: row of `KVLayer.flat` to store each token's K and V in, int64 [T].
+        input_ids, slot_mapping: token ids, and rows of `KVLayer.flat` for K and V, int64 [T].
         rotation, attention: results of `CausalLM.rotary.prepare` and `AttentionBackend.prepare`.
         kv: the KV cache of each layer, in the order of the layers.
         sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
-        logits: optional buffer for the logits [R, this rank's columns]; a model may ignore it.
+        logits: optional buffer for logits, [R, this rank's columns]; a model may ignore the buffer.
     """
 
     input_ids: Tensor
@@ -52,7 +51,7 @@ class CausalLM(ABC):
     """A model's weights and forward pass on one rank."""
 
     # The runner calls `rotary.prepare` once before each forward pass, with positions [T] int64, and
-    # passes the result as `ForwardBatch.rotation`. Models without rotary embedding need it as well.
+    # passes the result as `ForwardBatch.rotation`. A model without rotation needs `rotary` too.
     rotary: RotaryEmbedding
 
     @abstractmethod
@@ -69,7 +68,7 @@ class CausalLM(ABC):
 
     @abstractmethod
     def weight_targets(self) -> dict[str, WeightTarget]:
-        """Return the weight to load for each tensor name of a Hugging Face checkpoint."""
+        """Map each tensor name of a Hugging Face checkpoint to the weight that it is loaded to."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -79,6 +78,6 @@ class CausalLM(ABC):
     def __call__(self, batch: ForwardBatch) -> Tensor:
         """Return logits [R, columns], in the model's dtype, of `batch.sampled_rows`.
 
-        All ranks have equally many columns. With several ranks this number is a multiple of 4.
+        All ranks have equally many columns. With several ranks, `columns` is a multiple of 4.
         Column c of rank r is token r * columns + c. Columns beyond the vocabulary are -inf.
         """

@@ -34,8 +34,8 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
-    quantised weights, and unsupported numbers of heads or layers. Nothing else is checked. So a
-    model's `model_shape` must refuse other settings that `DecoderLM` lacks, like `logits_scaling`.
+    quantised weights, odd head sizes, and unsupported numbers of heads or layers. A `model_shape`
+    must itself refuse other settings that `DecoderLM` does not support, such as `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -87,7 +87,7 @@ class Block(Protocol):
     def prepare(self, norm: RMSNorm) -> None:
         """Prepare the layers of the block. `norm` is the norm before the block, already prepared.
 
-        The block may pass `norm` to `prepare` of each linear layer whose input is that norm.
+        The block may pass `norm` to `prepare` of each linear layer that reads the norm's output.
         """
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -111,7 +111,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the residual stream plus attention, for `rows` (int64 [R]; None: all rows)."""
+        """Return the residual stream plus attention for `rows`, int64 [R]; for all rows if None."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
@@ -163,7 +163,7 @@ class DecoderLayer:
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the residual stream after this layer, for `rows` or, if None, for all rows."""
+        """Return the stream after this layer for `rows`, int64 [R], or for all rows if None."""
         stream = self.attention(self.input_norm(stream), batch, kv, rows)
         return self.mlp(self.post_attention_norm(stream))
 
@@ -181,7 +181,7 @@ class DecoderLayer:
 
 
 class DecoderLM(CausalLM):
-    """Embedding, layers, final norm and output head. Subclasses may override `make_` methods."""
+    """Embedding, layers, final norm and output head. A subclass may override `make_*` methods."""
 
     def __init__(
         self,

@@ -14,9 +14,9 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a backend has to serve: the attention heads of one rank, and the KV cache they read.
+    """What a backend has to serve: the attention heads of one rank, and the layout of the KV cache.
 
-    Dot products of Q and K are multiplied by `scale`. `rows_per_decode` is the maximum of batches.
+    `scale` multiplies dot products of Q and K. `rows_per_decode` is the maximum over all batches.
     """
 
     num_heads: int
@@ -82,7 +82,6 @@ class AttentionBackend(ABC):
     def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
         """Return attention output [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
 
-        `q` and the result have the dtype of the `AttentionSpec`. The rows of `q` may be strided. If
-        a request has n query rows, they are the queries of its last n tokens. Results of padding
-        rows may have any value.
+        `q` and the result have the dtype of the `AttentionSpec`. Rows of `q` may be strided. The n
+        query rows of a request are those of its last n tokens. Padding rows may get any result.
         """

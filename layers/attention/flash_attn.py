@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # A CUDA graph keeps the max_seqlen_k of its capture. Kernels skip keys beyond it.
+                # Kernels skip keys beyond max_seqlen_k, which is constant in a captured CUDA graph.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,

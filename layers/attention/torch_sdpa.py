@@ -17,7 +17,7 @@ class _Part:
     """One SDPA call, for query rows `first` to `last` - 1: n rows of one prefill or of all decodes.
 
     `rows` are the rows of `KVLayer.flat` to read. A prefill reads L rows; its mask is [n, L], or
-    None for a causal mask. Of decodes each query row reads L rows; the mask is [n, 1, 1, L], or
+    None for a causal mask. For decodes each query row reads L rows; the mask is [n, 1, 1, L], or
     None if nothing is masked.
     """
 
@@ -32,8 +32,8 @@ class TorchAttention(AttentionBackend):
     """Gathers each request's K and V from its pages and calls SDPA, on any device, for any dtype.
 
     Each prefill is one call of SDPA. All decodes together are one call: contexts are padded to the
-    longest, and query heads that share a KV head are rows of one matrix product. For a prefill, or
-    if there is only one decode, K and V are not gathered if block ids are consecutive.
+    longest, and query heads that share a KV head are rows of one matrix product. If a prefill, or a
+    step's only decode, has consecutive block ids, its K and V are read in place, not gathered.
     """
 
     name = "torch"
@@ -83,7 +83,7 @@ class TorchAttention(AttentionBackend):
         return _Part(first, first + len(known), rows.flatten(), mask, decodes=True)
 
     def _request_rows(self, table: Tensor, length: int) -> Tensor | slice:
-        """Return the rows of `KVLayer.flat` that hold the `length` tokens of one request."""
+        """Return the rows of `KVLayer.flat` with the first `length` tokens of one request."""
         blocks = table[0, : -(-length // self._spec.block_size)].tolist()
         first = blocks[0]
         if blocks == list(range(first, first + len(blocks))):
@@ -92,7 +92,7 @@ class TorchAttention(AttentionBackend):
         return self._cache_rows(table, length)[0]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
-        """Return the rows [B, length] of `KVLayer.flat` that hold `length` tokens per request."""
+        """Return rows [B, length] of `KVLayer.flat`: those of each request's first tokens."""
         size = self._spec.block_size
         blocks = tables[:, : -(-length // size)].long()
         return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
@@ -125,13 +125,13 @@ class TorchAttention(AttentionBackend):
         return out.reshape(n, -1)
 
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
-        """Return K and V of n requests, [n, num_kv_heads, L, head_dim]; calls reuse a buffer."""
+        """Return K and V of n requests, [n, num_kv_heads, L, head_dim], in a reused buffer."""
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
-            # Memory of a new tensor above 32 MiB is mapped page by page, which is 4 times as slow.
+            # New tensors above 32 MiB are mapped page by page: 4 times as slow as this buffer.
             size = rows.shape[0] * heads * dim
             if self._gathered.numel() < size:
                 self._gathered = self._gathered.new_empty(size + size // 8)

@@ -6,10 +6,10 @@ own memory. A memory cell that holds -0 is empty; senders replace -0 by +0. The 
 its cells are full, and empties them again. So data need no fence, barrier or flag, as in
 TensorRT-LLM's "Lamport" all-reduce.
 
-A program handles one row and numbers its exchanges. Even and odd exchanges have separate cells, so
-exchange n + 2 writes to the cells of exchange n. These cells are empty by then. A rank begins
-exchange n + 2 after it has received the values of exchange n + 1 from all peers, and a peer sends
-values of exchange n + 1 after it has emptied its cells of exchange n.
+A program handles one row of each sum. A sum of one row is an exchange, and the program numbers its
+exchanges. Even and odd exchanges have separate cells, so exchange n + 2 writes to the cells of
+exchange n. These cells are empty by then: a rank begins exchange n + 2 after all its peers have
+sent their values of exchange n + 1, which they do after emptying their cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -27,12 +27,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of `all_max`; sent values are greater
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # empty cell of `all_max`: less than all sent values
 _MAX_BLOCK = 64  # number of elements per program of `_max_kernel`
 # In one shot every rank adds up all rows. In two shots each row is added up by one rank, which
 # sends the sum to the others. Sums of more bytes than this over more than two ranks take two shots.
-# On four H200, sums with residual and norm of 64, 128 and 256 rows of 1,024 elements take 4.9, 5.9
-# and 8.7 us in one shot, 5.3, 5.9 and 6.8 us in two shots, and 12.9, 12.6 and 15.6 us with NCCL.
+# On four H200, a sum with residual and norm of 64, 128 or 256 rows of 1,024 elements takes 4.9, 5.9
+# or 8.7 us in one shot, 5.3, 5.9 or 6.8 us in two shots, and 12.9, 12.6 or 15.6 us with NCCL.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -43,7 +43,7 @@ def _address(buffers_ptr, rank, dtype: tl.constexpr):
 
 @triton.jit
 def _receive(ptr, mask, empty):
-    """Wait until peers have filled the cells in `mask`; return their values and empty the cells."""
+    """Wait until peers have filled all cells in `mask`; return the values and empty the cells."""
     got = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
         got = tl.load(ptr, mask=mask, other=0, volatile=True)
@@ -63,7 +63,7 @@ def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
     """Return the sum of all ranks' summands, added in the same order on every rank."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # All peers are polled at once. If they were polled one by one, each would add a read's latency.
+    # All peers are polled at once. Polling one peer after another would add up read latencies.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -108,7 +108,7 @@ def _sum_kernel(
         part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
-    start = (count & 1) * SIZE * stride + row * size  # cells: [count % 2, sender, row, column]
+    start = (count & 1) * SIZE * stride + row * size  # [parity, sender, row, column]
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
@@ -132,7 +132,7 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # The total is rounded before the norm, so that the norm uses the same values as are stored.
+        # The total is rounded before the norm, so that the norm uses exactly the stored values.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
@@ -179,12 +179,12 @@ def _max_kernel(
 class PeerExchange:
     """Computes sums and maxima over ranks. Each rank has its own `PeerExchange`.
 
-    All ranks must make the same calls with the same shapes in one order. A rank uses one stream.
+    All ranks must make the same calls with the same shapes in the same order, each on one stream.
     """
 
     rank: int
-    # Addresses of all ranks' memories for exchanges, as mapped on this device. A memory has
-    # `num_words(...)` int64. Before any rank's first exchange, `empty` must have emptied them all.
+    # Addresses of all ranks' memories, as mapped on this device. Each memory has `num_words(...)`
+    # int64 elements. `empty` must have emptied all memories before any rank's first exchange.
     addresses: Sequence[int]
     rows: int  # maximum number of rows of a sum
     width: int  # number of elements per row, a multiple of 8
@@ -216,13 +216,11 @@ class PeerExchange:
         memory[maxima:].fill_(_EMPTY_MAX)
 
     def takes_sum(self, x: Tensor) -> bool:
-        """Whether `all_reduce` and `add_rms_norm` accept the tensor x."""
         dtype = self.dtype if x.dim() == 2 else torch.float32
         fits = 0 < x.shape[-2] <= self.rows and x.shape[-1] == self.width
         return fits and x.stride(-1) == 1 and x.dtype == dtype
 
     def takes_max(self, x: Tensor) -> bool:
-        """Whether `all_max` accepts the tensor x."""
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -240,7 +238,7 @@ class PeerExchange:
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """Return the elementwise maximum over ranks of x, int64 [N], and at least -2**63 + 1."""
+        """Return the maximum over ranks of each element of int64 x [N], at least -2**63 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -252,7 +250,7 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Return whether a sum of `rows` rows takes two shots: one rank sums up, then sends."""
+        """Return whether a sum takes two shots: each row is summed by one rank, then sent."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:

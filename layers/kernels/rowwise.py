@@ -147,8 +147,8 @@ def _qk_norm_rope_store_kernel(
     positions_ptr, cos_ptr, sin_ptr = rotation
     qkv_stride, split_stride, block_stride, slot_stride, head_stride = strides
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-    # A row here is a (token, head) pair, and the head varies fastest. The HEADS heads of a program
-    # are all query heads, all key heads or all value heads, since HEADS divides both head counts.
+    # A row here is a (token, head) pair, and the head varies fastest. HEADS divides the number of
+    # query heads and of KV heads, so a program has query heads, key heads or value heads only.
     rows = tl.arange(0, TOKENS * HEADS)
     token = (tl.program_id(0) * TOKENS + rows // HEADS).to(tl.int64)
     first_head = tl.program_id(1) * HEADS

@@ -17,7 +17,7 @@ def _philox(c0, position, k0, k1):
     """Return the 4 words of Philox4x32-10 for counter (c0, position, 0, 0) and key (k0, k1)."""
     c1, c2, c3 = position, c0 * 0, c0 * 0
     for _ in tl.static_range(10):
-        # One instruction gives the whole 64-bit product. Its halves by umulhi and * would take two.
+        # A 64-bit product takes one instruction. Its two halves by umulhi and * would take two.
         even = c0.to(tl.uint64) * 0xD2511F53
         odd = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -33,8 +33,8 @@ def _philox(c0, position, k0, k1):
 def _log2_exponential(x, HARDWARE: tl.constexpr):
     """Return log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23: Gumbel noise divided by -log(2)."""
     # The hardware's log2 has an absolute error of about 2**-22, which is too much for u near 1:
-    # -log(u) is tiny there, and tokens with u near 1 win most often. A series gives -log(u) there.
-    # Floats in [1, 2) are 2**-23 apart, so subtracting 1 - 2**-24 is exact. 1 - u is exact as well.
+    # -log(u) is tiny, and tokens with u near 1 win most often. So a series gives -log(u) for them.
+    # The bits of x make a float in [1, 2), a multiple of 2**-23. So u and 1 - u are exact.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
@@ -94,7 +94,7 @@ def _sample_kernel(
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
-            # Each four columns are a group. Word j of group i's noise is for column 4 * i + j.
+            # Four columns are a group. Word j of Philox for group i is for column 4 * i + j.
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)

@@ -60,8 +60,8 @@ def _rows_kernel(
     num_sampled = tl.load(header + 5 * header_stride)
     live = slot != padding_slot
     if start < 0:
-        # The table has this request's number of computed tokens, which program 0 updates below.
-        # Program 0 handles all rows of such a request, so no other program reads the number.
+        # The request's first position is its number of computed tokens, which program 0 changes
+        # below. Program 0 handles all rows of such a request, so no other program reads the number.
         start = tl.load(computed_ptr + slot, mask=live, other=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
@@ -132,7 +132,7 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Do what `layers.step_rows.fill_rows` does. Rows of `rows.header` must be contiguous."""
+    """Do what `layers.step_rows.fill_rows` does. Each row of `rows.header` must be contiguous."""
     per_decode, sampled = rows.rows_per_decode, rows.sampled
     block = _MANY if rows.num_chunks else max(_FEW, triton.next_power_of_2(per_decode))
     per_row = rows.input_ids, rows.positions, rows.slot_mapping
