@@ -1,4 +1,4 @@
-"""Matrix products on a CPU of float32 inputs and weights that float16 can hold exactly."""
+"""Matrix products on a CPU: float32 inputs times weights that float16 can hold exactly."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import warnings
 import torch
 from torch import Tensor
 
-# Weights with more elements are kept in float16 only, in half the memory; smaller weights are also
-# kept in float32 for oneDNN. For a weight [6144, 1024] FBGEMM (float16) takes 0.42 times as long as
-# oneDNN (float32) for 1 row of inputs, and 1.16 times for 512 rows or more.
+# Weights with more elements than this are kept in float16 only, in half the memory. Smaller weights
+# are also kept in float32, for oneDNN. For a weight [6144, 1024] FBGEMM (float16) takes 0.42 times
+# as long as oneDNN (float32) for 1 input row, and 1.16 times as long for 512 input rows or more.
 _HALF_BESIDE = 2**20
-# Smaller weights use FBGEMM up to 64 rows. With 64 rows FBGEMM takes 0.83 to 1.0 times as long as
-# oneDNN.
+# Smaller weights use FBGEMM for up to 64 input rows. For 64 input rows FBGEMM takes 0.83 to 1.0
+# times as long as oneDNN.
 _MOST_ROWS = 64
-# With smaller weights, products of at most this many multiplications run on one thread: a call of
-# FBGEMM costs 12 us on all threads, 1 us on one. With a limit of 2^22, whole runs were slower.
+# Products of smaller weights with at most this many multiplications run on one thread: a call's
+# overhead is 12 us on all threads, 1 us on one thread. With a limit of 2^22 the engine was slower.
 _ALONE = 2**21
-# Most elements packed per call: from 2^25 on, packing an element takes 40 ns instead of 10 ns.
+# Maximum number of elements to pack per call. With 2^25, an element takes 40 ns instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
 class HalfLinear:
-    """x W^T by FBGEMM, with a float32 weight W stored in float16: half as many bytes to read.
+    """Computes x W^T by FBGEMM, with W stored in float16: half as many bytes to read as float32.
 
     Most checkpoints are bfloat16, which has 8 significant bits; float16 has 11. The smaller range
     of float16 suffices if the weight is first multiplied by a power of two.
 
-    `holds` must accept the weight [N, K]. Inputs are multiplied by `scale` [K] float32, if given.
-    Products of up to `rows_alone` rows run on one thread. For more than `most_rows` rows the caller
-    should use oneDNN; `most_rows` is infinite for weights that are kept in float16 only.
+    The constructor takes a float32 weight [N, K] that `holds` accepts. If `scale`, float32 [K], is
+    given, inputs are multiplied by `scale`. Up to `rows_alone` input rows are computed on one
+    thread. For more than `most_rows` input rows the caller should use oneDNN. `most_rows` is
+    infinite for a weight that is kept in float16 only.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
@@ -46,7 +47,7 @@ class HalfLinear:
         scaled = weight * factor
         if self.rows_alone:
             with warnings.catch_warnings():
-                # torch warns at the first call of either function that the function is deprecated.
+                # Both FBGEMM functions warn at their first call that they are deprecated.
                 warnings.simplefilter("ignore")
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
                 self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
@@ -58,7 +59,7 @@ class HalfLinear:
 
     @staticmethod
     def holds(weight: Tensor) -> bool:
-        """Whether torch has the float16 operators, and float16 can hold each element exactly."""
+        """Return whether torch has the float16 operators and float16 holds the weight exactly."""
         pack, multiply = "fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation"
         shared = ("linear_prepack_fp16", "linear_dynamic_fp16")
         if (
@@ -68,12 +69,11 @@ class HalfLinear:
         ):
             return False
         factor = _power_of_two(weight)
-        # The check takes 4096 rows at a time, since it makes three copies of the rows.
+        # Only 4096 rows are checked at a time, since the check makes three copies of the rows.
         scaled = (part * factor for part in torch.split(weight, 4096))
         return all(bool(p.isfinite().all()) and torch.equal(p.half().float(), p) for p in scaled)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x W^T [T, N] for x [T, K]."""
         return self._times(x * self._scale)
 
     def added(self, x: Tensor, total: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class HalfLinear:
 
 
 def _power_of_two(weight: Tensor) -> float:
-    """Return the power of two that scales the largest absolute element into [2^14, 2^15)."""
+    """Return the power of two that brings the largest absolute weight into [2^14, 2^15)."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # The limit of 100 avoids overflow at 2^128. Only for weights below 2^-86 does the limit matter.
+    # The limit of 2^100 avoids overflow at 2^128. It only matters if all weights are below 2^-86.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

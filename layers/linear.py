@@ -1,9 +1,9 @@
-"""Embedding, linear layers and output head, each with this rank's share of its weight.
+"""Embedding, linear layers and output head. Each rank holds only its share of the weights.
 
-Embedding and head divide the vocabulary over ranks; column-parallel layers divide their outputs
-and row-parallel layers their inputs (Shoeybi et al., Megatron-LM, 2019). Each linear layer has a
-`Matmul` for its device, which may fuse the product with a norm, gate or residual addition. The
-residual stream is a `Stream`: a sum `total`, and a block's output `part` not yet added to `total`.
+Embedding and head divide the vocabulary over ranks. Column-parallel layers divide their outputs,
+row-parallel layers their inputs (Shoeybi et al., Megatron-LM, 2019). A linear layer computes its
+product by a `Matmul`, which may fuse the product with a norm, gate or residual addition. The
+residual stream is a `Stream`: `total`, and a block's output `part` that is to be added to `total`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from utils.loader import WeightTarget
 # With several ranks, each rank's number of vocabulary rows is a multiple of 16: kernels for small
 # batches compute 16 outputs at a time, and the sampler's noise is made for 4 tokens at a time.
 _ROWS = 16
-# Number of input rows that oneDNN optimises the weight layout for. 16 and 256 were as fast.
+# oneDNN optimises a weight's layout for 64 input rows. Layouts for 16 and 256 were equally fast.
 _PACK_ROWS = 64
 
 
@@ -39,18 +39,18 @@ class _Linear:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm | None = None) -> None:
-        """Hand the loaded weight over to a `Matmul`; `norm` is the norm of the layer's input."""
+        """Make a `Matmul` from the loaded weight; `norm` is the norm before the layer, if any."""
         assert self.weight is not None
         self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
 
 class ColumnLinear(_Linear):
-    """Several projections of one input as one product: their weights are stacked.
+    """Several projections of the same input, computed as one product with their stacked weights.
 
     Args:
         sizes: number of output features of each projection, over all ranks.
-        shares: for each projection, this rank's first output feature and number of output features;
-            by default all ranks have equal shares.
+        shares: for each projection, this rank's first output feature and number of output features.
+            By default all ranks have equal shares.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return this rank's concatenated outputs, and the stream, as `Matmul.normed` does."""
+        """Return all projections' outputs [T, N], and the stream with part added to total."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(first projection) * second projection, and the stream, as `Matmul.gated`."""
+        """Return silu(projection 0) * projection 1, and the stream with part added to total."""
         return self._matmul.gated(normed)
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
-        """Map the checkpoint's layers `names`, one per projection, to this rank's weights."""
+        """Return where to load the checkpoint's layers `names`, one name for each projection."""
         slots, row = dict[str, WeightTarget](), 0
         for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
             for kind, shape in (("weight", full), ("bias", full[:1])):
@@ -91,7 +91,7 @@ class ColumnLinear(_Linear):
 
 
 class QKVLinear(ColumnLinear):
-    """Query, key and value projections; numbers of heads are over all ranks."""
+    """Query, key and value projections. `num_heads` and `num_kv_heads` count heads of all ranks."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class QKVLinear(ColumnLinear):
 
 
 class RowLinear(_Linear):
-    """A projection onto the residual stream; its input features are divided over the ranks."""
+    """A linear layer whose output is added to the residual stream. Ranks divide its inputs."""
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
@@ -126,7 +126,7 @@ class RowLinear(_Linear):
         super().prepare(norm)
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
-        """Add the projection of x [T, this rank's inputs] to `stream`; its `part` must be None."""
+        """Return `stream` plus the layer's output for x [T, K]. `stream.part` must be None."""
         return self._matmul.added(x, stream)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -139,7 +139,7 @@ class RowLinear(_Linear):
 
 
 class VocabEmbedding:
-    """Table of token vectors. Each rank has equally many rows; its rows from `length` on are 0."""
+    """This rank's rows of the embedding table. Rows from index `length` on are padding: zeros."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
@@ -151,7 +151,7 @@ class VocabEmbedding:
         self.weight = place.empty(rows, hidden_size).zero_()
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """Return the vectors [T, hidden_size] of token_ids [T] int64."""
+        """Return the embeddings [T, hidden_size] of the tokens `token_ids`, int64 [T]."""
         if self._parallel.size == 1:
             return self.weight.index_select(0, token_ids)
         local = token_ids - self._start
@@ -165,7 +165,7 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """Projects the normalised stream to logits; the weight is that of a `VocabEmbedding`."""
+    """Computes logits from the normalised stream, with the weight of a `VocabEmbedding`."""
 
     def __init__(self, table: VocabEmbedding, place: Place) -> None:
         self._table = table
@@ -176,7 +176,7 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Return logits [R, this rank's table rows], in `out` if given; -inf for padding rows."""
+        """Return logits [R, N] for the N rows of this rank's table. Padding rows get -inf."""
         logits = self._matmul.normed(normed, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
@@ -185,16 +185,16 @@ class VocabHead:
 
 
 class Matmul:
-    """The reference product: x W^T + b for W [N, K] and b [N] through torch, without fusion."""
+    """The reference product x W^T + b for W [N, K] and b [N], computed by torch without fusion."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         self.weight = weight
         self._bias = bias
         self._place = place
-        self._folded = False  # whether W contains the weight of the norm before it
+        self._folded = False  # whether W is multiplied by the preceding norm's weight
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return x W^T + b [T, N] for x [T, K], stored in `out` if given."""
+        """Return x W^T + b [T, N] for x [T, K]. If `out` is given, the result is stored there."""
         y = F.linear(x, self.weight, self._bias)
         return y if out is None else out.copy_(y)
 
@@ -203,30 +203,30 @@ class Matmul:
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        """Return the stream plus the product of x [T, K]; `stream.part` must be None."""
+        """Return `stream` plus x W^T + b for x [T, K]. `stream.part` must be None."""
         return Stream(stream.total, self.partial(x))
 
     def normed(
         self, normed: Normed, *, partial: bool = False, out: Tensor | None = None
     ) -> tuple[Tensor, Stream]:
-        """Return the product of the normalised stream, and the stream with part added to total.
+        """Return norm(stream) W^T + b [T, N], and the stream with its part added to its total.
 
-        The product is [T, N], in `out` if given. If `partial` is set, the product may be returned
-        as summands, see `Matmul.partial`.
+        If `out` is given, the product is stored there. If `partial` is set, the product may be
+        returned as float32 summands [S, T, N], whose sum over S is the product.
         """
         x, stream = normed.norm.compute(normed.stream, scaled=not self._folded)
         return (self.partial(x) if partial else self(x, out)), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Like `normed` for W = [gate; up]; the product becomes silu(gate) * up [T, N / 2]."""
+        """Return silu(gate) * up of the product [gate | up], and the stream as from `normed`."""
         y, stream = self.normed(normed)
         return silu_mul(y, self._place), stream
 
 
 class CPUMatmul(Matmul):
-    """Float32 products on a CPU, by `HalfLinear` for up to `few_rows` rows, by oneDNN for more.
+    """Float32 products on a CPU: by `HalfLinear` for up to `few_rows` input rows, else by oneDNN.
 
-    `weight` is in oneDNN's blocked layout. If `few_rows` is infinite, `weight` is empty.
+    `weight` is in oneDNN's layout, or empty if `few_rows` is infinite and oneDNN is never used.
     """
 
     def __init__(
@@ -259,9 +259,10 @@ class CPUMatmul(Matmul):
 
 
 class SmallBatchMatmul(Matmul):
-    """Products by this project's kernels for up to 256 tokens on Hopper, by cuBLAS for more.
+    """Products on Hopper GPUs: up to 256 tokens by this project's kernels, above by cuBLAS.
 
-    For up to 16 tokens a kernel can fuse norm, gate and residual addition; for more only the gate.
+    Kernels for up to 16 tokens can fuse a norm, a gate and a residual addition with the product.
+    Kernels for 17 to 256 tokens can only fuse a gate.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
@@ -299,7 +300,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # `partial` is ignored: this call of the kernel always returns complete sums.
+        # `partial` is ignored: without `splits` the kernel returns the product, not summands.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
@@ -315,10 +316,11 @@ class SmallBatchMatmul(Matmul):
         return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """Return the kernel's input, the stream with part added, and arguments of a fused norm."""
+        """Return the kernel's input, the stream with part added, and arguments for a fused norm."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
-        # The kernel rounds x * norm weight, before it divides by the RMS: float16 could overflow.
+        # A fused norm multiplies x by the norm's weight before it divides by the RMS. In float16
+        # x times weight could overflow, so only bfloat16 norms are fused.
         fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
         if stream.part is None and fuses:
             return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}
@@ -326,7 +328,7 @@ class SmallBatchMatmul(Matmul):
 
 
 def silu_mul(x: Tensor, place: Place) -> Tensor:
-    """Return silu(gate) * up (SwiGLU, Shazeer 2020) for x = [gate | up]: [T, 2n] -> [T, n]."""
+    """Return silu(gate) * up [T, n] (SwiGLU, Shazeer 2020) for x = [gate | up] [T, 2n]."""
     if place.fused:
         from layers.kernels import rowwise
 
@@ -338,10 +340,10 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 def make_matmul(
     weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
 ) -> Matmul:
-    """Make the fastest `Matmul` for `place`; `norm` is the norm of its input.
+    """Make the `Matmul` that is fastest on `place`. `norm` is the norm before the product, if any.
 
-    A `CPUMatmul` folds the weight of `norm` into its own weight. It then must only be called as
-    `normed` or `gated`, with this norm.
+    A `CPUMatmul` multiplies its own weight by the weight of `norm`. Only the methods `normed` and
+    `gated` of such a `CPUMatmul` may be called, and only with this norm.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)

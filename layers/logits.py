@@ -12,13 +12,13 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Rows that `score` copies at once. For 151,936 bfloat16 logits a row three copies take 194 MB.
+# Maximum number of rows that `score` copies at a time, to limit the memory for copies of logits.
 SCORED_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Filter settings of R rows, [R] float32 each; `logit_bounds_reference` says what they do."""
+    """Settings of R rows' sampling filters, which `logit_bounds` takes; each is float32 [R]."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -28,7 +28,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Penalties of R rows, [R] float32 each; `SamplingParams` says what they do."""
+    """R rows' penalties for repeated tokens, which `penalize` takes; each is float32 [R]."""
 
     repetition: Tensor
     presence: Tensor
@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of given tokens, [R], and of the N likeliest tokens of each row, [R, N]."""
+    """Log-probabilities: of a given token per row, [R], and of a row's N likeliest, [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -45,7 +45,7 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Enqueue copies of all tensors to pinned host memory on the current CUDA stream."""
+        """Return copies of the tensors in pinned host memory; the CUDA stream makes the copies."""
 
         def copied(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -57,22 +57,22 @@ class TokenScores:
 def penalize(
     logits: Tensor, tokens: Tensor, num_prompt: Tensor, num_tokens: Tensor, by: Penalties
 ) -> None:
-    """Apply penalties for the tokens that each request has so far to the logits [R, V], in place.
+    """Penalise the tokens that each request has so far, by changing the logits [R, V] in place.
 
-    The repetition penalty is that of CTRL (Keskar et al., 2019) and counts prompt and output. The
-    presence and frequency penalties are OpenAI's and count the output only.
+    The repetition penalty is CTRL's (Keskar et al., 2019) and applies to tokens of prompt and
+    output. The presence and frequency penalties are OpenAI's and apply to tokens of the output.
 
     Args:
-        tokens: integer ids [R, L] of the prompt, then of the output. Later entries are ignored.
-        num_prompt, num_tokens: integer lengths [R] of prompt, and of prompt plus output (>= 1).
+        tokens: ids of prompt, then output, integers [R, L]; entries after the output are ignored.
+        num_prompt, num_tokens: positive lengths of prompt, and of prompt plus output, integers [R].
     """
     if not logits.is_cuda:
-        # On a GPU the tensor stays whole, since the host would have to wait for the largest length.
+        # Unused columns are cut off, but not on a GPU: the host would have to wait for the lengths.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # Entries after a row's end become its first token; entries with one token write equal logits.
+    # Entries after a request's end repeat its first token. Entries of one token write equal logits.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -83,7 +83,7 @@ def penalize(
 
 
 def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
-    """Return the smallest logit of each row whose token may be sampled, [R] float32."""
+    """Return each row's smallest logit that passes the row's filters, float32 [R]."""
     if logits.is_cuda and has_triton():
         from layers.kernels import logit_bounds as kernel
 
@@ -94,20 +94,20 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     """Do what `logit_bounds` does, by sorting. Rows with temperature 0 are not filtered.
 
-    top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Of these tokens, top_p
-    keeps the fewest whose probabilities sum up to p, the most likely first (Holtzman et al., 2020).
-    min_p keeps tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024).
+    First top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Then top_p keeps
+    the likeliest of these tokens until their probabilities sum to p (Holtzman et al., 2020). And
+    min_p keeps only tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
-    # Temperatures are clamped above 0, since 0 / 0 below would be NaN.
+    # Temperatures are kept above 0, since the division 0 / 0 below would give NaN.
     temperature = torch.where(greedy, 1.0, filters.temperatures).clamp(min=1e-30).unsqueeze(1)
     kept = torch.where(filters.top_k < 1, logits.shape[1], filters.top_k).long()
     least_k = ordered.gather(1, (kept.clamp(max=logits.shape[1]) - 1).unsqueeze(1))
-    # The largest logit is subtracted first: a tiny temperature would make all logits infinite.
+    # A tiny temperature could make logits infinite, so the largest logit is subtracted first.
     shifted = torch.where(ordered >= least_k, (ordered - highest) / temperature, float("-inf"))
     probability = shifted.softmax(dim=1)
-    # A token stays if the more likely tokens together do not reach p.
+    # top_p keeps a token if the probabilities of all more likely tokens sum up to less than p.
     before = probability.cumsum(1) - probability
     inside = (before < filters.top_p.unsqueeze(1)) | (filters.top_p.unsqueeze(1) >= 1)
     last = inside.sum(1, keepdim=True).clamp(min=1) - 1
@@ -118,7 +118,10 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Score `tokens`, int64 [R], and the `num_top` likeliest, in `rows` (default: first R rows)."""
+    """Return log-probabilities of `tokens`, int64 [R], and of a row's `num_top` likeliest tokens.
+
+    Token i is scored with row `rows[i]` of the logits, or with row i if `rows` is None.
+    """
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

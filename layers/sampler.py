@@ -1,15 +1,12 @@
-"""Sampling tokens from logits, with random noise that depends on the request alone.
+"""Sampling of tokens from logits, with noise that depends only on the seed, position and token.
 
-The noise comes from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator. So a seed
-and a position give the same noise in every batch, on every device, for any split of the vocabulary:
+The noise comes from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator. So the noise
+is the same in every batch, on every device, and for any split of the vocabulary over ranks.
 
-    key      = (low 32 bits of the seed, high 32 bits of the seed)
-    counter  = (token // 4, position, 0, 0)
-    word     = Philox output word number token % 4
-    u        = ((word >> 9) + 1/2) / 2^23
-    noise    = -log(-log(u))
-
-u has 23 random bits. With 24, u would be 1 in float32, and the noise infinite, once in 2^24 draws.
+For a token, Philox gets the key (low 32 bits of the seed, high 32 bits of the seed) and the counter
+(token // 4, position, 0, 0). Word number token % 4 of its output gives the random number
+u = ((word >> 9) + 1/2) / 2^23, and the noise is -log(-log(u)). The number u has 23 random bits.
+With 24 bits u would round to 1 once in 2^24 draws, and the noise would be infinite.
 """
 
 from __future__ import annotations
@@ -26,11 +23,11 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: 4 words from a counter of 4 words and a key of 2; an int64 holds a word."""
+    """Return the 4 output words of Philox4x32-10. Each int64 element holds one 32-bit word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # A product of two 32-bit words may be negative as int64, but all its 64 bits are right.
+        # The product of two 32-bit words may be negative as int64, but its 64 bits are correct.
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         hi_even, hi_odd = (even >> 32) & _MASK32, (odd >> 32) & _MASK32
         c0, c1, c2, c3 = hi_odd ^ c1 ^ k0, odd & _MASK32, hi_even ^ c3 ^ k1, even & _MASK32
@@ -41,7 +38,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 def gumbel_noise(
     seeds: Tensor, positions: Tensor, vocab_size: int, vocab_offset: int = 0
 ) -> Tensor:
-    """Return standard Gumbel noise [R, vocab_size] float32; for arguments see `sample_shard`."""
+    """Return standard Gumbel noise, float32 [R, vocab_size], for R pairs of seed and position."""
     first = vocab_offset // 4
     groups = torch.arange(first, first + -(-vocab_size // 4), device=seeds.device).unsqueeze(0)
     zero = torch.zeros_like(groups)
@@ -66,11 +63,12 @@ def sample_shard(
     Args:
         logits: any float dtype, [R, vocab_size].
         temperatures: float32 [R], >= 0.
-        seeds, positions: integers [R] that fix a row's noise; the sampled token gets this position.
-        vocab_offset: token id of the first column, a multiple of 4.
-        least: float32 [R]; tokens with a logit below the row's value are never sampled.
+        seeds, positions: each row's seed, and the position of its sampled token, integers [R].
+        vocab_offset: token id of the first column of `logits`, a multiple of 4.
+        least: float32 [R]; tokens whose logit is below `least` of their row are never sampled.
 
-    Returns the largest sum, float32 [R], and its token, int64 [R]: the lowest token of equal sums.
+    Returns each row's largest sum, float32 [R], and the token with that sum, int64 [R]. If several
+    tokens have the largest sum, the token with the lowest id is returned.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
@@ -94,20 +92,20 @@ class Sampler:
     def __call__(
         self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
-        """Return sampled token ids [R] int64; for the arguments see `sample_shard`."""
+        """Return sampled token ids, int64 [R]; no token with a logit below `least` is sampled."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
 
     def greedy(self, logits: Tensor) -> Tensor:
-        """Return each row's most likely token, as `__call__` does at temperature 0."""
+        """Return each row's most likely token, which `__call__` returns at temperature 0."""
         if self._parallel.size == 1:
             return logits.argmax(-1)
         best, column = logits.max(-1)
         return self._agreed(best.float(), column + self._parallel.rank * logits.shape[1])
 
     def gathered(self, logits: Tensor) -> Tensor:
-        """Return logits [R, vocab_size] with the columns of all ranks, on every rank."""
+        """Return the logits of the whole vocabulary on every rank, gathered from all ranks."""
         if self._parallel.size == 1:
             return logits
         rows, columns = logits.shape
@@ -117,17 +115,18 @@ class Sampler:
         return self._parallel.all_reduce(whole)[:, : self._vocab_size]
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
-        """Sample like `__call__`, from logits of all ranks' columns, as `gathered` returns."""
+        """Sample like `__call__`, but from the whole vocabulary's logits, made by `gathered`."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """Return the token with the best score on any rank; the lowest if scores are equal."""
+        """Return each row's token with the highest score over ranks; on a tie the lowest token."""
         if self._parallel.size == 1:
             return tokens
-        # An int64 has the score in its upper half, and in its lower half a value that prefers low
-        # tokens. Bits of floats, read as int32, order like the floats after the lower 31 bits of
-        # negative floats are flipped. Adding 0.0 turns -0.0, which has other bits, into 0.0.
+        # Ranks compare int64 numbers. The upper half of a number is the score. The lower half is
+        # larger for lower tokens, so that on a tie the lowest token wins. Read as int32, bits of
+        # floats order like the floats once the lower 31 bits of negative floats are flipped.
+        # Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

@@ -1,8 +1,8 @@
-"""Device tensors for the rows (tokens) of a step, made from device tables of all requests.
+"""Device tensors that describe the tokens of a step, filled from device tables of all requests.
 
-A row here is one token. The rows of `engine.types` are something else: a row there is all work of a
-step for one request, and may have several tokens. `layers.kernels.step_rows` has Triton kernels for
-the functions here.
+A row of a step is one token in this file. In `engine.types` a row is something else: all work of a
+step for one request, with one or several tokens. `layers.kernels.step_rows` has Triton kernels that
+replace this file's functions on CUDA.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _PER_ROW = ("input_ids", "positions", "slot_mapping")
 class SlotTables:
     """Device tables of all running requests. A slot is the index of a request's row in the tables.
 
-    The last slot, `padding_slot`, belongs to no request: padding rows of a step have that slot.
+    A CUDA graph computes a fixed number of tokens. If a step has fewer tokens, the others are
+    padding. Padding has a slot of its own, `padding_slot`, which is the last row of each table.
 
     Attributes:
-        tokens: token ids of prompt and output, int32 [slots + 1, max_model_len].
-        block_tables: ids of blocks of `block_size` positions, int32 [slots + 1, max_blocks].
-        num_computed: number of tokens whose K and V are computed, int64 [slots + 1].
-        temperatures, seeds: temperature and seed of sampling, float32 and int64 [slots + 1].
+        tokens: token ids of each request's prompt and output, int32 [slots + 1, max_model_len].
+        block_tables: ids of each request's KV cache blocks, int32 [slots + 1, max_blocks].
+        num_computed: number of a request's tokens whose K and V are computed, int64 [slots + 1].
+        temperatures, seeds: each request's settings for sampling, float32 and int64 [slots + 1].
     """
 
     tokens: Tensor
@@ -58,9 +59,10 @@ class SlotTables:
 class SampledRows:
     """The R sampled rows of a step: the rows for which a next token is sampled.
 
-    Tensors are int64 [R], but `temperatures` is float32. `rows` are indices of the step's rows. The
-    sampled `tokens[i]` is also stored in `SlotTables.tokens[slots[i], positions[i]]`. Padding has
-    the padding slot in `slots`, and 0 in `rows`, `positions`, `temperatures` and `seeds`.
+    Sampled row i is row `rows[i]` of the step, and belongs to the request in slot `slots[i]`. The
+    sampled token, `tokens[i]`, gets position `positions[i]` of this request. If sampled row i is
+    padding, `slots[i]` is the padding slot, and `rows[i]`, `positions[i]`, `temperatures[i]` and
+    `seeds[i]` are 0. The tensors are int64 [R], except `temperatures`, which is float32 [R].
     """
 
     rows: Tensor
@@ -84,16 +86,20 @@ class StepRows:
     """The T rows (tokens) of a step of B requests: rows of prefill chunks first, then of decodes.
 
     Attributes:
-        header: int64 [6, B], from which `fill_rows` makes all other tensors. A request's column is:
-            slot; position of its first row, or -1 for `SlotTables.num_computed`; number of rows;
-            index of its first row; index of its first entry in `sampled`, or -1 for no entry; how
-            many of its last rows are sampled. An entry without a sampled row becomes padding.
-        input_ids, positions, slot_mapping: token ids, positions, and rows of `KVLayer.flat` to
-            store K and V in, int64 [T]. Only steps in CUDA graphs have padding, which is 0, 0, -1.
-        slots, context_lens: as in `AttentionBatch`, int32 [B]; padding has the padding slot and 0.
-        query_start: index of each request's first row, then T, int32 [B + 1].
+        header: int64 [6, B]; `fill_rows` computes all other tensors from the header. The column of
+            a request has six numbers: the request's slot; the position of its first row, or -1 if
+            `SlotTables.num_computed` has this position; its number of rows; the index of its first
+            row in the step; the index of its first entry in `sampled`, or -1 if it has no entry;
+            its number of sampled rows, which are its last rows. If a request has an entry but no
+            sampled rows, the entry becomes padding.
+        input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
+        slot_mapping: row of `KVLayer.flat` for each row's K and V, int64 [T]; -1 for padding rows.
+        slots: slot of each request, int32 [B]; the padding slot for padding.
+        context_lens: length of each request, this step's tokens included, int32 [B]; padding has 0.
+        query_start: index of each request's first row, int32 [B + 1]; the last element is T.
         num_chunks, num_chunk_rows: number of prefill chunks, and total number of their rows.
-        longest_chunk, rows_per_decode: most rows of one chunk (0: no chunks); rows of each decode.
+        longest_chunk: number of rows of the longest prefill chunk; 0 if there are no chunks.
+        rows_per_decode: number of rows of each decode; above 1 with speculative decoding.
     """
 
     header: Tensor
@@ -111,7 +117,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Allocate tensors; an int as `sampled` is the number R, `counts` sets the int fields."""
+        """Allocate all tensors. If `sampled` is an int, it is the number of sampled rows."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -121,12 +127,12 @@ class StepRows:
         return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
-        """A view of the first `count` rows; its header still has all prefill chunks."""
+        """Return a view with only the first `count` rows, but with all requests."""
         rows = {name: getattr(self, name)[:count] for name in _PER_ROW}
         return replace(self, **rows, num_chunk_rows=count, longest_chunk=count)
 
     def first_decodes(self, count: int) -> StepRows:
-        """A view of the first `count` decodes; only for steps without prefill chunks."""
+        """Return a view of the first `count` decodes. The step must have no prefill chunks."""
         rows = count * self.rows_per_decode
         return replace(
             self,
@@ -151,10 +157,11 @@ class StepRows:
 def enter_requests(
     tables: SlotTables, header: Tensor, temperatures: Tensor, token_ids: Tensor, longest: int
 ) -> None:
-    """Write token ids (int32), temperatures (float32 [N]) and seeds of N requests into the tables.
+    """Write the token ids, temperatures (float32 [N]) and seeds of N requests into the tables.
 
-    `header` is int64 [4, N]. A request's column is: slot; index of its first id in `token_ids`;
-    number of its ids, at most `longest`; seed.
+    `token_ids` (int32) has the ids of all requests, one request after another. `header` is int64
+    [4, N]; a request's column has four numbers: the request's slot; the index of its first id in
+    `token_ids`; its number of ids, at most `longest`; its seed.
     """
     del longest
     slots, _, counts, seeds = header
@@ -166,10 +173,10 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Set all tensors of `rows` from its header, and count the rows in `tables.num_computed`.
+    """Fill the tensors of `rows` from `rows.header`; add the rows' tokens to `tables.num_computed`.
 
-    In this torch version decodes with one row each take a shorter path, which does not support
-    padding. On a loaded CPU the shorter path takes 79 us, and `fill_any_rows` took 495 us.
+    Steps of decodes with one row each take a shorter path, which does not support padding. On a
+    busy CPU such a step took 79 us on the shorter path and 495 us in `fill_any_rows`.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
@@ -190,7 +197,7 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Do what `fill_rows` does for any step; elements beyond the header's rows stay unchanged."""
+    """Do what `fill_rows` does, for any kind of step, padding included."""
     slots, start, counts, first, place, num_sampled = rows.header
     live = slots != tables.padding_slot
     begin = torch.where(start < 0, tables.num_computed[slots], start) * live
@@ -223,13 +230,13 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
-    """Store sampled tokens, int64 [R], in `sampled.tokens`, and in `tables` for the next step."""
+    """Store the sampled `tokens`, int64 [R], in `sampled.tokens` and in `tables.tokens`."""
     sampled.tokens.copy_(tokens)
-    # The token of a padding entry goes to the row of the padding slot, which nothing reads.
+    # Tokens of padding are stored in the padding slot's row of the table. Nothing reads that row.
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
 
 
 def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the int64 row of `KVLayer.flat` for position `at[i]` of the request in `slots[i]`."""
+    """Return the rows of `KVLayer.flat` for positions `at` of the requests in `slots`, int64."""
     blocks = tables.block_tables[slots, at // tables.block_size].long()
     return torch.add(at % tables.block_size, blocks, alpha=tables.block_size, out=out)

@@ -17,7 +17,7 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a model, over all ranks. `tied`: the output head has the embedding's weight."""
+    """Sizes of a model, over all ranks. If `tied`, the output head uses the embedding's weight."""
 
     num_layers: int
     num_heads: int
@@ -32,10 +32,10 @@ class ForwardBatch:
 
     Attributes:
         input_ids, slot_mapping: token ids, and rows of `KVLayer.flat` for K and V, int64 [T].
-        rotation, attention: results of `prepare` of `CausalLM.rotary` and of the attention backend.
+        rotation, attention: results of `CausalLM.rotary.prepare` and `AttentionBackend.prepare`.
         kv: the KV cache of each layer, in the order of the layers.
         sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
-        logits: buffer [R, this rank's columns] that the model may, but need not, return logits in.
+        logits: optional buffer for logits, [R, this rank's columns]; a model may ignore the buffer.
     """
 
     input_ids: Tensor
@@ -51,7 +51,7 @@ class CausalLM(ABC):
     """A model's weights and forward pass on one rank."""
 
     # The runner calls `rotary.prepare` once before each forward pass, with positions [T] int64, and
-    # passes the result as `ForwardBatch.rotation`. A model without rotary embedding needs it too.
+    # passes the result as `ForwardBatch.rotation`. A model without rotation needs `rotary` too.
     rotary: RotaryEmbedding
 
     @abstractmethod
@@ -64,11 +64,11 @@ class CausalLM(ABC):
         backend: AttentionBackend,
         max_model_len: int,
     ) -> None:
-        """Allocate this rank's weights; `shape` is what the model's `model_shape` returned."""
+        """Allocate this rank's weights. `shape` is the result of the model file's `model_shape`."""
 
     @abstractmethod
     def weight_targets(self) -> dict[str, WeightTarget]:
-        """Map tensor names of a Hugging Face checkpoint to weights; called before `prepare`."""
+        """Map each tensor name of a Hugging Face checkpoint to the weight that it is loaded to."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -76,8 +76,8 @@ class CausalLM(ABC):
 
     @abstractmethod
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Return logits [R, this rank's columns], in the model's dtype, of `batch.sampled_rows`.
+        """Return logits [R, columns], in the model's dtype, of `batch.sampled_rows`.
 
-        All ranks have equally many columns; with several ranks, a multiple of 4. The first column
-        of rank r is token r * columns. Columns past the vocabulary are -inf.
+        All ranks have equally many columns. With several ranks, `columns` is a multiple of 4.
+        Column c of rank r is token r * columns + c. Columns beyond the vocabulary are -inf.
         """

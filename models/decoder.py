@@ -19,7 +19,7 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec(ModelShape):
-    """Sizes of a decoder, over all ranks. `qk_norm`: each head of Q and K is RMS-normalised."""
+    """Sizes of a decoder, over all ranks. If `qk_norm`, each head of Q and K is RMS-normalised."""
 
     vocab_size: int
     hidden_size: int
@@ -34,12 +34,12 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
-    quantised weights, and sizes that do not fit. Nothing else is checked. So `model_shape` must
-    refuse settings that only its architecture has and that are not built, e.g. `logits_scaling`.
+    quantised weights, odd head sizes, and unsupported numbers of heads or layers. A `model_shape`
+    must itself refuse other settings that `DecoderLM` does not support, such as `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
-    # Some configs lack layer_types; a sliding_window then applies to all layers.
+    # If a config has no layer_types, its sliding_window applies to all layers.
     all_layers = getattr(hf_config, "sliding_window", None) and "sliding_attention"
     kinds = set(getattr(hf_config, "layer_types", None) or [all_layers or "full_attention"])
     kinds.discard("full_attention")
@@ -75,19 +75,19 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
 
 class Block(Protocol):
-    """The part of a layer that follows a norm: `Attention`, `MLP`, or a class of your own.
+    """The part of a layer that follows a norm: `Attention`, `MLP`, or a new model's own class.
 
-    `DecoderLayer` calls the MLP with `(normed)` and the attention with `(normed, batch, kv, rows)`:
-    the `ForwardBatch`, this layer's `KVLayer`, and in the last layer the indices [R] int64 of the
-    rows to return (None: all rows). The attention stores K and V of all rows.
+    `DecoderLayer` calls `mlp(normed)` and `attention(normed, batch, kv, rows)`. `kv` is the
+    `KVLayer` of this layer. `rows`, int64 [R], are the indices of the rows (tokens) to return, or
+    None for all rows. The attention must store K and V of all rows, even if `rows` is given.
     """
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Lay the loaded weights out. `norm` is the norm whose output the block reads, prepared.
+        """Prepare the layers of the block. `norm` is the norm before the block, already prepared.
 
-        Each linear layer that reads `norm` may get `norm` for its own `prepare`.
+        The block may pass `norm` to `prepare` of each linear layer that reads the norm's output.
         """
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -111,7 +111,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the residual stream plus attention, for all rows or only `rows` [R] int64."""
+        """Return the residual stream plus attention for `rows`, int64 [R]; for all rows if None."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
@@ -163,7 +163,7 @@ class DecoderLayer:
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the residual stream after this layer; for `rows` see `Attention.__call__`."""
+        """Return the stream after this layer for `rows`, int64 [R], or for all rows if None."""
         stream = self.attention(self.input_norm(stream), batch, kv, rows)
         return self.mlp(self.post_attention_norm(stream))
 
@@ -181,7 +181,7 @@ class DecoderLayer:
 
 
 class DecoderLM(CausalLM):
-    """Embedding, layers, final norm and output head; subclasses override the `make_` methods."""
+    """Embedding, layers, final norm and output head. A subclass may override `make_*` methods."""
 
     def __init__(
         self,

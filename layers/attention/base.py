@@ -14,9 +14,9 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a backend has to serve: the attention heads of one rank, and the KV cache they read.
+    """What a backend has to serve: the attention heads of one rank, and the layout of the KV cache.
 
-    `scale` multiplies dot products of Q and K. No batch has a larger `rows_per_decode`.
+    `scale` multiplies dot products of Q and K. `rows_per_decode` is the maximum over all batches.
     """
 
     num_heads: int
@@ -33,16 +33,17 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """The B requests of a step and their query rows: prefills come first, then decodes.
+    """The B requests of a step: prefills come first, then decodes. All tensors are int32.
 
     Attributes:
-        block_tables: block ids of all running requests, [slots + 1, max_blocks]; int32 like all
-            tensors here. Entries after a request's last block are stale. The last row is padding.
-        slots: for each request of the step, its row in `block_tables`, [B].
+        block_tables: block ids of all running requests, [slots + 1, max_blocks]. Entries after a
+            request's last block are stale. The last row of the table belongs to padding.
+        slots: index of each request's row in `block_tables`, [B].
         context_lens: length of each request including this step's tokens, [B]; 0 for padding.
-        query_start: first row of each prefill and end of the last prefill, [num_prefills + 1].
-        num_prefills, num_prefill_tokens: number of prefills, and total of their query rows.
-        max_query_len: no prefill has more query rows than this; 0 if there are no prefills.
+        query_start: index of each prefill's first query row, and as last element the end of the
+            last prefill, [num_prefills + 1].
+        num_prefills, num_prefill_tokens: number of prefills, and total number of their query rows.
+        max_query_len: upper bound of a prefill's number of query rows; 0 without prefills.
         rows_per_decode: number of query rows of each decode.
     """
 
@@ -57,7 +58,7 @@ class AttentionBatch:
 
 
 class AttentionBackend(ABC):
-    """Causal attention over the paged KV cache, in which K and V of the step's tokens are stored.
+    """Causal attention over the paged KV cache, which already has K and V of the step's tokens.
 
     Query head h reads KV head h // (num_heads // num_kv_heads).
     """
@@ -67,7 +68,7 @@ class AttentionBackend(ABC):
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
-        """Return why this backend cannot serve `spec` on this machine; None if it can."""
+        """Return why this backend cannot serve `spec` on this machine, or None if it can."""
         return None
 
     @abstractmethod
@@ -75,12 +76,12 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prepare(self, batch: AttentionBatch) -> Any:
-        """Compute what all layers of one step share; `attend` receives the result unchanged."""
+        """Return data that all layers of a step share; the caller passes the data to `attend`."""
 
     @abstractmethod
     def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
         """Return attention output [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
 
-        `q` and the result have the spec's dtype. Rows of `q` may be strided. The n query rows of a
-        request belong to its last n tokens. Results of padding rows may have any value.
+        `q` and the result have the dtype of the `AttentionSpec`. Rows of `q` may be strided. The n
+        query rows of a request are those of its last n tokens. Padding rows may get any result.
         """

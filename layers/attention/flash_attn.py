@@ -13,16 +13,16 @@ from memory.kv_cache import KVLayer
 
 _MIN_VERSION = (2, 7)
 
-# `prepare` returns the batch, block tables of its requests, int32 [B, N], and the cumulative sum of
-# its prefills' context lengths, int32 [num_prefills + 1], whose first element is 0.
+# `prepare` returns the batch, the block tables of the batch's requests, int32 [B, N], and the
+# cumulative sum of the prefills' context lengths, which begins with 0, int32 [num_prefills + 1].
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
 
 class FlashAttention(AttentionBackend):
-    """`flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
+    """Calls `flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
-    captures = True  # kernels read lengths from device memory, so a replay uses new lengths
+    captures = True  # kernels read lengths from device memory, so graph replays get new lengths
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Kernels skip keys beyond max_seqlen_k, and a CUDA graph keeps the captured value.
+                # Kernels skip keys beyond max_seqlen_k, which is constant in a captured CUDA graph.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
@@ -79,12 +79,12 @@ class FlashAttention(AttentionBackend):
 
 
 def _package_problem() -> str | None:
-    """Return why the installed flash-attn cannot be used; None if it can."""
+    """Return why the installed flash-attn cannot be used, or None if it can."""
     try:
         import flash_attn
     except ImportError as error:  # flash-attn is missing, or was built for another torch
         return f"the package flash-attn cannot be imported ({error}); README.md says how to get it"
-    # Later major versions have the same package name but other functions.
+    # Later major versions of flash-attn have the same package name, but other functions.
     version = str(getattr(flash_attn, "__version__", "unknown"))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or not _MIN_VERSION <= tuple(map(int, found.groups())) < (3, 0):

@@ -14,10 +14,11 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One SDPA call, for query rows `first` to `last` - 1: a prefill of n rows, or B decodes.
+    """One SDPA call, for query rows `first` to `last` - 1: n rows of one prefill or of all decodes.
 
-    A prefill reads L `rows` of `KVLayer.flat`; its mask is [n, L], or None for a causal mask. Each
-    decode has one query row and reads L rows; the mask is [B, 1, 1, L], or None for no mask.
+    `rows` are the rows of `KVLayer.flat` to read. A prefill reads L rows; its mask is [n, L], or
+    None for a causal mask. For decodes each query row reads L rows; the mask is [n, 1, 1, L], or
+    None if nothing is masked.
     """
 
     first: int
@@ -30,9 +31,9 @@ class _Part:
 class TorchAttention(AttentionBackend):
     """Gathers each request's K and V from its pages and calls SDPA, on any device, for any dtype.
 
-    Each prefill is one call. All decodes are one call: contexts are padded to the longest, and the
-    query heads that share a KV head are rows of one matrix product. If the block ids of a prefill
-    or of a lone decode are consecutive, K and V are read in place instead of gathered.
+    Each prefill is one call of SDPA. All decodes together are one call: contexts are padded to the
+    longest, and query heads that share a KV head are rows of one matrix product. If a prefill, or a
+    step's only decode, has consecutive block ids, its K and V are read in place, not gathered.
     """
 
     name = "torch"
@@ -63,7 +64,7 @@ class TorchAttention(AttentionBackend):
     def _decodes(self, batch: AttentionBatch, tables: Tensor) -> _Part:
         lens, count = batch.context_lens[batch.num_prefills :], batch.rows_per_decode
         if count > 1:
-            # Each query row is treated as a request whose context ends with that row's token.
+            # Each query row is treated as a request of its own, which ends with the row's token.
             lens = (lens.unsqueeze(1) + torch.arange(1 - count, 1, device=lens.device)).flatten()
             tables = tables.repeat_interleave(count, 0)
         known, mask = lens.tolist(), None
@@ -74,15 +75,15 @@ class TorchAttention(AttentionBackend):
         rows = self._cache_rows(tables, longest)
         if min(known) < longest:
             visible = self._columns[:longest] < lens.unsqueeze(1)
-            # Positions after a request's end read its first cache row. Unused cache rows may hold
-            # NaN, and NaN times an attention weight of 0 is NaN.
+            # Positions after a request's end read the request's first cache row instead of unused
+            # rows. Unused rows may hold NaN, and NaN times an attention weight of 0 is NaN.
             rows = torch.where(visible, rows, rows[:, :1])
             mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
             mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
         return _Part(first, first + len(known), rows.flatten(), mask, decodes=True)
 
     def _request_rows(self, table: Tensor, length: int) -> Tensor | slice:
-        """Return rows of `KVLayer.flat` for the first `length` tokens of a block table [1, N]."""
+        """Return the rows of `KVLayer.flat` with the first `length` tokens of one request."""
         blocks = table[0, : -(-length // self._spec.block_size)].tolist()
         first = blocks[0]
         if blocks == list(range(first, first + len(blocks))):
@@ -91,7 +92,7 @@ class TorchAttention(AttentionBackend):
         return self._cache_rows(table, length)[0]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
-        """Return rows [B, length] of `KVLayer.flat` for the first tokens of block tables [B, N]."""
+        """Return rows [B, length] of `KVLayer.flat`: those of each request's first tokens."""
         size = self._spec.block_size
         blocks = tables[:, : -(-length // size)].long()
         return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
@@ -124,13 +125,13 @@ class TorchAttention(AttentionBackend):
         return out.reshape(n, -1)
 
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
-        """Return n requests' K and V, [n, num_kv_heads, L, head_dim], valid until the next call."""
+        """Return K and V of n requests, [n, num_kv_heads, L, head_dim], in a reused buffer."""
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
-            # A buffer is reused: a new tensor above 32 MiB is mapped page by page, 4 times as slow.
+            # New tensors above 32 MiB are mapped page by page: 4 times as slow as this buffer.
             size = rows.shape[0] * heads * dim
             if self._gathered.numel() < size:
                 self._gathered = self._gathered.new_empty(size + size // 8)

@@ -11,7 +11,7 @@ from memory.kv_cache import KVLayer
 
 
 class TritonAttention(AttentionBackend):
-    """Varlen causal prefill, and split-KV decode, by `layers.kernels.paged_{prefill,decode}`."""
+    """Calls `paged_prefill` for prefills and `paged_decode` (split-KV) for decodes."""
 
     name = "triton"
     captures = True

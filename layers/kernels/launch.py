@@ -4,7 +4,6 @@ import torch
 
 
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -23,6 +22,6 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has wgmma instructions: compute capability 9.x alone has them."""
+    """Whether the device has wgmma instructions: only compute capability 9.x has them."""
     # On any other device, compiling a kernel with wgmma makes LLVM abort the whole process.
     return torch.cuda.get_device_capability(device)[0] == 9

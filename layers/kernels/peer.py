@@ -6,9 +6,10 @@ own memory. A memory cell that holds -0 is empty; senders replace -0 by +0. The 
 its cells are full, and empties them again. So data need no fence, barrier or flag, as in
 TensorRT-LLM's "Lamport" all-reduce.
 
-A program handles one row and counts its exchanges, the uses of its cells. Even and odd exchanges
-have separate cells. So cells are empty when exchange n + 2 writes to them: its sender has received
-the values of exchange n + 1, sent by peers after they had emptied the cells of exchange n.
+A program handles one row of each sum. A sum of one row is an exchange, and the program numbers its
+exchanges. Even and odd exchanges have separate cells, so exchange n + 2 writes to the cells of
+exchange n. These cells are empty by then: a rank begins exchange n + 2 after all its peers have
+sent their values of exchange n + 1, which they do after emptying their cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -26,25 +27,23 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of `all_max`; sent values are greater
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # empty cell of `all_max`: less than all sent values
 _MAX_BLOCK = 64  # number of elements per program of `_max_kernel`
-# In one shot every rank adds up all rows. In two shots one rank adds up a row and sends the sum.
-# Larger sums of more than two ranks take two shots. On four H200, a sum with residual and norm
-# takes for 64, 128 and 256 rows of 1,024 elements 4.9, 5.9 and 8.7 us in one shot, 5.3, 5.9 and 6.8
-# us in two, and 12.9, 12.6 and 15.6 us with NCCL. For 24, 64 and 256 rows of 4,096 it takes 6.5,
-# 9.7 and 24.2 us in one shot, 7.1, 8.3 and 14.6 in two, 12.4, 15.6 and 29.0 with NCCL.
+# In one shot every rank adds up all rows. In two shots each row is added up by one rank, which
+# sends the sum to the others. Sums of more bytes than this over more than two ranks take two shots.
+# On four H200, a sum with residual and norm of 64, 128 or 256 rows of 1,024 elements takes 4.9, 5.9
+# or 8.7 us in one shot, 5.3, 5.9 or 6.8 us in two shots, and 12.9, 12.6 or 15.6 us with NCCL.
 _TWO_SHOT_BYTES = 256 << 10
 
 
 @triton.jit
 def _address(buffers_ptr, rank, dtype: tl.constexpr):
-    """Pointer to the start of the memory of rank `rank`."""
     return tl.multiple_of(tl.load(buffers_ptr + rank).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def _receive(ptr, mask, empty):
-    """Wait until peers have filled the cells under `mask`; empty them and return their values."""
+    """Wait until peers have filled all cells in `mask`; return the values and empty the cells."""
     got = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
         got = tl.load(ptr, mask=mask, other=0, volatile=True)
@@ -54,17 +53,17 @@ def _receive(ptr, mask, empty):
 
 @triton.jit
 def _cells(x):
-    """The bits of 16-bit floats for sending: -0 becomes +0, since -0 marks an empty cell."""
+    """Return the bits of 16-bit floats x; -0 becomes +0, since -0 marks an empty cell."""
     bits = x.to(tl.int16, bitcast=True)
     return tl.where(bits == -32768, 0, bits).to(tl.int16)
 
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of all ranks' summands, in the order of ranks, so that all ranks get equal bits."""
+    """Return the sum of all ranks' summands, added in the same order on every rank."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # All peers are polled at once. Polled one by one, each peer would add a read's latency.
+    # All peers are polled at once. Polling one peer after another would add up read latencies.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -109,11 +108,11 @@ def _sum_kernel(
         part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
-    start = (count & 1) * SIZE * stride + row * size  # of cell [parity, sender, row, column]
+    start = (count & 1) * SIZE * stride + row * size  # [parity, sender, row, column]
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
-        # Rank row % SIZE is the row's owner: it adds up the row and sends the sum to all others.
+        # Rank row % SIZE owns the row: the owner adds up the row and sends the sum to other ranks.
         owner = row % SIZE
         if owner == RANK:
             summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
@@ -133,7 +132,7 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # The total is rounded before the norm, so that the norm uses the values that are stored.
+        # The total is rounded before the norm, so that the norm uses exactly the stored values.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
@@ -178,16 +177,16 @@ def _max_kernel(
 
 @dataclass(eq=False, kw_only=True)
 class PeerExchange:
-    """One rank's side of sums and maxima over ranks.
+    """Computes sums and maxima over ranks. Each rank has its own `PeerExchange`.
 
-    All ranks must make the same calls with the same shapes in one order, each rank on one stream.
+    All ranks must make the same calls with the same shapes in the same order, each on one stream.
     """
 
     rank: int
-    # Addresses of all ranks' memories, as mapped on this device. Each has `num_words(...)` int64.
-    # All must have been emptied by `empty` before any rank's first exchange.
+    # Addresses of all ranks' memories, as mapped on this device. Each memory has `num_words(...)`
+    # int64 elements. `empty` must have emptied all memories before any rank's first exchange.
     addresses: Sequence[int]
-    rows: int  # the most rows that a sum may have
+    rows: int  # maximum number of rows of a sum
     width: int  # number of elements per row, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device
@@ -199,14 +198,14 @@ class PeerExchange:
     def __post_init__(self) -> None:
         self._size = len(self.addresses)
         self._buffers = torch.tensor(self.addresses, dtype=torch.int64, device=self.device)
-        # One number for each program of a kernel: how many exchanges that program has done.
+        # Number of exchanges that each program of `_sum_kernel` and of `_max_kernel` has done.
         self._sums = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
         programs = triton.cdiv(self.rows, _MAX_BLOCK)
         self._maxima = torch.zeros(programs, dtype=torch.int32, device=self.device)
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """A rank's memory in int64: cells of sums and of maxima, for even and odd exchanges."""
+        """Return the size of each rank's memory, in int64 elements, for `size` ranks."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
@@ -217,17 +216,15 @@ class PeerExchange:
         memory[maxima:].fill_(_EMPTY_MAX)
 
     def takes_sum(self, x: Tensor) -> bool:
-        """Whether `all_reduce` and `add_rms_norm` accept the tensor x."""
         dtype = self.dtype if x.dim() == 2 else torch.float32
         fits = 0 < x.shape[-2] <= self.rows and x.shape[-1] == self.width
         return fits and x.stride(-1) == 1 and x.dtype == dtype
 
     def takes_max(self, x: Tensor) -> bool:
-        """Whether `all_max` accepts the tensor x."""
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum x [T, width], or float32 x.sum(0) of [S, T, width], over ranks; round to `dtype`."""
+        """Return the sum over ranks of x [T, width], or of S float32 summands [S, T, width]."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
@@ -235,13 +232,13 @@ class PeerExchange:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Compute rowwise.py's ``rms_norm(residual, weight, eps, all_reduce(x))`` in one kernel."""
+        """Return ``rowwise.rms_norm(residual, weight, eps, all_reduce(x))``, from one kernel."""
         out, total = (self._made(residual.shape, residual.dtype) for _ in range(2))
         self._sum(x, (residual, weight, total), out, eps)
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """The elementwise maximum over ranks of x [N] int64, but at least -2**63 + 1."""
+        """Return the maximum over ranks of each element of int64 x [N], at least -2**63 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -253,11 +250,11 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Whether `rows` rows take two shots: one rank adds up a row and sends the sum."""
+        """Return whether a sum takes two shots: each row is summed by one rank, then sent."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Allocate a kernel's output: zeros while `rehearses` is set, as no kernel runs then."""
+        """Allocate a kernel's output: zeros while `rehearses` is set, since no kernel runs then."""
         make = torch.zeros if self.rehearses.is_set() else torch.empty
         return make(shape, dtype=dtype, device=self.device)
 

@@ -1,8 +1,4 @@
-"""Kernels for RMSNorm, SwiGLU's silu(gate) * up, and RoPE together with the store of K and V.
-
-RMSNorm is by Zhang and Sennrich 2019 (arXiv:1910.07467), SwiGLU by Shazeer 2020 (arXiv:2002.05202),
-RoPE by Su et al. 2021 (arXiv:2104.09864). RoPE rotates element i of a head with element i + D / 2.
-"""
+"""Kernels for RMSNorm (arXiv:1910.07467), SwiGLU (arXiv:2002.05202) and RoPE (arXiv:2104.09864)."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
@@ -53,7 +49,7 @@ def _rms_norm_kernel(
 
 
 def warps_of_row(size: int) -> int:
-    """Number of warps for a row, 1 to 8: one per 512 columns, or two 16-byte loads per thread."""
+    """Return the number of warps for a row, 1 to 8: one warp per 512 columns."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
 
 
@@ -65,11 +61,11 @@ def rms_norm(
     Args:
         x: [T, H] residual stream.
         weight: [H], contiguous.
-        part: [T, H] in x's dtype, or float32 [S, T, H]: S partial sums of a linear layer whose
-            input dimension was split. This kernel adds them up.
+        part: [T, H] in x's dtype, or float32 [S, T, H]: S partial sums of a linear layer's output,
+            which this kernel adds up.
         pdl: use programmatic dependent launch (compute capability 9.0 or later).
 
-    Arithmetic is float32. s is rounded to x's dtype before the norm, and the norm's result once.
+    Arithmetic is float32. The sum s is rounded to x's dtype before the norm is computed from it.
     """
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(f"x must be [T, H] with contiguous rows, got {tuple(x.shape)}")
@@ -151,8 +147,8 @@ def _qk_norm_rope_store_kernel(
     positions_ptr, cos_ptr, sin_ptr = rotation
     qkv_stride, split_stride, block_stride, slot_stride, head_stride = strides
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-    # A row here is a (token, head) pair, and the head varies fastest. HEADS divides both head
-    # counts, so a program's heads are all query heads, all key heads or all value heads.
+    # A row here is a (token, head) pair, and the head varies fastest. HEADS divides the number of
+    # query heads and of KV heads, so a program has query heads, key heads or value heads only.
     rows = tl.arange(0, TOKENS * HEADS)
     token = (tl.program_id(0) * TOKENS + rows // HEADS).to(tl.int64)
     first_head = tl.program_id(1) * HEADS
@@ -223,14 +219,15 @@ def qk_norm_rope_store(
     """Normalise and rotate queries and keys, store keys and values in `kv`, return the queries.
 
     Args:
-        qkv: [T, (Hq + 2 * Hkv) * D], query heads first, then key heads, then value heads; or
-            float32 [S, T, (Hq + 2 * Hkv) * D]: S partial sums, which this kernel adds up.
+        qkv: Hq query heads, Hkv key heads and Hkv value heads of size D, [T, (Hq + 2 * Hkv) * D];
+            or S partial sums, float32 [S, T, (Hq + 2 * Hkv) * D], which this kernel adds up.
         weights: RMSNorm weights [D] of query heads and of key heads, or None for no norm.
-        rotation: positions int32 or int64 [T]; cosines and sines [P, D / 2] of P positions.
-        slot_mapping: int32 or int64 [T], ``block * block_size + offset`` of each token in the
-            cache. If negative, the token's keys and values are not stored.
+        rotation: positions [T] of tokens, int32 or int64; cosines and sines [P, D / 2] of all P
+            positions of a model. Elements i and i + D / 2 of a head are rotated as a pair.
+        slot_mapping: ``block * block_size + offset`` of each token in the cache, int32 or int64
+            [T]. If a token's entry is negative, the token's K and V are not stored.
 
-    Queries are [T, Hq, D] in the cache's dtype, computed in float32. For `pdl` see `rms_norm`.
+    Returned queries are [T, Hq, D] in the cache's dtype, computed in float32.
     """
     _, block_size, kv_heads, dim = kv.k.shape
     tokens = qkv.shape[-2]
@@ -241,8 +238,8 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # Programs of one warp and one token spread few tokens over many multiprocessors. 8,192 tokens
-    # in 65,536 such programs took 80 us on an H200, 2.5 times as long as a copy of the data.
+    # Programs of one warp with one token spread few tokens over many multiprocessors. For 8,192
+    # tokens 65,536 such programs took 80 us on an H200, 2.5 times as long as a copy of the data.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)
     if tokens:

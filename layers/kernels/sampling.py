@@ -1,4 +1,4 @@
-"""Kernels that sample tokens in one pass over the logits; layers/sampler.py has the algorithm."""
+"""Kernels that sample tokens in one pass over the logits, as layers/sampler.py describes."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
@@ -6,18 +6,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# A thread has 4 logits: one call of Philox gives 4 words of noise. With more logits per thread,
-# Triton would move words between threads through shared memory.
+# Number of logits per block: 4 per thread, since one call of Philox gives 4 random words. With more
+# logits per thread Triton would move random words between threads, through shared memory.
 _BLOCK = 512
-_PROGRAMS = 4224  # programs to launch: 132 multiprocessors of an H200 run 16 each, in 2 rounds
+_PROGRAMS = 4224  # number of programs to launch: 32 for each multiprocessor of an H200
 
 
 @triton.jit
 def _philox(c0, position, k0, k1):
-    """Philox4x32-10 for counter (c0, position, 0, 0) and key (k0, k1), uint32; c0 is a tensor."""
+    """Return the 4 words of Philox4x32-10 for counter (c0, position, 0, 0) and key (k0, k1)."""
     c1, c2, c3 = position, c0 * 0, c0 * 0
     for _ in tl.static_range(10):
-        # A 64-bit product gives both 32-bit halves in one instruction; umulhi and * take two.
+        # A 64-bit product takes one instruction. Its two halves by umulhi and * would take two.
         even = c0.to(tl.uint64) * 0xD2511F53
         odd = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -31,10 +31,10 @@ def _philox(c0, position, k0, k1):
 
 @triton.jit
 def _log2_exponential(x, HARDWARE: tl.constexpr):
-    """log2(-log(u)), that is Gumbel noise / -log(2), of u = ((x >> 9) + 0.5) * 2**-23, x uint32."""
-    # The hardware's log2 has an absolute error of about 2**-22. For u near 1 that is too much:
-    # -log(u) is tiny there, and such tokens win most often. So a series computes -log(u) there.
-    # Floats in [1, 2) are 2**-23 apart, so subtracting 1 - 2**-24 is exact, as is 1 - u.
+    """Return log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23: Gumbel noise divided by -log(2)."""
+    # The hardware's log2 has an absolute error of about 2**-22, which is too much for u near 1:
+    # -log(u) is tiny, and tokens with u near 1 win most often. So a series gives -log(u) for them.
+    # The bits of x make a float in [1, 2), a multiple of 2**-23. So u and 1 - u are exact.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
@@ -43,7 +43,7 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     return libdevice.fast_log2f(negative_log) if HARDWARE else tl.log2(negative_log)
 
 
-# These tensors may begin anywhere in a buffer: one compiled kernel must serve all alignments.
+# The tensors named below may begin anywhere in a buffer, so the kernel must accept any alignment.
 @triton.jit(
     do_not_specialize=["blocks"],
     do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "position_ptr", "least_ptr"],
@@ -62,7 +62,7 @@ def _sample_kernel(
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Best score (logit + noise) in `blocks` * BLOCK columns and its token; grid (rows, splits)."""
+    """Store the best score (logit + noise) in `blocks` * BLOCK columns of a row, and its token."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
@@ -81,24 +81,24 @@ def _sample_kernel(
     for block in range(blocks):
         columns = start + block * BLOCK + lanes
         score = logits
-        # The next block is loaded before this block is computed, so that the load overlaps.
+        # The next block is loaded early: the load overlaps the computation of the current block.
         ahead = columns + BLOCK
         inside = (ahead < vocab_size) & (block + 1 < blocks)
         logits = tl.load(logits_ptr + ahead, mask=inside, other=MINUS_INF)
         score = score.to(tl.float32)
         drawn = temperature > 0
         if FILTERED:
-            # If `least` is NaN, `<` is False and no logit is masked, as in the reference.
+            # If `least` is NaN, `<` is False and no logit is masked, as in layers/sampler.py.
             score = tl.where(score < least, MINUS_INF, score)
-            # Most blocks have no unmasked logit, and skip the noise, which takes most of the time.
+            # Noise takes most of the time, so blocks whose logits are all masked skip the noise.
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
-            # Philox gives four words per four columns: word j of group i is for column 4 * i + j.
+            # Four columns are a group. Word j of Philox for group i is for column 4 * i + j.
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
-        # `>` keeps the lower column if scores are equal, and is False for NaN.
+        # If scores are equal, `>` keeps the lower column. For a NaN score `>` is False.
         better = score > best
         best = tl.where(better, score, best)
         index = tl.where(better, columns, index)
@@ -111,7 +111,7 @@ def _sample_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr):
-    """Best of a row's scores, one from each of `splits` programs, and its token; grid (rows)."""
+    """Store the highest of a row's `splits` best scores, and its token."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits
@@ -132,7 +132,7 @@ def sample_shard(
     vocab_offset: int = 0,
     least: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute :func:`layers.sampler.sample_shard`; its noise may be rounded differently here.
+    """Do what :func:`layers.sampler.sample_shard` does. The noise may be rounded differently.
 
     Logits are bf16, fp16 or fp32, and their rows may be strided. Positions are int32 or int64.
     """

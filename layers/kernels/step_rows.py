@@ -1,8 +1,6 @@
-"""Triton kernels of `layers.step_rows`, between the tables of requests and the rows of a step.
+"""Triton kernels for the functions of `layers.step_rows`.
 
-A slot is the index of a running request's row in the tables. A step's rows are tokens. The kernels
-begin and end a captured step, so the host does not write the step's rows. In steps with prefill the
-kernels and one upload replace some 20 torch operations. First tokens come 0.6 to 1.0 ms sooner.
+A slot is the index of a running request's row in the tables. A row of a step is one token.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 
@@ -14,8 +12,8 @@ from torch import Tensor
 
 from layers.step_rows import SampledRows, SlotTables, StepRows
 
-_MANY, _FEW = 1024, 16  # tokens per program: _MANY in steps with prefill, else _FEW
-_DRAWN = 32  # sampled tokens per program: one for each thread of the program's only warp
+_MANY, _FEW = 1024, 16  # numbers of tokens per program, in steps with prefill and without
+_DRAWN = 32  # number of sampled tokens per program: one token per thread of one warp
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -62,8 +60,8 @@ def _rows_kernel(
     num_sampled = tl.load(header + 5 * header_stride)
     live = slot != padding_slot
     if start < 0:
-        # Only the device knows how many positions of this request are computed. Program 0 handles
-        # all rows of such a request, so no other program uses the number, which changes below.
+        # The request's first position is its number of computed tokens, which program 0 changes
+        # below. Program 0 handles all rows of such a request, so no other program reads the number.
         start = tl.load(computed_ptr + slot, mask=live, other=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
@@ -97,7 +95,7 @@ def _rows_kernel(
         tl.store(seed_out + place + nth, seed, there)
 
 
-# These tensors may begin anywhere in a buffer: one compiled kernel must serve all alignments.
+# The tensors named below may begin anywhere in a buffer, so the kernel must accept any alignment.
 @triton.jit(
     do_not_specialize=["size"],
     do_not_specialize_on_alignment=["drawn_ptr", "slots_ptr", "positions_ptr", "drawn_out"],
@@ -126,7 +124,6 @@ def _write_kernel(
 def enter_requests(
     tables: SlotTables, header: Tensor, temperatures: Tensor, token_ids: Tensor, longest: int
 ) -> None:
-    """See `layers.step_rows`."""
     count = header.shape[1]
     _enter_kernel[(count, triton.cdiv(longest, _MANY))](
         *(header, temperatures, token_ids, (tables.tokens, tables.temperatures, tables.seeds)),
@@ -135,7 +132,7 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Fill the rows as in `layers.step_rows`; the rows of `rows.header` must be contiguous."""
+    """Do what `layers.step_rows.fill_rows` does. Each row of `rows.header` must be contiguous."""
     per_decode, sampled = rows.rows_per_decode, rows.sampled
     block = _MANY if rows.num_chunks else max(_FEW, triton.next_power_of_2(per_decode))
     per_row = rows.input_ids, rows.positions, rows.slot_mapping
@@ -152,7 +149,6 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
-    """See `layers.step_rows`."""
     size = tokens.shape[0]
     if size:
         _write_kernel[(triton.cdiv(size, _DRAWN),)](
