@@ -51,7 +51,8 @@ class Config:
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
         max_num_seqs: maximum number of requests that run at once.
-        max_num_batched_tokens: maximum number of tokens that a step computes, with draft tokens.
+        max_num_batched_tokens: maximum number of tokens that a step computes, draft tokens included.
+            Must be at least max_num_seqs.
         gpu_memory_utilization: share of a CUDA device's memory that the engine may take.
         kvcache_block_size: tokens per KV block, a multiple of 16.
         num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
@@ -63,15 +64,15 @@ class Config:
         enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
             if the block manager can cache prefixes.
         eviction_policy: which cached block is evicted first. "lru": the least recently used block.
-            "lfu": the block that the fewest requests found. "cost": the block that is cheapest to
-            recompute, if all blocks were used equally often and equally long ago.
+            "lfu": the block that the fewest requests found. "cost": the block with the lowest value
+            computed from recomputation cost, hits and age.
         tensor_parallel_size: number of devices that share one model, with a process for each.
         attention_backend: "auto" takes the fastest backend that works on the device.
         num_speculative_tokens: maximum number of tokens that are drafted for a request in a step. A
             draft is kept only if sampling gives the same token, so drafts never change the output.
             Only the model runners "fake" and "simulated" draft. "local" refuses a value above 0.
         pipeline_depth: with 0 the engine plans a step after the previous step has ended, and with 1
-            while the previous step runs. None means 1 on CUDA and 0 on a CPU. Outputs are equal.
+            while the previous step runs. None means 1 on CUDA, 0 on a CPU. Both give equal tokens.
         seed: number from which the engine derives the seeds of requests without a seed.
         kv_sanitizer: check every use of KV blocks, and fill freed blocks with NaN. Slow.
         scheduler: "continuous" or "static".

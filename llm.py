@@ -41,8 +41,7 @@ class LLM:
         tokenizer: the checkpoint's tokenizer, loaded by transformers; None if there is none.
         decode: function that decodes token ids to text without special tokens.
 
-    Raises:
-        ConfigError, CheckpointError, OutOfMemoryError: options, files or memory do not suffice.
+    Raises a ConfigError, a CheckpointError or an OutOfMemoryError if the model cannot be loaded.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
@@ -70,14 +69,13 @@ class LLM:
 
         Args:
             prompts: a list of texts or lists of token ids, or a single prompt.
-            sampling_params: parameters for all prompts, a list with parameters for each prompt, or
-                None for `SamplingParams()`.
+            sampling_params: one object for all prompts, or a list of one per prompt, or None.
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
-            A dictionary for each prompt, with `text`, `token_ids`, `finish_reason`, `error`,
-            `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`, and with n > 1 `outputs`.
-            The page docs/options.md explains the entries.
+            One dictionary per prompt, in the order of the prompts, with `text`, `token_ids`,
+            `finish_reason`, `error`, `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`,
+            and with n > 1 `outputs`. The page docs/options.md explains the entries.
 
         Raises:
             RequestError: a prompt or its parameters are refused. Then no prompt is started.
@@ -92,7 +90,6 @@ class LLM:
                 while len(outputs) < len(groups):
                     plan = self._advance()
                     progress.update(plan, self.engine.num_new_tokens, len(ended))
-                    # With pipeline_depth=1 the device runs a step while `make_output` makes texts.
                     outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
                     ended.clear()
             self.engine.finish_steps()
@@ -291,7 +288,7 @@ class Progress:
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
-        """Count a step, in which `num_tokens` tokens were sampled and `num_finished` prompts ended."""
+        """Count a step that sampled `num_tokens` tokens and ended `num_finished` prompts."""
         if self._bar.disable:
             return
         now = time.perf_counter()

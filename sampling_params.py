@@ -56,7 +56,7 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 takes the most likely token (greedy). A value above 0 divides the logits.
-        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least top_p.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to this or more.
         top_k: keep this number of most likely tokens; 0 or -1 keeps all tokens.
         min_p: keep tokens whose probability is at least `min_p` times the highest probability.
         repetition_penalty: for tokens that are in the prompt or output, positive logits are divided
@@ -65,14 +65,13 @@ class SamplingParams:
         frequency_penalty: subtracted from a token's logit for each time the token is in the output.
         seed: seed of the request's sampling noise. Equal seeds give equal noise at equal positions,
             whatever else is in the batch. With None the engine derives the seed from its own `seed`
-            and the order of arrival. If n > 1, output 1 and later ones get seeds derived from this.
+            and the order of arrival. If n > 1, later outputs get seeds derived from this seed.
         max_tokens: maximum number of tokens to generate. With None, prompt and output together may
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
         min_tokens: until this number of tokens is generated, tokens that would end the request are
             not sampled, and stop strings are ignored.
-        stop: one or several stop strings. When the output contains a stop string, the output ends.
-            The output's text ends before the stop string. The output's tokens include the token
-            that completed the stop string.
+        stop: one or several texts (stop strings). The output ends at the first stop string. The text
+            ends before the stop string, and the tokens end with the token that completes it.
         stop_token_ids: tokens that end the output as an end-of-sequence token does.
         ignore_eos: do not end the output at an end-of-sequence token.
         logprobs: for each generated token, return the log-probability of this token and of this
@@ -80,17 +79,18 @@ class SamplingParams:
         prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. The request
             uses no cached blocks of other requests. If memory is too short for the logits of a
             step's prompt tokens, lower `max_num_batched_tokens`.
-        n: number of outputs. With prefix caching the outputs share the blocks of the prompt.
+        n: number of outputs. With prefix caching the outputs can share blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
             them with the request's tokens so far and its logits for the next token, in float32.
-        priority: policies with priorities run higher values first (vLLM: lower values first).
+        priority: priority policies run higher values first (vLLM: lower) and preempt them last.
         user: name of the user, for policies that share the engine between users.
         cache_salt: requests share cached prefixes only if their salts are equal.
         predicted_tokens: expected length of the output in tokens, for scheduling policies. The
             output may become longer. None stands for `max_tokens`.
-        penalizes: set automatically: True if a penalty is set, which changes logits.
+        penalizes: set automatically: True if a penalty can change logits.
         filters: set automatically: True if top_k, top_p or min_p may exclude tokens from sampling.
-        needs_logits: set automatically: True if logits are needed for more than drawing a token.
+        needs_logits: set automatically: True if `filters` or `penalizes` is True, or if min_tokens,
+            logits_processors, logprobs or prompt_logprobs are set.
 
     Raises a RequestError that names the field if a value is out of range.
     """

@@ -178,8 +178,8 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # A twin was evicted (its `block` is -1). The blocks that follow the twin cannot be
-            # found any more, so all blocks of the request are added to the cache again.
+            # A twin was evicted (its `block` is -1), and blocks that follow it cannot be found.
+            # So all blocks of the request are added to the cache again.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
@@ -232,11 +232,10 @@ class CachingBlockManager(PagedBlockManager):
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
         """Take the last block out of a request's table, because the whole prompt is cached.
 
-        Sampling needs the logits of the last token, so the last token must be computed again.
-        Computing the token writes its KV, and shared blocks must not be written. So the table gets
-        a free block, to which the next step copies the cached block. If no block is free, or if a
-        block has only one token, the request computes all tokens of the cached block instead.
-        Returns how many tokens of the prompt the request must compute.
+        Sampling needs the last token's logits. Computing them writes the KV of the token, but shared
+        blocks must not be written. So the table gets a free block, to which the next step copies
+        the cached block. If no block is free, or if a block has only one token, all tokens of the
+        cached block are computed instead. Returns how many prompt tokens must be computed.
         """
         table = self._tables[request_id]
         source = table.pop()

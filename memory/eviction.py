@@ -34,10 +34,9 @@ class CachedBlock:
 class EvictionPolicy(ABC):
     """Keeps the idle blocks, and chooses which idle block is evicted.
 
-    An idle block is a cached block that no request holds. A block is a child of the block that
-    precedes it in the prefix, its parent. A child cannot be found after its parent was evicted, so
-    children should be evicted before their parent. A request releases its last block first. So a
-    policy that evicts blocks in the order of their release evicts children before their parent.
+    An idle block is a cached block that no request holds. A block's parent is the preceding block
+    of its prefix. A block cannot be found after its parent was evicted, so it should be evicted
+    first. A request releases its last block first, so evicting in the order of release is right.
     """
 
     name: ClassVar[str]
@@ -91,10 +90,9 @@ class LowestFirst(EvictionPolicy):
 
     @abstractmethod
     def value(self, block: CachedBlock) -> float:
-        """Return how valuable it is to keep the block in the cache.
+        """Return the block's value. Called when the last request that holds the block releases it.
 
-        Called when the last request that holds the block releases it. The block has this value
-        until a request uses the block again, or until the block is evicted.
+        The value does not change until a request uses the block again or the block is evicted.
         """
 
     def __len__(self) -> int:

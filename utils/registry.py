@@ -33,9 +33,7 @@ class PartKind:
         """Return the parts that an option can name: concrete subclasses of `base`, by `name`.
 
         Classes without a `name` of their own are left out. A module in `packages` is skipped if it
-        needs a package that is not installed.
-
-        Raises an ImportError if a module imports a name that an installed package does not have.
+        needs a package that is not installed. Other failing imports raise an ImportError.
         """
         base = self.base
         return {

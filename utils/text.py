@@ -93,10 +93,9 @@ def decoder(tokenizer: Any | None) -> Decode:
 class TextReader:
     """Decodes a growing output to text, and finds the first stop string in the text.
 
-    A token may end inside a character. `text` gets the character when the tokens with all bytes of
-    the character have been read. Bytes that are no valid character are added as U+FFFD, when the
-    next valid character is added or the output ends. Stop strings that are complete within the
-    first `min_tokens` tokens are ignored.
+    A character that spans several tokens is added to `text` after its last token. Invalid bytes are
+    added as U+FFFD, when the next valid character is added or the output ends. Stop strings that
+    are complete within the first `min_tokens` tokens are ignored.
     """
 
     def __init__(self, decode: Decode, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
@@ -119,10 +118,9 @@ class TextReader:
         return len(self.text)
 
     def read(self, token_ids: list[int], *, ended: bool) -> bool:
-        """Read the tokens that `token_ids` has beyond `num_tokens`, and add their text to `text`.
+        """Add the new tokens of `token_ids` to `text`. Returns whether a stop string was found.
 
-        If the output has `ended`, the bytes of an incomplete character are added, too. Returns
-        whether a stop string was found.
+        If the output has `ended`, the bytes of an incomplete character are added as U+FFFD.
         """
         while self.num_tokens < len(token_ids) and not self.stopped:
             self.num_tokens += 1

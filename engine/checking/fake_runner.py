@@ -31,9 +31,8 @@ _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 class FakeModel:
     """Hashes of integers in place of a model. The hashes are the same in every process.
 
-    An entry is the integer that the cache holds for a position. The argument `read` is the sum of
-    the entries that a position attends to. A position has equal entries in all cache groups. Each
-    group adds to the sum only the entries inside the group's attention window.
+    The cache holds one integer, the entry, for each position. The argument `read` is the sum of the
+    entries that a position attends to, added up over the attention windows of all cache groups.
     """
 
     vocab_size: int = 50
@@ -87,10 +86,8 @@ class FakeRunner(SimulatedRunner):
 
     `FakeRunner(config, groups=...)` needs no checkpoint and no torch. By default a step takes no
     time. As in `SimulatedRunner`, a hash decides how many draft tokens of a decode are accepted.
-    The positions of rejected drafts get wrong entries, as they would have wrong KV in a real cache.
-
-    Args:
-        model: the FakeModel; by default one with the checkpoint's vocabulary size and eos token.
+    Positions of rejected drafts get wrong entries, as they would have wrong KV in a real cache.
+    `model` is by default a FakeModel with the checkpoint's vocabulary size and eos token.
     """
 
     name = "fake"
@@ -172,7 +169,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """Return the sum, over all groups, of the entries before `end` that `position` attends to."""
+        """Return the sum of the entries before `end` that `position` reads, over all groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

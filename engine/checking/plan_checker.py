@@ -1,8 +1,7 @@
 """Checks that step plans and their results keep the rules of `engine.types` and `engine.step`.
 
-The checker reads only plans and results, so the fake runner, the KV sanitizer and tests can use it.
 A *slot* is the index of a running request in the runner's tables. A *place* is an index in a block
-table. A step and its rows are *in flight* until the checker has the results of the step.
+table. A step and its rows are *in flight* from the check of the plan to the check of the result.
 """
 
 from __future__ import annotations
