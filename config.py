@@ -1,4 +1,4 @@
-"""All options of the engine (`Config`), and named presets of several options."""
+"""All options of the engine (`Config`), and presets, each of which sets several options."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rule
 # import path "package.module:Class", a class or a factory.
 PartSpec = str | type | Callable[..., Any]
 
-# docs/presets.md explains each preset and has measurements.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Steps of at most 2,048 tokens are short, so a long prompt delays running requests less.
+    # With at most 2,048 tokens in a step, a long prompt delays the running requests less.
     "low_latency": {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
     "throughput": {
         "gpu_memory_utilization": 0.95,
@@ -51,14 +50,13 @@ class Config:
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
         max_num_seqs: maximum number of requests that run at once.
-        max_num_batched_tokens: maximum number of tokens that a step computes, draft tokens included.
-            Must be at least max_num_seqs.
+        max_num_batched_tokens: maximum number of tokens in a step, with drafts; >= max_num_seqs.
         gpu_memory_utilization: share of a CUDA device's memory that the engine may take.
         kvcache_block_size: tokens per KV block, a multiple of 16.
         num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
-            blocks or in bytes. By default, on CUDA weights, steps and cache together take the share
-            gpu_memory_utilization. On a CPU the default cache has room for max_num_seqs requests of
-            max_model_len tokens, but takes at most 1 GiB.
+            blocks or in bytes. On CUDA the default is the part of gpu_memory_utilization that
+            weights and steps do not need. On a CPU the default is the size for max_num_seqs
+            requests of max_model_len tokens, but at most 1 GiB.
         enable_cuda_graphs: run decodes and short prefills as CUDA graphs. None: wherever possible.
         enforce_eager: never capture CUDA graphs.
         enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
@@ -78,9 +76,9 @@ class Config:
         scheduler: "continuous" or "static".
         model_runner: "local" runs the model. "fake" and "simulated" run no model and need no GPU.
         block_manager: "auto" means "prefix", or "paged" if enable_prefix_caching is False.
-        queue_policy, admission_policy, preemption_policy, step_policy: in this order, which request
-            runs next, how many requests run at once, which request gives up its blocks when blocks
-            run out, and what a step computes first. docs/scheduling.md explains the policies.
+        queue_policy, admission_policy, preemption_policy, step_policy: they decide, in this order,
+            which request runs next, how many requests run at once, which request gives up its
+            blocks when blocks run out, and what a step computes first (docs/scheduling.md).
 
     Raises a ConfigError if an option is out of range or contradicts another option.
     """

@@ -34,7 +34,7 @@ class LLM:
             for out in llm.generate(["def add(a, b):"], SamplingParams(temperature=0)):
                 print(out["text"])
 
-    `**options` are fields of `Config`, and `preset`, the name of a set of options in `PRESETS`.
+    `options` are the fields of `Config`, and `preset`, the name of a preset (docs/presets.md).
 
     Attributes:
         engine: the `LLMEngine` that runs requests (`Sequence`) in steps (`StepPlan`).
@@ -46,7 +46,7 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # By id of an unfinished request: the request's prompt. Prompts of `stream` are left out.
+        # The prompt of each unfinished request, by request id. Prompts of `stream` are left out.
         self._unfinished: dict[int, PromptRequests] = {}
         # Prompts from `add_request` that have ended, but whose outputs `step` has not returned yet.
         self._ended: list[PromptRequests] = []
@@ -69,7 +69,7 @@ class LLM:
 
         Args:
             prompts: a list of texts or lists of token ids, or a single prompt.
-            sampling_params: one object for all prompts, or a list of one per prompt, or None.
+            sampling_params: for all prompts, or a list with one entry per prompt. None: defaults.
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
@@ -136,7 +136,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """Return `SamplingParams.from_generation_config` for the checkpoint and `overrides`."""
+        """Return the values of the checkpoint's generation_config.json, changed by `overrides`."""
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
@@ -156,7 +156,7 @@ class LLM:
 
         Later calls of `step` or `generate` run the request. Raises the errors of `generate`.
         """
-        # Only texts and lists become list items: the wrong prompt 5 would become [5], a valid one.
+        # Only texts and lists are put in a list: a wrong `prompt=5` would become the valid [5].
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
         (group,) = self._add(prompts, sampling_params, self._ended)
         return group.seqs[0].request_id
@@ -164,19 +164,19 @@ class LLM:
     def step(self) -> list[dict[str, Any]]:
         """Run one step. Returns the outputs of requests from `add_request` that have ended.
 
-        Each output is a dictionary like those of `generate`, with `request_id` added. If a step has
-        raised a StepError and so ended requests, the next call of `step` returns their outputs.
+        Each output is a dictionary like those of `generate`, with `request_id` added. If `step`
+        raises a StepError, all requests have ended, and the next `step` returns their outputs.
         """
         self._advance()
         ended, self._ended[:] = [group.seqs for group in self._ended], []
         return [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
 
     def now(self) -> float:
-        """Return the time in seconds on the runner's clock, which is virtual if simulated."""
+        """Return the runner's time in seconds. A simulated runner has a virtual clock."""
         return self.engine.runner.now()
 
     def wait_until(self, moment: float) -> None:
-        """Wait until `now()` is `moment` or later. A simulated runner only sets its clock."""
+        """Wait until `now()` is `moment` or later. A simulated runner sets its clock forward."""
         self.engine.runner.wait_until(moment)
 
     @property
@@ -207,7 +207,7 @@ class LLM:
     def _add(
         self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
     ) -> list[PromptRequests]:
-        """Queue `n` requests for each prompt; if one is refused, all are removed from the queue.
+        """Queue `n` requests for each prompt. If one request is refused, all are removed again.
 
         When all requests of a prompt have ended, the prompt is appended to the list `ended`. For
         `stream` the argument `ended` is None, and every request gets a `TextReader`.
@@ -221,7 +221,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # If there is no tokenizer, the engine refuses requests with stop strings.
+                    # Without a tokenizer the engine refuses stop strings: no reader is needed.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one
@@ -255,8 +255,8 @@ class LLM:
         ids = None
         try:
             plan, finished = self.engine.step()
-            # If there is no plan, the engine had nothing to run. Then prompts in `_unfinished` were
-            # ended by a reset of the engine, so `_collect_ended(None)` checks all prompts.
+            # If there is no plan, the engine had nothing to run. A reset of the engine may
+            # have ended prompts in `_unfinished`, so `_collect_ended(None)` checks all prompts.
             ids = [seq.request_id for seq in finished] if plan else None
         finally:
             self._collect_ended(ids)

@@ -70,8 +70,8 @@ class SamplingParams:
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
         min_tokens: until this number of tokens is generated, tokens that would end the request are
             not sampled, and stop strings are ignored.
-        stop: one or several texts (stop strings). The output ends at the first stop string. The text
-            ends before the stop string, and the tokens end with the token that completes it.
+        stop: one or several texts (stop strings). The output ends at the first stop string. Its
+            text ends before the stop string; its tokens include the token that completed it.
         stop_token_ids: tokens that end the output as an end-of-sequence token does.
         ignore_eos: do not end the output at an end-of-sequence token.
         logprobs: for each generated token, return the log-probability of this token and of this
@@ -81,16 +81,15 @@ class SamplingParams:
             step's prompt tokens, lower `max_num_batched_tokens`.
         n: number of outputs. With prefix caching the outputs can share blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
-            them with the request's tokens so far and its logits for the next token, in float32.
-        priority: priority policies run higher values first (vLLM: lower) and preempt them last.
+            them with the request's tokens so far and the float32 logits of its next token.
+        priority: if policies use it, higher values run first (vLLM: lower) and are preempted last.
         user: name of the user, for policies that share the engine between users.
         cache_salt: requests share cached prefixes only if their salts are equal.
         predicted_tokens: expected length of the output in tokens, for scheduling policies. The
             output may become longer. None stands for `max_tokens`.
-        penalizes: set automatically: True if a penalty can change logits.
-        filters: set automatically: True if top_k, top_p or min_p may exclude tokens from sampling.
-        needs_logits: set automatically: True if `filters` or `penalizes` is True, or if min_tokens,
-            logits_processors, logprobs or prompt_logprobs are set.
+        penalizes: not an argument: True if a penalty can change logits.
+        filters: not an argument: True if top_k, top_p or min_p may exclude tokens from sampling.
+        needs_logits: not an argument: True if other options than temperature and seed need logits.
 
     Raises a RequestError that names the field if a value is out of range.
     """
@@ -148,7 +147,7 @@ class SamplingParams:
 
     @staticmethod
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
-        """Return parameters with the values in the folder's generation_config.json, if it exists.
+        """Return parameters with the values in the folder's generation_config.json, if any.
 
         `overrides` take precedence over the file. An unusable file raises a CheckpointError.
         """

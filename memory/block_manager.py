@@ -1,4 +1,4 @@
-"""Three block managers: one shares no blocks, two share blocks between prompts of equal prefix."""
+"""Three block managers: one shares no blocks, two share blocks of requests with equal prefixes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PagedBlockManager(BlockManager):
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.block_size, self.num_blocks = geometry.block_size, geometry.num_blocks
-        # `_free` is a stack: the block that was freed last is taken first. Block 0 starts on top.
+        # `_free` is a stack: the block that was freed last is taken first.
         self._free = list(range(geometry.num_blocks - 1, -1, -1))
         self._references = [0] * geometry.num_blocks
         self._tables: dict[int, list[int]] = {}
@@ -56,7 +56,7 @@ class PagedBlockManager(BlockManager):
             self._drop(block)
 
     def _take(self) -> int:
-        """Return a free block, with reference count 1. The caller checks first that one is free."""
+        """Return a free block, with reference count 1. The caller ensures that a block is free."""
         block = self._free.pop()
         self._references[block] = 1
         return block
@@ -73,8 +73,7 @@ class PagedBlockManager(BlockManager):
         self._free.append(block)
 
 
-# Key of a block: the block's parent and its token ids. The parent is the preceding block of the
-# prompt. The parent of a prompt's first block is the request's cache salt.
+# Key of a block: its parent (the preceding block, or else the cache salt) and its token ids.
 _Key = tuple[CachedBlock | str, bytes]
 
 
@@ -86,12 +85,12 @@ class _Request:
     salt: str
     last: CachedBlock | str  # last of the `num_published` blocks; the cache salt if there are none
     num_published: int  # number of leading blocks whose content is in the prefix cache
-    hits: list[CachedBlock] | None  # blocks that `begin` found cached; None after `grow` used them
+    hits: list[CachedBlock] | None  # cached blocks that `begin` found; None once `grow` succeeds
     num_cached: int  # number of leading tokens that `begin` found in the cache
     # A twin is a cached block with the same content as a block that this request computed itself.
     # The request holds no reference to a twin, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # key of the request's block in `_pending`; None without a block
+    next_block: _Key | None = None  # key of the block that `_pending` has for this request, or None
     publishes: bool = True  # whether `commit` adds blocks to the cache; False after a cache reset
 
 
@@ -114,22 +113,22 @@ class CachingBlockManager(PagedBlockManager):
         self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
-        self._pending: dict[_Key, int] = {}  # id of the request that computes a block, by its key
-        # Copies that the next step makes, by request id. Each copy holds a reference to its source.
+        self._pending: dict[_Key, int] = {}  # id of the request that computes a block, by block key
+        # Block copies for the next step, by request id. A copy holds a reference to its source.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        """Return the cached block with the int32 `tokens` and this parent, or None without one."""
+        """Return the cached block with these int32 `tokens` and this `parent`, or None."""
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        """Add `node` to the index. Returns the block that `node` replaces in the index, or None."""
+        """Add `node` to the index. If `node` replaces a block in the index, returns this block."""
 
     @abstractmethod
     def unlink(self, node: CachedBlock) -> None:
-        """Remove `node` from the index. `find` need not find the blocks that follow `node`."""
+        """Remove `node` from the index. Blocks that follow `node` need not be found afterwards."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -178,7 +177,7 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # A twin was evicted (its `block` is -1), and blocks that follow it cannot be found.
+            # A twin was evicted (its `block` is -1), and blocks after the twin cannot be found.
             # So all blocks of the request are added to the cache again.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
@@ -202,7 +201,7 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The next step copies the source block before any new holder of the block can write.
+            # The next step copies the block; a new holder writes to the block in a later step.
             self._drop(copy.source)
         return copies
 
@@ -232,10 +231,10 @@ class CachingBlockManager(PagedBlockManager):
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
         """Take the last block out of a request's table, because the whole prompt is cached.
 
-        Sampling needs the last token's logits. Computing them writes the KV of the token, but shared
-        blocks must not be written. So the table gets a free block, to which the next step copies
-        the cached block. If no block is free, or if a block has only one token, all tokens of the
-        cached block are computed instead. Returns how many prompt tokens must be computed.
+        Sampling needs the logits of the last token. Computing these logits writes the KV of the
+        last token, but shared blocks must not be written. So the table gets a free block, to which
+        the next step copies the cached block. If no block is free, or if a block has one token, all
+        tokens of the cached block are computed instead. Returns how many tokens to compute.
         """
         table = self._tables[request_id]
         source = table.pop()
@@ -248,7 +247,7 @@ class CachingBlockManager(PagedBlockManager):
         return self.block_size
 
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
-        """Return the cached blocks that hold the leading tokens of `token_ids`, in order."""
+        """Return the cached blocks that hold the longest cached prefix of `token_ids`."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
         for i in range(len(token_ids) // self.block_size):
@@ -276,7 +275,7 @@ class CachingBlockManager(PagedBlockManager):
     def _announce(self, request_id: int, request: _Request) -> None:
         """Record in `_pending` the block that a request computes next, if all its tokens are known.
 
-        One block is enough: a request that waited for this block calls `pending` again afterwards.
+        One recorded block is enough: a request that waited for it calls `pending` again.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -305,7 +304,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Drop the cache entry of a block that left the index; free it if no request holds it."""
+        """Remove a block from the cache after `unlink`. Free the block if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)

@@ -76,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The request's block table in the first group. `groups[i].table` is for group i."""
+        """The request's block table in the first group. `groups` has all managers."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:

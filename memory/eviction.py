@@ -10,8 +10,8 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Position at which a token's attention takes about as many FLOPs as its products with weights:
-# 4 * layers * heads * head_dim * position = 2 * parameters. For Qwen3-0.6B it is some 4,000.
+# Position at which attention takes about as many FLOPs per token as the products with weights:
+# 4 * layers * heads * head_dim * position = 2 * parameters. In Qwen3-0.6B it is some 4,000.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
@@ -35,8 +35,9 @@ class EvictionPolicy(ABC):
     """Keeps the idle blocks, and chooses which idle block is evicted.
 
     An idle block is a cached block that no request holds. A block's parent is the preceding block
-    of its prefix. A block cannot be found after its parent was evicted, so it should be evicted
-    first. A request releases its last block first, so evicting in the order of release is right.
+    of its prefix. A block cannot be found after its parent was evicted, so a block should be
+    evicted before its parent. A request releases its last block first, so a policy that evicts
+    blocks in the order of their release evicts each block before its parent.
     """
 
     name: ClassVar[str]
@@ -121,9 +122,9 @@ class CostPolicy(LowestFirst):
     """Evicts the block with the lowest value, computed from recomputation cost, hits and age.
 
     The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A
-    block's value is its cost times (1 + hits), plus the value of the block that was evicted last.
-    Values of evicted blocks rise with time, so blocks released later get higher values. The cost
-    rises with the number of preceding blocks, because later positions attend to more tokens.
+    block's value is its recomputation cost times (1 + hits), plus the value of the block evicted
+    last. Values of evicted blocks rise with time, so blocks released later get higher values. The
+    cost rises with the number of preceding blocks: later positions attend to more tokens.
     """
 
     name = "cost"

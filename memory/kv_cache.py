@@ -23,7 +23,7 @@ class KVLayer:
         k, v: keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
         flat: keys and values in one view, [num_blocks * block_size, 2 * num_kv_heads, head_dim].
             The K heads of a position come before its V heads.
-        keys, values: heads first, each [1, num_kv_heads, num_blocks * block_size, head_dim].
+        keys, values: K and V by head, each [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
@@ -61,7 +61,7 @@ class KVCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target` in all layers, on the current CUDA stream."""
-        # A single index gives a view. A list of indices would first make a temporary tensor.
+        # Indexing by a single block gives a view. Indexing by a list makes a temporary tensor.
         self.data[:, target] = self.data[:, source]
 
     def layers(self) -> list[KVLayer]:
@@ -70,13 +70,13 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros: with NaN in uninitialised memory a masked position would give 0 * NaN = NaN.
+    """Return zeros. Uninitialised memory may hold NaN: a masked position would add 0 * NaN = NaN.
 
     On Linux a CPU tensor is put in huge pages: 32 requests of mixed lengths ran 1.06 to 1.085 times
     as fast as without huge pages.
     """
     if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        # If this fails, `torch.zeros` below makes the tensor, or raises an error without memory.
+        # If huge pages are not available, `torch.zeros` below makes the tensor.
         with suppress(OSError, OverflowError):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             area = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)

@@ -1,4 +1,4 @@
-"""Measures the CUDA memory that steps take, and finds how many KV blocks fit into the rest."""
+"""Measures the CUDA memory of weights and steps, and finds how many KV blocks fit beside them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Usage:
     total: int  # memory of the device
     free_before: int  # free memory before this engine allocated any memory
     weights: int  # memory that weights and the tables of requests take
-    peak: int  # further memory that steps take at most; torch's allocator keeps it for reuse
+    peak: int  # peak of the further memory that steps take; torch's allocator keeps it
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free device memory in bytes; 0 for a CPU, where the cache size ignores it."""
+    """Return the free device memory in bytes, or 0 if the device is a CPU."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -54,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def release_device(device: torch.device) -> None:
-    """Give the device memory that torch keeps for reuse, and that is not in use, to the driver."""
+    """Give the unused memory that torch's allocator keeps for reuse back to the CUDA driver."""
     if device.type == "cuda":
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
@@ -82,7 +82,7 @@ def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeom
     """Return `geometry` with the number of blocks that fit beside weights and activations.
 
     The engine takes at most the share `utilization` of the device's memory, and at most
-    `usage.free_before` bytes. If no block fits, an OutOfMemoryError lists what takes the memory.
+    `usage.free_before` bytes. If no block fits, an OutOfMemoryError says how much each part takes.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES

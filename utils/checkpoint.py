@@ -23,7 +23,7 @@ class Checkpoint:
     eos_token_ids: frozenset[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle `hf_config` as a dictionary. `_from_fields` makes a PreTrainedConfig of it."""
+        """Pickle `hf_config` as a dictionary. `_from_fields` makes a PreTrainedConfig from it."""
         return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
 
     @property
@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # The base class is enough. Importing a model's own configuration class would take 1.4 s.
+    # PreTrainedConfig is enough. Importing the model's own configuration class would take 1.4 s.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
@@ -89,7 +89,7 @@ def _from_hub(model: str) -> Path:
 
 
 def generation_config(path: Path) -> dict[str, Any]:
-    """Return generation_config.json as a dict, {} without one. A bad file is a CheckpointError."""
+    """Return generation_config.json, {} if it is missing. CheckpointError: the file is unusable."""
     file = path / "generation_config.json"
     try:
         return {**json.loads(file.read_text())} if file.is_file() else {}

@@ -30,7 +30,7 @@ class AllmosError(Exception):
 
 
 class FieldError(AllmosError):
-    """An option or argument `field` has a wrong `value`. `problem` says why, `fix` what to do."""
+    """The option or argument `field` has a wrong `value`. `problem` and `fix` explain the error."""
 
     def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
         super().__init__(field, value, problem, fix)
@@ -76,7 +76,7 @@ class WorkerDiedError(AllmosError): ...
 
 
 class PlanError(ContractError, StepError):
-    """A plan misuses a KV block, or has none for a KV position. If it has none, `block` is -1."""
+    """A plan misuses a KV block, or a KV position has no block (then `block` is -1)."""
 
     def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
         super().__init__(step_id, request_id, block, problem)

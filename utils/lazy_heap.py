@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class LazyHeap(Generic[T]):
-    """A heap with the smallest key first. Of items with equal keys the item pushed first is first.
+    """A heap with the smallest key first. Items with equal keys come in the order of `push`.
 
     An item is in the heap at most once. After an item is removed, its entry in the list `heap`
     stays there as a stale entry. A stale entry is deleted when it comes to the top, or when more
@@ -50,7 +50,7 @@ class LazyHeap(Generic[T]):
         return None
 
     def pop(self) -> tuple[Any, T]:
-        """Remove the item with the smallest key, and return key and item. The heap has an item."""
+        """Remove the item with the smallest key. Returns (key, item). Fails on an empty heap."""
         self.first()
         key, _, item = heapq.heappop(self.heap)
         del self._numbers[item]

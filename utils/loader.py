@@ -15,10 +15,10 @@ from torch import Tensor
 
 from utils.errors import WeightsError
 
-# Tensors whose names end with this are skipped: inverse rotary frequencies of old checkpoints.
+# Tensors with this suffix are skipped: inverse rotary frequencies of old checkpoints.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
-# Tensors of other dtypes are refused: quantised checkpoints have them, and are not supported.
+# Other dtypes are refused: they belong to quantised checkpoints, which are not supported.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -26,7 +26,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 class WeightTarget:
     """The destination of one tensor of a checkpoint, and the slice that this rank loads."""
 
-    target: Tensor  # view of a parameter, to which this rank's slice is copied (and broadcast)
+    target: Tensor  # view of a parameter, to which this rank's slice is broadcast and copied
     shape: tuple[int, ...]  # full shape of the checkpoint's tensor
     dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
     start: int = 0  # first index, along `dim`, of this rank's slice
@@ -40,7 +40,7 @@ def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -
 
     Args:
         slots: the target of each tensor, by the tensor's name in the checkpoint.
-        tied: whether the output head is the embedding. If so, a head in the files must equal it.
+        tied: the head is the embedding's weight. A head in the files must then equal this weight.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -26,7 +26,7 @@ class PartKind:
 
     @property
     def base(self) -> type:
-        """The base class of all parts of this kind, imported as `contract` says."""
+        """The base class of all parts of this kind, imported from the path `contract`."""
         return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
@@ -65,7 +65,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """Return the part's class or factory. ConfigError: it is unknown or not a `base` class."""
+        """Return the class or factory for `spec`. ConfigError: unknown, or no subclass of `base`."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):

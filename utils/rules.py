@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A check of a value, and texts for the error. If `fix` is a function, it gets the value."""
+    """A check of a value, and texts for the error. `fix` may be a function of the wrong value."""
 
     allows: Callable[[Any], bool]
     problem: str

@@ -23,7 +23,7 @@ _REPLACEMENT = "\ufffd"
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """Return the folder's tokenizer, or None without one. A bad tokenizer is a CheckpointError."""
+    """Return the tokenizer, or None if the folder has none. CheckpointError: it is unusable."""
     # Imported here, because the import takes seconds, and the ranks' processes do not need it.
     from transformers import AutoTokenizer
 
@@ -93,7 +93,7 @@ def decoder(tokenizer: Any | None) -> Decode:
 class TextReader:
     """Decodes a growing output to text, and finds the first stop string in the text.
 
-    A character that spans several tokens is added to `text` after its last token. Invalid bytes are
+    A character that spans several tokens is added to `text` with its last token. Invalid bytes are
     added as U+FFFD, when the next valid character is added or the output ends. Stop strings that
     are complete within the first `min_tokens` tokens are ignored.
     """
@@ -104,13 +104,13 @@ class TextReader:
         self.num_tokens = 0  # number of tokens read; tokens after a stop string are never read
         self.stopped = False  # whether a stop string was found
         # A token's text may depend on the preceding token, so the tokens from index `_start` on are
-        # decoded together. `text` has the first `_shown` characters of their text. `_border` tokens
-        # end with a whole character, and `_start` is the value that `_border` had before.
+        # decoded together. `text` has the first `_shown` characters of the decoded text. The first
+        # `_border` tokens end with a whole character. `_start` is the previous value of `_border`.
         self._start = self._border = self._shown = 0
 
     @property
     def settled(self) -> int:
-        """Number of leading characters of `text` that cannot be part of a later stop string."""
+        """Number of leading characters of `text` that cannot become part of a stop string."""
         longest = 0 if self.stopped else max(map(len, self._stop), default=1) - 1
         for size in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-size:]) for stop in self._stop):
@@ -144,7 +144,7 @@ class TextReader:
         self.text += new
         if not self._stop or self.num_tokens <= self._min_tokens:
             return
-        # Find the leftmost stop string that ends inside `new`. Earlier text has been searched.
+        # Find the leftmost stop string that ends inside `new`: earlier calls searched older text.
         starts = (self.text.find(s, max(0, before + 1 - len(s))) for s in self._stop)
         first = min((at for at in starts if at >= 0), default=None)
         if first is not None:

@@ -29,7 +29,7 @@ _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """Hashes of integers in place of a model. The hashes are the same in every process.
+    """Computes hashes of integers in place of a model. The hashes are the same in every process.
 
     The cache holds one integer, the entry, for each position. The argument `read` is the sum of the
     entries that a position attends to, added up over the attention windows of all cache groups.
@@ -149,7 +149,7 @@ class FakeRunner(SimulatedRunner):
         """Write the entry of the request's last token, and return the token sampled after it."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # `read` includes the entry just written, so a block that is in the table twice changes it.
+        # `read` includes the entry just written, so a block that is twice in the table matters.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
@@ -169,7 +169,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """Return the sum of the entries before `end` that `position` reads, over all groups."""
+        """Return the sum of the entries before `end` that `position` reads, in all cache groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

@@ -24,11 +24,11 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Wraps an unused block manager, and records each block's requests and written positions."""
+    """Wraps an unused block manager. Records a block's requests and written positions."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
-        # Blocks to fill with NaN before the next step. No block is written yet, so all are dead.
+        # Blocks to fill with NaN before the next step. At the start these are all blocks.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
         # By block: ids of the requests that hold the block.
@@ -67,7 +67,7 @@ class SanitizedBlocks:
         before = list(self._inner.table(request_id))
         self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # The wrapped manager replaces a table entry if its block has left the attention window.
+        # The wrapped manager replaces a table entry if the entry's block has left the window.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -113,7 +113,7 @@ class KVSanitizer(PlanChecker):
     """A plan checker that also checks plans against the records of `SanitizedBlocks`."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()  # one per cache group, from `SanitizedRunner.watch`
+    managers: tuple[SanitizedBlocks, ...] = ()  # one for each cache group, set by `watch`
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
@@ -150,7 +150,7 @@ class KVSanitizer(PlanChecker):
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
         """Check a plan's row in one cache group, and record the row's positions as written."""
         size, request_id, end = self.block_size, row.state.new.request_id, row.end
-        # The row starts at `row.start` or later, so the row reads no table entry before this one.
+        # The row starts at `row.start` or later, so it reads no entry before `first_place`.
         first_place = self.groups[group].kind.first_read(row.start) // size
         table = row.state.tables[group][: -(-end // size)]
         for place in range(first_place, len(table)):
@@ -195,7 +195,7 @@ class SanitizedRunner(ModelRunner):
         self._inner.wait_until(moment)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Check and execute a plan. Raises a ContractError (for blocks a KVSanitizerError)."""
+        """Check and execute a plan. Raises a ContractError if the plan breaks a rule."""
         self._checker.check(plan)
         dead = tuple(blocks.take_dead() for blocks in self._checker.managers)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))

@@ -90,7 +90,7 @@ class PlanChecker:
         """Forget all requests and steps: after an exception the engine starts again at step 0."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # unchecked: an earlier step has no result yet
+        self._results: dict[int, StepResult] = {}  # wait for results of earlier steps
         self._slots: dict[int, SlotState] = {}
         self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
@@ -98,7 +98,7 @@ class PlanChecker:
     def check(self, plan: StepPlan) -> list[Row]:
         """Check a plan, record the changes that the plan makes, and return the plan's rows.
 
-        Raises a PlanError if the plan misuses a block, or a ContractError if it breaks other rules.
+        Raises a PlanError if the plan misuses a block, a ContractError if it breaks another rule.
         """
         self._check_shape(plan)
         for new in plan.new_requests:
@@ -115,7 +115,7 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result once all earlier steps have results. A wrong one is a ContractError."""
+        """Check a result after all earlier results. A wrong result raises a ContractError."""
         if self._next_step_id == 0:
             return  # a step has failed, and `reset` has deleted the records of all steps
         step_id = result.step_id
@@ -134,7 +134,7 @@ class PlanChecker:
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Record that `row` has kept `num_kept` tokens: later rows have fewer possible starts."""
+        """Record that `row` has kept `num_kept` tokens. Update where later rows may start."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
@@ -194,7 +194,7 @@ class PlanChecker:
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        # `old` is the slot's previous request. `before` is the new request before its preemption.
+        # `old` is the slot's previous request. `before` is the state of `new` before a preemption.
         old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
         require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
@@ -267,7 +267,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that the row has all blocks, and that no row in flight uses its new blocks."""
+        """Check that the row has all its blocks, and that no row in flight uses its new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
