@@ -136,7 +136,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """Return the values of the checkpoint's generation_config.json, changed by `overrides`."""
+        """Return parameters from the checkpoint's generation_config.json and `overrides`."""
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
@@ -144,7 +144,7 @@ class LLM:
         return self.engine.stats
 
     def cache_stats(self) -> CacheStats:
-        """Return the counts of tokens looked up and found, and of blocks evicted and cached."""
+        """Return prefix cache counts: tokens looked up and found, blocks evicted and cached."""
         return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:

@@ -166,7 +166,7 @@ class SamplingParams:
     def of_output(self, index: int) -> SamplingParams:
         """Return the parameters, with n=1, of the request that computes output number `index`."""
         seed = self.seed if self.seed is None else (self.seed + index * SEED_STRIDE) % 2**63
-        # Log-probabilities of the prompt are equal for all outputs, so only output 0 returns them.
+        # Log-probabilities of the prompt are equal for all outputs, so only output 0 computes them.
         scores = None if index else self.prompt_logprobs
         return replace(self, n=1, seed=seed, prompt_logprobs=scores)
 

@@ -162,7 +162,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # Hits are counted here: `begin` may run several times for a request that must wait.
+            # `begin` counts no hits, because `begin` runs again if a request must wait for blocks.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -201,7 +201,7 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The next step copies the block; a new holder writes to the block in a later step.
+            # The next step copies the source. A new holder writes to the source in a later step.
             self._drop(copy.source)
         return copies
 
@@ -304,7 +304,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Remove a block from the cache after `unlink`. Free the block if no request holds it."""
+        """Uncache a block that is not in the index any more. Free it if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)

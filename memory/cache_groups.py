@@ -26,7 +26,7 @@ class WindowBlockManager(PagedBlockManager):
         return super().begin(request_id, token_ids, cache_salt)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Free the blocks that lie outside the attention window of position `num_computed`."""
+        """Free the blocks outside the attention windows of positions from `num_computed` on."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
         first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):

@@ -11,7 +11,7 @@ from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
 # Position at which attention takes about as many FLOPs per token as the products with weights:
-# 4 * layers * heads * head_dim * position = 2 * parameters. In Qwen3-0.6B it is some 4,000.
+# 4 * layers * heads * head_dim * position = 2 * parameters. Qwen3-0.6B: some 4,000 tokens.
 _ATTENTION_PARITY_TOKENS = 4096
 
 

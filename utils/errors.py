@@ -30,7 +30,7 @@ class AllmosError(Exception):
 
 
 class FieldError(AllmosError):
-    """The option or argument `field` has a wrong `value`. `problem` and `fix` explain the error."""
+    """The option or argument `field` has a wrong `value`. `problem` says why, `fix` a remedy."""
 
     def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
         super().__init__(field, value, problem, fix)

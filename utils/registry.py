@@ -65,7 +65,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """Return the class or factory for `spec`. ConfigError: unknown, or no subclass of `base`."""
+        """Return the class or factory for `spec`. Raises a ConfigError if none fits."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):

@@ -149,7 +149,7 @@ class FakeRunner(SimulatedRunner):
         """Write the entry of the request's last token, and return the token sampled after it."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # `read` includes the entry just written, so a block that is twice in the table matters.
+        # `read` includes the entry just written, so a block used twice in the table is noticed.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)

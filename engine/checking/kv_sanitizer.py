@@ -24,7 +24,7 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Wraps an unused block manager. Records a block's requests and written positions."""
+    """Wraps an unused block manager. Records the requests and written positions of each block."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
@@ -195,7 +195,7 @@ class SanitizedRunner(ModelRunner):
         self._inner.wait_until(moment)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Check and execute a plan. Raises a ContractError if the plan breaks a rule."""
+        """Check and execute a plan. Misused blocks raise a KVSanitizerError."""
         self._checker.check(plan)
         dead = tuple(blocks.take_dead() for blocks in self._checker.managers)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))

@@ -90,7 +90,7 @@ class PlanChecker:
         """Forget all requests and steps: after an exception the engine starts again at step 0."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # wait for results of earlier steps
+        self._results: dict[int, StepResult] = {}  # unchecked: earlier results are missing
         self._slots: dict[int, SlotState] = {}
         self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
@@ -134,7 +134,7 @@ class PlanChecker:
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Record that `row` has kept `num_kept` tokens. Update where later rows may start."""
+        """Record that `row` has kept `num_kept` tokens, and update the starts of later rows."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
