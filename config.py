@@ -1,4 +1,4 @@
-"""All options of the engine (`Config`), and named presets of several options."""
+"""All options of the engine (`Config`), and presets, each of which sets several options."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rule
 # import path "package.module:Class", a class or a factory.
 PartSpec = str | type | Callable[..., Any]
 
-# docs/presets.md gives the reasons for each preset and its measurements.
 PRESETS: dict[str, dict[str, Any]] = {
-    # A step computes at most 2,048 tokens, so a long prompt delays the running requests less.
+    # With at most 2,048 tokens in a step, a long prompt delays the running requests less.
     "low_latency": {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
     "throughput": {
         "gpu_memory_utilization": 0.95,
         "max_num_batched_tokens": 32768,
         "max_num_seqs": 1024,
     },
-    # On average half of each request's last block is unused. Small blocks waste less memory.
+    # Smaller blocks waste less memory: on average half of each request's last block is unused.
     "small_memory": {
         "gpu_memory_utilization": 0.7,
         "max_num_batched_tokens": 4096,
@@ -41,43 +40,45 @@ _PART = Rule(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of one engine; immutable. `LLM.config` has values in place of None and "auto".
+    """Options of one engine; immutable. In `LLM.config` actual values replace None and "auto".
 
     Attributes:
         model: checkpoint folder, or the name of a model on the Hugging Face hub.
-        dtype: dtype of weights, activations and KV cache. "auto": the checkpoint's dtype on CUDA,
-            float32 on a CPU.
+        dtype: dtype of weights, activations and KV cache. "auto" means the checkpoint's dtype on
+            CUDA, and float32 on a CPU.
         device: "auto" takes CUDA if there is a usable CUDA device, and the CPU otherwise.
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
         max_num_seqs: maximum number of requests that run at once.
-        max_num_batched_tokens: maximum number of positions in a step, with drafts; >= max_num_seqs.
-        gpu_memory_utilization: share of the device's memory that the engine uses (CUDA only).
+        max_num_batched_tokens: maximum number of tokens in a step, with drafts; >= max_num_seqs.
+        gpu_memory_utilization: share of a CUDA device's memory that the engine may take.
         kvcache_block_size: tokens per KV block, a multiple of 16.
         num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
-            blocks or in bytes. By default the cache takes what weights and steps leave of
-            gpu_memory_utilization; on a CPU room for max_num_seqs full contexts, at most 1 GiB.
+            blocks or in bytes. On CUDA the default is the part of gpu_memory_utilization that
+            weights and steps do not need. On a CPU the default is the size for max_num_seqs
+            requests of max_model_len tokens, but at most 1 GiB.
         enable_cuda_graphs: run decodes and short prefills as CUDA graphs. None: wherever possible.
         enforce_eager: never capture CUDA graphs.
         enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
             if the block manager can cache prefixes.
         eviction_policy: which cached block is evicted first. "lru": the least recently used block.
-            "lfu": the block that the fewest requests found. "cost": the cheapest to recompute.
-        tensor_parallel_size: devices that share one model, 1 to 8. Each device has its own process.
+            "lfu": the block that the fewest requests found. "cost": the block with the lowest value
+            computed from recomputation cost, hits and age.
+        tensor_parallel_size: number of devices that share one model, with a process for each.
         attention_backend: "auto" takes the fastest backend that works on the device.
         num_speculative_tokens: maximum number of tokens that are drafted for a request in a step. A
-            draft is kept only if sampling gives the same token, so the output does not change. Only
-            the runners "fake" and "simulated" draft. "local" refuses a value above 0.
-        pipeline_depth: with 0 a step is planned after the previous step has ended, with 1 while the
-            previous step runs. None means 1 on CUDA and 0 on a CPU. Both values give equal tokens.
+            draft is kept only if sampling gives the same token, so drafts never change the output.
+            Only the model runners "fake" and "simulated" draft. "local" refuses a value above 0.
+        pipeline_depth: with 0 the engine plans a step after the previous step has ended, and with 1
+            while the previous step runs. None means 1 on CUDA, 0 on a CPU. Both give equal tokens.
         seed: number from which the engine derives the seeds of requests without a seed.
         kv_sanitizer: check every use of KV blocks, and fill freed blocks with NaN. Slow.
         scheduler: "continuous" or "static".
-        model_runner: "local" runs the model. "fake" and "simulated" need no device.
-        block_manager: "auto" is "prefix", or "paged" with enable_prefix_caching=False.
-        queue_policy, admission_policy, preemption_policy, step_policy: which request runs next, how
-            many requests run at once, which request gives up its blocks when blocks run out, and
-            what a step computes first (docs/scheduling.md).
+        model_runner: "local" runs the model. "fake" and "simulated" run no model and need no GPU.
+        block_manager: "auto" means "prefix", or "paged" if enable_prefix_caching is False.
+        queue_policy, admission_policy, preemption_policy, step_policy: they decide, in this order,
+            which request runs next, how many requests run at once, which request gives up its
+            blocks when blocks run out, and what a step computes first (docs/scheduling.md).
 
     Raises a ConfigError if an option is out of range or contradicts another option.
     """
@@ -112,7 +113,7 @@ class Config:
 
     @staticmethod
     def from_options(model: str | Path, preset: str | None = None, **options: Any) -> Config:
-        """Make a Config from `options`, which override `preset`.
+        """Return a Config with the values of `preset` and of `options`. `options` take precedence.
 
         An unknown option or preset raises a ConfigError that suggests a known name.
         """
@@ -146,5 +147,5 @@ class Config:
 
 
 _RULES = rules_of(Config)
-# Pairs of options of which at most one may be set, to True or to a number.
+# Pairs of options. Setting both options of a pair, to True or to numbers, is an error.
 _EITHER = (("enforce_eager", "enable_cuda_graphs"), ("num_kvcache_blocks", "kvcache_memory_bytes"))

@@ -34,22 +34,21 @@ class LLM:
             for out in llm.generate(["def add(a, b):"], SamplingParams(temperature=0)):
                 print(out["text"])
 
-    Options are the fields of `Config`, and `preset`, which sets several at once (docs/presets.md).
+    `options` are the fields of `Config`, and `preset`, the name of a preset (docs/presets.md).
 
     Attributes:
         engine: the `LLMEngine` that runs requests (`Sequence`) in steps (`StepPlan`).
         tokenizer: the checkpoint's tokenizer, loaded by transformers; None if there is none.
-        decode: function from token ids to text without special tokens; "" without a tokenizer.
+        decode: function that decodes token ids to text without special tokens.
 
-    Raises:
-        ConfigError, CheckpointError, OutOfMemoryError: `utils.errors` explains these errors.
+    Raises a ConfigError, a CheckpointError or an OutOfMemoryError if the model cannot be loaded.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # Prompts with unfinished requests, by request id. Prompts of `stream` are not included.
+        # The prompt of each unfinished request, by request id. Prompts of `stream` are left out.
         self._unfinished: dict[int, PromptRequests] = {}
-        # Prompts of `add_request` that have ended and that `step` has not returned yet.
+        # Prompts from `add_request` that have ended, but whose outputs `step` has not returned yet.
         self._ended: list[PromptRequests] = []
         try:
             self.tokenizer: Any | None = load_tokenizer(self.engine.checkpoint.path)
@@ -60,7 +59,7 @@ class LLM:
 
     @property
     def config(self) -> Config:
-        """The options, with actual values in place of None and "auto"."""
+        """The engine's options, with actual values in place of None and "auto"."""
         return self.engine.config
 
     def generate(
@@ -70,16 +69,16 @@ class LLM:
 
         Args:
             prompts: a list of texts or lists of token ids, or a single prompt.
-            sampling_params: for all prompts, or a list with an entry per prompt; None: defaults.
+            sampling_params: for all prompts, or a list with one entry per prompt. None: defaults.
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
-            One dictionary per prompt, in order, with `text`, `token_ids`, `finish_reason`, `error`,
-            `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`, and with n > 1 `outputs`.
-            The page docs/options.md explains the entries.
+            One dictionary per prompt, in the order of the prompts, with `text`, `token_ids`,
+            `finish_reason`, `error`, `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`,
+            and with n > 1 `outputs`. The page docs/options.md explains the entries.
 
         Raises:
-            RequestError: a prompt or its parameters cannot be served. No prompt is started then.
+            RequestError: a prompt or its parameters are refused. Then no prompt is started.
             StepError: a step failed.
             EngineClosedError: `close` was called before.
         """
@@ -91,7 +90,6 @@ class LLM:
                 while len(outputs) < len(groups):
                     plan = self._advance()
                     progress.update(plan, self.engine.num_new_tokens, len(ended))
-                    # With pipeline_depth=1 the device runs a step while `make_output` decodes.
                     outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
                     ended.clear()
             self.engine.finish_steps()
@@ -109,14 +107,14 @@ class LLM:
         """Generate like `generate`, but return the outputs in parts while they grow.
 
         Returns:
-            An iterator of dictionaries with the prompt's `index`, the output's index `sample` among
-            the prompt's `n` outputs, new `text`, new `token_ids` and `finish_reason`. The
+            An iterator of dictionaries. Each has the prompt's `index`, the output's index `sample`
+            among the prompt's `n` outputs, new `text`, new `token_ids` and `finish_reason`. The
             `finish_reason` is None except in an output's last dictionary, which also has `error`. A
-            `text` has whole characters only. The texts of an output add up to the text that
-            `generate` returns. Closing or dropping the iterator aborts the unfinished requests.
+            `text` ends with a whole character. The texts of an output, put together, are the text
+            that `generate` returns. Closing or dropping the iterator aborts unfinished requests.
         """
         stream = self._increments(self._add(prompts, sampling_params))
-        # Start the generator: closing an unstarted one would skip its `finally`, which aborts.
+        # Start the generator: only a started generator runs its `finally`, which aborts requests.
         next(stream)
         return stream
 
@@ -138,47 +136,47 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """The result of `SamplingParams.from_generation_config` for this checkpoint."""
+        """Return parameters from the checkpoint's generation_config.json and `overrides`."""
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
-        """Totals since the engine started."""
+        """Return totals since the engine started, for example the number of steps."""
         return self.engine.stats
 
     def cache_stats(self) -> CacheStats:
-        """Counters of the prefix cache: tokens looked up and found, blocks evicted and cached."""
+        """Return prefix cache counts: tokens looked up and found, blocks evicted and cached."""
         return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. The blocks of running requests will not be cached either."""
+        """Forget all cached prefixes. Running requests add no more blocks to the prefix cache."""
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a request and return its id, which `abort` takes and outputs of `step` contain.
 
-        Calls of `step` and of `generate` run the request. Raises the errors of `generate`.
+        Later calls of `step` or `generate` run the request. Raises the errors of `generate`.
         """
-        # Only texts and lists are wrapped: a wrong `prompt=5` would become [5], a valid prompt.
+        # Only texts and lists are put in a list: a wrong `prompt=5` would become the valid [5].
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
         (group,) = self._add(prompts, sampling_params, self._ended)
         return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
-        """Run one step of all requests, and return the outputs of requests that have ended.
+        """Run one step. Returns the outputs of requests from `add_request` that have ended.
 
-        Only requests from `add_request` are returned, as dictionaries like those of `generate` with
-        `request_id` added. If a StepError ended requests, the next `step` returns their outputs.
+        Each output is a dictionary like those of `generate`, with `request_id` added. If `step`
+        raises a StepError, all requests have ended, and the next `step` returns their outputs.
         """
         self._advance()
         ended, self._ended[:] = [group.seqs for group in self._ended], []
         return [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
 
     def now(self) -> float:
-        """Seconds on the clock that times requests; a simulated runner's clock is virtual."""
+        """Return the runner's time in seconds. A simulated runner has a virtual clock."""
         return self.engine.runner.now()
 
     def wait_until(self, moment: float) -> None:
-        """Return when `now()` is `moment` or later; a simulated runner sets its clock forward."""
+        """Wait until `now()` is `moment` or later. A simulated runner sets its clock forward."""
         self.engine.runner.wait_until(moment)
 
     @property
@@ -189,8 +187,8 @@ class LLM:
     def abort(self, request_id: int) -> None:
         """End a request at the next step, with finish_reason "abort" and the tokens so far.
 
-        All `n` outputs of the prompt end. May be called at any time and from any thread. An id is
-        ignored if the request has ended or does not exist.
+        All `n` outputs of the prompt end. Any thread may call `abort` at any time. The id of a
+        request that has ended or does not exist is ignored.
         """
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
@@ -209,10 +207,10 @@ class LLM:
     def _add(
         self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
     ) -> list[PromptRequests]:
-        """Queue `n` requests for each prompt; if a request is refused, none stays queued.
+        """Queue `n` requests for each prompt. If one request is refused, all are removed again.
 
-        When all requests of a prompt have ended, the prompt is appended to the list `ended`. For a
-        stream `ended` is None, and every request gets a `TextReader`.
+        When all requests of a prompt have ended, the prompt is appended to the list `ended`. For
+        `stream` the argument `ended` is None, and every request gets a `TextReader`.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
@@ -223,7 +221,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # Without a tokenizer there is no reader: the engine refuses stop strings.
+                    # Without a tokenizer the engine refuses stop strings: no reader is needed.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one
@@ -253,19 +251,19 @@ class LLM:
             self.engine.drop([seq for seq, _ in seqs])
 
     def _advance(self) -> StepPlan | None:
-        """Run one step, and call `_collect_ended` for the requests that have ended."""
+        """Run one step, call `_collect_ended` for ended requests, and return the step's plan."""
         ids = None
         try:
             plan, finished = self.engine.step()
-            # No plan: the engine had nothing to run. If prompts are left in `_unfinished`, a reset
-            # of the engine has ended them. `_collect_ended(None)` checks all prompts.
+            # If there is no plan, the engine had nothing to run. A reset of the engine may
+            # have ended prompts in `_unfinished`, so `_collect_ended(None)` checks all prompts.
             ids = [seq.request_id for seq in finished] if plan else None
         finally:
             self._collect_ended(ids)
         return plan
 
     def _collect_ended(self, request_ids: list[int] | None = None) -> None:
-        """Append prompts that have ended to their `ended` lists. None checks all prompts."""
+        """Append each ended prompt to its list `ended`. `request_ids=None` checks all prompts."""
         for request_id in list(self._unfinished) if request_ids is None else request_ids:
             group = self._unfinished.get(request_id)
             if group and all(seq.finish_reason is not None for seq in group.seqs):
@@ -275,7 +273,7 @@ class LLM:
 
 
 class Progress:
-    """The progress bar of a `generate` call: prompts that ended, and prefill and decode rates.
+    """The progress bar of `generate`: number of ended prompts, and prefill and decode rates.
 
     The time of a step counts as prefill if the step computed prompt tokens, else as decode.
     """
@@ -285,12 +283,12 @@ class Progress:
             total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True
         )
         self.close = self._bar.close
-        # For each kind of step: tokens and seconds so far.
+        # By kind of step: number of tokens and seconds so far.
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
-        """Count an ended step that sampled `num_tokens` tokens and ended `num_finished` prompts."""
+        """Count a step that sampled `num_tokens` tokens and ended `num_finished` prompts."""
         if self._bar.disable:
             return
         now = time.perf_counter()

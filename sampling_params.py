@@ -21,8 +21,8 @@ from utils.rules import (
     share,
 )
 
-# Difference, modulo 2^63, between the seeds of successive outputs or requests. The difference is
-# 2^64 / golden ratio. Because it is odd, 2^63 successive seeds are all different.
+# Difference, modulo 2^63, between the seeds of successive outputs or requests: 2^64 / golden ratio.
+# Because the difference is odd, 2^63 successive seeds are all different.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
 # A function (token ids of prompt and output, logits [vocab_size] float32) -> new logits.
@@ -40,7 +40,7 @@ _STOP = Rule(
     'Use e.g. stop="\\n".',
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
-# Salts that the engine makes itself contain \0, so that no user's salt can equal them.
+# Cache salts that the engine makes itself contain \0, so no user's salt equals such a salt.
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
@@ -56,46 +56,46 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 takes the most likely token (greedy). A value above 0 divides the logits.
-        top_p: keep the most likely tokens, just enough for their probabilities to reach this sum.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to this or more.
         top_k: keep this number of most likely tokens; 0 or -1 keeps all tokens.
-        min_p: keep tokens whose probability is at least `min_p` times that of the likeliest token.
+        min_p: keep tokens whose probability is at least `min_p` times the highest probability.
         repetition_penalty: for tokens that are in the prompt or output, positive logits are divided
-            by this value and negative logits are multiplied by it.
+            by this value and negative logits are multiplied by this value.
         presence_penalty: subtracted from the logit of every token that is in the output.
-        frequency_penalty: subtracted from a token's logit once for each time it is in the output.
+        frequency_penalty: subtracted from a token's logit for each time the token is in the output.
         seed: seed of the request's sampling noise. Equal seeds give equal noise at equal positions,
-            whatever else is in the batch. None derives the seed from the engine's `seed` and the
-            order of arrival. If n > 1, each output after the first gets a seed derived from `seed`.
-        max_tokens: maximum number of tokens to generate. None generates up to the engine's
-            `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
+            whatever else is in the batch. With None the engine derives the seed from its own `seed`
+            and the order of arrival. If n > 1, later outputs get seeds derived from this seed.
+        max_tokens: maximum number of tokens to generate. With None, prompt and output together may
+            reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
         min_tokens: until this number of tokens is generated, tokens that would end the request are
             not sampled, and stop strings are ignored.
-        stop: a text, or several, at which the output ends. The output's text ends before the stop
-            string. The output's tokens include the token that completed the stop string.
+        stop: one or several texts (stop strings). The output ends at the first stop string. Its
+            text ends before the stop string; its tokens include the token that completed it.
         stop_token_ids: tokens that end the output as an end-of-sequence token does.
-        ignore_eos: go on after an end-of-sequence token.
-        logprobs: return log-probabilities of each generated token and of this number of most likely
-            tokens, from the model's logits before penalties, temperature and filters.
+        ignore_eos: do not end the output at an end-of-sequence token.
+        logprobs: for each generated token, return the log-probability of this token and of this
+            number of most likely tokens, from the logits before penalties, temperature and filters.
         prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. The request
-            uses no cached blocks of other requests. A step holds the logits of all its prompt
-            tokens in memory: lower `max_num_batched_tokens` if memory is short.
-        n: number of outputs. The prefix cache lets the outputs share blocks of the prompt.
-        logits_processors: callables `(token_ids, logits) -> logits`, which the engine calls in
-            each step with the tokens so far and one row of float32 logits.
-        priority: policies that use it run higher values first (vLLM: lower), and preempt them last.
+            uses no cached blocks of other requests. If memory is too short for the logits of a
+            step's prompt tokens, lower `max_num_batched_tokens`.
+        n: number of outputs. With prefix caching the outputs can share blocks of the prompt.
+        logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
+            them with the request's tokens so far and the float32 logits of its next token.
+        priority: if policies use it, higher values run first (vLLM: lower) and are preempted last.
         user: name of the user, for policies that share the engine between users.
         cache_salt: requests share cached prefixes only if their salts are equal.
-        predicted_tokens: expected length of the output in tokens, for scheduling policies. It never
-            ends the request. None stands for `max_tokens`.
-        penalizes: derived: whether a penalty changes the logits of tokens that occurred before.
-        filters: derived: whether top_k, top_p or min_p may exclude tokens from sampling.
-        needs_logits: derived: whether filters, penalties, min_tokens, processors or logprobs apply.
+        predicted_tokens: expected length of the output in tokens, for scheduling policies. The
+            output may become longer. None stands for `max_tokens`.
+        penalizes: not an argument: True if a penalty can change logits.
+        filters: not an argument: True if top_k, top_p or min_p may exclude tokens from sampling.
+        needs_logits: not an argument: True if other options than temperature and seed need logits.
 
     Raises a RequestError that names the field if a value is out of range.
     """
 
-    # The sampler adds temperature * noise to the logits in float32, with noise up to 16. So at a
-    # temperature of 1e4 the sum is rounded to about 1e-2. A higher temperature would lose more.
+    # The sampler adds temperature * noise to the logits in float32, where noise is at most 16. At
+    # the maximum temperature of 1e4 the rounding error of the sum is about 1e-2.
     temperature: float = ruled(1.0, number(0, 1e4, "Use 0 for greedy decoding."))
     top_p: float = ruled(1.0, share("Use 1 to keep all."))
     top_k: int = ruled(0, integer(-1, fix="Use 0 to keep all."))
@@ -132,7 +132,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
             raise RequestError("min_tokens", self.min_tokens, problem, fix)
-        # Lists are copied to tuples: the caller may change a list later.
+        # Lists are copied to tuples, because the caller may change a list later.
         put = object.__setattr__
         put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         put(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -147,7 +147,7 @@ class SamplingParams:
 
     @staticmethod
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
-        """Make the parameters that a checkpoint's generation_config.json, if any, asks for.
+        """Return parameters with the values in the folder's generation_config.json, if any.
 
         `overrides` take precedence over the file. An unusable file raises a CheckpointError.
         """
@@ -164,9 +164,9 @@ class SamplingParams:
         return SamplingParams(**{**ours, **overrides})
 
     def of_output(self, index: int) -> SamplingParams:
-        """The parameters of the single request that computes output `index` of the `n` outputs."""
+        """Return the parameters, with n=1, of the request that computes output number `index`."""
         seed = self.seed if self.seed is None else (self.seed + index * SEED_STRIDE) % 2**63
-        # Log-probabilities of the prompt are equal for all outputs: only output 0 computes them.
+        # Log-probabilities of the prompt are equal for all outputs, so only output 0 computes them.
         scores = None if index else self.prompt_logprobs
         return replace(self, n=1, seed=seed, prompt_logprobs=scores)
 

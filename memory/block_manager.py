@@ -1,4 +1,4 @@
-"""Block managers: one that shares no blocks, and two that share the blocks of equal prefixes."""
+"""Three block managers: one shares no blocks, two share blocks of requests with equal prefixes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PagedBlockManager(BlockManager):
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.block_size, self.num_blocks = geometry.block_size, geometry.num_blocks
-        # `_free` is a stack: the block freed last is handed out first. At first block 0 is on top.
+        # `_free` is a stack: the block that was freed last is taken first.
         self._free = list(range(geometry.num_blocks - 1, -1, -1))
         self._references = [0] * geometry.num_blocks
         self._tables: dict[int, list[int]] = {}
@@ -49,14 +49,14 @@ class PagedBlockManager(BlockManager):
         return self._tables[request_id]
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Do nothing: without prefix caching no block is recorded for later requests."""
+        """Do nothing: this manager keeps no blocks for later requests."""
 
     def release(self, request_id: int) -> None:
         for block in reversed(self._tables.pop(request_id)):
             self._drop(block)
 
     def _take(self) -> int:
-        """Take a free block, and set its reference count to 1. The caller has checked for space."""
+        """Return a free block, with reference count 1. The caller ensures that a block is free."""
         block = self._free.pop()
         self._references[block] = 1
         return block
@@ -73,35 +73,36 @@ class PagedBlockManager(BlockManager):
         self._free.append(block)
 
 
-# Key for a block's content: the cached block before it (or the cache salt), and its token ids.
+# Key of a block: its parent (the preceding block, or else the cache salt) and its token ids.
 _Key = tuple[CachedBlock | str, bytes]
 
 
 @dataclass(slots=True)
 class _Request:
-    """What the manager records about a request from `begin` to `release`."""
+    """The manager's record of one request: `begin` makes the record, and `release` deletes it."""
 
-    tokens: list[int]  # the caller's list of token ids, not a copy; the caller appends to it
+    tokens: list[int]  # the caller's list of token ids, not a copy: the caller appends new tokens
     salt: str
-    last: CachedBlock | str  # cached block with the last published tokens; salt if there are none
-    num_published: int  # number of leading blocks whose content other requests can find
-    hits: list[CachedBlock] | None  # cached blocks that `begin` found; None once `grow` succeeded
+    last: CachedBlock | str  # last of the `num_published` blocks; the cache salt if there are none
+    num_published: int  # number of leading blocks whose content is in the prefix cache
+    hits: list[CachedBlock] | None  # cached blocks that `begin` found; None once `grow` succeeds
     num_cached: int  # number of leading tokens that `begin` found in the cache
-    # Published blocks with the same content as blocks that this request computed itself. The
-    # request holds no reference to a twin, so a twin may be evicted while the request runs.
+    # A twin is a cached block with the same content as a block that this request computed itself.
+    # The request holds no reference to a twin, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # key of the request's entry in `_pending`, if it has one
-    publishes: bool = True  # whether `commit` publishes blocks; False after a reset of the cache
+    next_block: _Key | None = None  # key of the block that `_pending` has for this request, or None
+    publishes: bool = True  # whether `commit` adds blocks to the cache; False after a cache reset
 
 
 class CachingBlockManager(PagedBlockManager):
     """Shares full blocks between requests that have equal cache salts and equal leading tokens.
 
-    `commit` publishes blocks: requests find a published block until it is evicted. If requests
-    compute blocks with equal content, only the first block is published. A lookup compares tokens
-    and parent of a block. The parent is the block before it, or for a first block the cache salt.
+    `commit` publishes full blocks: it adds the blocks to the prefix cache, where other requests can
+    find a block until the block is evicted. If several requests compute equal blocks, only the
+    first block is added. Blocks are equal if their tokens and their parents are equal. A block's
+    parent is the preceding block; the parent of a first block is the cache salt.
 
-    Subclasses implement the index of published blocks: `find`, `link` and `unlink`.
+    Subclasses implement the index of the cached blocks: `find`, `link` and `unlink`.
     """
 
     caches_prefixes = True
@@ -112,22 +113,22 @@ class CachingBlockManager(PagedBlockManager):
         self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
-        self._pending: dict[_Key, int] = {}
-        # Block copies for the next plan, by request id. Each copy holds a reference to its source.
+        self._pending: dict[_Key, int] = {}  # id of the request that computes a block, by block key
+        # Block copies for the next step, by request id. A copy holds a reference to its source.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        """Find the block with int32 `tokens` whose parent is `parent`, a block or a cache salt."""
+        """Return the cached block with these int32 `tokens` and this `parent`, or None."""
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        """Add a block to the index. Returns the block that it replaced in the index, if any."""
+        """Add `node` to the index. If `node` replaces a block in the index, returns this block."""
 
     @abstractmethod
     def unlink(self, node: CachedBlock) -> None:
-        """Remove a block from the index. The index may lose the blocks behind it, too."""
+        """Remove `node` from the index. Blocks that follow `node` need not be found afterwards."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -161,7 +162,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # Hits are counted here and not in `begin`, which runs again if a request had to wait.
+            # `begin` counts no hits, because `begin` runs again if a request must wait for blocks.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -176,7 +177,8 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # A twin was evicted (`block` is -1). Blocks behind it are not found: publish all again.
+            # A twin was evicted (its `block` is -1), and blocks after the twin cannot be found.
+            # So all blocks of the request are added to the cache again.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
@@ -199,7 +201,7 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The next step makes the copy; a new holder of the source writes to it in a later step.
+            # The next step copies the source. A new holder writes to the source in a later step.
             self._drop(copy.source)
         return copies
 
@@ -227,11 +229,12 @@ class CachingBlockManager(PagedBlockManager):
             request.publishes, request.next_block = False, None
 
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
-        """Take the last block out of a request's table, when the whole prompt is in the cache.
+        """Take the last block out of a request's table, because the whole prompt is cached.
 
-        The last token must be computed, for its logits. This writes KV, and no shared block may be
-        written. So the table gets a free block, as a copy of the cached block. If no block is free,
-        or if blocks have one token, there is no copy. Returns how many tokens must be computed.
+        Sampling needs the logits of the last token. Computing these logits writes the KV of the
+        last token, but shared blocks must not be written. So the table gets a free block, to which
+        the next step copies the cached block. If no block is free, or if a block has one token, all
+        tokens of the cached block are computed instead. Returns how many tokens to compute.
         """
         table = self._tables[request_id]
         source = table.pop()
@@ -244,7 +247,7 @@ class CachingBlockManager(PagedBlockManager):
         return self.block_size
 
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
-        """The longest run of published blocks that hold the leading tokens of `token_ids`."""
+        """Return the cached blocks that hold the longest cached prefix of `token_ids`."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
         for i in range(len(token_ids) // self.block_size):
@@ -261,7 +264,7 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # `stale` is this block's old index entry, not found because an earlier block is gone.
+            # `stale`, the block's old cache entry, cannot be found: a preceding block was evicted.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
@@ -270,9 +273,9 @@ class CachingBlockManager(PagedBlockManager):
         return node
 
     def _announce(self, request_id: int, request: _Request) -> None:
-        """Enter the block that the request computes next into `_pending`, if its tokens are known.
+        """Record in `_pending` the block that a request computes next, if all its tokens are known.
 
-        A request that waited for the block calls `pending` again, so one block at a time is enough.
+        One recorded block is enough: a request that waited for it calls `pending` again.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -301,7 +304,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Stop caching a block that left the index; free the block if no request holds it."""
+        """Uncache a block that is not in the index any more. Free it if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)
@@ -312,8 +315,7 @@ class CachingBlockManager(PagedBlockManager):
 class PrefixCacheManager(CachingBlockManager):
     """Finds a block by a 128-bit digest of the parent's digest and the block's tokens, as in vLLM.
 
-    If a block has the wanted digest, its parent and its tokens are compared as well. So neither a
-    digest collision nor an evicted parent ever causes a wrong hit.
+    `find` also compares the parent and the tokens, so a digest collision causes no wrong hit.
     """
 
     name = "prefix"
@@ -339,17 +341,17 @@ class PrefixCacheManager(CachingBlockManager):
 
     @staticmethod
     def digest(parent: CachedBlock | str, tokens: bytes) -> bytes:
-        """The digest of the block with `tokens` whose parent is `parent`."""
+        """Return the digest of a block with these tokens and this parent."""
         if isinstance(parent, str):
             return xxhash.xxh128_digest(parent.encode("utf-8", "surrogatepass") + tokens)
         return xxhash.xxh128_digest(parent.digest + tokens)
 
 
 class RadixCacheManager(CachingBlockManager):
-    """Finds blocks in a prefix tree for each cache salt (SGLang, Zheng et al., NeurIPS 2024).
+    """Keeps a prefix tree of blocks for each cache salt (SGLang, Zheng et al., NeurIPS 2024).
 
-    Each edge holds the tokens of one block. Shorter edges would not help, as block tables share
-    whole blocks. Longer edges would have to be split where prompts diverge.
+    Each edge of a tree has the tokens of one block. Edges with fewer tokens would not help, because
+    requests share only whole blocks. Longer edges would have to be split where prompts diverge.
     """
 
     name = "radix"

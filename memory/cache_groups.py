@@ -1,4 +1,4 @@
-"""Block managers for attention windows, and for several cache groups (layers that share tables)."""
+"""Block managers for sliding windows, and for cache groups (layers that share block tables)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from utils.errors import ContractError
 
 
 class WindowBlockManager(PagedBlockManager):
-    """Frees blocks whose positions have left the attention window. Caches no prefixes.
+    """Frees a block when all its positions have left the attention window. Caches no prefixes.
 
-    A request starts with blocks for all its tokens, even for tokens that have left the window. So
-    the cache must have as many blocks as the longest request needs.
+    A request starts with blocks for all its tokens, also for tokens outside the window. So the
+    cache must have enough blocks for all tokens of the longest request.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         super().__init__(config, geometry)
         self._kind = geometry.kind
-        # How many leading table entries have been freed, by request id.
+        # By request id: how many leading blocks of the request's table have been freed.
         self._num_freed: dict[int, int] = {}
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -26,7 +26,7 @@ class WindowBlockManager(PagedBlockManager):
         return super().begin(request_id, token_ids, cache_salt)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Free the blocks that no position from `num_computed` on will read."""
+        """Free the blocks outside the attention windows of positions from `num_computed` on."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
         first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):
@@ -40,10 +40,10 @@ class WindowBlockManager(PagedBlockManager):
 
 
 class GroupedBlockManager(BlockManager):
-    """Passes every call to the managers of all groups; `grow` succeeds in all groups or in none.
+    """Passes each call to one manager per cache group. `grow` succeeds in all groups or in none.
 
-    The constructor raises a ContractError if block sizes differ, or if a manager caches prefixes: a
-    cached prefix could be used only if every group had cached it.
+    The constructor raises a ContractError if the managers' block sizes differ, or if a manager
+    caches prefixes: a prefix could be used only if every group had cached this prefix.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -66,7 +66,7 @@ class GroupedBlockManager(BlockManager):
         return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        # All groups need `wanted` blocks: tables are equally long, as freed entries stay in them.
+        # A request's tables are equally long in all groups, so each group needs `wanted` blocks.
         wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False
@@ -76,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The request's table in the first group; managers in `groups` have its other tables."""
+        """The request's block table in the first group. `groups` has all managers."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
@@ -89,5 +89,5 @@ class GroupedBlockManager(BlockManager):
 
 
 def grouped(managers: tuple[BlockManager, ...]) -> BlockManager:
-    """One manager over all `managers`; a single manager is returned as it is."""
+    """Return a single manager itself, and for several managers a GroupedBlockManager of them."""
     return managers[0] if len(managers) == 1 else GroupedBlockManager(managers)

@@ -1,4 +1,4 @@
-"""Eviction policies: which cached block is given up when space is needed."""
+"""Eviction policies: they choose the cached block to evict when no KV block is free."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Position at which a token's attention takes about as many FLOPs as its matrix products. There
-# 4 * layers * heads * head_dim * position = 2 * parameters. For Qwen3-0.6B that is some 4,000.
+# Position at which attention takes about as many FLOPs per token as the products with weights:
+# 4 * layers * heads * head_dim * position = 2 * parameters. Qwen3-0.6B: some 4,000 tokens.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
 class CachedBlock:
-    """A block of the prefix cache: later requests with the same prefix can find it."""
+    """A block in the prefix cache. Later requests with the same prefix can use the block."""
 
     __slots__ = ("__weakref__", "block", "depth", "digest", "hits", "parent", "tokens", "worth")
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
         self.block = block  # block id; -1 after the block was evicted
-        self.parent = parent  # the cached block before this block; for a first block the cache salt
-        self.tokens = tokens  # the block's token ids, int32 each
-        # number of blocks before this block
+        self.parent = parent  # the preceding cached block; for a first block the cache salt
+        self.tokens = tokens  # the block's token ids as int32 bytes
+        # number of blocks that precede this block in its prefix
         self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
         self.hits = 0  # number of requests that found this block in the cache
-        self.digest = b""  # digest of parent and tokens; only for `PrefixCacheManager`
-        self.worth = 0.0  # highest value among released children; only for `CostPolicy`
+        self.digest = b""  # digest of parent and tokens, used by `PrefixCacheManager` only
+        self.worth = 0.0  # highest value that `CostPolicy` has computed for a child of this block
 
 
 class EvictionPolicy(ABC):
-    """Keeps the idle blocks (cached blocks that no request holds), and evicts one when asked.
+    """Keeps the idle blocks, and chooses which idle block is evicted.
 
-    A block's parent is the block before it. A block whose parent was evicted cannot be found, so
-    children should be evicted before their parent. A request releases its last block first. So a
-    policy that evicts in the order of release evicts children before their parent.
+    An idle block is a cached block that no request holds. A block's parent is the preceding block
+    of its prefix. A block cannot be found after its parent was evicted, so a block should be
+    evicted before its parent. A request releases its last block first, so a policy that evicts
+    blocks in the order of their release evicts each block before its parent.
     """
 
     name: ClassVar[str]
@@ -50,15 +51,15 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def add(self, block: CachedBlock) -> None:
-        """Take in a block that no request holds any more."""
+        """Add a cached block that no request holds any more."""
 
     @abstractmethod
     def remove(self, block: CachedBlock) -> None:
-        """Remove a block that a request holds again, or that is not cached any more."""
+        """Remove a block from the idle blocks: a request uses it again, or it left the cache."""
 
     @abstractmethod
     def pop(self) -> CachedBlock:
-        """Choose an idle block to evict, remove it and return it."""
+        """Choose the idle block to evict, remove the block from the idle blocks, and return it."""
 
 
 class LRUPolicy(EvictionPolicy):
@@ -83,16 +84,16 @@ class LRUPolicy(EvictionPolicy):
 
 
 class LowestFirst(EvictionPolicy):
-    """Evicts the block with the lowest `value`; among equal values the block released first."""
+    """Evicts the block with the lowest `value`; of equal values, the block released earliest."""
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.blocks: LazyHeap[CachedBlock] = LazyHeap()
 
     @abstractmethod
     def value(self, block: CachedBlock) -> float:
-        """The worth of keeping the block. Called each time that its last holder releases the block.
+        """Return the block's value. Called when the last request that holds the block releases it.
 
-        The value stays until a request finds the block, or until the block is evicted.
+        The value does not change until a request uses the block again or the block is evicted.
         """
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class LowestFirst(EvictionPolicy):
 
 
 class LFUPolicy(LowestFirst):
-    """Evicts the block that fewest requests found. No child is found more often than its parent."""
+    """Evicts the block that the fewest requests have found in the cache."""
 
     name = "lfu"
 
@@ -121,9 +122,9 @@ class CostPolicy(LowestFirst):
     """Evicts the block with the lowest value, computed from recomputation cost, hits and age.
 
     The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A
-    block's value is its cost times (1 + hits), plus the value of the block evicted last. This last
-    term rises with time, so blocks released later get higher values than old blocks. The cost rises
-    with the block's depth, because later positions attend to more tokens.
+    block's value is its recomputation cost times (1 + hits), plus the value of the block evicted
+    last. Values of evicted blocks rise with time, so blocks released later get higher values. The
+    cost rises with the number of preceding blocks: later positions attend to more tokens.
     """
 
     name = "cost"
@@ -135,7 +136,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # Without its parent a block is not found. So a parent is worth at least as much as a child.
+        # A block cannot be found without its parent, so a parent gets at least a child's value.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

@@ -17,13 +17,13 @@ from utils.errors import OutOfMemoryError
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """The blocks of one layer, as several views of the same storage.
+    """Views of the KV blocks of one layer. All views share the same memory.
 
     Attributes:
-        k, v: keys and values by block, [num_blocks, block_size, num_kv_heads, head_dim].
-        flat: keys and values by position, [num_blocks * block_size, 2 * num_kv_heads, head_dim]; a
-            position's K heads come before its V heads.
-        keys, values: keys and values by head, [1, num_kv_heads, num_blocks * block_size, head_dim].
+        k, v: keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
+        flat: keys and values in one view, [num_blocks * block_size, 2 * num_kv_heads, head_dim].
+            The K heads of a position come before its V heads.
+        keys, values: K and V by head, each [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
@@ -34,7 +34,7 @@ class KVLayer:
 
     @staticmethod
     def of(pages: Tensor) -> KVLayer:
-        """Make the views of `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        """Return views of `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
         flat = pages.view(-1, 2 * pages.shape[3], pages.shape[4])
         keys, values = flat.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
         return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, keys, values)
@@ -43,9 +43,8 @@ class KVLayer:
 class KVCache:
     """KV of all layers in `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
 
-    K and V of a position are adjacent, so that one indexed write stores K and V. With other layouts
-    the time of paged decodes differed by under 2 % on an H200. The constructor raises an
-    OutOfMemoryError if the device cannot hold the cache.
+    K and V of a position are adjacent, so that one indexed write stores K and V. The constructor
+    raises an OutOfMemoryError if the device cannot hold the cache.
     """
 
     def __init__(self, geometry: KVGeometry, dtype: torch.dtype, device: torch.device) -> None:
@@ -61,37 +60,38 @@ class KVCache:
             ) from error
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy a block in all layers. The copy runs on the current stream."""
-        # Indexing by one block makes no temporary tensor. Indexing by a list of blocks makes one.
+        """Copy block `source` to block `target` in all layers, on the current CUDA stream."""
+        # Indexing by a single block gives a view. Indexing by a list makes a temporary tensor.
         self.data[:, target] = self.data[:, source]
 
     def layers(self) -> list[KVLayer]:
-        """The `KVLayer` of each layer."""
+        """Return the `KVLayer` of each layer."""
         return [KVLayer.of(pages) for pages in self.data]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros. Uninitialised memory may hold NaN, and a masked position's 0 * NaN is NaN.
+    """Return zeros. Uninitialised memory may hold NaN: a masked position would add 0 * NaN = NaN.
 
-    On Linux a CPU tensor is put in huge pages: 32 mixed requests ran 1.06 to 1.085 times as fast.
+    On Linux a CPU tensor is put in huge pages: 32 requests of mixed lengths ran 1.06 to 1.085 times
+    as fast as without huge pages.
     """
     if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Without huge pages `torch.zeros` below is used. It raises an error if memory is short.
+        # If huge pages are not available, `torch.zeros` below makes the tensor.
         with suppress(OSError, OverflowError):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             area = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
             area.madvise(mmap.MADV_HUGEPAGE)
-            # The tensor keeps `area` alive. The memory is unmapped when the tensor is deleted.
+            # The tensor keeps the memory mapping `area` alive until the tensor is deleted.
             return torch.frombuffer(area, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
-    """`geometry` with as many blocks as num_kvcache_blocks or kvcache_memory_bytes asks for.
+    """Return `geometry` with the number of blocks that the options of `config` ask for.
 
-    If neither is set, max_num_seqs requests of max_model_len tokens have room, up to 1 GiB in all.
-    A laptop can spare 1 GiB, and the system provides memory only when blocks are written. Raises an
-    OutOfMemoryError if kvcache_memory_bytes is less than one block.
+    Without num_kvcache_blocks and kvcache_memory_bytes the cache has room for max_num_seqs requests
+    of max_model_len tokens, but takes at most 1 GiB. Raises an OutOfMemoryError if
+    kvcache_memory_bytes is less than the size of one block.
     """
     if config.num_kvcache_blocks is not None:
         return replace(geometry, num_blocks=config.num_kvcache_blocks)

@@ -1,4 +1,4 @@
-"""Memory of a CUDA device: how much steps take, and how many KV blocks fit beside them."""
+"""Measures the CUDA memory of weights and steps, and finds how many KV blocks fit beside them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# Memory that `measure_usage` does not see: the driver's memory for captured graphs (some 70 graphs
-# with a few hundred nodes each), and rounding of allocations. Tests in tests/gpu check that the
-# engine's share of the device's memory is gpu_memory_utilization, to within 2 % of that memory.
+# Reserve for memory that `measure_usage` does not measure: the driver's memory for captured CUDA
+# graphs (some 70 graphs of a few hundred nodes each), and the rounding up of allocations.
 _MARGIN_BYTES = 256 << 20
 
 
@@ -23,19 +22,19 @@ class Usage:
     """Measured device memory in bytes."""
 
     total: int  # memory of the device
-    free_before: int  # free memory before this engine took any
-    weights: int  # memory that the engine took for weights and tables
-    peak: int  # further memory for the heaviest steps; torch's allocator keeps it for reuse
+    free_before: int  # free memory before this engine allocated any memory
+    weights: int  # memory that weights and the tables of requests take
+    peak: int  # peak of the further memory that steps take; torch's allocator keeps it
 
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Replace torch's and NumPy's out-of-memory errors by one that says which options to change."""
+    """Turn out-of-memory errors of torch and NumPy into an error that names options to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator raises a plain RuntimeError, which is recognised by its text. The
-        # text must be long enough not to match the CUDA error "illegal memory access".
+        # torch's CPU allocator raises a plain RuntimeError with the text "allocate memory". The
+        # word "memory" alone would also match the CUDA error "illegal memory access".
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
         if not full or isinstance(error, OutOfMemoryError):
@@ -47,7 +46,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free device memory in bytes; 0 for a CPU, whose KV cache is not sized by free memory."""
+    """Return the free device memory in bytes, or 0 if the device is a CPU."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -55,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def release_device(device: torch.device) -> None:
-    """Return torch's cached device memory to the driver, except memory that is still in use."""
+    """Give the unused memory that torch's allocator keeps for reuse back to the CUDA driver."""
     if device.type == "cuda":
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
@@ -65,9 +64,9 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """Measure how much memory the weights take, and how much further memory `steps` need."""
+    """Measure the memory that the weights take, and the further memory that `steps` take."""
     torch.cuda.synchronize(device)
-    peak = 0  # sum over `steps`, because eager steps and the pool of CUDA graphs share no memory
+    peak = 0  # sum over `steps`, because eager steps and captured CUDA graphs share no memory
     weights = free_before - free_bytes(device)
     for step in steps:
         torch.cuda.empty_cache()
@@ -80,10 +79,10 @@ def measure_usage(
 
 
 def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
-    """`geometry` with as many blocks as fit beside weights and activations.
+    """Return `geometry` with the number of blocks that fit beside weights and activations.
 
-    The engine's memory stays below the share `utilization` of the device's memory, and below
-    `usage.free_before`. If no block fits, an OutOfMemoryError says how much each part takes.
+    The engine takes at most the share `utilization` of the device's memory, and at most
+    `usage.free_before` bytes. If no block fits, an OutOfMemoryError says how much each part takes.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES

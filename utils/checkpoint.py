@@ -23,12 +23,12 @@ class Checkpoint:
     eos_token_ids: frozenset[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle `hf_config` as a dictionary, of which `_from_fields` makes a PreTrainedConfig."""
+        """Pickle `hf_config` as a dictionary. `_from_fields` makes a PreTrainedConfig from it."""
         return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
 
     @property
     def max_position(self) -> int:
-        """Longest context in tokens that the checkpoint was made for; rope scaling extends it."""
+        """Maximum context length in tokens that the checkpoint supports, rope scaling included."""
         limit = getattr(self.hf_config, "max_position_embeddings", None)
         if not isinstance(limit, int):
             kind = self.hf_config.model_type
@@ -45,13 +45,12 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # The base class is used because importing a model's own configuration class takes 1.4 s: it
-    # loads transformers' generation code and torch's compiler. (Importing torch takes 1.0 s.)
+    # PreTrainedConfig is enough. Importing the model's own configuration class would take 1.4 s.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a checkpoint folder, or a Hugging Face hub model, which is downloaded unless cached.
+    """Open a checkpoint folder, or a Hugging Face hub model, which is downloaded if not cached.
 
     Raises a CheckpointError if there is no such model, or if it has no usable config.json.
     """
@@ -65,7 +64,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         model_type = json.loads(config_file.read_text()).get("model_type")
         known = model_type in CONFIG_MAPPING_NAMES
         hf_config = AutoConfig.from_pretrained(path) if known else None
-    # transformers' configuration classes raise many unrelated types of errors.
+    # Every Exception is caught: transformers' configuration classes raise many types of errors.
     except Exception as error:
         raise CheckpointError(f"{config_file} is unusable: {error}") from error
     if hf_config is None:
@@ -84,13 +83,13 @@ def _from_hub(model: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
-    # The hub client raises many unrelated types of errors.
+    # The hub client raises errors of all these types if it cannot find or download the model.
     except (HFValidationError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointNotFoundError(f"{missing}, and the hub gave none ({error})") from error
 
 
 def generation_config(path: Path) -> dict[str, Any]:
-    """Read generation_config.json, {} if there is none; a CheckpointError if it is unusable."""
+    """Return generation_config.json, {} if it is missing. CheckpointError: the file is unusable."""
     file = path / "generation_config.json"
     try:
         return {**json.loads(file.read_text())} if file.is_file() else {}

@@ -30,7 +30,7 @@ class AllmosError(Exception):
 
 
 class FieldError(AllmosError):
-    """The `value` of the option or argument `field` has a `problem`; `fix` says what to do."""
+    """The option or argument `field` has a wrong `value`. `problem` says why, `fix` a remedy."""
 
     def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
         super().__init__(field, value, problem, fix)
@@ -76,7 +76,7 @@ class WorkerDiedError(AllmosError): ...
 
 
 class PlanError(ContractError, StepError):
-    """A plan has no block for a KV position (then `block` is -1), or misuses a KV block."""
+    """A plan misuses a KV block, or a KV position has no block (then `block` is -1)."""
 
     def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
         super().__init__(step_id, request_id, block, problem)
@@ -95,7 +95,7 @@ class EngineClosedError(AllmosError, RuntimeError): ...
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence for an error: the known name closest to `name`, or else all known names."""
+    """Return a sentence that suggests the known name closest to `name`, or lists all names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

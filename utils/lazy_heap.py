@@ -10,16 +10,16 @@ T = TypeVar("T")
 
 
 class LazyHeap(Generic[T]):
-    """A heap with the smallest key first; of items with equal keys the first pushed comes first.
+    """A heap with the smallest key first. Items with equal keys come in the order of `push`.
 
-    An item is in the heap at most once. If an item is removed, its entry in the list `heap` stays,
-    and is called stale. A stale entry is deleted when it comes to the top, or when more than half
-    of all entries are stale. So every operation takes O(log n) amortised time.
+    An item is in the heap at most once. After an item is removed, its entry in the list `heap`
+    stays there as a stale entry. A stale entry is deleted when it comes to the top, or when more
+    than half of all entries are stale. So every operation takes O(log n) amortised time.
     """
 
     def __init__(self) -> None:
         self.heap: list[tuple[Any, int, T]] = []
-        # The number of each item's valid entry in `heap`. Entries with other numbers are stale.
+        # Each entry of `heap` has a number. `_numbers` has the number of each item's valid entry.
         self._numbers: dict[T, int] = {}
         self._count = itertools.count()
 
@@ -27,7 +27,7 @@ class LazyHeap(Generic[T]):
         return len(self._numbers)
 
     def push(self, key: Any, item: T) -> None:
-        """Add an item, or give it a new key if it is in the heap already."""
+        """Add an item. If the item is in the heap already, give the item a new key."""
         if item in self._numbers:
             self.remove(item)
         self._numbers[item] = number = next(self._count)
@@ -41,7 +41,7 @@ class LazyHeap(Generic[T]):
             heapq.heapify(self.heap)
 
     def first(self) -> T | None:
-        """The item with the smallest key; None if the heap is empty."""
+        """Return the item with the smallest key, or None if the heap is empty."""
         while self.heap:
             _, number, item = self.heap[0]
             if self._numbers.get(item) == number:
@@ -50,7 +50,7 @@ class LazyHeap(Generic[T]):
         return None
 
     def pop(self) -> tuple[Any, T]:
-        """Remove the item with the smallest key from a non-empty heap; returns key and item."""
+        """Remove the item with the smallest key. Returns (key, item). Fails on an empty heap."""
         self.first()
         key, _, item = heapq.heappop(self.heap)
         del self._numbers[item]

@@ -1,4 +1,4 @@
-"""Loads safetensors files into parameters. Missing or unexpected tensors are an error."""
+"""Loads weights from safetensors files. Missing or unexpected tensors are an error."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from torch import Tensor
 
 from utils.errors import WeightsError
 
-# Tensors with this suffix are skipped: inverse rotary frequencies, which old checkpoints contain.
+# Tensors with this suffix are skipped: inverse rotary frequencies of old checkpoints.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
-# Other types are refused: they come from quantised checkpoints, which the engine does not support.
+# Other dtypes are refused: they belong to quantised checkpoints, which are not supported.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
 class WeightTarget:
-    """Where one tensor of a checkpoint is loaded to."""
+    """The destination of one tensor of a checkpoint, and the slice that this rank loads."""
 
-    target: Tensor  # view of a parameter; `copy_` copies this rank's slice to it and may broadcast
+    target: Tensor  # view of a parameter, to which this rank's slice is broadcast and copied
     shape: tuple[int, ...]  # full shape of the checkpoint's tensor
     dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
-    start: int = 0  # first index along `dim` that this rank takes
-    length: int = 0  # number of indices along `dim` that this rank takes
+    start: int = 0  # first index, along `dim`, of this rank's slice
+    length: int = 0  # number of indices, along `dim`, of this rank's slice
 
 
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
     """Load all tensors in the safetensors files of a checkpoint folder.
 
-    Raises a WeightsError if a file is damaged or tensors do not fit (names at most 8 per problem).
+    Raises a WeightsError if a file is damaged, or if the tensors do not fit `slots` or `tied`.
 
     Args:
-        slots: where each tensor goes, by the tensor's name in the checkpoint.
-        tied: the output head is the embedding's weight. A head in the files must equal this weight.
+        slots: the target of each tensor, by the tensor's name in the checkpoint.
+        tied: the head is the embedding's weight. A head in the files must then equal this weight.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

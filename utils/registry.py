@@ -17,25 +17,23 @@ from utils.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class PartKind:
-    """A kind of part (schedulers, for example), which one option of `Config` chooses."""
+    """A kind of part of the engine, such as schedulers. One option of `Config` chooses the part."""
 
     option: str  # name of the option
-    contract: str  # "module:Class" of the parts' base class, which is imported when it is needed
+    contract: str  # "module:Class" of the base class that all parts of this kind have
     packages: tuple[str, ...]  # packages or modules where names are looked up
     auto: tuple[str, ...] = ()  # "auto" takes the first of these parts that works with the options
 
     @property
     def base(self) -> type:
-        """The class that `contract` names."""
+        """The base class of all parts of this kind, imported from the path `contract`."""
         return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
-        """The parts that have a name: concrete subclasses of `base` in `packages`, by name.
+        """Return the parts that an option can name: concrete subclasses of `base`, by `name`.
 
-        Classes that set no `name` are left out: base classes, and parts that only the engine
-        chooses. A module that needs a package which is not installed is skipped.
-
-        Raises an ImportError if a module imports a name that an installed package does not have.
+        Classes without a `name` of their own are left out. A module in `packages` is skipped if it
+        needs a package that is not installed. Other failing imports raise an ImportError.
         """
         base = self.base
         return {
@@ -51,7 +49,7 @@ class PartKind:
         }
 
     def _modules(self) -> dict[str, ModuleType | ModuleNotFoundError]:
-        """Modules of `packages` by name, or the error if a module needs a missing package."""
+        """Return the modules of `packages`, or their errors if they need a missing package."""
         modules: dict[str, ModuleType | ModuleNotFoundError] = {}
         for package in self.packages:
             modules[package] = found = importlib.import_module(package)
@@ -67,7 +65,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """The part's class or factory; a ConfigError if it is unknown or no subclass of `base`."""
+        """Return the class or factory for `spec`. Raises a ConfigError if none fits."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -99,7 +97,7 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Find and construct a part; a ConfigError if the arguments or the result do not fit."""
+        """Find and construct a part. Raises a ConfigError if `args` or the part are unsuitable."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)

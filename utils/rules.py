@@ -22,12 +22,12 @@ class Rule:
 
 
 def ruled(default: T, rule: Rule) -> T:
-    """Declare a dataclass field that has a default and a rule."""
+    """Return a dataclass field that has a default and a rule."""
     return field(default=default, metadata={"rule": rule})
 
 
 def rules_of(kind: type) -> dict[str, Rule]:
-    """The rules of a dataclass, by field name."""
+    """Return the rules of a dataclass, by field name."""
     return {one.name: one.metadata["rule"] for one in fields(kind) if "rule" in one.metadata}
 
 
@@ -41,17 +41,17 @@ def check_rules(values: object, rules: Mapping[str, Rule], error: type[FieldErro
 
 
 def is_int(value: object) -> bool:
-    """Whether the value is an int but not a bool."""
+    """Return whether the value is an int but not a bool."""
     return isinstance(value, int) and value is not True and value is not False
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    """Whether the value is an int or a float from `low` to `high`; False for NaN."""
+    """Return whether the value is an int or a float from `low` to `high`. NaN gives False."""
     return (is_int(value) or isinstance(value, float)) and low <= value <= high
 
 
 def integer(low: int, high: float = inf, fix: str = "", *, optional: bool = False) -> Rule:
-    """A rule that allows integers from `low` to `high`, and None if `optional`."""
+    """Return a rule that allows integers from `low` to `high`. If `optional`, None is allowed."""
     words = f">= {low}" if high == inf else f"from {low} to {high}"
     return Rule(
         lambda v: optional if v is None else is_int(v) and low <= v <= high,
@@ -61,28 +61,28 @@ def integer(low: int, high: float = inf, fix: str = "", *, optional: bool = Fals
 
 
 def number(low: float, high: float, fix: str) -> Rule:
-    """A rule that allows numbers from `low` to `high`."""
+    """Return a rule that allows numbers from `low` to `high`."""
     problem = f"must be a number from {low:g} to {high:g}"
     return Rule(lambda v: _is_number(v, low, high), problem, fix)
 
 
 def share(fix: str) -> Rule:
-    """A rule that allows numbers above 0 and up to 1."""
+    """Return a rule that allows numbers above 0 and up to 1."""
     return Rule(lambda v: _is_number(v, 0, 1) and v > 0, "must be a number in (0, 1]", fix)
 
 
 def boolean(*, optional: bool = False) -> Rule:
-    """A rule that allows True and False, and None if `optional`."""
+    """Return a rule that allows True and False. If `optional`, None is allowed as well."""
     allowed = (bool, type(None)) if optional else bool
     return Rule(lambda v: isinstance(v, allowed), "must be a bool", "Use True or False.")
 
 
 def choice(*known: str) -> Rule:
-    """A rule that allows the texts `known`."""
+    """Return a rule that allows only the texts in `known`."""
     return Rule(known.__contains__, "unknown choice", lambda v: did_you_mean(str(v), known))
 
 
 def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:
-    """A rule for lists and tuples whose values `allows` accepts; errors call the values `words`."""
+    """Return a rule for lists of values that `allows` accepts. `words` describes the values."""
     problem = f"must be a list of {words}"
     return Rule(lambda v: isinstance(v, (list, tuple)) and all(map(allows, v)), problem, fix)

@@ -1,9 +1,10 @@
 """A runner without a model or a device, in which a mistake in a plan changes the sampled tokens.
 
-Instead of K and V the cache holds one integer per position, the *entry*. An entry is a hash of the
-position's token and of the request's earlier entries, which are read through the block table. A
-sampled token is a hash of the request's entries. So a wrong block, a block freed too early, a stale
-prefix or a lost write changes the tokens. `FakeModel.alone` gets the right tokens without a cache.
+The cache holds one integer per position, the *entry*, instead of K and V. The entry of a position
+is a hash of the position's token and of the entries of the request's earlier positions, which the
+runner finds through the block table. A sampled token is a hash of the request's entries. So a wrong
+block, a block freed too early, a stale cached prefix or a lost write changes the sampled tokens.
+`FakeModel.alone` computes a request's right tokens without a cache.
 """
 
 from __future__ import annotations
@@ -22,39 +23,39 @@ from engine.types import CacheKind, FullPages, KVGeometry, StepHandle
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# `_POISON` is the entry of a position not written yet, `_REJECTED` of a draft that was not kept.
+# `_POISON` is the entry of an unwritten position, and `_REJECTED` the entry of a rejected draft.
 _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """Hashes of integers in place of a model. The hashes are the same in every process.
+    """Computes hashes of integers in place of a model. The hashes are the same in every process.
 
-    `read` is the sum of the entries that a position attends to, whatever the block size. All cache
-    groups hold equal entries. Each group adds the entries in its own window to the sum.
+    The cache holds one integer, the entry, for each position. The argument `read` is the sum of the
+    entries that a position attends to, added up over the attention windows of all cache groups.
     """
 
     vocab_size: int = 50
     eos_token_id: int = 0
-    eos_chance: float = 0.0  # probability of an extra `eos_token_id` in place of a drawn token
+    eos_chance: float = 0.0  # probability that `eos_token_id` replaces a drawn token
     error_chance: float = 0.0  # probability that a row reports an error in place of a token
-    tells: bool = False  # whether every row reports its tokens as `RowReport.values`
+    tells: bool = False  # whether every row puts its tokens in `RowReport.values`, too
     seed: int = 0  # models with different seeds sample different tokens
-    kinds: tuple[CacheKind, ...] = (FullPages(),)  # which positions each cache group keeps
+    kinds: tuple[CacheKind, ...] = (FullPages(),)  # the attention window of each cache group
 
     def entry(self, read: int, token: int) -> int:
-        """The entry of a position with `token` that attends to entries with the sum `read`."""
+        """Return the entry of a position that has `token` and reads entries with the sum `read`."""
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """The token sampled with `seed`; `read` includes the entry of the request's last token."""
+        """Return the token drawn with `seed`. `read` includes the entry of the last known token."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
         return draw % self.vocab_size
 
     def fails(self, read: int, seed: int) -> bool:
-        """Whether a row reports an error instead of the token that `sample` gives."""
+        """Return whether a row reports an error instead of the token that `sample` returns."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
 
     def alone(
@@ -65,7 +66,7 @@ class FakeModel:
         stop_token_ids: Container[int] = (),
         seed: int = 0,
     ) -> list[int]:
-        """The right output of a request, computed without a cache and without other requests."""
+        """Return a request's right output, computed without a cache and without other requests."""
         sums, tokens = [0], list(prompt)  # sums[i] is the sum of the first i entries
 
         def read(position: int) -> int:
@@ -81,14 +82,12 @@ class FakeModel:
 
 
 class FakeRunner(SimulatedRunner):
-    """Executes plans on blocks of integers: `LLM(path, model_runner="fake")`.
+    """Executes plans on blocks of integers. `LLM(path, model_runner="fake")` uses this runner.
 
-    `FakeRunner(config, groups=...)` needs no checkpoint and no torch. A step takes no time by
-    default. A hash decides how many drafted positions a decode row keeps, as in `SimulatedRunner`.
-    Other drafted positions get wrong entries, as rejected drafts leave wrong KV in a real cache.
-
-    Args:
-        model: by default a FakeModel that takes vocabulary size and eos token from `checkpoint`.
+    `FakeRunner(config, groups=...)` needs no checkpoint and no torch. By default a step takes no
+    time. As in `SimulatedRunner`, a hash decides how many draft tokens of a decode are accepted.
+    Positions of rejected drafts get wrong entries, as they would have wrong KV in a real cache.
+    `model` is by default a FakeModel with the checkpoint's vocabulary size and eos token.
     """
 
     name = "fake"
@@ -109,12 +108,12 @@ class FakeRunner(SimulatedRunner):
         self._vocab_size = self.model.vocab_size
         self.checker = PlanChecker(self._groups, config)
         size = self.checker.block_size
-        # Entries by cache group, block and position in the block.
+        # `_pages[group][block][i]` is the entry of position i in a block of a cache group.
         self._pages = [[[_POISON] * size for _ in range(g.num_blocks)] for g in self._groups]
         self._rows: dict[int, Row] = {}  # rows of the current step, by slot (index of a request)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Execute a plan. A plan that breaks a rule of `PlanChecker` raises a ContractError."""
+        """Execute a plan. Raises a ContractError if the plan breaks a rule of `PlanChecker`."""
         return CheckedHandle(super().execute(plan), self.checker)
 
     def _start(self, plan: StepPlan) -> None:
@@ -128,12 +127,12 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # A new block before the row's start holds a cached prefix, so its entries stay.
+                # A block that begins before the row's start has cached tokens: keep its entries.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        # If the chunk samples, `_draw` computes the last position, so the loop leaves it out.
+        # If a token is sampled after the chunk, `_draw` computes the chunk's last position.
         for position in range(chunk.start, chunk.start + chunk.num_tokens - chunk.samples):
             self._compute(self._requests[chunk.slot], position)
         return super()._prefill(chunk)
@@ -147,10 +146,10 @@ class FakeRunner(SimulatedRunner):
         return tokens
 
     def _draw(self, request: SimulatedRequest) -> int:
-        """Compute the last token's position, then sample from the entries in the blocks."""
+        """Write the entry of the request's last token, and return the token sampled after it."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # The sum includes the entry just written. It is wrong if the table has a block twice.
+        # `read` includes the entry just written, so a block used twice in the table is noticed.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
@@ -170,7 +169,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """The sum of the entries before `end` that `position` attends to, over all cache groups."""
+        """Return the sum of the entries before `end` that `position` reads, in all cache groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

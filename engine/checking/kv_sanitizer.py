@@ -1,9 +1,10 @@
-"""Finds misuse of KV blocks in the step where it happens: `Config(kv_sanitizer=True)`.
+"""Finds misuse of KV blocks in the step that misuses them. `Config(kv_sanitizer=True)` turns it on.
 
-Every plan is checked before it runs, by the rules of `PlanChecker` and against a record of each
-block: its holders and its written positions. A block is *dead* if its content may not be read any
-more. Dead blocks are filled with NaN on the device. A step that reads NaN also writes NaN, which
-raises an error. The NaN check also finds kernels that read past a request's end.
+The sanitizer records which requests hold each block, and which positions of the block are written.
+Every plan is checked before it runs, against these records and by the rules of `PlanChecker`. A
+block is *dead* if no request may read its content any more. Dead blocks are filled with NaN on the
+device. If a step reads NaN, the keys and values that the step writes are NaN, and an error is
+raised. So kernels that read past a request's end are found, too.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Wraps an unused block manager, and records holders and written positions of its blocks."""
+    """Wraps an unused block manager. Records the requests and written positions of each block."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
-        # Blocks to fill with NaN. At first these are all blocks, because none is written.
+        # Blocks to fill with NaN before the next step. At the start these are all blocks.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
         self._unshared: set[int] = set()  # ids of requests that ran when the cache was reset
-        # Ids of the requests that hold each block.
+        # By block: ids of the requests that hold the block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
-        # How many leading positions of each block are written, or will be by planned steps.
+        # By block: how many leading positions are written or will be written by planned steps.
         self.filled = [0] * inner.num_blocks
         self.step_id = 0  # id of the step that is planned next
 
@@ -42,7 +43,7 @@ class SanitizedBlocks:
 
     @property
     def groups(self) -> tuple[SanitizedBlocks, ...]:
-        """This wrapper; the wrapped manager's `groups` would let callers bypass the records."""
+        """This wrapper alone. Calls to the wrapped manager's `groups` would not be recorded."""
         return (self,)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -68,7 +69,7 @@ class SanitizedBlocks:
         if request_id not in self._unshared:
             self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # The wrapped manager replaces a table entry when the entry's block has left the window.
+        # The wrapped manager replaces a table entry if the entry's block has left the window.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -86,12 +87,12 @@ class SanitizedBlocks:
                 self._kill(block)
 
     def take_dead(self) -> tuple[int, ...]:
-        """Blocks that died since the last call of `take_dead`."""
+        """Return the blocks that have become dead since the last call of `take_dead`."""
         dead, self._dead = self._dead, set()
         return tuple(sorted(dead))
 
     def _hand_out(self, request_id: int, blocks: list[int]) -> None:
-        """Record that the request now holds these blocks, which no other request may hold."""
+        """Record that a request now holds `blocks`. No other request may hold any of them."""
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"
@@ -100,7 +101,7 @@ class SanitizedBlocks:
             self._kill(block)
 
     def _drop(self, request_id: int, blocks: list[int]) -> None:
-        """Record that the request no longer holds these blocks."""
+        """Record that a request no longer holds `blocks`."""
         for block in blocks:
             self.holders[block].discard(request_id)
             may_be_found = self._inner.caches_prefixes and block in self._published
@@ -117,7 +118,7 @@ class KVSanitizer(PlanChecker):
     """A plan checker that also checks plans against the records of `SanitizedBlocks`."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()  # a wrapper for each cache group, set by `watch`
+    managers: tuple[SanitizedBlocks, ...] = ()  # one for each cache group, set by `watch`
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
@@ -131,17 +132,17 @@ class KVSanitizer(PlanChecker):
 
     def settle(self, row: Row, num_kept: int) -> None:
         super().settle(row, num_kept)
-        # Drafted positions that were not kept count as unwritten, unless a later row writes them.
+        # Positions of rejected drafts count as unwritten, unless a planned row writes them again.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
         for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):
                 block, most = table[place], max(0, end - place * self.block_size)
-                # If the request has given the block up, the record may describe another request.
+                # If the request gave the block up, `filled` may be about another request's tokens.
                 if row.state.new.request_id in blocks.holders[block]:
                     blocks.filled[block] = min(blocks.filled[block], most)
 
     def _check_copy(self, source: int, target: int, blocks: SanitizedBlocks) -> None:
-        """Check a block copy, and record the target's positions as written."""
+        """Check a copy of a block, and record all positions of the target block as written."""
         holders, filled = sorted(blocks.holders[target]), blocks.filled[source]
         if len(holders) != 1:
             problem = f"copied to; holders {holders}"
@@ -152,9 +153,9 @@ class KVSanitizer(PlanChecker):
         blocks.filled[target] = filled
 
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
-        """Check one row of the plan, and record its positions as written."""
+        """Check a plan's row in one cache group, and record the row's positions as written."""
         size, request_id, end = self.block_size, row.state.new.request_id, row.end
-        # The row reads no block before `first_place`, because it starts at `row.start` or later.
+        # The row starts at `row.start` or later, so it reads no entry before `first_place`.
         first_place = self.groups[group].kind.first_read(row.start) // size
         table = row.state.tables[group][: -(-end // size)]
         for place in range(first_place, len(table)):
@@ -199,7 +200,7 @@ class SanitizedRunner(ModelRunner):
         self._inner.wait_until(moment)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Check and execute a plan. Raises what `PlanChecker.check` raises."""
+        """Check and execute a plan. Misused blocks raise a KVSanitizerError."""
         self._checker.check(plan)
         dead = tuple(blocks.take_dead() for blocks in self._checker.managers)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))
@@ -210,16 +211,16 @@ class SanitizedRunner(ModelRunner):
 
 
 class KVPoison:
-    """Fills dead blocks with NaN before a step, and looks for NaN in what the step wrote.
+    """Fills dead blocks with NaN before a step, and looks for NaN in the KV that the step wrote.
 
-    NaN that a layer reads makes keys and values of all following layers NaN. So only the last
-    layer's keys and values are checked.
+    If a layer reads NaN, the keys and values of all following layers become NaN. So only the keys
+    and values of the last layer are checked.
     """
 
     def __init__(self, kv: list[KVLayer], tables: SlotTables) -> None:
         self._kv = kv
         self._tables = tables
-        self._requests: dict[int, int] = {}  # request ids by slot (row in the device's tables)
+        self._requests: dict[int, int] = {}  # request ids by slot (row of the device tables)
 
     def fill(self, plan: StepPlan) -> None:
         """Fill `plan.poisoned_blocks` with NaN on the current stream. Supports one cache group."""
@@ -229,12 +230,12 @@ class KVPoison:
                 layer.k[blocks] = layer.v[blocks] = float("nan")
 
     def check(self, plan: StepPlan) -> None:
-        """Wait for the step, and raise a KVSanitizerError if the step wrote NaN."""
+        """Wait for the step to end, and raise a KVSanitizerError if the step wrote NaN as KV."""
         self._requests |= {new.slot: new.request_id for new in plan.new_requests}
         tables, size = self._tables, self._tables.block_size
         per_row = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
         slots, counts = torch.tensor([plan.row_slots, per_row], device=tables.num_computed.device)
-        # The step has raised `num_computed`, so each row's last position is `num_computed - 1`.
+        # The step has updated `num_computed`, so the last position of a row is `num_computed - 1`.
         behind = counts.cumsum(0).repeat_interleave(counts)
         behind -= torch.arange(len(behind), device=behind.device)
         slots = slots.repeat_interleave(counts)

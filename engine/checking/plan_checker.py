@@ -1,8 +1,7 @@
-"""Checks that every plan and every result keeps the rules of `engine.types` and `engine.step`.
+"""Checks that step plans and their results keep the rules of `engine.types` and `engine.step`.
 
-The checker reads only plans and results, so the fake runner, the KV sanitizer and tests can use it.
 A *slot* is the index of a running request in the runner's tables. A *place* is an index in a block
-table. A step and its rows are *in flight* from the plan to the result.
+table. A step and its rows are *in flight* from the check of the plan to the check of the result.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from utils.errors import ContractError, PlanError
 
 @dataclass(slots=True)
 class SlotState:
-    """What plans and results tell about the request in a slot."""
+    """What the checker knows, from plans and results, about the request in a slot."""
 
     new: NewRequest
-    tables: list[list[int]]  # the block table in each cache group
+    tables: list[list[int]]  # the request's block table in each cache group
     # How many positions may be computed. A sampled token that reaches the length limit is not
-    # computed any more, but all tokens that the request enters the slot with are computed.
+    # computed any more. All tokens that are known when the request enters the slot are computed.
     num_positions: int
     # When all steps in flight have ended, at least `low` and at most `high` positions are computed.
     # `low` and `high` differ while drafts are in flight; `high` may exceed the length limit.
-    low: int = -1  # -1 before the first row
+    low: int = -1  # -1 before the request's first row
     high: int = 0
-    # Table entries that were set since the slot's last row, as (group, place).
+    # Table entries that were set since the request's last row, as (cache group, table index).
     fresh: list[tuple[int, int]] = field(default_factory=list)
     rows: deque[Row] = field(default_factory=deque)  # rows in flight, oldest first
-    ended: bool = False  # whether the request has ended: no plan may have a row of it any more
+    ended: bool = False  # whether the request has ended or left the slot: it must not be planned
 
 
 @dataclass(slots=True)
@@ -41,11 +40,11 @@ class Row:
     """What a step computes for one request."""
 
     state: SlotState
-    start: int  # earliest possible start
-    latest: int  # latest possible start; above `start` if drafts of the request are in flight
+    start: int  # earliest position at which the row may start
+    latest: int  # latest position at which the row may start; > `start` if drafts are in flight
     count: int  # maximum number of positions that the row computes
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # table entries new for this row, as (group, place)
+    fresh: Sequence[tuple[int, int]] = ()  # new table entries, as (cache group, table index)
 
     @property
     def end(self) -> int:
@@ -55,7 +54,7 @@ class Row:
 
 @dataclass(slots=True, eq=False)
 class CheckedHandle(StepHandle):
-    """A handle of a step that checks the step's result when it is first read."""
+    """Wraps the handle of a step, and checks the step's result when the result is first read."""
 
     inner: StepHandle
     checker: PlanChecker
@@ -91,15 +90,15 @@ class PlanChecker:
         """Forget all requests and steps: after an exception the engine starts again at step 0."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # results that wait for results of earlier steps
+        self._results: dict[int, StepResult] = {}  # unchecked: earlier results are missing
         self._slots: dict[int, SlotState] = {}
         self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
 
     def check(self, plan: StepPlan) -> list[Row]:
-        """Check a plan, record what it changes, and return its rows.
+        """Check a plan, record the changes that the plan makes, and return the plan's rows.
 
-        Raises a PlanError if the plan misuses a block, and a ContractError for other broken rules.
+        Raises a PlanError if the plan misuses a block, a ContractError if it breaks another rule.
         """
         self._check_shape(plan)
         for new in plan.new_requests:
@@ -116,9 +115,9 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result after the results of earlier steps; a ContractError if it is wrong."""
+        """Check a result after all earlier results. A wrong result raises a ContractError."""
         if self._next_step_id == 0:
-            return  # a step failed: `reset` has forgotten all steps
+            return  # a step has failed, and `reset` has deleted the records of all steps
         step_id = result.step_id
         require(step_id in self._in_flight, f"a result of step {step_id}, not in flight")
         self._results[step_id] = result
@@ -126,16 +125,16 @@ class PlanChecker:
             self._check_result(*self._in_flight.pop(oldest), self._results.pop(oldest))
 
     def end(self, request_id: int) -> None:
-        """Record that a request has ended: no plan may have a row of it any more."""
+        """Record that a request has ended. Later plans must have no row of this request."""
         self._ended.add(request_id)
         self._leave(request_id)
 
     def misuse(self, request_id: int, block: int, problem: str) -> PlanError:
-        """The error for a misused block, with the id of the last checked step."""
+        """Return the error for a misused block. The error names the step that was checked last."""
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Narrow the possible starts of later rows, now that `row` has kept `num_kept` tokens."""
+        """Record that `row` has kept `num_kept` tokens, and update the starts of later rows."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
@@ -168,7 +167,7 @@ class PlanChecker:
                 self.settle(row, len(tokens))
 
     def _users(self, group: int, block: int) -> list[int]:
-        """Slots whose rows in flight may read or write the block."""
+        """Return the slots whose rows in flight may read or write the block."""
         users, kind, size = set(), self.groups[group].kind, self.block_size
         for _, rows in self._in_flight.values():
             for row in rows:
@@ -195,7 +194,7 @@ class PlanChecker:
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        # `old` is the slot's last request; `before` is this request's state before its preemption.
+        # `old` is the slot's previous request. `before` is the state of `new` before a preemption.
         old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
         require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
@@ -211,7 +210,7 @@ class PlanChecker:
         self._slots[slot] = self._running[request_id] = state
 
     def _leave(self, request_id: int) -> None:
-        """Mark the state of a request that leaves its slot as ended."""
+        """Record that a request leaves its slot, by setting `ended` in its `SlotState`."""
         if state := self._running.pop(request_id, None):
             state.ended = True
 
@@ -255,7 +254,7 @@ class PlanChecker:
         return Row(state, start, start, chunk.num_tokens, samples)
 
     def _decode(self, slot: int, count: int) -> Row:
-        # `require` is not used here: its message would be formatted for every row, at a cost.
+        # `require` is not used here: formatting its message takes time even if no rule is broken.
         state = self._state(slot)
         limit = state.new.max_total_tokens
         if state.low < len(state.new.token_ids):
@@ -268,7 +267,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that the row has all its blocks, and that no row in flight uses the new blocks."""
+        """Check that the row has all its blocks, and that no row in flight uses its new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
@@ -280,7 +279,7 @@ class PlanChecker:
             row.fresh, state.fresh = state.fresh, []
         for group, place in row.fresh:
             block = state.tables[group][place]
-            # New blocks before the row's start hold a cached prefix, which requests may share.
+            # Blocks that begin before the row's start hold a cached prefix, and may be shared.
             if place * size >= row.start and (users := self._users(group, block)):
                 problem = f"goes to slot {new.slot} while slots {users} use it"
                 raise self.misuse(new.request_id, block, problem)
