@@ -251,7 +251,6 @@ class LLM:
             self.engine.drop([seq for seq, _ in seqs])
 
     def _advance(self) -> StepPlan | None:
-        """Run one step, call `_collect_ended` for ended requests, and return the step's plan."""
         ids = None
         try:
             plan, finished = self.engine.step()

@@ -218,7 +218,6 @@ class LocalRunner(ModelRunner):
         return output
 
     def _load(self, checkpoint: Checkpoint) -> AttentionSpec:
-        """Make the attention backend and the model, and load the weights."""
         config, parallel = self._config, self._parallel
         architecture = find_architecture(checkpoint)
         shape: ModelShape = architecture.model_shape(checkpoint.hf_config)

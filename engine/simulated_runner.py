@@ -151,7 +151,6 @@ class SimulatedRunner(ModelRunner):
         return hash((request.new.seed, len(request.tokens))) % self._vocab_size
 
     def _reports(self, outputs: list[list[int]]) -> dict[int, RowReport]:
-        """Return `StepResult.reports`: none here, but the subclass `FakeRunner` returns some."""
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:

@@ -69,7 +69,6 @@ class PagedBlockManager(BlockManager):
             self._give(block)
 
     def _give(self, block: int) -> None:
-        """Make a block free again, after its last reference was removed."""
         self._free.append(block)
 
 

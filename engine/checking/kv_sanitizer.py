@@ -101,7 +101,6 @@ class SanitizedBlocks:
             self._kill(block)
 
     def _drop(self, request_id: int, blocks: list[int]) -> None:
-        """Record that a request no longer holds `blocks`."""
         for block in blocks:
             self.holders[block].discard(request_id)
             may_be_found = self._inner.caches_prefixes and block in self._published
