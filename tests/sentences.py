@@ -4,7 +4,8 @@
 
 At most one of forty may need a second reading. A sentence comes with what its reader has before
 their eyes: the file, the class or function with its docstring, the line of code beside a comment,
-the section of a page with the paragraph or list. --all prints every sentence of the files instead.
+the section of a page with the paragraph or list. How each file begins, where its terms are
+explained, is printed at the end. --all picks from these files alone, and all of them.
 """
 
 from __future__ import annotations
@@ -48,21 +49,28 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--all", nargs="+", metavar="FILE", help="every sentence of these files")
     arguments = parser.parse_args()
-    if arguments.all:
-        for name in arguments.all:
-            print(*(f"- {s.place}: {s.text}" for s in _of_file(name)), sep="\n")
-        return
-    found = sorted(set(sentences()))
-    for sentence in random.Random(arguments.seed).sample(found, arguments.count):
-        print(sentence)
+    found = sorted({s for name in arguments.all or _files() for s in _of_file(name)})
+    picked = random.Random(arguments.seed).sample(
+        found, len(found) if arguments.all else arguments.count
+    )
+    print(*picked, sep="\n")
+    for name in sorted({"engine/types.py", *(s.place.split()[0] for s in picked)}):
+        print(f"\n{name} begins:\n{_beginning(name)}")
 
 
-def sentences() -> Iterator[Sentence]:
-    """Every sentence of the core's files, of README.md, CONTRIBUTING.md and docs."""
-    pages = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))
-    core = [file for files in manifest().values() for file in files]
-    for name in (*core, "README.md", "CONTRIBUTING.md", *pages):
-        yield from _of_file(name)
+def _files() -> Iterator[str]:
+    """The core's files, README.md, CONTRIBUTING.md and docs."""
+    yield from (file for files in manifest().values() for file in files)
+    yield from ("README.md", "CONTRIBUTING.md")
+    yield from sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))
+
+
+def _beginning(name: str) -> str:
+    """The docstring of a module, or what a page says before its first section."""
+    text = (ROOT / name).read_text()
+    if name.endswith(".py"):
+        return ast.get_docstring(ast.parse(text)) or ""
+    return text.partition("\n## ")[0]
 
 
 def _of_file(name: str) -> Iterator[Sentence]:
