@@ -24,9 +24,10 @@ demo: $(VENV)/.run
 bench: $(VENV)/.run
 	$(BIN)/python bench.py
 
-# To be at most 8 minutes on two cores, once installed; 8:54 were measured last. Side by side,
-# since one after the other they leave a core idle most of the time. More than one thread each only
-# gets in the way: on two busy cores 7:36 and 7:15 with two, 6:16 and 5:53 with one.
+# At most 8 minutes on two cores, once everything is installed: the last measurement was 6:41. The
+# four parts run two at a time, because one after the other they leave a core idle most of the time.
+# Each process has one thread: on two busy cores `make test` took 7:36 and 7:15 with two threads per
+# process, and 6:16 and 5:53 with one.
 test: install lint
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 --output-sync=target types unit-parts unit-rest unit-traces
 
