@@ -45,7 +45,7 @@ def _address(buffers_ptr, rank, dtype: tl.constexpr):
 
 @triton.jit
 def _receive(ptr, mask, empty):
-    """Wait until the cells that `mask` selects are full, mark them as empty, return their values."""
+    """Wait until the cells that `mask` selects are full, mark them as empty, return the values."""
     got = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
         got = tl.load(ptr, mask=mask, other=0, volatile=True)
@@ -95,7 +95,7 @@ def _sum_kernel(
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
-    # No kernel writes the weight or buffer addresses. gdc_wait waits for earlier kernels' output.
+    # No kernel writes weight or addresses: read them before gdc_wait waits for earlier kernels.
     if norm is not None:
         residual_ptr, weight_ptr, total_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)

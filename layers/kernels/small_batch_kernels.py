@@ -115,7 +115,7 @@ def rows_kernel(
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
-            # A token's factor 1 / RMS is known only after the last chunk. So it scales the outputs.
+            # A token's 1 / RMS is known only after the last chunk. So 1 / RMS scales the outputs.
             x32 = x.to(gl.float32)
             square += x32 * x32
             x = (x32 * gains[c].to(gl.float32)).to(dtype)

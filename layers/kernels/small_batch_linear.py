@@ -3,7 +3,7 @@
 A layer computes N outputs from K inputs of each token; its weight is [N, K]. In a decode step a
 small model runs many short kernels, and the gaps between kernels take longer than the kernels'
 memory traffic. So the kernels of this module use programmatic dependent launch: a kernel starts
-during the previous kernel, copies its slice of the weight to shared memory, then waits for x.
+during the previous kernel, copies its slice of the weight to shared memory, and only then waits.
 
 ``rows_kernel`` serves 1 to 16 tokens. A program computes 16 or 32 of the N outputs for all tokens,
 with mma.sync. The kernel can also apply an RMSNorm to its input and add a residual to its output.
@@ -107,7 +107,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
 
 
 def small_batch_splits(tokens: int, n: int, k: int) -> int:
-    """Return the best number of slices of k for `splits` of `small_batch_linear`."""
+    """Return the best number of slices of K, the argument `splits` of `small_batch_linear`."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
@@ -115,7 +115,7 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether `small_batch_linear` takes these sizes. It refuses some for which cuBLAS is as fast."""
+    """Whether `small_batch_linear` takes these sizes, and cuBLAS is not known to be as fast."""
     fits = n * k * (2 if swiglu else 1) < 2**31  # the kernels index the weight by int32
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
@@ -140,7 +140,7 @@ def small_batch_linear(
 ) -> Tensor:
     """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    The device must have compute capability 9.0. The order of additions depends on sizes alone.
+    The device must have compute capability 9.0. The order of float32 additions depends on sizes only.
 
     Args:
         x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.
