@@ -3,7 +3,7 @@
 A layer computes N outputs from K inputs of each token; its weight is [N, K]. In a decode step a
 small model runs many short kernels, and the gaps between kernels take longer than the kernels'
 memory traffic. So the kernels of this module use programmatic dependent launch: a kernel starts
-during the previous kernel, copies its slice of the weight to shared memory, and only then waits.
+early, copies its slice of the weight to shared memory, and then waits for the previous kernel.
 
 ``rows_kernel`` serves 1 to 16 tokens. A program computes 16 or 32 of the N outputs for all tokens,
 with mma.sync. The kernel can also apply an RMSNorm to its input and add a residual to its output.
@@ -140,7 +140,7 @@ def small_batch_linear(
 ) -> Tensor:
     """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    The device must have compute capability 9.0. The order of float32 additions depends on sizes only.
+    The device must have compute capability 9.0. Only sizes determine the order of float32 additions.
 
     Args:
         x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.

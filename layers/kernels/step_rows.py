@@ -61,7 +61,7 @@ def _rows_kernel(
     live = slot != padding_slot
     if start < 0:
         # The request's first position is its number of computed tokens. Program 0 changes this
-        # number below. The request's other programs have no rows, so they may read a changed number.
+        # number below. Other programs of the request have no rows, and may read a changed number.
         start = tl.load(computed_ptr + slot, mask=live, other=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
