@@ -140,7 +140,7 @@ def small_batch_linear(
 ) -> Tensor:
     """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    The device must have compute capability 9.0. Only sizes determine the order of float32 additions.
+    The device needs compute capability 9.0. Sizes alone determine the order of float32 additions.
 
     Args:
         x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.
