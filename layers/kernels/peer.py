@@ -1,15 +1,16 @@
-"""Sums and maxima over the GPUs of one host, through memory that all these GPUs have mapped.
+"""Sums and maxima over the ranks (GPUs) of one host.
 
-One kernel computes a sum over ranks, adds the residual and applies the RMSNorm. Every rank writes
-its summand to the memory of all other ranks, and adds up the summands that other ranks wrote to its
-own memory. A memory cell that holds -0 is empty; senders replace -0 by +0. The receiver waits until
-its cells are full, and empties them again. So data need no fence, barrier or flag, as in
-TensorRT-LLM's "Lamport" all-reduce.
+Each rank has an *exchange buffer*: memory on its GPU to which the other ranks, its peers, write. A
+*cell* of the buffer is the place for one value of one peer. For sums a cell that holds -0 is empty,
+so senders replace -0 by +0. A rank waits until its cells are full, reads the values and marks the
+cells as empty again. So a rank needs no fence, barrier or flag to know that the values of its peers
+have arrived. TensorRT-LLM's "Lamport" all-reduce works in the same way.
 
-A program handles one row of each sum. A sum of one row is an exchange, and the program numbers its
-exchanges. Even and odd exchanges have separate cells, so exchange n + 2 writes to the cells of
-exchange n. These cells are empty by then: a rank begins exchange n + 2 after all its peers have
-sent their values of exchange n + 1, which they do after emptying their cells of exchange n.
+A Triton program handles one row of a sum, or 64 elements of a maximum. Each launch of the program
+is one *exchange* with the same program of the peers. Even and odd exchanges have separate cells, so
+exchange n + 2 writes to the cells of exchange n. These cells are empty by then: a rank begins
+exchange n + 2 after all its peers have sent their values of exchange n + 1. A peer sends these
+values after it has emptied its cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -27,12 +28,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # empty cell of `all_max`: less than all sent values
-_MAX_BLOCK = 64  # number of elements per program of `_max_kernel`
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # empty cell of a maximum; all sent values are larger
+_MAX_BLOCK = 64  # number of elements that a program of `_max_kernel` handles
 # In one shot every rank adds up all rows. In two shots each row is added up by one rank, which
-# sends the sum to the others. Sums of more bytes than this over more than two ranks take two shots.
-# On four H200, a sum with residual and norm of 64, 128 or 256 rows of 1,024 elements takes 4.9, 5.9
-# or 8.7 us in one shot, 5.3, 5.9 or 6.8 us in two shots, and 12.9, 12.6 or 15.6 us with NCCL.
+# sends the sum to the others. With more than two ranks, a sum takes two shots if a rank's summand
+# has more bytes than _TWO_SHOT_BYTES. On four H200, a sum of 64 rows of 1,024 elements, with
+# residual and norm, takes 4.9 us in one shot, 5.3 us in two shots and 12.9 us with NCCL. A sum of
+# 256 such rows takes 8.7 us in one shot, 6.8 us in two shots and 15.6 us with NCCL.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -43,7 +45,7 @@ def _address(buffers_ptr, rank, dtype: tl.constexpr):
 
 @triton.jit
 def _receive(ptr, mask, empty):
-    """Wait until peers have filled all cells in `mask`; return the values and empty the cells."""
+    """Wait until the cells that `mask` selects are full, mark them as empty, return the values."""
     got = tl.load(ptr, mask=mask, other=0, volatile=True)
     while tl.sum(((got == empty) & mask).to(tl.int32)) > 0:
         got = tl.load(ptr, mask=mask, other=0, volatile=True)
@@ -53,17 +55,17 @@ def _receive(ptr, mask, empty):
 
 @triton.jit
 def _cells(x):
-    """Return the bits of 16-bit floats x; -0 becomes +0, since -0 marks an empty cell."""
+    """Return the bits of 16-bit floats x, with +0 in place of -0, which marks an empty cell."""
     bits = x.to(tl.int16, bitcast=True)
     return tl.where(bits == -32768, 0, bits).to(tl.int16)
 
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Return the sum of all ranks' summands, added in the same order on every rank."""
+    """Return the sum of a row over all ranks, added up in the same order on every rank."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # All peers are polled at once. Polling one peer after another would add up read latencies.
+    # The cells of all peers are read together, so that the latencies of the reads do not add up.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -93,7 +95,7 @@ def _sum_kernel(
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
-    # No kernel writes the weight or the addresses, so they may be read before gdc_wait.
+    # No kernel writes weight or addresses: read them before gdc_wait waits for earlier kernels.
     if norm is not None:
         residual_ptr, weight_ptr, total_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -112,7 +114,7 @@ def _sum_kernel(
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
-        # Rank row % SIZE owns the row: the owner adds up the row and sends the sum to other ranks.
+        # Rank row % SIZE, the row's owner, adds up the row and sends the sum to the other ranks.
         owner = row % SIZE
         if owner == RANK:
             summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
@@ -132,7 +134,7 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # The total is rounded before the norm, so that the norm uses exactly the stored values.
+        # residual + sum is rounded first, so that the norm is computed from the values stored here.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
@@ -177,40 +179,40 @@ def _max_kernel(
 
 @dataclass(eq=False, kw_only=True)
 class PeerExchange:
-    """Computes sums and maxima over ranks. Each rank has its own `PeerExchange`.
+    """One rank's part in sums and maxima over ranks. A rank must use one CUDA stream for all calls.
 
-    All ranks must make the same calls with the same shapes in the same order, each on one stream.
+    All ranks must call the same methods in the same order, with tensors of the same shapes.
     """
 
     rank: int
-    # Addresses of all ranks' memories, as mapped on this device. Each memory has `num_words(...)`
-    # int64 elements. `empty` must have emptied all memories before any rank's first exchange.
+    # Addresses of all ranks' exchange buffers on this device. A buffer has `num_words(...)` int64
+    # elements. Every rank must call `empty` for its buffer before any rank's first exchange.
     addresses: Sequence[int]
-    rows: int  # maximum number of rows of a sum
-    width: int  # number of elements per row, a multiple of 8
+    rows: int  # maximum number of rows of a sum, and of elements of a maximum
+    width: int  # number of elements in each row of a sum, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device
-    pdl: bool  # whether to use programmatic dependent launch (compute capability 9.0 or later)
-    # While this event is set, kernels are compiled but do not run, and all results are zeros.
+    pdl: bool  # use programmatic dependent launch (compute capability 9.0 or later)
+    # While this event is set, methods compile their kernels but do not run them, and return zeros.
     rehearses: Event = field(default_factory=Event)
     two_shot_bytes: int = _TWO_SHOT_BYTES
 
     def __post_init__(self) -> None:
         self._size = len(self.addresses)
         self._buffers = torch.tensor(self.addresses, dtype=torch.int64, device=self.device)
-        # Number of exchanges that each program of `_sum_kernel` and of `_max_kernel` has done.
+        # Number of past exchanges of each program: of `_sum_kernel` here, of `_max_kernel` below.
         self._sums = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
         programs = triton.cdiv(self.rows, _MAX_BLOCK)
         self._maxima = torch.zeros(programs, dtype=torch.int32, device=self.device)
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """Return the size of each rank's memory, in int64 elements, for `size` ranks."""
+        """Return the number of int64 elements in an exchange buffer for `size` ranks."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
     def empty(memory: Tensor, size: int, rows: int) -> None:
-        """Mark all cells of a rank's memory as empty."""
+        """Mark all cells of the exchange buffer `memory` as empty."""
         maxima = memory.numel() - 2 * size * rows
         memory[:maxima].view(torch.int16).fill_(torch.iinfo(torch.int16).min)
         memory[maxima:].fill_(_EMPTY_MAX)
@@ -224,7 +226,7 @@ class PeerExchange:
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum over ranks of x [T, width], or of S float32 summands [S, T, width]."""
+        """Return the sum over ranks of x [T, width], or of x.sum(0) for float32 x [S, T, width]."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
@@ -232,13 +234,13 @@ class PeerExchange:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Return ``rowwise.rms_norm(residual, weight, eps, all_reduce(x))``, from one kernel."""
+        """Compute ``rowwise.rms_norm(residual, weight, eps, all_reduce(x))`` in one kernel."""
         out, total = (self._made(residual.shape, residual.dtype) for _ in range(2))
         self._sum(x, (residual, weight, total), out, eps)
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """Return the maximum over ranks of each element of int64 x [N], at least -2**63 + 1."""
+        """Return each element's maximum over ranks; x is int64 [N]. -2**63 becomes -2**63 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -250,18 +252,16 @@ class PeerExchange:
         return out
 
     def two_shot(self, rows: int) -> bool:
-        """Return whether a sum takes two shots: each row is summed by one rank, then sent."""
         return self._size > 2 and rows * self.width * 2 > self.two_shot_bytes
 
     def _made(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Allocate a kernel's output: zeros while `rehearses` is set, since no kernel runs then."""
         make = torch.zeros if self.rehearses.is_set() else torch.empty
         return make(shape, dtype=dtype, device=self.device)
 
     def _sum(
         self, x: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None, out: Tensor, eps: float
     ) -> None:
-        """Launch `_sum_kernel`; `norm` is (residual, weight, tensor for residual + sum) or None."""
+        """Launch `_sum_kernel`; `norm` is None or (residual, weight, output for residual + sum)."""
         rows, splits, split_stride = x.shape[-2], 1, 0
         if x.dim() == 3:
             splits, split_stride = x.shape[0], x.stride(0)

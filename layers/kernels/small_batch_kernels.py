@@ -1,6 +1,7 @@
 """Kernels of small_batch_linear.py, written in Gluon, which is Triton's lower-level dialect.
 
 A plain Triton kernel cannot copy to shared memory while it waits for the previous kernel.
+A *stage* is shared memory for one chunk of each token's K inputs, and for the chunk's weights.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -16,7 +17,7 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 @gluon.jit
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
-    """Return arange(size) along one axis of a 3-D layout; the other two axes have size 1."""
+    """Return arange(size) as a 3-D tensor that has size 1 along the two axes other than `axis`."""
     if axis == 0:
         line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     elif axis == 1:
@@ -51,10 +52,9 @@ def rows_kernel(
     SWIGLU: gl.constexpr,
 ) -> None:
     """Compute out = f(RMSNorm(x) @ w.T + bias) + residual; f is SwiGLU or the identity."""
-    # Each program computes BN outputs of all tokens. Its warps divide the K inputs into chunks of
-    # KC: chunk c of warp w begins at input (c * WARPS + w) * KC. A warp copies its own chunks to
-    # shared memory and reads no other chunks. EVEN means that no chunk crosses the weight's edge.
-    # In an MMA instruction rows are outputs and columns are tokens.
+    # Each program computes BN outputs of all tokens. Chunk c has WARPS * KC inputs: warp w handles
+    # inputs (c * WARPS + w) * KC and the following KC - 1. A warp copies its own inputs and their
+    # weights to shared memory, and reads no others. EVEN: BN divides N, and WARPS * KC divides K.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -95,7 +95,7 @@ def rows_kernel(
         for c in gl.static_range(CHUNKS):
             k = c * WARPS * KC + xk
             gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    # Before gdc_wait only weights are read, since earlier kernels may still be writing x.
+    # gdc_wait waits for the kernels that write x. Only weights are read before gdc_wait.
     gdc_wait()
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
@@ -111,11 +111,11 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # Wait for chunk c. If stages are reused, STAGES - 1 newer copies may still be running.
+        # Wait until chunk c has been copied. Copies of later chunks may still be running.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
-            # RMSNorm scales all inputs of a token by one factor. Here the outputs are scaled by it.
+            # A token's 1 / RMS is known only after the last chunk. So 1 / RMS scales the outputs.
             x32 = x.to(gl.float32)
             square += x32 * x32
             x = (x32 * gains[c].to(gl.float32)).to(dtype)
@@ -182,10 +182,10 @@ def tile_kernel(
     WARPS: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """Compute out[i] = f(x[:, ks] @ w[:, ks].T + bias), where ks are the inputs of split i."""
-    # f is SwiGLU or the identity. TMA copies x and w into a ring of STAGES stages in shared memory;
-    # each stage has an mbarrier. With SWIGLU a stage has BN rows of the gate projection's weight,
-    # then BN rows of the up projection's weight.
+    """Compute out[i] = f(x[:, ks] @ w[:, ks].T + bias), where ks are the inputs of slice i of K."""
+    # f is SwiGLU or the identity. TMA copies chunks of BK inputs into STAGES stages. A stage's
+    # mbarrier tells when its copies are complete. With SWIGLU a stage has BN rows of the gate
+    # projection's weight, then BN rows of the up projection's weight.
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     WIDTH: gl.constexpr = BN * PARTS
     STAGE_BYTES: gl.constexpr = (BM + WIDTH) * BK * 2
@@ -209,7 +209,7 @@ def tile_kernel(
             stage = ws.index(s).slice(p * BN, BN)  # [BN, BK]
             place = [n0 + p * N, k0 + s * BK]
             tma.async_copy_global_to_shared(w_desc, place, ready.index(s), stage)
-    # Before gdc_wait only weights are read, since earlier kernels may still be writing x.
+    # gdc_wait waits for the kernels that write x. Only weights are read before gdc_wait.
     gdc_wait()
     for s in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
@@ -219,7 +219,7 @@ def tile_kernel(
         w = ws.index(c % STAGES).permute([1, 0])  # [BK, WIDTH]
         acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
         if c > 0 and c - 1 + STAGES < CHUNKS:
-            # When all warps have used chunk c - 1, its stage is refilled with a later chunk.
+            # When all warps have multiplied chunk c - 1, its stage gets chunk c - 1 + STAGES.
             acc = hopper.warpgroup_mma_wait(1, [acc])
             _barrier()
             s = (c - 1) % STAGES

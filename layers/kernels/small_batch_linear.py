@@ -1,14 +1,15 @@
 """Linear layers for decode batches of 1 to 256 tokens.
 
-For such a batch a step of a small model is a long chain of short kernels. The gaps between
-kernels take longer than the kernels' memory traffic. So the kernels of this module use programmatic
-dependent launch: a kernel starts while its predecessor runs, copies its slice of the weight into
-shared memory, and only then waits for the predecessor's output.
+A layer computes N outputs from K inputs of each token; its weight is [N, K]. In a decode step a
+small model runs many short kernels, and the gaps between kernels take longer than the kernels'
+memory traffic. So the kernels of this module use programmatic dependent launch: a kernel starts
+early, copies its slice of the weight to shared memory, and then waits for the previous kernel.
 
-* ``rows_kernel`` serves 1 to 16 tokens. A program computes 16 or 32 outputs of all tokens with
-  mma.sync. The kernel can also apply an RMSNorm to its input and add a residual to its output.
-* ``tile_kernel`` serves 17 to 256 tokens, in tiles of 64 or 128 tokens, with wgmma. For few outputs
-  the input dimension is split among programs, and the next RMSNorm kernel adds up partial sums.
+``rows_kernel`` serves 1 to 16 tokens. A program computes 16 or 32 of the N outputs for all tokens,
+with mma.sync. The kernel can also apply an RMSNorm to its input and add a residual to its output.
+``tile_kernel`` serves 17 to 256 tokens. A program computes a *tile*, 32 or 64 outputs of 64 or 128
+tokens, with wgmma. If N is small, K is split among programs, whose results are partial sums. The
+next RMSNorm kernel adds up these partial sums.
 """
 
 from typing import NamedTuple
@@ -23,17 +24,16 @@ from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
 _MULTIPROCESSORS = 132  # H100 and H200
-# Largest weight, in elements, that gets tiles of 128 tokens without SwiGLU. On an H200, 128 tokens
-# take 11.7 us for a weight [1536, 8960] with such tiles (cuBLAS: 12.8 us), and 18.2 us for a weight
-# [4096, 4096] (cuBLAS: 14.5 us).
+# Without SwiGLU, tiles of 128 tokens are used only for weights of at most this many elements. On an
+# H200, for 128 tokens and a weight [1536, 8960], such tiles take 11.7 us and cuBLAS 12.8 us. For
+# 128 tokens and a weight [4096, 4096], such tiles take 18.2 us and cuBLAS 14.5 us.
 _TALL_WEIGHTS = 14 * 2**20
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
-    """Return the tile sizes of `rows_kernel`, and EVEN: whether all tiles are full."""
-    # For all linear layers of Qwen3-0.6B, with norms, residuals and SwiGLU, in one CUDA graph on an
-    # H200, `rows_kernel` takes 310 us at 1 token and 402 us at 16 tokens. With separate
-    # kernels for norms, residuals and SwiGLU, cuBLAS takes 1,082 us at 1 and 926 us at 16 tokens.
+    # On an H200 a CUDA graph of all linear layers of Qwen3-0.6B, with norms, residuals and SwiGLU,
+    # takes 310 us with `rows_kernel` and 1,082 us with cuBLAS and separate kernels for norms,
+    # residuals and SwiGLU. These times are for 1 token. For 16 tokens they are 402 us and 926 us.
     wide = tokens > 8 if swiglu else n >= 4096
     bm, bn = (8 if tokens <= 8 else 16), (32 if wide else 16)
     if k <= 2048:
@@ -42,8 +42,9 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
         warps, kc = 8, 64 if wide or swiglu else 128
     chunks = triton.cdiv(k, warps * kc)
     stage = warps * kc * (bn * (2 if swiglu else 1) + bm) * 2
-    # A stage is shared memory for one chunk of inputs. If all chunks fit 200 KB, each has its own
-    # stage. Otherwise the stages form a ring of 100 KB, so that two programs fit a multiprocessor.
+    # A stage is shared memory for one chunk of the K inputs and for the chunk's weights. If 200 KB
+    # hold all chunks, each chunk has its own stage. Otherwise stages are reused: as many as fit
+    # 100 KB, but at least 2. A multiprocessor can run two programs of 100 KB each.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
     even = k == chunks * warps * kc and n % bn == 0
     tile = {"BM": bm, "BN": bn, "KC": kc, "WARPS": warps, "CHUNKS": chunks, "STAGES": stages}
@@ -51,7 +52,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
 
 
 class _Tile(NamedTuple):
-    """Sizes of `tile_kernel`: BM tokens and BN outputs per program, BK inputs per stage."""
+    """Constants of `tile_kernel`: BM tokens and BN outputs per program, BK inputs per stage."""
 
     BM: int
     BN: int
@@ -64,10 +65,10 @@ class _Tile(NamedTuple):
 
 
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
-    """Return the tile for a weight [n, k], or None if cuBLAS is as fast or no tile fits."""
+    """Return the tile for a weight [n, k], or None if cuBLAS should be used instead."""
     # For each linear layer of Qwen3-0.6B and Qwen2-1.5B 20 to 150 tiles were timed on an H200. With
-    # the fastest tiles all programs run at once, occupy at least half of the multiprocessors, and
-    # have stages that fill shared memory. With over 2,560 inputs per program cuBLAS was faster.
+    # the fastest tiles all programs run at once, on at least half of the multiprocessors, and their
+    # stages fill shared memory. If a program had more than 2,560 inputs, cuBLAS was faster.
     chunks = k // 128
     if n % 64 or k % 128:
         return None
@@ -87,10 +88,10 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 
 
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
-    """Return the tile for a gate and an up projection of n outputs each, or None for cuBLAS."""
+    """Return the tile for a gate and an up projection of n outputs each. None: use cuBLAS."""
     if chunks > 20:
-        # For k > 2,560 and more than 64 tokens cuBLAS is as fast. For 64 tokens and two weights
-        # [6144, 4096] `tile_kernel` takes 27.6 us and cuBLAS 30.5 us.
+        # With K > 2,560 cuBLAS is as fast as `tile_kernel` for more than 64 tokens. For 64 tokens
+        # and two weights [6144, 4096] `tile_kernel` takes 27.6 us and cuBLAS 30.5 us.
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
         return deep if tokens <= 64 and chunks <= 32 and fills else None
@@ -98,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # Programs outnumber multiprocessors. Small rings let two programs share a multiprocessor.
+        # The stages of these tiles are small, so that a multiprocessor can run two programs.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -106,7 +107,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
 
 
 def small_batch_splits(tokens: int, n: int, k: int) -> int:
-    """Return the number of slices into which `small_batch_linear` should split k."""
+    """Return the best number of slices of K, the argument `splits` of `small_batch_linear`."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
@@ -114,8 +115,8 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether `small_batch_linear` allows these shapes and cuBLAS is not known to be as fast."""
-    fits = n * k * (2 if swiglu else 1) < 2**31  # offsets into the weight have 32 bits
+    """Whether `small_batch_linear` takes these sizes, and cuBLAS is not known to be as fast."""
+    fits = n * k * (2 if swiglu else 1) < 2**31  # the kernels index the weight by int32
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
     if tokens <= MAX_FUSED_TOKENS:
@@ -139,20 +140,19 @@ def small_batch_linear(
 ) -> Tensor:
     """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    Only x and weight are required. The device must have compute capability 9.0. The order in which
-    float32 sums are computed depends on the shapes alone.
+    The device needs compute capability 9.0. Sizes alone determine the order of float32 additions.
 
     Args:
         x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.
-        weight: contiguous [N, K]; with ``swiglu`` [2N, K], N rows of gate and N rows of up. With
-            ``pdl`` (programmatic dependent launch) earlier kernels must not write the weight.
+        weight: contiguous [N, K]. With ``swiglu`` [2N, K]: first N rows of gate, then N rows of up.
         bias: [N]; not allowed together with ``swiglu`` or with ``splits`` > 1.
-        norm_weight: weight [K] of an RMSNorm of x; only for up to MAX_FUSED_TOKENS tokens.
-        residual: [M, N]; added to the result, only for up to MAX_FUSED_TOKENS tokens.
+        norm_weight: weight [K] of an RMSNorm of x; only for up to MAX_FUSED_TOKENS (16) tokens.
+        residual: [M, N]; added to the result, only for up to MAX_FUSED_TOKENS (16) tokens.
         swiglu: f is ``silu(gate) * up`` instead of the identity.
-        splits: number of slices of K that are summed separately; `small_batch_splits` returns it.
-        out: [M, N] in x's dtype, or if ``splits`` > 1 float32 [splits, M, N]. Rows are contiguous.
-            ``out`` must not share memory with an input. By default a new tensor is allocated.
+        splits: number of slices of K. Each slice gives its own partial sums in the result.
+        out: tensor for the result: [M, N] in x's dtype, or float32 [splits, M, N] if ``splits`` >
+            1. Its rows are contiguous, and it shares no memory with an input. None: a new tensor.
+        pdl: use programmatic dependent launch. Earlier kernels must not write the weights or bias.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     if weight.shape[1] != k or not weight.is_contiguous() or weight.dtype != x.dtype:
