@@ -33,7 +33,7 @@ class LLMEngine:
         self.config = config = resolve(config, self.checkpoint)
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}  # all unfinished requests, by request id
-        self._read: dict[int, Sequence] = {}  # unfinished requests with a TextReader
+        self._read: dict[int, Sequence] = {}  # unfinished requests with a TextReader, by id
         self._aborts: deque[int] = deque()
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
@@ -141,7 +141,7 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Context manager for a change of requests. In it, `drop` lets the next `step` end requests."""
+        """Context for changes of requests. If `drop` is called inside, `step` ends its requests."""
         self._calls += 1
         self._thread = threading.get_ident()
         # Any exception but RequestError leaves `_stale` True: the next method call calls `reset`.
@@ -196,7 +196,7 @@ class LLMEngine:
         """End requests that the caller no longer wants, immediately or at the next `step`.
 
         The requests end at the next `step` if `drop` is called while another engine method runs, or
-        in another thread than the last method call. The garbage collector may call `drop` then.
+        in another thread than the last method call: the garbage collector may cause such calls.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
@@ -273,7 +273,7 @@ class LLMEngine:
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Raise EngineClosedError if the engine is closed. Reset the engine if its state is stale."""
+        """Raise EngineClosedError if the engine is closed. Reset the engine after an exception."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

@@ -105,7 +105,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
     # With pipeline_depth 1 a step is planned while another runs: on an H200 this hides the host's
-    # 0.26 ms for 256 decode rows. On a CPU a step of one request took 2.4 ms, with depth 0 1.3 ms.
+    # 0.26 ms for 256 decode rows. On a CPU a step of one request took 2.4 ms, and 1.3 with depth 0.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -114,7 +114,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Set enable_prefix_caching to `blocks.caches_prefixes`. ConfigError: an option contradicts."""
+    """Set enable_prefix_caching to `blocks.caches_prefixes`. ConfigError: options contradict it."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -180,7 +180,7 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
 def make_block_managers(
     asked: Config, config: Config, groups: tuple[KVGeometry, ...]
 ) -> tuple[Config, tuple[BlockManager, ...]]:
-    """Make a block manager for each cache group. Also returns a config with the caching decided.
+    """Make a block manager for each cache group. Also returns the config to use from now on.
 
     `asked` is the user's config, `config` what `resolve` returned for `asked`. With several cache
     groups, or with an attention window, prefixes cannot be cached. Then enable_prefix_caching is
@@ -195,7 +195,6 @@ def make_block_managers(
         raise ConfigError(option, value, problem, fix)
 
     windows = [isinstance(group.kind, WindowPages) for group in groups]
-    # If block_manager is a factory function, enable_prefix_caching is still None here.
     if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
         for option in ("enable_prefix_caching", "block_manager"):
             if getattr(asked, option) not in (None, "auto"):

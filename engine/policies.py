@@ -153,7 +153,7 @@ class Priority(KeyedQueue):
 
 
 class ShortestPrompt(KeyedQueue):
-    """Runs the request with the fewest tokens first. Output from before a preemption counts, too."""
+    """Runs the request with the fewest tokens first. Output from before a preemption counts too."""
 
     name = "shortest_prompt"
 
@@ -171,7 +171,7 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the user with the lowest level first: the number of tokens charged to the user."""
+    """Serves the user with the lowest level first. A level is the sum of the tokens charged."""
 
     def __init__(self, config: Config) -> None:
         self.levels: defaultdict[str, int] = defaultdict(int)
@@ -281,7 +281,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # In this request's last step, `count` requests run, each `steps - 1` tokens longer than now.
+            # In this request's last step `count` requests run, each with `steps - 1` more tokens.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -326,7 +326,7 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts may take the whole budget, but decoding requests wait at most `max_gap` steps in a row."""
+    """Prompts may take the whole budget, but decodes wait at most `max_gap` steps in a row."""
 
     name = "prefill_first"
     max_gap = 4

@@ -35,7 +35,7 @@ class RunningBatch:
         self._next_step_id = 0
         # Contents of the next plan. The keys of `_new`, `_grown` and `_decode_counts` are slots.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # index of the first block table entry that the runner lacks
+        self._grown: dict[int, int] = {}  # first index in the block table that the runner lacks
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
         self._decode_counts: dict[int, int] = {}  # maximum number of positions of the slot's row
@@ -113,7 +113,7 @@ class RunningBatch:
         return True
 
     def prefill(self, seq: Sequence, max_tokens: int) -> int:
-        """Plan a prefill chunk of at most `max_tokens` tokens of a request. Returns its size."""
+        """Plan a prefill chunk of at most `max_tokens` tokens. Returns the size of the chunk."""
         assert seq.slot is not None
         start = seq.num_scheduled
         num_tokens = min(max_tokens, seq.num_prefill - start)
@@ -132,7 +132,7 @@ class RunningBatch:
         """Plan a decode row for each of `seqs`. Returns the sum of the rows' positions.
 
         All `seqs` must be in `decoding`, and `reserve` must have returned True for each request. A
-        row has the last token and `num_positions` - 1 drafts: fewer if blocks or the length run out.
+        row has `num_positions` positions, or fewer if blocks or the length limit allow no more.
         """
         num_row, total = 1, 0
         for seq in list(seqs):
