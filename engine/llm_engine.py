@@ -25,7 +25,7 @@ class LLMEngine:
 
     scheduler: Scheduler  # each `reset` makes a new scheduler and a new block manager
     blocks: BlockManager  # manages the blocks of all cache groups
-    num_new_tokens: int  # number of tokens that the last committed step sampled, kept or not
+    num_new_tokens: int  # tokens sampled in the last committed step, also tokens cut from outputs
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
@@ -141,10 +141,10 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Context for changes of requests. If `drop` is called inside, `step` ends its requests."""
+        """Context manager around every change of requests; `drop` checks whether one is active."""
         self._calls += 1
         self._thread = threading.get_ident()
-        # Any exception but RequestError leaves `_stale` True: the next method call calls `reset`.
+        # If an error or Ctrl-C breaks off a change and no `reset` follows, `_stale` stays True.
         before, self._stale = self._stale, True
         try:
             yield
@@ -273,7 +273,7 @@ class LLMEngine:
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Raise EngineClosedError if the engine is closed. Reset the engine after an exception."""
+        """Raise EngineClosedError after `close`. Call `reset` if an error broke off the last call."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

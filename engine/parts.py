@@ -2,8 +2,8 @@
 
 A part is an object that an option selects, such as a scheduler, a policy or a model runner. The
 option's value is a class, the name of a class, or a *factory function* that makes the part. Only a
-class has attributes, e.g. `policies`, that tell what the part can do before the part is made. Torch
-is imported only inside functions: schedulers import this module and must work without torch.
+class has attributes such as `policies`, which tell in advance what the part can do. Torch is
+imported only inside functions: schedulers import this module and must work without torch.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     if length > limit:
         problem = f"the checkpoint was made for {limit} positions"
         raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
-    # For several devices, "tensor_parallel" runs a process with a "local" runner for each device.
+    # For several devices, the runner "tensor_parallel" starts a "local" runner for each device.
     divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
     runner = "tensor_parallel" if divided else config.model_runner
     blocks, wanted = config.block_manager, config.enable_prefix_caching
@@ -104,8 +104,8 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
     if dtype == "auto":
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
-    # With pipeline_depth 1 a step is planned while another runs: on an H200 this hides the host's
-    # 0.26 ms for 256 decode rows. On a CPU a step of one request took 2.4 ms, and 1.3 with depth 0.
+    # With pipeline_depth 1 a step is planned while another runs. On an H200 this hides 0.26 ms of
+    # host time for 256 decode rows. On a CPU a step of one row took 2.4 ms, with depth 0 1.3 ms.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -159,7 +159,7 @@ def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Schedu
 
 def check_policies(config: Config, scheduler: object) -> None:
     """Raise a ConfigError for a policy that does not exist or that `scheduler` would not use."""
-    # A factory function has no attribute `policies` and is assumed to use all policies.
+    # A factory function has no attribute `policies`: all policies are assumed to be used.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:

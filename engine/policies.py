@@ -84,7 +84,7 @@ class StepPolicy(Policy):
 
         Args:
             budget: maximum number of positions in the step; not less than `max_num_seqs`.
-            gap: number of consecutive steps, up to this step, in which decoding requests waited.
+            gap: number of steps in a row, just before this step, in which decoding requests waited.
         """
 
 
@@ -95,7 +95,7 @@ class FirstCome(QueuePolicy):
 
     def __init__(self, config: Config) -> None:
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
-        self._back: list[Sequence] = []  # preempted or deferred before, sorted by request id
+        self._back: list[Sequence] = []  # requests that were pushed again, sorted by request id
 
     def push(self, seq: Sequence) -> None:
         if self._arrived and seq.request_id < next(reversed(self._arrived)):
@@ -171,7 +171,7 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the user with the lowest level first. A level is the sum of the tokens charged."""
+    """Serves the user of lowest level first. A level is the number of tokens charged to a user."""
 
     def __init__(self, config: Config) -> None:
         self.levels: defaultdict[str, int] = defaultdict(int)
@@ -326,7 +326,7 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts may take the whole budget, but decodes wait at most `max_gap` steps in a row."""
+    """Prompts may take all the budget. Decoding requests wait at most `max_gap` steps in a row."""
 
     name = "prefill_first"
     max_gap = 4

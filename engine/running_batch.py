@@ -35,7 +35,7 @@ class RunningBatch:
         self._next_step_id = 0
         # Contents of the next plan. The keys of `_new`, `_grown` and `_decode_counts` are slots.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # first index in the block table that the runner lacks
+        self._grown: dict[int, int] = {}  # first entry of the block table to send to the runner
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
         self._decode_counts: dict[int, int] = {}  # maximum number of positions of the slot's row

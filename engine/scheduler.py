@@ -1,8 +1,8 @@
 """The schedulers: a common base class, continuous batching, and static batching.
 
 A decode row computes a request's last token and its *drafts*: tokens that speculative decoding
-proposes. A *deferred* request waits outside the queue until a running request, which has a prefix
-in common with it, has computed the KV of this prefix.
+proposes. A *deferred* request waits outside the queue until a running request has computed the KV
+of a prefix that the two requests share.
 """
 
 from __future__ import annotations
