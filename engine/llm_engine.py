@@ -273,7 +273,7 @@ class LLMEngine:
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Raise EngineClosedError after `close`. Call `reset` if an error broke off the last call."""
+        """Raise EngineClosedError after `close`. Call `reset` if the last call was broken off."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:
