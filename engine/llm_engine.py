@@ -23,17 +23,17 @@ from utils.text import TextReader
 class LLMEngine:
     """Runs one model. Owns the scheduler, the block manager, the runner and the steps in flight."""
 
-    scheduler: Scheduler  # after an exception `reset` makes a new scheduler and block manager
-    blocks: BlockManager  # one manager for all cache groups
-    num_new_tokens: int  # tokens sampled in the last committed step, including dropped tokens
+    scheduler: Scheduler  # each `reset` makes a new scheduler and a new block manager
+    blocks: BlockManager  # manages the blocks of all cache groups
+    num_new_tokens: int  # tokens sampled in the last committed step, also tokens cut from outputs
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
         self._asked = config
         self.config = config = resolve(config, self.checkpoint)
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
-        self._live: dict[int, Sequence] = {}  # all unfinished requests, by id
-        self._read: dict[int, Sequence] = {}  # unfinished requests whose `text` is set, by id
+        self._live: dict[int, Sequence] = {}  # all unfinished requests, by request id
+        self._read: dict[int, Sequence] = {}  # unfinished requests with a TextReader, by id
         self._aborts: deque[int] = deque()
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
@@ -63,9 +63,10 @@ class LLMEngine:
         *,
         sample: int = 0,
     ) -> Sequence:
-        """Check and queue a request for one output, the prompt's output with index `sample`.
+        """Check and queue a request for one output. A prompt with `n` outputs needs `n` requests.
 
-        `text` converts the growing output to text, and finds the stop strings.
+        `sample` is the index of this output among the outputs of the prompt. `text` converts the
+        output to text while the output grows, and finds the stop strings.
 
         Raises:
             RequestError: the prompt or a parameter cannot be served.
@@ -111,13 +112,12 @@ class LLMEngine:
 
         Steps are started until `pipeline_depth` + 1 steps are in flight, or nothing can be planned.
         Returns the plan of the committed step, or None if there was no step to commit. Also returns
-        the requests that have ended: in the committed step, at a stop string, or after an `abort`.
-
-        After any exception, also Ctrl-C, all unfinished requests have ended. New requests can then
-        run, unless the exception is a StepError or WorkerDiedError of a runner with several ranks.
+        the requests that ended in the committed step, at a stop string, or because of `abort`.
+        If `step` raises any exception, also KeyboardInterrupt, all requests end. Then new requests
+        can run, unless `step` raised a StepError or WorkerDiedError of a runner with several ranks.
 
         Raises:
-            StepError: a step failed.
+            StepError: the runner could not complete a step, or the scheduler planned nothing.
             WorkerDiedError: a rank's process has ended.
         """
         self.check_usable()
@@ -132,7 +132,7 @@ class LLMEngine:
                 ended += finished
                 if self._read:
                     ended += self._read_texts()
-                # `_forget` counts output tokens, so `_read_texts`, which drops tokens, comes first.
+                # `_read_texts` dropped tokens after stop strings, so `_forget` does not count them.
                 self._forget(ended)
             except BaseException:
                 self.reset("error")
@@ -141,10 +141,10 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Context manager for changes of requests. Inside it, `drop` leaves its work to `step`."""
+        """Context manager around every change of requests; `drop` checks whether one is active."""
         self._calls += 1
         self._thread = threading.get_ident()
-        # If an error of a part or Ctrl-C leaves a change half done, the engine's next use resets.
+        # If an error or Ctrl-C breaks off a change and no `reset` follows, `_stale` stays True.
         before, self._stale = self._stale, True
         try:
             yield
@@ -170,7 +170,7 @@ class LLMEngine:
         return plan, finished
 
     def _read_texts(self) -> list[Sequence]:
-        """Convert new tokens to text. End and return running requests that hit a stop string."""
+        """Convert new tokens to text. End and return requests whose text has a stop string."""
         stopped = []
         for request_id, seq in list(self._read.items()):
             assert seq.text is not None
@@ -188,15 +188,15 @@ class LLMEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request at the next `step`. May be called from any thread at any time."""
-        # An id that no request has yet is ignored, because it would end a later request.
+        # Ignore ids that no request has yet: otherwise a later request with the id would be ended.
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 
     def drop(self, seqs: list[Sequence]) -> None:
-        """End requests that the caller no longer wants: now if possible, else at the next `step`.
+        """End requests that the caller no longer wants, immediately or at the next `step`.
 
-        Ending them now is not possible while another engine method runs, or in another thread. The
-        garbage collector may call `drop` in these cases, too.
+        The requests end at the next `step` if `drop` is called while another engine method runs, or
+        in another thread than the last method call: the garbage collector may cause such calls.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
@@ -237,7 +237,7 @@ class LLMEngine:
         self._stale = False
 
     def close(self) -> None:
-        """End all requests and free the memory. If the engine is closed already, do nothing."""
+        """End all requests and free the runner's memory. Do nothing if the engine is closed."""
         if self._closed:
             return
         try:
@@ -257,7 +257,7 @@ class LLMEngine:
         )
 
     def _forget(self, seqs: list[Sequence]) -> None:
-        """Count ended requests in the totals of `stats`, and remove the requests from `_live`."""
+        """Add ended requests to the totals of `stats`, and remove them from the unfinished ones."""
         totals = self._totals
         for seq in seqs:
             del self._live[seq.request_id]
@@ -267,13 +267,13 @@ class LLMEngine:
             totals["preemptions"] += seq.num_preemptions
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. The requests that run now will add no blocks to the cache."""
+        """Empty the prefix cache. Requests that run now will add no blocks to this cache."""
         self.check_usable()
         with self._inside():
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Raise EngineClosedError if the engine is closed. Reset if the last call was cut short."""
+        """Raise EngineClosedError after `close`. Call `reset` if the last call was broken off."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

@@ -1,6 +1,8 @@
 """Finds and makes the engine's parts, and sets options whose value is None or "auto".
 
-A part is a class that an option selects, such as a scheduler, a policy or a model runner. Torch is
+A part is an object that an option selects, such as a scheduler, a policy or a model runner. The
+option's value is a class, the name of a class, or a *factory function* that makes the part. Only a
+class has attributes such as `policies`, which tell in advance what the part can do. Torch is
 imported only inside functions: schedulers import this module and must work without torch.
 """
 
@@ -33,11 +35,11 @@ _KINDS = (
     PartKind("admission_policy", "engine.policies:AdmissionPolicy", ("engine.policies",)),
     PartKind("preemption_policy", "engine.policies:PreemptionPolicy", ("engine.policies",)),
     PartKind("step_policy", "engine.policies:StepPolicy", ("engine.policies",)),
-    # "auto" does not consider "radix", which finds as many cached tokens as "prefix".
+    # "auto" never selects "radix", because "radix" finds no more cached tokens than "prefix".
     PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
     PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
     PartKind("model_runner", "engine.types:ModelRunner", _RUNNERS),
-    # "auto" selects the first backend that works. The fastest is first; "torch" works everywhere.
+    # "auto" selects the first backend that works: "triton" is the fastest, "torch" always works.
     PartKind(
         "attention_backend",
         f"{_ATTENTION}.base:AttentionBackend",
@@ -49,7 +51,7 @@ PART_KINDS: Mapping[str, PartKind] = MappingProxyType({kind.option: kind for kin
 
 
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:
-    """Return the config; machine and checkpoint give values for options that are None or "auto".
+    """Return `config` with options that are None or "auto" set to suit machine and checkpoint.
 
     The runner sets the number of KV blocks, the attention backend and the use of CUDA graphs later.
     If block_manager is a factory function, `make_block_managers` sets enable_prefix_caching later.
@@ -60,16 +62,15 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
         UnsupportedModelError: the checkpoint does not state a maximum context length.
     """
     config = _on_device(config, checkpoint)
-    # The default 4096 is a guess. A larger default would enlarge block tables and CPU KV caches.
+    # max_model_len is 4096 by default: more would enlarge block tables and CPU KV caches.
     limit = checkpoint.max_position
     length = config.max_model_len or min(4096, limit)
     if length > limit:
         problem = f"the checkpoint was made for {limit} positions"
         raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
-    # A "tensor_parallel" runner starts a process for each device, with a "local" runner in each.
+    # For several devices, the runner "tensor_parallel" starts a "local" runner for each device.
     divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
     runner = "tensor_parallel" if divided else config.model_runner
-    # Prefix caching is on by default because in a chat each prompt starts with the previous turns.
     blocks, wanted = config.block_manager, config.enable_prefix_caching
     if blocks == "auto":
         blocks = _first("block_manager", lambda part: wanted in (None, part.caches_prefixes))
@@ -80,11 +81,11 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
-    """Return the config with device, dtype, enable_cuda_graphs and pipeline_depth set."""
+    """Return the config with device, dtype and pipeline_depth set, and no CUDA graphs on a CPU."""
     import torch
 
     runner: Any = find("model_runner", config)
-    # A factory function has no `has_device`; its runner is assumed to have a device.
+    # `has_device`: whether the runner can use a GPU. True is assumed for a factory function.
     has_device = getattr(getattr(runner, "func", runner), "has_device", True)
     cuda = has_device and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -103,8 +104,8 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
     if dtype == "auto":
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
-    # With an H200, pipeline_depth 1 hides the host's 0.26 ms for a decode step of 256 requests.
-    # On a CPU, a step of one request took 2.4 ms with pipeline_depth 1, and 1.3 ms with 0.
+    # With pipeline_depth 1 a step is planned while another runs. On an H200 this hides 0.26 ms of
+    # host time for 256 decode rows. On a CPU a step of one row took 2.4 ms, with depth 0 1.3 ms.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -113,7 +114,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Return `config` with enable_prefix_caching set. ConfigError: two options contradict."""
+    """Set enable_prefix_caching to `blocks.caches_prefixes`. ConfigError: options contradict it."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -133,7 +134,7 @@ def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigErr
 
 
 def find(option: str, config: Config) -> Callable[..., Any]:
-    """Return the class or factory that an option names. Raises a ConfigError if there is none."""
+    """Return the class or factory that an option names. ConfigError: the name is unknown."""
     return PART_KINDS[option].find(getattr(config, option))
 
 
@@ -150,16 +151,15 @@ def make(option: str, config: Config, *args: Any) -> Any:
 
 
 def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """Make the scheduler. Raises a ConfigError if the scheduler would ignore a chosen policy."""
+    """Make the scheduler. ConfigError: the scheduler ignores a policy that an option selects."""
     scheduler: Scheduler = make("scheduler", config, blocks, clock)
-    # If the option scheduler is a factory function, `resolve` could not check the policies.
     check_policies(config, scheduler)
     return scheduler
 
 
 def check_policies(config: Config, scheduler: object) -> None:
-    """Raise a ConfigError if a policy does not exist or the scheduler (or its class) ignores it."""
-    # A factory function has no `policies`. Its scheduler is assumed to use all policies.
+    """Raise a ConfigError for a policy that does not exist or that `scheduler` would not use."""
+    # A factory function has no attribute `policies`: all policies are assumed to be used.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:
@@ -169,7 +169,7 @@ def check_policies(config: Config, scheduler: object) -> None:
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
-    """Make the runner, which loads the model. Raises a ConfigError for unsupported options."""
+    """Make the runner, which loads the model. ConfigError: it does not support an option."""
     runner: ModelRunner = make("model_runner", config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
@@ -180,11 +180,11 @@ def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
 def make_block_managers(
     asked: Config, config: Config, groups: tuple[KVGeometry, ...]
 ) -> tuple[Config, tuple[BlockManager, ...]]:
-    """Return `config` with enable_prefix_caching set, and a block manager for each cache group.
+    """Make a block manager for each cache group. Also returns the config to use from now on.
 
-    A cache group is a set of layers that share a block table. With several groups, or with an
-    attention window, prefixes cannot be cached: caching is switched off, or a ConfigError is raised
-    if the user's config `asked` demands caching. `config` is what `resolve` returned for `asked`.
+    `asked` is the user's config, `config` what `resolve` returned for `asked`. With several cache
+    groups, or with an attention window, prefixes cannot be cached. Then enable_prefix_caching is
+    False in the returned config, or a ConfigError is raised if `asked` demands prefix caching.
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
@@ -195,8 +195,6 @@ def make_block_managers(
         raise ConfigError(option, value, problem, fix)
 
     windows = [isinstance(group.kind, WindowPages) for group in groups]
-    # If the option block_manager is a factory function, enable_prefix_caching is None here, and
-    # the managers are checked after the factory has made them.
     if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
         for option in ("enable_prefix_caching", "block_manager"):
             if getattr(asked, option) not in (None, "auto"):
@@ -213,14 +211,14 @@ def make_block_managers(
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """Make the attention backend. ConfigError: this model or machine is not supported."""
+    """Make the attention backend. ConfigError: it does not support this model or machine."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
         name = _first(option, lambda part: part.unsupported(spec) is None)
         config = replace(config, attention_backend=name)
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
-    # A class answers `unsupported` without an instance. A factory function must be called first.
+    # `unsupported` can be called on a class. A factory function must first make the backend.
     backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
     reason = backend.unsupported(spec)
     if reason is not None:
@@ -229,7 +227,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Return whether to capture CUDA graphs. ConfigError: graphs are enabled but impossible."""
+    """Whether to capture CUDA graphs. ConfigError: the user demands graphs that are impossible."""
     import torch
 
     from layers.kernels.launch import fused

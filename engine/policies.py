@@ -1,4 +1,8 @@
-"""Scheduling policies: four base classes, and their implementations. Policies use no device."""
+"""Scheduling policies: four base classes, and their implementations.
+
+A request's *length limit* is the maximum number of its prompt and output tokens. Its *expected
+length* is the prompt's length plus `SamplingParams.predicted_tokens`, by default the length limit.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class Policy(ABC):
 
 
 class QueuePolicy(Policy):
-    """Orders the waiting requests. No method may loop over all of them: thousands may wait."""
+    """Orders the waiting requests. Thousands may wait, so no method may loop over all requests."""
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
@@ -75,12 +79,12 @@ class StepPolicy(Policy):
     def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
         """Return the maximum number of prompt tokens in the step.
 
-        The result is at most `budget`, and at least 1 if no request decodes. All decoding requests
-        run in the step if prompts leave at least `num_decodes` positions of the budget, else none.
+        The result is at most `budget`, and at least 1 if no request decodes. If prompts leave
+        fewer than `num_decodes` positions of the budget, no decoding request runs; else all run.
 
         Args:
             budget: maximum number of positions in the step; not less than `max_num_seqs`.
-            gap: number of steps in a row, right before this one, in which decoding requests waited.
+            gap: number of steps in a row, just before this step, in which decoding requests waited.
         """
 
 
@@ -90,9 +94,8 @@ class FirstCome(QueuePolicy):
     name = "fcfs"
 
     def __init__(self, config: Config) -> None:
-        # `_arrived` and `_back` are sorted by id. `_back` has the few requests that wait again.
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
-        self._back: list[Sequence] = []
+        self._back: list[Sequence] = []  # requests that were pushed again, sorted by request id
 
     def push(self, seq: Sequence) -> None:
         if self._arrived and seq.request_id < next(reversed(self._arrived)):
@@ -150,7 +153,7 @@ class Priority(KeyedQueue):
 
 
 class ShortestPrompt(KeyedQueue):
-    """Runs the request with the fewest tokens: its prompt, and its output before a preemption."""
+    """Runs the request with the fewest tokens first. Output from before a preemption counts too."""
 
     name = "shortest_prompt"
 
@@ -168,10 +171,9 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the waiting user with the lowest level: the number of tokens charged to a user."""
+    """Serves the user of lowest level first. A level is the number of tokens charged to a user."""
 
     def __init__(self, config: Config) -> None:
-        # `levels` has all users ever seen. `_queues` and `_order` have only waiting users.
         self.levels: defaultdict[str, int] = defaultdict(int)
         self._queues: defaultdict[str, FirstCome] = defaultdict(lambda: FirstCome(config))
         self._order: LazyHeap[str] = LazyHeap()
@@ -211,9 +213,9 @@ class FairShare(_UserQueue):
     """Serves the waiting user who has been charged the fewest tokens so far.
 
     Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
-    OSDI 2024). A user pays for a request its expected length first, and its real length when it
-    ends. Idle time gives no credit: if a user without waiting requests adds a request, the user's
-    charge is raised to the charge of the user served last.
+    OSDI 2024). When a request leaves the queue, its user is charged the request's expected length.
+    When the request ends, the charge is corrected to the real length. If a user without waiting
+    requests adds a request, the user's total is raised to the total of the user served last.
     """
 
     name = "fair_share"
@@ -241,7 +243,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits a request if blocks for its present tokens are free. Preemptions may follow."""
+    """Admits a request if blocks for its tokens so far are free. Preemptions may follow later."""
 
     name = "optimistic"
 
@@ -264,14 +266,14 @@ class LookAhead(AdmissionPolicy):
     """Admits a request if it and all running requests fit the cache up to their expected lengths.
 
     Memory use peaks just before a request ends, so only the steps in which a request ends are
-    checked. The idea is from Past-Future (Gong et al., ASPLOS 2025), which learns the lengths.
+    checked. From Past-Future (Gong et al., ASPLOS 2025), which learns lengths from past requests.
     """
 
     name = "lookahead"
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # For each request: steps until its end, position of its newest token; latest end first.
+        # A pair for each request: number of steps until its end, position of its newest token.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
         full = 0
@@ -279,7 +281,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # In this request's last step, the first `count` requests are `steps - 1` tokens longer.
+            # In this request's last step `count` requests run, each with `steps - 1` more tokens.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -297,7 +299,7 @@ class Latest(PreemptionPolicy):
 
 
 class LowestPriority(PreemptionPolicy):
-    """Preempts the request of lowest `SamplingParams.priority`; if equal, the last admitted."""
+    """Preempts the request of lowest `SamplingParams.priority`; among equals, the last admitted."""
 
     name = "lowest_priority"
 
@@ -306,7 +308,7 @@ class LowestPriority(PreemptionPolicy):
 
 
 class FewestComputed(PreemptionPolicy):
-    """Preempts the request with the fewest computed positions; if equal, the last admitted."""
+    """Preempts the request with the fewest computed positions; among equals, the last admitted."""
 
     name = "fewest_computed"
 
@@ -324,7 +326,7 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts may take the whole budget, in at most `max_gap` steps in a row while decodes wait."""
+    """Prompts may take all the budget. Decoding requests wait at most `max_gap` steps in a row."""
 
     name = "prefill_first"
     max_gap = 4

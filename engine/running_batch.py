@@ -1,4 +1,9 @@
-"""The running requests, and the plan that the scheduler is building."""
+"""The running requests, and the plan that the scheduler is building.
+
+A decode row computes a request's last token and its *drafts*: tokens that speculative decoding
+proposes. The result of the step tells how many drafts are accepted. A position is *committed* when
+the result of its step has been applied, unless the position is of a rejected draft.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,12 @@ from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepRes
 from engine.types import BlockManager, Clock, RowReport, TokenLogprobs
 from utils.errors import RequestTooLongError
 
-# A row: slot, number of planned positions, new tokens, the tokens' log-probabilities, report.
+# A row: slot, number of planned positions, new tokens, their log-probabilities, `RowReport`.
 _Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
 
 class RunningBatch:
-    """Turns a scheduler's decisions into step plans, and applies step results to the requests.
-
-    A scheduler calls `admit`, `prefill`, `decode` and `preempt`, then `build`, which returns the
-    `StepPlan` of these calls. `commit` applies a `StepResult`.
-    """
+    """Turns a scheduler's decisions into step plans, and applies step results to the requests."""
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, clock: Clock) -> None:
         self.blocks = blocks  # schedulers and policies must not change the block manager
@@ -32,12 +33,12 @@ class RunningBatch:
         self._holder: list[Sequence | None] = [None] * max_num_seqs  # request in each slot
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._next_step_id = 0
-        # What the next plan will contain. The keys of the three dicts are slots.
+        # Contents of the next plan. The keys of `_new`, `_grown` and `_decode_counts` are slots.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # first block table entry that the runner lacks
+        self._grown: dict[int, int] = {}  # first entry of the block table to send to the runner
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
-        self._decode_counts: dict[int, int] = {}  # maximum number of positions of a decode row
+        self._decode_counts: dict[int, int] = {}  # maximum number of positions of the slot's row
 
     @property
     def num_free_slots(self) -> int:
@@ -45,7 +46,7 @@ class RunningBatch:
 
     @property
     def num_running(self) -> int:
-        """Number of slots held by running requests, and by ended requests with steps in flight."""
+        """Number of slots used by running requests, and by ended requests with steps in flight."""
         return len(self._holder) - len(self._free_slots)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -67,7 +68,7 @@ class RunningBatch:
             raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
     def admit(self, seq: Sequence) -> bool:
-        """Give a request a slot and blocks. If too few are free, change nothing; return False."""
+        """Give a request a slot and blocks. Return False if no slot or too few blocks are free."""
         if not self._free_slots:
             return False
         cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
@@ -98,8 +99,8 @@ class RunningBatch:
         return True
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
-        """Reserve blocks for the next `num_positions` positions. Return False if blocks run out."""
-        # Drafts in flight count as accepted. If any is rejected, the next row ends before `end`.
+        """Reserve blocks for a request's next positions. Return False if too few are free."""
+        # The next row ends at `end`, or before `end` if the model rejects drafts in flight.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
             return True
@@ -128,7 +129,7 @@ class RunningBatch:
         return num_tokens
 
     def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
-        """Plan a decode row for each of `seqs`. Returns the number of positions of all rows.
+        """Plan a decode row for each of `seqs`. Returns the sum of the rows' positions.
 
         All `seqs` must be in `decoding`, and `reserve` must have returned True for each request. A
         row has `num_positions` positions, or fewer if blocks or the length limit allow no more.
@@ -149,14 +150,14 @@ class RunningBatch:
         return total
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
-        """The maximum number of positions of the request's next decode row, from 1 to `wanted`."""
-        # If all drafts in flight are rejected, the row starts at `earliest`. If some are accepted,
-        # the row starts later, and the runner ends the row at the length limit.
+        """Maximum size of the next decode row: the last token and at most `wanted` - 1 drafts."""
+        # The row starts at `earliest` if all drafts in flight are rejected. If some are accepted,
+        # the row starts later, and the runner cuts the row off at the request's length limit.
         earliest = seq.num_scheduled - seq.num_drafted
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
             return wanted
-        # Too few blocks are free. No request is preempted for drafts: the row gets fewer positions.
+        # Too few blocks are free. No request is preempted for drafts: the row gets fewer drafts.
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
@@ -167,7 +168,7 @@ class RunningBatch:
         seq.num_preemptions += 1
 
     def build(self) -> StepPlan | None:
-        """Return the plan of all calls since the last plan, or None if no row was planned."""
+        """Return the plan with all rows planned since the last plan, or None if there is no row."""
         if not self._chunks and not self._decode:
             return None
         updates = []
@@ -195,7 +196,7 @@ class RunningBatch:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Append new tokens, end requests, commit full blocks. Returns the ended requests."""
+        """Apply a step's result to the requests. Returns the requests that the result has ended."""
         result.check(plan)
         self.num_in_flight -= 1
         holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
@@ -203,7 +204,6 @@ class RunningBatch:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
         num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
-        # Most of the host's time per token goes to this loop. For most rows it calls no function.
         for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
             assert seq is not None
@@ -214,7 +214,7 @@ class RunningBatch:
                     self._release(seq)
                 continue
             if report is not None and report.error is not None:
-                # The row's KV may be wrong and must not be shared, so no position is committed.
+                # The row's KV may be wrong. It is not committed, so no other request can reuse it.
                 seq.error = report.error
                 finished.append(seq)
                 self.finish(seq, "error")
@@ -236,7 +236,7 @@ class RunningBatch:
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
             if num_planned > 1 and row >= num_chunks:
-                # A decode row with drafts: as many positions are accepted as tokens were appended.
+                # A decode row with drafts has one accepted position for each token appended above.
                 seq.num_committed = committed = before + len(token_ids) - num_known
                 seq.num_scheduled -= before + num_planned - committed
                 seq.num_drafted -= num_planned - 1
@@ -260,7 +260,7 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
-            # After a preemption `seq` still has log-probabilities, so only missing ones are added.
+            # A preempted request keeps its prompt log-probabilities: only missing ones are added.
             missing = len(seq.prompt_logprobs) - (chunk.start + 1)
             seq.prompt_logprobs += found[missing:]
 
@@ -286,12 +286,12 @@ class RunningBatch:
 
 
 def _goes_on(seq: Sequence) -> bool:
-    """Whether a request can get another decode row even if all drafts in flight are accepted."""
+    """Whether the length limit allows another decode row if all drafts in flight are accepted."""
     return seq.num_scheduled + 1 < seq.max_total_tokens
 
 
 def _rows(plan: StepPlan, result: StepResult) -> Iterator[_Row]:
-    """All rows of a finished step. Prefill chunks come first, decode rows after them."""
+    """Return all rows of a finished step: first the prefill chunks, then the decode rows."""
     tokens = iter(result.tokens)
     scores: Iterator[list[TokenLogprobs] | None] = iter(result.logprobs or repeat(None))
     reports = map(result.reports.get, count()) if result.reports else repeat(None)

@@ -1,4 +1,9 @@
-"""The schedulers: a common base class, continuous batching, and static batching."""
+"""The schedulers: a common base class, continuous batching, and static batching.
+
+A decode row computes a request's last token and its *drafts*: tokens that speculative decoding
+proposes. A *deferred* request waits outside the queue until a running request has computed the KV
+of a prefix that the two requests share.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,6 @@ class QueuedScheduler(Scheduler):
         self.max_decode_tokens = 1 + config.num_speculative_tokens
         self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make("queue_policy", config)
-        # Requests that wait, outside the queue, until a running request has computed their prefix.
         self.deferred: list[tuple[Sequence, PendingPrefix]] = []
         self._most_deferred = config.max_num_seqs
         self._waiting: dict[int, Sequence] = {}
@@ -58,7 +62,7 @@ class QueuedScheduler(Scheduler):
         return True
 
     def rejoin(self) -> None:
-        """Put deferred requests back into the queue if their prefix is cached or never will be."""
+        """Requeue deferred requests whose prefix is cached now or is no longer being computed."""
         deferred, self.deferred = self.deferred, []
         for seq, prefix in deferred:
             leader = self.batch.running.get(prefix.request_id)
@@ -68,7 +72,7 @@ class QueuedScheduler(Scheduler):
                 self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
-        """Plan up to `left` prompt tokens of running requests. Returns how many are still left."""
+        """Plan at most `left` prompt tokens of running requests. Returns the rest of `left`."""
         for seq in list(self.batch.prefilling.values()):
             if left > 0:
                 left -= self.batch.prefill(seq, left)
@@ -78,11 +82,10 @@ class QueuedScheduler(Scheduler):
         """Plan a decode row with drafts for each of `seqs`. Returns the sum of the rows' positions.
 
         The rows get at most `left` positions together, and `left` must be at least the number of
-        rows. Drafts may use up `left`, so a scheduler plans prompts before decodes.
+        rows. Drafts may use up `left`, so a scheduler plans prompts before it calls this method.
         """
         if not seqs:
             return 0
-        # All rows get equally many drafts, so that no request runs faster than the others.
         return self.batch.decode(seqs, min(self.max_decode_tokens, left // len(seqs)))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
@@ -96,7 +99,7 @@ class QueuedScheduler(Scheduler):
             self.batch.finish(seq, "abort")
             others = [entry for entry in self.deferred if entry[0] is not seq]
             if len(others) < len(self.deferred):
-                # `FairShare.pop` has charged the deferred request to its user. `push` refunds this.
+                # `defer` popped the request, so `FairShare` charged its user. `push` refunds this.
                 self.deferred = others
                 self.queue.push(seq)
             self.queue.discard(seq)
@@ -127,10 +130,9 @@ class ContinuousScheduler(QueuedScheduler):
         num_preemptions = self._reserve_decodes()
         if num_preemptions is None:
             return None
-        # A request whose prefill ends in this step is not in `decodes`. It decodes in later steps.
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
-        # After a preemption this step admits no request: it could be the preempted request again.
+        # After a preemption the step admits no request: it could readmit the preempted request.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
         left = self.budget - planned
         if len(decodes) <= left:
@@ -141,7 +143,7 @@ class ContinuousScheduler(QueuedScheduler):
         return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
-        """Plan prefill of running, then of new requests. Returns the number of planned tokens."""
+        """Plan prefill chunks of running, then of new requests. Returns the number of tokens."""
         left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
@@ -150,13 +152,12 @@ class ContinuousScheduler(QueuedScheduler):
 
     def _admit_first(self) -> Sequence | None:
         while self.batch.num_free_slots and (seq := self.queue.first()):
-            # If no request runs, the policy is not asked: a refusal would stop the engine.
             if self.batch.running and not self._admission.admits(seq, self.batch):
                 break
             prefix = self.batch.blocks.pending(seq.token_ids, seq.cache_salt)
             if prefix is None:
                 return seq if self.admit(seq) else None
-            # A running request is computing `prefix`, so `seq` waits instead of computing it too.
+            # A running request is computing the KV of a prefix of `seq`, so `seq` waits for it.
             if not self.defer(prefix):
                 break
         return None
@@ -164,13 +165,12 @@ class ContinuousScheduler(QueuedScheduler):
     def _reserve_decodes(self) -> int | None:
         """Reserve blocks for the decode rows of the step; preempt requests if blocks run out.
 
-        Returns the number of preempted requests, or None if a commit must come first.
+        Returns the number of preemptions, or None if steps in flight must be committed before any.
         """
         num_preemptions = 0
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.batch.reserve(seq):
-                # Requests in flight must not be preempted: steps in flight must be committed first.
                 if self.batch.num_in_flight:
                     return None
                 victim = self._preemption.victim(self.batch.running.values())
@@ -183,8 +183,8 @@ class ContinuousScheduler(QueuedScheduler):
 class StaticScheduler(QueuedScheduler):
     """Static batching (Orca's baseline): runs a batch to its end before admitting the next batch.
 
-    A batch takes requests from the queue as long as the cache has room for all of them at their
-    length limits, so no request is preempted. The slot of a request that ends early stays empty.
+    A batch takes requests from the queue while the cache has room for all of them at their length
+    limits, so no request is preempted. A slot whose request ends stays empty until the batch ends.
     """
 
     name = "static"
