@@ -52,7 +52,7 @@ class Sequence:
     slot: int | None = field(init=False)  # index in the runner's tables; None if not running
     # Number of leading positions that are cached, committed or in flight, drafts included.
     num_scheduled: int = field(init=False)
-    num_drafted: int = field(init=False)  # number of drafts in steps in flight
+    num_drafted: int = field(init=False)  # number of the request's drafts in steps in flight
     num_prefill: int = field(init=False)  # number of prompt and output tokens at the last admission
     num_in_flight: int = field(init=False)  # number of steps in flight with a row of this request
     num_committed: int = field(init=False)  # number of leading cached or committed positions
@@ -92,7 +92,7 @@ class Sequence:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Expected final length of the request. Above the current length unless max_tokens=0."""
+        """Expected final number of prompt and output tokens. More than now, unless max_tokens=0."""
         guess = self.sampling.predicted_tokens
         if guess is None:
             return self.max_total_tokens

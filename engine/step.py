@@ -71,7 +71,7 @@ class PrefillChunk:
     """Compute positions [start, start + num_tokens) of the request in a slot.
 
     The KV of earlier positions is in the cache. `samples` is True if the chunk ends the prefill and
-    the length limit allows a further token. Then the runner samples the token after the chunk.
+    the length limit allows a further token. If True, the runner samples the token after the chunk.
     """
 
     slot: int
