@@ -28,34 +28,34 @@ class Sequence:
     sampling: SamplingParams  # the parameters that the user gave
     _: KW_ONLY
     max_total_tokens: int  # length limit of prompt and output together
-    stop_token_ids: frozenset[int] = frozenset()  # tokens that end the request
+    stop_token_ids: frozenset[int] = frozenset()  # ids of tokens that end the request
     seed: int = 0  # seed of the random numbers that sampling uses
     seed_kind: SeedKind = SeedKind.DERIVED
     sample: int = 0  # index of this output among the outputs of its prompt
     num_prompt_tokens: int = field(init=False)
     finish_reason: str | None = None  # None while unfinished, or "stop", "length", "abort", "error"
-    error: Exception | None = None  # what the runner reported, if finish_reason is "error"
+    error: Exception | None = None  # the row's `RowReport.error`, if finish_reason is "error"
     # The mapping of `RowReport.values` for each output token; empty if the runner reports none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if asked for
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of output tokens, if requested
     # Log-probabilities of the prompt tokens computed so far, if requested. The first entry is None,
     # because no position predicts the first token.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    text: TextReader | None = None  # converts output to text, for a stream or stop strings
+    text: TextReader | None = None  # converts output to text, if it is streamed or has stop strings
     added_at: float = 0.0
     admitted_at: float | None = None  # time of the first admission
     token_times: list[float] = field(default_factory=list)  # `StepResult.ended_at` for each token
     num_cached: int = 0  # prompt tokens found in the cache at the first admission
     num_preemptions: int = 0
 
-    # Only the scheduler changes the fields from `slot` to `capacity`.
+    # Only the scheduler changes the following fields, from `slot` to `capacity`.
     slot: int | None = field(init=False)  # index in the runner's tables; None if not running
-    # Number of leading positions that are computed or planned, including all drafts in flight.
+    # Number of leading positions that are cached, committed or in flight, drafts included.
     num_scheduled: int = field(init=False)
-    num_drafted: int = field(init=False)  # how many of these positions are drafts in flight
-    num_prefill: int = field(init=False)  # number of tokens at the admission; all are prefilled
+    num_drafted: int = field(init=False)  # number of the request's drafts in steps in flight
+    num_prefill: int = field(init=False)  # number of prompt and output tokens at the last admission
     num_in_flight: int = field(init=False)  # number of steps in flight with a row of this request
-    num_committed: int = field(init=False)  # number of leading positions that are committed
+    num_committed: int = field(init=False)  # number of leading cached or committed positions
     capacity: int = field(init=False)  # number of positions in the blocks of the block table
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class Sequence:
         self.reset()
 
     def reset(self) -> None:
-        """Clear the fields from `slot` to `capacity`, on arrival and at each preemption."""
+        """Clear the fields that only the scheduler changes, on arrival and at each preemption."""
         self.slot = None
         self.num_scheduled = self.num_committed = self.num_drafted = self.num_in_flight = 0
         self.num_prefill = self.capacity = 0
@@ -75,8 +75,8 @@ class Sequence:
         salt = self.sampling.cache_salt
         if self.sampling.prompt_logprobs is None:
             return salt
-        # Prompt log-probabilities need logits, which the cache does not keep. So the salt contains
-        # the request id, and the request finds only blocks that it computed before a preemption.
+        # Prompt log-probabilities need the prompt's logits, which the cache does not keep. With the
+        # request id in the salt, the request finds only its own blocks, from before a preemption.
         return f"{salt}\0{self.request_id}"
 
     @property
@@ -92,7 +92,7 @@ class Sequence:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Expected final length of prompt and output; greater than now, unless max_tokens=0."""
+        """Expected final number of prompt and output tokens. More than now, unless max_tokens=0."""
         guess = self.sampling.predicted_tokens
         if guess is None:
             return self.max_total_tokens
@@ -111,7 +111,7 @@ ParamsForPrompts = SamplingParams | list[SamplingParams] | None
 
 
 def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
-    """Return a SamplingParams for each of `count` prompts. RequestError if `params` is unusable."""
+    """Return `count` SamplingParams. Raises RequestError if type or length of `params` is wrong."""
     if params is None:
         params = SamplingParams()
     per_prompt = params if isinstance(params, list) else [params] * count
@@ -129,9 +129,9 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
 def check_request(
     prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
 ) -> int:
-    """Check a request for one output. Returns the length limit of prompt and output together.
+    """Check prompt and parameters of a request. Returns the maximum of prompt plus output tokens.
 
-    Raises RequestError, or its subclass RequestTooLongError, if the request cannot be served.
+    Raises RequestError for an invalid request, RequestTooLongError if max_model_len is too small.
     """
     ids = f"Token ids are integers from 0 to {vocab_size - 1}."
     if not prompt:
@@ -165,7 +165,7 @@ def _check_picklable(params: SamplingParams) -> None:
     """Raise a RequestError for logits processors that cannot be sent to the ranks' processes."""
     try:
         data = pickle.dumps(params.logits_processors)
-        # A function of __main__ cannot be unpickled in a rank's process: its __main__ is different.
+        # A rank's process cannot unpickle a function of __main__: the process has another __main__.
         if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
             raise TypeError("they are of the module __main__")
     except Exception as error:  # pickling code of a user's class may raise any exception
@@ -181,7 +181,7 @@ class PromptRequests:
 
     index: int  # index of the prompt among the caller's prompts
     seqs: list[Sequence]  # one request for each output
-    ended: list[PromptRequests]
+    ended: list[PromptRequests]  # where `LLM` collects the prompts whose requests have ended
 
 
 def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
@@ -226,10 +226,10 @@ def percentile(rising: list[float], share: float) -> float:
 def increments(
     seq: Sequence, index: int, *, has_text: bool
 ) -> Generator[dict[str, Any] | None, None, None]:
-    """Yield increments of a growing output, each as a dictionary of new tokens and new text.
+    """Yield a request's output in increments: dictionaries of new tokens and new text.
 
-    Yields None if nothing is new. If `has_text` is True, text that later tokens can change is not
-    yielded yet. The last increment has a finish_reason. `index` is the prompt's index.
+    Yields None if the output is unchanged. If `has_text` is True, text that may belong to a stop
+    string is held back. The last increment has a finish_reason. `index` is the prompt's index.
     """
     text, reason = seq.text, None
     num_tokens = num_chars = 0

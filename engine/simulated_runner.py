@@ -1,4 +1,4 @@
-"""A model runner without model and device: a function sets how much virtual time a step takes."""
+"""A model runner without model and device. Its clock shows virtual time, not the machine's time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from utils.errors import ConfigError, EngineClosedError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# Default duration of a step, in seconds: about the duration of a small model's step on a CPU.
-STEP_SECONDS = 0.01
+STEP_SECONDS = 0.01  # default duration of a step: about that of a small model's step on a CPU
 
 
 @dataclass(slots=True)
@@ -25,12 +24,12 @@ class SimulatedRequest:
 
     new: NewRequest
     tokens: list[int]  # ids of the prompt and of the output so far
-    failed: bool = False  # the request's rows report an error; set only by `FakeRunner`
+    failed: bool = False  # whether the request's rows report an error; set by subclasses
 
 
 @dataclass(slots=True, eq=False)
 class _Handle(StepHandle):
-    """Handle of a step that ends at a moment of virtual time."""
+    """Handle of a step that ends at the virtual time `answer.ended_at`."""
 
     runner: SimulatedRunner
     answer: StepResult
@@ -49,18 +48,18 @@ class SimulatedRunner(ModelRunner):
     Virtual time moves only when the caller waits for a result or calls `wait_until`. Planning takes
     no virtual time, and steps run one after the other. So a run depends on its requests and options
     alone, not on the machine. If the option `model_runner` is a function that makes this runner,
-    set `pipeline_depth` too: its default then depends on whether the machine has a GPU.
+    set the option `pipeline_depth`. Otherwise its value depends on whether the machine has a GPU.
 
-    A hash of a request's seed and a token's position gives the token's id. With speculative
-    decoding, a decode of n tokens (the last token and n - 1 drafts) gives 1 to n new tokens; a hash
-    of seed, position and n gives the number. Log-probabilities are equal for all tokens.
+    A hash of a request's seed and a token's position gives the token's id. A decode row of n
+    positions (the last token and n - 1 drafts) gives 1 to n new tokens. A hash of seed, position
+    and n gives the number of new tokens. Log-probabilities are equal for all tokens.
 
     Args:
         checkpoint: only its vocabulary size is used; without a checkpoint the size is 50.
-        groups: geometries of the KV cache groups; by default one group, sized by `config`.
-        seconds: function that returns a plan's duration in seconds; by default `STEP_SECONDS`.
+        groups: shapes of the cache groups; by default one, whose number of blocks `config` gives.
+        seconds: function that returns the duration of a plan's step; by default `STEP_SECONDS`.
 
-    Raises a ConfigError for several ranks, and in `execute` if a duration is not finite and >= 0.
+    Raises a ConfigError for tensor_parallel_size > 1, and if a duration is negative or not finite.
     """
 
     name = "simulated"
@@ -78,7 +77,7 @@ class SimulatedRunner(ModelRunner):
         if (size := config.tensor_parallel_size) != 1:
             raise ConfigError("tensor_parallel_size", size, "there is no device", "Use 1.")
         if not groups:
-            # Imported here because `memory.kv_cache` imports torch.
+            # This module must load without torch, but `memory.kv_cache` imports torch.
             from memory.kv_cache import kv_blocks
 
             block = KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4)
@@ -131,7 +130,7 @@ class SimulatedRunner(ModelRunner):
         return [self._next(self._requests[chunk.slot])] if chunk.samples else []
 
     def _decode(self, slot: int, count: int) -> list[int]:
-        """Return the new tokens of a request that decodes, at most `count` tokens."""
+        """Return 1 to `count` new tokens for the request in a slot."""
         request = self._requests[slot]
         seed, position = request.new.seed, len(request.tokens)
         most = min(count, request.new.max_total_tokens - position)
@@ -139,7 +138,7 @@ class SimulatedRunner(ModelRunner):
         return [self._next(request) for _ in range(1 + hash((seed, position, most)) % most)]
 
     def _next(self, request: SimulatedRequest) -> int:
-        """Draw, append and return a token. If `min_tokens` forbids it, use the next allowed id."""
+        """Draw a token that `min_tokens` allows, append it to `request.tokens`, and return it."""
         drawn, new, size = self._draw(request), request.new, self._vocab_size
         num_output = len(request.tokens) - len(new.token_ids) + new.num_output_tokens
         withheld = new.withheld_token_ids if num_output < new.sampling.min_tokens else ()
@@ -154,7 +153,7 @@ class SimulatedRunner(ModelRunner):
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
-        """Return the next prompt token of each position, and the option prompt_logprobs."""
+        """Return the prompt token after each position of a chunk, and option `prompt_logprobs`."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
         return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
@@ -162,11 +161,11 @@ class SimulatedRunner(ModelRunner):
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]
     ) -> list[list[TokenLogprobs]] | None:
-        """Return log-probabilities of pairs (tokens, logprobs option); None if no option is set."""
+        """Return log-probabilities for each pair (tokens of a row, number of likeliest tokens)."""
         if all(num_top is None for _, num_top in rows):
-            return None
+            return None  # no request asks for log-probabilities
         even = -math.log(self._vocab_size)
-        # All tokens are equally likely. The tokens with the lowest ids are given as the likeliest.
+        # All tokens are equally likely. The tokens with the lowest ids are reported as likeliest.
         return [
             [] if top is None else [{t: even, **dict.fromkeys(range(top), even)} for t in tokens]
             for tokens, top in rows

@@ -13,7 +13,7 @@ from typing import Any
 from sampling_params import SamplingParams
 from utils.errors import ContractError
 
-# Token id -> log-probability at a position: first the token at the position, then the likeliest.
+# Token id -> log-probability at a position: first the position's token, then the likeliest tokens.
 TokenLogprobs = dict[int, float]
 
 NO_LIMIT = 2**31 - 1  # `max_total_tokens` of a request that has no length limit
@@ -36,20 +36,19 @@ class NewRequest:
     sampling: SamplingParams
     seed: int  # seed of the random numbers that sampling uses, 0 <= seed < 2**63
     num_output_tokens: int = 0  # how many of `token_ids` are output
-    withheld_token_ids: tuple[int, ...] = ()  # forbidden as the first `min_tokens` output tokens
+    withheld_token_ids: tuple[int, ...] = ()  # ids forbidden in the first `min_tokens` output ids
     max_total_tokens: int = NO_LIMIT  # maximum length of prompt and output together
-    # The random numbers may depend not only on `seed` but also on `sample` and `seed_kind`.
     sample: int = 0  # index of this output among the outputs of its prompt
-    seed_kind: SeedKind = SeedKind.DERIVED
+    seed_kind: SeedKind = SeedKind.DERIVED  # random numbers may depend on this and on `sample`
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
     """Write `block_ids` to entries `first_index`, `first_index + 1`, ... of a slot's block table.
 
-    When a block has left a slot's sliding window, another request may get the block, while the
-    slot's table keeps the block's id. So the runner must not read positions before
-    `CacheKind.first_read`.
+    With a sliding window, a block that no later position attends to may be given to another
+    request, while the runner's table still lists the block. So when the runner computes position p,
+    it must not read the KV of positions before `CacheKind.first_read(p)`.
     """
 
     slot: int
@@ -69,10 +68,10 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Compute positions [start, start + num_tokens) of a slot. Earlier positions are in the cache.
+    """Compute positions [start, start + num_tokens) of the request in a slot.
 
-    If `samples` is True, the runner samples the token that follows the chunk. `samples` is True if
-    the chunk reaches the end of the request's tokens and the length limit allows a further token.
+    The KV of earlier positions is in the cache. `samples` is True if the chunk ends the prefill and
+    the length limit allows a further token. If True, the runner samples the token after the chunk.
     """
 
     slot: int
@@ -85,14 +84,14 @@ class PrefillChunk:
 class StepPlan:
     """One step of the model, as pure data: updates of the runner's tables, and rows to compute.
 
-    A runner applies `new_requests`, then `block_updates`. It applies `block_copies` before or after
-    them. Then it computes the rows: prefill chunks in order, then a row for each slot in `decode`.
+    A runner applies `new_requests`, then `block_updates`, and `block_copies` before or after them.
+    Then the runner computes the rows: prefill chunks, then a decode row for each slot in `decode`.
 
     A decode row starts at the request's first position whose KV is not computed. An earlier step
     sampled the token at this position. Decode row i has at most `decode_tokens[i]` positions. The
     runner drafts the tokens at all positions of a row but the first. A draft is accepted if all
-    drafts before it in the row are accepted and sampling gives a token equal to the draft. The
-    runner ends a row before position `max_total_tokens - 1`, which has no reserved block.
+    drafts before it in the row are accepted and sampling gives a token equal to the draft. A
+    decode row ends before position `max_total_tokens - 1`, for which no block is reserved.
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
@@ -105,7 +104,7 @@ class StepPlan:
     block_copies: tuple[BlockCopy, ...] = ()
     # Maximum number of positions of each decode row. Empty if each decode row has one position.
     decode_tokens: tuple[int, ...] = ()
-    # For each cache group: blocks to fill with NaN before the step. Empty without `kv_sanitizer`.
+    # For each cache group: freed blocks to fill with NaN before the step, if `kv_sanitizer` is on.
     poisoned_blocks: tuple[tuple[int, ...], ...] = ()
     timed: bool = False  # whether the result must contain `device_seconds`
 
@@ -121,7 +120,7 @@ class StepPlan:
 
     @property
     def decode_counts(self) -> tuple[int, ...]:
-        """Maximum number of positions of each decode row: 1 each if `decode_tokens` is empty."""
+        """Maximum number of positions of each decode row; all 1 if `decode_tokens` is empty."""
         return self.decode_tokens or (1,) * len(self.decode)
 
     @property
@@ -141,8 +140,8 @@ class RowReport:
 
     # An error ends the request with finish_reason "error", and the row's tokens are dropped.
     error: Exception | None = None
-    # Results that the runner chooses to report, e.g. hidden states: a mapping from names to results
-    # for each new token. A prompt's last chunk may have one mapping even if it samples no token.
+    # Results that the runner chooses to report, e.g. hidden states. Each new token has a
+    # mapping from names to results. A prompt's last chunk may have a mapping without a new token.
     values: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -155,18 +154,19 @@ class StepResult:
     # list of a decode row has a token for each accepted position, but none beyond the length limit.
     tokens: list[list[int]]
     ended_at: float  # time on the runner's clock when the host saw that the step had ended
-    # For each list in `tokens`, the tokens' log-probabilities; an empty list if the request asked
-    # for no log-probabilities. `logprobs` is None if no request of the step asked for any.
+    # For each list in `tokens`, the log-probabilities of its tokens; an empty list if the request
+    # did not ask for them. `logprobs` is None if no request of the step asked for them.
     logprobs: list[list[TokenLogprobs]] | None = None
-    # For each chunk, log-probabilities of the prompt at positions start + 1 to start + num_tokens;
-    # an empty list if the request asked for none. The field is None if no request asked for any.
+    # For each prefill chunk, log-probabilities of the prompt tokens at positions start + 1 to
+    # start + num_tokens; an empty list if the request did not ask for them. `prompt_logprobs` is
+    # None if no request of the step asked for log-probabilities of its prompt.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     device_seconds: float | None = None  # how long the device worked, if the plan is `timed`
-    # The keys are indices in `StepPlan.row_slots`. A row that has nothing to report has no key.
+    # A row's key is its index in `StepPlan.row_slots`. A row that has nothing to report has no key.
     reports: Mapping[int, RowReport] = field(default_factory=dict)
 
     def check(self, plan: StepPlan) -> None:
-        """Raise a ContractError if step id or number of tokens, logprobs or values do not fit."""
+        """Raise a ContractError if the step id or the length of a list does not fit the plan."""
         lengths = list(map(len, self.tokens))
         sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
         num_rows = len(sampling) + len(plan.decode)

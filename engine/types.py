@@ -2,11 +2,13 @@
 
 A *slot* is the index of a running request in the runner's per-request tables. A *position* is the
 index of a token in the prompt and output of its request. A *block* is KV cache for `block_size`
-consecutive positions. A request's *block table* lists the request's blocks. A *cache group* is a
-set of layers that keep the KV of the same positions, e.g. all layers with one window size. The
-group's *kind* tells which positions the group keeps. Each request has one block table for each
-group. A *row* of a step is the work for one request in this step. A step is *in flight* from
-`schedule`, which plans the step, to `commit`, which applies the step's result.
+consecutive positions. A *cache group* is a set of layers that keep the KV of the same positions,
+e.g. all layers with one window size. The group's *kind* tells which positions the group keeps. A
+request's *block table* lists the request's blocks in one cache group. *Admission* gives a request a
+slot and blocks, and *preemption* takes them away until the next admission. A *row* of a step is the
+work for one request in this step. A step is *in flight* from `schedule`, which plans the step, to
+`commit`, which applies the step's result. Then the positions of the step's rows are *committed*,
+except rejected drafts.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class CacheKind(ABC):
 
     @abstractmethod
     def first_read(self, position: int) -> int:
-        """The first position that `position` attends to; never smaller for a larger `position`."""
+        """The first position that `position` attends to. Never decreases as `position` grows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,8 @@ class WindowPages(CacheKind):
 class KVGeometry:
     """Shape of the KV cache that each rank holds for one cache group."""
 
-    num_layers: int  # layers of the cache group
-    num_kv_heads: int  # KV heads of one rank
+    num_layers: int  # number of layers in the cache group
+    num_kv_heads: int  # number of KV heads on one rank
     head_dim: int
     block_size: int  # positions per block
     num_blocks: int
@@ -101,7 +103,7 @@ class KVGeometry:
 class CacheStats:
     """Counters of a prefix cache. The counters start at 0 again when an error resets the engine."""
 
-    queried_tokens: int = 0  # tokens of admitted requests; a readmission counts them again
+    queried_tokens: int = 0  # tokens looked up at admissions; a readmission counts them again
     hit_tokens: int = 0  # how many of the `queried_tokens` tokens were found in the cache
     evicted_blocks: int = 0  # cached blocks that were evicted to make room
     cached_blocks: int = 0  # blocks that are in the cache now
@@ -109,9 +111,9 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Totals since the engine started. A prompt with `n` outputs counts as `n` requests."""
+    """Counts of steps, requests, tokens, blocks. A prompt's `n` outputs count as `n` requests."""
 
-    steps: int  # committed steps
+    steps: int  # steps that were committed since the engine started
     finished_requests: int  # requests that have ended for any reason, aborted ones included
     unfinished_requests: int  # requests that wait or run now
     prompt_tokens: int  # prompt tokens of all finished requests together
@@ -138,7 +140,7 @@ class StepHandle(ABC):
         """Wait for the result. StepError if the step failed; WorkerDiedError if a rank died."""
 
     def done(self) -> bool:
-        """Whether `result` would return without waiting. True also if the runner does not know."""
+        """Whether the step has ended. Also True if the runner cannot know this without waiting."""
         return True
 
 
@@ -171,7 +173,7 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Number of free or evictable blocks. With several groups: the minimum over the groups."""
+        """Number of blocks that no request uses. With several groups: the minimum over them."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -180,9 +182,9 @@ class BlockManager(ABC):
         The last token of `token_ids` never counts as cached, because sampling needs its logits.
         Without prefix caching the result is 0. The table lists the blocks of the cached tokens. If
         the cached tokens end inside a block, the table gets a new block in place of the shared
-        block. Then `take_copies` returns the copy that fills the new block. Only requests with
-        equal `cache_salt` share blocks. Until `release` the caller may only append to `token_ids`,
-        and after the request's last `commit` also remove tokens at the end.
+        block. Then `take_copies` returns the `BlockCopy` from the shared block to the new block.
+        Only requests with equal `cache_salt` share blocks. Until `release` the caller may append to
+        the list `token_ids`. After the last `commit` the caller may also remove tokens at its end.
         """
 
     @abstractmethod
@@ -194,15 +196,15 @@ class BlockManager(ABC):
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:
-        """The request's block table, for reading only. Entries of freed blocks are `NO_BLOCK`."""
+        """A request's block table, for reading only. `NO_BLOCK` is the entry of a freed block."""
 
     @abstractmethod
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
         """Record that the KV of the first `num_computed` tokens of `token_ids` has been written.
 
-        The manager may now share full blocks of these tokens, and free blocks that no later
-        position reads. Steps in flight write only positions from `num_computed` on. The caller must
-        call `commit` when a block has become full. Rejected draft tokens never count as computed.
+        The manager may now let other requests read the full blocks of these tokens, and may free
+        blocks that no later position reads. Rejected drafts never count as computed. Steps in
+        flight write only later positions. The caller must call `commit` when a block becomes full.
         """
 
     @abstractmethod
@@ -212,14 +214,15 @@ class BlockManager(ABC):
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """Return the block copies that `begin` has asked for since the last call of `take_copies`.
 
-        Copies of released requests are left out. No source is evicted before its copy is returned.
+        Omits copies for released requests. No source block is evicted before its copy is returned.
         """
         return ()
 
     def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
         """Return a prefix of `token_ids` that a running request is computing for the cache.
 
-        None if there is no such prefix. If the running request ends early, no prefix is cached.
+        Returns None if there is no such prefix. If the running request ends before it has computed
+        the whole prefix, the rest of the prefix is not cached.
         """
         return None
 
@@ -238,26 +241,24 @@ class Scheduler(ABC):
     The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. A scheduler
     must read no clock but this `Clock`, because a runner without a device keeps virtual time.
 
-    A request is in flight while a step in flight has a row of the request. A request in flight may
-    get rows in further plans, but keeps its blocks and is not preempted. Plans are committed in the
-    order of planning. After an exception the engine makes a new scheduler and block manager, and
-    step ids restart at 0.
+    A request is in flight while a step in flight has a row of the request. Then the request may get
+    rows in further plans, but is not preempted. Plans are committed in the order of planning.
 
     The runner accepts at least one position of each decode row. The scheduler learns from `commit`
     how many positions of a row were accepted. Before this `commit` the scheduler reserves blocks as
     if all positions were accepted. If the steps in flight may bring a request to its length limit,
     the request gets no further row until `commit` shows that the request continues.
 
-    `commit` appends to a request's `token_ids`, `logprobs`, `prompt_logprobs` and `values`, and for
-    each new token `StepResult.ended_at` to `token_times`. `commit` sets `finish_reason` if the
-    request ends. A row with an error ends its request with finish_reason "error" and sets `error`.
-    A request with `max_tokens=0` gets no token, and ends with "length" when its last prefill chunk
-    is committed. The first admission sets `admitted_at` and `num_cached`. Each preemption adds 1 to
-    `num_preemptions`. The class `engine.running_batch.RunningBatch` does all of this.
+    `commit` extends a request's `token_ids`, `token_times`, `logprobs`, `prompt_logprobs` and
+    `values`. When a request ends, `commit` sets the request's `finish_reason`. If the result
+    reports an error for a row, `commit` stores the error in `Sequence.error` and ends the row's
+    request with finish_reason "error". A request with `max_tokens=0` gets no token, and ends with
+    "length" when its last prefill chunk is committed. The scheduler also sets the request's
+    `admitted_at`, `num_cached` and `num_preemptions`. `engine.running_batch` implements all this.
     """
 
     name: ClassVar[str]
-    policies: ClassVar[Collection[str]] = ()  # policy options that may be set with this scheduler
+    policies: ClassVar[Collection[str]] = ()  # policy options of `Config` that the scheduler uses
 
     @property
     @abstractmethod
@@ -272,7 +273,7 @@ class Scheduler(ABC):
     def schedule(self) -> StepPlan | None:
         """Plan the next step. Returns None if nothing can be planned now.
 
-        None is an error if requests are unfinished and no step is in flight: a StepError is raised.
+        On None the engine raises a StepError if requests are unfinished and no step is in flight.
         """
 
     @abstractmethod
@@ -285,7 +286,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def abort(self, request_id: int) -> Sequence | None:
-        """End a request with finish_reason "abort". Returns it, or None if unknown or ended."""
+        """End a request with finish_reason "abort". Returns None for unknown or ended requests."""
 
 
 class ModelRunner(ABC):
@@ -311,10 +312,10 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step, if possible without waiting for it. Steps run in the order of the calls."""
+        """Start a step. If possible, return before its end. Steps run in the order of the calls."""
 
-    # The engine's only clock: seconds since a fixed moment. The default is a plain function,
-    # because a scheduler that stores a bound method would keep the runner and its memory alive.
+    # The engine's only clock: seconds since a fixed moment. The scheduler stores `now`. So the
+    # default is a plain function: a stored bound method would keep the runner's memory alive.
     now: Clock = staticmethod(time.perf_counter)
 
     def wait_until(self, moment: float) -> None:
