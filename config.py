@@ -64,7 +64,7 @@ class Config:
         eviction_policy: which cached block is evicted first. "lru": the block released longest ago.
             "lfu": the block that the fewest requests found in the prefix cache. "cost": the block
             with the lowest value, computed from recomputation cost, hits and age (docs/caching.md).
-        tensor_parallel_size: number of devices that share one model. Each device has a process.
+        tensor_parallel_size: number of devices that share a model. Each device has its own process.
         attention_backend: "auto" takes the fastest backend that works on the device.
         num_speculative_tokens: maximum number of draft tokens of a request in a step. A draft token
             is kept only if sampling gives the same token, so drafts never change the output. With
@@ -78,7 +78,7 @@ class Config:
         block_manager: "auto" means "prefix", or "paged" if enable_prefix_caching is False.
         queue_policy, admission_policy: which request runs next, and how many requests run at once.
         preemption_policy: which request gives up its blocks when blocks run out.
-        step_policy: how many tokens of a step are prompt tokens (docs/scheduling.md, all policies).
+        step_policy: how many tokens of a step may be prompt tokens (see docs/scheduling.md).
 
     Raises a ConfigError if an option is out of range or contradicts another option.
     """

@@ -1,7 +1,7 @@
 """The class `LLM`, with which users load a model and generate text: `from llm import LLM`.
 
 Each prompt has `n` outputs, and each output is one request of the engine. A `PromptRequests` holds
-the requests of one prompt. When all of these have ended, it is appended to its list `ended`.
+the requests of one prompt. When all have ended, `LLM` adds the object to the object's list `ended`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class LLM:
 
         Args:
             prompts: a prompt or a list of prompts. A prompt is a text or a list of token ids.
-            sampling_params: one for all prompts, or a list of one per prompt. None: the defaults.
+            sampling_params: one object for all prompts, or a list, one per prompt. None: defaults.
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
@@ -211,10 +211,10 @@ class LLM:
     def _add(
         self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
     ) -> list[PromptRequests]:
-        """Queue `n` requests for each prompt. If one is refused, all of this call are removed.
+        """Queue `n` requests for each prompt, or none at all if a request is refused.
 
-        `ended` is the list to which each prompt is appended when its requests have ended. `stream`
-        passes None. Then every request gets a `TextReader`, which decodes the growing output.
+        `ended` is the list to which each prompt is appended when its requests have ended. If None,
+        as for `stream`, every request gets a `TextReader`, which decodes the growing output.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)

@@ -66,7 +66,7 @@ class SamplingParams:
         frequency_penalty: subtracted from a token's logit for each time the token is in the output.
         seed: seed of the request's sampling noise. Equal seeds give equal noise at equal positions,
             whatever else is in the batch. With None the engine derives a seed from `Config.seed`
-            and the request's id. If n > 1, output 0 uses this seed. Later outputs derive theirs.
+            and the request's id. If n > 1, output 0 uses this seed, and others use derived seeds.
         max_tokens: maximum number of tokens to generate. With None, prompt and output together may
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
         min_tokens: until this number of tokens is generated, tokens that would end the request are

@@ -41,7 +41,8 @@ def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -
 
     Args:
         slots: the WeightTarget of each tensor, by the tensor's name in the checkpoint.
-        tied: output head and embedding share a weight. If the files have both, both must be equal.
+        tied: the output head uses the embedding's weight. If the files also store a weight of the
+            head, that weight must equal the embedding's weight.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -21,8 +21,8 @@ class PartKind:
 
     option: str  # name of the option
     contract: str  # base class of all parts of this kind, as "module:Class"
-    packages: tuple[str, ...]  # packages and modules that define the parts with names
-    auto: tuple[str, ...] = ()  # names; "auto" means the first part that works with the options
+    packages: tuple[str, ...]  # packages and modules in which parts are looked up by name
+    auto: tuple[str, ...] = ()  # names of parts; "auto" means the first that works with the options
 
     @property
     def base(self) -> type:
@@ -30,7 +30,7 @@ class PartKind:
         return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
-        """Return the parts that an option can name: concrete subclasses of `base`, by `name`.
+        """Return the concrete subclasses of `base` that an option can name, by attribute `name`.
 
         Classes without a `name` of their own are left out. A module in `packages` is skipped if it
         needs a package that is not installed. Any other error of an import is raised.
@@ -96,7 +96,7 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Construct a part. ConfigError: wrong `spec` or `args`, or the result is no `base`."""
+        """Return `find(spec)(*args)`. ConfigError: unfit `args`, or the result is no `base`."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)

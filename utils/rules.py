@@ -82,6 +82,6 @@ def choice(*known: str) -> Rule:
 
 
 def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:
-    """Return a rule for lists of values that `allows` accepts. `words` names the values in errors."""
+    """Return a rule for lists of values that `allows` accepts. Errors call the values `words`."""
     problem = f"must be a list of {words}"
     return Rule(lambda v: isinstance(v, (list, tuple)) and all(map(allows, v)), problem, fix)
