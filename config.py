@@ -10,12 +10,12 @@ from typing import Any
 from utils.errors import ConfigError, did_you_mean
 from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rules_of, share
 
-# Value of an option that chooses a part of the engine, such as its scheduler: a registered name, an
-# import path "package.module:Class", a class or a factory.
+# Type of options that choose a part of the engine, such as `scheduler`. The value is a known name,
+# an import path "package.module:Class", a class, or a function that constructs the part.
 PartSpec = str | type | Callable[..., Any]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # With at most 2,048 tokens in a step, a long prompt delays the running requests less.
+    # With 2,048 instead of 16,384 tokens in a step, a long prompt delays running requests less.
     "low_latency": {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
     "throughput": {
         "gpu_memory_utilization": 0.95,
@@ -50,35 +50,35 @@ class Config:
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
         max_num_seqs: maximum number of requests that run at once.
-        max_num_batched_tokens: maximum number of tokens in a step, with drafts; >= max_num_seqs.
+        max_num_batched_tokens: maximum tokens of a step, drafts included; at least max_num_seqs.
         gpu_memory_utilization: share of a CUDA device's memory that the engine may take.
         kvcache_block_size: tokens per KV block, a multiple of 16.
-        num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of one device, either in
-            blocks or in bytes. On CUDA the default is the part of gpu_memory_utilization that
-            weights and steps do not need. On a CPU the default is the size for max_num_seqs
-            requests of max_model_len tokens, but at most 1 GiB.
+        num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of each device, either in
+            blocks or in bytes. On CUDA the default is the memory that gpu_memory_utilization
+            allows, minus the memory of weights and activations. On a CPU the default is the size
+            for max_num_seqs requests of max_model_len tokens, but at most 1 GiB.
         enable_cuda_graphs: run decodes and short prefills as CUDA graphs. None: wherever possible.
         enforce_eager: never capture CUDA graphs.
         enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
             if the block manager can cache prefixes.
-        eviction_policy: which cached block is evicted first. "lru": the least recently used block.
-            "lfu": the block that the fewest requests found. "cost": the block with the lowest value
-            computed from recomputation cost, hits and age.
-        tensor_parallel_size: number of devices that share one model, with a process for each.
+        eviction_policy: which cached block is evicted first. "lru": the block released longest ago.
+            "lfu": the block that the fewest requests found in the prefix cache. "cost": the block
+            with the lowest value, computed from recomputation cost, hits and age (docs/caching.md).
+        tensor_parallel_size: number of devices that share a model. Each device has its own process.
         attention_backend: "auto" takes the fastest backend that works on the device.
-        num_speculative_tokens: maximum number of tokens that are drafted for a request in a step. A
-            draft is kept only if sampling gives the same token, so drafts never change the output.
-            Only the model runners "fake" and "simulated" draft. "local" refuses a value above 0.
+        num_speculative_tokens: maximum number of draft tokens of a request in a step. A draft token
+            is kept only if sampling gives the same token, so drafts never change the output. With
+            model_runner="local" the value must be 0.
         pipeline_depth: with 0 the engine plans a step after the previous step has ended, and with 1
-            while the previous step runs. None means 1 on CUDA, 0 on a CPU. Both give equal tokens.
+            while the previous step runs. None means 1 on CUDA, 0 on a CPU. Outputs do not change.
         seed: number from which the engine derives the seeds of requests without a seed.
-        kv_sanitizer: check every use of KV blocks, and fill freed blocks with NaN. Slow.
+        kv_sanitizer: check every use of KV blocks, and fill unused uncached blocks with NaN. Slow.
         scheduler: "continuous" or "static".
         model_runner: "local" runs the model. "fake" and "simulated" run no model and need no GPU.
         block_manager: "auto" means "prefix", or "paged" if enable_prefix_caching is False.
-        queue_policy, admission_policy, preemption_policy, step_policy: they decide, in this order,
-            which request runs next, how many requests run at once, which request gives up its
-            blocks when blocks run out, and what a step computes first (docs/scheduling.md).
+        queue_policy, admission_policy: which request runs next, and how many requests run at once.
+        preemption_policy: which request gives up its blocks when blocks run out.
+        step_policy: how many tokens of a step may be prompt tokens (see docs/scheduling.md).
 
     Raises a ConfigError if an option is out of range or contradicts another option.
     """
@@ -113,7 +113,7 @@ class Config:
 
     @staticmethod
     def from_options(model: str | Path, preset: str | None = None, **options: Any) -> Config:
-        """Return a Config with the values of `preset` and of `options`. `options` take precedence.
+        """Return a Config with the values of `preset`, overridden by the values of `options`.
 
         An unknown option or preset raises a ConfigError that suggests a known name.
         """
@@ -147,5 +147,5 @@ class Config:
 
 
 _RULES = rules_of(Config)
-# Pairs of options. Setting both options of a pair, to True or to numbers, is an error.
+# Pairs of options that contradict each other if both are set, to True or to a number above 0.
 _EITHER = (("enforce_eager", "enable_cuda_graphs"), ("num_kvcache_blocks", "kvcache_memory_bytes"))

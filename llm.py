@@ -1,4 +1,8 @@
-"""The class that users call: `from llm import LLM`."""
+"""The class `LLM`, with which users load a model and generate text: `from llm import LLM`.
+
+Each prompt has `n` outputs, and each output is one request of the engine. A `PromptRequests` holds
+the requests of one prompt. When all have ended, `LLM` adds the object to the object's list `ended`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ class LLM:
             for out in llm.generate(["def add(a, b):"], SamplingParams(temperature=0)):
                 print(out["text"])
 
-    `options` are the fields of `Config`, and `preset`, the name of a preset (docs/presets.md).
+    `options` are fields of `Config`. A further option `preset` names a preset (docs/presets.md).
 
     Attributes:
         engine: the `LLMEngine` that runs requests (`Sequence`) in steps (`StepPlan`).
@@ -46,7 +50,7 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # The prompt of each unfinished request, by request id. Prompts of `stream` are left out.
+        # The prompt of each unfinished request, by request id. Requests of `stream` are left out.
         self._unfinished: dict[int, PromptRequests] = {}
         # Prompts from `add_request` that have ended, but whose outputs `step` has not returned yet.
         self._ended: list[PromptRequests] = []
@@ -68,17 +72,16 @@ class LLM:
         """Generate the outputs of all prompts.
 
         Args:
-            prompts: a list of texts or lists of token ids, or a single prompt.
-            sampling_params: for all prompts, or a list with one entry per prompt. None: defaults.
+            prompts: a prompt or a list of prompts. A prompt is a text or a list of token ids.
+            sampling_params: one object for all prompts, or a list, one per prompt. None: defaults.
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
-            One dictionary per prompt, in the order of the prompts, with `text`, `token_ids`,
-            `finish_reason`, `error`, `prompt_token_ids`, `logprobs`, `prompt_logprobs`, `metrics`,
-            and with n > 1 `outputs`. The page docs/options.md explains the entries.
+            One dictionary per prompt, in the order of the prompts. The page docs/options.md
+            explains the keys of the dictionary, such as `text` and `token_ids`.
 
         Raises:
-            RequestError: a prompt or its parameters are refused. Then no prompt is started.
+            RequestError: a prompt or its parameters are refused. No prompt of this call is started.
             StepError: a step failed.
             EngineClosedError: `close` was called before.
         """
@@ -104,14 +107,15 @@ class LLM:
     def stream(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None
     ) -> Generator[dict[str, Any], None, None]:
-        """Generate like `generate`, but return the outputs in parts while they grow.
+        """Generate like `generate`, but return each output in parts while the output grows.
 
         Returns:
-            An iterator of dictionaries. Each has the prompt's `index`, the output's index `sample`
-            among the prompt's `n` outputs, new `text`, new `token_ids` and `finish_reason`. The
-            `finish_reason` is None except in an output's last dictionary, which also has `error`. A
-            `text` ends with a whole character. The texts of an output, put together, are the text
-            that `generate` returns. Closing or dropping the iterator aborts unfinished requests.
+            An iterator of dictionaries, each of which is a part of one output. In a dictionary
+            `index` is the index of the prompt, and `sample` is the index of the output among the
+            prompt's `n` outputs. `text` and `token_ids` are new since the output's previous part.
+            `finish_reason` is None except in the last part, which also has `error`. A `text` ends
+            with a whole character. The texts of all parts together are the text that `generate`
+            returns. Closing or dropping the iterator aborts unfinished requests.
         """
         stream = self._increments(self._add(prompts, sampling_params))
         # Start the generator: only a started generator runs its `finally`, which aborts requests.
@@ -136,7 +140,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """Return parameters from the checkpoint's generation_config.json and `overrides`."""
+        """Return SamplingParams from the checkpoint's generation_config.json and `overrides`."""
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
@@ -148,35 +152,35 @@ class LLM:
         return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Running requests add no more blocks to the prefix cache."""
+        """Forget all cached prefixes. Requests that run now will add no blocks to the cache."""
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue a request and return its id, which `abort` takes and outputs of `step` contain.
+        """Queue a request and return its id. Outputs of `step` contain the id as `request_id`.
 
-        Later calls of `step` or `generate` run the request. Raises the errors of `generate`.
+        Later calls of `step` or `generate` run the request. Raises RequestError, EngineClosedError.
         """
-        # Only texts and lists are put in a list: a wrong `prompt=5` would become the valid [5].
+        # A wrong `prompt=5` must not become the list [5], which is a valid prompt of one token id.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
         (group,) = self._add(prompts, sampling_params, self._ended)
         return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
-        """Run one step. Returns the outputs of requests from `add_request` that have ended.
+        """Run one step. Returns outputs of ended requests from `add_request`, each output once.
 
-        Each output is a dictionary like those of `generate`, with `request_id` added. If `step`
-        raises a StepError, all requests have ended, and the next `step` returns their outputs.
+        An output is a dictionary like those of `generate`, with the key `request_id` added. If
+        `step` raises a StepError, all requests have ended. The next `step` returns their outputs.
         """
         self._advance()
         ended, self._ended[:] = [group.seqs for group in self._ended], []
         return [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
 
     def now(self) -> float:
-        """Return the runner's time in seconds. A simulated runner has a virtual clock."""
+        """Return the time in seconds on the runner's clock, which a simulated runner simulates."""
         return self.engine.runner.now()
 
     def wait_until(self, moment: float) -> None:
-        """Wait until `now()` is `moment` or later. A simulated runner sets its clock forward."""
+        """Wait until `now()` is `moment` or later. A simulated runner sets its clock instead."""
         self.engine.runner.wait_until(moment)
 
     @property
@@ -185,17 +189,17 @@ class LLM:
         return bool(self._unfinished or self._ended) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
-        """End a request at the next step, with finish_reason "abort" and the tokens so far.
+        """End a request at the next `step`, with finish_reason "abort" and the tokens so far.
 
-        All `n` outputs of the prompt end. Any thread may call `abort` at any time. The id of a
-        request that has ended or does not exist is ignored.
+        All `n` outputs of the request's prompt end. Any thread may call `abort` at any time. The id
+        of a request that has ended or does not exist is ignored.
         """
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
             self.engine.abort(one)
 
     def close(self) -> None:
-        """End all requests and free the memory. Further calls do nothing."""
+        """End all requests and free the engine's memory. Further calls of `close` do nothing."""
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -207,10 +211,10 @@ class LLM:
     def _add(
         self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
     ) -> list[PromptRequests]:
-        """Queue `n` requests for each prompt. If one request is refused, all are removed again.
+        """Queue `n` requests for each prompt, or none at all if a request is refused.
 
-        When all requests of a prompt have ended, the prompt is appended to the list `ended`. For
-        `stream` the argument `ended` is None, and every request gets a `TextReader`.
+        `ended` is the list to which each prompt is appended when its requests have ended. If None,
+        as for `stream`, every request gets a `TextReader`, which decodes the growing output.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
@@ -221,7 +225,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # Without a tokenizer the engine refuses stop strings: no reader is needed.
+                    # Stop strings without a tokenizer need no TextReader: the engine refuses them.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one
@@ -254,15 +258,14 @@ class LLM:
         ids = None
         try:
             plan, finished = self.engine.step()
-            # If there is no plan, the engine had nothing to run. A reset of the engine may
-            # have ended prompts in `_unfinished`, so `_collect_ended(None)` checks all prompts.
+            # `plan` is None if there was no step to commit. `LLMEngine.reset` may then have ended
+            # requests that are not in `finished`, so `_collect_ended(None)` checks all prompts.
             ids = [seq.request_id for seq in finished] if plan else None
         finally:
             self._collect_ended(ids)
         return plan
 
     def _collect_ended(self, request_ids: list[int] | None = None) -> None:
-        """Append each ended prompt to its list `ended`. `request_ids=None` checks all prompts."""
         for request_id in list(self._unfinished) if request_ids is None else request_ids:
             group = self._unfinished.get(request_id)
             if group and all(seq.finish_reason is not None for seq in group.seqs):
@@ -272,17 +275,13 @@ class LLM:
 
 
 class Progress:
-    """The progress bar of `generate`: number of ended prompts, and prefill and decode rates.
-
-    The time of a step counts as prefill if the step computed prompt tokens, else as decode.
-    """
+    """The progress bar of `generate`. Steps with prompt tokens count as prefill, else as decode."""
 
     def __init__(self, total: int, *, enabled: bool) -> None:
         self._bar = tqdm(
             total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True
         )
         self.close = self._bar.close
-        # By kind of step: number of tokens and seconds so far.
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 

@@ -21,11 +21,12 @@ from utils.rules import (
     share,
 )
 
-# Difference, modulo 2^63, between the seeds of successive outputs or requests: 2^64 / golden ratio.
-# Because the difference is odd, 2^63 successive seeds are all different.
+# The seeds of outputs i and i + 1 of a prompt differ by this number, modulo 2^63. Seeds that the
+# engine derives for requests i and i + 1 differ by the same number. The number is 2^64 / golden
+# ratio. Because the number is odd, 2^63 successive seeds are all different.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
-# A function (token ids of prompt and output, logits [vocab_size] float32) -> new logits.
+# Type of a function (token ids of prompt and output, float32 logits [vocab_size]) -> new logits.
 LogitsProcessor = Callable[[list[int], Any], Any]
 
 _SEED = Rule(
@@ -40,7 +41,7 @@ _STOP = Rule(
     'Use e.g. stop="\\n".',
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
-# Cache salts that the engine makes itself contain \0, so no user's salt equals such a salt.
+# No user's salt may contain \0. So no user's salt equals a salt that the engine made with \0.
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
@@ -50,8 +51,8 @@ _SALT = Rule(
 class SamplingParams:
     """Sampling parameters of one request; immutable and validated on construction.
 
-    Logits are processed in the order of transformers' `generate`: repetition, presence and
-    frequency penalty, `min_tokens`, `logits_processors`, temperature, top_k, top_p, min_p. If
+    Logits are processed in the order of transformers' `generate`: penalties, `min_tokens` and
+    `logits_processors` come first. Then come temperature, top_k, top_p and min_p in this order. If
     several tokens are equally likely at the border of top_k or top_p, all of them are kept.
 
     Attributes:
@@ -64,38 +65,40 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of every token that is in the output.
         frequency_penalty: subtracted from a token's logit for each time the token is in the output.
         seed: seed of the request's sampling noise. Equal seeds give equal noise at equal positions,
-            whatever else is in the batch. With None the engine derives the seed from its own `seed`
-            and the order of arrival. If n > 1, later outputs get seeds derived from this seed.
+            whatever else is in the batch. With None the engine derives a seed from `Config.seed`
+            and the request's id. If n > 1, output 0 uses this seed, and others use derived seeds.
         max_tokens: maximum number of tokens to generate. With None, prompt and output together may
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
         min_tokens: until this number of tokens is generated, tokens that would end the request are
             not sampled, and stop strings are ignored.
-        stop: one or several texts (stop strings). The output ends at the first stop string. Its
-            text ends before the stop string; its tokens include the token that completed it.
-        stop_token_ids: tokens that end the output as an end-of-sequence token does.
+        stop: one or several texts (stop strings). The output ends at the first stop string. The
+            output's text ends before the stop string. The output's tokens include the token that
+            completes the stop string.
+        stop_token_ids: ids of tokens that end the output as an end-of-sequence token does.
         ignore_eos: do not end the output at an end-of-sequence token.
         logprobs: for each generated token, return the log-probability of this token and of this
             number of most likely tokens, from the logits before penalties, temperature and filters.
         prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. The request
-            uses no cached blocks of other requests. If memory is too short for the logits of a
-            step's prompt tokens, lower `max_num_batched_tokens`.
-        n: number of outputs. With prefix caching the outputs can share blocks of the prompt.
+            uses no cached blocks of other requests, because the cache keeps no logits. If memory is
+            too small for the logits of a step's prompt tokens, lower `max_num_batched_tokens`.
+        n: number of outputs. With prefix caching the outputs can share KV blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
-            them with the request's tokens so far and the float32 logits of its next token.
+            them with the request's tokens so far, and the float32 logits for the next token.
         priority: if policies use it, higher values run first (vLLM: lower) and are preempted last.
-        user: name of the user, for policies that share the engine between users.
+        user: name of the user, for scheduling policies that are fair between users.
         cache_salt: requests share cached prefixes only if their salts are equal.
         predicted_tokens: expected length of the output in tokens, for scheduling policies. The
-            output may become longer. None stands for `max_tokens`.
-        penalizes: not an argument: True if a penalty can change logits.
-        filters: not an argument: True if top_k, top_p or min_p may exclude tokens from sampling.
-        needs_logits: not an argument: True if other options than temperature and seed need logits.
+            actual output may be longer. None stands for `max_tokens`.
+        penalizes: True if a penalty can change logits. Set by the constructor.
+        filters: True if top_k, top_p or min_p may exclude tokens. Set by the constructor.
+        needs_logits: True if an option other than temperature and seed changes or reads the logits.
+            Set by the constructor.
 
     Raises a RequestError that names the field if a value is out of range.
     """
 
-    # The sampler adds temperature * noise to the logits in float32, where noise is at most 16. At
-    # the maximum temperature of 1e4 the rounding error of the sum is about 1e-2.
+    # The sampler adds temperature * noise to the float32 logits, where noise is at most 16. The
+    # rounding error of this sum grows with the temperature, and is about 1e-2 at the limit of 1e4.
     temperature: float = ruled(1.0, number(0, 1e4, "Use 0 for greedy decoding."))
     top_p: float = ruled(1.0, share("Use 1 to keep all."))
     top_k: int = ruled(0, integer(-1, fix="Use 0 to keep all."))
@@ -132,7 +135,6 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
             raise RequestError("min_tokens", self.min_tokens, problem, fix)
-        # Lists are copied to tuples, because the caller may change a list later.
         put = object.__setattr__
         put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         put(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -147,9 +149,9 @@ class SamplingParams:
 
     @staticmethod
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
-        """Return parameters with the values in the folder's generation_config.json, if any.
+        """Return parameters with the values of generation_config.json in `folder`, if it exists.
 
-        `overrides` take precedence over the file. An unusable file raises a CheckpointError.
+        `overrides` replace values of the file. An unusable file raises a CheckpointError.
         """
         # Imported here, because `utils.checkpoint` imports transformers, which is slow to import.
         from utils.checkpoint import generation_config

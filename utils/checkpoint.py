@@ -15,7 +15,7 @@ from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedMo
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder and its configuration. `utils.loader` reads the weights later."""
+    """A checkpoint folder and its configuration, without the weights (see `utils.loader`)."""
 
     path: Path
     hf_config: Any  # content of config.json, as transformers' configuration object
@@ -23,7 +23,6 @@ class Checkpoint:
     eos_token_ids: frozenset[int]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle `hf_config` as a dictionary. `_from_fields` makes a PreTrainedConfig from it."""
         return _from_fields, (self.path, self.hf_config.to_dict(), self.eos_token_ids)
 
     @property
@@ -45,7 +44,7 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # PreTrainedConfig is enough. Importing the model's own configuration class would take 1.4 s.
+    # Unpickling uses PreTrainedConfig: importing the model's own class would take 1.4 s.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
@@ -89,7 +88,7 @@ def _from_hub(model: str) -> Path:
 
 
 def generation_config(path: Path) -> dict[str, Any]:
-    """Return generation_config.json, {} if it is missing. CheckpointError: the file is unusable."""
+    """Return generation_config.json's fields, {} if there is no file. CheckpointError: bad file."""
     file = path / "generation_config.json"
     try:
         return {**json.loads(file.read_text())} if file.is_file() else {}

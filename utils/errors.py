@@ -7,7 +7,7 @@ AllmosError
 │       └── RequestTooLongError    a request can never fit the context window or the KV cache
 ├── CheckpointError            the checkpoint folder is unusable
 │   ├── CheckpointNotFoundError    there is no such folder (also a FileNotFoundError)
-│   ├── UnsupportedModelError      the engine does not implement the architecture or a feature
+│   ├── UnsupportedModelError      the engine does not implement the model or a feature of it
 │   └── WeightsError               tensors are missing, unexpected or of the wrong shape or dtype
 ├── OutOfMemoryError           weights, steps or KV cache do not fit the device (also a MemoryError)
 ├── StepError                  a step failed; all unfinished requests have ended
@@ -30,7 +30,7 @@ class AllmosError(Exception):
 
 
 class FieldError(AllmosError):
-    """The option or argument `field` has a wrong `value`. `problem` says why, `fix` a remedy."""
+    """The option or argument `field` has a wrong `value`. `fix` says how to solve the `problem`."""
 
     def __init__(self, field: str, value: object, problem: str, fix: str) -> None:
         super().__init__(field, value, problem, fix)
@@ -76,7 +76,7 @@ class WorkerDiedError(AllmosError): ...
 
 
 class PlanError(ContractError, StepError):
-    """A plan misuses a KV block, or a KV position has no block (then `block` is -1)."""
+    """A plan misuses the KV block `block`, or uses a position without a block (`block` is -1)."""
 
     def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
         super().__init__(step_id, request_id, block, problem)
@@ -95,7 +95,7 @@ class EngineClosedError(AllmosError, RuntimeError): ...
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the known name closest to `name`, or lists all names."""
+    """Return a sentence that suggests the closest known name. If none is close, list all names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

@@ -10,16 +10,17 @@ T = TypeVar("T")
 
 
 class LazyHeap(Generic[T]):
-    """A heap with the smallest key first. Items with equal keys come in the order of `push`.
+    """A heap with the smallest key first. Items with equal keys are popped in the order of `push`.
 
     An item is in the heap at most once. After an item is removed, its entry in the list `heap`
-    stays there as a stale entry. A stale entry is deleted when it comes to the top, or when more
-    than half of all entries are stale. So every operation takes O(log n) amortised time.
+    stays there as a stale entry. A stale entry is deleted when it comes to the top. All stale
+    entries are deleted when they outnumber the items by more than 64. So every operation takes
+    O(log n) amortised time.
     """
 
     def __init__(self) -> None:
         self.heap: list[tuple[Any, int, T]] = []
-        # Each entry of `heap` has a number. `_numbers` has the number of each item's valid entry.
+        # Entries of `heap` are numbered. `_numbers` has the number of each item's valid entry.
         self._numbers: dict[T, int] = {}
         self._count = itertools.count()
 
@@ -34,7 +35,7 @@ class LazyHeap(Generic[T]):
         heapq.heappush(self.heap, (key, number, item))
 
     def remove(self, item: T) -> None:
-        """Remove an item. The item must be in the heap."""
+        """Remove an item, which must be in the heap."""
         del self._numbers[item]
         if len(self.heap) > 2 * len(self._numbers) + 64:
             self.heap = [e for e in self.heap if self._numbers.get(e[2]) == e[1]]
@@ -50,7 +51,7 @@ class LazyHeap(Generic[T]):
         return None
 
     def pop(self) -> tuple[Any, T]:
-        """Remove the item with the smallest key. Returns (key, item). Fails on an empty heap."""
+        """Remove the item with the smallest key, return (key, item). IndexError: heap is empty."""
         self.first()
         key, _, item = heapq.heappop(self.heap)
         del self._numbers[item]

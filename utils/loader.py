@@ -1,4 +1,4 @@
-"""Loads weights from safetensors files. Missing or unexpected tensors are an error."""
+"""Loads a checkpoint's weights. A rank loads only its slice of a tensor split over the ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.errors import WeightsError
 
-# Tensors with this suffix are skipped: inverse rotary frequencies of old checkpoints.
+# Tensors whose name ends with this text are skipped: rotary frequencies of old checkpoints.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
 # Other dtypes are refused: they belong to quantised checkpoints, which are not supported.
@@ -24,9 +24,9 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class WeightTarget:
-    """The destination of one tensor of a checkpoint, and the slice that this rank loads."""
+    """Where to copy a tensor of the checkpoint, and which slice of the tensor this rank copies."""
 
-    target: Tensor  # view of a parameter, to which this rank's slice is broadcast and copied
+    target: Tensor  # view of a parameter; the slice is broadcast and copied to this view
     shape: tuple[int, ...]  # full shape of the checkpoint's tensor
     dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
     start: int = 0  # first index, along `dim`, of this rank's slice
@@ -36,11 +36,13 @@ class WeightTarget:
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
     """Load all tensors in the safetensors files of a checkpoint folder.
 
-    Raises a WeightsError if a file is damaged, or if the tensors do not fit `slots` or `tied`.
+    Raises a WeightsError if a file is damaged, if tensors are missing or unexpected, or if a tensor
+    has another shape than its target or a dtype that is not supported.
 
     Args:
-        slots: the target of each tensor, by the tensor's name in the checkpoint.
-        tied: the head is the embedding's weight. A head in the files must then equal this weight.
+        slots: the WeightTarget of each tensor, by the tensor's name in the checkpoint.
+        tied: the output head uses the embedding's weight. If the files also store a weight of the
+            head, that weight must equal the embedding's weight.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

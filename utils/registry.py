@@ -17,12 +17,12 @@ from utils.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class PartKind:
-    """A kind of part of the engine, such as schedulers. One option of `Config` chooses the part."""
+    """A kind of part of the engine, such as schedulers. An option of `Config` chooses the part."""
 
     option: str  # name of the option
-    contract: str  # "module:Class" of the base class that all parts of this kind have
-    packages: tuple[str, ...]  # packages or modules where names are looked up
-    auto: tuple[str, ...] = ()  # "auto" takes the first of these parts that works with the options
+    contract: str  # base class of all parts of this kind, as "module:Class"
+    packages: tuple[str, ...]  # packages and modules in which parts are looked up by name
+    auto: tuple[str, ...] = ()  # names of parts; "auto" means the first that works with the options
 
     @property
     def base(self) -> type:
@@ -30,10 +30,10 @@ class PartKind:
         return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
-        """Return the parts that an option can name: concrete subclasses of `base`, by `name`.
+        """Return the concrete subclasses of `base` that an option can name, by attribute `name`.
 
         Classes without a `name` of their own are left out. A module in `packages` is skipped if it
-        needs a package that is not installed. Other failing imports raise an ImportError.
+        needs a package that is not installed. Any other error of an import is raised.
         """
         base = self.base
         return {
@@ -49,7 +49,6 @@ class PartKind:
         }
 
     def _modules(self) -> dict[str, ModuleType | ModuleNotFoundError]:
-        """Return the modules of `packages`, or their errors if they need a missing package."""
         modules: dict[str, ModuleType | ModuleNotFoundError] = {}
         for package in self.packages:
             modules[package] = found = importlib.import_module(package)
@@ -65,7 +64,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """Return the class or factory for `spec`. Raises a ConfigError if none fits."""
+        """Return the class or factory for `spec`. ConfigError: `spec` is no part of this kind."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -97,7 +96,7 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Find and construct a part. Raises a ConfigError if `args` or the part are unsuitable."""
+        """Return `find(spec)(*args)`. ConfigError: unfit `args`, or the result is no `base`."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A check of a value, and texts for the error. `fix` may be a function of the wrong value."""
+    """A check of a value, and two texts for the error. `fix` may be a function of the value."""
 
     allows: Callable[[Any], bool]
     problem: str
@@ -46,7 +46,6 @@ def is_int(value: object) -> bool:
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    """Return whether the value is an int or a float from `low` to `high`. NaN gives False."""
     return (is_int(value) or isinstance(value, float)) and low <= value <= high
 
 
@@ -83,6 +82,6 @@ def choice(*known: str) -> Rule:
 
 
 def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:
-    """Return a rule for lists of values that `allows` accepts. `words` describes the values."""
+    """Return a rule for lists of values that `allows` accepts. Errors call the values `words`."""
     problem = f"must be a list of {words}"
     return Rule(lambda v: isinstance(v, (list, tuple)) and all(map(allows, v)), problem, fix)
