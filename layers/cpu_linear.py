@@ -21,7 +21,7 @@ _MOST_ROWS = 64
 # Products by small weights with at most 2^21 multiplications run on one thread: a call's overhead
 # is 12 us on all threads, 1 us on one thread. With 2^22 instead of 2^21 the engine was slower.
 _ALONE = 2**21
-# Weight elements that FBGEMM packs (lays out) per call. With 2^25 one takes 40 ns, not 10 ns.
+# Weight elements that FBGEMM packs per call. With 2^25 an element takes 40 ns instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -94,5 +94,6 @@ class HalfLinear:
 def _power_of_two(weight: Tensor) -> float:
     """Return the power of two that brings the largest absolute weight into [2^14, 2^15)."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # 2^100 is the limit, as float32 overflows at 2^128. Only weights all below 2^-86 need more.
+    # The power is at most 2^100, since float32 overflows at 2^128. A larger power would be needed
+    # only if all elements of `weight` were below 2^-86.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

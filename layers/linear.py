@@ -72,7 +72,7 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return outputs [T, N] and the stream with part added. For `partial` see `Matmul.normed`."""
+        """Return outputs [T, N] and the stream, part added; for `partial` see `Matmul.normed`."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
@@ -178,7 +178,7 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Return R tokens' logits for the N rows of this rank's table, [R, N]; -inf for padding."""
+        """Return logits [R, N] for R tokens and this rank's N table rows; -inf for padding rows."""
         logits = self._matmul.normed(normed, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
@@ -277,7 +277,6 @@ class SmallBatchMatmul(Matmul):
             return self._run(x, self.weight, self._bias, out=out)
         if out is None or self._bias is not None:
             return super().__call__(x, out)
-        # Unlike F.linear, torch.mm can write to `out`.
         return torch.mm(x, self.weight.t(), out=out)
 
     def partial(self, x: Tensor) -> Tensor:

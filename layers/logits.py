@@ -1,6 +1,6 @@
 """Penalties, filters and log-probabilities (scores) for logits [R, V] of the whole vocabulary.
 
-A row is for one token to sample. Penalties come before filters, as in transformers' `generate`.
+A row predicts one token. Penalties come before filters, as in transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def penalize(
         num_prompt, num_tokens: length of prompt, and of prompt plus output, integers > 0 [R].
     """
     if not logits.is_cuda:
-        # Columns that no request uses are cut off. On a GPU the host would have to wait for `max`.
+        # Columns that no request uses are cut off, but not on a GPU: the host would wait for `max`.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)

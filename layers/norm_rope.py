@@ -133,7 +133,7 @@ class Rotation:
     """Positions [T] of a step's tokens, and cosines and sines for their rotation.
 
     For torch, `cos` and `sin` are the rows of `rotary_table` for these positions, [T, 1, head_dim].
-    For Triton kernels they have all positions, [max_model_len, head_dim / 2], and no negated sine.
+    For Triton kernels they are [max_model_len, head_dim / 2], for all positions, no sine negated.
     """
 
     positions: Tensor

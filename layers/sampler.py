@@ -91,7 +91,7 @@ class Sampler:
     def __call__(
         self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
-        """Return a sampled token per row, int64 [R]. `least` is each row's smallest allowed logit."""
+        """Return one sampled token per row, int64 [R]. `least`: smallest allowed logit per row."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
@@ -124,8 +124,8 @@ class Sampler:
             return tokens
         # For each row a rank puts score and token into one int64, and the largest int64 wins. Its
         # lower half is larger for lower tokens, so that on a tie the lowest token wins. Its upper
-        # half is larger for larger scores: the float's bits as int32, of which the lower 31 are
-        # flipped if negative. Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
+        # half is larger for larger scores: the score's bits as int32, the lower 31 flipped if it is
+        # negative. Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

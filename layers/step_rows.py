@@ -94,8 +94,8 @@ class StepRows:
             4 is not -1, one padding row is stored in `sampled` at the index in element 4.
         input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
         slot_mapping: row of `KVLayer.flat` for each row's K and V, int64 [T]; -1 for padding rows.
-        slots: slot of each request, int32 [B]; the padding slot for padding.
-        context_lens: each request's number of tokens up to its last row, int32 [B]; padding has 0.
+        slots: slot of each request, int32 [B]; the padding slot for a request of padding.
+        context_lens: each request's number of tokens up to its last row, int32 [B]; 0 for padding.
         query_start: index of each request's first row, int32 [B + 1]; the last element is T.
         num_chunks, num_chunk_rows: number of prefill chunks, and total number of their rows.
         longest_chunk: number of rows of the longest prefill chunk; 0 if there are no chunks.
@@ -148,7 +148,7 @@ class StepRows:
         """Return the `AttentionBatch` of this step, with prefill chunks as its prefills."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
-        # In a CUDA graph of chunks the last request is all padding rows. It is left out here.
+        # In a CUDA graph of chunks the last request has the padding rows. It is left out here.
         decodes = (len(self.input_ids) - self.num_chunk_rows) // self.rows_per_decode
         slots, lens = (x[: self.num_chunks + decodes] for x in (self.slots, self.context_lens))
         return AttentionBatch(block_tables, slots, lens, start, *counts)

@@ -34,8 +34,8 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
-    quantised weights, odd head sizes, and unsupported numbers of heads or layers. For other settings
-    that `DecoderLM` does not support, such as `logits_scaling`, a `model_shape` itself must raise.
+    quantised weights, odd head sizes, and unsupported numbers of heads or layers. A `model_shape`
+    itself must raise for other settings that `DecoderLM` does not support, e.g. `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -85,7 +85,7 @@ class Block(Protocol):
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Prepare the layers inside. Pass `norm`, already prepared, to layers that use its output."""
+        """Prepare the layers inside; pass the prepared `norm` to layers that read its output."""
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         """Map the checkpoint's tensor names that begin with `name` to this object's weights."""
@@ -108,7 +108,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the stream plus attention's output for tokens `rows`, int64 [R]; for all if None."""
+        """Return the stream plus attention's output for tokens `rows`, int64 [R], or all tokens."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)

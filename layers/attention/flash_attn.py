@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Keys beyond it are skipped, and a CUDA graph keeps it, so it is the maximum.
+                # Later keys are skipped. A CUDA graph keeps this number, so it is the maximum.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
