@@ -88,10 +88,10 @@ class StepRows:
         header: int64 [6, B], one column for each request. `fill_rows` computes all other tensors
             from `header`. Element 0 of a column is the request's slot. Element 1 is the position of
             its first row, or -1 if `SlotTables.num_computed` has this position. Element 2 is its
-            number of rows. Element 3 is the index of its first row in the step. Element 5 is the
-            number of its sampled rows, which are its last rows. Element 4 is the index in `sampled`
-            of the first of them, or -1 to store nothing in `sampled`. If element 5 is 0 and element
-            4 is not -1, one padding row is stored in `sampled` at the index in element 4.
+            number of rows. Element 3 is the index of its first row in the step. Element 4 is the
+            index in `sampled` of its first sampled row, or -1 to store nothing in `sampled`.
+            Element 5 is the number of its sampled rows, which are its last rows. If element 5 is 0
+            and element 4 is not -1, a padding row is stored in `sampled` at the index in element 4.
         input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
         slot_mapping: row of `KVLayer.flat` for each row's K and V, int64 [T]; -1 for padding rows.
         slots: slot of each request, int32 [B]; the padding slot for a request of padding.

@@ -35,7 +35,7 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
     quantised weights, odd head sizes, and unsupported numbers of heads or layers. A `model_shape`
-    itself must raise for other settings that `DecoderLM` does not support, e.g. `logits_scaling`.
+    must itself raise for other settings that `DecoderLM` cannot handle, such as `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
