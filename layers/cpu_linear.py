@@ -1,4 +1,8 @@
-"""Matrix products on a CPU: float32 inputs times weights that float16 can hold exactly."""
+"""Matrix products on a CPU: float32 inputs times weights that float16 can hold exactly.
+
+The library FBGEMM multiplies by a float16 copy of a weight, oneDNN by a float32 copy. A weight of
+at most 2^20 elements is *small* and has both copies. A larger weight has only the float16 copy.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,16 @@ import warnings
 import torch
 from torch import Tensor
 
-# Weights with more elements than this are kept in float16 only, in half the memory. Smaller weights
-# are also kept in float32, for oneDNN. For a weight [6144, 1024] FBGEMM (float16) takes 0.42 times
-# as long as oneDNN (float32) for 1 input row, and 1.16 times as long for 512 input rows or more.
+# Maximum number of elements of a small weight. For a weight [6144, 1024] FBGEMM takes 0.42 times as
+# long as oneDNN for 1 input row, and 1.16 times as long for 512 input rows or more.
 _HALF_BESIDE = 2**20
-# Smaller weights use FBGEMM for up to 64 input rows. For 64 input rows FBGEMM takes 0.83 to 1.0
+# Small weights use FBGEMM for up to 64 input rows. For 64 input rows FBGEMM takes 0.83 to 1.0
 # times as long as oneDNN.
 _MOST_ROWS = 64
-# Products of smaller weights with at most this many multiplications run on one thread: a call's
-# overhead is 12 us on all threads, 1 us on one thread. With a limit of 2^22 the engine was slower.
+# Products by small weights with at most 2^21 multiplications run on one thread: a call's overhead
+# is 12 us on all threads, 1 us on one thread. With 2^22 instead of 2^21 the engine was slower.
 _ALONE = 2**21
-# Maximum number of elements to pack per call. With 2^25, an element takes 40 ns instead of 10 ns.
+# Weight elements that FBGEMM packs per call. With 2^25 an element takes 40 ns instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -27,11 +30,10 @@ class HalfLinear:
 
     Most checkpoints are bfloat16, which has 8 significant bits; float16 has 11. The smaller range
     of float16 suffices if the weight is first multiplied by a power of two.
-
     The constructor takes a float32 weight [N, K] that `holds` accepts. If `scale`, float32 [K], is
     given, inputs are multiplied by `scale`. Up to `rows_alone` input rows are computed on one
     thread. For more than `most_rows` input rows the caller should use oneDNN. `most_rows` is
-    infinite for a weight that is kept in float16 only.
+    infinite for a weight that is not small.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
@@ -47,7 +49,7 @@ class HalfLinear:
         scaled = weight * factor
         if self.rows_alone:
             with warnings.catch_warnings():
-                # Both FBGEMM functions warn at their first call that they are deprecated.
+                # Both FBGEMM functions below warn at their first call that they are deprecated.
                 warnings.simplefilter("ignore")
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
                 self._multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
@@ -59,7 +61,7 @@ class HalfLinear:
 
     @staticmethod
     def holds(weight: Tensor) -> bool:
-        """Return whether torch has the float16 operators and float16 holds the weight exactly."""
+        """Return whether torch has FBGEMM's functions and float16 can hold the weight exactly."""
         pack, multiply = "fbgemm_pack_gemm_matrix_fp16", "fbgemm_linear_fp16_weight_fp32_activation"
         shared = ("linear_prepack_fp16", "linear_dynamic_fp16")
         if (
@@ -92,5 +94,6 @@ class HalfLinear:
 def _power_of_two(weight: Tensor) -> float:
     """Return the power of two that brings the largest absolute weight into [2^14, 2^15)."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # The limit of 2^100 avoids overflow at 2^128. It only matters if all weights are below 2^-86.
+    # The power is at most 2^100, since float32 overflows at 2^128. A larger power would be needed
+    # only if all elements of `weight` were below 2^-86.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

@@ -1,9 +1,11 @@
 """Embedding, linear layers and output head. Each rank holds only its share of the weights.
 
-Embedding and head divide the vocabulary over ranks. Column-parallel layers divide their outputs,
-row-parallel layers their inputs (Shoeybi et al., Megatron-LM, 2019). A linear layer computes its
-product by a `Matmul`, which may fuse the product with a norm, gate or residual addition. The
-residual stream is a `Stream`: `total`, and a block's output `part` that is to be added to `total`.
+Embedding and head divide the vocabulary over the ranks. A `ColumnLinear` divides its output
+features, a `RowLinear` its input features (Shoeybi et al., Megatron-LM, 2019). Layers compute
+x W^T + b by a `Matmul`, which may fuse this product with the norm before it, with the gate of an
+MLP, or with the addition to the residual stream. The residual stream is a `Stream` of two tensors:
+`part`, the output of the last attention or MLP, is still to be added to `total`. Layers that take a
+`Normed` (a stream and its norm) also return the stream with part added: a new total, and no part.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
-# With several ranks, each rank's number of vocabulary rows is a multiple of 16: kernels for small
-# batches compute 16 outputs at a time, and the sampler's noise is made for 4 tokens at a time.
+# With several ranks, each rank's number of vocabulary rows is a multiple of 16. Kernels for small
+# batches compute 16 outputs at a time, and the sampler makes noise for 4 tokens at a time.
 _ROWS = 16
-# oneDNN optimises a weight's layout for 64 input rows. Layouts for 16 and 256 were equally fast.
+# Number of input rows for which oneDNN lays out a weight. Layouts for 16 and 256 were as fast.
 _PACK_ROWS = 64
 
 
@@ -39,7 +41,7 @@ class _Linear:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm | None = None) -> None:
-        """Make a `Matmul` from the loaded weight; `norm` is the norm before the layer, if any."""
+        """Make a `Matmul` of the loaded weight. `norm` is the norm of the layer's input, if any."""
         assert self.weight is not None
         self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
@@ -70,7 +72,7 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return all projections' outputs [T, N], and the stream with part added to total."""
+        """Return outputs [T, N] and the stream, part added; for `partial` see `Matmul.normed`."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
@@ -139,7 +141,7 @@ class RowLinear(_Linear):
 
 
 class VocabEmbedding:
-    """This rank's rows of the embedding table. Rows from index `length` on are padding: zeros."""
+    """This rank's rows of the embedding table: `length` tokens, then padding rows of zeros."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
@@ -165,7 +167,7 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """Computes logits from the normalised stream, with the weight of a `VocabEmbedding`."""
+    """The output head: computes logits, with the weight of a `VocabEmbedding`."""
 
     def __init__(self, table: VocabEmbedding, place: Place) -> None:
         self._table = table
@@ -176,7 +178,7 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Return logits [R, N] for the N rows of this rank's table. Padding rows get -inf."""
+        """Return logits [R, N] for R tokens and this rank's N table rows; -inf for padding rows."""
         logits = self._matmul.normed(normed, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
@@ -191,10 +193,10 @@ class Matmul:
         self.weight = weight
         self._bias = bias
         self._place = place
-        self._folded = False  # whether W is multiplied by the preceding norm's weight
+        self._folded = False  # whether W contains the weight of the norm before the product
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return x W^T + b [T, N] for x [T, K]. If `out` is given, the result is stored there."""
+        """Return x W^T + b [T, N] for x [T, K]. If `out` is given, it gets the result."""
         y = F.linear(x, self.weight, self._bias)
         return y if out is None else out.copy_(y)
 
@@ -211,23 +213,20 @@ class Matmul:
     ) -> tuple[Tensor, Stream]:
         """Return norm(stream) W^T + b [T, N], and the stream with its part added to its total.
 
-        If `out` is given, the product is stored there. If `partial` is set, the product may be
+        If `out` is given, the product is stored in `out`. If `partial` is set, the product may be
         returned as float32 summands [S, T, N], whose sum over S is the product.
         """
         x, stream = normed.norm.compute(normed.stream, scaled=not self._folded)
         return (self.partial(x) if partial else self(x, out)), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(gate) * up of the product [gate | up], and the stream as from `normed`."""
+        """Return silu(gate) * up for the product [gate | up], and the stream, its part added."""
         y, stream = self.normed(normed)
         return silu_mul(y, self._place), stream
 
 
 class CPUMatmul(Matmul):
-    """Float32 products on a CPU: by `HalfLinear` for up to `few_rows` input rows, else by oneDNN.
-
-    `weight` is in oneDNN's layout, or empty if `few_rows` is infinite and oneDNN is never used.
-    """
+    """Float32 products on a CPU: by `HalfLinear` up to `few_rows` input rows, else by oneDNN."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None
@@ -278,7 +277,6 @@ class SmallBatchMatmul(Matmul):
             return self._run(x, self.weight, self._bias, out=out)
         if out is None or self._bias is not None:
             return super().__call__(x, out)
-        # Unlike F.linear, torch.mm can write to `out`.
         return torch.mm(x, self.weight.t(), out=out)
 
     def partial(self, x: Tensor) -> Tensor:
@@ -300,7 +298,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # `partial` is ignored: without `splits` the kernel returns the product, not summands.
+        # `partial` allows summands, but does not demand them: this kernel returns the product.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
@@ -316,7 +314,7 @@ class SmallBatchMatmul(Matmul):
         return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """Return the kernel's input, the stream with part added, and arguments for a fused norm."""
+        """Return the kernel's input, the stream with part added, and keywords for a fused norm."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
         # A fused norm multiplies x by the norm's weight before it divides by the RMS. In float16
@@ -342,8 +340,8 @@ def make_matmul(
 ) -> Matmul:
     """Make the `Matmul` that is fastest on `place`. `norm` is the norm before the product, if any.
 
-    A `CPUMatmul` multiplies its own weight by the weight of `norm`. Only the methods `normed` and
-    `gated` of such a `CPUMatmul` may be called, and only with this norm.
+    If `norm` is given, a `CPUMatmul` multiplies its own weight by the weight of `norm`. Then only
+    its methods `normed` and `gated` may be called, and only with this norm.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)

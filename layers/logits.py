@@ -1,6 +1,6 @@
 """Penalties, filters and log-probabilities (scores) for logits [R, V] of the whole vocabulary.
 
-Penalties are applied before filters, as in transformers' `generate`.
+A row predicts one token. Penalties come before filters, as in transformers' `generate`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from layers.kernels.launch import has_triton
 
-# Maximum number of rows that `score` copies at a time, to limit the memory for copies of logits.
+# Maximum number of rows that `score` handles at a time, to limit the memory for copies of logits.
 SCORED_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Settings of R rows' sampling filters, which `logit_bounds` takes; each is float32 [R]."""
+    """Temperatures and filter settings of R rows, for `logit_bounds`. Each is float32 [R]."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -28,7 +28,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """R rows' penalties for repeated tokens, which `penalize` takes; each is float32 [R]."""
+    """Penalties of R rows for tokens that occurred before, for `penalize`. Each is float32 [R]."""
 
     repetition: Tensor
     presence: Tensor
@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities: of a given token per row, [R], and of a row's N likeliest, [R, N]."""
+    """Log-probabilities of one token per row, [R], and of each row's N likeliest tokens, [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -45,7 +45,7 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Return copies of the tensors in pinned host memory; the CUDA stream makes the copies."""
+        """Return copies in pinned host memory. The host does not wait until they are complete."""
 
         def copied(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -63,16 +63,16 @@ def penalize(
     output. The presence and frequency penalties are OpenAI's and apply to tokens of the output.
 
     Args:
-        tokens: ids of prompt, then output, integers [R, L]; entries after the output are ignored.
-        num_prompt, num_tokens: positive lengths of prompt, and of prompt plus output, integers [R].
+        tokens: ids of prompt, then output, integers [R, L]. Entries after the output are ignored.
+        num_prompt, num_tokens: length of prompt, and of prompt plus output, integers > 0 [R].
     """
     if not logits.is_cuda:
-        # Unused columns are cut off, but not on a GPU: the host would have to wait for the lengths.
+        # Columns that no request uses are cut off, but not on a GPU: the host would wait for `max`.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # Entries after a request's end repeat its first token. Entries of one token write equal logits.
+    # After a request's end `ids` repeats its first token: harmless, as equal ids get equal logits.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -94,9 +94,9 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     """Do what `logit_bounds` does, by sorting. Rows with temperature 0 are not filtered.
 
-    First top_k keeps the k most likely tokens, or all if k < 1 (Fan et al., 2018). Then top_p keeps
-    the likeliest of these tokens until their probabilities sum to p (Holtzman et al., 2020). And
-    min_p keeps only tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024).
+    First top_k keeps the k likeliest tokens, or all tokens if k < 1 (Fan et al., 2018). Then top_p
+    keeps the likeliest of these until their probabilities sum to p (Holtzman et al., 2020). Last,
+    min_p keeps tokens at least min_p times as likely as the likeliest one (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
@@ -107,7 +107,6 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     # A tiny temperature could make logits infinite, so the largest logit is subtracted first.
     shifted = torch.where(ordered >= least_k, (ordered - highest) / temperature, float("-inf"))
     probability = shifted.softmax(dim=1)
-    # top_p keeps a token if the probabilities of all more likely tokens sum up to less than p.
     before = probability.cumsum(1) - probability
     inside = (before < filters.top_p.unsqueeze(1)) | (filters.top_p.unsqueeze(1) >= 1)
     last = inside.sum(1, keepdim=True).clamp(min=1) - 1
@@ -118,7 +117,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Return log-probabilities of `tokens`, int64 [R], and of a row's `num_top` likeliest tokens.
+    """Return log-probabilities of `tokens`, int64 [R], and of `num_top` likeliest tokens a row.
 
     Token i is scored with row `rows[i]` of the logits, or with row i if `rows` is None.
     """

@@ -21,9 +21,10 @@ class Stream:
     """The residual stream of T tokens: its value is total + the sum of part over all ranks.
 
     Attributes:
-        total: embedding plus outputs of earlier blocks, [T, hidden_size], the same on every rank.
-        part: the last block's output on this rank, [T, hidden_size], or S partial sums of that
-            output, float32 [S, T, hidden_size]. The next norm adds part to total. May be None.
+        total: embedding plus outputs of attentions and MLPs, [T, hidden_size], equal on all ranks.
+        part: this rank's output of the last attention or MLP, [T, hidden_size], or S summands of
+            this output, float32 [S, T, hidden_size], which the next norm adds to total. None if
+            total already contains the output.
     """
 
     total: Tensor
@@ -32,7 +33,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Normed:
-    """A stream and the norm to apply to it. The next linear layer computes or fuses the norm."""
+    """A stream and the norm to apply to it. The linear layer that takes both applies the norm."""
 
     norm: RMSNorm
     stream: Stream
@@ -65,7 +66,7 @@ class RMSNorm:
         self.scale: Tensor
 
     def prepare(self) -> None:
-        """Set `scale` = weight * sqrt(hidden_size), the factor of `RMSNormalizer`'s result."""
+        """Set `scale` = weight * sqrt(hidden_size), which multiplies `RMSNormalizer`'s result."""
         self.scale = self.weight.float() * len(self.weight) ** 0.5
 
     def __call__(self, stream: Stream) -> Normed:
@@ -74,7 +75,7 @@ class RMSNorm:
     def compute(self, stream: Stream, *, scaled: bool = True) -> tuple[Tensor, Stream]:
         """Return norm(total + part) [T, hidden_size], and the stream with part added to total.
 
-        If `scaled` is False, `scale` is left out: the next layer's weight already contains `scale`.
+        If `scaled` is False, `scale` is not applied: the next layer's weight already contains it.
         """
         total, part, place = stream.total, stream.part, self._place
         if part is not None and place.parallel.size > 1:
@@ -101,10 +102,10 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
     """Return a table of cosines and sines for all positions, float32 [2, max_len, 1, head_dim].
 
     A head's vector x with the halves [x1 | x2] is rotated to x * table[0] + [x2 | x1] * table[1].
-    For this formula the sines of the first half are negated. All positions have the frequencies
-    that transformers uses for `max_len` tokens. With the rope types "dynamic" and "longrope",
-    transformers changes frequencies as a sequence grows. This engine cannot change frequencies,
-    as keys in the cache are already rotated. Raises UnsupportedModelError for unknown rope types.
+    For this formula the sines of the first half are negated. All positions are rotated with the
+    frequencies that transformers uses for a sequence of `max_len` tokens. With the rope types
+    "dynamic" and "longrope" transformers changes frequencies as a sequence grows. This engine does
+    not: keys in the cache are already rotated. Raises UnsupportedModelError for unknown rope types.
     """
     parameters = dict(hf_config.rope_parameters)
     if any(isinstance(value, dict) for value in parameters.values()):
@@ -131,8 +132,8 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
 class Rotation:
     """Positions [T] of a step's tokens, and cosines and sines for their rotation.
 
-    Torch code gets rows of `rotary_table` for the positions, [T, 1, head_dim]. Fused kernels get
-    cosines and sines of all positions, [max_model_len, head_dim / 2], and no sine is negated.
+    For torch, `cos` and `sin` are the rows of `rotary_table` for these positions, [T, 1, head_dim].
+    For Triton kernels they are [max_model_len, head_dim / 2], for all positions, no sine negated.
     """
 
     positions: Tensor
@@ -143,7 +144,7 @@ class Rotation:
 class RotaryEmbedding:
     """A model's rotary embedding (RoFormer), shared by all layers; `table` is a `rotary_table`.
 
-    If `gather` is set, `prepare` returns the rows for a step's positions, otherwise all rows.
+    If `gather` is set, `prepare` returns a `Rotation` for torch, otherwise for Triton kernels.
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:
@@ -151,7 +152,7 @@ class RotaryEmbedding:
         self._cos, self._sin = table
         if not gather:
             half = table.shape[-1] // 2
-            # Fused kernels take half of each row: of the sines, the half that is not negated.
+            # Triton kernels take one half of the cosines, and the sines that are not negated.
             self._cos = self._cos[:, 0, :half].contiguous()
             self._sin = self._sin[:, 0, half:].contiguous()
 
@@ -193,9 +194,9 @@ class QKNormRopeStore:
 
         Args:
             qkv: Q, K and V, contiguous [T, (num_heads + 2 * num_kv_heads) * head_dim]; may be
-                overwritten. Fused kernels also take float32 partial sums of qkv, [S, T, ...].
-            slot_mapping: for each token the row of `kv.flat` that is to hold its K and V, [T]. If
-                the row is -1, fused kernels store no K and V for the token.
+                overwritten. Triton kernels also take S float32 summands of qkv, [S, T, ...].
+            slot_mapping: for each token the index in `kv.flat` at which its K and V are stored,
+                [T]. If the index is -1, Triton kernels store no K and V for the token.
         """
         weight = self.qk_weight
         if self._place.fused:

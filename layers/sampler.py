@@ -2,9 +2,8 @@
 
 The noise comes from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator. So the noise
 is the same in every batch, on every device, and for any split of the vocabulary over ranks.
-
 For a token, Philox gets the key (low 32 bits of the seed, high 32 bits of the seed) and the counter
-(token // 4, position, 0, 0). Word number token % 4 of its output gives the random number
+(token // 4, position, 0, 0). Word number token % 4 of Philox's output gives the random number
 u = ((word >> 9) + 1/2) / 2^23, and the noise is -log(-log(u)). The number u has 23 random bits.
 With 24 bits u would round to 1 once in 2^24 draws, and the noise would be infinite.
 """
@@ -58,17 +57,17 @@ def sample_shard(
     vocab_offset: int = 0,
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample a token per row by the Gumbel-max trick: the argmax of logits + temperature * noise.
+    """Sample a token per row: the argmax of the scores logits + temperature * noise (Gumbel-max).
 
     Args:
         logits: any float dtype, [R, vocab_size].
         temperatures: float32 [R], >= 0.
         seeds, positions: each row's seed, and the position of its sampled token, integers [R].
         vocab_offset: token id of the first column of `logits`, a multiple of 4.
-        least: float32 [R]; tokens whose logit is below `least` of their row are never sampled.
+        least: float32 [R]; a token whose logit is below its row's `least` is never sampled.
 
-    Returns each row's largest sum, float32 [R], and the token with that sum, int64 [R]. If several
-    tokens have the largest sum, the token with the lowest id is returned.
+    Returns each row's largest score, float32 [R], and the token with this score, int64 [R]. If
+    several tokens of a row have the largest score, the token with the lowest id is returned.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
@@ -79,7 +78,7 @@ def sample_shard(
 
 
 class Sampler:
-    """Samples from logits whose columns are divided over ranks; columns past the vocabulary pad."""
+    """Samples from logits whose columns are divided over ranks. The last columns may be padding."""
 
     def __init__(self, place: Place, vocab_size: int | None = None) -> None:
         self._parallel, self._vocab_size = place.parallel, vocab_size
@@ -92,7 +91,7 @@ class Sampler:
     def __call__(
         self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
-        """Return sampled token ids, int64 [R]; no token with a logit below `least` is sampled."""
+        """Return one sampled token per row, int64 [R]. `least`: smallest allowed logit per row."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
@@ -120,13 +119,13 @@ class Sampler:
         return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """Return each row's token with the highest score over ranks; on a tie the lowest token."""
+        """Return each row's token with the highest score on any rank; on a tie the lowest token."""
         if self._parallel.size == 1:
             return tokens
-        # Ranks compare int64 numbers. The upper half of a number is the score. The lower half is
-        # larger for lower tokens, so that on a tie the lowest token wins. Read as int32, bits of
-        # floats order like the floats once the lower 31 bits of negative floats are flipped.
-        # Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
+        # For each row a rank puts score and token into one int64, and the largest int64 wins. Its
+        # lower half is larger for lower tokens, so that on a tie the lowest token wins. Its upper
+        # half is larger for larger scores: the score's bits as int32, the lower 31 flipped if it is
+        # negative. Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

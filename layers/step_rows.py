@@ -1,8 +1,10 @@
 """Device tensors that describe the tokens of a step, filled from device tables of all requests.
 
-A row of a step is one token in this file. In `engine.types` a row is something else: all work of a
-step for one request, with one or several tokens. `layers.kernels.step_rows` has Triton kernels that
-replace this file's functions on CUDA.
+A row of a step is one token in this file, not all work of a step for one request as in
+`engine.types`. A CUDA graph computes a fixed number of rows. If a step has fewer rows, the rest are
+padding rows, which belong to no request. Their slot is the last one, `SlotTables.padding_slot`.
+`KVLayer.flat` has one row for each position of each KV cache block. On CUDA, Triton kernels in
+`layers.kernels.step_rows` replace `enter_requests`, `fill_rows` and `write_tokens`.
 """
 
 from __future__ import annotations
@@ -22,13 +24,10 @@ _PER_ROW = ("input_ids", "positions", "slot_mapping")
 class SlotTables:
     """Device tables of all running requests. A slot is the index of a request's row in the tables.
 
-    A CUDA graph computes a fixed number of tokens. If a step has fewer tokens, the others are
-    padding. Padding has a slot of its own, `padding_slot`, which is the last row of each table.
-
     Attributes:
         tokens: token ids of each request's prompt and output, int32 [slots + 1, max_model_len].
         block_tables: ids of each request's KV cache blocks, int32 [slots + 1, max_blocks].
-        num_computed: number of a request's tokens whose K and V are computed, int64 [slots + 1].
+        num_computed: number of each request's tokens whose K and V are computed, int64 [slots + 1].
         temperatures, seeds: each request's settings for sampling, float32 and int64 [slots + 1].
     """
 
@@ -86,16 +85,17 @@ class StepRows:
     """The T rows (tokens) of a step of B requests: rows of prefill chunks first, then of decodes.
 
     Attributes:
-        header: int64 [6, B]; `fill_rows` computes all other tensors from the header. The column of
-            a request has six numbers: the request's slot; the position of its first row, or -1 if
-            `SlotTables.num_computed` has this position; its number of rows; the index of its first
-            row in the step; the index of its first entry in `sampled`, or -1 if it has no entry;
-            its number of sampled rows, which are its last rows. If a request has an entry but no
-            sampled rows, the entry becomes padding.
+        header: int64 [6, B], one column for each request. `fill_rows` computes all other tensors
+            from `header`. Element 0 of a column is the request's slot. Element 1 is the position of
+            its first row, or -1 if `SlotTables.num_computed` has this position. Element 2 is its
+            number of rows. Element 3 is the index of its first row in the step. Element 4 is the
+            index in `sampled` of its first sampled row, or -1 to store nothing in `sampled`.
+            Element 5 is the number of its sampled rows, which are its last rows. If element 5 is 0
+            and element 4 is not -1, a padding row is stored in `sampled` at the index in element 4.
         input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
         slot_mapping: row of `KVLayer.flat` for each row's K and V, int64 [T]; -1 for padding rows.
-        slots: slot of each request, int32 [B]; the padding slot for padding.
-        context_lens: length of each request, this step's tokens included, int32 [B]; padding has 0.
+        slots: slot of each request, int32 [B]; the padding slot for a request of padding.
+        context_lens: each request's number of tokens up to its last row, int32 [B]; 0 for padding.
         query_start: index of each request's first row, int32 [B + 1]; the last element is T.
         num_chunks, num_chunk_rows: number of prefill chunks, and total number of their rows.
         longest_chunk: number of rows of the longest prefill chunk; 0 if there are no chunks.
@@ -117,7 +117,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Allocate all tensors. If `sampled` is an int, it is the number of sampled rows."""
+        """Allocate all tensors but `header`. `sampled` may be just the number of sampled rows."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -127,7 +127,7 @@ class StepRows:
         return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
-        """Return a view with only the first `count` rows, but with all requests."""
+        """Return a view of the step with all requests, but only the first `count` rows."""
         rows = {name: getattr(self, name)[:count] for name in _PER_ROW}
         return replace(self, **rows, num_chunk_rows=count, longest_chunk=count)
 
@@ -145,10 +145,10 @@ class StepRows:
         )
 
     def attention(self, block_tables: Tensor) -> AttentionBatch:
-        """Return the requests and their rows in the form that attention backends take."""
+        """Return the `AttentionBatch` of this step, with prefill chunks as its prefills."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
-        # The last request of captured chunks owns the padding rows. It is no decode, so left out.
+        # In a CUDA graph of chunks the last request has the padding rows. It is left out here.
         decodes = (len(self.input_ids) - self.num_chunk_rows) // self.rows_per_decode
         slots, lens = (x[: self.num_chunks + decodes] for x in (self.slots, self.context_lens))
         return AttentionBatch(block_tables, slots, lens, start, *counts)
@@ -160,8 +160,9 @@ def enter_requests(
     """Write the token ids, temperatures (float32 [N]) and seeds of N requests into the tables.
 
     `token_ids` (int32) has the ids of all requests, one request after another. `header` is int64
-    [4, N]; a request's column has four numbers: the request's slot; the index of its first id in
-    `token_ids`; its number of ids, at most `longest`; its seed.
+    [4, N], one column for each request. Element 0 of a column is the request's slot. Element 1 is
+    the index of its first id in `token_ids`. Element 2 is its number of ids, at most `longest`.
+    Element 3 is its seed.
     """
     del longest
     slots, _, counts, seeds = header
@@ -173,10 +174,11 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Fill the tensors of `rows` from `rows.header`; add the rows' tokens to `tables.num_computed`.
+    """Fill the tensors of `rows` from `rows.header`.
 
-    Steps of decodes with one row each take a shorter path, which does not support padding. On a
-    busy CPU such a step took 79 us on the shorter path and 495 us in `fill_any_rows`.
+    `tables.num_computed` becomes the position after each request's last row. Steps that have only
+    decodes of one row each use code that cannot handle padding. On a busy CPU this code took 79 us
+    for such a step, and `fill_any_rows` took 495 us.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
@@ -232,11 +234,11 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
     """Store the sampled `tokens`, int64 [R], in `sampled.tokens` and in `tables.tokens`."""
     sampled.tokens.copy_(tokens)
-    # Tokens of padding are stored in the padding slot's row of the table. Nothing reads that row.
+    # Tokens sampled for padding go to the padding slot's row of `tables.tokens`, and are not used.
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
 
 
 def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the rows of `KVLayer.flat` for positions `at` of the requests in `slots`, int64."""
+    """Return the index in `KVLayer.flat` of position `at[i]` of the request in slot `slots[i]`."""
     blocks = tables.block_tables[slots, at // tables.block_size].long()
     return torch.add(at % tables.block_size, blocks, alpha=tables.block_size, out=out)

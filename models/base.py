@@ -1,4 +1,4 @@
-"""The contract of a model."""
+"""The interface that every model implements, and its arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class ForwardBatch:
     """The T tokens of one step: those of the prefill chunks first, then those of the decodes.
 
     Attributes:
-        input_ids, slot_mapping: token ids, and rows of `KVLayer.flat` for K and V, int64 [T].
+        input_ids: token ids, int64 [T].
+        slot_mapping: index in `KVLayer.flat` where each token's K and V are stored, int64 [T].
         rotation, attention: results of `CausalLM.rotary.prepare` and `AttentionBackend.prepare`.
         kv: the KV cache of each layer, in the order of the layers.
         sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
@@ -51,7 +52,7 @@ class CausalLM(ABC):
     """A model's weights and forward pass on one rank."""
 
     # The runner calls `rotary.prepare` once before each forward pass, with positions [T] int64, and
-    # passes the result as `ForwardBatch.rotation`. A model without rotation needs `rotary` too.
+    # passes the result as `ForwardBatch.rotation`. A model without rotation needs a `rotary` too.
     rotary: RotaryEmbedding
 
     @abstractmethod
@@ -76,7 +77,7 @@ class CausalLM(ABC):
 
     @abstractmethod
     def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Return logits [R, columns], in the model's dtype, of `batch.sampled_rows`.
+        """Return logits [R, columns], in the model's dtype, for the tokens `batch.sampled_rows`.
 
         All ranks have equally many columns. With several ranks, `columns` is a multiple of 4.
         Column c of rank r is token r * columns + c. Columns beyond the vocabulary are -inf.

@@ -35,7 +35,7 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
     quantised weights, odd head sizes, and unsupported numbers of heads or layers. A `model_shape`
-    must itself refuse other settings that `DecoderLM` does not support, such as `logits_scaling`.
+    must itself raise for other settings that `DecoderLM` cannot handle, such as `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -75,23 +75,20 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
 
 class Block(Protocol):
-    """The part of a layer that follows a norm: `Attention`, `MLP`, or a new model's own class.
+    """The interface of a layer's attention and MLP. New models can have classes of their own.
 
     `DecoderLayer` calls `mlp(normed)` and `attention(normed, batch, kv, rows)`. `kv` is the
-    `KVLayer` of this layer. `rows`, int64 [R], are the indices of the rows (tokens) to return, or
-    None for all rows. The attention must store K and V of all rows, even if `rows` is given.
+    `KVLayer` of this layer. `rows`, int64 [R], are the indices of the tokens to return, or None
+    for all tokens. The attention must store K and V of all tokens, even if `rows` is given.
     """
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Prepare the layers of the block. `norm` is the norm before the block, already prepared.
-
-        The block may pass `norm` to `prepare` of each linear layer that reads the norm's output.
-        """
+        """Prepare the layers inside; pass the prepared `norm` to layers that read its output."""
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
-        """Map the checkpoint's tensor names that begin with `name` to the block's weights."""
+        """Map the checkpoint's tensor names that begin with `name` to this object's weights."""
 
 
 class Attention:
@@ -111,7 +108,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the residual stream plus attention for `rows`, int64 [R]; for all rows if None."""
+        """Return the stream plus attention's output for tokens `rows`, int64 [R], or all tokens."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
@@ -163,7 +160,7 @@ class DecoderLayer:
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the stream after this layer for `rows`, int64 [R], or for all rows if None."""
+        """Return this layer's residual stream for the tokens `rows`, int64 [R]; for all if None."""
         stream = self.attention(self.input_norm(stream), batch, kv, rows)
         return self.mlp(self.post_attention_norm(stream))
 
@@ -181,7 +178,7 @@ class DecoderLayer:
 
 
 class DecoderLM(CausalLM):
-    """Embedding, layers, final norm and output head. A subclass may override `make_*` methods."""
+    """Embedding, layers, final norm and head. Subclasses may override `make_*` methods."""
 
     def __init__(
         self,
@@ -221,7 +218,7 @@ class DecoderLM(CausalLM):
         *caches, last_cache = batch.kv
         for layer, kv in zip(layers, caches, strict=True):
             stream = layer(stream, batch, kv)
-        # The last layer stores K and V of all rows, but returns its output for sampled rows alone.
+        # The last layer stores K and V of all tokens, but returns the stream of `sampled_rows`.
         stream = last(stream, batch, last_cache, batch.sampled_rows)
         return self.lm_head(self.norm(stream), batch.logits)
 

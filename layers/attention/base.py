@@ -1,4 +1,4 @@
-"""The contract of an attention backend."""
+"""The interface of attention backends. A query row is the queries of one token, for all heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memory.kv_cache import KVLayer
 class AttentionSpec:
     """What a backend has to serve: the attention heads of one rank, and the layout of the KV cache.
 
-    `scale` multiplies dot products of Q and K. `rows_per_decode` is the maximum over all batches.
+    `scale` multiplies dot products of Q and K. Decodes have up to `rows_per_decode` query rows.
     """
 
     num_heads: int
@@ -37,13 +37,13 @@ class AttentionBatch:
 
     Attributes:
         block_tables: block ids of all running requests, [slots + 1, max_blocks]. Entries after a
-            request's last block are stale. The last row of the table belongs to padding.
+            request's last block have no meaning. The last row is for requests that are padding.
         slots: index of each request's row in `block_tables`, [B].
-        context_lens: length of each request including this step's tokens, [B]; 0 for padding.
-        query_start: index of each prefill's first query row, and as last element the end of the
-            last prefill, [num_prefills + 1].
+        context_lens: number of tokens of each request up to this step's last, [B]; 0 for padding.
+        query_start: index of each prefill's first query row, followed by the index after the last
+            query row of the last prefill, [num_prefills + 1].
         num_prefills, num_prefill_tokens: number of prefills, and total number of their query rows.
-        max_query_len: upper bound of a prefill's number of query rows; 0 without prefills.
+        max_query_len: no prefill has more query rows than this; 0 if there are no prefills.
         rows_per_decode: number of query rows of each decode.
     """
 
@@ -58,10 +58,7 @@ class AttentionBatch:
 
 
 class AttentionBackend(ABC):
-    """Causal attention over the paged KV cache, which already has K and V of the step's tokens.
-
-    Query head h reads KV head h // (num_heads // num_kv_heads).
-    """
+    """Causal attention over the paged KV cache, which already has K and V of the step's tokens."""
 
     name: ClassVar[str]
     captures: ClassVar[bool] = False  # whether a CUDA graph can capture the backend's work
@@ -82,6 +79,7 @@ class AttentionBackend(ABC):
     def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
         """Return attention output [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
 
-        `q` and the result have the dtype of the `AttentionSpec`. Rows of `q` may be strided. The n
-        query rows of a request are those of its last n tokens. Padding rows may get any result.
+        Query head h reads KV head h // (num_heads // num_kv_heads). `q` and the result have the
+        dtype of the `AttentionSpec`. Rows of `q` need not be adjacent in memory. If a request has n
+        query rows, they belong to its last n tokens. Padding rows may get any result.
         """

@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Kernels skip keys beyond max_seqlen_k, which is constant in a captured CUDA graph.
+                # Later keys are skipped. A CUDA graph keeps this number, so it is the maximum.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
@@ -84,7 +84,7 @@ def _package_problem() -> str | None:
         import flash_attn
     except ImportError as error:  # flash-attn is missing, or was built for another torch
         return f"the package flash-attn cannot be imported ({error}); README.md says how to get it"
-    # Later major versions of flash-attn have the same package name, but other functions.
+    # Versions from 3.0 on have the same package name, but other functions.
     version = str(getattr(flash_attn, "__version__", "unknown"))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or not _MIN_VERSION <= tuple(map(int, found.groups())) < (3, 0):
