@@ -90,15 +90,15 @@ class _Request:
 
     tokens: list[int]  # the list given to `begin`, not a copy: the caller appends new tokens to it
     salt: str
-    last: CachedBlock | str  # parent of the request's block with index `num_published`
-    num_published: int  # how many of the request's first blocks have equals in the prefix cache
+    last: CachedBlock | str  # parent of block `num_published`, the next block for `commit` to add
+    num_published: int  # number of leading blocks that are cached or equal a cached block
     hits: list[CachedBlock] | None  # cached blocks that `begin` found; None after `grow` succeeds
-    num_cached: int  # number of tokens that need not be computed, as `begin` returned it
+    num_cached: int  # result of `begin`: how many leading tokens need not be computed
     # A twin is a cached block that equals a block of this request, but was computed for another
     # request. This request does not hold its twins, so a twin may be evicted while it runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # key of this request's entry in `_pending`; None without entry
-    publishes: bool = True  # `reset_prefix_cache` sets False: `commit` then caches no blocks
+    next_block: _Key | None = None  # key of the request's entry in `_pending`; None without an entry
+    publishes: bool = True  # False after `reset_prefix_cache`: `commit` then caches no blocks
 
 
 class CachingBlockManager(PagedBlockManager):
@@ -117,7 +117,7 @@ class CachingBlockManager(PagedBlockManager):
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
         self._pending: dict[_Key, int] = {}  # block key -> id of the request computing the block
-        # Request id -> copy that `take_copies` will return. Its source is not evicted before.
+        # Request id -> copy to return from `take_copies`. Until then its source is not evicted.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
@@ -131,7 +131,7 @@ class CachingBlockManager(PagedBlockManager):
 
     @abstractmethod
     def unlink(self, node: CachedBlock) -> None:
-        """Remove `node` from the index. Then `find` need not find blocks whose parent is `node`."""
+        """Remove `node` from the index. Then `find` need not find blocks with the parent `node`."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -233,13 +233,13 @@ class CachingBlockManager(PagedBlockManager):
             request.publishes, request.next_block = False, None
 
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
-        """Replace the last block of a request whose tokens are all cached.
+        """Replace the last block in the block table of a request whose tokens are all cached.
 
         Sampling needs the logits of the last token. Computing these logits writes the KV of the
         last token, but a cached block must not be written, because requests may share it. So the
-        block table gets a new block, to which the next step copies the cached block. If there is no
-        block to take, or if a block has one token, the cached block is only removed from the table.
-        Returns how many tokens to compute: 1 after a copy, otherwise the whole block.
+        block table gets a new block, to which the next step copies the cached block. If no block is
+        free or idle, or if blocks have one token, the cached block is only removed from the table.
+        Returns how many tokens to compute: 1 after a copy, otherwise all tokens of the block.
         """
         table = self._tables[request_id]
         source = table.pop()
@@ -281,7 +281,7 @@ class CachingBlockManager(PagedBlockManager):
     def _announce(self, request_id: int, request: _Request) -> None:
         """Enter in `_pending` the next block that a request will fill, if its tokens are known.
 
-        Other requests wait for this block. When it is full, the scheduler calls `pending` again.
+        Other requests with an equal prefix wait until the block is full, and call `pending` again.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -310,7 +310,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Take a block that left the index out of the cache. If no request holds it, free it."""
+        """Remove from the cache a block that has left the index. Free it if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)

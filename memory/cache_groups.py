@@ -11,8 +11,8 @@ from utils.errors import ContractError
 class WindowBlockManager(PagedBlockManager):
     """Frees a request's blocks that the sliding window has passed. Caches no prefixes.
 
-    A request cannot start without blocks for all its tokens, even if they exceed the window. So the
-    cache must have enough blocks for all tokens of the longest request.
+    A request starts only when blocks for all its tokens are free, also for tokens that the window
+    will have passed. So the cache must have enough blocks for all tokens of the longest request.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
@@ -26,7 +26,7 @@ class WindowBlockManager(PagedBlockManager):
         return super().begin(request_id, token_ids, cache_salt)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Free the blocks to which positions from `num_computed` on do not attend."""
+        """Free the request's blocks that no position from `num_computed` on attends to."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
         first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):
@@ -40,7 +40,7 @@ class WindowBlockManager(PagedBlockManager):
 
 
 class GroupedBlockManager(BlockManager):
-    """Joins one block manager for each cache group. `grow` adds blocks in all groups or in none.
+    """Combines the block managers of all cache groups. `grow` adds blocks in all groups or in none.
 
     The constructor raises a ContractError if the managers' block sizes differ, or if a manager
     caches prefixes. A cached prefix would be usable only if all groups had cached this prefix.
@@ -66,7 +66,7 @@ class GroupedBlockManager(BlockManager):
         return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        # A request's block tables have equal lengths, so each group must add `wanted` blocks.
+        # A request's block tables have equal lengths in all groups: each adds `wanted` blocks.
         wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False

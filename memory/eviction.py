@@ -59,7 +59,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def remove(self, block: CachedBlock) -> None:
-        """Remove a block that a request holds again, or that has left the prefix cache."""
+        """Remove from the idle blocks a block that a request holds, or that has left the cache."""
 
     @abstractmethod
     def pop(self) -> CachedBlock:
@@ -125,7 +125,7 @@ class CostPolicy(LowestFirst):
     The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A
     block's value is cost * (1 + hits) + floor. The cost of recomputing a block rises with its
     position in the prompt, because later positions attend to more tokens. The floor is the value of
-    the block evicted last. The floor only rises, so blocks that become idle later get more value.
+    the block evicted last. The floor only rises. So a block that becomes idle later gets more value.
     """
 
     name = "cost"
@@ -137,7 +137,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # A block is useless without its parent, so the parent's value must be at least as high.
+        # A block is not found without its parent, so the parent's value is at least as high.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

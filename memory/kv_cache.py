@@ -23,7 +23,7 @@ class KVLayer:
         k, v: keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
         flat: keys and values in one view, [num_blocks * block_size, 2 * num_kv_heads, head_dim].
             At each position all heads of K come before all heads of V.
-        keys, values: keys and values, each [1, num_kv_heads, num_blocks * block_size, head_dim].
+        keys, values: K and V, heads first: [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
@@ -34,7 +34,7 @@ class KVLayer:
 
     @staticmethod
     def of(pages: Tensor) -> KVLayer:
-        """Make the views of a tensor [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        """Make the views of one layer, [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
         flat = pages.view(-1, 2 * pages.shape[3], pages.shape[4])
         keys, values = flat.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
         return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, keys, values)
@@ -69,10 +69,10 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of zeros. On Linux a CPU tensor is put in huge pages.
+    """Return a tensor of zeros, because uninitialised memory may hold NaN.
 
-    Uninitialised memory may hold NaN. Attention multiplies the V of a masked position by 0, and 0 *
-    NaN = NaN. With huge pages 32 requests of mixed lengths ran 1.06 to 1.085 times as fast.
+    Attention multiplies the V of a masked position by 0, and 0 * NaN = NaN. On Linux a CPU tensor
+    is put in huge pages: with them 32 requests of mixed lengths ran 1.06 to 1.085 times as fast.
     """
     if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
         # If the system refuses huge pages, `torch.zeros` below makes the tensor.

@@ -12,8 +12,8 @@ import torch
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# Memory left free for what `measure_usage` cannot measure: what the CUDA driver allocates for some
-# 70 captured graphs of a few hundred nodes each, and what allocations take when rounded up.
+# Bytes left free for memory that `measure_usage` does not see: the CUDA driver's memory for some 70
+# captured graphs of a few hundred nodes each, and the bytes by which allocations are rounded up.
 _MARGIN_BYTES = 256 << 20
 
 
@@ -24,17 +24,17 @@ class Usage:
     total: int  # memory of the device
     free_before: int  # free memory before this engine allocated any memory
     weights: int  # memory that the weights and the runner's per-request tables take
-    peak: int  # maximum memory that steps take in addition, as torch's allocator reserves it
+    peak: int  # maximum memory that torch's allocator reserves in addition while steps run
 
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn torch's and NumPy's out-of-memory errors into an OutOfMemoryError that names options."""
+    """Replace out-of-memory errors of torch and NumPy by an error that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator raises a RuntimeError whose text contains "allocate memory". The
-        # word "memory" is also in the text of another CUDA error, "illegal memory access".
+        # torch's CPU allocator raises a RuntimeError whose text contains "allocate memory". A
+        # search for "memory" alone would also match the CUDA error "illegal memory access".
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
         if not full or isinstance(error, OutOfMemoryError):
@@ -64,7 +64,7 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """Measure the GPU memory of the weights, then call `steps` and measure what they add."""
+    """Measure the GPU memory that the weights take, and what calls of `steps` take in addition."""
     torch.cuda.synchronize(device)
     peak = 0  # peaks are added up: eager steps and captured CUDA graphs share no memory
     weights = free_before - free_bytes(device)

@@ -1,4 +1,4 @@
-"""A runner without model and device. If a plan uses wrong KV blocks, it samples wrong tokens.
+"""A runner without model and device. If a plan uses wrong KV blocks, the sampled tokens are wrong.
 
 The cache holds one integer for each position, the *entry*, in place of K and V. The entry of a
 position is a hash of the position's token and of `read`, the sum of the entries of the earlier
@@ -35,17 +35,17 @@ class FakeModel:
     vocab_size: int = 50
     eos_token_id: int = 0
     eos_chance: float = 0.0  # probability that a sampled token is `eos_token_id`
-    error_chance: float = 0.0  # probability, for each sampled token, that its row fails
+    error_chance: float = 0.0  # probability, for each sampled token, that the row reports an error
     tells: bool = False  # whether rows also return their new tokens in `RowReport.values`
     seed: int = 0  # models with different seeds sample different tokens
     kinds: tuple[CacheKind, ...] = (FullPages(),)  # which positions each cache group attends to
 
     def entry(self, read: int, token: int) -> int:
-        """Return the entry of a position with token `token`, computed from `read`."""
+        """Return a position's entry, a hash of `read` and of the position's `token`."""
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """Return the next token. Here `read` is a sum that includes the last token's entry."""
+        """Hash `seed` and `read` to the next token. `read` includes the entry of the last token."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
@@ -79,7 +79,7 @@ class FakeModel:
 
 
 class FakeRunner(SimulatedRunner):
-    """Executes plans on entries. `LLM(path, model_runner="fake")` selects this runner.
+    """Executes plans on a cache of entries. `LLM(path, model_runner="fake")` selects this runner.
 
     `FakeRunner(config, groups=...)` needs no checkpoint and no torch. By default a step takes no
     virtual time. A hash decides how many draft tokens of a decode row are accepted. The positions
@@ -123,7 +123,7 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # A new block that begins before the row's start has cached tokens: keep its entries.
+                # A block that begins before the row's start has cached tokens: keep the entries.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
@@ -145,7 +145,7 @@ class FakeRunner(SimulatedRunner):
         """Write the entry of the request's last token, then sample and return the next token."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # Read after the write: if it has overwritten an earlier entry, the token is wrong.
+        # If the write has overwritten an earlier entry, the sum `read` and the token change.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
@@ -165,7 +165,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """Sum the entries of positions before `end` to which `position` attends, in all groups."""
+        """Sum the entries before `end` to which `position` attends, over all cache groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

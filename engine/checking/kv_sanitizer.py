@@ -35,7 +35,7 @@ class SanitizedBlocks:
         self._unshared: set[int] = set()  # ids of requests that must add no blocks to the cache
         # Block -> ids of the requests that hold the block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
-        # Block -> how many of its first positions have been written or are written by planned rows.
+        # Block -> number of its leading positions that are written or that planned rows will write.
         self.filled = [0] * inner.num_blocks
         self.step_id = 0  # id of the step that the scheduler plans next
 
@@ -44,7 +44,6 @@ class SanitizedBlocks:
 
     @property
     def groups(self) -> tuple[SanitizedBlocks, ...]:
-        """Only this wrapper, because direct calls to the wrapped manager would not be recorded."""
         return (self,)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -70,7 +69,7 @@ class SanitizedBlocks:
         if request_id not in self._unshared:
             self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # If `commit` has replaced a table entry, its block has left the sliding window.
+        # If `commit` has replaced a block table entry, the old block has left the window.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -93,7 +92,7 @@ class SanitizedBlocks:
         return tuple(sorted(dead))
 
     def _hand_out(self, request_id: int, blocks: list[int]) -> None:
-        """Record that a request holds `blocks`. KVSanitizerError if another request holds one."""
+        """Record that a request got `blocks`. KVSanitizerError if another request holds any."""
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"
@@ -118,7 +117,7 @@ class KVSanitizer(PlanChecker):
     """A plan checker that also checks plans against the records of `SanitizedBlocks`."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()  # one per cache group; set by `SanitizedRunner.watch`
+    managers: tuple[SanitizedBlocks, ...] = ()  # one per group; set by `SanitizedRunner.watch`
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
@@ -132,17 +131,16 @@ class KVSanitizer(PlanChecker):
 
     def settle(self, row: Row, num_kept: int) -> None:
         super().settle(row, num_kept)
-        # From `end` on are rejected drafts that no row in flight overwrites: count them unwritten.
+        # Positions from `end` on have rejected drafts or nothing: count them as unwritten.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
         for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):
                 block, most = table[place], max(0, end - place * self.block_size)
-                # Skip a released block: its `filled` may count positions of another request.
+                # Skip a block that the request has released: another request may write to it.
                 if row.state.new.request_id in blocks.holders[block]:
                     blocks.filled[block] = min(blocks.filled[block], most)
 
     def _check_copy(self, source: int, target: int, blocks: SanitizedBlocks) -> None:
-        """Check a planned block copy, and record all positions of the target block as written."""
         holders, filled = sorted(blocks.holders[target]), blocks.filled[source]
         if len(holders) != 1:
             problem = f"copied to; holders {holders}"
@@ -235,7 +233,7 @@ class KVPoison:
         tables, size = self._tables, self._tables.block_size
         per_row = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
         slots, counts = torch.tensor([plan.row_slots, per_row], device=tables.num_computed.device)
-        # Distances of the written positions from `num_computed`, which the step has increased.
+        # How far each written position is behind `num_computed`, which already counts this step.
         behind = counts.cumsum(0).repeat_interleave(counts)
         behind -= torch.arange(len(behind), device=behind.device)
         slots = slots.repeat_interleave(counts)

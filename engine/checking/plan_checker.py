@@ -3,8 +3,8 @@
 A *slot* is the index of a running request in the runner's tables. A *place* is an index in a block
 table. A *row* is what a step computes for one request. A step and its rows are *in flight* from the
 check of the plan to the check of the result. A decode row may have *drafts*, guessed tokens that
-the runner accepts or rejects. Until the row's result is checked, the start of the request's next
-row is not known, so the checker keeps bounds of it.
+the runner accepts or rejects. The request's next row starts after the accepted drafts. So while
+drafts are in flight, the checker knows only bounds of the next row's first position.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class SlotState:
 
     new: NewRequest
     tables: list[list[int]]  # the request's block table in each cache group
-    # How many positions plans may compute: all positions but the last one that the length limit
-    # allows. The last one, too, if its token is known when the request enters the slot.
+    # Maximum number of computed positions. The last token that the length limit allows is not
+    # computed, unless this token is already known when the request enters the slot.
     num_positions: int
-    # After the steps in flight at least `low` and at most `high` positions of the request will be
-    # computed. The bounds differ while drafts are in flight. `high` may exceed the length limit.
+    # Number of computed positions after the steps in flight: `low` if all drafts are rejected,
+    # `high` if all drafts are accepted. `high` may exceed the length limit, `Row.end` may not.
     low: int = -1  # -1 until the request's first row is planned
     high: int = 0
     # Block table entries set since the request's last row, each as (cache group, place).
@@ -47,11 +47,11 @@ class Row:
     latest: int  # upper bound of the row's first position
     count: int  # maximum number of positions that the row computes
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # as `SlotState.fresh`, when the row is planned
+    fresh: Sequence[tuple[int, int]] = ()  # the value of `SlotState.fresh` when the row was planned
 
     @property
     def end(self) -> int:
-        """The end of the positions that the row may compute: the highest of them plus 1."""
+        """The highest position that the row may compute, plus 1."""
         return min(self.latest + self.count, self.state.num_positions)
 
 
@@ -99,7 +99,10 @@ class PlanChecker:
         self._ended: set[int] = set()
 
     def check(self, plan: StepPlan) -> list[Row]:
-        """Check a plan and return its rows. PlanError for a misused block, else a ContractError."""
+        """Check a plan and return the plan's rows.
+
+        Raises a PlanError if the plan misuses a block. Raises a ContractError for other faults.
+        """
         self._check_shape(plan)
         for new in plan.new_requests:
             self._enter(new)
@@ -115,7 +118,7 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result once all earlier results are checked. ContractError if it is wrong."""
+        """Check a step's result after all earlier results. ContractError if the result is wrong."""
         if self._next_step_id == 0:
             return  # after a failed step `reset` has deleted the records that a check needs
         step_id = result.step_id
@@ -125,7 +128,7 @@ class PlanChecker:
             self._check_result(*self._in_flight.pop(oldest), self._results.pop(oldest))
 
     def end(self, request_id: int) -> None:
-        """Record that a request has ended. From now on a row of this request is an error."""
+        """Record that a request has ended. Later plans must have no row of the request."""
         self._ended.add(request_id)
         self._leave(request_id)
 
@@ -134,7 +137,7 @@ class PlanChecker:
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Record that `num_kept` positions of `row` were accepted. Adjusts bounds of later rows."""
+        """Record that `num_kept` positions of `row` were accepted; adjust bounds of later rows."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
@@ -194,7 +197,7 @@ class PlanChecker:
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        # `old`: state of the slot's last request. `before`: state of `new` before its preemption.
+        # `old`: the slot's previous state. `before`: this request's state before its preemption.
         old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
         require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
@@ -210,7 +213,6 @@ class PlanChecker:
         self._slots[slot] = self._running[request_id] = state
 
     def _leave(self, request_id: int) -> None:
-        """Set `ended` in the `SlotState` of a request that leaves its slot."""
         if state := self._running.pop(request_id, None):
             state.ended = True
 
@@ -267,7 +269,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that a row has all blocks it needs, and that no row in flight uses its new blocks."""
+        """Check that a row's positions have blocks, and that no row in flight uses new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
