@@ -95,9 +95,9 @@ class _Request:
     hits: list[CachedBlock] | None  # cached blocks that `begin` found; None after `grow` succeeds
     num_cached: int  # result of `begin`: how many leading tokens need not be computed
     # A twin is a cached block that equals a block of this request, but was computed for another
-    # request. This request does not hold its twins, so a twin may be evicted while it runs.
+    # request. A request does not hold its twins, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # key of the request's entry in `_pending`; None without an entry
+    next_block: _Key | None = None  # key of the request's entry in `_pending`; None without entry
     publishes: bool = True  # False after `reset_prefix_cache`: `commit` then caches no blocks
 
 
@@ -281,7 +281,7 @@ class CachingBlockManager(PagedBlockManager):
     def _announce(self, request_id: int, request: _Request) -> None:
         """Enter in `_pending` the next block that a request will fill, if its tokens are known.
 
-        Other requests with an equal prefix wait until the block is full, and call `pending` again.
+        `pending` finds the entry, so that requests with an equal prefix wait for this block.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)

@@ -11,8 +11,8 @@ from utils.errors import ContractError
 class WindowBlockManager(PagedBlockManager):
     """Frees a request's blocks that the sliding window has passed. Caches no prefixes.
 
-    A request starts only when blocks for all its tokens are free, also for tokens that the window
-    will have passed. So the cache must have enough blocks for all tokens of the longest request.
+    A request starts only if blocks for all its tokens are free, even if its tokens exceed the
+    window. So the cache must have enough blocks for all tokens of the longest request.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
@@ -76,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The request's block table in the first group. `groups[i].table` gives the others."""
+        """The request's block table in the first group. `groups[i].table` returns group i's."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:

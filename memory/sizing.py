@@ -29,7 +29,7 @@ class Usage:
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Replace out-of-memory errors of torch and NumPy by an error that says what to change."""
+    """Replace out-of-memory errors of torch and NumPy by an error that names options to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -93,7 +93,7 @@ class PlanChecker:
         """Forget all requests and steps. After an exception the engine starts again at step 0."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # to check after earlier results
+        self._results: dict[int, StepResult] = {}  # not checked: an earlier result is missing
         self._slots: dict[int, SlotState] = {}
         self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
