@@ -70,7 +70,7 @@ class PagedBlockManager(BlockManager):
         return block
 
     def _drop(self, block: int) -> None:
-        """Lower a block's reference count by 1. If the count becomes 0, call `_give`."""
+        """Lower a block's reference count by 1. At count 0 the block becomes free or idle."""
         assert self._references[block] > 0, "release of a free block"
         self._references[block] -= 1
         if self._references[block] == 0:
@@ -117,7 +117,7 @@ class CachingBlockManager(PagedBlockManager):
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
         self._pending: dict[_Key, int] = {}  # block key -> id of the request computing the block
-        # Request id -> copy to return from `take_copies`. Until then its source is not evicted.
+        # Request id -> copy to return from `take_copies`. Until then its source block stays.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 

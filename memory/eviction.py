@@ -125,7 +125,7 @@ class CostPolicy(LowestFirst):
     The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A
     block's value is cost * (1 + hits) + floor. The cost of recomputing a block rises with its
     position in the prompt, because later positions attend to more tokens. The floor is the value of
-    the block evicted last. The floor only rises: blocks that become idle later get more value.
+    the block evicted last. The floor only rises: blocks that become idle later get higher values.
     """
 
     name = "cost"

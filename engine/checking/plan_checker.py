@@ -47,7 +47,7 @@ class Row:
     latest: int  # upper bound of the row's first position
     count: int  # maximum number of positions that the row computes
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # the value of `SlotState.fresh` when the row was planned
+    fresh: Sequence[tuple[int, int]] = ()  # table entries set since the last row: (group, place)
 
     @property
     def end(self) -> int:
@@ -137,7 +137,7 @@ class PlanChecker:
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Record that `num_kept` positions of `row` were accepted; adjust bounds of later rows."""
+        """Record `num_kept` accepted positions of a request's row; adjust bounds of its later rows."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
