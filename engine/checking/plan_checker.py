@@ -137,7 +137,7 @@ class PlanChecker:
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Record `num_kept` accepted positions of a row; adjust its request's later rows' bounds."""
+        """Record `num_kept` accepted positions of `row`; adjust bounds of the slot's later rows."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
