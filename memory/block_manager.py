@@ -1,4 +1,13 @@
-"""Three block managers: one shares no blocks, two share blocks of requests with equal prefixes."""
+"""Three block managers: `paged` shares no blocks; `prefix` and `radix` share cached blocks.
+
+`prefix` and `radix` keep full blocks in a *prefix cache*. A new request that begins with the tokens
+of cached blocks uses these blocks and does not compute their tokens again. A block's *parent* is
+the cached block just before it in the request. The parent of a request's first block is the cache
+salt, a string: requests share blocks only if their salts are equal. Two blocks are *equal* if their
+tokens and their parents are equal. The *index* finds a cached block by its parent and its tokens. A
+request *holds* the blocks in its block table. A cached block that no request holds is *idle*. If a
+request needs a block and none is free, an idle block is *evicted*: it leaves the prefix cache.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +31,6 @@ class PagedBlockManager(BlockManager):
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.block_size, self.num_blocks = geometry.block_size, geometry.num_blocks
-        # `_free` is a stack: the block that was freed last is taken first.
         self._free = list(range(geometry.num_blocks - 1, -1, -1))
         self._references = [0] * geometry.num_blocks
         self._tables: dict[int, list[int]] = {}
@@ -49,20 +57,20 @@ class PagedBlockManager(BlockManager):
         return self._tables[request_id]
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Do nothing: this manager keeps no blocks for later requests."""
+        """Do nothing: this manager shares no blocks with later requests."""
 
     def release(self, request_id: int) -> None:
         for block in reversed(self._tables.pop(request_id)):
             self._drop(block)
 
     def _take(self) -> int:
-        """Return a free block, with reference count 1. The caller ensures that a block is free."""
+        """Take a block from `_free`, which must not be empty, and set its reference count to 1."""
         block = self._free.pop()
         self._references[block] = 1
         return block
 
     def _drop(self, block: int) -> None:
-        """Remove one reference to a block; free the block if this was the last reference."""
+        """Lower a block's reference count by 1. At count 0 the block becomes free or idle."""
         assert self._references[block] > 0, "release of a free block"
         self._references[block] -= 1
         if self._references[block] == 0:
@@ -72,36 +80,32 @@ class PagedBlockManager(BlockManager):
         self._free.append(block)
 
 
-# Key of a block: its parent (the preceding block, or else the cache salt) and its token ids.
+# Key of a block in `_pending`: the block's parent, and its token ids as int32 bytes.
 _Key = tuple[CachedBlock | str, bytes]
 
 
 @dataclass(slots=True)
 class _Request:
-    """The manager's record of one request: `begin` makes the record, and `release` deletes it."""
+    """The manager's record of one request. `begin` makes the record, and `release` deletes it."""
 
-    tokens: list[int]  # the caller's list of token ids, not a copy: the caller appends new tokens
+    tokens: list[int]  # the list given to `begin`, not a copy: the caller appends new tokens to it
     salt: str
-    last: CachedBlock | str  # last of the `num_published` blocks; the cache salt if there are none
-    num_published: int  # number of leading blocks whose content is in the prefix cache
-    hits: list[CachedBlock] | None  # cached blocks that `begin` found; None once `grow` succeeds
-    num_cached: int  # number of leading tokens that `begin` found in the cache
-    # A twin is a cached block with the same content as a block that this request computed itself.
-    # The request holds no reference to a twin, so a twin may be evicted while the request runs.
+    last: CachedBlock | str  # parent of block `num_published`, the next block for `commit` to add
+    num_published: int  # number of leading blocks that are cached or equal a cached block
+    hits: list[CachedBlock] | None  # cached blocks that `begin` found; None after `grow` succeeds
+    num_cached: int  # result of `begin`: how many leading tokens need not be computed
+    # A twin is a cached block that equals a block of this request, but was computed for another
+    # request. A request does not hold its twins, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # key of the block that `_pending` has for this request, or None
-    publishes: bool = True  # whether `commit` adds blocks to the cache; False after a cache reset
+    next_block: _Key | None = None  # key of the request's entry in `_pending`; None without entry
+    publishes: bool = True  # False after `reset_prefix_cache`: `commit` then caches no blocks
 
 
 class CachingBlockManager(PagedBlockManager):
-    """Shares full blocks between requests that have equal cache salts and equal leading tokens.
+    """Shares full blocks between requests that have equal cache salts and equal first tokens.
 
-    `commit` publishes full blocks: it adds the blocks to the prefix cache, where other requests can
-    find a block until the block is evicted. If several requests compute equal blocks, only the
-    first block is added. Blocks are equal if their tokens and their parents are equal. A block's
-    parent is the preceding block; the parent of a first block is the cache salt.
-
-    Subclasses implement the index of the cached blocks: `find`, `link` and `unlink`.
+    `commit` adds a request's full blocks to the prefix cache, except blocks that equal a cached
+    block. Subclasses implement the index of the cached blocks by `find`, `link` and `unlink`.
     """
 
     caches_prefixes = True
@@ -112,22 +116,22 @@ class CachingBlockManager(PagedBlockManager):
         self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
-        self._pending: dict[_Key, int] = {}  # id of the request that computes a block, by block key
-        # Block copies for the next step, by request id. A copy holds a reference to its source.
+        self._pending: dict[_Key, int] = {}  # block key -> id of the request computing the block
+        # Request id -> copy to return from `take_copies`. Until then its source block stays.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        """Return the cached block with these int32 `tokens` and this `parent`, or None."""
+        """Return the cached block with these `tokens` (int32 bytes) and this `parent`, or None."""
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        """Add `node` to the index. If `node` replaces a block in the index, returns this block."""
+        """Add `node` to the index. If `node` replaces another block, return that block."""
 
     @abstractmethod
     def unlink(self, node: CachedBlock) -> None:
-        """Remove `node` from the index. Blocks that follow `node` need not be found afterwards."""
+        """Remove `node` from the index. Then `find` need not find blocks with the parent `node`."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -161,7 +165,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # `begin` counts no hits, because `begin` runs again if a request must wait for blocks.
+            # Hits are not counted in `begin`: if `grow` fails, `begin` is called again later.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -176,8 +180,8 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # A twin was evicted (its `block` is -1), and blocks after the twin cannot be found.
-            # So all blocks of the request are added to the cache again.
+            # A twin was evicted (its `block` is -1), so `find` does not reach the blocks after the
+            # twin. The loop below starts at the first block again and adds what `find` misses.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
@@ -200,7 +204,8 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The next step copies the source. A new holder writes to the source in a later step.
+            # The source may be evicted from now on: the next step copies the source, and a request
+            # that gets the source block can overwrite the block only in a later step.
             self._drop(copy.source)
         return copies
 
@@ -228,12 +233,13 @@ class CachingBlockManager(PagedBlockManager):
             request.publishes, request.next_block = False, None
 
     def _give_up_last(self, request_id: int, hits: list[CachedBlock]) -> int:
-        """Take the last block out of a request's table, because the whole prompt is cached.
+        """Replace the last block in the block table of a request whose tokens are all cached.
 
         Sampling needs the logits of the last token. Computing these logits writes the KV of the
-        last token, but shared blocks must not be written. So the table gets a free block, to which
-        the next step copies the cached block. If no block is free, or if a block has one token, all
-        tokens of the cached block are computed instead. Returns how many tokens to compute.
+        last token, but a cached block must not be written, because requests may share it. So the
+        block table gets a new block, to which the next step copies the cached block. If no block is
+        free or idle, or if blocks have one token, the cached block is only removed from the table.
+        Returns how many tokens to compute: 1 after a copy, otherwise all tokens of the block.
         """
         table = self._tables[request_id]
         source = table.pop()
@@ -246,7 +252,7 @@ class CachingBlockManager(PagedBlockManager):
         return self.block_size
 
     def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
-        """Return the cached blocks that hold the longest cached prefix of `token_ids`."""
+        """Return the blocks of the longest prefix of `token_ids` that is in the prefix cache."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | str = salt
         for i in range(len(token_ids) // self.block_size):
@@ -263,7 +269,8 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # `stale`, the block's old cache entry, cannot be found: a preceding block was evicted.
+            # `stale` is this block's entry from an earlier `commit`. A block before it was evicted
+            # since then, so `find` does not reach `stale`.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
@@ -272,9 +279,9 @@ class CachingBlockManager(PagedBlockManager):
         return node
 
     def _announce(self, request_id: int, request: _Request) -> None:
-        """Record in `_pending` the block that a request computes next, if all its tokens are known.
+        """Enter in `_pending` the next block that a request will fill, if its tokens are known.
 
-        One recorded block is enough: a request that waited for it calls `pending` again.
+        `pending` finds the entry, so that requests with an equal prefix wait for this block.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -303,7 +310,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Uncache a block that is not in the index any more. Free it if no request holds it."""
+        """Remove from the cache a block that has left the index. Free it if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)
@@ -312,9 +319,10 @@ class CachingBlockManager(PagedBlockManager):
 
 
 class PrefixCacheManager(CachingBlockManager):
-    """Finds a block by a 128-bit digest of the parent's digest and the block's tokens, as in vLLM.
+    """Finds cached blocks by a 128-bit digest, as vLLM does.
 
-    `find` also compares the parent and the tokens, so a digest collision causes no wrong hit.
+    A block's digest is a hash of its parent's digest and its tokens. `find` also compares parent
+    and tokens, so `find` never returns a block that merely has the same digest.
     """
 
     name = "prefix"
@@ -340,18 +348,13 @@ class PrefixCacheManager(CachingBlockManager):
 
     @staticmethod
     def digest(parent: CachedBlock | str, tokens: bytes) -> bytes:
-        """Return the digest of a block with these tokens and this parent."""
         if isinstance(parent, str):
             return xxhash.xxh128_digest(parent.encode("utf-8", "surrogatepass") + tokens)
         return xxhash.xxh128_digest(parent.digest + tokens)
 
 
 class RadixCacheManager(CachingBlockManager):
-    """Keeps a prefix tree of blocks for each cache salt (SGLang, Zheng et al., NeurIPS 2024).
-
-    Each edge of a tree has the tokens of one block. Edges with fewer tokens would not help, because
-    requests share only whole blocks. Longer edges would have to be split where prompts diverge.
-    """
+    """Keeps a tree of cached blocks for each cache salt (SGLang, Zheng et al., NeurIPS 2024)."""
 
     name = "radix"
 

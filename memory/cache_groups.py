@@ -1,4 +1,4 @@
-"""Block managers for sliding windows, and for cache groups (layers that share block tables)."""
+"""Block managers for sliding-window attention and for models with several cache groups."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from utils.errors import ContractError
 
 
 class WindowBlockManager(PagedBlockManager):
-    """Frees a block when all its positions have left the attention window. Caches no prefixes.
+    """Frees a request's blocks that the sliding window has passed. Caches no prefixes.
 
-    A request starts with blocks for all its tokens, also for tokens outside the window. So the
-    cache must have enough blocks for all tokens of the longest request.
+    A request starts only if blocks for all its tokens are free, even if its tokens exceed the
+    window. So the cache must have enough blocks for all tokens of the longest request.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         super().__init__(config, geometry)
         self._kind = geometry.kind
-        # By request id: how many leading blocks of the request's table have been freed.
+        # Request id -> how many blocks at the start of the request's table have been freed.
         self._num_freed: dict[int, int] = {}
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -26,7 +26,7 @@ class WindowBlockManager(PagedBlockManager):
         return super().begin(request_id, token_ids, cache_salt)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Free the blocks outside the attention windows of positions from `num_computed` on."""
+        """Free the request's blocks that no position from `num_computed` on attends to."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
         first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):
@@ -40,10 +40,10 @@ class WindowBlockManager(PagedBlockManager):
 
 
 class GroupedBlockManager(BlockManager):
-    """Passes each call to one manager per cache group. `grow` succeeds in all groups or in none.
+    """Combines the block managers of all cache groups. `grow` adds blocks in all groups or in none.
 
     The constructor raises a ContractError if the managers' block sizes differ, or if a manager
-    caches prefixes: a prefix could be used only if every group had cached this prefix.
+    caches prefixes. A cached prefix would be usable only if all groups had cached this prefix.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -66,7 +66,7 @@ class GroupedBlockManager(BlockManager):
         return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        # A request's tables are equally long in all groups, so each group needs `wanted` blocks.
+        # A request's block tables have equal lengths in all groups: each adds `wanted` blocks.
         wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False
@@ -76,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The request's block table in the first group. `groups` has all managers."""
+        """The request's block table in the first group. `groups[i].table` returns group i's."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
@@ -89,5 +89,5 @@ class GroupedBlockManager(BlockManager):
 
 
 def grouped(managers: tuple[BlockManager, ...]) -> BlockManager:
-    """Return a single manager itself, and for several managers a GroupedBlockManager of them."""
+    """Return the manager if there is only one, otherwise a GroupedBlockManager of all."""
     return managers[0] if len(managers) == 1 else GroupedBlockManager(managers)

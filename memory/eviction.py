@@ -1,4 +1,9 @@
-"""Eviction policies: they choose the cached block to evict when no KV block is free."""
+"""Eviction policies: if a request needs a KV block and none is free, they choose a block to evict.
+
+Blocks in the prefix cache can be shared by requests with equal first tokens. A cached block is
+*idle* if no running request holds it. Only idle blocks are evicted. A block's *parent* is the
+cached block just before it in the prompt.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +15,33 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Position at which attention takes about as many FLOPs per token as the products with weights:
-# 4 * layers * heads * head_dim * position = 2 * parameters. Qwen3-0.6B: some 4,000 tokens.
+# Position at which a token's attention takes as many FLOPs as its products with the weights:
+# 4 * layers * heads * head_dim * position = 2 * parameters. For Qwen3-0.6B it is about 4,000.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
 class CachedBlock:
-    """A block in the prefix cache. Later requests with the same prefix can use the block."""
+    """A full KV block in the prefix cache."""
 
     __slots__ = ("__weakref__", "block", "depth", "digest", "hits", "parent", "tokens", "worth")
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
         self.block = block  # block id; -1 after the block was evicted
-        self.parent = parent  # the preceding cached block; for a first block the cache salt
+        self.parent = parent  # `CachedBlock` before this block; the cache salt if there is none
         self.tokens = tokens  # the block's token ids as int32 bytes
-        # number of blocks that precede this block in its prefix
+        # number of blocks before this block in the prompt
         self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
         self.hits = 0  # number of requests that found this block in the cache
-        self.digest = b""  # digest of parent and tokens, used by `PrefixCacheManager` only
-        self.worth = 0.0  # highest value that `CostPolicy` has computed for a child of this block
+        self.digest = b""  # hash of parent and tokens; only `PrefixCacheManager` uses it
+        self.worth = 0.0  # `CostPolicy`: highest value of a block whose parent is this block
 
 
 class EvictionPolicy(ABC):
-    """Keeps the idle blocks, and chooses which idle block is evicted.
+    """Keeps the set of idle blocks, and chooses the idle block to evict.
 
-    An idle block is a cached block that no request holds. A block's parent is the preceding block
-    of its prefix. A block cannot be found after its parent was evicted, so a block should be
-    evicted before its parent. A request releases its last block first, so a policy that evicts
-    blocks in the order of their release evicts each block before its parent.
+    The prefix cache cannot find a block after the block's parent was evicted. So a block should be
+    evicted before its parent. When a request ends, its last block becomes idle first. So a policy
+    that evicts the block that has been idle longest evicts each block before its parent.
     """
 
     name: ClassVar[str]
@@ -51,19 +55,19 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def add(self, block: CachedBlock) -> None:
-        """Add a cached block that no request holds any more."""
+        """Add a cached block that has become idle."""
 
     @abstractmethod
     def remove(self, block: CachedBlock) -> None:
-        """Remove a block from the idle blocks: a request uses it again, or it left the cache."""
+        """Remove from the idle blocks a block that a request holds, or that has left the cache."""
 
     @abstractmethod
     def pop(self) -> CachedBlock:
-        """Choose the idle block to evict, remove the block from the idle blocks, and return it."""
+        """Choose an idle block to evict, remove the block from the idle blocks, and return it."""
 
 
 class LRUPolicy(EvictionPolicy):
-    """Evicts the block that was released longest ago. Every operation takes constant time."""
+    """Evicts the block that has been idle longest. Each method takes constant time."""
 
     name = "lru"
 
@@ -84,17 +88,14 @@ class LRUPolicy(EvictionPolicy):
 
 
 class LowestFirst(EvictionPolicy):
-    """Evicts the block with the lowest `value`; of equal values, the block released earliest."""
+    """Evicts the idle block of lowest `value`. On a tie evicts the block that became idle first."""
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         self.blocks: LazyHeap[CachedBlock] = LazyHeap()
 
     @abstractmethod
     def value(self, block: CachedBlock) -> float:
-        """Return the block's value. Called when the last request that holds the block releases it.
-
-        The value does not change until a request uses the block again or the block is evicted.
-        """
+        """Return a block's value. `add` calls `value` once, when the block becomes idle."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -110,7 +111,7 @@ class LowestFirst(EvictionPolicy):
 
 
 class LFUPolicy(LowestFirst):
-    """Evicts the block that the fewest requests have found in the cache."""
+    """Evicts the idle block that the fewest requests have found in the prefix cache."""
 
     name = "lfu"
 
@@ -119,12 +120,12 @@ class LFUPolicy(LowestFirst):
 
 
 class CostPolicy(LowestFirst):
-    """Evicts the block with the lowest value, computed from recomputation cost, hits and age.
+    """Evicts the idle block of lowest value, computed from recomputation cost, hits and age.
 
     The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A
-    block's value is its recomputation cost times (1 + hits), plus the value of the block evicted
-    last. Values of evicted blocks rise with time, so blocks released later get higher values. The
-    cost rises with the number of preceding blocks: later positions attend to more tokens.
+    block's value is cost * (1 + hits) + floor. The cost of recomputing a block rises with its
+    position in the prompt, because later positions attend to more tokens. The floor is the value of
+    the block evicted last. The floor only rises: blocks that become idle later get higher values.
     """
 
     name = "cost"
@@ -136,7 +137,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # A block cannot be found without its parent, so a parent gets at least a child's value.
+        # A block is not found without its parent, so the parent's value is at least as high.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

@@ -1,4 +1,4 @@
-"""The tensor of the KV cache and its layout."""
+"""The tensor that holds the KV cache, its views for each layer, and its size."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from utils.errors import OutOfMemoryError
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """Views of the KV blocks of one layer. All views share the same memory.
+    """The KV cache of one layer, in several views of the same memory.
 
     Attributes:
         k, v: keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
         flat: keys and values in one view, [num_blocks * block_size, 2 * num_kv_heads, head_dim].
-            The K heads of a position come before its V heads.
-        keys, values: K and V by head, each [1, num_kv_heads, num_blocks * block_size, head_dim].
+            At each position all heads of K come before all heads of V.
+        keys, values: K and V, heads first: [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
@@ -34,7 +34,7 @@ class KVLayer:
 
     @staticmethod
     def of(pages: Tensor) -> KVLayer:
-        """Return views of `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        """Views of one layer's `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
         flat = pages.view(-1, 2 * pages.shape[3], pages.shape[4])
         keys, values = flat.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
         return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, keys, values)
@@ -43,8 +43,8 @@ class KVLayer:
 class KVCache:
     """KV of all layers in `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
 
-    K and V of a position are adjacent, so that one indexed write stores K and V. The constructor
-    raises an OutOfMemoryError if the device cannot hold the cache.
+    In `data` the V of a position follows its K, so that one indexed write can store both. The
+    constructor raises an OutOfMemoryError if the device cannot hold the cache.
     """
 
     def __init__(self, geometry: KVGeometry, dtype: torch.dtype, device: torch.device) -> None:
@@ -61,37 +61,36 @@ class KVCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target` in all layers, on the current CUDA stream."""
-        # Indexing by a single block gives a view. Indexing by a list makes a temporary tensor.
+        # `source` is an integer, so the right side is a view and not a temporary tensor.
         self.data[:, target] = self.data[:, source]
 
     def layers(self) -> list[KVLayer]:
-        """Return the `KVLayer` of each layer."""
         return [KVLayer.of(pages) for pages in self.data]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros. Uninitialised memory may hold NaN: a masked position would add 0 * NaN = NaN.
+    """Return a tensor of zeros, because uninitialised memory may hold NaN.
 
-    On Linux a CPU tensor is put in huge pages: 32 requests of mixed lengths ran 1.06 to 1.085 times
-    as fast as without huge pages.
+    Attention multiplies the V of a masked position by 0, and 0 * NaN = NaN. On Linux a CPU tensor
+    is put in huge pages: with them 32 requests of mixed lengths ran 1.06 to 1.085 times as fast.
     """
     if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        # If huge pages are not available, `torch.zeros` below makes the tensor.
+        # If the system refuses huge pages, `torch.zeros` below makes the tensor.
         with suppress(OSError, OverflowError):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             area = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
             area.madvise(mmap.MADV_HUGEPAGE)
-            # The tensor keeps the memory mapping `area` alive until the tensor is deleted.
+            # The tensor refers to `area`, so this memory is freed only after the tensor.
             return torch.frombuffer(area, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
-    """Return `geometry` with the number of blocks that the options of `config` ask for.
+    """Return a copy of `geometry`, with `num_blocks` set by the options of `config`.
 
-    Without num_kvcache_blocks and kvcache_memory_bytes the cache has room for max_num_seqs requests
-    of max_model_len tokens, but takes at most 1 GiB. Raises an OutOfMemoryError if
-    kvcache_memory_bytes is less than the size of one block.
+    If num_kvcache_blocks and kvcache_memory_bytes are None, the cache has blocks for max_num_seqs
+    requests of max_model_len tokens, but takes at most 1 GiB. Raises an OutOfMemoryError if one
+    block takes more than kvcache_memory_bytes, or more than 1 GiB if that option is None.
     """
     if config.num_kvcache_blocks is not None:
         return replace(geometry, num_blocks=config.num_kvcache_blocks)

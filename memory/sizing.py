@@ -1,4 +1,4 @@
-"""Measures the CUDA memory of weights and steps, and finds how many KV blocks fit beside them."""
+"""Measures the GPU memory that weights and steps take, and counts the KV blocks that still fit."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import torch
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# Reserve for memory that `measure_usage` does not measure: the driver's memory for captured CUDA
-# graphs (some 70 graphs of a few hundred nodes each), and the rounding up of allocations.
+# Bytes left free for memory that `measure_usage` does not see: the CUDA driver's memory for some 70
+# captured graphs of a few hundred nodes each, and the bytes by which allocations are rounded up.
 _MARGIN_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Measured device memory in bytes."""
+    """Measured memory of a GPU, in bytes."""
 
     total: int  # memory of the device
     free_before: int  # free memory before this engine allocated any memory
-    weights: int  # memory that weights and the tables of requests take
-    peak: int  # peak of the further memory that steps take; torch's allocator keeps it
+    weights: int  # memory that the weights and the runner's per-request tables take
+    peak: int  # maximum memory that torch's allocator reserves in addition while steps run
 
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn out-of-memory errors of torch and NumPy into an error that names options to change."""
+    """Replace out-of-memory errors of torch and NumPy by an error that names options to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator raises a plain RuntimeError with the text "allocate memory". The
-        # word "memory" alone would also match the CUDA error "illegal memory access".
+        # torch's CPU allocator raises a RuntimeError whose text contains "allocate memory". A
+        # search for "memory" alone would also match the CUDA error "illegal memory access".
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
         if not full or isinstance(error, OutOfMemoryError):
@@ -46,7 +46,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free device memory in bytes, or 0 if the device is a CPU."""
+    """Return the free memory of a GPU in bytes; return 0 if the device is a CPU."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -54,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def release_device(device: torch.device) -> None:
-    """Give the unused memory that torch's allocator keeps for reuse back to the CUDA driver."""
+    """Return to the CUDA driver the memory that torch's allocator keeps and no tensor uses."""
     if device.type == "cuda":
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
@@ -64,9 +64,9 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """Measure the memory that the weights take, and the further memory that `steps` take."""
+    """Measure the GPU memory that the weights take, and what calls of `steps` take in addition."""
     torch.cuda.synchronize(device)
-    peak = 0  # sum over `steps`, because eager steps and captured CUDA graphs share no memory
+    peak = 0  # peaks are added up: eager steps and captured CUDA graphs share no memory
     weights = free_before - free_bytes(device)
     for step in steps:
         torch.cuda.empty_cache()
@@ -79,10 +79,10 @@ def measure_usage(
 
 
 def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
-    """Return `geometry` with the number of blocks that fit beside weights and activations.
+    """Return a copy of `geometry` with as many blocks as fit beside weights and activations.
 
-    The engine takes at most the share `utilization` of the device's memory, and at most
-    `usage.free_before` bytes. If no block fits, an OutOfMemoryError says how much each part takes.
+    The engine takes at most the share `utilization` of the GPU's memory, and at most
+    `usage.free_before` bytes. Raises an OutOfMemoryError if not even one block fits.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES

@@ -1,10 +1,11 @@
-"""A runner without a model or a device, in which a mistake in a plan changes the sampled tokens.
+"""A runner without model and device. If a plan uses wrong KV blocks, the sampled tokens are wrong.
 
-The cache holds one integer per position, the *entry*, instead of K and V. The entry of a position
-is a hash of the position's token and of the entries of the request's earlier positions, which the
-runner finds through the block table. A sampled token is a hash of the request's entries. So a wrong
-block, a block freed too early, a stale cached prefix or a lost write changes the sampled tokens.
-`FakeModel.alone` computes a request's right tokens without a cache.
+The cache holds one integer for each position, the *entry*, in place of K and V. The entry of a
+position is a hash of the position's token and of `read`, the sum of the entries of the earlier
+positions to which the position attends, over all cache groups. The runner finds these entries
+through the block tables. A sampled token is a hash of such a sum, too. So if a block is wrong or
+was freed too early, the sampled tokens differ from the right tokens, which `FakeModel.alone`
+computes without a cache.
 """
 
 from __future__ import annotations
@@ -23,39 +24,35 @@ from engine.types import CacheKind, FullPages, KVGeometry, StepHandle
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# `_POISON` is the entry of an unwritten position, and `_REJECTED` the entry of a rejected draft.
+# `_POISON` is the entry of a position not yet written, `_REJECTED` that of a rejected draft token.
 _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """Computes hashes of integers in place of a model. The hashes are the same in every process.
-
-    The cache holds one integer, the entry, for each position. The argument `read` is the sum of the
-    entries that a position attends to, added up over the attention windows of all cache groups.
-    """
+    """Computes entries and tokens as hashes of integers, which are the same in every process."""
 
     vocab_size: int = 50
     eos_token_id: int = 0
-    eos_chance: float = 0.0  # probability that `eos_token_id` replaces a drawn token
-    error_chance: float = 0.0  # probability that a row reports an error in place of a token
-    tells: bool = False  # whether every row puts its tokens in `RowReport.values`, too
+    eos_chance: float = 0.0  # probability that a sampled token is `eos_token_id`
+    error_chance: float = 0.0  # probability, for each sampled token, that the row reports an error
+    tells: bool = False  # whether rows also return their new tokens in `RowReport.values`
     seed: int = 0  # models with different seeds sample different tokens
-    kinds: tuple[CacheKind, ...] = (FullPages(),)  # the attention window of each cache group
+    kinds: tuple[CacheKind, ...] = (FullPages(),)  # which positions each cache group attends to
 
     def entry(self, read: int, token: int) -> int:
-        """Return the entry of a position that has `token` and reads entries with the sum `read`."""
+        """Return a position's entry, a hash of `read` and of the position's `token`."""
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """Return the token drawn with `seed`. `read` includes the entry of the last known token."""
+        """Hash `seed` and `read` to the next token. `read` includes the entry of the last token."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
         return draw % self.vocab_size
 
     def fails(self, read: int, seed: int) -> bool:
-        """Return whether a row reports an error instead of the token that `sample` returns."""
+        """Return whether the row reports an error in place of the token from `sample`."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
 
     def alone(
@@ -66,8 +63,8 @@ class FakeModel:
         stop_token_ids: Container[int] = (),
         seed: int = 0,
     ) -> list[int]:
-        """Return a request's right output, computed without a cache and without other requests."""
-        sums, tokens = [0], list(prompt)  # sums[i] is the sum of the first i entries
+        """Return the right output of a request, computed without a cache."""
+        sums, tokens = [0], list(prompt)  # sums[i]: sum of the entries of the first i positions
 
         def read(position: int) -> int:
             return sum(sums[-1] - sums[kind.first_read(position)] for kind in self.kinds)
@@ -82,12 +79,11 @@ class FakeModel:
 
 
 class FakeRunner(SimulatedRunner):
-    """Executes plans on blocks of integers. `LLM(path, model_runner="fake")` uses this runner.
+    """Executes plans on a cache of entries. `LLM(path, model_runner="fake")` selects this runner.
 
     `FakeRunner(config, groups=...)` needs no checkpoint and no torch. By default a step takes no
-    time. As in `SimulatedRunner`, a hash decides how many draft tokens of a decode are accepted.
-    Positions of rejected drafts get wrong entries, as they would have wrong KV in a real cache.
-    `model` is by default a FakeModel with the checkpoint's vocabulary size and eos token.
+    virtual time. A hash decides how many draft tokens of a decode row are accepted. The positions
+    of rejected drafts get wrong entries.
     """
 
     name = "fake"
@@ -108,12 +104,12 @@ class FakeRunner(SimulatedRunner):
         self._vocab_size = self.model.vocab_size
         self.checker = PlanChecker(self._groups, config)
         size = self.checker.block_size
-        # `_pages[group][block][i]` is the entry of position i in a block of a cache group.
+        # `_pages[group][block]` lists the entries of a block. Each cache group has its own blocks.
         self._pages = [[[_POISON] * size for _ in range(g.num_blocks)] for g in self._groups]
-        self._rows: dict[int, Row] = {}  # rows of the current step, by slot (index of a request)
+        self._rows: dict[int, Row] = {}  # slot -> the slot's row in the current step
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Execute a plan. Raises a ContractError if the plan breaks a rule of `PlanChecker`."""
+        """Execute a plan. Raises a ContractError if `PlanChecker` finds an error in the plan."""
         return CheckedHandle(super().execute(plan), self.checker)
 
     def _start(self, plan: StepPlan) -> None:
@@ -127,12 +123,12 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # A block that begins before the row's start has cached tokens: keep its entries.
+                # A block that begins before the row's start has cached tokens: keep the entries.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
-        # If a token is sampled after the chunk, `_draw` computes the chunk's last position.
+        # If the chunk samples a token, `_draw` writes the entry of the chunk's last position.
         for position in range(chunk.start, chunk.start + chunk.num_tokens - chunk.samples):
             self._compute(self._requests[chunk.slot], position)
         return super()._prefill(chunk)
@@ -146,10 +142,10 @@ class FakeRunner(SimulatedRunner):
         return tokens
 
     def _draw(self, request: SimulatedRequest) -> int:
-        """Write the entry of the request's last token, and return the token sampled after it."""
+        """Write the entry of the request's last token, then sample and return the next token."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # `read` includes the entry just written, so a block used twice in the table is noticed.
+        # If the write has overwritten an earlier entry, the sum `read` and the token change.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
@@ -169,7 +165,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """Return the sum of the entries before `end` that `position` reads, in all cache groups."""
+        """Sum the entries before `end` to which `position` attends, over all cache groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

@@ -1,10 +1,11 @@
-"""Finds misuse of KV blocks in the step that misuses them. `Config(kv_sanitizer=True)` turns it on.
+"""The KV sanitizer finds misuse of KV blocks. `Config(kv_sanitizer=True)` turns the sanitizer on.
 
-The sanitizer records which requests hold each block, and which positions of the block are written.
-Every plan is checked before it runs, against these records and by the rules of `PlanChecker`. A
-block is *dead* if no request may read its content any more. Dead blocks are filled with NaN on the
-device. If a step reads NaN, the keys and values that the step writes are NaN, and an error is
-raised. So kernels that read past a request's end are found, too.
+The sanitizer records for each block which requests *hold* the block, i.e. have it in their block
+tables, and how many of its positions are written. Before a step runs, the sanitizer checks the
+step's plan against these records and against the rules of `PlanChecker`. A block is *dead* if no
+request may read its old KV any more. Before a step, dead blocks are filled with NaN on the device.
+If a kernel reads a dead block, the KV that the step writes is NaN, and the sanitizer raises a
+KVSanitizerError.
 """
 
 from __future__ import annotations
@@ -24,26 +25,25 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Wraps an unused block manager. Records the requests and written positions of each block."""
+    """Wraps a new block manager, and keeps the sanitizer's records about its blocks."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
-        # Blocks to fill with NaN before the next step. At the start these are all blocks.
+        # Dead blocks to fill with NaN before the next step; before the first step all blocks.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
-        self._unshared: set[int] = set()  # ids of requests that ran when the cache was reset
-        # By block: ids of the requests that hold the block.
+        self._unshared: set[int] = set()  # ids of requests that must add no blocks to the cache
+        # Block -> ids of the requests that hold the block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
-        # By block: how many leading positions are written or will be written by planned steps.
+        # Block -> number of its leading positions that are written or that planned rows will write.
         self.filled = [0] * inner.num_blocks
-        self.step_id = 0  # id of the step that is planned next
+        self.step_id = 0  # id of the step that the scheduler plans next
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     @property
     def groups(self) -> tuple[SanitizedBlocks, ...]:
-        """This wrapper alone. Calls to the wrapped manager's `groups` would not be recorded."""
         return (self,)
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -69,7 +69,7 @@ class SanitizedBlocks:
         if request_id not in self._unshared:
             self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # The wrapped manager replaces a table entry if the entry's block has left the window.
+        # If `commit` has replaced a block table entry, the old block has left the window.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -92,7 +92,7 @@ class SanitizedBlocks:
         return tuple(sorted(dead))
 
     def _hand_out(self, request_id: int, blocks: list[int]) -> None:
-        """Record that a request now holds `blocks`. No other request may hold any of them."""
+        """Record that a request got `blocks`. KVSanitizerError if another request holds any."""
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"
@@ -117,7 +117,7 @@ class KVSanitizer(PlanChecker):
     """A plan checker that also checks plans against the records of `SanitizedBlocks`."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()  # one for each cache group, set by `watch`
+    managers: tuple[SanitizedBlocks, ...] = ()  # one per group; set by `SanitizedRunner.watch`
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
@@ -131,17 +131,16 @@ class KVSanitizer(PlanChecker):
 
     def settle(self, row: Row, num_kept: int) -> None:
         super().settle(row, num_kept)
-        # Positions of rejected drafts count as unwritten, unless a planned row writes them again.
+        # Positions from `end` on have rejected drafts or nothing: count them as unwritten.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
         for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):
                 block, most = table[place], max(0, end - place * self.block_size)
-                # If the request gave the block up, `filled` may be about another request's tokens.
+                # Skip a block that the request has released: another request may write to it.
                 if row.state.new.request_id in blocks.holders[block]:
                     blocks.filled[block] = min(blocks.filled[block], most)
 
     def _check_copy(self, source: int, target: int, blocks: SanitizedBlocks) -> None:
-        """Check a copy of a block, and record all positions of the target block as written."""
         holders, filled = sorted(blocks.holders[target]), blocks.filled[source]
         if len(holders) != 1:
             problem = f"copied to; holders {holders}"
@@ -152,9 +151,9 @@ class KVSanitizer(PlanChecker):
         blocks.filled[target] = filled
 
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
-        """Check a plan's row in one cache group, and record the row's positions as written."""
+        """Check a row's blocks in one cache group, and record the row's positions as written."""
         size, request_id, end = self.block_size, row.state.new.request_id, row.end
-        # The row starts at `row.start` or later, so it reads no entry before `first_place`.
+        # The row reads no block before index `first_place` of the request's block table.
         first_place = self.groups[group].kind.first_read(row.start) // size
         table = row.state.tables[group][: -(-end // size)]
         for place in range(first_place, len(table)):
@@ -175,7 +174,7 @@ class KVSanitizer(PlanChecker):
 
 
 class SanitizedRunner(ModelRunner):
-    """Wraps a runner, and checks every plan before the runner executes it."""
+    """Wraps a model runner, and checks every plan before the runner executes the plan."""
 
     def __init__(self, inner: ModelRunner, config: Config) -> None:
         self._inner = inner
@@ -183,7 +182,7 @@ class SanitizedRunner(ModelRunner):
         self._checker = KVSanitizer(inner.kv_groups, config)
 
     def watch(self, managers: Iterable[BlockManager]) -> tuple[BlockManager, ...]:
-        """Wrap unused block managers, one for each cache group, and return the wrappers."""
+        """Wrap new block managers, one for each cache group, and return the wrappers."""
         self._checker.reset()
         self._checker.managers = tuple(map(SanitizedBlocks, managers))
         return cast(tuple[BlockManager, ...], self._checker.managers)
@@ -199,7 +198,7 @@ class SanitizedRunner(ModelRunner):
         self._inner.wait_until(moment)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Check and execute a plan. Misused blocks raise a KVSanitizerError."""
+        """Check a plan, then execute it. Raises a KVSanitizerError if the plan misuses a block."""
         self._checker.check(plan)
         dead = tuple(blocks.take_dead() for blocks in self._checker.managers)
         handle = self._inner.execute(replace(plan, poisoned_blocks=dead))
@@ -212,29 +211,29 @@ class SanitizedRunner(ModelRunner):
 class KVPoison:
     """Fills dead blocks with NaN before a step, and looks for NaN in the KV that the step wrote.
 
-    If a layer reads NaN, the keys and values of all following layers become NaN. So only the keys
-    and values of the last layer are checked.
+    If a row reads NaN in one layer, the keys and values that the row writes in all later layers are
+    NaN. So only the keys and values of the last layer are checked.
     """
 
     def __init__(self, kv: list[KVLayer], tables: SlotTables) -> None:
         self._kv = kv
         self._tables = tables
-        self._requests: dict[int, int] = {}  # request ids by slot (row of the device tables)
+        self._requests: dict[int, int] = {}  # slot -> id of the slot's request
 
     def fill(self, plan: StepPlan) -> None:
-        """Fill `plan.poisoned_blocks` with NaN on the current stream. Supports one cache group."""
+        """Fill the plan's `poisoned_blocks` with NaN. Supports models with one cache group only."""
         for group in plan.poisoned_blocks:
             blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
             for layer in self._kv:
                 layer.k[blocks] = layer.v[blocks] = float("nan")
 
     def check(self, plan: StepPlan) -> None:
-        """Wait for the step to end, and raise a KVSanitizerError if the step wrote NaN as KV."""
+        """Wait for the step to end. KVSanitizerError if the KV that the step wrote contains NaN."""
         self._requests |= {new.slot: new.request_id for new in plan.new_requests}
         tables, size = self._tables, self._tables.block_size
         per_row = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
         slots, counts = torch.tensor([plan.row_slots, per_row], device=tables.num_computed.device)
-        # The step has updated `num_computed`, so the last position of a row is `num_computed - 1`.
+        # How far each written position is behind `num_computed`, which already counts this step.
         behind = counts.cumsum(0).repeat_interleave(counts)
         behind -= torch.arange(len(behind), device=behind.device)
         slots = slots.repeat_interleave(counts)

@@ -1,7 +1,10 @@
 """Checks that step plans and their results keep the rules of `engine.types` and `engine.step`.
 
 A *slot* is the index of a running request in the runner's tables. A *place* is an index in a block
-table. A step and its rows are *in flight* from the check of the plan to the check of the result.
+table. A *row* is what a step computes for one request. A step and its rows are *in flight* from the
+check of the plan to the check of the result. A decode row may have *drafts*, guessed tokens that
+the runner accepts or rejects. The request's next row starts after the accepted drafts. So while
+drafts are in flight, the checker knows only bounds of the next row's first position.
 """
 
 from __future__ import annotations
@@ -18,43 +21,43 @@ from utils.errors import ContractError, PlanError
 
 @dataclass(slots=True)
 class SlotState:
-    """What the checker knows, from plans and results, about the request in a slot."""
+    """What the checker knows about the request in a slot."""
 
     new: NewRequest
     tables: list[list[int]]  # the request's block table in each cache group
-    # How many positions may be computed. A sampled token that reaches the length limit is not
-    # computed any more. All tokens that are known when the request enters the slot are computed.
+    # Maximum number of computed positions. The last token that the length limit allows is not
+    # computed, unless this token is already known when the request enters the slot.
     num_positions: int
-    # When all steps in flight have ended, at least `low` and at most `high` positions are computed.
-    # `low` and `high` differ while drafts are in flight; `high` may exceed the length limit.
-    low: int = -1  # -1 before the request's first row
+    # Number of computed positions after the steps in flight: `low` if all drafts are rejected,
+    # `high` if all drafts are accepted. `high` may exceed the length limit, `Row.end` may not.
+    low: int = -1  # -1 until the request's first row is planned
     high: int = 0
-    # Table entries that were set since the request's last row, as (cache group, table index).
+    # Block table entries set since the request's last row, each as (cache group, place).
     fresh: list[tuple[int, int]] = field(default_factory=list)
-    rows: deque[Row] = field(default_factory=deque)  # rows in flight, oldest first
-    ended: bool = False  # whether the request has ended or left the slot: it must not be planned
+    rows: deque[Row] = field(default_factory=deque)  # the request's rows in flight, oldest first
+    ended: bool = False  # whether the request has ended or left the slot; then it must get no row
 
 
 @dataclass(slots=True)
 class Row:
-    """What a step computes for one request."""
+    """What a step computes for one request: a prefill chunk or a decode."""
 
     state: SlotState
-    start: int  # earliest position at which the row may start
-    latest: int  # latest position at which the row may start; > `start` if drafts are in flight
+    start: int  # lower bound of the row's first position
+    latest: int  # upper bound of the row's first position
     count: int  # maximum number of positions that the row computes
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # new table entries, as (cache group, table index)
+    fresh: Sequence[tuple[int, int]] = ()  # table entries set since the last row: (group, place)
 
     @property
     def end(self) -> int:
-        """The index after the last position that the row may compute."""
+        """The highest position that the row may compute, plus 1."""
         return min(self.latest + self.count, self.state.num_positions)
 
 
 @dataclass(slots=True, eq=False)
 class CheckedHandle(StepHandle):
-    """Wraps the handle of a step, and checks the step's result when the result is first read."""
+    """Wraps the handle of a step. The first call of `result` checks the step's result."""
 
     inner: StepHandle
     checker: PlanChecker
@@ -76,7 +79,7 @@ class CheckedHandle(StepHandle):
 
 
 class PlanChecker:
-    """Checks plans and results in the order of their steps, against the limits of `config`."""
+    """Checks the plan and the result of every step, in the order of the steps."""
 
     error: type[PlanError] = PlanError
 
@@ -87,18 +90,18 @@ class PlanChecker:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all requests and steps: after an exception the engine starts again at step 0."""
+        """Forget all requests and steps. After an exception the engine starts again at step 0."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # unchecked: earlier results are missing
+        self._results: dict[int, StepResult] = {}  # not checked: an earlier result is missing
         self._slots: dict[int, SlotState] = {}
         self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
 
     def check(self, plan: StepPlan) -> list[Row]:
-        """Check a plan, record the changes that the plan makes, and return the plan's rows.
+        """Check a plan and return the plan's rows.
 
-        Raises a PlanError if the plan misuses a block, a ContractError if it breaks another rule.
+        Raises a PlanError if the plan misuses a block. Raises a ContractError for other faults.
         """
         self._check_shape(plan)
         for new in plan.new_requests:
@@ -115,9 +118,9 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result after all earlier results. A wrong result raises a ContractError."""
+        """Check a step's result after all earlier results. ContractError if the result is wrong."""
         if self._next_step_id == 0:
-            return  # a step has failed, and `reset` has deleted the records of all steps
+            return  # after a failed step `reset` has deleted the records that a check needs
         step_id = result.step_id
         require(step_id in self._in_flight, f"a result of step {step_id}, not in flight")
         self._results[step_id] = result
@@ -125,16 +128,16 @@ class PlanChecker:
             self._check_result(*self._in_flight.pop(oldest), self._results.pop(oldest))
 
     def end(self, request_id: int) -> None:
-        """Record that a request has ended. Later plans must have no row of this request."""
+        """Record that a request has ended. Later plans must have no row of the request."""
         self._ended.add(request_id)
         self._leave(request_id)
 
     def misuse(self, request_id: int, block: int, problem: str) -> PlanError:
-        """Return the error for a misused block. The error names the step that was checked last."""
+        """Return the error for a misused block. It names the step whose plan was checked last."""
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Record that `row` has kept `num_kept` tokens, and update the starts of later rows."""
+        """Record `num_kept` accepted positions of `row`; adjust bounds of the slot's later rows."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
@@ -167,7 +170,7 @@ class PlanChecker:
                 self.settle(row, len(tokens))
 
     def _users(self, group: int, block: int) -> list[int]:
-        """Return the slots whose rows in flight may read or write the block."""
+        """Return the slots that have a row in flight which may read or write the block."""
         users, kind, size = set(), self.groups[group].kind, self.block_size
         for _, rows in self._in_flight.values():
             for row in rows:
@@ -194,7 +197,7 @@ class PlanChecker:
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        # `old` is the slot's previous request. `before` is the state of `new` before a preemption.
+        # `old`: the slot's previous state. `before`: this request's state before its preemption.
         old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
         require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
@@ -210,7 +213,6 @@ class PlanChecker:
         self._slots[slot] = self._running[request_id] = state
 
     def _leave(self, request_id: int) -> None:
-        """Record that a request leaves its slot, by setting `ended` in its `SlotState`."""
         if state := self._running.pop(request_id, None):
             state.ended = True
 
@@ -254,7 +256,7 @@ class PlanChecker:
         return Row(state, start, start, chunk.num_tokens, samples)
 
     def _decode(self, slot: int, count: int) -> Row:
-        # `require` is not used here: formatting its message takes time even if no rule is broken.
+        # No `require` here, because its message would be formatted even if no rule is broken.
         state = self._state(slot)
         limit = state.new.max_total_tokens
         if state.low < len(state.new.token_ids):
@@ -267,7 +269,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that the row has all its blocks, and that no row in flight uses its new blocks."""
+        """Check that a row's positions have blocks, and that no row in flight uses new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
@@ -279,7 +281,7 @@ class PlanChecker:
             row.fresh, state.fresh = state.fresh, []
         for group, place in row.fresh:
             block = state.tables[group][place]
-            # Blocks that begin before the row's start hold a cached prefix, and may be shared.
+            # A block that begins before the row's start holds cached tokens and may be shared.
             if place * size >= row.start and (users := self._users(group, block)):
                 problem = f"goes to slot {new.slot} while slots {users} use it"
                 raise self.misuse(new.request_id, block, problem)
@@ -291,6 +293,6 @@ class PlanChecker:
 
 
 def require(holds: bool, rule: str) -> None:
-    """Raise a ContractError with the message `rule` unless `holds` is true."""
+    """Raise a ContractError with the message `rule` if `holds` is false."""
     if not holds:
         raise ContractError(rule)
