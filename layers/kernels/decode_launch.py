@@ -34,7 +34,7 @@ SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
 # A ratio is the memory bandwidth with LARGE divided by that of a sum over a large tensor. For 256
 # requests of 850 tokens the ratio is 1.00 with 16/8 heads and 0.91 with 12/2 heads. For a batch of
-# requests of 100 to 2,000 tokens with 16/8 heads it is 1.014, but 0.970 if pair_cost is set to 0.
+# requests of 100 to 2,000 tokens with 16/8 heads the ratio is 1.014, but 0.970 if pair_cost is 0.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
 SMALL_PAIRS = 32  # with 16/8 heads SMALL is faster than LARGE for 32 pairs, slower for 64 pairs
 MIDDLE_PAIRS = 448

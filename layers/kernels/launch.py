@@ -22,5 +22,5 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether LLVM can compile wgmma instructions for this device. If not, it aborts the process."""
+    """Whether kernels may use wgmma; compiling wgmma for other devices makes LLVM abort."""
     return torch.cuda.get_device_capability(device)[0] == 9

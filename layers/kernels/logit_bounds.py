@@ -97,8 +97,8 @@ def search_in_passes(
             sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
             sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
             sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
-        # `one`, `two`, `three` are the values with 1, 2, 3 as the key's next two bits. sum1, sum2,
-        # sum3 are the weights of logits >= each. The two bits are the number of sums >= `target`.
+        # sum1, sum2 and sum3 are the weights of the logits >= `one`, `two` and `three`, whose keys
+        # have 1, 2 and 3 as their next two bits. The number of sums >= `target` gives these bits.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
@@ -149,7 +149,7 @@ def guess_range(
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
     # `middle` is an estimate of the bound. Each logit below `middle` weighs at most `heaviest`. So
-    # the relative standard error of `share` is <= sqrt(heaviest / share). `margin` is four times that.
+    # the relative standard error of `share` is <= sqrt(heaviest / share). `margin` is 4 times this.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
@@ -262,7 +262,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # `low` is the top_k-th largest group maximum: >= top_k logits are >= `low`.
+                    # `low` is the top_k-th of the group maxima: at least top_k logits are >= `low`.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
@@ -304,6 +304,6 @@ def logit_bounds(
             *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
             *(_BITS[logits.dtype], block),
             num_warps=max(1, block // 512),
-            maxnreg=64,  # a multiprocessor has 65,536 registers, for 1,024 threads (32 warps)
+            maxnreg=64,  # 1,024 threads with 64 registers each fill a multiprocessor's registers
         )
     return out

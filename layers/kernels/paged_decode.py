@@ -22,8 +22,8 @@ from memory.kv_cache import KVLayer
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
-    """Update an online softmax (maxima, weights, sums) by N tokens: scores [G, N], values `v`."""
-    # The weights `norm` [G, N] are summed over N after all tiles: a sum makes threads wait.
+    """Update an online softmax (maxima, weights, sums) by N tokens' scores [G, N] and values."""
+    # The caller sums the weights `norm` [G, N] over N only at the end: each sum takes a barrier.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]
@@ -187,7 +187,7 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several new tokens a row may see no token of a tile: a maximum of -inf would give NaN.
+        # With several new tokens a row may see no token of a tile. Then a maximum of -inf gives NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -293,9 +293,9 @@ def paged_decode(
 ) -> Tensor:
     """Compute attention of the newest n = `rows_per_request` tokens of B requests; return `out`.
 
-    Request b has `context_lens[b]` tokens, or 0 for padding. The queries of its last n tokens are
-    rows b * n to b * n + n - 1 of `q`. Row b * n + j of `q` attends to the first
-    `context_lens[b] - n + 1 + j` tokens of request b. If there are none, the result is 0.
+    Request b has `context_lens[b]` tokens; a request with 0 tokens is padding. The queries of its
+    last n tokens are rows b * n to b * n + n - 1 of `q`. Row b * n + j attends to the first
+    `context_lens[b] - n + 1 + j` tokens of request b. A row that attends to no token results in 0.
 
     Args:
         q, out: bfloat16 or float16 [B * n, Hq, D]; the last stride is 1, other strides are free.

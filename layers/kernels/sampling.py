@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# Number of logits that a program handles at once: 4 per thread, since Philox gives 4 random words.
-# With more logits per thread, Triton would pass words between threads through shared memory.
+# Number of logits that a program handles at once: 4 per thread, since a Philox call gives 4 words.
+# With more logits per thread, Triton would pass random words between threads in shared memory.
 _BLOCK = 512
 _PROGRAMS = 4224  # number of programs to launch: 32 for each multiprocessor of an H200
 
