@@ -3,7 +3,7 @@
 A token may be sampled if its logit is at least the bound. For top-p the weight of a logit x is
 exp((x - highest) / temperature), where `highest` is the row's highest logit. For top-k each logit
 weighs 1. A binary search finds the largest value v such that the logits >= v weigh `target` or more
-in total: k for top-k, top_p times the weight of all logits that top-k keeps for top-p. The search
+in total: for top-k k, for top-p top_p times the weight of all logits that top-k keeps. The search
 finds the bits of v's sort key, a uint32 that is greater for a greater float32, from the highest on.
 
 To save time the kernel usually reads the whole row only twice. The first pass computes maxima of
