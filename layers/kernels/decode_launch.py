@@ -1,7 +1,8 @@
 """Launch configurations and scratch memory of the attention kernel `paged_decode`.
 
 A pair is one request with one KV head. `paged_decode` cuts the KV tokens of each pair into tiles,
-and divides the tiles of all pairs among its programs. "16/8 heads" means 16 query and 8 KV heads.
+and divides the tiles of all pairs among its programs. Programs that share a pair store partial
+results, which the last program combines. "16/8 heads" means 16 query heads and 8 KV heads.
 """
 
 from dataclasses import dataclass
@@ -16,28 +17,26 @@ from torch import Tensor
 class DecodeConfig:
     """Options with which `paged_decode` is compiled and launched."""
 
-    tile: int  # number of KV tokens that a program reads in one loop iteration
+    tile: int  # number of KV tokens in a tile; a program reads one tile in each loop iteration
     warps: int
     stages: int
-    per_sm: int  # number of programs launched for each multiprocessor; at most MAX_PER_SM
+    per_sm: int  # highest number of programs for each multiprocessor; at most MAX_PER_SM
     max_registers: int | None = None
     unroll: int = 4  # number of partial results of a pair that are combined in one loop iteration
-    pair_cost: int = 0  # time to begin a pair, in multiples of the time for one tile
+    pair_cost: int = 0  # time a program takes to begin a pair, in multiples of its time for a tile
 
 
 # Times are for one call in a CUDA graph on an H200 with bf16, head_dim 128 and programmatic
-# dependent launch. For one request of 400 tokens with 16/8 heads SMALL takes 4.2, LARGE 6.1 us.
+# dependent launch. For a request of 400 tokens (16/8 heads) SMALL takes 4.2 us and LARGE 6.1 us.
 SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
 # With 12/2 heads, MIDDLE takes 13.7 us and LARGE 15.7 us for 24 requests of 1,200 tokens (48
 # pairs), but MIDDLE takes 53.3 us and LARGE 49.0 us for 256 requests of 710 tokens (512 pairs).
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# A ratio is the kernel's read bandwidth divided by that of a sum over a large tensor. For 256
-# requests of 850 tokens, LARGE reaches a ratio of 1.00 with 16/8 heads and 0.91 with 12/2 heads.
-# For a batch with 16/8 heads whose requests have between 100 and 2,000 tokens, LARGE reaches a
-# ratio of 1.014 with pair_cost=2, and a ratio of 0.970 with pair_cost=0.
+# A ratio is the memory bandwidth with LARGE divided by that of a sum over a large tensor. For 256
+# requests of 850 tokens the ratio is 1.00 with 16/8 heads and 0.91 with 12/2 heads. For a batch of
+# requests of 100 to 2,000 tokens with 16/8 heads the ratio is 1.014, but 0.970 if pair_cost is 0.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-# With 16/8 heads, SMALL is faster than LARGE for 32 pairs, and slower than LARGE for 64 pairs.
-SMALL_PAIRS = 32
+SMALL_PAIRS = 32  # with 16/8 heads SMALL is faster than LARGE for 32 pairs, slower for 64 pairs
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 
@@ -50,14 +49,14 @@ def decode_config(pairs: int) -> DecodeConfig:
 
 
 class DecodeWorkspace(NamedTuple):
-    """Scratch memory of `paged_decode`; all layers on one CUDA stream can share it."""
+    """Scratch memory of `paged_decode`; all calls on one CUDA stream can share one workspace."""
 
     # A program may share its first pair with earlier programs, and its last pair with later
-    # programs. So a program stores up to two partial results. `rows` is the number of queries that
-    # use a pair's K and V. `rows` and head_dim are rounded up to powers of two.
+    # programs. So a program stores up to two partial results. `rows` is the number of queries (new
+    # tokens times query heads) of a pair. `rows` and head_dim are rounded up to powers of two.
     values: Tensor  # float32 [programs, 2, rows, head_dim], partial attention outputs
-    lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of a partial output's scores
-    # arrived[i] counts partial results of the last pair that program i begins; 0 between calls.
+    lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of the scores in a partial result
+    # arrived[i] counts stored partial results of the last pair program i begins; 0 between calls.
     arrived: Tensor  # int32 [programs]
 
 
@@ -69,7 +68,7 @@ def decode_workspace(
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM programs per SM."""
+    """Allocate scratch memory for `programs` programs; default: MAX_PER_SM per multiprocessor."""
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

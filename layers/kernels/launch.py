@@ -12,16 +12,15 @@ def has_triton() -> bool:
 
 
 def fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused Triton kernels can run on this device with tensors of this dtype."""
+    """Whether Triton kernels can replace PyTorch operations on this device for this dtype."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
 def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start before its predecessor ends: compute capability 9.0 or later."""
+    """Whether the device can start a kernel before the stream's previous kernel has ended."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether the device has wgmma instructions: only compute capability 9.x has them."""
-    # On any other device, compiling a kernel with wgmma makes LLVM abort the whole process.
+    """Whether kernels may use wgmma; compiling wgmma for other devices makes LLVM abort."""
     return torch.cuda.get_device_capability(device)[0] == 9

@@ -1,12 +1,16 @@
 """Top-k, top-p and min-p filters without sorting: find a bound for each row of logits.
 
-A token may be sampled if its logit is at least the bound. A binary search finds the bits of the
-bound, from the highest bit on. To save time the kernel reads the whole row (300 KB for 151,936 bf16
-logits) as seldom as possible, usually twice. The first pass computes maxima of groups of logits and
-for top-p the sum of the row's softmax weights. Then the kernel chooses a range of logits that
+A token may be sampled if its logit is at least the bound. For top-p the weight of a logit x is
+exp((x - highest) / temperature), where `highest` is the row's highest logit. For top-k each logit
+weighs 1. A binary search finds the largest value v such that the logits >= v weigh `target` or more
+in total: for top-k k, for top-p top_p times the weight of all logits that top-k keeps. The search
+finds the bits of v's sort key, a uint32 that is greater for a greater float32, from the highest on.
+
+To save time the kernel usually reads the whole row only twice. The first pass computes maxima of
+groups of logits and for top-p the weight of the row. Then the kernel chooses a range of values that
 should contain the bound. The second pass copies the few thousand logits in this range to scratch
 memory, and the search reads only the copied logits. If the bound may lie outside of the range, or
-if the copies do not fit, the search reads the whole row once for every two bits of the bound.
+if the copies do not fit, the search reads the whole row once for every two bits of the key.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -18,8 +22,8 @@ from layers.logits import Filters
 
 # Number of adjacent logits that a thread loads at once: 16 bytes of bf16 or fp16 logits.
 LANES = tl.constexpr(8)
-# Number of leading bits of a float32 bound that the search finds. These bits distinguish all values
-# of the logits' dtype. The number is even, since a pass over the whole row finds two bits.
+# Number of bits of a sort key that the search finds: the highest bits, which distinguish all values
+# of the logits' dtype. The number is even, since a pass over a whole row finds two bits.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 # An H200 has 132 multiprocessors. For up to 132 rows, each row's program has 32 warps and a
 # multiprocessor of its own. For more rows, two programs of 16 warps share a multiprocessor.
@@ -28,7 +32,7 @@ FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 @triton.jit
 def _key_value(key):
-    """Return the float32 values of uint32 sort keys; a greater key stands for a greater float."""
+    """Return the float32 values for which the uint32 sort keys `key` stand."""
     # Keys below the key of -inf give -inf. Keys above the key of inf give NaN; no logit is >= NaN.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
@@ -37,7 +41,7 @@ def _key_value(key):
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
     """Load BLOCK / LANES groups of LANES adjacent logits, as float32 [BLOCK / LANES, LANES]."""
-    # Groups begin `spread` * LANES logits apart. Logits from index `end` on are loaded as -inf.
+    # Group i begins at index `start` + i * LANES * `spread`. From index `end` on, -inf is loaded.
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
@@ -45,7 +49,7 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """Return softmax weights of logits x, or 0 if x < `floor`; if `scale` is None, return ones."""
+    """Return the weights of logits x, or 0 if x < `floor`; for top-k (`scale` is None) return 1."""
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
@@ -54,7 +58,7 @@ def _weights(x, floor, highest, scale):
 
 @triton.jit
 def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
-    """Return the sum of the softmax weights of the first `end` logits at `ptr`."""
+    """Return the sum of the weights of the first `end` logits at `ptr` that are >= `floor`."""
     total = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -64,9 +68,8 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
-    """Return the sort key of the largest v such that all x >= v have a total weight >= `target`."""
-    # The search finds the BITS highest bits of the key; the lower bits of the key stay 0. If
-    # `target` is 0 or negative, every v fits, so the BITS highest bits of the key become 1.
+    """Return the sort key of the largest v for which the logits x >= v weigh at least `target`."""
+    # The search finds only the BITS highest bits of the key. If `target` <= 0, all of them are 1.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(BITS):
@@ -80,7 +83,7 @@ def _search(x, weights, target, BITS: tl.constexpr):
 def search_in_passes(
     ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return the sort key that `_search` would return for the first `end` logits at `ptr`."""
+    """Return what `_search` would return if x were the first `end` logits at `ptr`."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
@@ -94,8 +97,8 @@ def search_in_passes(
             sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
             sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
             sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
-        # A pass finds two bits of the key. sum1, sum2 and sum3 are the total weights if these bits
-        # are 1, 2 or 3. The sums descend, so the bits' value is the number of sums >= `target`.
+        # sum1, sum2 and sum3 are the weights of the logits >= `one`, `two` and `three`, whose keys
+        # have 1, 2 and 3 as their next two bits. The number of sums >= `target` gives these bits.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
@@ -106,7 +109,7 @@ def search_in_passes(
 
 @triton.jit
 def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the largest v such that all logits >= v have a total weight >= `target`."""
+    """Return the largest v for which the logits >= v weigh at least `target` in total."""
     if end <= BLOCK:
         x = _load_block(ptr, 0, end, 1, BLOCK)
         found = _search(x, _weights(x, floor, highest, scale), target, BITS)
@@ -117,13 +120,13 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Return the maxima of BLOCK / LANES groups of logits, and the sum of all softmax weights."""
+    """Split a row into BLOCK / LANES groups; return their maxima, and the weight of the row."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
-        # If a group has only -inf logits so far, `anchor` is 0, since -inf - -inf would be NaN.
+        # `anchor` is the group's highest logit so far, or 0 if it is -inf: -inf - -inf is NaN.
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass *= tl.exp2((best - anchor) * scale)
         mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
@@ -137,38 +140,37 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return (low, high), the ends of a range of logits that should contain the top-p bound."""
-    # `below` is the total weight of the logits below the bound. A sample of the row estimates this
-    # weight well, since these logits are many. A sample may miss heavy logits above the bound.
+    """Return (low, high), the ends of a range of values that should contain the top-p bound."""
+    # In the row, logits below the bound weigh `below`; in a sample of BLOCK logits, about `share`.
+    # The weight above the bound is less certain: a sample may miss a few heavy logits.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
     # `middle` is an estimate of the bound. Each logit below `middle` weighs at most `heaviest`. So
-    # the relative standard error of `share`, the weight below the bound in the sample, is at most
-    # sqrt(heaviest / share). `margin` is four times this error.
+    # the relative standard error of `share` is <= sqrt(heaviest / share). `margin` is 4 times this.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # The remaining bits of `high` become 1, so that logits with the same BITS bits are in range.
+    # The lower bits of `high` become 1, so that logits with the same BITS bits are in the range.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Append -inf to `count` logits until they fill whole blocks; return their new number."""
+    """Append -inf to the `count` logits at `out_ptr` up to whole blocks; return the new count."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
-    tl.debug_barrier()  # every logit must be stored before other threads read it
+    tl.debug_barrier()  # all logits must be stored before any thread reads them
     return (count + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy groups of LANES logits whose maximum is >= `low`; return the number of these logits."""
-    # `out_ptr` has room for two blocks. Logits that do not fit are counted but not copied.
+    """Copy groups of LANES logits with a maximum >= `low` to `out_ptr`; return their number."""
+    # `out_ptr` has room for 2 * BLOCK logits. Logits that do not fit are counted but not copied.
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -177,7 +179,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # exact, since the logits had this dtype
+            value = x.to(out_ptr.dtype.element_ty)  # exact: the logits at `ptr` have this dtype
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -185,7 +187,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high]; return their number, and the weight of all logits > high."""
+    """Copy logits in [low, high] to `out_ptr`; return their number and the weight of all > high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -205,9 +207,9 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 
 @triton.jit
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Choose the logits that the top-p search reads: copies of a range, or the whole row."""
+    """Choose the logits that the top-p search reads: copies of some logits, or the whole row."""
     # Returns a pointer to the chosen logits, their number, `target`, `floor`, and the row's highest
-    # logit. The chosen logits >= the bound weigh >= `target`. Logits < `floor` weigh nothing.
+    # logit. Chosen logits >= the bound weigh at least `target`, and those < `floor` weigh 0.
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total
@@ -233,7 +235,7 @@ def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: 
 def _bounds_kernel(
     logits_ptr, filters, scratch_ptr, out_ptr, stride, size, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Find the bound of row program_id(0); each row has scratch memory for two blocks."""
+    """Find the bound of row program_id(0); its scratch memory has room for 2 * BLOCK logits."""
     row = tl.program_id(0).to(tl.int64)
     ptr = logits_ptr + row * stride
     scratch_ptr += row * (2 * BLOCK)
@@ -242,7 +244,7 @@ def _bounds_kernel(
     least = tl.full((), float("-inf"), tl.float32)
     counts = (top_k >= 1) & (top_k < size)
     if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
-        divisor = tl.maximum(temperature, 1e-30)  # at a temperature of 1e-40 `scale` would be inf
+        divisor = tl.maximum(temperature, 1e-30)  # so that log2(e) / divisor is finite
         scale = 1.4426950408889634 / divisor  # log2(e), for exp2
         end = size
         target = tl.full((), 0.0, tl.float32)
@@ -251,8 +253,8 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # The maximum over LANES columns is taken after the loop. A maximum in the loop fails an
-            # assertion of Triton 3.6's compiler (OptimizeThreadLocality) if rows are unaligned.
+            # If rows are unaligned, a maximum over LANES in the loop makes Triton 3.6 fail an
+            # assertion (OptimizeThreadLocality), so this maximum is taken after the loop.
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
@@ -260,7 +262,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # `low` is the top_k-th largest in `best`: at least top_k logits are >= `low`.
+                    # `low` is the top_k-th of the group maxima: at least top_k logits are >= `low`.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
@@ -283,12 +285,12 @@ def logit_bounds(
 ) -> torch.Tensor:
     """Return the bound of each row, float32 [R]; tokens with lower logits are filtered out.
 
-    No value of the logits' dtype lies between this bound and that of `logit_bounds_reference`.
+    No value of the logits' dtype lies between this bound and `logit_bounds_reference`'s bound.
 
     Args:
         logits: bf16, fp16 or fp32 [R, V]; each row is contiguous, and the stride of rows is free.
         filters: temperatures, top_k, top_p and min_p of all rows, float32 [R] each.
-        block: number of logits that a program reads at once, a power of two. The default fits R.
+        block: number of logits a program reads at once, a power of two; the default depends on R.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
@@ -302,7 +304,6 @@ def logit_bounds(
             *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
             *(_BITS[logits.dtype], block),
             num_warps=max(1, block // 512),
-            # 1,024 threads with 64 registers each fill the 65,536 registers of a multiprocessor.
-            maxnreg=64,
+            maxnreg=64,  # 1,024 threads with 64 registers each fill a multiprocessor's registers
         )
     return out

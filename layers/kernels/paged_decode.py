@@ -3,9 +3,10 @@
 A pair is one request with one KV head. The KV tokens of each pair are cut into tiles. All pairs'
 tiles form one list, and each program works on an equally long section of the list, as in Stream-K
 (Osama et al. 2023). Programs read the requests' lengths from device memory, so a CUDA graph serves
-requests of any length. If several programs work on a pair, each stores a partial result
-(Flash-Decoding, Dao et al. 2023), and the last program to finish combines the partial results. All
-query heads of a KV head share a matrix product, so K and V of a pair are read only once.
+requests of any length. If several programs work on a pair, each of them stores a part, i.e. a
+partial result (Flash-Decoding, Dao et al. 2023), and the last program to finish combines the pair's
+parts. A row of a pair is one new token of the request with one query head of the KV head. A matrix
+product takes all rows of a pair, so K and V of the pair are read only once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -21,8 +22,8 @@ from memory.kv_cache import KVLayer
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
-    """Return (top, norm, acc) of an online softmax after scores `s` [G, N], values `v` [N, D]."""
-    # `s` is scaled for exp2. The caller sums `norm` [G, N] at the end: each sum takes a barrier.
+    """Update an online softmax (maxima, weights, sums) by N tokens' scores [G, N] and values."""
+    # The caller sums the weights `norm` [G, N] over N only at the end: each sum takes a barrier.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]
@@ -31,7 +32,7 @@ def _accumulate(s, v, top, norm, acc):
 
 @triton.jit
 def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Load the page id of tile `t`; if tiles may cross pages, load a page id for each token."""
+    """Load the id of the page that holds tile `t`, or an id for each token if tiles span pages."""
     if PAGE % TILE == 0:
         pages = tl.load(table + t * TILE // PAGE, mask=t * TILE < num_tokens, other=0)
     else:
@@ -42,7 +43,7 @@ def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Return cache offsets of the tokens of tile `t`: a scalar, and [TILE, 1] to be added to it."""
+    """Return (base, rows); base + rows, [TILE, 1], are cache offsets of the tokens of tile `t`."""
     offsets = tl.arange(0, TILE)
     if PAGE % TILE == 0:
         base = page * page_stride + t * TILE % PAGE * token_stride
@@ -55,7 +56,7 @@ def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _query_and_head(rows, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """Return the index of the new token and of the query head for each row of a pair."""
+    """For each row of a pair, return the index of its new token and the index of its query head."""
     if QUERIES == 1:
         query, member = 0, rows
     else:
@@ -74,13 +75,13 @@ def _combine(
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Combine a pair's partial results from programs `owner` to `final`, and store the output."""
+    """Combine the parts that programs `owner` to `final` stored for a pair; store the output."""
     values_ptr, lse_ptr, _ = parts
     out_at, out_row, out_head = place
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    # Each output value has its own softmax maximum and sum, so threads need not exchange data.
+    # Each output value has its own copy of its row's maximum and sum: threads exchange no data.
     columns = tl.arange(0, COLUMNS)
     row, dim = columns // DIM_PAD, columns % DIM_PAD
     query, member = _query_and_head(row, GROUP, QUERIES)
@@ -90,7 +91,7 @@ def _combine(
         for i in tl.static_range(UNROLL):
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
-            # Other programs wrote these values. `.cg` reads them from L2, as L1 is not coherent.
+            # Other programs wrote the parts. `.cg` reads from L2, as L1 caches are not coherent.
             live = who <= final
             at = lse_ptr + part * PART_ROWS + row
             lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -147,12 +148,12 @@ def _paged_decode_kernel(
     lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
     # The list of tiles is ordered by request, then KV head, then token. A request without tokens
-    # counts as one tile, so that a program writes zeros as the request's output.
+    # counts as one tile for each KV head, so that programs write zeros as the request's output.
     tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
     share = tl.cdiv(tl.sum(tiles + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
     if APART:
-        # The tiles of each pair are divided separately, so that no program works on two pairs. At
-        # most 32 programs share a pair: combining more results would take longer than it saves.
+        # Pairs are few, so each pair gets up to 32 programs of its own. With more programs, to
+        # combine the pair's parts would take longer than the additional programs save.
         share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32))
         while tl.sum(tl.cdiv(tiles, share), 0) * KV_HEADS > programs:
             share += tl.cdiv(share, 8)
@@ -186,13 +187,13 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several new tokens a row may see no key of a tile. Then a `top` of -inf gives NaN.
+        # With several new tokens a row may see no token of a tile. A `top` of -inf then gives NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
         if NEWEST_APART:
-            # The previous kernel writes only q and the K and V of the new token. So K and V of the
-            # first tile's older tokens are loaded before gdc_wait, the wait for that kernel.
+            # The stream's previous kernel may still be writing q and the new token's K and V. So
+            # only K and V of older tokens are loaded before gdc_wait, the wait for that kernel.
             seen_tokens, loop_from = num_tokens - 1, begin + 1
             page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
             base, more = _tile_rows(page, begin, page_stride, token_stride, PAGE, TILE)
@@ -223,7 +224,7 @@ def _paged_decode_kernel(
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # Page ids are loaded one tile ahead, so that Triton's pipeliner spends no stage on them.
+        # Page ids are loaded one tile ahead, so that they take no stage of Triton's loop pipeline.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
@@ -243,26 +244,26 @@ def _paged_decode_kernel(
         norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
-        # A request of length 0 (padding) must not change `arrived`. While kernels are compiled,
-        # several streams run batches of padding at once, with the same scratch memory.
+        # Padding (a request of length 0) must not change the counts in `arrived`: while kernels
+        # are compiled, several CUDA streams run batches of padding at once, with one workspace.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
             stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # A program stores part 1 for a pair that it begins, and part 0 for any other pair.
-            # Program `owner` begins the pair, and arrived[owner] counts the pair's stored parts.
+            # Program `owner` begins the pair and stores its part 1; the pair's other programs store
+            # their part 0. arrived[owner] counts the pair's stored parts.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
             used = rows < PART_ROWS
-            # The log-sum-exp of no tokens is stored as -1e30: -inf would give NaN in `_combine`.
+            # A row that saw no token stores the log-sum-exp -1e30: -inf gives NaN in `_combine`.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
             used_rows = used[:, None]
             at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
             tl.store(at_part, result, mask=used_rows)
-            # All threads must have stored their values before the part is counted in `arrived`.
+            # All threads must have stored their values of the part before `arrived` counts it.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
             if before == final - owner:
@@ -292,22 +293,21 @@ def paged_decode(
 ) -> Tensor:
     """Compute attention of the newest n = `rows_per_request` tokens of B requests; return `out`.
 
-    Request b has `context_lens[b]` tokens. The queries of its last n tokens are rows b * n to
-    b * n + n - 1 of `q`. Row b * n + j sees the first `context_lens[b] - n + 1 + j` tokens of
-    request b. A row that sees no token gets the result 0.
+    Request b has `context_lens[b]` tokens; a request with 0 tokens is padding. The queries of its
+    last n tokens are rows b * n to b * n + n - 1 of `q`. Row b * n + j attends to the first
+    `context_lens[b] - n + 1 + j` tokens of request b. A row that attends to no token results in 0.
 
     Args:
         q, out: bfloat16 or float16 [B * n, Hq, D]; the last stride is 1, other strides are free.
         kv: pages of the KV cache, which already hold K and V of all tokens of the requests.
-        block_tables: page ids, int32 [S, max_pages]; ids past a request's last page are not read.
-        slots: int32 [B], for each request the index of its row in `block_tables`.
-        context_lens: int32 [B]. A request of length 0 is padding, for which no K and V are read.
+        block_tables: page ids, int32 [S, max_pages]; ids after a request's last page are not read.
+        slots, context_lens: int32 [B]; `block_tables[slots[b]]` lists the pages of request b.
         scale: factor by which the products of q and K are multiplied.
         max_context_len: upper bound of `context_lens`; affects only the number of programs.
-        workspace: result of `decode_workspace` with `rows_per_request` >= n.
-        pdl: use programmatic dependent launch. The kernel then reads `block_tables`, `slots`,
-            `context_lens` and, if n is 1, K and V of older tokens while earlier kernels still run.
-            No earlier kernel in the same chain of dependent launches may write this data.
+        workspace: allocated by `decode_workspace` with `rows_per_request` >= n.
+        pdl: use programmatic dependent launch: the kernel may start while earlier kernels of the
+            stream still run. These earlier kernels must not write `block_tables`, `slots`,
+            `context_lens` or, if n is 1, K and V of tokens before the newest token.
     """
     num_rows, num_heads, dim = q.shape
     _, page, kv_heads, _ = kv.k.shape

@@ -1,9 +1,9 @@
 """Causal attention of many new tokens per sequence over a paged KV cache (the prefill step).
 
-The algorithm is FlashAttention-2 (Dao 2023): a program computes a tile of queries and reads their
-keys once, with an online softmax. A tile has a row for each of its tokens and each query head of
-one KV head, so these query heads share the loads of K and V. Each program finds its tile from the
-sequences' lengths in device memory, so a CUDA graph serves all lengths that have the same sum.
+The algorithm is FlashAttention-2 (Dao 2023): a program computes a tile of queries in one pass over
+their keys, with an online softmax. A row of the tile is one new token with one query head; all rows
+share the loads of K and V of one KV head. Programs read the sequences' lengths from device memory,
+so a CUDA graph serves all batches with a given number of sequences and of new tokens in total.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -23,7 +23,7 @@ LOG2_E = 1.4426950408889634
 class PrefillConfig:
     """Options with which `paged_prefill` is compiled and launched."""
 
-    rows: int  # number of rows in a tile of queries; a row is one token with one query head
+    rows: int  # number of rows in a tile of queries; a row is one new token with one query head
     tile: int  # number of keys that a program reads in one loop iteration
     warps: int
     stages: int
@@ -33,12 +33,12 @@ class PrefillConfig:
 
 # Figures are for an H200, bf16 and head_dim 128; "16/8 heads" means 16 query and 8 KV heads. For 4
 # sequences of 4,096 tokens with 16/8 heads, WIDE reaches 478 TFLOP/s with TMA (0.60 of the rate of
-# an 8192^3 matrix product), and 438 TFLOP/s without TMA.
+# a product of 8192 x 8192 matrices), and 438 TFLOP/s without TMA.
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
-# NARROW is for batches that give fewer than WIDE_TILES tiles with WIDE. A prompt of 1,024 tokens
-# with 16/8 heads takes 20 us with NARROW and 30 us with WIDE. NARROW does not use TMA: to launch a
-# kernel with TMA takes 17 us more of the host's time. With 16/8 heads NARROW would be no faster
-# with TMA. With 12/2 heads and 1,024 tokens NARROW takes 19.7 us, and would take 16.7 us with TMA.
+# NARROW is for batches whose queries fill fewer than WIDE_TILES tiles of WIDE. A prompt of 1,024
+# tokens with 16/8 heads takes 20 us with NARROW and 30 us with WIDE. NARROW does not use TMA, since
+# the host takes 17 us longer to launch a kernel with TMA. With TMA, NARROW would be no faster for
+# 16/8 heads. For 1,024 tokens and 12/2 heads NARROW takes 19.7 us, and would take 16.7 us with TMA.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
 LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # for head_dim > 128; not tuned
@@ -81,7 +81,7 @@ def _paged_prefill_kernel(
         return
     q_begin = tl.sum(tl.where(lane == seq, begins, 0), 0)
     q_len = tl.sum(tl.where(lane == seq, lens, 0), 0)
-    # A sequence's first program takes the sequence's last tile, which has the most keys to read.
+    # A sequence's last tile of queries has the most keys, so the sequence's first program takes it.
     first_row = (tl.sum(tl.where(lane == seq, ends, 0), 0) - 1 - place) * ROWS
     num_tokens = tl.load(len_ptr + seq)
     table = table_ptr + tl.load(slot_ptr + seq).to(tl.int64) * table_row
@@ -93,7 +93,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows past the sequence's end get the last query's position, so that their scores are finite.
+    # Rows of the tile past the last query get that query's position: their scores are finite.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
@@ -116,7 +116,7 @@ def _paged_prefill_kernel(
                 v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
                 page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
                 if masked:
-                    # V past the last token becomes 0: the cache may hold NaN, and 0 * NaN is NaN.
+                    # V past the last token has weight 0, but may be NaN, and 0 * NaN is NaN.
                     v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
             else:
                 if PAGE % TILE == 0:
@@ -167,13 +167,13 @@ def paged_prefill(
 ) -> Tensor:
     """Compute causal attention of the newest tokens of P sequences; return `out`.
 
-    Sequence p has `context_lens[p]` tokens, and the pages must already hold K and V of all of them.
-    In `q`, rows `query_start[p]:query_start[p + 1]` are the newest tokens of sequence p.
+    Sequence p has `context_lens[p]` tokens, and `kv` must already hold K and V of all these tokens.
+    Rows `query_start[p]:query_start[p + 1]` of `q` are the queries of the sequence's new tokens.
 
     Args:
-        q, out: [T, Hq, D]. Rows from `query_start[P]` on are padding, whose result is not written.
-        slots, context_lens: int32 [P]. These and all other arguments are as in `paged_decode`.
-        query_start: int32 [P + 1], ascending. A sequence may have no new token.
+        q, out: [T, Hq, D]. Rows from `query_start[P]` on are padding; `out` is not written there.
+        slots, context_lens: int32 [P]. All arguments not described here are as in `paged_decode`.
+        query_start: int32 [P + 1], ascending; equal neighbours mean a sequence without new tokens.
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
@@ -185,7 +185,7 @@ def paged_prefill(
     if tma:
         box = [1, config.tile, 1, dim]
         k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
-    # The last tile of each sequence may be partly empty, so up to `batch` tiles are added.
+    # Each sequence may leave its last tile of queries partly empty, and so need one more tile.
     tiles = triton.cdiv(rows * group, config.rows) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](

@@ -1,4 +1,8 @@
-"""Kernels that sample tokens in one pass over the logits, as layers/sampler.py describes."""
+"""Kernels that sample tokens in one pass over the logits, as layers/sampler.py describes.
+
+A token's score is its logit plus temperature times noise, or -inf if the logit is masked, that is,
+less than the row's bound `least`. The token with the highest score is the sample.
+"""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import torch
@@ -6,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# Number of logits per block: 4 per thread, since one call of Philox gives 4 random words. With more
-# logits per thread Triton would move random words between threads, through shared memory.
+# Number of logits that a program handles at once: 4 per thread, since a Philox call gives 4 words.
+# With more logits per thread, Triton would pass random words between threads in shared memory.
 _BLOCK = 512
 _PROGRAMS = 4224  # number of programs to launch: 32 for each multiprocessor of an H200
 
@@ -17,7 +21,6 @@ def _philox(c0, position, k0, k1):
     """Return the 4 words of Philox4x32-10 for counter (c0, position, 0, 0) and key (k0, k1)."""
     c1, c2, c3 = position, c0 * 0, c0 * 0
     for _ in tl.static_range(10):
-        # A 64-bit product takes one instruction. Its two halves by umulhi and * would take two.
         even = c0.to(tl.uint64) * 0xD2511F53
         odd = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -32,9 +35,9 @@ def _philox(c0, position, k0, k1):
 @triton.jit
 def _log2_exponential(x, HARDWARE: tl.constexpr):
     """Return log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23: Gumbel noise divided by -log(2)."""
-    # The hardware's log2 has an absolute error of about 2**-22, which is too much for u near 1:
-    # -log(u) is tiny, and tokens with u near 1 win most often. So a series gives -log(u) for them.
-    # The bits of x make a float in [1, 2), a multiple of 2**-23. So u and 1 - u are exact.
+    # For u near 1 the noise is highest and -log(u) is tiny. A series computes this -log(u), since
+    # the hardware's log2 has an absolute error of about 2**-22. The high 23 bits of x become the
+    # mantissa of a float in [1, 2). This float is a multiple of 2**-23, so u and 1 - u are exact.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
@@ -43,7 +46,6 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     return libdevice.fast_log2f(negative_log) if HARDWARE else tl.log2(negative_log)
 
 
-# The tensors named below may begin anywhere in a buffer, so the kernel must accept any alignment.
 @triton.jit(
     do_not_specialize=["blocks"],
     do_not_specialize_on_alignment=["temperature_ptr", "seed_ptr", "position_ptr", "least_ptr"],
@@ -62,7 +64,7 @@ def _sample_kernel(
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store the best score (logit + noise) in `blocks` * BLOCK columns of a row, and its token."""
+    """Store the best score of `blocks` * BLOCK columns of a row in out[0], its token in out[1]."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
@@ -74,14 +76,13 @@ def _sample_kernel(
     MINUS_INF: tl.constexpr = float("-inf")
     FILTERED: tl.constexpr = least_ptr is not None
     best = tl.full((BLOCK,), MINUS_INF, tl.float32)
-    index = start + lanes  # [BLOCK]: for each lane, the column of its best score so far
+    index = start + lanes  # [BLOCK]: columns of the scores in `best`
     least = tl.load(least_ptr + row) if FILTERED else MINUS_INF
     logits_ptr += row * stride
     logits = tl.load(logits_ptr + index, mask=index < vocab_size, other=MINUS_INF)  # [BLOCK]
     for block in range(blocks):
         columns = start + block * BLOCK + lanes
         score = logits
-        # The next block is loaded early: the load overlaps the computation of the current block.
         ahead = columns + BLOCK
         inside = (ahead < vocab_size) & (block + 1 < blocks)
         logits = tl.load(logits_ptr + ahead, mask=inside, other=MINUS_INF)
@@ -90,15 +91,15 @@ def _sample_kernel(
         if FILTERED:
             # If `least` is NaN, `<` is False and no logit is masked, as in layers/sampler.py.
             score = tl.where(score < least, MINUS_INF, score)
-            # Noise takes most of the time, so blocks whose logits are all masked skip the noise.
+            # Most time goes into noise, so no noise is computed for a block of only masked logits.
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
-            # Four columns are a group. Word j of Philox for group i is for column 4 * i + j.
+            # Four tokens are a group. Word j that Philox gives for group i is for token 4 * i + j.
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
-        # If scores are equal, `>` keeps the lower column. For a NaN score `>` is False.
+        # If scores are equal, `>` keeps that of the lower column. A NaN score is never `better`.
         better = score > best
         best = tl.where(better, score, best)
         index = tl.where(better, columns, index)
@@ -111,7 +112,7 @@ def _sample_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr):
-    """Store the highest of a row's `splits` best scores, and its token."""
+    """Store a row's highest score and its token, given the best scores of `splits` sections."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits
@@ -132,9 +133,9 @@ def sample_shard(
     vocab_offset: int = 0,
     least: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what :func:`layers.sampler.sample_shard` does. The noise may be rounded differently.
+    """Sample like :func:`layers.sampler.sample_shard`; the noise may be rounded differently.
 
-    Logits are bf16, fp16 or fp32, and their rows may be strided. Positions are int32 or int64.
+    `logits` is bf16, fp16 or fp32, with any stride between rows. `positions` is int32 or int64.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
