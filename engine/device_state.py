@@ -1,8 +1,9 @@
-"""Device tables of the running requests, from which the device makes the rows of each step.
+"""Device tables of the running requests. From the tables the device makes the rows of each step.
 
-The slot of a request is its index in the tables. In this file a row of a step is one input token.
-(In `engine.types` a row is all work of a step for one request, and may have several tokens.) The
-sampled rows of a step are the rows whose next token is drawn.
+The slot of a request is its index in the tables. In this file a row of a step is one input token,
+with its position and its place in the KV cache. In `engine.types` a row is all work of a step for
+one request. The R sampled rows of a step are the rows whose next token is drawn. Padding rows fill
+up a CUDA graph's fixed number of rows, and belong to no request.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from utils.errors import ContractError
 
 Array = np.ndarray[Any, Any]
 
-# Two steps may be running or waiting while a third step is prepared. Each step uses one buffer.
+# Each step uses one buffer. Two steps may be running or waiting while the host prepares a third.
 _NUM_BUFFERS = 3
 
 
 class Staging:
-    """Copies a step's arrays to the device, through three pinned buffers that steps use in turn.
+    """Copies the numpy arrays of each step to the device, through buffers in pinned host memory.
 
-    A copy from pinned memory returns at once, and the device reads the memory later. So a buffer
-    is written again only after a CUDA event shows that all copies from the buffer have ended.
+    Steps use three buffers in turn. `upload` may return before the device has read a buffer. So
+    a buffer is written again only after a CUDA event shows that all copies from it have ended.
 
     Args:
-        device: target of the copies. On a CPU no buffers are used.
-        num_bytes: initial size of a buffer. A buffer grows if a step uploads more.
+        device: the device that arrays are copied to. On a CPU no buffers are used.
+        num_bytes: initial size of each buffer. If a step needs more, its buffer is replaced.
     """
 
     def __init__(self, device: torch.device, num_bytes: int = 1 << 20) -> None:
@@ -49,7 +50,7 @@ class Staging:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """Return a context for all uploads of one step, which must use a single CUDA stream."""
+        """Return a context manager for all uploads of a step; all must be on one CUDA stream."""
         if not self._cuda:
             yield
             return
@@ -62,20 +63,20 @@ class Staging:
             self._read[self._turn].record()
 
     def upload(self, array: Array, out: Tensor | None = None) -> Tensor:
-        """Copy an array to `out` or a new tensor; return it. The array must not change later."""
+        """Copy `array` to `out` or a new tensor; return the tensor. Never change `array` later."""
         source = torch.from_numpy(array)
         if not self._cuda:
             return source if out is None else out.copy_(source)
         size = array.nbytes
         buffer = self._buffers[self._turn]
         if self._used + size > buffer.numel():
-            # The old buffer can be dropped while copies from it still run: torch's pinned allocator
-            # reuses its memory only after the copies have ended.
+            # Copies from the old buffer may still run. Dropping the buffer is safe: torch reuses
+            # pinned memory only after all copies from the memory have ended.
             buffer = self._buffers[self._turn] = _pinned(2 * (self._used + size))
             self._used = 0
         pinned = buffer[self._used : self._used + size].view(source.dtype).view(source.shape)
         pinned.copy_(source)
-        # Each array in a buffer starts at a multiple of 16 bytes, which aligns it for any dtype.
+        # Each array in a buffer starts at a multiple of 16 bytes, an alignment that fits any dtype.
         self._used += -(-size // 16) * 16
         if out is None:
             return pinned.to(self._device, non_blocking=True)
@@ -89,11 +90,11 @@ def _pinned(num_bytes: int) -> Tensor:
 class DeviceState:
     """Keeps the device tables of the running requests, and makes the rows of steps from the tables.
 
-    A plan carries only changes of the tables. The device itself writes drawn tokens to the token
-    table, so drawn tokens are never uploaded.
+    The host writes only new requests and block table entries into the tables. The device itself
+    writes drawn tokens to the token table, so drawn tokens are never uploaded.
 
     Args:
-        staging: uploads arrays. Call `apply` and `rows` within `staging.group()`.
+        staging: copies arrays to the device. Call `apply` and `rows` within `staging.group()`.
         kernels: whether to use Triton kernels; by default True on CUDA if Triton is installed.
     """
 
@@ -105,21 +106,21 @@ class DeviceState:
             from layers.kernels import step_rows
 
             self._ops = step_rows
-        # Requests with sampling options besides temperature and seed; the keys are slots.
+        # Slot -> the latest request there, if it has sampling options besides temperature and seed.
         self.special: dict[int, NewRequest] = {}
         self._random_slots: set[int] = set()
         self._decode: tuple[int, ...] = ()
         self._decode_rows: StepRows | None = None
 
     def apply(self, plan: StepPlan) -> None:
-        """Write the plan's new requests and block table entries into the tables."""
+        """Write the plan's new requests and block table entries into the device tables."""
         if plan.new_requests:
             self._enter(plan.new_requests)
         if plan.block_updates:
             self._extend(plan.block_updates)
 
     def rows(self, plan: StepPlan) -> StepRows:
-        """Return the rows of a plan, and update `tables.num_computed`. Call `apply` first."""
+        """Make the rows of a plan, and advance `tables.num_computed`. Call `apply(plan)` first."""
         if plan.prefill or plan.decode != self._decode or self._decode_rows is None:
             header = header_of([*map(_column, plan.prefill), *((s, -1, 1, 1) for s in plan.decode)])
             rows = StepRows.empty(
@@ -130,7 +131,7 @@ class DeviceState:
                 num_chunk_rows=plan.num_prefill_tokens,
                 longest_chunk=max((chunk.num_tokens for chunk in plan.prefill), default=0),
             )
-            # A later step without prefill that decodes the same slots uses these rows again.
+            # The next step uses these tensors again if it only decodes, and decodes the same slots.
             self._decode, self._decode_rows = plan.decode, None if plan.prefill else rows
         else:
             rows = self._decode_rows
@@ -138,11 +139,11 @@ class DeviceState:
         return rows
 
     def fill(self, rows: StepRows) -> None:
-        """Compute all tensors of `rows` from `rows.header`, and update `tables.num_computed`."""
+        """Compute all tensors of `rows` from `rows.header`, and advance `tables.num_computed`."""
         self._ops.fill_rows(self.tables, rows)
 
     def write(self, sampled: SampledRows, tokens: Tensor) -> None:
-        """Store the drawn tokens, [R] int64, in `sampled.tokens` and in the token table."""
+        """Store the drawn tokens, int64 [R], in `sampled.tokens` and in `tables.tokens`."""
         self._ops.write_tokens(self.tables, sampled, tokens)
 
     def all_greedy(self, plan: StepPlan) -> bool:
@@ -187,11 +188,11 @@ def _column(chunk: PrefillChunk) -> tuple[int, int, int, int]:
 
 
 def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
-    """Return `StepRows.header` [6, requests]; sampled rows are numbered in the order of `columns`.
+    """Return `StepRows.header` [6, B] of B requests, with sampled rows in the order of `columns`.
 
     Args:
-        columns: four values for each request: slot, position of its first row (-1 stands for
-            `num_computed` of the slot), number of rows, number of sampled rows.
+        columns: for each of the B requests, its slot, the position of its first row, its number of
+            rows and its number of sampled rows. Position -1 stands for the slot's `num_computed`.
     """
     header = np.empty((6, len(columns)), dtype=np.int64)
     header[[0, 1, 2, 5]] = np.array(columns, dtype=np.int64).T
@@ -206,14 +207,14 @@ def chunks_header(
 ) -> Array:
     """Return `StepRows.header` for prefill chunks that run as a captured CUDA graph.
 
-    The sizes of a graph are fixed: it has `width` requests for chunks, one further request that
-    holds all padding rows, and `width` sampled rows. In the graphs' buffers the sampled rows of
-    decodes follow after the `width` sampled rows. Chunks use the last of the `width` sampled rows,
-    so that all sampled rows of a plan are contiguous; the first of the `width` rows are padding.
+    A graph always has `width` requests for chunks, with one sampled row each, and a last request,
+    which has all padding rows. Chunks that draw a token get the last of the `width` sampled rows.
+    The other sampled rows are padding. In the buffers of `StepGraphs` the sampled rows of decodes
+    follow after the `width` rows, so the sampled rows of all drawn tokens are contiguous.
 
     Args:
-        width: number of requests for chunks; at least `len(chunks)`.
-        num_rows: number of rows of the step, padding rows included.
+        width: number of requests for chunks in the graph; at least `len(chunks)`.
+        num_rows: number of rows of the graph, padding rows included.
         padding: slot of padding rows, which belongs to no request.
     """
     columns = [*map(_column, chunks)]

@@ -1,9 +1,10 @@
-"""Captures steps as CUDA graphs. A replay replaces some two hundred kernel launches.
+"""Captures steps as CUDA graphs. One replay of a graph replaces some two hundred kernel launches.
 
-A row of a step is one input token. Decodes and prefill chunks have separate graphs, and each graph
-is for a fixed number of rows. A step with decodes and prefill chunks replays two graphs; a single
-graph would have to be captured for every pair of row counts. Two graphs read the weights twice,
-which for a short prefill still takes less time than launching all kernels one by one.
+In this file a row of a step is one input token, and a sampled row is a row whose next token is
+drawn. There are graphs for decodes and graphs for prefill chunks, with fixed numbers of rows.
+Padding rows fill up smaller steps. A step with decodes and prefill chunks replays two graphs; a
+single graph would have to be captured for every pair of row counts. Two graphs read the weights
+twice, but for a short prefill they take less time than launching all kernels one by one.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ from engine.device_state import DeviceState, chunks_header, header_of
 from engine.types import StepPlan
 from layers.step_rows import SampledRows, StepRows
 
-# Row counts for which prefill chunks are captured. A step is padded to the next larger count; above
+# Row counts of the prefill graphs. Padding rows fill up a prefill to the next larger count; above
 # 2,048 rows padding adds at most 6 % to the rows. A prefill of a few hundred tokens takes an H200 1
-# to 3 ms, and launching the kernels of 28 layers takes the host some 10 ms. Prefills with more rows
-# than the last count run without a graph: the device then takes longer than the host's launches.
+# to 3 ms, but the host needs some 10 ms to launch the kernels of 28 layers. A prefill of more rows
+# than the largest count uses no graph: the device works longer than the host launches kernels.
 CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
-# Maximum number of prefill chunks in a captured step. With a maximum of 32 instead of 8, a prefill
-# graph on an H200 takes 0.01 to 0.12 ms longer. A maximum above 32 was not tried.
+# Maximum number of prefill chunks in a graph. With a maximum of 32 instead of 8, the replay of a
+# prefill graph on an H200 takes 0.01 to 0.12 ms longer. A maximum above 32 was not tried.
 MAX_CHUNKS = 32
 # `_LAUNCH_SECONDS` is the host's time to launch the kernels of one layer. `_BYTES_PER_SECOND` and
-# `_FLOPS` are approximate rates at which an H200 reads weights and multiplies. From these constants
-# `StepGraphs` estimates up to which number of prefill tokens a step with decodes is faster with two
-# replays than with separate kernel launches. No measurement has checked the estimate.
+# `_FLOPS` are an H200's approximate memory and compute rates. From these constants `StepGraphs`
+# estimates how many prefill tokens a step with decodes may have so that two replays are faster than
+# launching all kernels one by one. No measurement has checked the estimate.
 _LAUNCH_SECONDS = 0.4e-3
 _BYTES_PER_SECOND = 4e12
 _FLOPS = 600e12
 
-# Type of the function `StepPass.plain`, which enqueues a step for rows with a `StepRows.header` and
-# returns logits [R, this rank's vocabulary]. The model may write them to the second argument.
+# Type of `StepPass.plain`, which enqueues a step and returns logits [R, this rank's vocabulary]. It
+# takes rows, of which only `header` must be filled, and a tensor for the logits or None.
 PlainStep = Callable[[StepRows, "Tensor | None"], Tensor]
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Return the numbers of decodes for which a CUDA graph is captured.
+    """Return the numbers of decodes for which CUDA graphs are captured.
 
-    The numbers double up to 8, rise by 8 up to 64, by 16 up to 256, then by 32 to `max_num_seqs`. A
-    step is padded to the next larger number; the padding hardly slows the step.
+    The numbers double up to 8, rise by 8 up to 64, by 16 up to 256, then by 32 to `max_num_seqs`.
+    Padding decodes fill up a step to the next larger number, which hardly slows the step.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
@@ -55,15 +56,15 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 class StepGraphs:
     """The captured CUDA graphs of one runner.
 
-    All graphs share a buffer for logits and a buffer for sampled rows (rows whose next token is
-    drawn). In both buffers the first `MAX_CHUNKS` entries are for prefill chunks, and all later
-    entries for decodes. If a step has fewer chunks than `MAX_CHUNKS`, the chunks use the last of
-    the `MAX_CHUNKS` entries, so that all entries that the step uses are contiguous.
+    All graphs share a buffer for logits and a `SampledRows`, with one entry for each sampled row.
+    In both the first `MAX_CHUNKS` entries are for prefill chunks, and all later entries for
+    decodes. Chunks that draw a token use the last of the `MAX_CHUNKS` entries. So the entries of
+    all drawn tokens of a step are contiguous.
 
     Args:
         step: function that enqueues the work of a step, which a graph then captures.
         max_tokens: maximum number of prefill tokens in a step.
-        weights_per_layer: average number of 2-byte weights in a layer on this rank.
+        weights_per_layer: number of 2-byte weights, divided by the numbers of layers and of ranks.
     """
 
     def __init__(
@@ -96,10 +97,10 @@ class StepGraphs:
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
-        """Capture all graphs. During the capture all rows are padding."""
+        """Capture all graphs, with steps whose rows are all padding."""
         pool = None
-        # All graphs share a memory pool, which is safe: no graph reads memory that another graph
-        # wrote there. Large graphs are captured first, so that small graphs need no more memory.
+        # The graphs may share a memory pool, since no graph reads what another graph wrote to it.
+        # Large graphs are captured first. Their memory in the pool then suffices for small graphs.
         steps = [("decodes", size) for size in self._decode_sizes]
         steps += [("chunks", size) for size in self._chunk_sizes]
         for kind, size in reversed(steps):
@@ -114,18 +115,18 @@ class StepGraphs:
             pool = self._graphs[kind, size].pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
-        """Return functions that enqueue, without graphs, the largest decode and prefill steps."""
+        """Return functions that enqueue, with no graph, the work of each kind's largest graph."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
     def rehearsals(self) -> list[Callable[[], object]]:
-        """Return functions that each enqueue a step without a graph; the steps use all kernels."""
-        # Steps of these row counts and the steps of `heaviest` use all kernels of matrix products.
+        """Return functions that enqueue steps without graphs, but with all kernels of graphs."""
+        # A matmul's kernel depends on the row count. `sizes` and `heaviest` use all these kernels.
         sizes = [n for n in (1, 16, 24, 128, 256) if n < self._decode_sizes[-1]]
         return [*(partial(self._run, "decodes", n) for n in sizes), *self.heaviest()]
 
     def serves(self, plan: StepPlan) -> bool:
-        """Return whether `replay` can run the plan."""
+        """Return whether there are graphs for the plan, so that `replay(plan)` may be called."""
         if not plan.prefill or not self._graphs:
             return bool(self._graphs)
         most = max(self._chunk_sizes, default=0)
@@ -134,10 +135,10 @@ class StepGraphs:
         return len(plan.prefill) <= MAX_CHUNKS and plan.num_prefill_tokens <= most
 
     def replay(self, plan: StepPlan) -> tuple[Tensor, SampledRows]:
-        """Replay the graphs for a plan. The graphs compute logits, and draw and store tokens.
+        """Replay the graphs for a plan. The graphs compute logits, draw tokens and store tokens.
 
-        `serves(plan)` must be true, and `DeviceState.apply(plan)` must have been called. Returns
-        logits [R, this rank's vocabulary] and the R sampled rows, valid until the next replay.
+        `serves(plan)` must be True, and `DeviceState.apply(plan)` must have been called. Returns
+        logits [R, this rank's vocabulary] and a `SampledRows`. The next replay overwrites both.
         """
         assert self._logits is not None
         if plan.prefill:
@@ -157,21 +158,21 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue a step of `size` rows; return its logits, and write them to `logits` if given."""
+        """Enqueue a step of `size` rows; return its logits, also written to `logits` if given."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:
             rows, part = self._decodes.first_decodes(size), slice(MAX_CHUNKS, MAX_CHUNKS + size)
         out = None if logits is None else logits[part]
         made = self._step(rows, out)
-        # A model may ignore `out` and return a new tensor.
+        # The model may ignore `out` and return the logits in a new tensor.
         if out is not None and made is not out:
             out.copy_(made)
         return made
 
 
 def captured(work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of the kernels that `work` enqueues, with memory from `pool`."""
+    """Capture the kernels that `work` enqueues as a CUDA graph, with memory from `pool`."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):

@@ -1,4 +1,8 @@
-"""The model runner that executes the scheduler's step plans on one local device."""
+"""The model runner that executes the scheduler's step plans on one local device.
+
+In this file a row of a step is one input token. In `engine.types` a row is all work of a step for
+one request. The R sampled rows of a step are the rows whose next token is drawn.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +49,10 @@ from utils.loader import load_weights
 
 @dataclass(slots=True)
 class StepPass:
-    """Enqueues a step's work: forward pass, drawing the new tokens, storing the new tokens.
+    """Enqueues the work of a step: computes logits, draws the new tokens and stores the tokens.
 
-    A row of a step is one input token. A sampled row is a row whose next token is drawn. The CUDA
-    graphs of a runner hold this object, so this object must not refer to the runner: a reference
-    cycle would keep a dropped runner's memory until the garbage collector runs.
+    A runner holds its `StepGraphs`, which holds this object. So this object must not refer to the
+    runner: a reference cycle would keep a dropped runner's memory until Python collects garbage.
     """
 
     model: CausalLM
@@ -61,13 +64,14 @@ class StepPass:
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Return logits [R + P, this rank's vocabulary]: R sampled rows, then P `prompt_rows`.
+        """Return logits [R + P, this rank's vocabulary] of R sampled rows and P prompt rows.
 
         Args:
-            prompt_rows: [P] int64: indices of rows whose next prompt token gets a log-probability.
-            out: tensor in the model's dtype that the model may write the logits to and return.
+            prompt_rows: indices in the step, int64 [P], of rows whose logits are needed for the
+                log-probability of the next prompt token. These rows come last in the result.
+            out: tensor in the model's dtype. The model may write the logits to `out` and return it.
         """
-        # Without prefill chunks every row is a sampled row, and None makes the model use all rows.
+        # None asks for the logits of all rows: without prefill chunks all rows are sampled rows.
         wanted = rows.sampled.rows if rows.num_chunks else None
         if prompt_rows is not None:
             wanted = torch.cat((rows.sampled.rows, prompt_rows))
@@ -89,13 +93,13 @@ class StepPass:
         special: SpecialRows | None = None,
         greedy: bool = False,
     ) -> StepOutput:
-        """Draw a step's tokens, and write them into the token table for the next step.
+        """Draw a token for each sampled row, and write the tokens into the device's token table.
 
         Args:
             logits: the result of `forward`.
-            sampled: the R rows to draw a token for; their `tokens` receive the drawn tokens.
-            special: sampling options besides temperature and seed; None if no row has any.
-            greedy: whether every row has temperature 0.
+            sampled: the R sampled rows. The drawn tokens are also written to `sampled.tokens`.
+            special: sampling options besides temperature and seed; None if no sampled row has any.
+            greedy: whether every sampled row has temperature 0.
         """
         if special:
             tokens = self.state.tables.tokens
@@ -108,7 +112,7 @@ class StepPass:
         return output
 
     def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
-        """Enqueue a step that uses no sampling options but temperature and seed; return logits."""
+        """Enqueue a step with no sampling options but temperature and seed; return its logits."""
         self.state.fill(rows)
         logits = self.forward(rows, out=out)
         self.draw(logits, rows.sampled)
@@ -116,19 +120,18 @@ class StepPass:
 
 
 class LocalRunner(ModelRunner):
-    """Owns the model, the KV cache and the tables of running requests on one device.
+    """Holds the model, the KV cache and the tables of the running requests on one device.
 
     On a GPU, `execute` enqueues the step on a CUDA stream. Decodes and short prefills run as CUDA
-    graphs if the options and the attention backend allow graphs. On a CPU with pipeline_depth 0,
-    `execute` returns when the step has ended; with pipeline_depth 1 a worker thread runs the step.
+    graphs if the config and the attention backend allow graphs. On a CPU `execute` runs the step
+    itself if pipeline_depth is 0. If pipeline_depth is 1, a worker thread runs the step.
 
     Args:
         config: config that `engine.parts.resolve` returned.
-        checkpoint: the checkpoint to load weights from.
-        parallel: this runner's rank and the number of ranks; by default there is a single rank.
+        parallel: this runner's rank and its collectives; by default there is a single rank.
 
     Raises:
-        ConfigError: an option asks for something that this model or machine cannot do.
+        ConfigError: `config` asks for something that the model or the machine does not support.
         UnsupportedModelError, WeightsError: the model is not supported, or its weights are faulty.
         OutOfMemoryError: weights and KV cache do not fit into the device's memory.
     """
@@ -165,7 +168,7 @@ class LocalRunner(ModelRunner):
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
             self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
             geometry = self._sized(before, vocab_size)
-            # All ranks get the same block ids, so all ranks use the smallest rank's block count.
+            # All ranks get the same block ids, so the rank with the fewest blocks sets the count.
             blocks = torch.tensor([-geometry.num_blocks], device=self._device)
             self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))
             if config.kv_sanitizer:
@@ -206,7 +209,7 @@ class LocalRunner(ModelRunner):
                 logits, sampled = self._graphs.replay(plan)
                 output = StepOutput(sampled.tokens)
                 if special:
-                    # The graphs drew tokens without the options in `special`: draw all again.
+                    # The graphs ignored the options in `special`, so all tokens are drawn anew.
                     output = self._pass.draw(logits, sampled, special)
             else:
                 rows = self._state.rows(plan)
@@ -244,8 +247,8 @@ class LocalRunner(ModelRunner):
         )
         weights = self._model.weight_targets()
         load_weights(checkpoint.path, weights, tied=shape.tied)
-        # By the number of weights `StepGraphs` decides which steps run as graphs. All ranks must
-        # decide alike, so the number comes from the whole weights' shapes, not the rank's shares.
+        # From this number of weights `StepGraphs` decides which steps run as graphs. All ranks must
+        # decide alike, so `slot.shape` is the shape of the whole weight, not of this rank's slice.
         total = sum(math.prod(slot.shape) for slot in weights.values())
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
@@ -256,7 +259,6 @@ class LocalRunner(ModelRunner):
         return spec
 
     def _allocate(self, geometry: KVGeometry) -> None:
-        """Allocate the KV cache, and make a `StepPass` and a `StepGraphs`; capture no graph yet."""
         self._geometry = geometry
         self._cache = KVCache(geometry, self._dtype, self._device)
         kv = self._cache.layers()
@@ -266,7 +268,7 @@ class LocalRunner(ModelRunner):
             self._graphs = StepGraphs(self._pass.plain, self._state, *limits)
 
     def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
-        """Return the KV cache's geometry; the config or the free memory sets the block count."""
+        """Return the KV cache's geometry, with a block count from the config or free memory."""
         config, one_block = self._config, self._one_block
         if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
             return kv_blocks(config, one_block)
@@ -284,7 +286,7 @@ class LocalRunner(ModelRunner):
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
     def _compile(self, graphs: StepGraphs) -> None:
-        """Compile all Triton kernels in parallel: several threads each run one step of padding."""
+        """Compile all Triton kernels in parallel: each thread runs a step of only padding rows."""
         steps = graphs.rehearsals()
 
         def run(step: Callable[[], object]) -> None:
@@ -296,14 +298,14 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        # All threads write to the same tensors, but nothing reads results of padding. Within
-        # `rehearsal()` collectives do not communicate. Communicating ranks could hang: the threads
-        # of two ranks reach the collectives in different orders.
+        # All threads write to the same tensors, but nothing reads results of padding rows. Within
+        # `rehearsal()` collectives send no data. Otherwise ranks could wait for each other for
+        # ever: the threads of two ranks reach the collectives in different orders.
         with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
-        """Return functions that each run one large step; one of them uses the most memory."""
+        """Return functions that run large steps, among them the step that needs most memory."""
         config = self._config
         assert config.max_model_len is not None
         longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
@@ -322,17 +324,18 @@ class LocalRunner(ModelRunner):
 def step_launcher(
     config: Config, clock: Clock, device: torch.device
 ) -> HostLauncher | StreamLauncher:
-    """Return the launcher for steps on `device`; `clock` tells when a step ended."""
+    """Return the launcher of steps on `device`. It reads `clock` when a step has ended."""
     depth = config.pipeline_depth or 0
     if device.type == "cuda":
-        # Up to pipeline_depth + 1 steps run or wait, and each needs a result buffer. With several
-        # ranks the next plan is sent when rank 0 has ended a step: a slower rank has one step more.
+        # A launched step needs a result buffer until its result is read. Rank 0 has at most
+        # pipeline_depth + 1 launched steps. Slower ranks may have one step more than rank 0, since
+        # the next plan is sent to all ranks as soon as rank 0 has ended a step.
         return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)
     return HostLauncher(clock, in_thread=depth > 0)
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
-    """Return the module in `models` for a model_type, or raise an UnsupportedModelError."""
+    """Return the module `models.<model_type>` for a checkpoint; UnsupportedModelError if none."""
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"
     known = name.removeprefix("models.").isidentifier()

@@ -1,9 +1,10 @@
 """Sampling options besides temperature and seed, for the sampled rows of a step.
 
-A row of a step is one input token, and a sampled row is a row whose next token is drawn. Filters
-(top-k, top-p, min-p) give each row a bound: tokens with logits below the bound are not drawn.
-Penalties, `min_tokens` and logits processors change a row's logits before a token is drawn. Tokens
-of rows with changed logits are drawn in blocks of at most `BLOCK_ROWS` rows, after all other rows.
+In this file a row of a step is one input token. The R sampled rows of a step are the rows whose
+next token is drawn. Filters (top-k, top-p, min-p) give each row a lower bound: tokens with logits
+below the bound are not drawn. Penalties, `min_tokens` and logits processors change the logits of a
+row before its token is drawn. Rows with changed logits are divided into blocks of at most
+`BLOCK_ROWS` rows. Their tokens are drawn block by block, after the tokens of all other rows.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from layers.step_rows import SampledRows
 from sampling_params import LogitsProcessor
 from utils.errors import StepError
 
-# Maximum number of rows whose logits are changed at once. For 64 rows of 151,936 bfloat16 logits
-# the logits, a float32 copy and the token counts for penalties take 97 MB for a batch of any size.
+# Maximum number of rows in a block of rows with changed logits. For 64 rows of 151,936 bfloat16
+# logits each, the logits, a float32 copy and the token counts for penalties take 97 MB together.
 BLOCK_ROWS = 64
 
 
 def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
-    """Return the maximum number of bytes that sampling options take on the device.
+    """Return how many bytes of device memory the sampling options of a step take at most.
 
-    A block of rows needs three copies of its logits, two of them in float32. Gathering logits from
-    several ranks needs two more copies of all logits. Logits of prompt tokens are not counted.
+    A block of rows needs three copies of its logits, two of them in float32. With several ranks the
+    gathered logits of all rows need two more copies. Log-probabilities of prompts are not counted.
     """
     copies = 0 if num_ranks == 1 else 2 * max_num_seqs * dtype_bytes
     block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
@@ -50,15 +51,15 @@ def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_rank
 
 @dataclass(frozen=True, slots=True)
 class StepScores:
-    """Log-probabilities of tokens of a step, and the rows and chunks to which they belong.
+    """Log-probabilities of tokens of a step, and the rows and chunks to which the tokens belong.
 
     Attributes:
-        found: log-probabilities of new tokens, followed by those of prompt tokens. Each token also
-            has log-probabilities of the N likeliest tokens; a request's options set N.
-        new: (row, N) of each new token in `found`; `row` is an index among the sampled rows.
-        prompts: (chunk, count, N) of each prefill chunk with prompt tokens in `found`: index of the
-            chunk, number of its prompt tokens in `found`, and N.
-        num_chunks: number of prefill chunks in the step.
+        found: log-probabilities of new tokens, then of prompt tokens. An entry also has the
+            log-probabilities of the N likeliest tokens. The request's options set N.
+        new: for each new token in `found`: index of its row among the sampled rows, and N.
+        prompts: for each prefill chunk of a request that asks for log-probabilities of its prompt:
+            index of the chunk, number of its prompt tokens in `found`, and N.
+        num_chunks: number of all prefill chunks in the step.
     """
 
     found: TokenScores
@@ -69,7 +70,7 @@ class StepScores:
     def logprobs(
         self, num_rows: int
     ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
-        """Return `StepResult.logprobs` and `.prompt_logprobs`; `found` must be in host memory."""
+        """Return a result's `logprobs` and `prompt_logprobs`. `found` must be in host memory."""
         f = self.found
         columns = (f.tokens, f.values, f.top_tokens, f.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -89,14 +90,15 @@ class StepScores:
 
 @dataclass(frozen=True, slots=True)
 class _ChangedRows:
-    """A block of S sampled rows whose logits are changed before tokens are drawn.
+    """A block of S sampled rows whose logits are changed before their tokens are drawn.
 
     Attributes:
-        rows: [S] int64: the rows' indices among all R sampled rows of the step.
-        filters, penalizes: whether any row of the block has filters, and whether any has penalties.
-        withheld: [3, W] int64, for `min_tokens`. Each column forbids a token for a row: the row's
-            index in the block, the token's id, and the first position where the token is allowed.
-        processors: (index in the block, logits processors) of each row with logits processors.
+        rows: index of each row among the R sampled rows of the step, int64 [S].
+        filters: whether any row of the block has filters.
+        penalizes: whether any row of the block has penalties.
+        withheld: tokens that `min_tokens` forbids, int64 [3, W]. A column has a row's index in the
+            block, the id of a token, and the first position at which the row may draw the token.
+        processors: for each row with logits processors: its index in the block, its processors.
     """
 
     rows: Tensor
@@ -113,7 +115,7 @@ class _ChangedRows:
         sampled: SampledRows,
         parameters: Tensor,
     ) -> Tensor:
-        """Return tokens [S] int64; `logits`, `sampled`, `parameters` have all R rows."""
+        """Draw tokens, int64 [S]. `logits`, `sampled` and `parameters` have R rows, not only S."""
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
@@ -135,18 +137,19 @@ class _ChangedRows:
 
 @dataclass(frozen=True, slots=True)
 class SpecialRows:
-    """Sampling options of a step with R sampled rows.
+    """Sampling options of the R sampled rows of a step.
 
     Attributes:
-        parameters: [8, R] float32: the values that `_parameters` returns, for each row.
-        filters: filters of all R rows, or None if no row outside `changed` has filters. In this
-            field rows without filters and rows in `changed` have temperature 0: no filtering.
-        changed: blocks of the rows whose logits are changed before tokens are drawn.
-        all_changed: whether all R rows are in `changed`.
+        parameters: the values that `_parameters` returns for each sampled row, float32 [8, R].
+        filters: filters of the R rows, or None if no row outside `changed` has filters. Rows
+            without filters and rows in `changed` have temperature 0 here, which means no filtering.
+        changed: blocks of the rows whose logits are changed before their tokens are drawn.
+        all_changed: whether every sampled row is in a block of `changed`.
         new, prompts, num_chunks: values for the fields of `StepScores` with these names.
-        scored_rows: [len(new)] int64: the row indices in `new`.
-        prompt_rows: [P] int64: indices of rows whose next prompt token gets a log-probability.
-        prompt_tokens: [P] int64: for each index in `prompt_rows`, the next prompt token.
+        scored_rows: the index of each row in `new`, int64 [len(new)].
+        prompt_rows: indices in the step, int64 [P], of rows whose logits give the log-probability
+            of the next prompt token.
+        prompt_tokens: the prompt token that follows each row in `prompt_rows`, int64 [P].
     """
 
     parameters: Tensor
@@ -167,7 +170,7 @@ class SpecialRows:
 
         Args:
             tokens: [slots + 1, max_model_len]: prompt and output tokens of each running request.
-            logits: [R + P, this rank's vocabulary]: R sampled rows, followed by P `prompt_rows`.
+            logits: [R + P, this rank's vocabulary], of the R sampled rows, then of `prompt_rows`.
         """
         count = len(sampled.slots)
         whole = sampler.gathered(logits)
@@ -182,7 +185,7 @@ class SpecialRows:
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Return log-probabilities from unchanged logits, or None if no request wants any."""
+        """Return log-probabilities by the unchanged logits, or None if no request asks for any."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
@@ -193,13 +196,11 @@ class SpecialRows:
 
 
 class SamplingRows:
-    """Makes the `SpecialRows` of plans.
+    """Makes the `SpecialRows` of each plan.
 
     Args:
-        requests: slot -> request, for running requests with options besides temperature and seed. A
-            slot is the index of a running request in the device tables.
-        num_slots: number of slots.
-        staging: uploads arrays. Call `of` within `staging.group()`.
+        requests: requests with sampling options besides temperature and seed; the keys are slots.
+        staging: copies arrays to the device. Call `of` within `staging.group()`.
     """
 
     def __init__(
@@ -212,9 +213,9 @@ class SamplingRows:
         self._decode_rows: SpecialRows | None = None
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
-        """Return the sampling options of a plan's rows, or None if no row has any.
+        """Return the sampling options of a plan's sampled rows, or None if no row has any.
 
-        While `requests` is not empty, call this for every plan: it stores options of new requests.
+        While `requests` is not empty, call `of` for every plan: it stores options of new requests.
         """
         for new in plan.new_requests:
             self._parameters[new.slot] = _parameters(new)
@@ -235,7 +236,7 @@ class SamplingRows:
         filtered = [row for row, new in special if new.sampling.filters and not _changes(new)]
         scored = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
         parameters = np.ascontiguousarray(self._parameters[slots].T)
-        # Temperature 0 switches filters off; all rows outside `filtered` keep temperature 0 here.
+        # Only rows in `filtered` get filters. Temperature 0 turns filtering off for all other rows.
         filters = np.zeros_like(parameters[:4])
         filters[:, filtered] = parameters[:4, filtered]
         return SpecialRows(
@@ -257,7 +258,6 @@ class SamplingRows:
     def _of_prompts(
         self, plan: StepPlan
     ) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
-        """Return `prompts`, `prompt_rows` and `prompt_tokens` for a `SpecialRows`, as lists."""
         prompts: list[tuple[int, int, int]] = []
         rows: list[int] = []
         tokens: list[int] = []
@@ -294,17 +294,17 @@ class SamplingRows:
 
 
 def _changes(new: NewRequest) -> bool:
-    """Return whether penalties, `min_tokens` or processors change the request's logits."""
+    """Return whether penalties, `min_tokens` or logits processors change the request's logits."""
     s = new.sampling
     return bool(s.penalizes or new.withheld_token_ids or s.logits_processors)
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:
-    """Return temperature, top_k, top_p, min_p, three penalties and prompt length of a request."""
+    """Return a request's temperature, top_k, top_p, min_p, its 3 penalties and prompt length."""
     s = new.sampling
     num_prompt = len(new.token_ids) - new.num_output_tokens
     # The caller stores the values as float32, which is exact for integers up to 2^24. A tiny top_p
-    # would become 0 in float32, and with top_p 0 no token passes the filter.
+    # would become 0 in float32, and 0 is not a valid top_p.
     filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
 

@@ -1,4 +1,4 @@
-"""Launchers start a step on the host or on a CUDA stream; handles wait for the step's result."""
+"""A launcher starts steps on the host or on a CUDA stream. A handle waits for a step's result."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from utils.errors import StepError
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The new tokens of a step, [R] int64, and log-probabilities if a request wants any."""
+    """The new tokens of a step, int64 [R], and log-probabilities if a request asks for any."""
 
     tokens: Tensor
     scores: StepScores | None = None
 
     def result(self, step_id: int, ended_at: float, device_seconds: float | None) -> StepResult:
-        """Return the `StepResult`. Tokens and log-probabilities must already be in host memory."""
+        """Return the `StepResult`. `tokens` and `scores` must already be in host memory."""
         tokens = self.tokens.unsqueeze(1).tolist()
         new, prompt = self.scores.logprobs(len(tokens)) if self.scores else (None, None)
         return StepResult(step_id, tokens, ended_at, new, prompt, device_seconds)
@@ -33,14 +33,14 @@ Step = Callable[[], StepOutput]
 
 
 class HostLauncher:
-    """Runs steps on the host: inside `launch`, or in a worker thread while the caller continues."""
+    """Runs steps on the host, inside `launch` or, if `in_thread` is True, in a worker thread."""
 
     def __init__(self, clock: Clock, *, in_thread: bool) -> None:
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Start a step. If `timed` is true, the step's result includes the step's duration."""
+        """Start a step. If `timed` is True, the step's result includes the step's duration."""
 
         def run() -> StepResult:
             begin = self._clock()
@@ -53,7 +53,7 @@ class HostLauncher:
                 return run()
             except Exception:
                 raise
-            except BaseException as error:  # a SystemExit would end the thread that calls `result`
+            except BaseException as error:  # else SystemExit would end the caller of `result`
                 raise _step_error(step_id, error) from error
 
         if self._worker is not None:
@@ -73,7 +73,7 @@ class HostLauncher:
 
 @dataclass(slots=True)
 class _HostStep(StepHandle):
-    """Handle of a step that runs on the host, or whose enqueueing on a stream raised an error."""
+    """Handle of a step that runs on the host, or of a step that could not be enqueued."""
 
     _step_id: int
     _ended: Future[StepResult]
@@ -91,7 +91,7 @@ class _HostStep(StepHandle):
 
 
 class StreamLauncher:
-    """Enqueues all steps on one CUDA stream, and after each step a copy of its output to the host.
+    """Enqueues steps on one CUDA stream, each followed by the copy of its output to the host.
 
     Args:
         max_tokens: maximum number of new tokens in a step.
@@ -111,7 +111,7 @@ class StreamLauncher:
         self._turn = 0
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Enqueue a step. If `timed` is true, its result includes the time the device needed."""
+        """Enqueue a step. If `timed` is True, its result includes the time the device needed."""
         self._turn = (self._turn + 1) % len(self._results)
         buffer, done = self._results[self._turn]
         timer = partial(torch.cuda.Event, enable_timing=True)
@@ -142,7 +142,7 @@ class StreamLauncher:
 
 @dataclass(slots=True)
 class _StreamStep(StepHandle):
-    """Handle of a step on a CUDA stream. After the event `_done`, pinned memory has the output."""
+    """Handle of a step on a CUDA stream. The event `_done` shows that `_output` is complete."""
 
     _step_id: int
     _output: StepOutput
@@ -168,7 +168,7 @@ class _StreamStep(StepHandle):
         try:
             done = bool(self._done.query())  # type: ignore[no-untyped-call]
         except RuntimeError:
-            return True  # a CUDA error: `result` will raise a StepError
+            return True  # CUDA has failed: `result` will raise a StepError at once
         if done and self._ended_at is None:
             self._ended_at = self._clock()
         return done

@@ -25,25 +25,25 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     from layers.kernels.peer import PeerExchange
 
-# Time limit of a collective. If a rank fails, the parent process kills all ranks much earlier.
+# Time limit of a collective. It may be long: `TensorParallelRunner` kills all ranks if one fails.
 _TIMEOUT = timedelta(hours=1)
-# Maximum size in bytes of a tensor summed through peer memory: 256 hidden states of Qwen3-8B.
+# Maximum size of a tensor summed by writes to other GPUs' memory: 256 hidden states of Qwen3-8B.
 _PEER_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class GroupContext(ParallelContext):
-    """Collectives of a rank, through a process group: gloo on CPUs, and NCCL on GPUs.
+    """Collectives of a rank, through a process group of gloo on CPUs, or of NCCL on GPUs.
 
-    If `exchange` is set, small tensors are reduced through peer memory instead of NCCL: each GPU
-    writes directly into memory of the other GPUs.
+    If `exchange` is set, small tensors are summed or maximised without NCCL: each GPU writes its
+    values directly into the memory of the other GPUs.
     """
 
     _: KW_ONLY
     group: Any  # has a `ProcessGroup`'s `allreduce`
     exchange: PeerExchange | None = None
-    memory: Tensor | None = None  # memory that `exchange` uses; freed with this object
-    rehearses: Event = field(default_factory=Event)  # if set, collectives do not communicate
+    memory: Tensor | None = None  # this GPU's memory for `exchange`; freed with this object
+    rehearses: Event = field(default_factory=Event)  # while set, collectives send no data
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -75,7 +75,7 @@ class GroupContext(ParallelContext):
             return x
         options = dist.AllreduceOptions()
         options.reduceOp = operation
-        # With asyncOp False, NCCL runs on the current stream instead of a stream of its own.
+        # With asyncOp False, NCCL runs on the current CUDA stream, not on a stream of its own.
         options.asyncOp = False
         try:
             if (work := self.group.allreduce([x], options)) is not None:
@@ -86,7 +86,7 @@ class GroupContext(ParallelContext):
 
 
 def gloo_context(index: int, size: int, store: Any) -> GroupContext:
-    """Return a rank's collectives on a CPU. gloo uses the loopback network interface only."""
+    """Return a rank's collectives on a CPU. gloo uses only the loopback network interface."""
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = _TIMEOUT
@@ -94,7 +94,7 @@ def gloo_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def nccl_context(index: int, size: int, store: Any) -> GroupContext:
-    """Return a rank's collectives on the current GPU. ConfigError: NCCL cannot connect the GPUs."""
+    """Return a rank's collectives on the current GPU; ConfigError if NCCL cannot connect GPUs."""
     device = torch.device("cuda", torch.cuda.current_device())
     about: Any = {"rank": index, "world_size": size, "timeout": _TIMEOUT, "device_id": device}
     try:
@@ -102,14 +102,14 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
     except dist.DistBackendError as error:
         problem = f"NCCL does not connect these devices ({error})"
         fix = "Choose others by CUDA_VISIBLE_DEVICES, or use 1."
-        # NCCL also fails if another rank has ended. The parent then raises that rank's error.
+        # NCCL also fails if another rank ended. The parent process then raises that rank's error.
         lost = LostPeerError(str(error))
         raise ConfigError("tensor_parallel_size", size, problem, fix) from lost
     return GroupContext(index, size, group=dist.group.WORLD)
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """Return `context`, with `exchange` for [T, width] if GPUs can write to each other's memory."""
+    """Return `context`, with an `exchange` for tensors [T, width] if GPUs and dtype allow it."""
     device = torch.device("cuda", torch.cuda.current_device())
     pairs = permutations(range(context.size), 2)
     mapped = all(starmap(torch.cuda.can_device_access_peer, pairs))
@@ -121,13 +121,13 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
     rows = max(1, _PEER_BYTES // (width * dtype.itemsize))
     count = PeerExchange.num_words(context.size, rows, width)
-    # symmetric.empty would import sympy, which takes 2 s. The start of the engine takes 8 s in all.
+    # `symmetric.empty` would import sympy, which takes 2 s. The engine's start takes 8 s in all.
     allocate = symmetric._SymmetricMemory.empty_strided_p2p  # type: ignore[attr-defined]
     memory = allocate((count,), (1,), torch.int64, device)
     PeerExchange.empty(memory, context.size, rows)
     mapping = symmetric.rendezvous(memory, context.group)
     torch.cuda.synchronize(device)
-    # Wait until all ranks have run `PeerExchange.empty`, which would erase values from peers.
+    # Wait until all ranks have run `PeerExchange.empty`, which would erase values that peers wrote.
     mapping.barrier()
     exchange = PeerExchange(
         rank=context.rank,
@@ -143,7 +143,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 
 
 def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> GroupContext:
-    """Connect this process to the other ranks. Returns the rank's collectives. Rank i uses GPU i.
+    """Connect this process to the other ranks; return its collectives. Rank i uses GPU i.
 
     peer: whether GPUs may sum small tensors [T, width] by writing into each other's memory.
     """
@@ -159,16 +159,16 @@ def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> 
 def local_rank(
     config: Config, checkpoint: Checkpoint, rank: Rank, *, peer: bool = True
 ) -> LocalRunner:
-    """Make the runner of a rank, in its process. `peer`: GPUs may write to each other's memory."""
+    """Make the model runner of a rank, in the rank's process. `join_ranks` explains `peer`."""
     context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
     if config.device == "cpu":
-        # Without a worker thread: the parent process already plans while this process computes.
+        # No worker thread is needed: the `TensorParallelRunner` plans in another process.
         config = replace(config, pipeline_depth=0)
     return LocalRunner(config, checkpoint, context)
 
 
 def check_divides(config: Config, checkpoint: Checkpoint) -> None:
-    """Raise a ConfigError if there are too few GPUs, or heads do not divide by the rank count."""
+    """Raise a ConfigError if there are too few GPUs, or if ranks cannot share the heads evenly."""
     size = config.tensor_parallel_size
     if config.device == "cuda" and size > (count := torch.cuda.device_count()):
         problem = f"there are {count} CUDA devices"

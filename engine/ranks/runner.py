@@ -28,16 +28,16 @@ from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResu
 from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
-# If a collective failed because a rank failed, the runner waits this long for that rank's error.
+# If a rank's collective failed, the runner waits this long for the error of the rank at fault.
 _CAUSE_SECONDS = 2.0
-# `close` kills ranks that have not ended after this many seconds. No step takes that long.
+# After this many seconds `close` kills ranks that have not ended. A step takes much less time.
 _CLOSE_SECONDS = 30.0
-# While a rank's socket is full, the runner waits for results for this time before it writes again.
+# While a rank's socket is full, the runner waits up to this time for results, then writes again.
 _FULL_SECONDS = 50e-6
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
-    """`__cause__` of the error that the runner raises if a rank fails; holds its traceback."""
+    """The `__cause__` of the error that the runner raises for a rank; has the rank's traceback."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
@@ -46,15 +46,15 @@ class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
 class TensorParallelRunner(ModelRunner):
     """Sends every plan to all ranks. Each rank is a separate process.
 
-    The process of this runner is not a rank, so the scheduler plans while the ranks' processes
+    The process of this runner is not a rank. It runs the scheduler, which plans while the ranks
     launch kernels. If any rank fails, all ranks are ended. If this process ends, all ranks end too.
 
     Args:
         config: config that `engine.parts.resolve` returned. tensor_parallel_size is the rank count.
-        make_runner: function that makes a rank's runner; called in the process of each rank.
+        make_runner: function that each rank calls in its process, to make its model runner.
 
     Raises:
-        ConfigError: there are too few devices, the model's heads do not divide by the ranks, or
+        ConfigError: there are too few GPUs, the ranks cannot share the model's heads evenly, or
             `config` cannot be sent to another process.
         WorkerDiedError: a rank's process ended while it loaded the model.
         Exception: any error that a rank raised while it loaded the model.
@@ -70,7 +70,7 @@ class TensorParallelRunner(ModelRunner):
             check_divides(config, checkpoint)
         self._ready: list[tuple[KVGeometry, ...]] = []
         self._codec = PlanCodec()
-        # One list for each sent step, oldest first. `take_in` appends a step's result to its list.
+        # Lists to which `take_in` appends the awaited results: one list for a step, oldest first.
         # Handles are not stored here: a handle refers to the runner, which makes a reference cycle.
         self._pending: deque[list[StepResult]] = deque()
         self._error: Exception | None = None
@@ -79,12 +79,12 @@ class TensorParallelRunner(ModelRunner):
         self._channels: list[Channel] = []
         self._held = ExitStack()
         self._selector = self._held.enter_context(selectors.DefaultSelector())
-        # `_end` also runs when this object is garbage-collected and when the interpreter exits.
+        # `_end` also runs when this runner is garbage-collected, and when the interpreter exits.
         self._end = weakref.finalize(self, _end, os.getpid(), self._processes, self._held)
         num_threads = max(1, torch.get_num_threads() // size)
         memory = Path("/dev/shm")
         try:
-            # The ranks exchange addresses in this unnamed file, whose descriptor they inherit.
+            # Ranks exchange network addresses in this unnamed file, whose descriptor they inherit.
             with tempfile.TemporaryFile(dir=memory if memory.is_dir() else None) as store:
                 for index in range(size):
                     rank = Rank(index, size, f"/dev/fd/{store.fileno()}", num_threads)
@@ -98,7 +98,7 @@ class TensorParallelRunner(ModelRunner):
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
-        """Geometries of the cache groups on one rank, which has a share of the KV heads."""
+        """For each cache group, the shape of its KV cache on one rank, with the rank's KV heads."""
         return self._ready[0]
 
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -112,10 +112,10 @@ class TensorParallelRunner(ModelRunner):
             for channel in self._channels:
                 channel.queue(message)
         except BaseException as error:
-            # If only some ranks get the plan, they wait for the other ranks for ever.
+            # If only some ranks get the plan, their collectives wait for the other ranks for ever.
             self._break(error)
             raise
-        # If Ctrl-C interrupts this loop, the next `execute` or `take_in` writes the rest.
+        # If Ctrl-C interrupts this loop, the next `execute` or `take_in` sends the unsent bytes.
         while not self._flush():
             self.take_in(_FULL_SECONDS)
         return _Sent(self, arrived)
@@ -123,7 +123,7 @@ class TensorParallelRunner(ModelRunner):
     def close(self) -> None:
         """Let the ranks finish the steps that were sent, then end all ranks. May be called twice.
 
-        If a rank's process died, a WorkerDiedError is raised after all ranks have ended.
+        Raises a WorkerDiedError if a rank's process died, but only after all ranks have ended.
         """
         self._closed = True
         if not self._end.alive:
@@ -140,11 +140,11 @@ class TensorParallelRunner(ModelRunner):
             self._end()
 
     def take_in(self, timeout: float | None) -> None:
-        """Wait at most `timeout` seconds (None: no limit) for messages; store results in handles.
+        """Wait for ranks' messages, at most `timeout` seconds if given; pass results to handles.
 
         Raises:
-            WorkerDiedError, StepError: a rank has failed.
-            EngineClosedError: all ranks have ended.
+            WorkerDiedError, StepError: a rank has failed, now or in an earlier call.
+            EngineClosedError: `close` has ended the ranks.
         """
         if self._error is not None:
             kind = WorkerDiedError if isinstance(self._error, WorkerDiedError) else StepError
@@ -152,7 +152,7 @@ class TensorParallelRunner(ModelRunner):
         if not self._end.alive:
             raise EngineClosedError("the runner was closed before the result of the step came")
         if not self._flush():
-            # The rest of a message is written only after this wait, so the wait must be short.
+            # The bytes that are still unsent are sent after this wait, so the wait must be short.
             timeout = _FULL_SECONDS if timeout is None else min(timeout, _FULL_SECONDS)
         ready = self._selector.select(timeout)
         try:
@@ -167,12 +167,12 @@ class TensorParallelRunner(ModelRunner):
                     case cause:
                         self._fail(key.data, cause)
         except BaseException as error:
-            # A message may be half read after an interruption. Later messages are then unreadable.
+            # A message may have been read in part. Then later messages cannot be decoded.
             self._break(error)
             raise
 
     def _flush(self) -> bool:
-        """Write queued messages to all ranks without waiting. Returns whether all are written."""
+        """Send unsent bytes to all ranks without waiting; return whether all bytes were sent."""
         written = [channel.flush() for channel in self._channels]
         return all(written)
 
@@ -188,37 +188,36 @@ class TensorParallelRunner(ModelRunner):
                 [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(), store),
                 stdin=subprocess.DEVNULL,
-                # In a new session, Ctrl-C does not reach the rank. This process handles Ctrl-C.
+                # Ctrl-C does not reach a rank in a new session. Only this process handles Ctrl-C.
                 start_new_session=True,
                 env={
-                    # All ranks are on this machine: NCCL needs only the loopback interface.
+                    # All ranks are on one machine, so NCCL needs only the loopback interface.
                     "NCCL_SOCKET_IFNAME": "lo",
-                    # NCCL's NVLink multicast needs rights that containers often lack.
+                    # Switches off NVLink multicast, which needs rights that containers often lack.
                     "NCCL_NVLS_ENABLE": "0",
                     **os.environ,
-                    # With PYTHONSAFEPATH, `python -c` would not add the entry that `code` deletes.
+                    # With PYTHONSAFEPATH, sys.path would not begin with the current directory.
                     "PYTHONSAFEPATH": "",
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },
             )
-        # Closing `_held` waits until the process has ended.
         self._processes.append(self._held.enter_context(process))
         channel.post(start)
 
     def _break(self, error: BaseException) -> None:
-        """End all ranks. Later calls of `take_in` raise the first error passed here."""
+        """End all ranks. Later calls of `take_in` raise the first error passed to `_break`."""
         if self._error is None:
             cut_short = StepError(f"a message was cut short ({error!r})")
             self._error = error if isinstance(error, AllmosError) else cut_short
         self._end()
 
     def _fail(self, index: int, cause: object) -> NoReturn:
-        """Raise the error of rank `index`, or of another rank whose end caused that error.
+        """Raise the error of rank `index`, or of another rank whose failure caused that error.
 
-        `cause` is the last message of the rank: a `Failure`, or None if the rank's process died.
+        cause: last message of rank `index`: a `Failure`, or None if the rank's process died.
         """
         deadline = time.monotonic() + _CAUSE_SECONDS
-        # Without this call, every later `select` would report the ended rank's socket as ready.
+        # Otherwise every later `select` would report the socket of the ended rank as ready.
         self._selector.unregister(self._channels[index])
         while isinstance(cause, Failure) and cause.lost_peer and time.monotonic() < deadline:
             for key, _ in self._selector.select(deadline - time.monotonic())[:1]:
@@ -236,10 +235,8 @@ class TensorParallelRunner(ModelRunner):
 
 @dataclass(slots=True, eq=False)
 class _Sent(StepHandle):
-    """Handle of a step that was sent to the ranks."""
-
     runner: TensorParallelRunner
-    arrived: list[StepResult]  # empty until `take_in` appends the result
+    arrived: list[StepResult]  # empty until `take_in` appends the step's result
 
     def result(self) -> StepResult:
         while not self.arrived:
@@ -250,8 +247,8 @@ class _Sent(StepHandle):
 def _start_message(
     config: Config, checkpoint: Checkpoint, make_runner: MakeRunner, rank: Rank
 ) -> bytes:
-    """Return a rank's first message, with all that the rank needs to make its runner."""
-    # Pickle may refuse callables. So options that ranks do not use are reset if they are callables.
+    """Return the first message to a rank, with all that the rank needs to make its runner."""
+    # Pickle may refuse callables. Callable options that ranks do not use are set to their defaults.
     kept: dict[str, Any] = {
         field.name: field.default
         for field in fields(config)
@@ -279,7 +276,7 @@ def _died(index: int, process: subprocess.Popen[bytes]) -> WorkerDiedError:
 
 
 def _end(owner: int, processes: list[subprocess.Popen[bytes]], held: ExitStack) -> None:
-    """Kill the ranks and close `held`. In a forked child of the process `owner`, do nothing."""
+    """Kill the ranks and close `held`, but only in the process with the id `owner`."""
     if os.getpid() == owner:
         for process in processes:
             process.kill()

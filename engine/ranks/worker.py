@@ -1,4 +1,4 @@
-"""The process of a rank, which receives and runs plans. This module does not import torch."""
+"""The process of a rank. The tensor-parallel runner, in the parent process, sends plans to it."""
 
 from __future__ import annotations
 
@@ -23,51 +23,50 @@ from utils.errors import StepError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# After a step, a rank polls its channel for this many seconds before it sleeps. The pause between
-# two steps is usually shorter. A much longer time would burden an idle machine.
+# After a step, a rank polls its channel for this many seconds. The next plan usually comes sooner.
+# Otherwise the rank sleeps until a plan arrives. Polling much longer would burden an idle machine.
 _SPIN_SECONDS = 500e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """What a rank's process gets: the index of the rank, the number of ranks, and resources."""
+    """What a rank's process gets: index of the rank, number of ranks, shared file, CPU threads."""
 
     index: int
     size: int
-    store: str  # path of the file in which the ranks exchange addresses
+    store: str  # path of the file in which the ranks exchange network addresses
     num_threads: int  # number of CPU threads that torch may use
 
 
-# Type of the function that makes a rank's runner. The function must be importable by its name.
+# Type of the function that makes a rank's model runner. A rank imports the function by its name.
 MakeRunner = Callable[[Config, "Checkpoint", Rank], ModelRunner]
 
 
 class LostPeerError(Exception):
-    """A collective failed because another rank failed. The other rank reports the real error."""
+    """A collective failed because another rank failed. The other rank sends its own error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Message that a rank sends before it ends because of an error."""
+    """The last message of a rank that ends because of an error."""
 
     error: Exception
-    traceback: str  # the text that Python prints
-    lost_peer: bool  # whether a LostPeerError caused `error`
+    traceback: str  # the error's traceback, as Python prints it
+    lost_peer: bool  # whether `error` is, or was caused by, a LostPeerError
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """Return the message for `error`."""
         text = "".join(traceback.format_exception(error))
         cause: BaseException | None = error
         seen: set[int] = set()
         while cause is not None and not isinstance(cause, LostPeerError):
             seen.add(id(cause))
             cause = cause.__cause__ or cause.__context__
-            # A chain of __cause__ and __context__ may be a cycle.
+            # The chain of __cause__ and __context__ may return to an error that was seen before.
             cause = None if id(cause) in seen else cause
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # pickling a user's exception class may raise anything
+        except Exception:  # an exception class of a user may raise anything when pickled
             error = StepError(f"{type(error).__name__}: {error}")
         return Failure(error, text, lost_peer=cause is not None)
 
@@ -75,8 +74,8 @@ class Failure:
 def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
     """Run plans until the parent process closes the channel, then close the runner.
 
-    Results are sent if `reports` is true. A plan that arrives during a step is launched at once,
-    unless the runner cannot tell when a step has ended.
+    If `reports` is True, results are sent to the parent process. A plan that arrives during a step
+    is launched at once if `execute` does not wait and handles can tell whether a step has ended.
     """
     codec = PlanCodec()
     poll = select.poll()
@@ -101,12 +100,12 @@ def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
 
 
 def _end_with_parent(channel: Channel, parent_id: int) -> None:
-    """End this process when the parent process has ended, even if this process hangs."""
+    """End this process when the parent process has ended, even if the main thread hangs."""
     poll = select.poll()
-    # With event mask 0, poll reports only that both directions of the socket are closed. After the
-    # last plan the parent closes one direction, and this process must still finish its steps.
+    # With event mask 0, poll reports a socket only once both directions are closed. After the last
+    # plan the parent closes one direction, and this process must still finish its steps.
     poll.register(channel, 0)
-    # The parent's children may keep an inherited socket open. So the parent's id is checked too.
+    # Other children of an ended parent may keep its socket open. So the parent's id is checked too.
     while not poll.poll(1000) and os.getppid() == parent_id:
         pass
     os._exit(1)
@@ -123,10 +122,10 @@ def main() -> None:
         make_runner, config, checkpoint, rank = channel.receive()
         runner = make_runner(config, checkpoint, rank)
         channel.post(encode(runner.kv_groups))
-        # All ranks have the same results, and rank 0 alone sends results.
+        # All ranks have equal results, so only rank 0 sends results.
         serve(runner, channel, reports=rank.index == 0)
         status = 0
     except Exception as error:
         channel.post(encode(Failure.of(error)))
-    # sys.exit would destroy the process group, and that may wait for ended ranks for ever.
+    # sys.exit would destroy the torch process group, which may wait for ended ranks for ever.
     os._exit(status)
