@@ -24,7 +24,7 @@ class Sequence:
     """A request and its state, from arrival to finish. Times are seconds on the runner's clock."""
 
     request_id: int  # unique in the engine; a later request has a larger id
-    token_ids: list[int]  # prompt and committed output; not the caller's list but a copy
+    token_ids: list[int]  # prompt and committed output; a copy of the caller's list
     sampling: SamplingParams  # the parameters that the user gave
     _: KW_ONLY
     max_total_tokens: int  # length limit of prompt and output together
@@ -34,14 +34,14 @@ class Sequence:
     sample: int = 0  # index of this output among the outputs of its prompt
     num_prompt_tokens: int = field(init=False)
     finish_reason: str | None = None  # None while unfinished, or "stop", "length", "abort", "error"
-    error: Exception | None = None  # the row's `RowReport.error`, if finish_reason is "error"
-    # The mapping of `RowReport.values` for each output token; empty if the runner reports none.
+    error: Exception | None = None  # the `RowReport.error` that ended the request, if any
+    # For each output token, its mapping from `RowReport.values`; empty if the runner has none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of output tokens, if requested
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if requested
     # Log-probabilities of the prompt tokens computed so far, if requested. The first entry is None,
     # because no position predicts the first token.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
-    text: TextReader | None = None  # converts output to text, if it is streamed or has stop strings
+    text: TextReader | None = None  # converts output to text, for streaming or stop strings
     added_at: float = 0.0
     admitted_at: float | None = None  # time of the first admission
     token_times: list[float] = field(default_factory=list)  # `StepResult.ended_at` for each token
@@ -49,14 +49,14 @@ class Sequence:
     num_preemptions: int = 0
 
     # Only the scheduler changes the following fields, from `slot` to `capacity`.
-    slot: int | None = field(init=False)  # index in the runner's tables; None if not running
-    # Number of leading positions that are cached, committed or in flight, drafts included.
+    slot: int | None = field(init=False)  # index in the runner's tables; None while not admitted
+    # How many leading positions are cached, committed or in flight; drafts in flight count.
     num_scheduled: int = field(init=False)
     num_drafted: int = field(init=False)  # number of the request's drafts in steps in flight
     num_prefill: int = field(init=False)  # number of prompt and output tokens at the last admission
     num_in_flight: int = field(init=False)  # number of steps in flight with a row of this request
-    num_committed: int = field(init=False)  # number of leading cached or committed positions
-    capacity: int = field(init=False)  # number of positions in the blocks of the block table
+    num_committed: int = field(init=False)  # how many leading positions are cached or committed
+    capacity: int = field(init=False)  # how many positions the blocks of the request can hold
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)
@@ -64,7 +64,7 @@ class Sequence:
         self.reset()
 
     def reset(self) -> None:
-        """Clear the fields that only the scheduler changes, on arrival and at each preemption."""
+        """Called at arrival and preemption: clear the fields that only the scheduler changes."""
         self.slot = None
         self.num_scheduled = self.num_committed = self.num_drafted = self.num_in_flight = 0
         self.num_prefill = self.capacity = 0
@@ -76,7 +76,7 @@ class Sequence:
         if self.sampling.prompt_logprobs is None:
             return salt
         # Prompt log-probabilities need the prompt's logits, which the cache does not keep. With the
-        # request id in the salt, the request finds only its own blocks, from before a preemption.
+        # request id in the salt, a request finds only blocks that it computed before a preemption.
         return f"{salt}\0{self.request_id}"
 
     @property
@@ -84,7 +84,7 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     def keep_output(self, num_tokens: int) -> None:
-        """Drop all output tokens after the first `num_tokens`, with times, logprobs and values."""
+        """Drop output tokens after the first `num_tokens`, and their times, logprobs and values."""
         del self.token_ids[self.num_prompt_tokens + num_tokens :]
         del self.token_times[num_tokens:]
         del self.logprobs[num_tokens:]
@@ -92,7 +92,7 @@ class Sequence:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Expected final number of prompt and output tokens. More than now, unless max_tokens=0."""
+        """Expected final length of `token_ids`, above the current length unless max_tokens=0."""
         guess = self.sampling.predicted_tokens
         if guess is None:
             return self.max_total_tokens
@@ -129,7 +129,7 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
 def check_request(
     prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
 ) -> int:
-    """Check prompt and parameters of a request. Returns the maximum of prompt plus output tokens.
+    """Check prompt and parameters of a request. Returns the length limit of prompt plus output.
 
     Raises RequestError for an invalid request, RequestTooLongError if max_model_len is too small.
     """
@@ -177,11 +177,11 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
-    """The requests of one prompt. When all have ended, `LLM` appends this object to `ended`."""
+    """Requests of a prompt. `LLM` appends the object to `ended` once all requests have ended."""
 
     index: int  # index of the prompt among the caller's prompts
     seqs: list[Sequence]  # one request for each output
-    ended: list[PromptRequests]  # where `LLM` collects the prompts whose requests have ended
+    ended: list[PromptRequests]  # list of prompts whose requests have all ended
 
 
 def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
@@ -219,17 +219,17 @@ def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
 
 
 def percentile(rising: list[float], share: float) -> float:
-    """The smallest x in the sorted `rising` for which at least `share` of the values are <= x."""
+    """The percentile 100 * `share` of the sorted values `rising`, by the nearest-rank method."""
     return rising[math.ceil(share * len(rising)) - 1]
 
 
 def increments(
     seq: Sequence, index: int, *, has_text: bool
 ) -> Generator[dict[str, Any] | None, None, None]:
-    """Yield a request's output in increments: dictionaries of new tokens and new text.
+    """Yield the output of a request of prompt `index` in increments of new tokens and new text.
 
-    Yields None if the output is unchanged. If `has_text` is True, text that may belong to a stop
-    string is held back. The last increment has a finish_reason. `index` is the prompt's index.
+    An increment is a dict, or None if there is no new text (no new token if has_text=False). Text
+    that may become part of a stop string is held back. The last increment has a finish_reason.
     """
     text, reason = seq.text, None
     num_tokens = num_chars = 0

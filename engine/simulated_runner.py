@@ -15,7 +15,7 @@ from utils.errors import ConfigError, EngineClosedError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-STEP_SECONDS = 0.01  # default duration of a step: about that of a small model's step on a CPU
+STEP_SECONDS = 0.01  # default duration of a step, about as long as a small model takes on a CPU
 
 
 @dataclass(slots=True)
@@ -24,12 +24,12 @@ class SimulatedRequest:
 
     new: NewRequest
     tokens: list[int]  # ids of the prompt and of the output so far
-    failed: bool = False  # whether the request's rows report an error; set by subclasses
+    failed: bool = False  # whether the request's rows get an error; set by subclasses
 
 
 @dataclass(slots=True, eq=False)
 class _Handle(StepHandle):
-    """Handle of a step that ends at the virtual time `answer.ended_at`."""
+    """The `StepHandle` of a step that ends at the virtual time `answer.ended_at`."""
 
     runner: SimulatedRunner
     answer: StepResult
@@ -48,15 +48,15 @@ class SimulatedRunner(ModelRunner):
     Virtual time moves only when the caller waits for a result or calls `wait_until`. Planning takes
     no virtual time, and steps run one after the other. So a run depends on its requests and options
     alone, not on the machine. If the option `model_runner` is a function that makes this runner,
-    set the option `pipeline_depth`. Otherwise its value depends on whether the machine has a GPU.
+    also set the option `pipeline_depth`, whose default depends on whether the machine has a GPU.
 
     A hash of a request's seed and a token's position gives the token's id. A decode row of n
     positions (the last token and n - 1 drafts) gives 1 to n new tokens. A hash of seed, position
-    and n gives the number of new tokens. Log-probabilities are equal for all tokens.
+    and n gives the number of new tokens. All tokens have equal log-probabilities.
 
     Args:
         checkpoint: only its vocabulary size is used; without a checkpoint the size is 50.
-        groups: shapes of the cache groups; by default one, whose number of blocks `config` gives.
+        groups: shapes of the cache groups; by default one group, whose size `config` determines.
         seconds: function that returns the duration of a plan's step; by default `STEP_SECONDS`.
 
     Raises a ConfigError for tensor_parallel_size > 1, and if a duration is negative or not finite.
@@ -138,7 +138,7 @@ class SimulatedRunner(ModelRunner):
         return [self._next(request) for _ in range(1 + hash((seed, position, most)) % most)]
 
     def _next(self, request: SimulatedRequest) -> int:
-        """Draw a token that `min_tokens` allows, append it to `request.tokens`, and return it."""
+        """Draw a token, append the token to `request.tokens`, and return it. Obeys `min_tokens`."""
         drawn, new, size = self._draw(request), request.new, self._vocab_size
         num_output = len(request.tokens) - len(new.token_ids) + new.num_output_tokens
         withheld = new.withheld_token_ids if num_output < new.sampling.min_tokens else ()
@@ -153,7 +153,7 @@ class SimulatedRunner(ModelRunner):
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
-        """Return the prompt token after each position of a chunk, and option `prompt_logprobs`."""
+        """The prompt token after each position of a chunk, and the option `prompt_logprobs`."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
         return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
@@ -161,11 +161,11 @@ class SimulatedRunner(ModelRunner):
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]
     ) -> list[list[TokenLogprobs]] | None:
-        """Return log-probabilities for each pair (tokens of a row, number of likeliest tokens)."""
+        """Return log-probabilities of the rows' tokens and of as many likeliest tokens as asked."""
         if all(num_top is None for _, num_top in rows):
             return None  # no request asks for log-probabilities
         even = -math.log(self._vocab_size)
-        # All tokens are equally likely. The tokens with the lowest ids are reported as likeliest.
+        # All tokens are equally likely. The tokens with the lowest ids count as the likeliest.
         return [
             [] if top is None else [{t: even, **dict.fromkeys(range(top), even)} for t in tokens]
             for tokens, top in rows

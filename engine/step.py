@@ -39,16 +39,16 @@ class NewRequest:
     withheld_token_ids: tuple[int, ...] = ()  # ids forbidden in the first `min_tokens` output ids
     max_total_tokens: int = NO_LIMIT  # maximum length of prompt and output together
     sample: int = 0  # index of this output among the outputs of its prompt
-    seed_kind: SeedKind = SeedKind.DERIVED  # random numbers may depend on this and on `sample`
+    seed_kind: SeedKind = SeedKind.DERIVED  # random numbers may depend on `seed_kind` and `sample`
 
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdate:
     """Write `block_ids` to entries `first_index`, `first_index + 1`, ... of a slot's block table.
 
-    With a sliding window, a block that no later position attends to may be given to another
-    request, while the runner's table still lists the block. So when the runner computes position p,
-    it must not read the KV of positions before `CacheKind.first_read(p)`.
+    With a sliding window, another request may get a block that no later position of this request
+    attends to. The runner's table of this request still lists the block. So when the runner
+    computes position p, it must not read the KV of positions before `CacheKind.first_read(p)`.
     """
 
     slot: int
@@ -71,7 +71,7 @@ class PrefillChunk:
     """Compute positions [start, start + num_tokens) of the request in a slot.
 
     The KV of earlier positions is in the cache. `samples` is True if the chunk ends the prefill and
-    the length limit allows a further token. If True, the runner samples the token after the chunk.
+    the length limit allows a further token. The runner then samples the token after the chunk.
     """
 
     slot: int
@@ -84,14 +84,14 @@ class PrefillChunk:
 class StepPlan:
     """One step of the model, as pure data: updates of the runner's tables, and rows to compute.
 
-    A runner applies `new_requests`, then `block_updates`, and `block_copies` before or after them.
+    A runner applies `new_requests`, then `block_updates`. `block_copies` may come first or last.
     Then the runner computes the rows: prefill chunks, then a decode row for each slot in `decode`.
 
     A decode row starts at the request's first position whose KV is not computed. An earlier step
     sampled the token at this position. Decode row i has at most `decode_tokens[i]` positions. The
     runner drafts the tokens at all positions of a row but the first. A draft is accepted if all
-    drafts before it in the row are accepted and sampling gives a token equal to the draft. A
-    decode row ends before position `max_total_tokens - 1`, for which no block is reserved.
+    drafts before it in the row are accepted and sampling gives a token equal to the draft. No
+    decode row has position `max_total_tokens - 1` or a later one: no blocks are reserved for these.
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
@@ -102,9 +102,9 @@ class StepPlan:
     # The copies can be made in any order: all targets differ, and no target is a source. Earlier
     # steps wrote the source blocks, and later steps may overwrite the source blocks.
     block_copies: tuple[BlockCopy, ...] = ()
-    # Maximum number of positions of each decode row. Empty if each decode row has one position.
+    # How many positions each decode row has at most. If empty, each decode row has one position.
     decode_tokens: tuple[int, ...] = ()
-    # For each cache group: freed blocks to fill with NaN before the step, if `kv_sanitizer` is on.
+    # Freed blocks of each cache group, to fill with NaN before the step (option `kv_sanitizer`).
     poisoned_blocks: tuple[tuple[int, ...], ...] = ()
     timed: bool = False  # whether the result must contain `device_seconds`
 
@@ -115,17 +115,17 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Maximum number of positions that the step computes, in prefill chunks and decode rows."""
+        """How many positions the step computes at most in all prefill chunks and decode rows."""
         return self.num_prefill_tokens + sum(self.decode_counts)
 
     @property
     def decode_counts(self) -> tuple[int, ...]:
-        """Maximum number of positions of each decode row; all 1 if `decode_tokens` is empty."""
+        """How many positions each decode row has at most; all 1 if `decode_tokens` is empty."""
         return self.decode_tokens or (1,) * len(self.decode)
 
     @property
     def row_slots(self) -> list[int]:
-        """The slot of each row. Prefill chunks come first, decode rows after them."""
+        """The slot of each row: first the prefill chunks' slots, then the decode rows' slots."""
         return [chunk.slot for chunk in self.prefill] + list(self.decode)
 
     @property
@@ -136,12 +136,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """What a row reports in addition to its tokens."""
+    """What a `StepResult` contains for a row besides new tokens: an error or values."""
 
     # An error ends the request with finish_reason "error", and the row's tokens are dropped.
     error: Exception | None = None
-    # Results that the runner chooses to report, e.g. hidden states. Each new token has a
-    # mapping from names to results. A prompt's last chunk may have a mapping without a new token.
+    # For each new token of the row, a mapping from names to further results of the runner, e.g.
+    # hidden states. The last chunk of a prompt may have a mapping although it has no new token.
     values: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -158,11 +158,10 @@ class StepResult:
     # did not ask for them. `logprobs` is None if no request of the step asked for them.
     logprobs: list[list[TokenLogprobs]] | None = None
     # For each prefill chunk, log-probabilities of the prompt tokens at positions start + 1 to
-    # start + num_tokens; an empty list if the request did not ask for them. `prompt_logprobs` is
-    # None if no request of the step asked for log-probabilities of its prompt.
+    # start + num_tokens; an empty list if not requested. None if no request of the step asked.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
-    device_seconds: float | None = None  # how long the device worked, if the plan is `timed`
-    # A row's key is its index in `StepPlan.row_slots`. A row that has nothing to report has no key.
+    device_seconds: float | None = None  # seconds of device work; None unless `StepPlan.timed`
+    # Index of a row in `StepPlan.row_slots` -> error or values of the row, if the row has any.
     reports: Mapping[int, RowReport] = field(default_factory=dict)
 
     def check(self, plan: StepPlan) -> None:
@@ -177,7 +176,7 @@ class StepResult:
         if found != expected:
             names = "step, rows with tokens, rows with log-probabilities, chunks"
             raise ContractError(f"a result has {found} instead of {expected} ({names})")
-        # Fast path: in most steps every row has one token, no log-probabilities and no report.
+        # Fast path: in most steps each row has one token and no log-probabilities, error or values.
         plain = self.logprobs is None and not self.reports and not plan.decode_tokens
         if plain and lengths.count(1) == num_rows:
             return

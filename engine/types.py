@@ -7,8 +7,8 @@ e.g. all layers with one window size. The group's *kind* tells which positions t
 request's *block table* lists the request's blocks in one cache group. *Admission* gives a request a
 slot and blocks, and *preemption* takes them away until the next admission. A *row* of a step is the
 work for one request in this step. A step is *in flight* from `schedule`, which plans the step, to
-`commit`, which applies the step's result. Then the positions of the step's rows are *committed*,
-except rejected drafts.
+`commit`, which applies the step's result. After `commit` the positions of the step's rows, except
+rejected drafts, are *committed*.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
 
 Clock = Callable[[], float]  # type of `ModelRunner.now`: returns the seconds since a fixed moment
 
-NO_BLOCK = -1  # block table entry in place of a block that was freed behind the sliding window
+NO_BLOCK = -1  # block table entry of a freed block, all of whose positions are before the window
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +103,9 @@ class KVGeometry:
 class CacheStats:
     """Counters of a prefix cache. The counters start at 0 again when an error resets the engine."""
 
-    queried_tokens: int = 0  # tokens looked up at admissions; a readmission counts them again
+    queried_tokens: int = 0  # tokens looked up in the cache at admissions, also at readmissions
     hit_tokens: int = 0  # how many of the `queried_tokens` tokens were found in the cache
-    evicted_blocks: int = 0  # cached blocks that were evicted to make room
+    evicted_blocks: int = 0  # cached blocks that were evicted because a request needed a block
     cached_blocks: int = 0  # blocks that are in the cache now
 
 
@@ -133,11 +133,11 @@ class PendingPrefix:
 
 
 class StepHandle(ABC):
-    """A step that a runner has started."""
+    """The future result of a step that a runner has started."""
 
     @abstractmethod
     def result(self) -> StepResult:
-        """Wait for the result. StepError if the step failed; WorkerDiedError if a rank died."""
+        """Await the result. Raises StepError if the step failed, WorkerDiedError if a rank died."""
 
     def done(self) -> bool:
         """Whether the step has ended. Also True if the runner cannot know this without waiting."""
@@ -147,9 +147,9 @@ class StepHandle(ABC):
 class BlockManager(ABC):
     """Owns the KV blocks of a cache group, and the block table of each running request.
 
-    The constructor takes the `Config` and the group's `KVGeometry`. `memory.cache_groups` joins the
-    managers of several groups to one manager. For each request the scheduler calls `begin`, then
-    `grow` and `commit` any number of times, then `release`. Calls never run concurrently.
+    The constructor takes the `Config` and the group's `KVGeometry`. `memory.cache_groups` combines
+    the managers of several groups into one manager. For each request the scheduler calls `begin`,
+    then `grow` and `commit` any number of times, then `release`. Calls never run concurrently.
     """
 
     name: ClassVar[str]
@@ -173,7 +173,7 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Number of blocks that no request uses. With several groups: the minimum over them."""
+        """Number of blocks that no request uses. With several groups: the groups' minimum."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -181,10 +181,10 @@ class BlockManager(ABC):
 
         The last token of `token_ids` never counts as cached, because sampling needs its logits.
         Without prefix caching the result is 0. The table lists the blocks of the cached tokens. If
-        the cached tokens end inside a block, the table gets a new block in place of the shared
-        block. Then `take_copies` returns the `BlockCopy` from the shared block to the new block.
-        Only requests with equal `cache_salt` share blocks. Until `release` the caller may append to
-        the list `token_ids`. After the last `commit` the caller may also remove tokens at its end.
+        the cached tokens end inside a block, the table lists a new block instead of this block, and
+        `take_copies` returns the `BlockCopy` from the cached block to the new block. Only requests
+        with equal `cache_salt` share blocks. Until `release` the caller may append to `token_ids`.
+        After the last `commit` the caller may also remove tokens from the end of `token_ids`.
         """
 
     @abstractmethod
@@ -203,8 +203,9 @@ class BlockManager(ABC):
         """Record that the KV of the first `num_computed` tokens of `token_ids` has been written.
 
         The manager may now let other requests read the full blocks of these tokens, and may free
-        blocks that no later position reads. Rejected drafts never count as computed. Steps in
-        flight write only later positions. The caller must call `commit` when a block becomes full.
+        blocks that no position from `num_computed` on attends to. Steps in flight write no position
+        before `num_computed`. Rejected drafts never count as computed. The caller must call
+        `commit` whenever the computed tokens fill another block.
         """
 
     @abstractmethod
@@ -212,7 +213,7 @@ class BlockManager(ABC):
         """Release a request's blocks. The caller ensures that no step in flight uses the blocks."""
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
-        """Return the block copies that `begin` has asked for since the last call of `take_copies`.
+        """Return the block copies needed by the `begin` calls since the last call of `take_copies`.
 
         Omits copies for released requests. No source block is evicted before its copy is returned.
         """
@@ -227,7 +228,7 @@ class BlockManager(ABC):
         return None
 
     def reset_prefix_cache(self) -> None:  # noqa: B027  (nothing to forget without caching)
-        """Forget all cached blocks. The requests that run now will add no blocks to the cache."""
+        """Empty the prefix cache. Requests that are running now will add no blocks to the cache."""
 
     @property
     def stats(self) -> CacheStats:
@@ -241,24 +242,24 @@ class Scheduler(ABC):
     The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. A scheduler
     must read no clock but this `Clock`, because a runner without a device keeps virtual time.
 
-    A request is in flight while a step in flight has a row of the request. Then the request may get
-    rows in further plans, but is not preempted. Plans are committed in the order of planning.
+    A request is in flight while a step in flight has a row of the request. A request in flight may
+    get rows in further plans, but is not preempted. `commit` gets the plans in order of planning.
 
-    The runner accepts at least one position of each decode row. The scheduler learns from `commit`
-    how many positions of a row were accepted. Before this `commit` the scheduler reserves blocks as
-    if all positions were accepted. If the steps in flight may bring a request to its length limit,
-    the request gets no further row until `commit` shows that the request continues.
+    The runner accepts at least one position of each decode row. Only `commit` tells the scheduler
+    how many positions of a row were accepted. Before `commit` the scheduler reserves blocks as if
+    all positions were accepted. If the steps in flight may bring a request to its length limit, the
+    request gets no further row until `commit` shows that the request is below the limit.
 
     `commit` extends a request's `token_ids`, `token_times`, `logprobs`, `prompt_logprobs` and
     `values`. When a request ends, `commit` sets the request's `finish_reason`. If the result
-    reports an error for a row, `commit` stores the error in `Sequence.error` and ends the row's
+    contains an error for a row, `commit` stores the error in `Sequence.error` and ends the row's
     request with finish_reason "error". A request with `max_tokens=0` gets no token, and ends with
-    "length" when its last prefill chunk is committed. The scheduler also sets the request's
-    `admitted_at`, `num_cached` and `num_preemptions`. `engine.running_batch` implements all this.
+    "length" when its last prefill chunk is committed. The scheduler also sets `admitted_at`,
+    `num_cached` and `num_preemptions` of a request. `engine.running_batch` implements these rules.
     """
 
     name: ClassVar[str]
-    policies: ClassVar[Collection[str]] = ()  # policy options of `Config` that the scheduler uses
+    policies: ClassVar[Collection[str]] = ()  # names of the policy options that the scheduler uses
 
     @property
     @abstractmethod
@@ -273,7 +274,7 @@ class Scheduler(ABC):
     def schedule(self) -> StepPlan | None:
         """Plan the next step. Returns None if nothing can be planned now.
 
-        On None the engine raises a StepError if requests are unfinished and no step is in flight.
+        The engine raises a StepError on None if unfinished requests exist, but no step in flight.
         """
 
     @abstractmethod
@@ -312,14 +313,14 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step. If possible, return before its end. Steps run in the order of the calls."""
+        """Start a step. If possible, return before the step ends. Steps run in the calls' order."""
 
     # The engine's only clock: seconds since a fixed moment. The scheduler stores `now`. So the
     # default is a plain function: a stored bound method would keep the runner's memory alive.
     now: Clock = staticmethod(time.perf_counter)
 
     def wait_until(self, moment: float) -> None:
-        """Sleep until `now()` reaches `moment`. With virtual time, set the clock to `moment`."""
+        """Sleep until `now()` reaches `moment`. With virtual time, move the clock to `moment`."""
         while (left := moment - self.now()) > 0:
             time.sleep(left)
 
