@@ -25,7 +25,7 @@ class LLMEngine:
 
     scheduler: Scheduler  # each `reset` makes a new scheduler and a new block manager
     blocks: BlockManager  # manages the blocks of all cache groups
-    num_new_tokens: int  # tokens sampled in the last committed step, also tokens cut from outputs
+    num_new_tokens: int  # number of all tokens that were sampled in the last committed step
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
@@ -69,7 +69,7 @@ class LLMEngine:
         output to text while the output grows, and finds the stop strings.
 
         Raises:
-            RequestError: the prompt or a parameter cannot be served.
+            RequestError: the prompt or a sampling parameter is invalid or unsupported.
             RequestTooLongError: the request is too long for max_model_len or for the KV cache.
             EngineClosedError: the engine is closed.
         """
@@ -110,14 +110,14 @@ class LLMEngine:
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         """End aborted requests, start steps, commit the oldest step in flight, find stop strings.
 
-        Steps are started until `pipeline_depth` + 1 steps are in flight, or nothing can be planned.
+        Starts steps until `pipeline_depth` + 1 steps are in flight or the scheduler plans no step.
         Returns the plan of the committed step, or None if there was no step to commit. Also returns
-        the requests that ended in the committed step, at a stop string, or because of `abort`.
-        If `step` raises any exception, also KeyboardInterrupt, all requests end. Then new requests
-        can run, unless `step` raised a StepError or WorkerDiedError of a runner with several ranks.
+        all requests that ended during this call. If `step` raises any exception, all requests end.
+        New requests can be added after the exception, unless the exception is a StepError or
+        WorkerDiedError and the runner has several ranks.
 
         Raises:
-            StepError: the runner could not complete a step, or the scheduler planned nothing.
+            StepError: a step failed in the runner, or the scheduler has requests but plans no step.
             WorkerDiedError: a rank's process has ended.
         """
         self.check_usable()
@@ -132,7 +132,7 @@ class LLMEngine:
                 ended += finished
                 if self._read:
                     ended += self._read_texts()
-                # `_read_texts` dropped tokens after stop strings, so `_forget` does not count them.
+                # `_read_texts` has dropped the tokens after stop strings, so `stats` excludes them.
                 self._forget(ended)
             except BaseException:
                 self.reset("error")
@@ -141,10 +141,10 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Context manager around every change of requests; `drop` checks whether one is active."""
+        """Mark code that changes the engine's state: `_calls` is above 0 while such code runs."""
         self._calls += 1
         self._thread = threading.get_ident()
-        # If an error or Ctrl-C breaks off a change and no `reset` follows, `_stale` stays True.
+        # If the code fails unexpectedly, `_stale` stays True until `reset` is called.
         before, self._stale = self._stale, True
         try:
             yield
@@ -188,15 +188,15 @@ class LLMEngine:
 
     def abort(self, request_id: int) -> None:
         """End a request at the next `step`. May be called from any thread at any time."""
-        # Ignore ids that no request has yet: otherwise a later request with the id would be ended.
+        # Ignore an id that no request has yet: otherwise a later request with this id would end.
         if request_id < self._next_request_id:
             self._aborts.append(request_id)
 
     def drop(self, seqs: list[Sequence]) -> None:
         """End requests that the caller no longer wants, immediately or at the next `step`.
 
-        The requests end at the next `step` if `drop` is called while another engine method runs, or
-        in another thread than the last method call: the garbage collector may cause such calls.
+        The requests end at the next `step` if another engine method is running, or if the last
+        method call was in another thread. The garbage collector can call `drop` in these two cases.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
@@ -219,7 +219,7 @@ class LLMEngine:
     def reset(self, reason: str = "abort") -> None:
         """End all requests, wait for steps in flight, make a new scheduler and block manager."""
         with self._inside():
-            # All requests end, so results and errors of the steps in flight are ignored.
+            # All requests end, so the results and errors of the steps in flight are ignored.
             while self._pipeline:
                 with suppress(Exception):
                     self._pipeline[0][1].result()
@@ -257,7 +257,7 @@ class LLMEngine:
         )
 
     def _forget(self, seqs: list[Sequence]) -> None:
-        """Add ended requests to the totals of `stats`, and remove them from the unfinished ones."""
+        """Add ended requests to the totals that `stats` returns, and remove them from `_live`."""
         totals = self._totals
         for seq in seqs:
             del self._live[seq.request_id]
@@ -267,13 +267,13 @@ class LLMEngine:
             totals["preemptions"] += seq.num_preemptions
 
     def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache. Requests that run now will add no blocks to this cache."""
+        """Empty the prefix cache. Requests that are running now will add no blocks to the cache."""
         self.check_usable()
         with self._inside():
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Raise EngineClosedError after `close`. Call `reset` if the last call was broken off."""
+        """Raise EngineClosedError after `close`. Call `reset` if a call failed unexpectedly."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

@@ -2,8 +2,8 @@
 
 A part is an object that an option selects, such as a scheduler, a policy or a model runner. The
 option's value is a class, the name of a class, or a *factory function* that makes the part. Only a
-class has attributes such as `policies`, which tell in advance what the part can do. Torch is
-imported only inside functions: schedulers import this module and must work without torch.
+class has attributes, such as `policies`, that tell what its parts can do. Torch is imported only
+inside functions: schedulers import this module and must work without torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ _KINDS = (
     PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
     PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),
     PartKind("model_runner", "engine.types:ModelRunner", _RUNNERS),
-    # "auto" selects the first backend that works: "triton" is the fastest, "torch" always works.
     PartKind(
         "attention_backend",
         f"{_ATTENTION}.base:AttentionBackend",
@@ -51,24 +50,23 @@ PART_KINDS: Mapping[str, PartKind] = MappingProxyType({kind.option: kind for kin
 
 
 def resolve(config: Config, checkpoint: Checkpoint) -> Config:
-    """Return `config` with options that are None or "auto" set to suit machine and checkpoint.
+    """Return `config` with suitable values for the options that are None or "auto".
 
     The runner sets the number of KV blocks, the attention backend and the use of CUDA graphs later.
     If block_manager is a factory function, `make_block_managers` sets enable_prefix_caching later.
 
     Raises:
-        ConfigError: an option asks for something that the machine or the checkpoint does not have,
-            names a part that does not exist, or contradicts the part that another option names.
+        ConfigError: an option demands something that the machine or the checkpoint does not have,
+            names an unknown part, or cannot be combined with the part that another option names.
         UnsupportedModelError: the checkpoint does not state a maximum context length.
     """
     config = _on_device(config, checkpoint)
-    # max_model_len is 4096 by default: more would enlarge block tables and CPU KV caches.
+    # The default max_model_len is at most 4096, to keep block tables and CPU KV caches small.
     limit = checkpoint.max_position
     length = config.max_model_len or min(4096, limit)
     if length > limit:
         problem = f"the checkpoint was made for {limit} positions"
         raise ConfigError("max_model_len", length, problem, f"Use {limit} or less.")
-    # For several devices, the runner "tensor_parallel" starts a "local" runner for each device.
     divided = config.tensor_parallel_size > 1 and config.model_runner == "local"
     runner = "tensor_parallel" if divided else config.model_runner
     blocks, wanted = config.block_manager, config.enable_prefix_caching
@@ -81,11 +79,11 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
-    """Return the config with device, dtype and pipeline_depth set, and no CUDA graphs on a CPU."""
+    """Return the config with device, dtype and pipeline_depth set. CUDA graphs are off on a CPU."""
     import torch
 
     runner: Any = find("model_runner", config)
-    # `has_device`: whether the runner can use a GPU. True is assumed for a factory function.
+    # `has_device` tells whether the runner can use a GPU. For a factory function, True is assumed.
     has_device = getattr(getattr(runner, "func", runner), "has_device", True)
     cuda = has_device and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -99,13 +97,14 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
         raise ConfigError("enable_cuda_graphs", True, problem, "Leave it at None.")
     if config.enforce_eager or not cuda:
         graphs = False
-    # On a CPU float32 is the default: 16-bit dtypes are rarely faster and never more exact.
+    # On a CPU, float32 is the default: 16-bit dtypes are rarely faster and never more exact.
     dtype = config.dtype
     if dtype == "auto":
         stored = str(checkpoint.hf_config.dtype or torch.float32).removeprefix("torch.")
         dtype = stored if cuda else "float32"
-    # With pipeline_depth 1 a step is planned while another runs. On an H200 this hides 0.26 ms of
-    # host time for 256 decode rows. On a CPU a step of one row took 2.4 ms, with depth 0 1.3 ms.
+    # With pipeline_depth 1 the engine plans a step while another step runs. On an H200 this hides
+    # 0.26 ms of host time in a step of 256 decode rows. On a CPU a step of one row took 2.4 ms with
+    # pipeline_depth 1, and 1.3 ms with pipeline_depth 0.
     depth = int(cuda) if config.pipeline_depth is None else config.pipeline_depth
     device = "cuda" if cuda else "cpu"
     return replace(
@@ -127,7 +126,7 @@ def _with_caching(config: Config, blocks: Any) -> Config:
 
 
 def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigError:
-    """Return an error: `option` does not work with the part that the option `kind` selects."""
+    """Return a ConfigError: `option` does not work with the part that the option `kind` selects."""
     problem = f"{kind}={getattr(config, kind)!r} {problem}"
     fix = f"Leave it at {getattr(Config, option)!r} or choose another {kind}."
     return ConfigError(option, getattr(config, option), problem, fix)
@@ -159,7 +158,7 @@ def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Schedu
 
 def check_policies(config: Config, scheduler: object) -> None:
     """Raise a ConfigError for a policy that does not exist or that `scheduler` would not use."""
-    # A factory function has no attribute `policies`: all policies are assumed to be used.
+    # A factory function has no attribute `policies`: its scheduler is assumed to use every policy.
     used = getattr(scheduler, "policies", POLICIES)
     for option in POLICIES:
         if option in used:
@@ -169,7 +168,7 @@ def check_policies(config: Config, scheduler: object) -> None:
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
-    """Make the runner, which loads the model. ConfigError: it does not support an option."""
+    """Make the runner and load the model. ConfigError: the runner does not support an option."""
     runner: ModelRunner = make("model_runner", config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
@@ -211,14 +210,14 @@ def make_block_managers(
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """Make the attention backend. ConfigError: it does not support this model or machine."""
+    """Make the attention backend. ConfigError: it cannot run this model on this machine."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
         name = _first(option, lambda part: part.unsupported(spec) is None)
         config = replace(config, attention_backend=name)
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
-    # `unsupported` can be called on a class. A factory function must first make the backend.
+    # `unsupported` can be called on a class, but a factory function must make the backend first.
     backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
     reason = backend.unsupported(spec)
     if reason is not None:
@@ -227,7 +226,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether to capture CUDA graphs. ConfigError: the user demands graphs that are impossible."""
+    """Whether to capture CUDA graphs. ConfigError: enable_cuda_graphs is True, but cannot work."""
     import torch
 
     from layers.kernels.launch import fused

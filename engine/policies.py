@@ -20,7 +20,7 @@ from utils.lazy_heap import LazyHeap
 
 
 class Policy(ABC):
-    """Makes one kind of decision for a scheduler. The constructor takes the engine's options."""
+    """Makes one kind of decision for a scheduler. The constructor takes the engine's Config."""
 
     name: ClassVar[str]
 
@@ -45,10 +45,10 @@ class QueuePolicy(Policy):
 
     @abstractmethod
     def discard(self, seq: Sequence) -> None:
-        """Remove a waiting request that was aborted: its `finish_reason` is already set."""
+        """Remove a waiting request that was aborted. Its `finish_reason` is already set."""
 
     def ended(self, seq: Sequence) -> None:
-        """React to the end of a popped request, which has finished or was aborted."""
+        """Called when a request that was popped has finished or was aborted."""
         del seq
 
 
@@ -79,12 +79,13 @@ class StepPolicy(Policy):
     def prefill_budget(self, budget: int, num_decodes: int, gap: int) -> int:
         """Return the maximum number of prompt tokens in the step.
 
-        The result is at most `budget`, and at least 1 if no request decodes. If prompts leave
-        fewer than `num_decodes` positions of the budget, no decoding request runs; else all run.
+        The result is at most `budget`, and at least 1 if `num_decodes` is 0. If prompts leave fewer
+        than `num_decodes` positions of the budget, no decoding request runs. Otherwise all run.
 
         Args:
-            budget: maximum number of positions in the step; not less than `max_num_seqs`.
-            gap: number of steps in a row, just before this step, in which decoding requests waited.
+            budget: maximum number of positions in the step; at least the option `max_num_seqs`.
+            num_decodes: number of decoding requests, i.e. of requests that may get a decode row.
+            gap: number of consecutive steps before this step in which decoding requests waited.
         """
 
 
@@ -95,7 +96,7 @@ class FirstCome(QueuePolicy):
 
     def __init__(self, config: Config) -> None:
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
-        self._back: list[Sequence] = []  # requests that were pushed again, sorted by request id
+        self._back: list[Sequence] = []  # requests that were popped and pushed again, sorted by id
 
     def push(self, seq: Sequence) -> None:
         if self._arrived and seq.request_id < next(reversed(self._arrived)):
@@ -153,7 +154,7 @@ class Priority(KeyedQueue):
 
 
 class ShortestPrompt(KeyedQueue):
-    """Runs the request with the fewest tokens first. Output from before a preemption counts too."""
+    """Runs the shortest prompt first. Output before a preemption counts as part of the prompt."""
 
     name = "shortest_prompt"
 
@@ -162,7 +163,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """Runs the request that is expected to need the fewest output tokens until its end."""
+    """Runs the request that is expected to generate the fewest further output tokens first."""
 
     name = "shortest_job"
 
@@ -171,7 +172,7 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the user of lowest level first. A level is the number of tokens charged to a user."""
+    """Serves the user with the lowest level first. A level counts tokens charged to a user."""
 
     def __init__(self, config: Config) -> None:
         self.levels: defaultdict[str, int] = defaultdict(int)
@@ -214,8 +215,8 @@ class FairShare(_UserQueue):
 
     Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
     OSDI 2024). When a request leaves the queue, its user is charged the request's expected length.
-    When the request ends, the charge is corrected to the real length. If a user without waiting
-    requests adds a request, the user's total is raised to the total of the user served last.
+    When the request ends, the charge is corrected to the real length. If a user who has no waiting
+    request adds one, the user's total charge is raised to that of the user who was served last.
     """
 
     name = "fair_share"
@@ -243,7 +244,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits a request if blocks for its tokens so far are free. Preemptions may follow later."""
+    """Admits a request if blocks for its current tokens are free. Preemptions may follow later."""
 
     name = "optimistic"
 
@@ -252,7 +253,7 @@ class Optimistic(AdmissionPolicy):
 
 
 class ReserveOutput(AdmissionPolicy):
-    """Admits a request if it and all running requests fit the cache at their length limits."""
+    """Admits a request if it and all running requests fit into the cache at their length limits."""
 
     name = "reserve"
 
@@ -266,14 +267,14 @@ class LookAhead(AdmissionPolicy):
     """Admits a request if it and all running requests fit the cache up to their expected lengths.
 
     Memory use peaks just before a request ends, so only the steps in which a request ends are
-    checked. From Past-Future (Gong et al., ASPLOS 2025), which learns lengths from past requests.
+    checked. The method is from Past-Future (Gong et al., ASPLOS 2025).
     """
 
     name = "lookahead"
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # A pair for each request: number of steps until its end, position of its newest token.
+        # For each request: number of steps until it ends, and position of its newest token.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
         full = 0
@@ -281,7 +282,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # In this request's last step `count` requests run, each with `steps - 1` more tokens.
+            # In this request's last step `count` requests run, each longer by `steps - 1` tokens.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -299,7 +300,7 @@ class Latest(PreemptionPolicy):
 
 
 class LowestPriority(PreemptionPolicy):
-    """Preempts the request of lowest `SamplingParams.priority`; among equals, the last admitted."""
+    """Preempts the request of lowest `SamplingParams.priority`; on a tie, the last admitted."""
 
     name = "lowest_priority"
 
@@ -308,7 +309,7 @@ class LowestPriority(PreemptionPolicy):
 
 
 class FewestComputed(PreemptionPolicy):
-    """Preempts the request with the fewest computed positions; among equals, the last admitted."""
+    """Preempts the request with the fewest committed positions; on a tie, the last admitted."""
 
     name = "fewest_computed"
 
@@ -317,7 +318,7 @@ class FewestComputed(PreemptionPolicy):
 
 
 class DecodeFirst(StepPolicy):
-    """All decoding requests run in each step. Prompts get the remaining budget (Sarathi-Serve)."""
+    """All decoding requests run in each step; prompts get the remaining budget (Sarathi-Serve)."""
 
     name = "decode_first"
 
@@ -326,7 +327,7 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts may take all the budget. Decoding requests wait at most `max_gap` steps in a row."""
+    """Prompts may use the whole budget. Decoding requests wait at most `max_gap` steps in a row."""
 
     name = "prefill_first"
     max_gap = 4

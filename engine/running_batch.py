@@ -1,8 +1,8 @@
 """The running requests, and the plan that the scheduler is building.
 
 A decode row computes a request's last token and its *drafts*: tokens that speculative decoding
-proposes. The result of the step tells how many drafts are accepted. A position is *committed* when
-the result of its step has been applied, unless the position is of a rejected draft.
+proposes. The step's result tells how many drafts are accepted. A request's *length limit* is the
+maximum number of its prompt and output tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepRes
 from engine.types import BlockManager, Clock, RowReport, TokenLogprobs
 from utils.errors import RequestTooLongError
 
-# A row: slot, number of planned positions, new tokens, their log-probabilities, `RowReport`.
+# A row: slot, number of planned positions, new tokens, log-probabilities of these tokens, and the
+# error or other values that the runner returned for the row.
 _Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
 
@@ -26,19 +27,19 @@ class RunningBatch:
         self.blocks = blocks  # schedulers and policies must not change the block manager
         self.running: dict[int, Sequence] = {}  # running requests by id, in order of admission
         self.prefilling: dict[int, Sequence] = {}  # running requests with prefill left to plan
-        # Running requests that may get a decode row: all prefill is planned, `_goes_on` is True.
+        # Running requests that may get a decode row: no prefill is left, and `_goes_on` is True.
         self.decoding: dict[int, Sequence] = {}
-        self.num_in_flight = 0  # number of plans that have not been committed
+        self.num_in_flight = 0  # number of steps in flight
         self._groups, self._clock = blocks.groups, clock
         self._holder: list[Sequence | None] = [None] * max_num_seqs  # request in each slot
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._next_step_id = 0
         # Contents of the next plan. The keys of `_new`, `_grown` and `_decode_counts` are slots.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # first entry of the block table to send to the runner
+        self._grown: dict[int, int] = {}  # index of the first new entry in the slot's block table
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
-        self._decode_counts: dict[int, int] = {}  # maximum number of positions of the slot's row
+        self._decode_counts: dict[int, int] = {}  # number of positions in the slot's decode row
 
     @property
     def num_free_slots(self) -> int:
@@ -100,7 +101,6 @@ class RunningBatch:
 
     def reserve(self, seq: Sequence, num_positions: int = 1) -> bool:
         """Reserve blocks for a request's next positions. Return False if too few are free."""
-        # The next row ends at `end`, or before `end` if the model rejects drafts in flight.
         end = min(seq.num_scheduled + num_positions, seq.max_total_tokens - 1)
         if end <= seq.capacity:
             return True
@@ -129,10 +129,10 @@ class RunningBatch:
         return num_tokens
 
     def decode(self, seqs: Iterable[Sequence], num_positions: int = 1) -> int:
-        """Plan a decode row for each of `seqs`. Returns the sum of the rows' positions.
+        """Plan a decode row for each of `seqs`. Returns the number of planned positions.
 
-        All `seqs` must be in `decoding`, and `reserve` must have returned True for each request. A
-        row has `num_positions` positions, or fewer if blocks or the length limit allow no more.
+        All `seqs` must be in `decoding`, and `reserve` must have returned True for each of them. A
+        row has `num_positions` positions, or fewer if blocks run out or the length limit is near.
         """
         num_row, total = 1, 0
         for seq in list(seqs):
@@ -150,14 +150,14 @@ class RunningBatch:
         return total
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
-        """Maximum size of the next decode row: the last token and at most `wanted` - 1 drafts."""
-        # The row starts at `earliest` if all drafts in flight are rejected. If some are accepted,
-        # the row starts later, and the runner cuts the row off at the request's length limit.
+        """Size to plan for the next decode row: the last token and at most `wanted` - 1 drafts."""
+        # The row starts at position `earliest` if all drafts in flight are rejected. If some drafts
+        # are accepted, the row starts later, and the runner shortens it at the length limit.
         earliest = seq.num_scheduled - seq.num_drafted
         wanted = min(wanted, seq.max_total_tokens - 1 - earliest)
         if self.reserve(seq, wanted):
             return wanted
-        # Too few blocks are free. No request is preempted for drafts: the row gets fewer drafts.
+        # Too few blocks are free. No request is preempted for drafts, so the row gets fewer drafts.
         return min(wanted, seq.capacity - seq.num_scheduled)
 
     def preempt(self, seq: Sequence) -> None:
@@ -168,7 +168,7 @@ class RunningBatch:
         seq.num_preemptions += 1
 
     def build(self) -> StepPlan | None:
-        """Return the plan with all rows planned since the last plan, or None if there is no row."""
+        """Return a plan of all rows added since the last call, or None if no row was added."""
         if not self._chunks and not self._decode:
             return None
         updates = []
@@ -214,7 +214,7 @@ class RunningBatch:
                     self._release(seq)
                 continue
             if report is not None and report.error is not None:
-                # The row's KV may be wrong. It is not committed, so no other request can reuse it.
+                # The row's KV may be wrong. The row is not committed, so no request reuses its KV.
                 seq.error = report.error
                 finished.append(seq)
                 self.finish(seq, "error")
@@ -236,7 +236,7 @@ class RunningBatch:
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
             if num_planned > 1 and row >= num_chunks:
-                # A decode row with drafts has one accepted position for each token appended above.
+                # In a decode row with drafts, one position is accepted for each appended token.
                 seq.num_committed = committed = before + len(token_ids) - num_known
                 seq.num_scheduled -= before + num_planned - committed
                 seq.num_drafted -= num_planned - 1
@@ -245,7 +245,7 @@ class RunningBatch:
             else:
                 seq.num_committed = committed = before + num_planned
                 if not new and committed >= seq.max_total_tokens:
-                    # With `max_tokens=0` the request ends without output after its last chunk.
+                    # With `max_tokens=0` the request ends after its last prefill chunk.
                     reason = "length"
             if committed // block_size != before // block_size:
                 self.blocks.commit(seq.request_id, token_ids, committed)
@@ -260,7 +260,7 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
-            # A preempted request keeps its prompt log-probabilities: only missing ones are added.
+            # A preempted request keeps its prompt log-probabilities. Only missing ones are added.
             missing = len(seq.prompt_logprobs) - (chunk.start + 1)
             seq.prompt_logprobs += found[missing:]
 
@@ -286,12 +286,12 @@ class RunningBatch:
 
 
 def _goes_on(seq: Sequence) -> bool:
-    """Whether the length limit allows another decode row if all drafts in flight are accepted."""
+    """Whether the request stays below its length limit if all drafts in flight are accepted."""
     return seq.num_scheduled + 1 < seq.max_total_tokens
 
 
 def _rows(plan: StepPlan, result: StepResult) -> Iterator[_Row]:
-    """Return all rows of a finished step: first the prefill chunks, then the decode rows."""
+    """Return all rows of a step with their results: first prefill chunks, then decode rows."""
     tokens = iter(result.tokens)
     scores: Iterator[list[TokenLogprobs] | None] = iter(result.logprobs or repeat(None))
     reports = map(result.reports.get, count()) if result.reports else repeat(None)

@@ -19,7 +19,7 @@ from engine.types import BlockManager, Clock, PendingPrefix, Scheduler, StepPlan
 
 
 class QueuedScheduler(Scheduler):
-    """Base of schedulers with a queue and a running batch. A subclass defines only `schedule`."""
+    """Base class of schedulers with a queue and a RunningBatch. Subclasses define `schedule`."""
 
     policies: ClassVar[Collection[str]] = ("queue_policy",)
 
@@ -62,7 +62,7 @@ class QueuedScheduler(Scheduler):
         return True
 
     def rejoin(self) -> None:
-        """Requeue deferred requests whose prefix is cached now or is no longer being computed."""
+        """Requeue deferred requests whose prefix is now cached, or is no longer being computed."""
         deferred, self.deferred = self.deferred, []
         for seq, prefix in deferred:
             leader = self.batch.running.get(prefix.request_id)
@@ -72,17 +72,17 @@ class QueuedScheduler(Scheduler):
                 self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
-        """Plan at most `left` prompt tokens of running requests. Returns the rest of `left`."""
+        """Plan prefill of running requests, at most `left` tokens. Returns the rest of `left`."""
         for seq in list(self.batch.prefilling.values()):
             if left > 0:
                 left -= self.batch.prefill(seq, left)
         return left
 
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
-        """Plan a decode row with drafts for each of `seqs`. Returns the sum of the rows' positions.
+        """Plan decode rows with drafts for all `seqs`. Returns the number of planned positions.
 
-        The rows get at most `left` positions together, and `left` must be at least the number of
-        rows. Drafts may use up `left`, so a scheduler plans prompts before it calls this method.
+        All rows together get at most `left` positions. `left` must be at least the number of rows.
+        Drafts may use up `left`, so a scheduler plans prefill before it calls this method.
         """
         if not seqs:
             return 0
@@ -99,7 +99,7 @@ class QueuedScheduler(Scheduler):
             self.batch.finish(seq, "abort")
             others = [entry for entry in self.deferred if entry[0] is not seq]
             if len(others) < len(self.deferred):
-                # `defer` popped the request, so `FairShare` charged its user. `push` refunds this.
+                # `push` undoes the charge that `FairShare` made when `defer` popped the request.
                 self.deferred = others
                 self.queue.push(seq)
             self.queue.discard(seq)
@@ -110,7 +110,7 @@ class QueuedScheduler(Scheduler):
 
 
 class ContinuousScheduler(QueuedScheduler):
-    """Continuous batching: each step may admit requests, and have prefill chunks and decode rows.
+    """Continuous batching: each step may admit requests and run prefill chunks and decode rows.
 
     Iteration-level scheduling is from Orca (Yu et al., OSDI 2022), preemption by recomputation from
     vLLM (Kwon et al., SOSP 2023), chunked prefill from Sarathi-Serve (Agrawal et al., OSDI 2024).
@@ -132,7 +132,7 @@ class ContinuousScheduler(QueuedScheduler):
             return None
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
-        # After a preemption the step admits no request: it could readmit the preempted request.
+        # No admission after a preemption: the step could readmit the request that it preempted.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
         left = self.budget - planned
         if len(decodes) <= left:
@@ -143,7 +143,7 @@ class ContinuousScheduler(QueuedScheduler):
         return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
-        """Plan prefill chunks of running, then of new requests. Returns the number of tokens."""
+        """Plan prefill of running requests, then of new ones. Returns the number of tokens."""
         left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
@@ -165,7 +165,7 @@ class ContinuousScheduler(QueuedScheduler):
     def _reserve_decodes(self) -> int | None:
         """Reserve blocks for the decode rows of the step; preempt requests if blocks run out.
 
-        Returns the number of preemptions, or None if steps in flight must be committed before any.
+        Returns the number of preemptions, or None if blocks run out while a step is in flight.
         """
         num_preemptions = 0
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
@@ -181,10 +181,10 @@ class ContinuousScheduler(QueuedScheduler):
 
 
 class StaticScheduler(QueuedScheduler):
-    """Static batching (Orca's baseline): runs a batch to its end before admitting the next batch.
+    """Static batching (baseline in the Orca paper): runs a batch to its end, then admits the next.
 
     A batch takes requests from the queue while the cache has room for all of them at their length
-    limits, so no request is preempted. A slot whose request ends stays empty until the batch ends.
+    limits, so no request is preempted. If a request ends, its slot is empty until the batch ends.
     """
 
     name = "static"
