@@ -1,4 +1,4 @@
-"""Device tables of the running requests. From the tables the device makes the rows of each step.
+"""Device tables of the running requests, from which the device computes the rows of each step.
 
 The slot of a request is its index in the tables. In this file a row of a step is one input token,
 with its position and its place in the KV cache. In `engine.types` a row is all work of a step for
@@ -24,14 +24,14 @@ from utils.errors import ContractError
 
 Array = np.ndarray[Any, Any]
 
-# Each step uses one buffer. Two steps may be running or waiting while the host prepares a third.
+# Number of host buffers in `Staging`: two for launched steps, one for the step in preparation.
 _NUM_BUFFERS = 3
 
 
 class Staging:
     """Copies the numpy arrays of each step to the device, through buffers in pinned host memory.
 
-    Steps use three buffers in turn. `upload` may return before the device has read a buffer. So
+    Steps use the buffers in turn. `upload` may return before the copy to the device has ended. So
     a buffer is written again only after a CUDA event shows that all copies from it have ended.
 
     Args:
@@ -50,7 +50,7 @@ class Staging:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """Return a context manager for all uploads of a step; all must be on one CUDA stream."""
+        """Context manager within which all arrays of a step are uploaded, on one CUDA stream."""
         if not self._cuda:
             yield
             return
@@ -63,7 +63,7 @@ class Staging:
             self._read[self._turn].record()
 
     def upload(self, array: Array, out: Tensor | None = None) -> Tensor:
-        """Copy `array` to `out` or a new tensor; return the tensor. Never change `array` later."""
+        """Copy `array` to `out` or a new tensor; return that tensor. Never change `array` later."""
         source = torch.from_numpy(array)
         if not self._cuda:
             return source if out is None else out.copy_(source)
@@ -88,7 +88,7 @@ def _pinned(num_bytes: int) -> Tensor:
 
 
 class DeviceState:
-    """Keeps the device tables of the running requests, and makes the rows of steps from the tables.
+    """Keeps the device tables of the running requests, and computes the rows of each step.
 
     The host writes only new requests and block table entries into the tables. The device itself
     writes drawn tokens to the token table, so drawn tokens are never uploaded.
@@ -106,7 +106,7 @@ class DeviceState:
             from layers.kernels import step_rows
 
             self._ops = step_rows
-        # Slot -> the latest request there, if it has sampling options besides temperature and seed.
+        # Latest request of each slot, only if it has sampling options besides temperature and seed.
         self.special: dict[int, NewRequest] = {}
         self._random_slots: set[int] = set()
         self._decode: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ class DeviceState:
             self._extend(plan.block_updates)
 
     def rows(self, plan: StepPlan) -> StepRows:
-        """Make the rows of a plan, and advance `tables.num_computed`. Call `apply(plan)` first."""
+        """Return the rows of a plan, and update `tables.num_computed`. Call `apply(plan)` first."""
         if plan.prefill or plan.decode != self._decode or self._decode_rows is None:
             header = header_of([*map(_column, plan.prefill), *((s, -1, 1, 1) for s in plan.decode)])
             rows = StepRows.empty(
@@ -131,7 +131,7 @@ class DeviceState:
                 num_chunk_rows=plan.num_prefill_tokens,
                 longest_chunk=max((chunk.num_tokens for chunk in plan.prefill), default=0),
             )
-            # The next step uses these tensors again if it only decodes, and decodes the same slots.
+            # The next step reuses `rows` if both steps only decode, and decode the same slots.
             self._decode, self._decode_rows = plan.decode, None if plan.prefill else rows
         else:
             rows = self._decode_rows
@@ -139,7 +139,7 @@ class DeviceState:
         return rows
 
     def fill(self, rows: StepRows) -> None:
-        """Compute all tensors of `rows` from `rows.header`, and advance `tables.num_computed`."""
+        """Compute all tensors of `rows` from `rows.header`, and update `tables.num_computed`."""
         self._ops.fill_rows(self.tables, rows)
 
     def write(self, sampled: SampledRows, tokens: Tensor) -> None:
@@ -188,11 +188,11 @@ def _column(chunk: PrefillChunk) -> tuple[int, int, int, int]:
 
 
 def header_of(columns: list[tuple[int, int, int, int]]) -> Array:
-    """Return `StepRows.header` [6, B] of B requests, with sampled rows in the order of `columns`.
+    """Return `StepRows.header` [6, B] of B requests; sampled rows have the order of `columns`.
 
     Args:
         columns: for each of the B requests, its slot, the position of its first row, its number of
-            rows and its number of sampled rows. Position -1 stands for the slot's `num_computed`.
+            rows and its number of sampled rows. Position -1 means the slot's `num_computed`.
     """
     header = np.empty((6, len(columns)), dtype=np.int64)
     header[[0, 1, 2, 5]] = np.array(columns, dtype=np.int64).T
@@ -208,9 +208,9 @@ def chunks_header(
     """Return `StepRows.header` for prefill chunks that run as a captured CUDA graph.
 
     A graph always has `width` requests for chunks, with one sampled row each, and a last request,
-    which has all padding rows. Chunks that draw a token get the last of the `width` sampled rows.
-    The other sampled rows are padding. In the buffers of `StepGraphs` the sampled rows of decodes
-    follow after the `width` rows, so the sampled rows of all drawn tokens are contiguous.
+    which has all padding rows. If n chunks draw a token, they get the last n of the `width` sampled
+    rows. The other sampled rows are padding. In the buffers of `StepGraphs` the decodes' sampled
+    rows follow the `width` rows, so the sampled rows of all drawn tokens are contiguous.
 
     Args:
         width: number of requests for chunks in the graph; at least `len(chunks)`.

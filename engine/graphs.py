@@ -1,10 +1,10 @@
 """Captures steps as CUDA graphs. One replay of a graph replaces some two hundred kernel launches.
 
-In this file a row of a step is one input token, and a sampled row is a row whose next token is
+In this file a row of a step is one input token. The R sampled rows are those whose next token is
 drawn. There are graphs for decodes and graphs for prefill chunks, with fixed numbers of rows.
-Padding rows fill up smaller steps. A step with decodes and prefill chunks replays two graphs; a
-single graph would have to be captured for every pair of row counts. Two graphs read the weights
-twice, but for a short prefill they take less time than launching all kernels one by one.
+Padding rows fill up smaller steps. A step with decodes and prefill chunks replays two graphs. If
+one graph ran both, every pair of row counts would need a graph. Two graphs read the weights twice,
+but for a short prefill two replays take less time than launching all kernels one by one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from layers.step_rows import SampledRows, StepRows
 # Row counts of the prefill graphs. Padding rows fill up a prefill to the next larger count; above
 # 2,048 rows padding adds at most 6 % to the rows. A prefill of a few hundred tokens takes an H200 1
 # to 3 ms, but the host needs some 10 ms to launch the kernels of 28 layers. A prefill of more rows
-# than the largest count uses no graph: the device works longer than the host launches kernels.
+# than the largest count uses no graph: its kernels take longer than their launches.
 CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
-# Maximum number of prefill chunks in a graph. With a maximum of 32 instead of 8, the replay of a
-# prefill graph on an H200 takes 0.01 to 0.12 ms longer. A maximum above 32 was not tried.
+# Maximum number of prefill chunks in a graph. On an H200, graphs for 32 chunks take 0.01 to 0.12 ms
+# longer to replay than graphs for 8 chunks. Graphs for more than 32 chunks were not tried.
 MAX_CHUNKS = 32
 # `_LAUNCH_SECONDS` is the host's time to launch the kernels of one layer. `_BYTES_PER_SECOND` and
 # `_FLOPS` are an H200's approximate memory and compute rates. From these constants `StepGraphs`
@@ -56,15 +56,15 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 class StepGraphs:
     """The captured CUDA graphs of one runner.
 
-    All graphs share a buffer for logits and a `SampledRows`, with one entry for each sampled row.
-    In both the first `MAX_CHUNKS` entries are for prefill chunks, and all later entries for
-    decodes. Chunks that draw a token use the last of the `MAX_CHUNKS` entries. So the entries of
-    all drawn tokens of a step are contiguous.
+    All graphs share a buffer for logits and a `SampledRows`, each with one entry per sampled row.
+    The first `MAX_CHUNKS` entries are for prefill chunks, and all later entries for decodes. If n
+    chunks draw a token, they use the last n of the `MAX_CHUNKS` entries. So the entries of all
+    tokens that a step draws are contiguous.
 
     Args:
-        step: function that enqueues the work of a step, which a graph then captures.
+        step: function that enqueues the kernels of a step, which are captured as a graph.
         max_tokens: maximum number of prefill tokens in a step.
-        weights_per_layer: number of 2-byte weights, divided by the numbers of layers and of ranks.
+        weights_per_layer: number of all 2-byte weights / (number of layers * number of ranks).
     """
 
     def __init__(
@@ -115,13 +115,13 @@ class StepGraphs:
             pool = self._graphs[kind, size].pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
-        """Return functions that enqueue, with no graph, the work of each kind's largest graph."""
+        """Return functions that launch the kernels of the largest decode and prefill graphs."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
     def rehearsals(self) -> list[Callable[[], object]]:
-        """Return functions that enqueue steps without graphs, but with all kernels of graphs."""
-        # A matmul's kernel depends on the row count. `sizes` and `heaviest` use all these kernels.
+        """Return functions that together launch each kernel that any of the graphs contains."""
+        # A step's row count selects its matmul kernels; these steps together use all the kernels.
         sizes = [n for n in (1, 16, 24, 128, 256) if n < self._decode_sizes[-1]]
         return [*(partial(self._run, "decodes", n) for n in sizes), *self.heaviest()]
 
@@ -158,7 +158,7 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue a step of `size` rows; return its logits, also written to `logits` if given."""
+        """Enqueue a step of `size` rows; return its logits, and store them in `logits` if given."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:
@@ -172,7 +172,7 @@ class StepGraphs:
 
 
 def captured(work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """Capture the kernels that `work` enqueues as a CUDA graph, with memory from `pool`."""
+    """Return a CUDA graph of the kernels that `work` enqueues. Its memory comes from `pool`."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):

@@ -51,8 +51,8 @@ from utils.loader import load_weights
 class StepPass:
     """Enqueues the work of a step: computes logits, draws the new tokens and stores the tokens.
 
-    A runner holds its `StepGraphs`, which holds this object. So this object must not refer to the
-    runner: a reference cycle would keep a dropped runner's memory until Python collects garbage.
+    A runner refers to its `StepGraphs`, which refers to this object. If this object also referred
+    to the runner, the memory of a dropped runner would stay until Python collects reference cycles.
     """
 
     model: CausalLM
@@ -71,7 +71,7 @@ class StepPass:
                 log-probability of the next prompt token. These rows come last in the result.
             out: tensor in the model's dtype. The model may write the logits to `out` and return it.
         """
-        # None asks for the logits of all rows: without prefill chunks all rows are sampled rows.
+        # None means the logits of all rows. Without prefill chunks all rows are sampled rows.
         wanted = rows.sampled.rows if rows.num_chunks else None
         if prompt_rows is not None:
             wanted = torch.cat((rows.sampled.rows, prompt_rows))
@@ -168,7 +168,7 @@ class LocalRunner(ModelRunner):
             self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
             self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
             geometry = self._sized(before, vocab_size)
-            # All ranks get the same block ids, so the rank with the fewest blocks sets the count.
+            # All ranks get the same block ids, so all ranks use the smallest of their block counts.
             blocks = torch.tensor([-geometry.num_blocks], device=self._device)
             self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))
             if config.kv_sanitizer:
@@ -247,8 +247,8 @@ class LocalRunner(ModelRunner):
         )
         weights = self._model.weight_targets()
         load_weights(checkpoint.path, weights, tied=shape.tied)
-        # From this number of weights `StepGraphs` decides which steps run as graphs. All ranks must
-        # decide alike, so `slot.shape` is the shape of the whole weight, not of this rank's slice.
+        # From this number `StepGraphs` decides which steps run as graphs. All ranks must decide
+        # alike, so `slot.shape` is the shape of the whole weight, not of this rank's slice.
         total = sum(math.prod(slot.shape) for slot in weights.values())
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
@@ -268,7 +268,7 @@ class LocalRunner(ModelRunner):
             self._graphs = StepGraphs(self._pass.plain, self._state, *limits)
 
     def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
-        """Return the KV cache's geometry, with a block count from the config or free memory."""
+        """Return the KV cache's geometry. The config or the free memory sets the block count."""
         config, one_block = self._config, self._one_block
         if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
             return kv_blocks(config, one_block)
@@ -286,11 +286,11 @@ class LocalRunner(ModelRunner):
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
 
     def _compile(self, graphs: StepGraphs) -> None:
-        """Compile all Triton kernels in parallel: each thread runs a step of only padding rows."""
+        """Compile all Triton kernels in parallel: each thread runs a step without requests."""
         steps = graphs.rehearsals()
 
         def run(step: Callable[[], object]) -> None:
-            # In a new thread the current CUDA device is device 0, which may be another rank's.
+            # In a new thread the current CUDA device is device 0, which may belong to another rank.
             torch.cuda.set_device(self._device)
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.inference_mode(), torch.cuda.stream(stream):
@@ -298,14 +298,14 @@ class LocalRunner(ModelRunner):
                 stream.synchronize()
 
         torch.cuda.synchronize(self._device)
-        # All threads write to the same tensors, but nothing reads results of padding rows. Within
-        # `rehearsal()` collectives send no data. Otherwise ranks could wait for each other for
-        # ever: the threads of two ranks reach the collectives in different orders.
+        # All threads write to the same tensors, but nothing reads the results. In `rehearsal()`
+        # collectives send no data. If they sent data, ranks could wait for each other for ever,
+        # since the threads of two ranks reach the collectives in different orders.
         with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
-        """Return functions that run large steps, among them the step that needs most memory."""
+        """Return functions that run large steps. One of these steps needs the most memory."""
         config = self._config
         assert config.max_model_len is not None
         longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
@@ -324,10 +324,10 @@ class LocalRunner(ModelRunner):
 def step_launcher(
     config: Config, clock: Clock, device: torch.device
 ) -> HostLauncher | StreamLauncher:
-    """Return the launcher of steps on `device`. It reads `clock` when a step has ended."""
+    """Return a launcher, which starts steps on `device`; `clock` gives the end time of a step."""
     depth = config.pipeline_depth or 0
     if device.type == "cuda":
-        # A launched step needs a result buffer until its result is read. Rank 0 has at most
+        # A launched step needs a result buffer until the result is read. Rank 0 has at most
         # pipeline_depth + 1 launched steps. Slower ranks may have one step more than rank 0, since
         # the next plan is sent to all ranks as soon as rank 0 has ended a step.
         return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)

@@ -41,8 +41,8 @@ BLOCK_ROWS = 64
 def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
     """Return how many bytes of device memory the sampling options of a step take at most.
 
-    A block of rows needs three copies of its logits, two of them in float32. With several ranks the
-    gathered logits of all rows need two more copies. Log-probabilities of prompts are not counted.
+    A block of rows needs three copies of its logits, two of them in float32. With several ranks,
+    two more copies hold the logits of all rows. Log-probabilities of prompts are not counted.
     """
     copies = 0 if num_ranks == 1 else 2 * max_num_seqs * dtype_bytes
     block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
@@ -54,8 +54,8 @@ class StepScores:
     """Log-probabilities of tokens of a step, and the rows and chunks to which the tokens belong.
 
     Attributes:
-        found: log-probabilities of new tokens, then of prompt tokens. An entry also has the
-            log-probabilities of the N likeliest tokens. The request's options set N.
+        found: log-probabilities of new tokens, then of prompt tokens. Each of these tokens comes
+            with the log-probabilities of the N likeliest tokens. The request's options set N.
         new: for each new token in `found`: index of its row among the sampled rows, and N.
         prompts: for each prefill chunk of a request that asks for log-probabilities of its prompt:
             index of the chunk, number of its prompt tokens in `found`, and N.
@@ -70,7 +70,7 @@ class StepScores:
     def logprobs(
         self, num_rows: int
     ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
-        """Return a result's `logprobs` and `prompt_logprobs`. `found` must be in host memory."""
+        """Return `StepResult.logprobs` and `.prompt_logprobs`. `found` must be in host memory."""
         f = self.found
         columns = (f.tokens, f.values, f.top_tokens, f.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -96,9 +96,9 @@ class _ChangedRows:
         rows: index of each row among the R sampled rows of the step, int64 [S].
         filters: whether any row of the block has filters.
         penalizes: whether any row of the block has penalties.
-        withheld: tokens that `min_tokens` forbids, int64 [3, W]. A column has a row's index in the
-            block, the id of a token, and the first position at which the row may draw the token.
-        processors: for each row with logits processors: its index in the block, its processors.
+        withheld: W pairs of a row and a token that `min_tokens` forbids, int64 [3, W]: index of the
+            row in the block, id of the token, first position at which the row may draw the token.
+        processors: index in the block, and processors, of each row that has logits processors.
     """
 
     rows: Tensor
@@ -115,7 +115,7 @@ class _ChangedRows:
         sampled: SampledRows,
         parameters: Tensor,
     ) -> Tensor:
-        """Draw tokens, int64 [S]. `logits`, `sampled` and `parameters` have R rows, not only S."""
+        """Draw S tokens, int64 [S]. `logits`, `sampled`, `parameters` have all R sampled rows."""
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
         changed = logits.index_select(0, self.rows).float()
@@ -140,13 +140,13 @@ class SpecialRows:
     """Sampling options of the R sampled rows of a step.
 
     Attributes:
-        parameters: the values that `_parameters` returns for each sampled row, float32 [8, R].
+        parameters: temperature, 3 filters, 3 penalties, prompt length of each row, float32 [8, R].
         filters: filters of the R rows, or None if no row outside `changed` has filters. Rows
             without filters and rows in `changed` have temperature 0 here, which means no filtering.
         changed: blocks of the rows whose logits are changed before their tokens are drawn.
         all_changed: whether every sampled row is in a block of `changed`.
         new, prompts, num_chunks: values for the fields of `StepScores` with these names.
-        scored_rows: the index of each row in `new`, int64 [len(new)].
+        scored_rows: the row index in each entry of `new`, int64 [len(new)].
         prompt_rows: indices in the step, int64 [P], of rows whose logits give the log-probability
             of the next prompt token.
         prompt_tokens: the prompt token that follows each row in `prompt_rows`, int64 [P].
@@ -185,7 +185,7 @@ class SpecialRows:
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Return log-probabilities by the unchanged logits, or None if no request asks for any."""
+        """Return log-probabilities that unchanged logits give; None if no request asks for any."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
@@ -215,7 +215,7 @@ class SamplingRows:
     def of(self, plan: StepPlan) -> SpecialRows | None:
         """Return the sampling options of a plan's sampled rows, or None if no row has any.
 
-        While `requests` is not empty, call `of` for every plan: it stores options of new requests.
+        While `requests` is not empty, call `of` for every plan: `of` stores new requests' options.
         """
         for new in plan.new_requests:
             self._parameters[new.slot] = _parameters(new)

@@ -1,4 +1,4 @@
-"""A launcher starts steps on the host or on a CUDA stream. A handle waits for a step's result."""
+"""Launchers start steps, and return a `StepHandle` for each step: the step's future result."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from utils.errors import StepError
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The new tokens of a step, int64 [R], and log-probabilities if a request asks for any."""
+    """The R tokens that a step drew, int64 [R], and log-probabilities if a request asks for any."""
 
     tokens: Tensor
     scores: StepScores | None = None
 
     def result(self, step_id: int, ended_at: float, device_seconds: float | None) -> StepResult:
-        """Return the `StepResult`. `tokens` and `scores` must already be in host memory."""
+        """Return the output as a `StepResult`. `tokens` and `scores` must be in host memory."""
         tokens = self.tokens.unsqueeze(1).tolist()
         new, prompt = self.scores.logprobs(len(tokens)) if self.scores else (None, None)
         return StepResult(step_id, tokens, ended_at, new, prompt, device_seconds)
@@ -53,7 +53,7 @@ class HostLauncher:
                 return run()
             except Exception:
                 raise
-            except BaseException as error:  # else SystemExit would end the caller of `result`
+            except BaseException as error:  # a SystemExit would end the caller of `result`
                 raise _step_error(step_id, error) from error
 
         if self._worker is not None:
@@ -73,7 +73,7 @@ class HostLauncher:
 
 @dataclass(slots=True)
 class _HostStep(StepHandle):
-    """Handle of a step that runs on the host, or of a step that could not be enqueued."""
+    """`StepHandle` of a step that runs on the host, or of a step that could not be enqueued."""
 
     _step_id: int
     _ended: Future[StepResult]
@@ -91,7 +91,7 @@ class _HostStep(StepHandle):
 
 
 class StreamLauncher:
-    """Enqueues steps on one CUDA stream, each followed by the copy of its output to the host.
+    """Enqueues steps on one CUDA stream, and copies the output of each step to host memory.
 
     Args:
         max_tokens: maximum number of new tokens in a step.
@@ -111,7 +111,7 @@ class StreamLauncher:
         self._turn = 0
 
     def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Enqueue a step. If `timed` is True, its result includes the time the device needed."""
+        """Enqueue a step. If `timed` is True, the result includes how long the device took."""
         self._turn = (self._turn + 1) % len(self._results)
         buffer, done = self._results[self._turn]
         timer = partial(torch.cuda.Event, enable_timing=True)
@@ -142,7 +142,7 @@ class StreamLauncher:
 
 @dataclass(slots=True)
 class _StreamStep(StepHandle):
-    """Handle of a step on a CUDA stream. The event `_done` shows that `_output` is complete."""
+    """`StepHandle` of a step on a CUDA stream. `_output` is complete after the event `_done`."""
 
     _step_id: int
     _output: StepOutput

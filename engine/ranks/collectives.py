@@ -25,15 +25,15 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     from layers.kernels.peer import PeerExchange
 
-# Time limit of a collective. It may be long: `TensorParallelRunner` kills all ranks if one fails.
+# Time limit of a collective. It may be long: TensorParallelRunner kills all ranks if a rank fails.
 _TIMEOUT = timedelta(hours=1)
-# Maximum size of a tensor summed by writes to other GPUs' memory: 256 hidden states of Qwen3-8B.
+# Maximum number of bytes of a tensor that GPUs sum without NCCL: 256 hidden states of Qwen3-8B.
 _PEER_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class GroupContext(ParallelContext):
-    """Collectives of a rank, through a process group of gloo on CPUs, or of NCCL on GPUs.
+    """Collectives of a rank. They use gloo on CPUs, and NCCL on GPUs.
 
     If `exchange` is set, small tensors are summed or maximised without NCCL: each GPU writes its
     values directly into the memory of the other GPUs.
@@ -75,7 +75,7 @@ class GroupContext(ParallelContext):
             return x
         options = dist.AllreduceOptions()
         options.reduceOp = operation
-        # With asyncOp False, NCCL runs on the current CUDA stream, not on a stream of its own.
+        # With asyncOp False, NCCL uses the current CUDA stream, not a separate stream.
         options.asyncOp = False
         try:
             if (work := self.group.allreduce([x], options)) is not None:
@@ -102,14 +102,14 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
     except dist.DistBackendError as error:
         problem = f"NCCL does not connect these devices ({error})"
         fix = "Choose others by CUDA_VISIBLE_DEVICES, or use 1."
-        # NCCL also fails if another rank ended. The parent process then raises that rank's error.
+        # NCCL also fails if another rank ended. TensorParallelRunner then raises that rank's error.
         lost = LostPeerError(str(error))
         raise ConfigError("tensor_parallel_size", size, problem, fix) from lost
     return GroupContext(index, size, group=dist.group.WORLD)
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """Return `context`, with an `exchange` for tensors [T, width] if GPUs and dtype allow it."""
+    """Return `context`, able to sum tensors of `width` columns without NCCL if GPUs allow this."""
     device = torch.device("cuda", torch.cuda.current_device())
     pairs = permutations(range(context.size), 2)
     mapped = all(starmap(torch.cuda.can_device_access_peer, pairs))
@@ -127,7 +127,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
     PeerExchange.empty(memory, context.size, rows)
     mapping = symmetric.rendezvous(memory, context.group)
     torch.cuda.synchronize(device)
-    # Wait until all ranks have run `PeerExchange.empty`, which would erase values that peers wrote.
+    # Without this wait a rank could write values that `empty` on a slower rank then erases.
     mapping.barrier()
     exchange = PeerExchange(
         rank=context.rank,
@@ -145,7 +145,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
 def join_ranks(config: Config, rank: Rank, width: int, *, peer: bool = True) -> GroupContext:
     """Connect this process to the other ranks; return its collectives. Rank i uses GPU i.
 
-    peer: whether GPUs may sum small tensors [T, width] by writing into each other's memory.
+    peer: whether GPUs may sum small tensors of `width` columns by writing into each other's memory.
     """
     torch.set_num_threads(rank.num_threads)
     store = dist.FileStore(rank.store, rank.size)  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ def local_rank(
 
 
 def check_divides(config: Config, checkpoint: Checkpoint) -> None:
-    """Raise a ConfigError if there are too few GPUs, or if ranks cannot share the heads evenly."""
+    """Raise a ConfigError for too few GPUs, or if ranks cannot share attention heads evenly."""
     size = config.tensor_parallel_size
     if config.device == "cuda" and size > (count := torch.cuda.device_count()):
         problem = f"there are {count} CUDA devices"

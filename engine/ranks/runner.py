@@ -28,7 +28,7 @@ from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResu
 from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
-# If a rank's collective failed, the runner waits this long for the error of the rank at fault.
+# If a rank's collective failed, the runner waits this long for the first failed rank's error.
 _CAUSE_SECONDS = 2.0
 # After this many seconds `close` kills ranks that have not ended. A step takes much less time.
 _CLOSE_SECONDS = 30.0
@@ -37,7 +37,7 @@ _FULL_SECONDS = 50e-6
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
-    """The `__cause__` of the error that the runner raises for a rank; has the rank's traceback."""
+    """The `__cause__` of an error that the runner raises for a rank, with the rank's traceback."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
@@ -70,8 +70,8 @@ class TensorParallelRunner(ModelRunner):
             check_divides(config, checkpoint)
         self._ready: list[tuple[KVGeometry, ...]] = []
         self._codec = PlanCodec()
-        # Lists to which `take_in` appends the awaited results: one list for a step, oldest first.
-        # Handles are not stored here: a handle refers to the runner, which makes a reference cycle.
+        # A list for each step that has no result yet, oldest step first. `take_in` appends the
+        # result to the list. A `StepHandle` in a list would make a reference cycle with the runner.
         self._pending: deque[list[StepResult]] = deque()
         self._error: Exception | None = None
         self._closed = False
@@ -140,7 +140,7 @@ class TensorParallelRunner(ModelRunner):
             self._end()
 
     def take_in(self, timeout: float | None) -> None:
-        """Wait for ranks' messages, at most `timeout` seconds if given; pass results to handles.
+        """Wait for ranks' messages, at most `timeout` seconds if given; store results of steps.
 
         Raises:
             WorkerDiedError, StepError: a rank has failed, now or in an earlier call.
@@ -205,7 +205,7 @@ class TensorParallelRunner(ModelRunner):
         channel.post(start)
 
     def _break(self, error: BaseException) -> None:
-        """End all ranks. Later calls of `take_in` raise the first error passed to `_break`."""
+        """End all ranks. After this, `take_in` always raises, with the first error as the cause."""
         if self._error is None:
             cut_short = StepError(f"a message was cut short ({error!r})")
             self._error = error if isinstance(error, AllmosError) else cut_short
@@ -217,7 +217,7 @@ class TensorParallelRunner(ModelRunner):
         cause: last message of rank `index`: a `Failure`, or None if the rank's process died.
         """
         deadline = time.monotonic() + _CAUSE_SECONDS
-        # Otherwise every later `select` would report the socket of the ended rank as ready.
+        # Without this, every later `select` would return the socket of the ended rank as ready.
         self._selector.unregister(self._channels[index])
         while isinstance(cause, Failure) and cause.lost_peer and time.monotonic() < deadline:
             for key, _ in self._selector.select(deadline - time.monotonic())[:1]:
@@ -276,7 +276,7 @@ def _died(index: int, process: subprocess.Popen[bytes]) -> WorkerDiedError:
 
 
 def _end(owner: int, processes: list[subprocess.Popen[bytes]], held: ExitStack) -> None:
-    """Kill the ranks and close `held`, but only in the process with the id `owner`."""
+    """Kill the ranks and close `held`; do nothing in a fork of the process with the id `owner`."""
     if os.getpid() == owner:
         for process in processes:
             process.kill()

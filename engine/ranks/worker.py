@@ -1,4 +1,4 @@
-"""The process of a rank. The tensor-parallel runner, in the parent process, sends plans to it."""
+"""The process of a rank, which runs plans that the parent process's TensorParallelRunner sends."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from utils.errors import StepError
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# After a step, a rank polls its channel for this many seconds. The next plan usually comes sooner.
-# Otherwise the rank sleeps until a plan arrives. Polling much longer would burden an idle machine.
+# After a step, a rank polls its channel for this many seconds; the next plan usually comes sooner.
+# If none comes, the rank sleeps until a plan arrives: longer polling would burden an idle machine.
 _SPIN_SECONDS = 500e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """What a rank's process gets: index of the rank, number of ranks, shared file, CPU threads."""
+    """Data for a rank's process: index of the rank, number of ranks, shared file, CPU threads."""
 
     index: int
     size: int
@@ -52,7 +52,7 @@ class Failure:
 
     error: Exception
     traceback: str  # the error's traceback, as Python prints it
-    lost_peer: bool  # whether `error` is, or was caused by, a LostPeerError
+    lost_peer: bool  # whether `error` or one of its causes is a LostPeerError
 
     @staticmethod
     def of(error: Exception) -> Failure:
@@ -66,7 +66,7 @@ class Failure:
             cause = None if id(cause) in seen else cause
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception class of a user may raise anything when pickled
+        except Exception:  # a user's exception class may raise anything when it is pickled
             error = StepError(f"{type(error).__name__}: {error}")
         return Failure(error, text, lost_peer=cause is not None)
 
@@ -74,8 +74,8 @@ class Failure:
 def serve(runner: ModelRunner, channel: Channel, *, reports: bool) -> None:
     """Run plans until the parent process closes the channel, then close the runner.
 
-    If `reports` is True, results are sent to the parent process. A plan that arrives during a step
-    is launched at once if `execute` does not wait and handles can tell whether a step has ended.
+    If `reports` is True, results are sent to the parent process. If `execute` does not wait for the
+    end of a step, a plan that arrives during a step is launched at once.
     """
     codec = PlanCodec()
     poll = select.poll()
@@ -105,7 +105,7 @@ def _end_with_parent(channel: Channel, parent_id: int) -> None:
     # With event mask 0, poll reports a socket only once both directions are closed. After the last
     # plan the parent closes one direction, and this process must still finish its steps.
     poll.register(channel, 0)
-    # Other children of an ended parent may keep its socket open. So the parent's id is checked too.
+    # Other children of an ended parent may keep the socket open. So the parent's id is checked too.
     while not poll.poll(1000) and os.getppid() == parent_id:
         pass
     os._exit(1)
@@ -122,7 +122,7 @@ def main() -> None:
         make_runner, config, checkpoint, rank = channel.receive()
         runner = make_runner(config, checkpoint, rank)
         channel.post(encode(runner.kv_groups))
-        # All ranks have equal results, so only rank 0 sends results.
+        # All ranks compute equal results, so only rank 0 sends results.
         serve(runner, channel, reports=rank.index == 0)
         status = 0
     except Exception as error:
