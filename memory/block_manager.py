@@ -2,7 +2,7 @@
 
 `prefix` and `radix` keep full blocks in a *prefix cache*. A new request that begins with the tokens
 of cached blocks uses these blocks and does not compute their tokens again. A block's *parent* is
-the cached block just before it in the request. The parent of a request's first block is the cache
+the cached block right before it in the request. The parent of a request's first block is the cache
 salt, a string: requests share blocks only if their salts are equal. Two blocks are *equal* if their
 tokens and their parents are equal. The *index* finds a cached block by its parent and its tokens. A
 request *holds* the blocks in its block table. A cached block that no request holds is *idle*. If a
@@ -24,7 +24,7 @@ from utils.registry import PartKind
 
 
 class PagedBlockManager(BlockManager):
-    """Gives each request blocks of its own, from a free list (vLLM, Kwon et al., SOSP 2023)."""
+    """Gives a request free blocks that no other request uses (vLLM, Kwon et al., SOSP 2023)."""
 
     name = "paged"
     block_size = num_blocks = 0
@@ -80,7 +80,7 @@ class PagedBlockManager(BlockManager):
         self._free.append(block)
 
 
-# Key of a block in `_pending`: the block's parent, and its token ids as int32 bytes.
+# Key of a block in `CachingBlockManager._pending`: its parent, and its token ids as int32 bytes.
 _Key = tuple[CachedBlock | str, bytes]
 
 
@@ -90,22 +90,22 @@ class _Request:
 
     tokens: list[int]  # the list given to `begin`, not a copy: the caller appends new tokens to it
     salt: str
-    last: CachedBlock | str  # parent of block `num_published`, the next block for `commit` to add
-    num_published: int  # number of leading blocks that are cached or equal a cached block
+    last: CachedBlock | str  # parent of the next block that `commit` may add to the prefix cache
+    num_published: int  # how many leading blocks are cached or equal a cached block
     hits: list[CachedBlock] | None  # cached blocks that `begin` found; None after `grow` succeeds
     num_cached: int  # result of `begin`: how many leading tokens need not be computed
     # A twin is a cached block that equals a block of this request, but was computed for another
     # request. A request does not hold its twins, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # key of the request's entry in `_pending`; None without entry
-    publishes: bool = True  # False after `reset_prefix_cache`: `commit` then caches no blocks
+    next_block: _Key | None = None  # the request's key in `_pending`, if it has one
+    publishes: bool = True  # whether `commit` caches blocks; False after `reset_prefix_cache`
 
 
 class CachingBlockManager(PagedBlockManager):
     """Shares full blocks between requests that have equal cache salts and equal first tokens.
 
     `commit` adds a request's full blocks to the prefix cache, except blocks that equal a cached
-    block. Subclasses implement the index of the cached blocks by `find`, `link` and `unlink`.
+    block. Subclasses implement the index of cached blocks with `find`, `link` and `unlink`.
     """
 
     caches_prefixes = True
@@ -116,8 +116,8 @@ class CachingBlockManager(PagedBlockManager):
         self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
-        self._pending: dict[_Key, int] = {}  # block key -> id of the request computing the block
-        # Request id -> copy to return from `take_copies`. Until then its source block stays.
+        self._pending: dict[_Key, int] = {}  # block key -> id of the request that computes it
+        # Request id -> copy that `take_copies` will return. Until then its source is not evicted.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
@@ -127,11 +127,11 @@ class CachingBlockManager(PagedBlockManager):
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        """Add `node` to the index. If `node` replaces another block, return that block."""
+        """Add `node` to the index. If `node` replaces a block in the index, return that block."""
 
     @abstractmethod
     def unlink(self, node: CachedBlock) -> None:
-        """Remove `node` from the index. Then `find` need not find blocks with the parent `node`."""
+        """Remove `node` from the index. `find` may then miss blocks whose parent is `node`."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -165,7 +165,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # Hits are not counted in `begin`: if `grow` fails, `begin` is called again later.
+            # `begin` counts no hits, because `begin` is called again later if `grow` fails.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -180,8 +180,8 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # A twin was evicted (its `block` is -1), so `find` does not reach the blocks after the
-            # twin. The loop below starts at the first block again and adds what `find` misses.
+            # A cached block that equals a block of this request was evicted (`block` is -1).
+            # So `find` fails for all blocks after it. The loop starts at the first block again.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
@@ -204,8 +204,8 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The source may be evicted from now on: the next step copies the source, and a request
-            # that gets the source block can overwrite the block only in a later step.
+            # The next step copies the source block. From now on the block may be evicted for
+            # another request, because that request will write to it only in a later step.
             self._drop(copy.source)
         return copies
 
@@ -269,8 +269,8 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # `stale` is this block's entry from an earlier `commit`. A block before it was evicted
-            # since then, so `find` does not reach `stale`.
+            # An earlier `commit` cached this block as `stale`. Since then a block before it in the
+            # request was evicted, so `find` cannot find `stale` any more.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
@@ -279,9 +279,9 @@ class CachingBlockManager(PagedBlockManager):
         return node
 
     def _announce(self, request_id: int, request: _Request) -> None:
-        """Enter in `_pending` the next block that a request will fill, if its tokens are known.
+        """Add to `_pending` the block that a request will fill next, if its tokens are known.
 
-        `pending` finds the entry, so that requests with an equal prefix wait for this block.
+        Through `pending` the scheduler finds out which requests should wait for this block.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
             key = request.last, self._block_tokens(request.tokens, request.num_published)
@@ -310,7 +310,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Remove from the cache a block that has left the index. Free it if no request holds it."""
+        """Remove from the cache a block that left the index. Free it if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)
@@ -322,7 +322,7 @@ class PrefixCacheManager(CachingBlockManager):
     """Finds cached blocks by a 128-bit digest, as vLLM does.
 
     A block's digest is a hash of its parent's digest and its tokens. `find` also compares parent
-    and tokens, so `find` never returns a block that merely has the same digest.
+    and tokens, so `find` never returns a wrong block whose digest happens to be equal.
     """
 
     name = "prefix"

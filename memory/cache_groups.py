@@ -9,9 +9,9 @@ from utils.errors import ContractError
 
 
 class WindowBlockManager(PagedBlockManager):
-    """Frees a request's blocks that the sliding window has passed. Caches no prefixes.
+    """Frees a request's blocks when the sliding window has passed them. Has no prefix cache.
 
-    A request starts only if blocks for all its tokens are free, even if its tokens exceed the
+    A request starts only if blocks for all its tokens are free, even if it has more tokens than the
     window. So the cache must have enough blocks for all tokens of the longest request.
     """
 
@@ -26,7 +26,7 @@ class WindowBlockManager(PagedBlockManager):
         return super().begin(request_id, token_ids, cache_salt)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Free the request's blocks that no position from `num_computed` on attends to."""
+        """Free the request's blocks to which no position from `num_computed` on attends."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
         first_read = self._kind.first_read(num_computed) // self.block_size
         for place in range(freed, first_read):
@@ -43,7 +43,7 @@ class GroupedBlockManager(BlockManager):
     """Combines the block managers of all cache groups. `grow` adds blocks in all groups or in none.
 
     The constructor raises a ContractError if the managers' block sizes differ, or if a manager
-    caches prefixes. A cached prefix would be usable only if all groups had cached this prefix.
+    caches prefixes. A request could use a cached prefix only if all groups had cached it.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -66,7 +66,7 @@ class GroupedBlockManager(BlockManager):
         return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        # A request's block tables have equal lengths in all groups: each adds `wanted` blocks.
+        # A request's block tables have equal lengths in all groups: each gets `wanted` blocks.
         wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False
@@ -76,7 +76,7 @@ class GroupedBlockManager(BlockManager):
         return True
 
     def table(self, request_id: int) -> list[int]:
-        """The request's block table in the first group. `groups[i].table` returns group i's."""
+        """The request's block table in the first group. `groups[i].table` is for group i."""
         return self.groups[0].table(request_id)
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
@@ -89,5 +89,5 @@ class GroupedBlockManager(BlockManager):
 
 
 def grouped(managers: tuple[BlockManager, ...]) -> BlockManager:
-    """Return the manager if there is only one, otherwise a GroupedBlockManager of all."""
+    """Return the only manager, or a GroupedBlockManager of all managers if there are several."""
     return managers[0] if len(managers) == 1 else GroupedBlockManager(managers)

@@ -1,8 +1,8 @@
-"""Eviction policies: if a request needs a KV block and none is free, they choose a block to evict.
+"""Eviction policies choose a cached block to evict if a request needs a block and none is free.
 
-Blocks in the prefix cache can be shared by requests with equal first tokens. A cached block is
-*idle* if no running request holds it. Only idle blocks are evicted. A block's *parent* is the
-cached block just before it in the prompt.
+Requests with equal first tokens can share the blocks of the prefix cache. A cached block is *idle*
+if no running request has it in its block table. Only idle blocks are *evicted*, i.e. removed from
+the prefix cache. A block's *parent* is the cached block directly before it in the prompt.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Position at which a token's attention takes as many FLOPs as its products with the weights:
-# 4 * layers * heads * head_dim * position = 2 * parameters. For Qwen3-0.6B it is about 4,000.
+# Position of a token whose attention takes as many FLOPs as its products with the weights:
+# 4 * layers * heads * head_dim * position = 2 * number of weights. Qwen3-0.6B: about 4,000.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
@@ -27,13 +27,13 @@ class CachedBlock:
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
         self.block = block  # block id; -1 after the block was evicted
-        self.parent = parent  # `CachedBlock` before this block; the cache salt if there is none
+        self.parent = parent  # for a prompt's first block the request's cache salt, a string
         self.tokens = tokens  # the block's token ids as int32 bytes
         # number of blocks before this block in the prompt
         self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
         self.hits = 0  # number of requests that found this block in the cache
         self.digest = b""  # hash of parent and tokens; only `PrefixCacheManager` uses it
-        self.worth = 0.0  # `CostPolicy`: highest value of a block whose parent is this block
+        self.worth = 0.0  # for `CostPolicy`: highest value of a block whose parent is this block
 
 
 class EvictionPolicy(ABC):
@@ -59,11 +59,11 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def remove(self, block: CachedBlock) -> None:
-        """Remove from the idle blocks a block that a request holds, or that has left the cache."""
+        """Remove an idle block that a request now holds, or that has left the prefix cache."""
 
     @abstractmethod
     def pop(self) -> CachedBlock:
-        """Choose an idle block to evict, remove the block from the idle blocks, and return it."""
+        """Choose an idle block to evict, remove it from the set of idle blocks, and return it."""
 
 
 class LRUPolicy(EvictionPolicy):
@@ -120,12 +120,13 @@ class LFUPolicy(LowestFirst):
 
 
 class CostPolicy(LowestFirst):
-    """Evicts the idle block of lowest value, computed from recomputation cost, hits and age.
+    """Evicts the idle block with the lowest value: cost * (1 + hits) + floor.
 
-    The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). A
-    block's value is cost * (1 + hits) + floor. The cost of recomputing a block rises with its
-    position in the prompt, because later positions attend to more tokens. The floor is the value of
-    the block evicted last. The floor only rises: blocks that become idle later get higher values.
+    The policy is GreedyDual-Size with frequency (Cao and Irani, USITS 1997; Cherkasova, 1998). The
+    cost of recomputing a block rises with its position, because later positions attend to more
+    tokens. `hits` is the number of requests that found the block in the cache. The floor is the
+    value of the block evicted last. The floor never falls, so a block that became idle earlier
+    tends to have a lower value.
     """
 
     name = "cost"
@@ -137,7 +138,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # A block is not found without its parent, so the parent's value is at least as high.
+        # The cache cannot find a block without its parent. So the parent's value is never lower.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

@@ -1,4 +1,4 @@
-"""The tensor that holds the KV cache, its views for each layer, and its size."""
+"""The tensor that holds the KV cache, its views for each layer, and its number of blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KVLayer:
         k, v: keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
         flat: keys and values in one view, [num_blocks * block_size, 2 * num_kv_heads, head_dim].
             At each position all heads of K come before all heads of V.
-        keys, values: K and V, heads first: [1, num_kv_heads, num_blocks * block_size, head_dim].
+        keys, values: K and V, each [1, num_kv_heads, num_blocks * block_size, head_dim].
     """
 
     k: Tensor
@@ -34,7 +34,7 @@ class KVLayer:
 
     @staticmethod
     def of(pages: Tensor) -> KVLayer:
-        """Views of one layer's `pages` [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        """Return the views of a layer's KV [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
         flat = pages.view(-1, 2 * pages.shape[3], pages.shape[4])
         keys, values = flat.transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
         return KVLayer(pages[:, :, 0], pages[:, :, 1], flat, keys, values)
@@ -61,7 +61,6 @@ class KVCache:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy block `source` to block `target` in all layers, on the current CUDA stream."""
-        # `source` is an integer, so the right side is a view and not a temporary tensor.
         self.data[:, target] = self.data[:, source]
 
     def layers(self) -> list[KVLayer]:
@@ -72,25 +71,25 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Return a tensor of zeros, because uninitialised memory may hold NaN.
 
     Attention multiplies the V of a masked position by 0, and 0 * NaN = NaN. On Linux a CPU tensor
-    is put in huge pages: with them 32 requests of mixed lengths ran 1.06 to 1.085 times as fast.
+    uses huge pages: 32 requests of mixed lengths ran 1.06 to 1.085 times as fast as without.
     """
     if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        # If the system refuses huge pages, `torch.zeros` below makes the tensor.
+        # If the system has no huge pages, an error is suppressed and `torch.zeros` is used.
         with suppress(OSError, OverflowError):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             area = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
             area.madvise(mmap.MADV_HUGEPAGE)
-            # The tensor refers to `area`, so this memory is freed only after the tensor.
+            # The tensor keeps a reference to `area`, so `area` is freed only after the tensor.
             return torch.frombuffer(area, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
-    """Return a copy of `geometry`, with `num_blocks` set by the options of `config`.
+    """Return a copy of `geometry` in which `num_blocks` follows from the options in `config`.
 
-    If num_kvcache_blocks and kvcache_memory_bytes are None, the cache has blocks for max_num_seqs
-    requests of max_model_len tokens, but takes at most 1 GiB. Raises an OutOfMemoryError if one
-    block takes more than kvcache_memory_bytes, or more than 1 GiB if that option is None.
+    If num_kvcache_blocks is None, kvcache_memory_bytes limits the number. If both options are None,
+    the cache has blocks for max_num_seqs requests of max_model_len tokens, but takes at most 1 GiB.
+    Raises an OutOfMemoryError if not even one block fits in the allowed memory.
     """
     if config.num_kvcache_blocks is not None:
         return replace(geometry, num_blocks=config.num_kvcache_blocks)

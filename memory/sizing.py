@@ -12,8 +12,8 @@ import torch
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# Bytes left free for memory that `measure_usage` does not see: the CUDA driver's memory for some 70
-# captured graphs of a few hundred nodes each, and the bytes by which allocations are rounded up.
+# Bytes left free for memory that `measure_usage` does not measure. The CUDA driver takes memory for
+# some 70 captured graphs of a few hundred nodes each, and allocations are rounded up.
 _MARGIN_BYTES = 256 << 20
 
 
@@ -24,17 +24,17 @@ class Usage:
     total: int  # memory of the device
     free_before: int  # free memory before this engine allocated any memory
     weights: int  # memory that the weights and the runner's per-request tables take
-    peak: int  # maximum memory that torch's allocator reserves in addition while steps run
+    peak: int  # additional memory that torch's allocator needs to run steps
 
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Replace out-of-memory errors of torch and NumPy by an error that names options to change."""
+    """Turn torch's and NumPy's out-of-memory errors into an error that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator raises a RuntimeError whose text contains "allocate memory". A
-        # search for "memory" alone would also match the CUDA error "illegal memory access".
+        # torch's CPU allocator raises a RuntimeError whose text contains "allocate memory". The
+        # text of another RuntimeError, "illegal memory access", contains only the word "memory".
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
         if not full or isinstance(error, OutOfMemoryError):
@@ -54,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def release_device(device: torch.device) -> None:
-    """Return to the CUDA driver the memory that torch's allocator keeps and no tensor uses."""
+    """Return to the CUDA driver all memory that torch reserves but no tensor uses."""
     if device.type == "cuda":
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
@@ -64,9 +64,9 @@ def release_device(device: torch.device) -> None:
 def measure_usage(
     device: torch.device, free_before: int, steps: list[Callable[[], object]]
 ) -> Usage:
-    """Measure the GPU memory that the weights take, and what calls of `steps` take in addition."""
+    """Measure the GPU memory in use, and the additional memory that each call in `steps` takes."""
     torch.cuda.synchronize(device)
-    peak = 0  # peaks are added up: eager steps and captured CUDA graphs share no memory
+    peak = 0  # sum for all `steps`: eager steps and captured CUDA graphs share no memory
     weights = free_before - free_bytes(device)
     for step in steps:
         torch.cuda.empty_cache()
@@ -79,9 +79,9 @@ def measure_usage(
 
 
 def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
-    """Return a copy of `geometry` with as many blocks as fit beside weights and activations.
+    """Return a copy of `geometry` with as many blocks as fit in addition to weights and steps.
 
-    The engine takes at most the share `utilization` of the GPU's memory, and at most
+    The engine may take at most a fraction `utilization` of the GPU's memory, and at most
     `usage.free_before` bytes. Raises an OutOfMemoryError if not even one block fits.
     """
     allowed = min(int(utilization * usage.total), usage.free_before)

@@ -1,11 +1,11 @@
 """A runner without model and device. If a plan uses wrong KV blocks, the sampled tokens are wrong.
 
-The cache holds one integer for each position, the *entry*, in place of K and V. The entry of a
-position is a hash of the position's token and of `read`, the sum of the entries of the earlier
-positions to which the position attends, over all cache groups. The runner finds these entries
-through the block tables. A sampled token is a hash of such a sum, too. So if a block is wrong or
-was freed too early, the sampled tokens differ from the right tokens, which `FakeModel.alone`
-computes without a cache.
+Instead of K and V the cache stores an integer for each position, the *entry*. The entry of a
+position is a hash of the position's token and of a sum named `read`. `read` is the sum of the
+entries of all earlier positions to which the position attends, in all cache groups. The runner
+finds these entries with the block tables. The next token is a hash of a sum that also includes the
+last token's entry. So if a block is wrong or was freed too early, the sampled tokens differ from
+the right tokens. `FakeModel.alone` computes the right tokens without a cache.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from engine.types import CacheKind, FullPages, KVGeometry, StepHandle
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
-# `_POISON` is the entry of a position not yet written, `_REJECTED` that of a rejected draft token.
+# `_POISON` is the entry of an unwritten position, `_REJECTED` the entry of a rejected draft token.
 _POISON, _REJECTED = 0x7EADBEEF, 0x5EADBEEF
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """Computes entries and tokens as hashes of integers, which are the same in every process."""
+    """Computes entries and tokens with `hash`, which for integers is the same in every process."""
 
     vocab_size: int = 50
     eos_token_id: int = 0
     eos_chance: float = 0.0  # probability that a sampled token is `eos_token_id`
-    error_chance: float = 0.0  # probability, for each sampled token, that the row reports an error
-    tells: bool = False  # whether rows also return their new tokens in `RowReport.values`
+    error_chance: float = 0.0  # probability that sampling a token fails with an error
+    tells: bool = False  # whether the result has the sampled tokens in `RowReport.values` too
     seed: int = 0  # models with different seeds sample different tokens
-    kinds: tuple[CacheKind, ...] = (FullPages(),)  # which positions each cache group attends to
+    kinds: tuple[CacheKind, ...] = (FullPages(),)  # to which positions each group's layers attend
 
     def entry(self, read: int, token: int) -> int:
         """Return a position's entry, a hash of `read` and of the position's `token`."""
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """Hash `seed` and `read` to the next token. `read` includes the entry of the last token."""
+        """Return the next token, a hash of `read` (with the last token's entry) and `seed`."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
         return draw % self.vocab_size
 
     def fails(self, read: int, seed: int) -> bool:
-        """Return whether the row reports an error in place of the token from `sample`."""
+        """Return whether sampling the next token fails with an error."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
 
     def alone(
@@ -63,7 +63,7 @@ class FakeModel:
         stop_token_ids: Container[int] = (),
         seed: int = 0,
     ) -> list[int]:
-        """Return the right output of a request, computed without a cache."""
+        """Return the tokens that a request must generate, computed without a cache."""
         sums, tokens = [0], list(prompt)  # sums[i]: sum of the entries of the first i positions
 
         def read(position: int) -> int:
@@ -81,9 +81,9 @@ class FakeModel:
 class FakeRunner(SimulatedRunner):
     """Executes plans on a cache of entries. `LLM(path, model_runner="fake")` selects this runner.
 
-    `FakeRunner(config, groups=...)` needs no checkpoint and no torch. By default a step takes no
-    virtual time. A hash decides how many draft tokens of a decode row are accepted. The positions
-    of rejected drafts get wrong entries.
+    `FakeRunner(config, groups=...)` needs no checkpoint and no torch. By default a step does not
+    advance the simulated clock. A hash decides how many draft tokens of a decode row are accepted.
+    The positions of rejected drafts get the entry `_REJECTED`.
     """
 
     name = "fake"
@@ -123,7 +123,7 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # A block that begins before the row's start has cached tokens: keep the entries.
+                # A block with positions before the row's start has cached tokens: keep its entries.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
@@ -145,7 +145,7 @@ class FakeRunner(SimulatedRunner):
         """Write the entry of the request's last token, then sample and return the next token."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # If the write has overwritten an earlier entry, the sum `read` and the token change.
+        # `read` is wrong if `_compute`, because of wrong blocks, has overwritten another entry.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)
@@ -165,7 +165,7 @@ class FakeRunner(SimulatedRunner):
         self._write(slot, position, self.model.entry(read, request.tokens[position]))
 
     def _read(self, slot: int, position: int, end: int) -> int:
-        """Sum the entries before `end` to which `position` attends, over all cache groups."""
+        """Sum the entries of positions before `end` to which `position` attends, in all groups."""
         total, size, tables = 0, self.checker.block_size, self._rows[slot].state.tables
         for geometry, pages, table in zip(self._groups, self._pages, tables, strict=True):
             first = geometry.kind.first_read(position)

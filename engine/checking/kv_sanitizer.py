@@ -1,11 +1,10 @@
 """The KV sanitizer finds misuse of KV blocks. `Config(kv_sanitizer=True)` turns the sanitizer on.
 
 The sanitizer records for each block which requests *hold* the block, i.e. have it in their block
-tables, and how many of its positions are written. Before a step runs, the sanitizer checks the
-step's plan against these records and against the rules of `PlanChecker`. A block is *dead* if no
-request may read its old KV any more. Before a step, dead blocks are filled with NaN on the device.
-If a kernel reads a dead block, the KV that the step writes is NaN, and the sanitizer raises a
-KVSanitizerError.
+tables, and how many positions of the block are written. Before a step runs, the sanitizer checks
+the step's plan against these records and against the rules of `PlanChecker`. A block is *dead* if
+no request may read its old KV any more. Dead blocks are filled with NaN before the next step. If a
+kernel reads a dead block, the step writes NaN as KV, and the sanitizer raises a KVSanitizerError.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Wraps a new block manager, and keeps the sanitizer's records about its blocks."""
+    """Wraps a block manager, and keeps the sanitizer's records of its blocks."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
-        # Dead blocks to fill with NaN before the next step; before the first step all blocks.
+        # Dead blocks that must be filled with NaN before the next step; at first all blocks.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
-        self._unshared: set[int] = set()  # ids of requests that must add no blocks to the cache
+        self._unshared: set[int] = set()  # ids of requests whose blocks must not be cached
         # Block -> ids of the requests that hold the block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
-        # Block -> number of its leading positions that are written or that planned rows will write.
+        # Block -> how many of its first positions are written, or will be by steps in flight.
         self.filled = [0] * inner.num_blocks
         self.step_id = 0  # id of the step that the scheduler plans next
 
@@ -69,7 +68,7 @@ class SanitizedBlocks:
         if request_id not in self._unshared:
             self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # If `commit` has replaced a block table entry, the old block has left the window.
+        # The wrapped `commit` replaces table entries whose blocks the sliding window has passed.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -92,7 +91,7 @@ class SanitizedBlocks:
         return tuple(sorted(dead))
 
     def _hand_out(self, request_id: int, blocks: list[int]) -> None:
-        """Record that a request got `blocks`. KVSanitizerError if another request holds any."""
+        """Record a request's new `blocks`. Raises a KVSanitizerError if another request has one."""
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"
@@ -117,7 +116,7 @@ class KVSanitizer(PlanChecker):
     """A plan checker that also checks plans against the records of `SanitizedBlocks`."""
 
     error = KVSanitizerError
-    managers: tuple[SanitizedBlocks, ...] = ()  # one per group; set by `SanitizedRunner.watch`
+    managers: tuple[SanitizedBlocks, ...] = ()  # one per cache group, set by `SanitizedRunner`
 
     def check(self, plan: StepPlan) -> list[Row]:
         rows = super().check(plan)
@@ -131,12 +130,12 @@ class KVSanitizer(PlanChecker):
 
     def settle(self, row: Row, num_kept: int) -> None:
         super().settle(row, num_kept)
-        # Positions from `end` on have rejected drafts or nothing: count them as unwritten.
+        # Positions from `end` on have rejected drafts or no token: record them as unwritten.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
         for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):
                 block, most = table[place], max(0, end - place * self.block_size)
-                # Skip a block that the request has released: another request may write to it.
+                # Skip a block that the request has released: another request may use it already.
                 if row.state.new.request_id in blocks.holders[block]:
                     blocks.filled[block] = min(blocks.filled[block], most)
 
@@ -153,7 +152,7 @@ class KVSanitizer(PlanChecker):
     def _check_row(self, row: Row, group: int, blocks: SanitizedBlocks) -> None:
         """Check a row's blocks in one cache group, and record the row's positions as written."""
         size, request_id, end = self.block_size, row.state.new.request_id, row.end
-        # The row reads no block before index `first_place` of the request's block table.
+        # The row does not read the blocks before index `first_place` of the block table.
         first_place = self.groups[group].kind.first_read(row.start) // size
         table = row.state.tables[group][: -(-end // size)]
         for place in range(first_place, len(table)):
@@ -182,7 +181,7 @@ class SanitizedRunner(ModelRunner):
         self._checker = KVSanitizer(inner.kv_groups, config)
 
     def watch(self, managers: Iterable[BlockManager]) -> tuple[BlockManager, ...]:
-        """Wrap new block managers, one for each cache group, and return the wrappers."""
+        """Wrap the block managers, one for each cache group, and return the wrappers."""
         self._checker.reset()
         self._checker.managers = tuple(map(SanitizedBlocks, managers))
         return cast(tuple[BlockManager, ...], self._checker.managers)
@@ -228,12 +227,13 @@ class KVPoison:
                 layer.k[blocks] = layer.v[blocks] = float("nan")
 
     def check(self, plan: StepPlan) -> None:
-        """Wait for the step to end. KVSanitizerError if the KV that the step wrote contains NaN."""
+        """Wait until a step ends. Raises a KVSanitizerError if the step wrote NaN to the cache."""
         self._requests |= {new.slot: new.request_id for new in plan.new_requests}
         tables, size = self._tables, self._tables.block_size
         per_row = [chunk.num_tokens for chunk in plan.prefill] + [1] * len(plan.decode)
         slots, counts = torch.tensor([plan.row_slots, per_row], device=tables.num_computed.device)
-        # How far each written position is behind `num_computed`, which already counts this step.
+        # The step wrote the positions `num_computed - behind`. For a row that computes three
+        # positions, `behind` is 3, 2, 1, because `num_computed` already includes the step.
         behind = counts.cumsum(0).repeat_interleave(counts)
         behind -= torch.arange(len(behind), device=behind.device)
         slots = slots.repeat_interleave(counts)

@@ -25,17 +25,17 @@ class SlotState:
 
     new: NewRequest
     tables: list[list[int]]  # the request's block table in each cache group
-    # Maximum number of computed positions. The last token that the length limit allows is not
-    # computed, unless this token is already known when the request enters the slot.
+    # Number of positions that steps may compute for the request. The request ends when a step
+    # samples the last token that the length limit allows; no step computes this token's KV.
     num_positions: int
     # Number of computed positions after the steps in flight: `low` if all drafts are rejected,
-    # `high` if all drafts are accepted. `high` may exceed the length limit, `Row.end` may not.
+    # `high` if all drafts are accepted. `high` may exceed `num_positions`, `Row.end` may not.
     low: int = -1  # -1 until the request's first row is planned
     high: int = 0
-    # Block table entries set since the request's last row, each as (cache group, place).
+    # Block table entries set after the request's previous row was planned: (cache group, place).
     fresh: list[tuple[int, int]] = field(default_factory=list)
     rows: deque[Row] = field(default_factory=deque)  # the request's rows in flight, oldest first
-    ended: bool = False  # whether the request has ended or left the slot; then it must get no row
+    ended: bool = False  # whether the request has ended or left the slot
 
 
 @dataclass(slots=True)
@@ -45,9 +45,9 @@ class Row:
     state: SlotState
     start: int  # lower bound of the row's first position
     latest: int  # upper bound of the row's first position
-    count: int  # maximum number of positions that the row computes
+    count: int  # number of the row's positions; some may lie beyond the length limit
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # table entries set since the last row: (group, place)
+    fresh: Sequence[tuple[int, int]] = ()  # `SlotState.fresh` when this row was planned
 
     @property
     def end(self) -> int:
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(slots=True, eq=False)
 class CheckedHandle(StepHandle):
-    """Wraps the handle of a step. The first call of `result` checks the step's result."""
+    """Wraps a step's `StepHandle` (its future result). The first `result()` checks the result."""
 
     inner: StepHandle
     checker: PlanChecker
@@ -93,7 +93,7 @@ class PlanChecker:
         """Forget all requests and steps. After an exception the engine starts again at step 0."""
         self._next_step_id = 0
         self._in_flight: dict[int, tuple[StepPlan, list[Row]]] = {}
-        self._results: dict[int, StepResult] = {}  # not checked: an earlier result is missing
+        self._results: dict[int, StepResult] = {}  # step id -> unchecked result
         self._slots: dict[int, SlotState] = {}
         self._running: dict[int, SlotState] = {}  # by request id
         self._ended: set[int] = set()
@@ -118,9 +118,9 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a step's result after all earlier results. ContractError if the result is wrong."""
+        """Check a result after all earlier ones. Raises a ContractError if the result is wrong."""
         if self._next_step_id == 0:
-            return  # after a failed step `reset` has deleted the records that a check needs
+            return  # a step failed, and `reset` deleted the records that the check needs
         step_id = result.step_id
         require(step_id in self._in_flight, f"a result of step {step_id}, not in flight")
         self._results[step_id] = result
@@ -128,16 +128,16 @@ class PlanChecker:
             self._check_result(*self._in_flight.pop(oldest), self._results.pop(oldest))
 
     def end(self, request_id: int) -> None:
-        """Record that a request has ended. Later plans must have no row of the request."""
+        """Record that a request has ended. Later plans must have no row for this request."""
         self._ended.add(request_id)
         self._leave(request_id)
 
     def misuse(self, request_id: int, block: int, problem: str) -> PlanError:
-        """Return the error for a misused block. It names the step whose plan was checked last."""
+        """Return an error about a misused block, for the step whose plan was checked last."""
         return self.error(self._next_step_id - 1, request_id, block, problem)
 
     def settle(self, row: Row, num_kept: int) -> None:
-        """Record `num_kept` accepted positions of `row`; adjust bounds of the slot's later rows."""
+        """Record that `num_kept` positions of `row` were accepted; adjust bounds of later rows."""
         state = row.state
         limit = state.new.max_total_tokens
         if row.start + num_kept >= limit:
@@ -197,7 +197,7 @@ class PlanChecker:
 
     def _enter(self, new: NewRequest) -> None:
         slot, request_id = new.slot, new.request_id
-        # `old`: the slot's previous state. `before`: this request's state before its preemption.
+        # `old`: state of the slot's last request. `before`: earlier state of this request, or None.
         old, before = self._slots.get(slot), self._running.get(request_id)
         known, limit = len(new.token_ids), new.max_total_tokens
         require(0 <= slot < self._config.max_num_seqs, f"there is no slot {slot}")
@@ -256,7 +256,7 @@ class PlanChecker:
         return Row(state, start, start, chunk.num_tokens, samples)
 
     def _decode(self, slot: int, count: int) -> Row:
-        # No `require` here, because its message would be formatted even if no rule is broken.
+        # `require` is not used here: its message would be formatted for rows without a fault too.
         state = self._state(slot)
         limit = state.new.max_total_tokens
         if state.low < len(state.new.token_ids):
@@ -269,7 +269,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that a row's positions have blocks, and that no row in flight uses new blocks."""
+        """Check that all positions have blocks, and that no row in flight uses the new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
@@ -281,7 +281,7 @@ class PlanChecker:
             row.fresh, state.fresh = state.fresh, []
         for group, place in row.fresh:
             block = state.tables[group][place]
-            # A block that begins before the row's start holds cached tokens and may be shared.
+            # A block with positions before the row's start has cached tokens and may be shared.
             if place * size >= row.start and (users := self._users(group, block)):
                 problem = f"goes to slot {new.slot} while slots {users} use it"
                 raise self.misuse(new.request_id, block, problem)
