@@ -15,14 +15,14 @@ from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rule
 PartSpec = str | type | Callable[..., Any]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # With 2,048 instead of 16,384 tokens in a step, a long prompt delays running requests less.
+    # A long prompt delays other requests less: a step has at most 2,048, not 16,384 tokens.
     "low_latency": {"max_num_batched_tokens": 2048, "max_num_seqs": 128},
     "throughput": {
         "gpu_memory_utilization": 0.95,
         "max_num_batched_tokens": 32768,
         "max_num_seqs": 1024,
     },
-    # Smaller blocks waste less memory: on average half of each request's last block is unused.
+    # On average half of a request's last KV block is unused. So smaller blocks waste less memory.
     "small_memory": {
         "gpu_memory_utilization": 0.7,
         "max_num_batched_tokens": 4096,
@@ -40,7 +40,7 @@ _PART = Rule(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of one engine; immutable. In `LLM.config` actual values replace None and "auto".
+    """Options of one engine; immutable. `LLM.config` has actual values instead of None and "auto".
 
     Attributes:
         model: checkpoint folder, or the name of a model on the Hugging Face hub.
@@ -50,34 +50,34 @@ class Config:
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
         max_num_seqs: maximum number of requests that run at once.
-        max_num_batched_tokens: maximum tokens of a step, drafts included; at least max_num_seqs.
-        gpu_memory_utilization: share of a CUDA device's memory that the engine may take.
+        max_num_batched_tokens: maximum tokens in a step, including drafts. At least max_num_seqs.
+        gpu_memory_utilization: fraction of a CUDA device's memory that the engine may use.
         kvcache_block_size: tokens per KV block, a multiple of 16.
         num_kvcache_blocks, kvcache_memory_bytes: size of the KV cache of each device, either in
             blocks or in bytes. On CUDA the default is the memory that gpu_memory_utilization
-            allows, minus the memory of weights and activations. On a CPU the default is the size
-            for max_num_seqs requests of max_model_len tokens, but at most 1 GiB.
-        enable_cuda_graphs: run decodes and short prefills as CUDA graphs. None: wherever possible.
+            allows, minus the memory of weights and activations. On a CPU the default is enough for
+            max_num_seqs requests of max_model_len tokens, but at most 1 GiB.
+        enable_cuda_graphs: run decodes and short prefills as CUDA graphs. None: True if possible.
         enforce_eager: never capture CUDA graphs.
         enable_prefix_caching: share KV blocks between requests with equal prefixes. None means True
             if the block manager can cache prefixes.
         eviction_policy: which cached block is evicted first. "lru": the block released longest ago.
             "lfu": the block that the fewest requests found in the prefix cache. "cost": the block
-            with the lowest value, computed from recomputation cost, hits and age (docs/caching.md).
-        tensor_parallel_size: number of devices that share a model. Each device has its own process.
+            with the lowest value. The page docs/caching.md defines the value.
+        tensor_parallel_size: number of devices on which the model runs, in one process each.
         attention_backend: "auto" takes the fastest backend that works on the device.
         num_speculative_tokens: maximum number of draft tokens of a request in a step. A draft token
             is kept only if sampling gives the same token, so drafts never change the output. With
             model_runner="local" the value must be 0.
-        pipeline_depth: with 0 the engine plans a step after the previous step has ended, and with 1
-            while the previous step runs. None means 1 on CUDA, 0 on a CPU. Outputs do not change.
+        pipeline_depth: with 0 the engine plans each step after the previous step, with 1 during the
+            previous step. None means 1 on CUDA, 0 on a CPU. Both values give the same outputs.
         seed: number from which the engine derives the seeds of requests without a seed.
-        kv_sanitizer: check every use of KV blocks, and fill unused uncached blocks with NaN. Slow.
+        kv_sanitizer: check uses of KV blocks; slow. Blocks neither in use nor cached contain NaN.
         scheduler: "continuous" or "static".
         model_runner: "local" runs the model. "fake" and "simulated" run no model and need no GPU.
         block_manager: "auto" means "prefix", or "paged" if enable_prefix_caching is False.
-        queue_policy, admission_policy: which request runs next, and how many requests run at once.
-        preemption_policy: which request gives up its blocks when blocks run out.
+        queue_policy, admission_policy: which waiting request runs next, and whether it may run yet.
+        preemption_policy: which request loses its blocks when no block is free.
         step_policy: how many tokens of a step may be prompt tokens (see docs/scheduling.md).
 
     Raises a ConfigError if an option is out of range or contradicts another option.
@@ -147,5 +147,5 @@ class Config:
 
 
 _RULES = rules_of(Config)
-# Pairs of options that contradict each other if both are set, to True or to a number above 0.
+# Pairs of options. A user may set only one option of a pair to True or to a number above 0.
 _EITHER = (("enforce_eager", "enable_cuda_graphs"), ("num_kvcache_blocks", "kvcache_memory_bytes"))

@@ -1,7 +1,7 @@
 """The class `LLM`, with which users load a model and generate text: `from llm import LLM`.
 
 Each prompt has `n` outputs, and each output is one request of the engine. A `PromptRequests` holds
-the requests of one prompt. When all have ended, `LLM` adds the object to the object's list `ended`.
+the requests of one prompt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LLM:
     `options` are fields of `Config`. A further option `preset` names a preset (docs/presets.md).
 
     Attributes:
-        engine: the `LLMEngine` that runs requests (`Sequence`) in steps (`StepPlan`).
+        engine: the `LLMEngine`, which runs the requests.
         tokenizer: the checkpoint's tokenizer, loaded by transformers; None if there is none.
         decode: function that decodes token ids to text without special tokens.
 
@@ -50,9 +50,9 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # The prompt of each unfinished request, by request id. Requests of `stream` are left out.
+        # Request id -> `PromptRequests`, for all unfinished requests except those of `stream`.
         self._unfinished: dict[int, PromptRequests] = {}
-        # Prompts from `add_request` that have ended, but whose outputs `step` has not returned yet.
+        # Prompts that `add_request` added and that have ended. `step` will return their outputs.
         self._ended: list[PromptRequests] = []
         try:
             self.tokenizer: Any | None = load_tokenizer(self.engine.checkpoint.path)
@@ -73,7 +73,7 @@ class LLM:
 
         Args:
             prompts: a prompt or a list of prompts. A prompt is a text or a list of token ids.
-            sampling_params: one object for all prompts, or a list, one per prompt. None: defaults.
+            sampling_params: a SamplingParams, or a list with one per prompt. None: the defaults.
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
@@ -81,9 +81,9 @@ class LLM:
             explains the keys of the dictionary, such as `text` and `token_ids`.
 
         Raises:
-            RequestError: a prompt or its parameters are refused. No prompt of this call is started.
+            RequestError: a prompt or its parameters are wrong. No prompt of this call is run.
             StepError: a step failed.
-            EngineClosedError: `close` was called before.
+            EngineClosedError: the engine was closed with `close`.
         """
         ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}
@@ -110,12 +110,12 @@ class LLM:
         """Generate like `generate`, but return each output in parts while the output grows.
 
         Returns:
-            An iterator of dictionaries, each of which is a part of one output. In a dictionary
-            `index` is the index of the prompt, and `sample` is the index of the output among the
-            prompt's `n` outputs. `text` and `token_ids` are new since the output's previous part.
-            `finish_reason` is None except in the last part, which also has `error`. A `text` ends
-            with a whole character. The texts of all parts together are the text that `generate`
-            returns. Closing or dropping the iterator aborts unfinished requests.
+            An iterator of dictionaries. Each dictionary is a part of one output. `index` is the
+            index of the prompt, and `sample` is the index of the output among the prompt's `n`
+            outputs. `text` and `token_ids` do not repeat earlier parts of the output. Only an
+            output's last part has a `finish_reason` that is not None, and the key `error`. No
+            `text` ends within a character. The texts of an output's parts, joined, are the text
+            that `generate` returns. Closing or deleting the iterator aborts unfinished requests.
         """
         stream = self._increments(self._add(prompts, sampling_params))
         # Start the generator: only a started generator runs its `finally`, which aborts requests.
@@ -130,8 +130,8 @@ class LLM:
     ) -> list[dict[str, Any]]:
         """Generate the answer to a conversation, or to each conversation of a list.
 
-        A message has `role` and `content`. The checkpoint's chat template turns the messages into
-        prompts for `generate`. If the template is missing or fails, a RequestError is raised.
+        A message is a dictionary with `role` and `content`. The checkpoint's chat template makes
+        prompts from the messages. If the template is missing or fails, a RequestError is raised.
         """
         self.engine.check_usable()
         kinds = (list, tuple)
@@ -140,15 +140,15 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """Return SamplingParams from the checkpoint's generation_config.json and `overrides`."""
+        """Return the SamplingParams of generation_config.json, changed by `overrides`."""
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
 
     def stats(self) -> EngineStats:
-        """Return totals since the engine started, for example the number of steps."""
+        """Return counts of steps, requests, tokens and blocks (see `EngineStats`)."""
         return self.engine.stats
 
     def cache_stats(self) -> CacheStats:
-        """Return prefix cache counts: tokens looked up and found, blocks evicted and cached."""
+        """Return counts of the prefix cache, e.g. of cached blocks (see `CacheStats`)."""
         return self.engine.stats.cache
 
     def reset_prefix_cache(self) -> None:
@@ -156,31 +156,31 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
-        """Queue a request and return its id. Outputs of `step` contain the id as `request_id`.
+        """Queue a prompt and return its id. `step` returns the prompt's outputs with the id.
 
-        Later calls of `step` or `generate` run the request. Raises RequestError, EngineClosedError.
+        Later calls of `step` or `generate` run the prompt. Raises RequestError, EngineClosedError.
         """
-        # A wrong `prompt=5` must not become the list [5], which is a valid prompt of one token id.
+        # `prompt=5` is an error. It must not become [5], which is a valid prompt of one token id.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
         (group,) = self._add(prompts, sampling_params, self._ended)
         return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
-        """Run one step. Returns outputs of ended requests from `add_request`, each output once.
+        """Run one step. Return new outputs: those of ended prompts that `add_request` queued.
 
-        An output is a dictionary like those of `generate`, with the key `request_id` added. If
-        `step` raises a StepError, all requests have ended. The next `step` returns their outputs.
+        There is one dictionary per prompt, as in `generate`, with `request_id` added. If `step`
+        raises a StepError, all requests have ended, and the next `step` returns their outputs.
         """
         self._advance()
         ended, self._ended[:] = [group.seqs for group in self._ended], []
         return [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
 
     def now(self) -> float:
-        """Return the time in seconds on the runner's clock, which a simulated runner simulates."""
+        """Return the time in seconds on the model runner's clock, which may be simulated."""
         return self.engine.runner.now()
 
     def wait_until(self, moment: float) -> None:
-        """Wait until `now()` is `moment` or later. A simulated runner sets its clock instead."""
+        """Wait until `now()` is `moment` or later. A simulated clock is moved forward."""
         self.engine.runner.wait_until(moment)
 
     @property
@@ -189,17 +189,17 @@ class LLM:
         return bool(self._unfinished or self._ended) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
-        """End a request at the next `step`, with finish_reason "abort" and the tokens so far.
+        """End all outputs of a prompt at the next `step`. Their finish_reason becomes "abort".
 
-        All `n` outputs of the request's prompt end. Any thread may call `abort` at any time. The id
-        of a request that has ended or does not exist is ignored.
+        The outputs keep the tokens generated so far. Any thread may call `abort` at any
+        time. The id of a request that has ended or does not exist is ignored.
         """
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
             self.engine.abort(one)
 
     def close(self) -> None:
-        """End all requests and free the engine's memory. Further calls of `close` do nothing."""
+        """End all requests and free the engine's memory. A second call of `close` does nothing."""
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -211,10 +211,10 @@ class LLM:
     def _add(
         self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
     ) -> list[PromptRequests]:
-        """Queue `n` requests for each prompt, or none at all if a request is refused.
+        """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
 
-        `ended` is the list to which each prompt is appended when its requests have ended. If None,
-        as for `stream`, every request gets a `TextReader`, which decodes the growing output.
+        When all requests of a prompt have ended, its `PromptRequests` is appended to `ended`. If
+        `ended` is None, each request gets a `TextReader`, which decodes the output as it grows.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
@@ -225,7 +225,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # Stop strings without a tokenizer need no TextReader: the engine refuses them.
+                    # Without a tokenizer, stop strings are an error that the engine raises.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one
@@ -258,7 +258,7 @@ class LLM:
         ids = None
         try:
             plan, finished = self.engine.step()
-            # `plan` is None if there was no step to commit. `LLMEngine.reset` may then have ended
+            # If no step was in flight, `plan` is None. Then `LLMEngine.reset` may have ended
             # requests that are not in `finished`, so `_collect_ended(None)` checks all prompts.
             ids = [seq.request_id for seq in finished] if plan else None
         finally:
@@ -275,7 +275,7 @@ class LLM:
 
 
 class Progress:
-    """The progress bar of `generate`. Steps with prompt tokens count as prefill, else as decode."""
+    """Progress bar of `generate`. Steps with prompt tokens count as prefill, others as decode."""
 
     def __init__(self, total: int, *, enabled: bool) -> None:
         self._bar = tqdm(
@@ -286,7 +286,7 @@ class Progress:
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
-        """Count a step that sampled `num_tokens` tokens and ended `num_finished` prompts."""
+        """Update the bar: a step sampled `num_tokens` tokens, and `num_finished` prompts ended."""
         if self._bar.disable:
             return
         now = time.perf_counter()

@@ -21,12 +21,12 @@ from utils.rules import (
     share,
 )
 
-# The seeds of outputs i and i + 1 of a prompt differ by this number, modulo 2^63. Seeds that the
-# engine derives for requests i and i + 1 differ by the same number. The number is 2^64 / golden
-# ratio. Because the number is odd, 2^63 successive seeds are all different.
+# The seeds of successive outputs of a prompt differ by this number, modulo 2^63. Seeds that the
+# engine derives for successive requests also differ by this number: 2^64 / golden ratio. Because
+# the number is odd, a seed is repeated only after 2^63 outputs or requests.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
-# Type of a function (token ids of prompt and output, float32 logits [vocab_size]) -> new logits.
+# Function of token ids (prompt and output) and float32 logits [vocab_size]; returns new logits.
 LogitsProcessor = Callable[[list[int], Any], Any]
 
 _SEED = Rule(
@@ -41,7 +41,7 @@ _STOP = Rule(
     'Use e.g. stop="\\n".',
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
-# No user's salt may contain \0. So no user's salt equals a salt that the engine made with \0.
+# The engine makes salts with \0 (`Sequence.cache_salt`). A user's salt must differ from these.
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
@@ -57,48 +57,48 @@ class SamplingParams:
 
     Attributes:
         temperature: 0 takes the most likely token (greedy). A value above 0 divides the logits.
-        top_p: keep the smallest set of most likely tokens whose probabilities sum to this or more.
-        top_k: keep this number of most likely tokens; 0 or -1 keeps all tokens.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to >= `top_p`.
+        top_k: keep the `top_k` most likely tokens; 0 or -1 keeps all tokens.
         min_p: keep tokens whose probability is at least `min_p` times the highest probability.
         repetition_penalty: for tokens that are in the prompt or output, positive logits are divided
-            by this value and negative logits are multiplied by this value.
+            by repetition_penalty, and negative logits are multiplied by repetition_penalty.
         presence_penalty: subtracted from the logit of every token that is in the output.
         frequency_penalty: subtracted from a token's logit for each time the token is in the output.
-        seed: seed of the request's sampling noise. Equal seeds give equal noise at equal positions,
-            whatever else is in the batch. With None the engine derives a seed from `Config.seed`
-            and the request's id. If n > 1, output 0 uses this seed, and others use derived seeds.
+        seed: seed of the random numbers that sampling uses. Equal seeds give equal numbers at
+            equal positions, in any batch. With None the engine derives a seed from `Config.seed`
+            and the request's id. If n > 1, output 0 uses `seed`; other outputs use derived seeds.
         max_tokens: maximum number of tokens to generate. With None, prompt and output together may
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
-        min_tokens: until this number of tokens is generated, tokens that would end the request are
-            not sampled, and stop strings are ignored.
-        stop: one or several texts (stop strings). The output ends at the first stop string. The
-            output's text ends before the stop string. The output's tokens include the token that
-            completes the stop string.
-        stop_token_ids: ids of tokens that end the output as an end-of-sequence token does.
+        min_tokens: minimum number of tokens to generate. Until the output has this length, no token
+            that would end the output is sampled, and stop strings are ignored.
+        stop: one or several stop strings. The output ends when its text contains a stop string. The
+            text is cut before the stop string. The token ids contain all tokens of the stop string.
+        stop_token_ids: ids of tokens that end the output, like end-of-sequence tokens.
         ignore_eos: do not end the output at an end-of-sequence token.
-        logprobs: for each generated token, return the log-probability of this token and of this
-            number of most likely tokens, from the logits before penalties, temperature and filters.
-        prompt_logprobs: like `logprobs`, for all tokens of the prompt but the first. The request
-            uses no cached blocks of other requests, because the cache keeps no logits. If memory is
-            too small for the logits of a step's prompt tokens, lower `max_num_batched_tokens`.
+        logprobs: for each generated token, return its log-probability and the log-probabilities of
+            the `logprobs` most likely tokens, from logits before penalties, temperature, filters.
+        prompt_logprobs: like `logprobs`, for the prompt's tokens except the first. The request uses
+            no cached blocks of other requests, because the prefix cache keeps no logits. If memory
+            is too small for logits of all prompt tokens of a step, lower `max_num_batched_tokens`.
         n: number of outputs. With prefix caching the outputs can share KV blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
-            them with the request's tokens so far, and the float32 logits for the next token.
-        priority: if policies use it, higher values run first (vLLM: lower) and are preempted last.
+            them with the ids of all tokens of the request and the logits for its next token.
+        priority: some scheduling policies run requests with higher values first and preempt them
+            last. (In vLLM requests with lower values run first.)
         user: name of the user, for scheduling policies that are fair between users.
         cache_salt: requests share cached prefixes only if their salts are equal.
         predicted_tokens: expected length of the output in tokens, for scheduling policies. The
-            actual output may be longer. None stands for `max_tokens`.
+            actual output may be longer. With None, `max_tokens` is used instead.
         penalizes: True if a penalty can change logits. Set by the constructor.
-        filters: True if top_k, top_p or min_p may exclude tokens. Set by the constructor.
-        needs_logits: True if an option other than temperature and seed changes or reads the logits.
+        filters: True if top_k, top_p or min_p can exclude tokens. Set by the constructor.
+        needs_logits: True if an option other than temperature and seed reads or changes the logits.
             Set by the constructor.
 
     Raises a RequestError that names the field if a value is out of range.
     """
 
-    # The sampler adds temperature * noise to the float32 logits, where noise is at most 16. The
-    # rounding error of this sum grows with the temperature, and is about 1e-2 at the limit of 1e4.
+    # The sampler adds temperature * Gumbel noise to the float32 logits. The noise is below 17. The
+    # sum's rounding error grows with the temperature, and is about 1e-2 at the maximum of 1e4.
     temperature: float = ruled(1.0, number(0, 1e4, "Use 0 for greedy decoding."))
     top_p: float = ruled(1.0, share("Use 1 to keep all."))
     top_k: int = ruled(0, integer(-1, fix="Use 0 to keep all."))
@@ -149,9 +149,9 @@ class SamplingParams:
 
     @staticmethod
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
-        """Return parameters with the values of generation_config.json in `folder`, if it exists.
+        """Return parameters with the values of generation_config.json in `folder`, if there is one.
 
-        `overrides` replace values of the file. An unusable file raises a CheckpointError.
+        `overrides` replace values of the file. A CheckpointError is raised if the file is unusable.
         """
         # Imported here, because `utils.checkpoint` imports transformers, which is slow to import.
         from utils.checkpoint import generation_config
@@ -166,7 +166,7 @@ class SamplingParams:
         return SamplingParams(**{**ours, **overrides})
 
     def of_output(self, index: int) -> SamplingParams:
-        """Return the parameters, with n=1, of the request that computes output number `index`."""
+        """Return the parameters of the request that computes output `index`. Their n is 1."""
         seed = self.seed if self.seed is None else (self.seed + index * SEED_STRIDE) % 2**63
         # Log-probabilities of the prompt are equal for all outputs, so only output 0 computes them.
         scores = None if index else self.prompt_logprobs

@@ -27,7 +27,7 @@ class Checkpoint:
 
     @property
     def max_position(self) -> int:
-        """Maximum context length in tokens that the checkpoint supports, rope scaling included."""
+        """Maximum context length in tokens that the checkpoint supports with its rope scaling."""
         limit = getattr(self.hf_config, "max_position_embeddings", None)
         if not isinstance(limit, int):
             kind = self.hf_config.model_type
@@ -44,14 +44,14 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # Unpickling uses PreTrainedConfig: importing the model's own class would take 1.4 s.
+    # Unpickling makes a PreTrainedConfig: importing the model's config class would take 1.4 s.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a checkpoint folder, or a Hugging Face hub model, which is downloaded if not cached.
+    """Open a checkpoint folder, or a Hugging Face hub model, which is downloaded if necessary.
 
-    Raises a CheckpointError if there is no such model, or if it has no usable config.json.
+    Raises a CheckpointError if the model does not exist or has no usable config.json.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -82,13 +82,13 @@ def _from_hub(model: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
-    # The hub client raises errors of all these types if it cannot find or download the model.
+    # huggingface_hub raises errors of all these types if it cannot find or download the model.
     except (HFValidationError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointNotFoundError(f"{missing}, and the hub gave none ({error})") from error
 
 
 def generation_config(path: Path) -> dict[str, Any]:
-    """Return generation_config.json's fields, {} if there is no file. CheckpointError: bad file."""
+    """Return the fields of generation_config.json, {} if absent. CheckpointError: unusable file."""
     file = path / "generation_config.json"
     try:
         return {**json.loads(file.read_text())} if file.is_file() else {}
@@ -104,6 +104,6 @@ def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
         if not all(type(token) is int and token >= 0 for token in tokens):
             raise CheckpointError(f"{path}: eos_token_id={value!r} is no token id, nor several")
         found.update(tokens)
-    # Token ids beyond the vocabulary are left out, as they are never sampled.
+    # Token ids outside the vocabulary are left out, because they are never sampled.
     size = getattr(hf_config, "vocab_size", None)
     return frozenset(token for token in found if size is None or token < size)

@@ -15,7 +15,7 @@ AllmosError
 │   └── PlanError              a plan misuses a KV block; has .step_id, .request_id and .block (also
 │       │                      a StepError)
 │       └── KVSanitizerError   kv_sanitizer=True found a misused KV block, or NaN in a KV block
-├── WorkerDiedError            the process of a tensor-parallel rank has ended by itself
+├── WorkerDiedError            the process of a tensor-parallel rank has ended unexpectedly
 └── EngineClosedError          the engine was used after close() (also a RuntimeError)
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 
 class AllmosError(Exception):
-    """Base class of the errors; the tree at the top of this file explains each error."""
+    """Base class of all errors in this file."""
 
 
 class FieldError(AllmosError):
@@ -76,7 +76,7 @@ class WorkerDiedError(AllmosError): ...
 
 
 class PlanError(ContractError, StepError):
-    """A plan misuses the KV block `block`, or uses a position without a block (`block` is -1)."""
+    """A step's plan misuses the KV block `block`, or a position has no block (`block` is -1)."""
 
     def __init__(self, step_id: int, request_id: int, block: int, problem: str) -> None:
         super().__init__(step_id, request_id, block, problem)
@@ -95,7 +95,7 @@ class EngineClosedError(AllmosError, RuntimeError): ...
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the closest known name. If none is close, list all names."""
+    """Return a sentence with the closest known name, or with all known names if none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

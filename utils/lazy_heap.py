@@ -12,15 +12,15 @@ T = TypeVar("T")
 class LazyHeap(Generic[T]):
     """A heap with the smallest key first. Items with equal keys are popped in the order of `push`.
 
-    An item is in the heap at most once. After an item is removed, its entry in the list `heap`
-    stays there as a stale entry. A stale entry is deleted when it comes to the top. All stale
-    entries are deleted when they outnumber the items by more than 64. So every operation takes
-    O(log n) amortised time.
+    An item is in the heap at most once. When an item is removed, its entry stays in the list `heap`
+    and is called stale. A stale entry is deleted when it becomes the first entry of the list. If
+    there are over 64 more stale entries than items, all stale entries are deleted. So an operation
+    takes O(log n) amortised time for n items.
     """
 
     def __init__(self) -> None:
         self.heap: list[tuple[Any, int, T]] = []
-        # Entries of `heap` are numbered. `_numbers` has the number of each item's valid entry.
+        # An entry (key, number, item) of `heap` is stale unless `_numbers[item]` is the number.
         self._numbers: dict[T, int] = {}
         self._count = itertools.count()
 
@@ -51,7 +51,7 @@ class LazyHeap(Generic[T]):
         return None
 
     def pop(self) -> tuple[Any, T]:
-        """Remove the item with the smallest key, return (key, item). IndexError: heap is empty."""
+        """Remove the item with the smallest key. Return (key, item). IndexError: heap is empty."""
         self.first()
         key, _, item = heapq.heappop(self.heap)
         del self._numbers[item]

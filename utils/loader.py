@@ -1,4 +1,4 @@
-"""Loads a checkpoint's weights. A rank loads only its slice of a tensor split over the ranks."""
+"""Loads a checkpoint's weights. If the ranks split a tensor, each rank loads only its slice."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from utils.errors import WeightsError
 
-# Tensors whose name ends with this text are skipped: rotary frequencies of old checkpoints.
+# Old checkpoints store rotary frequencies under names with this ending. They are not loaded.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
-# Other dtypes are refused: they belong to quantised checkpoints, which are not supported.
+# Dtypes that can be loaded. Quantised checkpoints have other dtypes and are not supported.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -26,7 +26,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 class WeightTarget:
     """Where to copy a tensor of the checkpoint, and which slice of the tensor this rank copies."""
 
-    target: Tensor  # view of a parameter; the slice is broadcast and copied to this view
+    target: Tensor  # view of a parameter; the slice is copied to it (broadcast if necessary)
     shape: tuple[int, ...]  # full shape of the checkpoint's tensor
     dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
     start: int = 0  # first index, along `dim`, of this rank's slice
@@ -37,12 +37,12 @@ def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -
     """Load all tensors in the safetensors files of a checkpoint folder.
 
     Raises a WeightsError if a file is damaged, if tensors are missing or unexpected, or if a tensor
-    has another shape than its target or a dtype that is not supported.
+    has a dtype that is not supported, or a shape other than its WeightTarget's `shape`.
 
     Args:
-        slots: the WeightTarget of each tensor, by the tensor's name in the checkpoint.
-        tied: the output head uses the embedding's weight. If the files also store a weight of the
-            head, that weight must equal the embedding's weight.
+        slots: a dict from the name of each tensor in the checkpoint to its WeightTarget.
+        tied: whether the output head uses the embedding's weight. If True, and if the files store a
+            weight of the head too, that weight must equal the embedding's weight.
     """
     with ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Finds a part of the engine, such as its scheduler, by name, import path, class or factory."""
+"""Finds the class or factory of an engine part, e.g. the scheduler, from an option's value."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class PartKind:
 
     option: str  # name of the option
     contract: str  # base class of all parts of this kind, as "module:Class"
-    packages: tuple[str, ...]  # packages and modules in which parts are looked up by name
-    auto: tuple[str, ...] = ()  # names of parts; "auto" means the first that works with the options
+    packages: tuple[str, ...]  # packages and modules that contain the parts
+    auto: tuple[str, ...] = ()  # "auto" means the first of these names whose part is usable
 
     @property
     def base(self) -> type:
@@ -30,10 +30,10 @@ class PartKind:
         return _imported(self.contract)  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, type]:
-        """Return the concrete subclasses of `base` that an option can name, by attribute `name`.
+        """Return a dict of the parts that the option can name, from name to class.
 
-        Classes without a `name` of their own are left out. A module in `packages` is skipped if it
-        needs a package that is not installed. Any other error of an import is raised.
+        These are the concrete subclasses of `base` in `packages` that define `name`. A module that
+        needs a package that is not installed is skipped. Other import errors are raised.
         """
         base = self.base
         return {
@@ -64,7 +64,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """Return the class or factory for `spec`. ConfigError: `spec` is no part of this kind."""
+        """Return the class or factory that `spec` means. ConfigError: `spec` is no such part."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -96,12 +96,12 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Return `find(spec)(*args)`. ConfigError: unfit `args`, or the result is no `base`."""
+        """Return `find(spec)(*args)`. ConfigError: wrong `args`, or the result is not a `base`."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)
         except ValueError:
-            pass  # some callables have no signature, so their arguments cannot be checked
+            pass  # the signature of `make` is unknown, so `args` are not checked
         except TypeError as error:
             kinds = ", ".join(type(arg).__name__ for arg in args)
             problem = f"cannot be called with ({kinds}): {error}"

@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A check of a value, and two texts for the error. `fix` may be a function of the value."""
+    """A check of a value, and the `problem` and `fix` of the FieldError for a wrong value."""
 
     allows: Callable[[Any], bool]
     problem: str
-    fix: str | Callable[[Any], str]
+    fix: str | Callable[[Any], str]  # a text, or a function that makes the text from the value
 
 
 def ruled(default: T, rule: Rule) -> T:
@@ -27,7 +27,7 @@ def ruled(default: T, rule: Rule) -> T:
 
 
 def rules_of(kind: type) -> dict[str, Rule]:
-    """Return the rules of a dataclass, by field name."""
+    """Return the rules of a dataclass: a dict from the field's name to its rule."""
     return {one.name: one.metadata["rule"] for one in fields(kind) if "rule" in one.metadata}
 
 
@@ -66,7 +66,7 @@ def number(low: float, high: float, fix: str) -> Rule:
 
 
 def share(fix: str) -> Rule:
-    """Return a rule that allows numbers above 0 and up to 1."""
+    """Return a rule that allows numbers that are above 0 and at most 1."""
     return Rule(lambda v: _is_number(v, 0, 1) and v > 0, "must be a number in (0, 1]", fix)
 
 
@@ -77,11 +77,11 @@ def boolean(*, optional: bool = False) -> Rule:
 
 
 def choice(*known: str) -> Rule:
-    """Return a rule that allows only the texts in `known`."""
+    """Return a rule that allows only the strings in `known`."""
     return Rule(known.__contains__, "unknown choice", lambda v: did_you_mean(str(v), known))
 
 
 def several(allows: Callable[[Any], bool], words: str, fix: str) -> Rule:
-    """Return a rule for lists of values that `allows` accepts. Errors call the values `words`."""
+    """Return a rule that allows a list if `allows(value)` is True for every value in the list."""
     problem = f"must be a list of {words}"
     return Rule(lambda v: isinstance(v, (list, tuple)) and all(map(allows, v)), problem, fix)

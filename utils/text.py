@@ -1,4 +1,4 @@
-"""Converts prompts to token ids, and outputs to text, also while an output still grows."""
+"""Converts prompts to token ids. Converts output tokens to text, also while the output grows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.errors import CheckpointError, RequestError
 Prompt = str | list[int]
 Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
 
-# Type of a function that decodes token ids to text and leaves out special tokens.
+# A function that decodes token ids to text and leaves out special tokens.
 Decode = Callable[[list[int]], str]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -22,15 +22,15 @@ _REPLACEMENT = "\ufffd"
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """Return the folder's tokenizer, None if there is none. CheckpointError: loading fails."""
-    # Imported here, because the import takes seconds, and the ranks' processes do not need it.
+    """Return the folder's tokenizer, or None if there is none. CheckpointError: loading fails."""
+    # Imported here, because the import takes seconds. The processes of ranks do not need it.
     from transformers import AutoTokenizer
 
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         return None
     try:
         return AutoTokenizer.from_pretrained(path)
-    # Every Exception is caught: `from_pretrained` raises many types, also plain `Exception`.
+    # `from_pretrained` raises many types of errors, also plain `Exception`. All are caught.
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} is unusable: {error}") from error
 
@@ -71,7 +71,7 @@ def templated(tokenizer: Any | None, messages: Any) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer.encode(text, add_special_tokens=False))
-    # A template is code of the checkpoint and may raise any type of error.
+    # A chat template is a program in the checkpoint. The program may raise any type of error.
     except Exception as error:
         problem = f"the chat template refuses them ({error})"
         fix = 'Give a list of {"role": ..., "content": ...}.'
@@ -79,12 +79,12 @@ def templated(tokenizer: Any | None, messages: Any) -> list[int]:
 
 
 def decoder(tokenizer: Any | None) -> Decode:
-    """Return a function that decodes token ids to text, always to "" without a tokenizer."""
+    """Return a function that decodes token ids to text. Without a tokenizer the text is empty."""
     if tokenizer is None:
         return lambda token_ids: ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        # The Rust `backend` decodes a few tokens in 0.8 us, 1/16 of the time of `tokenizer.decode`.
+        # `backend.decode` takes 0.8 us for a few tokens, 1/16 of the time of `tokenizer.decode`.
         return partial(backend.decode, skip_special_tokens=True)
     return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -92,9 +92,9 @@ def decoder(tokenizer: Any | None) -> Decode:
 class TextReader:
     """Decodes a growing output to text, and finds the first stop string in the text.
 
-    A character that spans several tokens is added to `text` with its last token. Invalid bytes are
-    added as U+FFFD, when the next valid character is added or the output ends. Stop strings that
-    are complete within the first `min_tokens` tokens are ignored.
+    If a character's bytes are in several tokens, the character is added to `text` after the last of
+    these tokens is read. Invalid bytes become U+FFFD, which is added with the next valid character
+    or at the end of the output. Stop strings within the first `min_tokens` tokens are ignored.
     """
 
     def __init__(self, decode: Decode, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
@@ -102,9 +102,9 @@ class TextReader:
         self.text = ""  # the text so far, without the stop string
         self.num_tokens = 0  # number of tokens read; tokens after a stop string are never read
         self.stopped = False  # whether a stop string was found
-        # A token's text may depend on the preceding token, so the tokens from index `_start` on are
-        # decoded together. `text` has the first `_shown` characters of the decoded text. The first
-        # `_border` tokens end with a whole character. `_start` is the previous value of `_border`.
+        # `read` decodes all tokens from index `_start` on together, as a token's text may depend on
+        # the token before. The first `_shown` characters of the decoded text were added to `text`.
+        # The tokens before index `_border` end with a whole character. `_start` <= `_border`.
         self._start = self._border = self._shown = 0
 
     @property
@@ -117,9 +117,9 @@ class TextReader:
         return len(self.text)
 
     def read(self, token_ids: list[int], *, ended: bool) -> bool:
-        """Append the text of the new tokens of the output `token_ids` to `text`. Returns `stopped`.
+        """Append to `text` the text of those `token_ids` that are not read yet. Return `stopped`.
 
-        With ended=True the bytes of an incomplete last character are added to `text` as U+FFFD.
+        `token_ids` is the whole output. If `ended`, an incomplete last character becomes U+FFFD.
         """
         while self.num_tokens < len(token_ids) and not self.stopped:
             self.num_tokens += 1
@@ -143,7 +143,7 @@ class TextReader:
         self.text += new
         if not self._stop or self.num_tokens <= self._min_tokens:
             return
-        # Find the leftmost stop string that ends inside `new`. Earlier calls searched older text.
+        # Find the leftmost of the stop strings that end inside `new`.
         starts = (self.text.find(s, max(0, before + 1 - len(s))) for s in self._stop)
         first = min((at for at in starts if at >= 0), default=None)
         if first is not None:
