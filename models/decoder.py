@@ -19,7 +19,7 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec(ModelShape):
-    """Sizes of a decoder, on all ranks together. `qk_norm`: whether Q and K are normalised."""
+    """Sizes of a decoder, over all ranks. If `qk_norm`, each head of Q and K is RMS-normalised."""
 
     vocab_size: int
     hidden_size: int

@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # A CUDA graph uses this number in every replay, so it is the longest context length.
+                # A CUDA graph uses this number in all replays, so it is the largest context length.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
