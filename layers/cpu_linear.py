@@ -18,10 +18,11 @@ _HALF_BESIDE = 2**20
 # Small weights use FBGEMM for up to 64 input rows. For 64 input rows FBGEMM takes 0.83 to 1.0
 # times as long as oneDNN.
 _MOST_ROWS = 64
-# Products by small weights with at most 2^21 multiplications run on one thread: a call's overhead
+# Products with small weights and at most 2^21 multiplications run on one thread: a call's overhead
 # is 12 us on all threads, 1 us on one thread. With 2^22 instead of 2^21 the engine was slower.
 _ALONE = 2**21
-# Weight elements that FBGEMM packs per call. With 2^25 an element takes 40 ns instead of 10 ns.
+# Maximum number of weight elements that FBGEMM packs in a call. With 2^25 instead of 2^23, packing
+# an element takes 40 ns instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -29,11 +30,10 @@ class HalfLinear:
     """Computes x W^T by FBGEMM, with W stored in float16: half as many bytes to read as float32.
 
     Most checkpoints are bfloat16, which has 8 significant bits; float16 has 11. The smaller range
-    of float16 suffices if the weight is first multiplied by a power of two.
-    The constructor takes a float32 weight [N, K] that `holds` accepts. If `scale`, float32 [K], is
-    given, inputs are multiplied by `scale`. Up to `rows_alone` input rows are computed on one
-    thread. For more than `most_rows` input rows the caller should use oneDNN. `most_rows` is
-    infinite for a weight that is not small.
+    of float16 suffices if the weight is first multiplied by a power of two. The constructor takes a
+    float32 weight [N, K] for which `holds` is true. If `scale`, float32 [K], is given, inputs are
+    multiplied by `scale`. Products of at most `rows_alone` input rows run on one thread. For more
+    than `most_rows` input rows (infinite unless the weight is small) callers should use oneDNN.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
@@ -79,7 +79,7 @@ class HalfLinear:
         return self._times(x * self._scale)
 
     def added(self, x: Tensor, total: Tensor) -> Tensor:
-        """Return total + x W^T, with total [T, N]."""
+        """Return total + x W^T for x [T, K] and total [T, N]."""
         if isinstance(self._scale, Tensor):
             return total + self(x)
         return torch.add(total, self._times(x), alpha=self._inverse)
@@ -92,7 +92,7 @@ class HalfLinear:
 
 
 def _power_of_two(weight: Tensor) -> float:
-    """Return the power of two that brings the largest absolute weight into [2^14, 2^15)."""
+    """Return the power of two that scales the largest absolute weight into [2^14, 2^15)."""
     largest = max(float(-weight.min()), float(weight.max()))
     # The power is at most 2^100, since float32 overflows at 2^128. A larger power would be needed
     # only if all elements of `weight` were below 2^-86.

@@ -1,6 +1,6 @@
 """Embedding, linear layers and output head. Each rank holds only its share of the weights.
 
-Embedding and head divide the vocabulary over the ranks. A `ColumnLinear` divides its output
+The embedding and the head divide the vocabulary over ranks. A `ColumnLinear` divides its output
 features, a `RowLinear` its input features (Shoeybi et al., Megatron-LM, 2019). Layers compute
 x W^T + b by a `Matmul`, which may fuse this product with the norm before it, with the gate of an
 MLP, or with the addition to the residual stream. The residual stream is a `Stream` of two tensors:
@@ -27,7 +27,7 @@ from utils.loader import WeightTarget
 # With several ranks, each rank's number of vocabulary rows is a multiple of 16. Kernels for small
 # batches compute 16 outputs at a time, and the sampler makes noise for 4 tokens at a time.
 _ROWS = 16
-# Number of input rows for which oneDNN lays out a weight. Layouts for 16 and 256 were as fast.
+# oneDNN lays out weights in memory for this number of input rows. 16 and 256 were as fast as 64.
 _PACK_ROWS = 64
 
 
@@ -41,7 +41,7 @@ class _Linear:
         self._matmul: Matmul
 
     def prepare(self, norm: RMSNorm | None = None) -> None:
-        """Make a `Matmul` of the loaded weight. `norm` is the norm of the layer's input, if any."""
+        """Make the `Matmul` of the loaded weight. `norm`: the norm of the layer's input, if any."""
         assert self.weight is not None
         self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
@@ -72,15 +72,15 @@ class ColumnLinear(_Linear):
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
     def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return outputs [T, N] and the stream, part added; for `partial` see `Matmul.normed`."""
+        """Return outputs [T, N], and the stream with part added. `partial`: see `Matmul.normed`."""
         return self._matmul.normed(normed, partial=partial)
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(projection 0) * projection 1, and the stream with part added to total."""
+        """Return silu(first projection) * second projection, and the stream with part added."""
         return self._matmul.gated(normed)
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
-        """Return where to load the checkpoint's layers `names`, one name for each projection."""
+        """Return where to load the checkpoint's layers `names`, one layer for each projection."""
         slots, row = dict[str, WeightTarget](), 0
         for name, full, (start, length) in zip(names, self._full, self._shares, strict=True):
             for kind, shape in (("weight", full), ("bias", full[:1])):
@@ -114,7 +114,7 @@ class QKVLinear(ColumnLinear):
 
 
 class RowLinear(_Linear):
-    """A linear layer whose output is added to the residual stream. Ranks divide its inputs."""
+    """A linear layer whose output is added to the residual stream. Ranks divide its input."""
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
@@ -141,7 +141,7 @@ class RowLinear(_Linear):
 
 
 class VocabEmbedding:
-    """This rank's rows of the embedding table: `length` tokens, then padding rows of zeros."""
+    """This rank's rows of the embedding table: `length` tokens, then padding rows (zeros)."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
@@ -178,7 +178,7 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Return logits [R, N] for R tokens and this rank's N table rows; -inf for padding rows."""
+        """Return logits [R, N] of R tokens for this rank's N table rows; -inf for padding rows."""
         logits = self._matmul.normed(normed, out=out)[0]
         length = self._table.length
         if length < logits.shape[1]:
@@ -187,21 +187,21 @@ class VocabHead:
 
 
 class Matmul:
-    """The reference product x W^T + b for W [N, K] and b [N], computed by torch without fusion."""
+    """The reference: torch computes x W^T + b for W [N, K] and b [N], without fused kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         self.weight = weight
         self._bias = bias
         self._place = place
-        self._folded = False  # whether W contains the weight of the norm before the product
+        self._folded = False  # whether W is multiplied by the weight of the norm before the product
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return x W^T + b [T, N] for x [T, K]. If `out` is given, it gets the result."""
+        """Return x W^T + b [T, N] for x [T, K]. If `out` is given, the result is stored there."""
         y = F.linear(x, self.weight, self._bias)
         return y if out is None else out.copy_(y)
 
     def partial(self, x: Tensor) -> Tensor:
-        """Return x W^T + b [T, N], or float32 summands [S, T, N] whose sum over S is x W^T + b."""
+        """Return x W^T + b [T, N], or S float32 summands of this result as one tensor [S, T, N]."""
         return self(x)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
@@ -214,19 +214,19 @@ class Matmul:
         """Return norm(stream) W^T + b [T, N], and the stream with its part added to its total.
 
         If `out` is given, the product is stored in `out`. If `partial` is set, the product may be
-        returned as float32 summands [S, T, N], whose sum over S is the product.
+        returned as S float32 summands that add up to the product, in one tensor [S, T, N].
         """
         x, stream = normed.norm.compute(normed.stream, scaled=not self._folded)
         return (self.partial(x) if partial else self(x, out)), stream
 
     def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(gate) * up for the product [gate | up], and the stream, its part added."""
+        """Return silu(gate) * up for the product [gate | up], and the stream with part added."""
         y, stream = self.normed(normed)
         return silu_mul(y, self._place), stream
 
 
 class CPUMatmul(Matmul):
-    """Float32 products on a CPU: by `HalfLinear` up to `few_rows` input rows, else by oneDNN."""
+    """Float32 products on a CPU: `HalfLinear` for up to `few_rows` input rows, oneDNN for more."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None
@@ -258,7 +258,7 @@ class CPUMatmul(Matmul):
 
 
 class SmallBatchMatmul(Matmul):
-    """Products on Hopper GPUs: up to 256 tokens by this project's kernels, above by cuBLAS.
+    """Products on Hopper GPUs: this project's kernels for up to 256 tokens, cuBLAS for more.
 
     Kernels for up to 16 tokens can fuse a norm, a gate and a residual addition with the product.
     Kernels for 17 to 256 tokens can only fuse a gate.
@@ -298,7 +298,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # `partial` allows summands, but does not demand them: this kernel returns the product.
+        # `partial` allows summands, but does not require them. This kernel returns the product.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
@@ -314,7 +314,7 @@ class SmallBatchMatmul(Matmul):
         return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """Return the kernel's input, the stream with part added, and keywords for a fused norm."""
+        """Return the kernel's input, the stream with part added, and a fused norm's arguments."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
         # A fused norm multiplies x by the norm's weight before it divides by the RMS. In float16
@@ -338,10 +338,10 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 def make_matmul(
     weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
 ) -> Matmul:
-    """Make the `Matmul` that is fastest on `place`. `norm` is the norm before the product, if any.
+    """Make the fastest `Matmul` for `place`. `norm` is the norm before the product, if any.
 
-    If `norm` is given, a `CPUMatmul` multiplies its own weight by the weight of `norm`. Then only
-    its methods `normed` and `gated` may be called, and only with this norm.
+    If `norm` is given, a `CPUMatmul` multiplies its own weight by the weight of `norm`. Callers of
+    this `CPUMatmul` may only use its methods `normed` and `gated`, and only with this norm.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm)

@@ -1,6 +1,6 @@
-"""Penalties, filters and log-probabilities (scores) for logits [R, V] of the whole vocabulary.
+"""Penalties, filters and log-probabilities (scores) for logits of R rows and V tokens.
 
-A row predicts one token. Penalties come before filters, as in transformers' `generate`.
+A row predicts one token, V is the vocabulary's size. Penalties precede filters, as in transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCORED_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Temperatures and filter settings of R rows, for `logit_bounds`. Each is float32 [R]."""
+    """Temperatures and filter settings of R rows, for `logit_bounds`; each is float32 [R]."""
 
     temperatures: Tensor
     top_k: Tensor
@@ -28,7 +28,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Penalties of R rows for tokens that occurred before, for `penalize`. Each is float32 [R]."""
+    """Arguments of `penalize`: strengths of the penalties of R rows, each float32 [R]."""
 
     repetition: Tensor
     presence: Tensor
@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of one token per row, [R], and of each row's N likeliest tokens, [R, N]."""
+    """For R rows: log-probabilities of one token [R] and of the N likeliest tokens [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -45,7 +45,7 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Return copies in pinned host memory. The host does not wait until they are complete."""
+        """Return copies in pinned host memory. The host does not wait for the copying."""
 
         def copied(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -57,22 +57,22 @@ class TokenScores:
 def penalize(
     logits: Tensor, tokens: Tensor, num_prompt: Tensor, num_tokens: Tensor, by: Penalties
 ) -> None:
-    """Penalise the tokens that each request has so far, by changing the logits [R, V] in place.
+    """Penalise the tokens that each row's request has so far: change `logits` [R, V] in place.
 
     The repetition penalty is CTRL's (Keskar et al., 2019) and applies to tokens of prompt and
     output. The presence and frequency penalties are OpenAI's and apply to tokens of the output.
 
     Args:
-        tokens: ids of prompt, then output, integers [R, L]. Entries after the output are ignored.
+        tokens: token ids of prompt and output, integers [R, any length]; later entries are ignored.
         num_prompt, num_tokens: length of prompt, and of prompt plus output, integers > 0 [R].
     """
     if not logits.is_cuda:
-        # Columns that no request uses are cut off, but not on a GPU: the host would wait for `max`.
+        # Unused columns of `tokens` are cut off, but not on a GPU: the host would wait for `max`.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # After a request's end `ids` repeats its first token: harmless, as equal ids get equal logits.
+    # The row's first token replaces ignored entries. All copies of this token get the same logit.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -94,17 +94,17 @@ def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:
 def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     """Do what `logit_bounds` does, by sorting. Rows with temperature 0 are not filtered.
 
-    First top_k keeps the k likeliest tokens, or all tokens if k < 1 (Fan et al., 2018). Then top_p
-    keeps the likeliest of these until their probabilities sum to p (Holtzman et al., 2020). Last,
-    min_p keeps tokens at least min_p times as likely as the likeliest one (Nguyen et al., 2024).
+    First, top_k keeps the k likeliest tokens, or all tokens if k < 1 (Fan et al., 2018). Second,
+    top_p keeps the likeliest of these until their probabilities sum to p (Holtzman et al., 2020).
+    Third, min_p drops tokens below min_p times the highest probability (Nguyen et al., 2024).
     """
     ordered = logits.float().sort(dim=1, descending=True).values
     highest, greedy = ordered[:, :1], filters.temperatures == 0
-    # Temperatures are kept above 0, since the division 0 / 0 below would give NaN.
+    # Temperatures are kept above 0, since 0 / 0 in the division below would give NaN.
     temperature = torch.where(greedy, 1.0, filters.temperatures).clamp(min=1e-30).unsqueeze(1)
     kept = torch.where(filters.top_k < 1, logits.shape[1], filters.top_k).long()
     least_k = ordered.gather(1, (kept.clamp(max=logits.shape[1]) - 1).unsqueeze(1))
-    # A tiny temperature could make logits infinite, so the largest logit is subtracted first.
+    # Logits / temperature could overflow, so the largest logit is subtracted first.
     shifted = torch.where(ordered >= least_k, (ordered - highest) / temperature, float("-inf"))
     probability = shifted.softmax(dim=1)
     before = probability.cumsum(1) - probability
@@ -117,9 +117,9 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Return log-probabilities of `tokens`, int64 [R], and of `num_top` likeliest tokens a row.
+    """Return log-probabilities of `tokens`, int64 [R], and of the `num_top` likeliest tokens a row.
 
-    Token i is scored with row `rows[i]` of the logits, or with row i if `rows` is None.
+    Token i is scored with row `rows[i]` of `logits`, or with row i if `rows` is None.
     """
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):

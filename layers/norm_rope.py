@@ -15,16 +15,16 @@ from utils.errors import UnsupportedModelError
 from utils.loader import WeightTarget
 
 
-# `Stream` and `Normed` are not frozen: constructing a frozen dataclass takes 0.45 us, not 0.18 us.
+# `Stream` and `Normed` are not frozen: constructing a frozen one takes 0.45 us, not 0.18 us.
 @dataclass(slots=True)
 class Stream:
     """The residual stream of T tokens: its value is total + the sum of part over all ranks.
 
     Attributes:
         total: embedding plus outputs of attentions and MLPs, [T, hidden_size], equal on all ranks.
-        part: this rank's output of the last attention or MLP, [T, hidden_size], or S summands of
-            this output, float32 [S, T, hidden_size], which the next norm adds to total. None if
-            total already contains the output.
+        part: this rank's output of the last attention or MLP, which the next norm adds to total:
+            [T, hidden_size], or S float32 summands of the output, [S, T, hidden_size]. `part` is
+            None if total already contains the output.
     """
 
     total: Tensor
@@ -33,7 +33,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Normed:
-    """A stream and the norm to apply to it. The linear layer that takes both applies the norm."""
+    """A stream and its norm. The linear layer that takes a `Normed` as input applies the norm."""
 
     norm: RMSNorm
     stream: Stream
@@ -66,7 +66,7 @@ class RMSNorm:
         self.scale: Tensor
 
     def prepare(self) -> None:
-        """Set `scale` = weight * sqrt(hidden_size), which multiplies `RMSNormalizer`'s result."""
+        """Set `scale`, the factor for `RMSNormalizer`'s result, to weight * sqrt(hidden_size)."""
         self.scale = self.weight.float() * len(self.weight) ** 0.5
 
     def __call__(self, stream: Stream) -> Normed:
@@ -75,7 +75,7 @@ class RMSNorm:
     def compute(self, stream: Stream, *, scaled: bool = True) -> tuple[Tensor, Stream]:
         """Return norm(total + part) [T, hidden_size], and the stream with part added to total.
 
-        If `scaled` is False, `scale` is not applied: the next layer's weight already contains it.
+        If `scaled` is False, the factor `scale` is left out: the next layer's weight contains it.
         """
         total, part, place = stream.total, stream.part, self._place
         if part is not None and place.parallel.size > 1:
@@ -130,10 +130,10 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Positions [T] of a step's tokens, and cosines and sines for their rotation.
+    """Positions [T] of a step's tokens, and the cosines and sines that rotate Q and K.
 
     For torch, `cos` and `sin` are the rows of `rotary_table` for these positions, [T, 1, head_dim].
-    For Triton kernels they are [max_model_len, head_dim / 2], for all positions, no sine negated.
+    For Triton kernels both are [max_model_len, head_dim / 2], for all positions, no sine negated.
     """
 
     positions: Tensor
@@ -142,7 +142,7 @@ class Rotation:
 
 
 class RotaryEmbedding:
-    """A model's rotary embedding (RoFormer), shared by all layers; `table` is a `rotary_table`.
+    """A model's rotary embedding (RoFormer), for all layers; `table` is from `rotary_table`.
 
     If `gather` is set, `prepare` returns a `Rotation` for torch, otherwise for Triton kernels.
     """
@@ -152,12 +152,12 @@ class RotaryEmbedding:
         self._cos, self._sin = table
         if not gather:
             half = table.shape[-1] // 2
-            # Triton kernels take one half of the cosines, and the sines that are not negated.
+            # Triton kernels get one half: the halves differ only in the sign of the sines.
             self._cos = self._cos[:, 0, :half].contiguous()
             self._sin = self._sin[:, 0, half:].contiguous()
 
     def prepare(self, positions: Tensor) -> Rotation:
-        """Return the `Rotation` that all layers of a step use for its tokens' `positions` [T]."""
+        """Return the `Rotation` for the `positions` [T] of a step's tokens, for all layers."""
         cos, sin = self._cos, self._sin
         if self._gather:
             cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
@@ -179,7 +179,7 @@ class QKNormRopeStore:
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
-            # Norm weights are repeated for each head, so that one call normalises Q and K.
+            # The weights are repeated for each head, so that one call normalises both Q and K.
             self.qk_weight = place.empty(self._num_qk, head_dim)
             self._normalize = RMSNormalizer(head_dim, eps, place.device)
 
@@ -194,7 +194,7 @@ class QKNormRopeStore:
 
         Args:
             qkv: Q, K and V, contiguous [T, (num_heads + 2 * num_kv_heads) * head_dim]; may be
-                overwritten. Triton kernels also take S float32 summands of qkv, [S, T, ...].
+                overwritten. Triton kernels also take qkv as S float32 summands, [S, T, ...].
             slot_mapping: for each token the index in `kv.flat` at which its K and V are stored,
                 [T]. If the index is -1, Triton kernels store no K and V for the token.
         """

@@ -1,7 +1,7 @@
 """Where a layer runs (rank, dtype and device), and collectives of the tensor-parallel group.
 
-Layers are no `nn.Module`: module calls and parameter access took 0.15 ms of a 2 ms step on a CPU.
-A layer's `weight_targets` says where to load its weights. After loading, `prepare` is called.
+Layers are no nn.Module, whose calls and parameter access took 0.15 ms of a 2 ms step on a CPU.
+A layer's `weight_targets` returns where to load its weights. `prepare` is called after loading.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from utils.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ParallelContext:
-    """A rank and its collectives. This class is for a single rank, subclasses for several ranks."""
+    """A rank and its collectives: this class for a single rank, subclasses for several ranks."""
 
     rank: int = 0
     size: int = 1
@@ -38,7 +38,7 @@ class ParallelContext:
         """Sum `x` over the ranks, add `residual`, and apply an RMS norm, all in one kernel.
 
         Returns the norm's output and the norm's input, which is the sum plus `residual`. Returns
-        None if there is no such kernel for `x`. Then the caller must use `all_reduce` and a norm.
+        None if no kernel supports `x`. Then the caller must use `all_reduce` and a norm.
         """
         del x, residual, weight, eps
         return None
@@ -56,7 +56,7 @@ class ParallelContext:
         return count // self.size
 
     def kv_heads(self, num_kv_heads: int) -> tuple[int, int]:
-        """Return this rank's first KV head and number of KV heads; ranks may share a KV head."""
+        """Return this rank's first KV head and number of KV heads. Ranks may share a KV head."""
         if self.size > num_kv_heads and self.size % num_kv_heads == 0:
             return self.rank // (self.size // num_kv_heads), 1
         count = self.per_rank("KV heads", num_kv_heads)

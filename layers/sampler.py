@@ -22,11 +22,11 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Return the 4 output words of Philox4x32-10. Each int64 element holds one 32-bit word."""
+    """Return Philox's 4 output words. Each int64 element of a tensor is one 32-bit word."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The product of two 32-bit words may be negative as int64, but its 64 bits are correct.
+        # A product of two 32-bit words may overflow to a negative int64, but its bits are correct.
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         hi_even, hi_odd = (even >> 32) & _MASK32, (odd >> 32) & _MASK32
         c0, c1, c2, c3 = hi_odd ^ c1 ^ k0, odd & _MASK32, hi_even ^ c3 ^ k1, even & _MASK32
@@ -57,10 +57,10 @@ def sample_shard(
     vocab_offset: int = 0,
     least: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample a token per row: the argmax of the scores logits + temperature * noise (Gumbel-max).
+    """Sample a token per row: the argmax of score = logit + temperature * noise (Gumbel-max).
 
     Args:
-        logits: any float dtype, [R, vocab_size].
+        logits: any float dtype, [R, number of tokens]; the columns have consecutive token ids.
         temperatures: float32 [R], >= 0.
         seeds, positions: each row's seed, and the position of its sampled token, integers [R].
         vocab_offset: token id of the first column of `logits`, a multiple of 4.
@@ -78,7 +78,7 @@ def sample_shard(
 
 
 class Sampler:
-    """Samples from logits whose columns are divided over ranks. The last columns may be padding."""
+    """Samples from logits whose columns are divided over ranks. Padding columns must be -inf."""
 
     def __init__(self, place: Place, vocab_size: int | None = None) -> None:
         self._parallel, self._vocab_size = place.parallel, vocab_size
@@ -91,7 +91,7 @@ class Sampler:
     def __call__(
         self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
-        """Return one sampled token per row, int64 [R]. `least`: smallest allowed logit per row."""
+        """Return one sampled token per row, int64 [R]. `least`: each row's lowest allowed logit."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
@@ -114,7 +114,7 @@ class Sampler:
         return self._parallel.all_reduce(whole)[:, : self._vocab_size]
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
-        """Sample like `__call__`, but from the whole vocabulary's logits, made by `gathered`."""
+        """Sample like `__call__`, but from the whole vocabulary's logits, as `gathered` returns."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         return self._sample(logits, *keys, least=least)[1]
 
@@ -122,10 +122,10 @@ class Sampler:
         """Return each row's token with the highest score on any rank; on a tie the lowest token."""
         if self._parallel.size == 1:
             return tokens
-        # For each row a rank puts score and token into one int64, and the largest int64 wins. Its
-        # lower half is larger for lower tokens, so that on a tie the lowest token wins. Its upper
-        # half is larger for larger scores: the score's bits as int32, the lower 31 flipped if it is
-        # negative. Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
+        # Each rank puts a row's score and token into one int64, and `all_max` finds the largest.
+        # The upper 32 bits are the score's bits, read as int32. If the score is negative, its lower
+        # 31 bits are flipped: a larger score gives a larger int32. The lower 32 bits are larger for
+        # lower token ids. Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
         bits = (best + 0.0).view(torch.int32).long()
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))

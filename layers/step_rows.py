@@ -27,8 +27,8 @@ class SlotTables:
     Attributes:
         tokens: token ids of each request's prompt and output, int32 [slots + 1, max_model_len].
         block_tables: ids of each request's KV cache blocks, int32 [slots + 1, max_blocks].
-        num_computed: number of each request's tokens whose K and V are computed, int64 [slots + 1].
-        temperatures, seeds: each request's settings for sampling, float32 and int64 [slots + 1].
+        num_computed: how many tokens of each request have K and V in the cache, int64 [slots + 1].
+        temperatures, seeds: sampling settings of each request, float32 and int64 [slots + 1].
     """
 
     tokens: Tensor
@@ -59,7 +59,7 @@ class SampledRows:
     """The R sampled rows of a step: the rows for which a next token is sampled.
 
     Sampled row i is row `rows[i]` of the step, and belongs to the request in slot `slots[i]`. The
-    sampled token, `tokens[i]`, gets position `positions[i]` of this request. If sampled row i is
+    sampled token, `tokens[i]`, has position `positions[i]` in this request. If sampled row i is
     padding, `slots[i]` is the padding slot, and `rows[i]`, `positions[i]`, `temperatures[i]` and
     `seeds[i]` are 0. The tensors are int64 [R], except `temperatures`, which is float32 [R].
     """
@@ -87,19 +87,19 @@ class StepRows:
     Attributes:
         header: int64 [6, B], one column for each request. `fill_rows` computes all other tensors
             from `header`. Element 0 of a column is the request's slot. Element 1 is the position of
-            its first row, or -1 if `SlotTables.num_computed` has this position. Element 2 is its
-            number of rows. Element 3 is the index of its first row in the step. Element 4 is the
-            index in `sampled` of its first sampled row, or -1 to store nothing in `sampled`.
-            Element 5 is the number of its sampled rows, which are its last rows. If element 5 is 0
-            and element 4 is not -1, a padding row is stored in `sampled` at the index in element 4.
+            the request's first row, or -1 to read this position from `SlotTables.num_computed`.
+            Element 2 is the request's number of rows. Element 3 is the index of the first of these
+            rows in the step. Element 5 is the number of sampled rows, the last of the request's
+            rows. Element 4 is the index in `sampled` of the first sampled row, or -1 to store none.
+            If element 5 is 0 and element 4 is not -1, one padding row is stored at this index.
         input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
-        slot_mapping: row of `KVLayer.flat` for each row's K and V, int64 [T]; -1 for padding rows.
-        slots: slot of each request, int32 [B]; the padding slot for a request of padding.
+        slot_mapping: index in `KVLayer.flat` of each row's K and V, int64 [T]; -1 for padding rows.
+        slots: slot of each request, int32 [B]; the padding slot for a padding request.
         context_lens: each request's number of tokens up to its last row, int32 [B]; 0 for padding.
         query_start: index of each request's first row, int32 [B + 1]; the last element is T.
-        num_chunks, num_chunk_rows: number of prefill chunks, and total number of their rows.
-        longest_chunk: number of rows of the longest prefill chunk; 0 if there are no chunks.
-        rows_per_decode: number of rows of each decode; above 1 with speculative decoding.
+        num_chunks, num_chunk_rows: number of prefill chunks, and of all rows before the decodes.
+        longest_chunk: upper bound of a chunk's number of rows; 0 if there are no chunks.
+        rows_per_decode: number of rows of each decode; above 1 only with speculative decoding.
     """
 
     header: Tensor
@@ -117,7 +117,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Allocate all tensors but `header`. `sampled` may be just the number of sampled rows."""
+        """Allocate all tensors but `header`. If an int, `sampled` is the number of sampled rows."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -127,7 +127,7 @@ class StepRows:
         return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
-        """Return a view of the step with all requests, but only the first `count` rows."""
+        """Return a view of all requests and the first `count` rows of a step without decodes."""
         rows = {name: getattr(self, name)[:count] for name in _PER_ROW}
         return replace(self, **rows, num_chunk_rows=count, longest_chunk=count)
 
@@ -145,10 +145,10 @@ class StepRows:
         )
 
     def attention(self, block_tables: Tensor) -> AttentionBatch:
-        """Return the `AttentionBatch` of this step, with prefill chunks as its prefills."""
+        """Return the `AttentionBatch` of this step. Its prefills are the prefill chunks."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
-        # In a CUDA graph of chunks the last request has the padding rows. It is left out here.
+        # A CUDA graph of prefill chunks has an extra request for padding rows. It is left out here.
         decodes = (len(self.input_ids) - self.num_chunk_rows) // self.rows_per_decode
         slots, lens = (x[: self.num_chunks + decodes] for x in (self.slots, self.context_lens))
         return AttentionBatch(block_tables, slots, lens, start, *counts)
@@ -161,8 +161,8 @@ def enter_requests(
 
     `token_ids` (int32) has the ids of all requests, one request after another. `header` is int64
     [4, N], one column for each request. Element 0 of a column is the request's slot. Element 1 is
-    the index of its first id in `token_ids`. Element 2 is its number of ids, at most `longest`.
-    Element 3 is its seed.
+    the index of the request's first id in `token_ids`. Element 2 is the request's number of ids, at
+    most `longest`. Element 3 is the request's seed.
     """
     del longest
     slots, _, counts, seeds = header
@@ -176,9 +176,9 @@ def enter_requests(
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     """Fill the tensors of `rows` from `rows.header`.
 
-    `tables.num_computed` becomes the position after each request's last row. Steps that have only
-    decodes of one row each use code that cannot handle padding. On a busy CPU this code took 79 us
-    for such a step, and `fill_any_rows` took 495 us.
+    `tables.num_computed` is set to the position after each request's last row. If a step has only
+    decodes, of one row each, this function does not call `fill_any_rows`. Its own code is faster,
+    79 us instead of 495 us on a busy CPU, but cannot handle padding.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
@@ -199,7 +199,7 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Do what `fill_rows` does, for any kind of step, padding included."""
+    """Do what `fill_rows` does, for any step, also with prefill chunks and padding rows."""
     slots, start, counts, first, place, num_sampled = rows.header
     live = slots != tables.padding_slot
     begin = torch.where(start < 0, tables.num_computed[slots], start) * live
@@ -234,7 +234,7 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
     """Store the sampled `tokens`, int64 [R], in `sampled.tokens` and in `tables.tokens`."""
     sampled.tokens.copy_(tokens)
-    # Tokens sampled for padding go to the padding slot's row of `tables.tokens`, and are not used.
+    # Tokens sampled for padding are stored for the padding slot, where nothing reads them.
     tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Each model architecture is one file. `models/a_b.py` is for the `model_type` a-b of a checkpoint.
+"""Each model architecture is one file. `models/a_b.py` is for checkpoints of `model_type` a-b.
 
 The file defines a function `model_shape(hf_config)`, which returns a `ModelShape` or raises
 UnsupportedModelError, and a class `MODEL`, which is a subclass of `models.base.CausalLM`.

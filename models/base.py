@@ -1,4 +1,4 @@
-"""The interface that every model implements, and its arguments."""
+"""The interface that every model implements, and the arguments of its methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a model, over all ranks. If `tied`, the output head uses the embedding's weight."""
+    """Sizes of a model, on all ranks together. If `tied`, the head uses the embedding's weight."""
 
     num_layers: int
     num_heads: int
@@ -52,7 +52,7 @@ class CausalLM(ABC):
     """A model's weights and forward pass on one rank."""
 
     # The runner calls `rotary.prepare` once before each forward pass, with positions [T] int64, and
-    # passes the result as `ForwardBatch.rotation`. A model without rotation needs a `rotary` too.
+    # passes the result as `ForwardBatch.rotation`. Models that rotate nothing need a `rotary` too.
     rotary: RotaryEmbedding
 
     @abstractmethod
@@ -80,5 +80,5 @@ class CausalLM(ABC):
         """Return logits [R, columns], in the model's dtype, for the tokens `batch.sampled_rows`.
 
         All ranks have equally many columns. With several ranks, `columns` is a multiple of 4.
-        Column c of rank r is token r * columns + c. Columns beyond the vocabulary are -inf.
+        Column c of rank r is for token id r * columns + c. Columns after the vocabulary are -inf.
         """

@@ -34,8 +34,8 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
-    quantised weights, odd head sizes, and unsupported numbers of heads or layers. A `model_shape`
-    must itself raise for other settings that `DecoderLM` cannot handle, such as `logits_scaling`.
+    quantised weights, odd head sizes, and unsupported numbers of heads or layers. The caller must
+    itself refuse other settings that `DecoderLM` cannot handle, such as `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -75,7 +75,7 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
 
 class Block(Protocol):
-    """The interface of a layer's attention and MLP. New models can have classes of their own.
+    """The interface of a layer's attention and MLP. New models may define other classes.
 
     `DecoderLayer` calls `mlp(normed)` and `attention(normed, batch, kv, rows)`. `kv` is the
     `KVLayer` of this layer. `rows`, int64 [R], are the indices of the tokens to return, or None
@@ -85,7 +85,7 @@ class Block(Protocol):
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Prepare the layers inside; pass the prepared `norm` to layers that read its output."""
+        """Prepare this block's layers; give the prepared `norm` to layers that read its output."""
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         """Map the checkpoint's tensor names that begin with `name` to this object's weights."""
@@ -108,7 +108,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the stream plus attention's output for tokens `rows`, int64 [R], or all tokens."""
+        """Return the stream plus attention's output for tokens `rows`, int64 [R]; None: for all."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
@@ -160,7 +160,7 @@ class DecoderLayer:
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return this layer's residual stream for the tokens `rows`, int64 [R]; for all if None."""
+        """Return the residual stream of the tokens `rows`, int64 [R], or all if `rows` is None."""
         stream = self.attention(self.input_norm(stream), batch, kv, rows)
         return self.mlp(self.post_attention_norm(stream))
 
@@ -218,7 +218,7 @@ class DecoderLM(CausalLM):
         *caches, last_cache = batch.kv
         for layer, kv in zip(layers, caches, strict=True):
             stream = layer(stream, batch, kv)
-        # The last layer stores K and V of all tokens, but returns the stream of `sampled_rows`.
+        # The last layer stores all K and V, but returns only the stream of `sampled_rows`.
         stream = last(stream, batch, last_cache, batch.sampled_rows)
         return self.lm_head(self.norm(stream), batch.logits)
 

@@ -14,9 +14,9 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a backend has to serve: the attention heads of one rank, and the layout of the KV cache.
+    """What a backend must support: the attention heads of one rank, and the layout of the KV cache.
 
-    `scale` multiplies dot products of Q and K. Decodes have up to `rows_per_decode` query rows.
+    `scale` multiplies dot products of Q and K. A decode has at most `rows_per_decode` query rows.
     """
 
     num_heads: int
@@ -37,13 +37,13 @@ class AttentionBatch:
 
     Attributes:
         block_tables: block ids of all running requests, [slots + 1, max_blocks]. Entries after a
-            request's last block have no meaning. The last row is for requests that are padding.
+            request's last block have no meaning. The last row is for padding requests.
         slots: index of each request's row in `block_tables`, [B].
-        context_lens: number of tokens of each request up to this step's last, [B]; 0 for padding.
+        context_lens: each request's number of tokens up to its last query row, [B]; 0 for padding.
         query_start: index of each prefill's first query row, followed by the index after the last
             query row of the last prefill, [num_prefills + 1].
-        num_prefills, num_prefill_tokens: number of prefills, and total number of their query rows.
-        max_query_len: no prefill has more query rows than this; 0 if there are no prefills.
+        num_prefills, num_prefill_tokens: number of prefills, and of query rows before the decodes.
+        max_query_len: upper bound of a prefill's number of query rows; 0 if there is no prefill.
         rows_per_decode: number of query rows of each decode.
     """
 
@@ -58,7 +58,7 @@ class AttentionBatch:
 
 
 class AttentionBackend(ABC):
-    """Causal attention over the paged KV cache, which already has K and V of the step's tokens."""
+    """Causal attention over a paged KV cache that already contains K and V of the step's tokens."""
 
     name: ClassVar[str]
     captures: ClassVar[bool] = False  # whether a CUDA graph can capture the backend's work
@@ -73,13 +73,13 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prepare(self, batch: AttentionBatch) -> Any:
-        """Return data that all layers of a step share; the caller passes the data to `attend`."""
+        """Compute what all layers of a step need. The caller passes the result to `attend`."""
 
     @abstractmethod
     def attend(self, q: Tensor, kv: KVLayer, prepared: Any) -> Tensor:
-        """Return attention output [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
+        """Return attention outputs [T, num_heads * head_dim] for queries [T, num_heads, head_dim].
 
-        Query head h reads KV head h // (num_heads // num_kv_heads). `q` and the result have the
+        Query head h uses KV head h // (num_heads // num_kv_heads). `q` and the result have the
         dtype of the `AttentionSpec`. Rows of `q` need not be adjacent in memory. If a request has n
-        query rows, they belong to its last n tokens. Padding rows may get any result.
+        query rows, these are the queries of its last n tokens. Outputs for padding may be anything.
         """

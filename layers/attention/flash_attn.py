@@ -13,7 +13,7 @@ from memory.kv_cache import KVLayer
 
 _MIN_VERSION = (2, 7)
 
-# `prepare` returns the batch, the block tables of the batch's requests, int32 [B, N], and the
+# `prepare` returns the batch, the block tables of its requests, int32 [B, max_blocks], and the
 # cumulative sum of the prefills' context lengths, which begins with 0, int32 [num_prefills + 1].
 _Prepared = tuple[AttentionBatch, Tensor, Tensor]
 
@@ -22,7 +22,7 @@ class FlashAttention(AttentionBackend):
     """Calls `flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
-    captures = True  # kernels read lengths from device memory, so graph replays get new lengths
+    captures = True  # each replay of a graph reads the current lengths from device memory
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # Later keys are skipped. A CUDA graph keeps this number, so it is the maximum.
+                # A CUDA graph uses this number in all replays, so it is the largest context length.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
@@ -82,7 +82,7 @@ def _package_problem() -> str | None:
     """Return why the installed flash-attn cannot be used, or None if it can."""
     try:
         import flash_attn
-    except ImportError as error:  # flash-attn is missing, or was built for another torch
+    except ImportError as error:  # flash-attn is missing, or was built for another version of torch
         return f"the package flash-attn cannot be imported ({error}); README.md says how to get it"
     # Versions from 3.0 on have the same package name, but other functions.
     version = str(getattr(flash_attn, "__version__", "unknown"))

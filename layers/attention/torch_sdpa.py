@@ -1,6 +1,6 @@
 """The reference attention backend: torch's scaled_dot_product_attention (SDPA).
 
-A query row: one token's queries. A cache row: K and V of one position, a row of `KVLayer.flat`.
+A query row: the queries of one token. A cache row: K and V of one position in `KVLayer.flat`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One SDPA call, for query rows `first` to `last` - 1: n rows of one prefill or of all decodes.
+    """One SDPA call for n query rows, `first` to `last` - 1, of one prefill or of all decodes.
 
-    `rows` are the cache rows to read. A prefill of a request with L tokens has a mask [n, L], or
-    None for a causal mask. In decodes each query row reads L cache rows, as many as the longest
-    request has. The mask is [n, 1, 1, L], or None if nothing is masked.
+    `rows` are the indices of the cache rows. For a prefill of a request with L tokens, `mask` is
+    [n, L], or None for SDPA's own causal mask. For decodes, `rows` has L indices for each query
+    row, where L is the longest request's length, and `mask` is [n, 1, 1, L] or None for no mask.
     """
 
     first: int
@@ -34,9 +34,9 @@ class _Part:
 class TorchAttention(AttentionBackend):
     """Gathers each request's K and V from the cache and calls SDPA, on any device, for any dtype.
 
-    Each prefill is one call of SDPA. All decodes together are one call, padded to the longest
-    request. In this call query heads that share a KV head are rows of one matrix. If a prefill, or
-    a step's only decode, has consecutive block ids, its K and V are read in place, not gathered.
+    Each prefill is one SDPA call. All decodes together are one SDPA call, with K and V padded to
+    the length of the longest request. If a prefill, or a step's only decode, has consecutive block
+    ids, its K and V are read in place, not gathered.
     """
 
     name = "torch"
@@ -67,7 +67,7 @@ class TorchAttention(AttentionBackend):
     def _decodes(self, batch: AttentionBatch, tables: Tensor) -> _Part:
         lens, count = batch.context_lens[batch.num_prefills :], batch.rows_per_decode
         if count > 1:
-            # Each query row is treated as a request of its own, which ends with the row's token.
+            # Each query row is treated as a separate request that ends with the row's token.
             lens = (lens.unsqueeze(1) + torch.arange(1 - count, 1, device=lens.device)).flatten()
             tables = tables.repeat_interleave(count, 0)
         known, mask = lens.tolist(), None
@@ -78,15 +78,15 @@ class TorchAttention(AttentionBackend):
         rows = self._cache_rows(tables, longest)
         if min(known) < longest:
             visible = self._columns[:longest] < lens.unsqueeze(1)
-            # After its end a request reads its first cache row again, instead of unused cache rows.
-            # Unused cache rows may hold NaN, and NaN times an attention weight of 0 is NaN.
+            # Masked entries read the request's first cache row instead of unused cache rows. These
+            # may contain NaN, and NaN times an attention weight of 0 is NaN.
             rows = torch.where(visible, rows, rows[:, :1])
             mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
             mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
         return _Part(first, first + len(known), rows.flatten(), mask, decodes=True)
 
     def _request_rows(self, table: Tensor, length: int) -> Tensor | slice:
-        """Return the cache rows of the first `length` tokens of one request."""
+        """Return the indices of the cache rows of one request's first `length` tokens."""
         blocks = table[0, : -(-length // self._spec.block_size)].tolist()
         first = blocks[0]
         if blocks == list(range(first, first + len(blocks))):
@@ -95,7 +95,7 @@ class TorchAttention(AttentionBackend):
         return self._cache_rows(table, length)[0]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
-        """Return the cache rows of each request's first `length` tokens, [B, length]."""
+        """Return the cache row indices [B, length] of each request's first `length` tokens."""
         size = self._spec.block_size
         blocks = tables[:, : -(-length // size)].long()
         return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
@@ -128,13 +128,13 @@ class TorchAttention(AttentionBackend):
         return out.reshape(n, -1)
 
     def _gather(self, kv: KVLayer, rows: Tensor | slice, n: int) -> tuple[Tensor, ...]:
-        """Return K and V of the cache rows for n requests, each [n, num_kv_heads, L, head_dim]."""
+        """Return K and V of n requests, for L cache rows each: [n, num_kv_heads, L, head_dim]."""
         if isinstance(rows, slice):
             start, length = rows.start, rows.stop - rows.start
             return kv.keys.narrow(2, start, length), kv.values.narrow(2, start, length)
         (heads, dim), out = kv.flat.shape[1:], None
         if self._gathered is not None:
-            # New tensors above 32 MiB are mapped page by page: 4 times as slow as reusing one.
+            # Gathering over 32 MiB into a new tensor takes 4 times as long as into a reused tensor.
             size = rows.shape[0] * heads * dim
             if self._gathered.numel() < size:
                 self._gathered = self._gathered.new_empty(size + size // 8)
