@@ -1,16 +1,17 @@
 """Sums and maxima over the ranks (GPUs) of one host.
 
 Each rank has an *exchange buffer*: memory on its GPU to which the other ranks, its peers, write. A
-*cell* of the buffer is the place for one value of one peer. For sums a cell that holds -0 is empty,
-so senders replace -0 by +0. A rank waits until its cells are full, reads the values and marks the
-cells as empty again. So a rank needs no fence, barrier or flag to know that the values of its peers
-have arrived. TensorRT-LLM's "Lamport" all-reduce works in the same way.
+*cell* of the buffer is the place for one value of one peer. In a sum, a cell is empty if it holds
+-0, so senders replace -0 by +0. A rank waits until its cells are full, reads the values and marks
+the cells as empty again. So a rank needs no fence, barrier or flag to know that the values of its
+peers have arrived. TensorRT-LLM's "Lamport" all-reduce works in the same way.
 
-A Triton program handles one row of a sum, or 64 elements of a maximum. Each launch of the program
-is one *exchange* with the same program of the peers. Even and odd exchanges have separate cells, so
-exchange n + 2 writes to the cells of exchange n. These cells are empty by then: a rank begins
-exchange n + 2 after all its peers have sent their values of exchange n + 1. A peer sends these
-values after it has emptied its cells of exchange n.
+A sum adds up one matrix per rank; each Triton program handles one row. A maximum is taken
+elementwise over one vector per rank; each program handles 64 elements. In an *exchange*,
+program i of every rank sends values to program i of its peers. Even and odd exchanges use separate
+cells, so exchange n + 2 reuses the cells of exchange n. These cells are empty by then: a rank
+starts exchange n + 2 only after all its peers have sent their values of exchange n + 1. A peer
+sends these values only after it has emptied its cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -28,13 +29,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # empty cell of a maximum; all sent values are larger
-_MAX_BLOCK = 64  # number of elements that a program of `_max_kernel` handles
-# In one shot every rank adds up all rows. In two shots each row is added up by one rank, which
-# sends the sum to the others. With more than two ranks, a sum takes two shots if a rank's summand
-# has more bytes than _TWO_SHOT_BYTES. On four H200, a sum of 64 rows of 1,024 elements, with
-# residual and norm, takes 4.9 us in one shot, 5.3 us in two shots and 12.9 us with NCCL. A sum of
-# 256 such rows takes 8.7 us in one shot, 6.8 us in two shots and 15.6 us with NCCL.
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of a maximum; ranks send larger values
+_MAX_BLOCK = 64  # number of elements that each program of `_max_kernel` handles
+# With one shot every rank adds up all rows. With two shots one rank adds up a row and sends the sum
+# of the row to the other ranks. A sum takes two shots if there are more than two ranks and the sum
+# has more than _TWO_SHOT_BYTES bytes. On four H200 a sum [64, 1024], with residual addition and
+# RMSNorm, takes 4.9 us with one shot, 5.3 us with two shots and 12.9 us with NCCL. A sum
+# [256, 1024] takes 8.7 us with one shot, 6.8 us with two shots and 15.6 us with NCCL.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -55,17 +56,17 @@ def _receive(ptr, mask, empty):
 
 @triton.jit
 def _cells(x):
-    """Return the bits of 16-bit floats x, with +0 in place of -0, which marks an empty cell."""
+    """Return the bits of 16-bit floats x, after replacing -0, which means an empty cell, by +0."""
     bits = x.to(tl.int16, bitcast=True)
     return tl.where(bits == -32768, 0, bits).to(tl.int16)
 
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Return the sum of a row over all ranks, added up in the same order on every rank."""
+    """Return the sum of one row over all ranks. Every rank adds the values in the same order."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # The cells of all peers are read together, so that the latencies of the reads do not add up.
+    # One load reads the values of all peers: the latencies of separate loads would add up.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -95,7 +96,7 @@ def _sum_kernel(
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
-    # No kernel writes weight or addresses: read them before gdc_wait waits for earlier kernels.
+    # Read weight and addresses before gdc_wait waits for earlier kernels, which do not write them.
     if norm is not None:
         residual_ptr, weight_ptr, total_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -114,7 +115,7 @@ def _sum_kernel(
     own = buffers[RANK] + start + cols
     sent = start + RANK * stride + cols
     if TWO_SHOT:
-        # Rank row % SIZE, the row's owner, adds up the row and sends the sum to the other ranks.
+        # Rank `row % SIZE` is the owner: it adds up this row and sends the sum to its peers.
         owner = row % SIZE
         if owner == RANK:
             summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
@@ -134,7 +135,7 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # residual + sum is rounded first, so that the norm is computed from the values stored here.
+        # The norm is computed from the rounded values of residual + sum that are stored here.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
@@ -179,35 +180,35 @@ def _max_kernel(
 
 @dataclass(eq=False, kw_only=True)
 class PeerExchange:
-    """One rank's part in sums and maxima over ranks. A rank must use one CUDA stream for all calls.
+    """Computes sums and maxima over ranks. A rank must make all calls on one CUDA stream.
 
     All ranks must call the same methods in the same order, with tensors of the same shapes.
     """
 
     rank: int
-    # Addresses of all ranks' exchange buffers on this device. A buffer has `num_words(...)` int64
-    # elements. Every rank must call `empty` for its buffer before any rank's first exchange.
+    # Addresses through which this GPU accesses the exchange buffers, one per rank. A buffer has
+    # `num_words(...)` int64 elements. All ranks must call `empty` before the first exchange.
     addresses: Sequence[int]
-    rows: int  # maximum number of rows of a sum, and of elements of a maximum
-    width: int  # number of elements in each row of a sum, a multiple of 8
+    rows: int  # largest number of rows of a matrix, and of elements of a vector
+    width: int  # number of columns of a matrix, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device
-    pdl: bool  # use programmatic dependent launch (compute capability 9.0 or later)
-    # While this event is set, methods compile their kernels but do not run them, and return zeros.
+    pdl: bool  # use CUDA's programmatic dependent launch (compute capability 9.0 or later)
+    # While this event is set, methods for sums and maxima only compile kernels and return zeros.
     rehearses: Event = field(default_factory=Event)
     two_shot_bytes: int = _TWO_SHOT_BYTES
 
     def __post_init__(self) -> None:
         self._size = len(self.addresses)
         self._buffers = torch.tensor(self.addresses, dtype=torch.int64, device=self.device)
-        # Number of past exchanges of each program: of `_sum_kernel` here, of `_max_kernel` below.
+        # `_sums` counts exchanges of each program of `_sum_kernel`, `_maxima` of `_max_kernel`.
         self._sums = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
         programs = triton.cdiv(self.rows, _MAX_BLOCK)
         self._maxima = torch.zeros(programs, dtype=torch.int32, device=self.device)
 
     @staticmethod
     def num_words(size: int, rows: int, width: int) -> int:
-        """Return the number of int64 elements in an exchange buffer for `size` ranks."""
+        """Return the number of int64 elements of an exchange buffer if there are `size` ranks."""
         return 2 * size * rows * (width // 4 + 1)
 
     @staticmethod
@@ -240,7 +241,7 @@ class PeerExchange:
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """Return each element's maximum over ranks; x is int64 [N]. -2**63 becomes -2**63 + 1."""
+        """Return the maximum over ranks of each element of int64 x [N], but at least -2**63 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(
@@ -261,7 +262,7 @@ class PeerExchange:
     def _sum(
         self, x: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None, out: Tensor, eps: float
     ) -> None:
-        """Launch `_sum_kernel`; `norm` is None or (residual, weight, output for residual + sum)."""
+        """Launch `_sum_kernel`. `norm` is (residual, RMSNorm weight, output for residual + sum)."""
         rows, splits, split_stride = x.shape[-2], 1, 0
         if x.dim() == 3:
             splits, split_stride = x.shape[0], x.stride(0)

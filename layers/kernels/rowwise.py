@@ -31,7 +31,7 @@ def _rms_norm_kernel(
     mask = cols < size  # [BLOCK]
     if PDL:
         gdc_launch_dependents()
-    # No earlier kernel writes the weight. So it is read before gdc_wait waits for these kernels.
+    # Read the weight before gdc_wait waits for earlier kernels, which do not write the weight.
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
@@ -49,7 +49,7 @@ def _rms_norm_kernel(
 
 
 def warps_of_row(size: int) -> int:
-    """Return the number of warps for a row of `size` elements: one per 512 elements, 1 to 8."""
+    """Return a row's number of warps: size / 512 rounded up to a power of 2, but 1 to 8."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
 
 
@@ -59,11 +59,10 @@ def rms_norm(
     """Return ``(s / sqrt(mean(s**2) + eps) * weight, s)``; s is x + part, or x if part is None.
 
     Args:
-        x, weight: residual stream [T, H]; weight [H] of the RMSNorm, contiguous.
-        part: [T, H] in x's dtype, or float32 [S, T, H]: S partial sums of a linear layer's output,
-            which this kernel adds up.
-        pdl: use programmatic dependent launch (compute capability 9.0 or later): the kernel starts
-            while the previous kernel runs.
+        x: residual stream [T, H] of T tokens.
+        weight: contiguous RMSNorm weight [H].
+        part: [T, H] in x's dtype, or float32 [S, T, H]: S partial sums, which the kernel adds up.
+        pdl: use CUDA's programmatic dependent launch (compute capability 9.0 or later).
 
     Arithmetic is float32. The sum s is rounded to x's dtype before the norm is computed from s.
     """
@@ -104,7 +103,7 @@ def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: t
 
 
 def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
-    """Return ``silu(gate_up[:, :I]) * gate_up[:, I:]`` as [T, I] for ``gate_up`` [T, 2I].
+    """Return ``silu(gate_up[:, :I]) * gate_up[:, I:]`` [T, I] for ``gate_up`` [T, 2I], T tokens.
 
     Arithmetic is float32; only the result is rounded. For `pdl` see `rms_norm`.
     """
@@ -112,7 +111,7 @@ def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
         raise ValueError(f"gate_up must be [T, 2I] with contiguous rows: {tuple(gate_up.shape)}")
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, size)
-    # With 1,024 columns per program of 4 warps a thread loads 16 bytes of gate and 16 of up.
+    # With 4 warps for 1,024 columns each thread loads 16 bytes of gate and 16 bytes of up.
     block = min(1024, triton.next_power_of_2(size))
     if tokens:
         _silu_mul_kernel[(tokens, triton.cdiv(size, block))](
@@ -147,8 +146,8 @@ def _qk_norm_rope_store_kernel(
     positions_ptr, cos_ptr, sin_ptr = rotation
     qkv_stride, split_stride, block_stride, slot_stride, head_stride = strides
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-    # A row here is one head of one token. A program has HEADS heads of each of TOKENS tokens. HEADS
-    # divides the numbers of query and KV heads, so a program's heads are all query, key or value.
+    # Each program handles HEADS heads of TOKENS tokens. HEADS divides the number of query heads and
+    # the number of KV heads. So the program's heads are all query, all key or all value heads.
     rows = tl.arange(0, TOKENS * HEADS)
     token = (tl.program_id(0) * TOKENS + rows // HEADS).to(tl.int64)
     first_head = tl.program_id(1) * HEADS
@@ -160,7 +159,7 @@ def _qk_norm_rope_store_kernel(
     is_query = first_head < Q_HEADS
     is_key = (first_head >= Q_HEADS) & (first_head < Q_HEADS + KV_HEADS)
     if weights is not None:
-        # No earlier kernel writes the weights. So read them before gdc_wait waits for such kernels.
+        # Read the weights before gdc_wait waits for earlier kernels, which do not write them.
         weight_ptr = weights[1]
         if is_query:
             weight_ptr = weights[0]
@@ -216,18 +215,18 @@ def qk_norm_rope_store(
     *,
     pdl: bool = False,
 ) -> Tensor:
-    """Normalise and rotate queries and keys, store K and V in the cache `kv`, return the queries.
+    """Apply RMSNorm and RoPE to Q and K, store K and V in the KV cache `kv`, and return Q.
 
     Args:
         qkv: Hq query heads, Hkv key heads and Hkv value heads of size D, [T, (Hq + 2 * Hkv) * D];
-            or S partial sums of qkv, float32 [S, T, (Hq + 2 * Hkv) * D], which are added up here.
-        weights: RMSNorm weights [D] of query heads and of key heads, or None for no norm.
-        rotation: positions [T] of tokens, int32 or int64; cosines and sines [P, D / 2] of all P
-            positions of a model. Elements i and i + D / 2 of a head are rotated as a pair.
+            or float32 [S, T, (Hq + 2 * Hkv) * D]: S partial sums, which the kernel adds up.
+        weights: an RMSNorm weight [D] for Q and one for K, or None for no RMSNorm.
+        rotation: positions [T] of the tokens, int32 or int64; cosines and sines [P, D / 2] for
+            positions 0 to P - 1. RoPE rotates elements i and i + D / 2 of a head as a pair.
         slot_mapping: each token's place in the cache, ``block * block_size + offset``, int32 or
             int64 [T]. If a token's place is negative, the token's K and V are not stored.
 
-    Arithmetic is float32. The returned queries are [T, Hq, D] in the dtype of `kv`.
+    Arithmetic is float32. The returned Q is [T, Hq, D] in the dtype of `kv`.
     """
     _, block_size, kv_heads, dim = kv.k.shape
     tokens = qkv.shape[-2]
@@ -238,8 +237,8 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # For few tokens a program has one token and one warp, to use many multiprocessors. For 8,192
-    # tokens 65,536 such programs took 80 us on an H200, 2.5 times as long as a copy of the data.
+    # Programs of one token each are fast only for few tokens. For 8,192 tokens they took 80 us
+    # on an H200, 2.5 times as long as a copy of the data.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)
     if tokens:

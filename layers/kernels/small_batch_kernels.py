@@ -1,7 +1,8 @@
 """Kernels of small_batch_linear.py, written in Gluon, which is Triton's lower-level dialect.
 
-A plain Triton kernel cannot copy to shared memory while it waits for the previous kernel.
-A *stage* is shared memory for one chunk of each token's K inputs, and for the chunk's weights.
+A plain Triton kernel could not copy weights to shared memory before the previous kernel ends. The K
+inputs of a linear layer are divided into chunks. A *stage* is shared memory for one chunk of inputs
+of all tokens of a program, and for the weights by which these inputs are multiplied.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -17,7 +18,7 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 @gluon.jit
 def _index(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
-    """Return arange(size) as a 3-D tensor that has size 1 along the two axes other than `axis`."""
+    """Return arange(size) along `axis` of a 3-D tensor whose two other axes have size 1."""
     if axis == 0:
         line = gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     elif axis == 1:
@@ -52,9 +53,8 @@ def rows_kernel(
     SWIGLU: gl.constexpr,
 ) -> None:
     """Compute out = f(RMSNorm(x) @ w.T + bias) + residual; f is SwiGLU or the identity."""
-    # Each program computes BN outputs of all tokens. Chunk c has WARPS * KC inputs: warp w handles
-    # inputs (c * WARPS + w) * KC and the following KC - 1. A warp copies its own inputs and their
-    # weights to shared memory, and reads no others. EVEN: BN divides N, and WARPS * KC divides K.
+    # Each program computes BN of the N outputs for all tokens. A chunk has KC inputs for each warp,
+    # which copies the inputs and their weights to shared memory and reads only what it has copied.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -95,7 +95,7 @@ def rows_kernel(
         for c in gl.static_range(CHUNKS):
             k = c * WARPS * KC + xk
             gains = gains + (gl.load(norm_ptr + k, mask=k < K, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    # gdc_wait waits for the kernels that write x. Only weights are read before gdc_wait.
+    # Wait for earlier kernels, one of which writes x. Up to here only weights and bias are read.
     gdc_wait()
     for c in gl.static_range(STAGES):
         k = c * WARPS * KC + k0
@@ -111,11 +111,11 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # Wait until chunk c has been copied. Copies of later chunks may still be running.
+        # Wait until chunk c is in shared memory. Later chunks may still be on their way.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
-            # A token's 1 / RMS is known only after the last chunk. So 1 / RMS scales the outputs.
+            # A token's RMS is known only after this loop. Then the outputs are divided by the RMS.
             x32 = x.to(gl.float32)
             square += x32 * x32
             x = (x32 * gains[c].to(gl.float32)).to(dtype)
@@ -182,10 +182,10 @@ def tile_kernel(
     WARPS: gl.constexpr,
     SWIGLU: gl.constexpr,
 ) -> None:
-    """Compute out[i] = f(x[:, ks] @ w[:, ks].T + bias), where ks are the inputs of slice i of K."""
-    # f is SwiGLU or the identity. TMA copies chunks of BK inputs into STAGES stages. A stage's
-    # mbarrier tells when its copies are complete. With SWIGLU a stage has BN rows of the gate
-    # projection's weight, then BN rows of the up projection's weight.
+    """Compute out[i] = f(x[:, s] @ w[:, s].T + bias), where s is slice i of the K inputs."""
+    # f is SwiGLU or the identity. A chunk has BK inputs. TMA, a copy unit of the GPU, copies chunks
+    # to shared memory and signals completion with an mbarrier. With SWIGLU a stage holds BN rows of
+    # the gate projection's weight, then BN rows of the up projection's weight.
     PARTS: gl.constexpr = 2 if SWIGLU else 1
     WIDTH: gl.constexpr = BN * PARTS
     STAGE_BYTES: gl.constexpr = (BM + WIDTH) * BK * 2
@@ -209,7 +209,7 @@ def tile_kernel(
             stage = ws.index(s).slice(p * BN, BN)  # [BN, BK]
             place = [n0 + p * N, k0 + s * BK]
             tma.async_copy_global_to_shared(w_desc, place, ready.index(s), stage)
-    # gdc_wait waits for the kernels that write x. Only weights are read before gdc_wait.
+    # Wait for earlier kernels, one of which writes x. Up to here only weights are read.
     gdc_wait()
     for s in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
@@ -219,7 +219,7 @@ def tile_kernel(
         w = ws.index(c % STAGES).permute([1, 0])  # [BK, WIDTH]
         acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
         if c > 0 and c - 1 + STAGES < CHUNKS:
-            # When all warps have multiplied chunk c - 1, its stage gets chunk c - 1 + STAGES.
+            # Wait until no warp reads chunk c - 1 any more. Then overwrite this chunk's stage.
             acc = hopper.warpgroup_mma_wait(1, [acc])
             _barrier()
             s = (c - 1) % STAGES

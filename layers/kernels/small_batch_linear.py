@@ -3,13 +3,13 @@
 A layer computes N outputs from K inputs of each token; its weight is [N, K]. In a decode step a
 small model runs many short kernels, and the gaps between kernels take longer than the kernels'
 memory traffic. So the kernels of this module use programmatic dependent launch: a kernel starts
-early, copies its slice of the weight to shared memory, and then waits for the previous kernel.
+before the previous kernel ends, copies weights to shared memory, and waits for the previous kernel.
 
-``rows_kernel`` serves 1 to 16 tokens. A program computes 16 or 32 of the N outputs for all tokens,
-with mma.sync. The kernel can also apply an RMSNorm to its input and add a residual to its output.
-``tile_kernel`` serves 17 to 256 tokens. A program computes a *tile*, 32 or 64 outputs of 64 or 128
-tokens, with wgmma. If N is small, K is split among programs, whose results are partial sums. The
-next RMSNorm kernel adds up these partial sums.
+``rows_kernel`` is used for 1 to 16 tokens. Each program computes 16 or 32 of the N outputs for all
+tokens. The kernel can also apply an RMSNorm to its input and add a residual to its output.
+``tile_kernel`` is used for 17 to 256 tokens. Each program computes a *tile*: 32 or 64 of the N
+outputs for 64 or 128 tokens. If N is small, the K inputs are divided into slices, and each program
+handles one slice. The results are partial sums; the kernel that reads them adds them up.
 """
 
 from typing import NamedTuple
@@ -25,15 +25,15 @@ from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
 _MULTIPROCESSORS = 132  # H100 and H200
 # Without SwiGLU, tiles of 128 tokens are used only for weights of at most this many elements. On an
-# H200, for 128 tokens and a weight [1536, 8960], such tiles take 11.7 us and cuBLAS 12.8 us. For
-# 128 tokens and a weight [4096, 4096], such tiles take 18.2 us and cuBLAS 14.5 us.
+# H200 `tile_kernel` with these tiles takes 11.7 us for 128 tokens and a weight [1536, 8960]; cuBLAS
+# takes 12.8 us. For 128 tokens and a weight [4096, 4096] the times are 18.2 us and 14.5 us.
 _TALL_WEIGHTS = 14 * 2**20
 
 
 def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
-    # On an H200 a CUDA graph of all linear layers of Qwen3-0.6B, with norms, residuals and SwiGLU,
-    # takes 310 us with `rows_kernel` and 1,082 us with cuBLAS and separate kernels for norms,
-    # residuals and SwiGLU. These times are for 1 token. For 16 tokens they are 402 us and 926 us.
+    # With `rows_kernel`, all linear layers, norms, residual additions and SwiGLUs of Qwen3-0.6B in
+    # one CUDA graph take 310 us for 1 token on an H200, and 402 us for 16 tokens. With cuBLAS and
+    # separate kernels for norms, residuals and SwiGLU they take 1,082 us and 926 us.
     wide = tokens > 8 if swiglu else n >= 4096
     bm, bn = (8 if tokens <= 8 else 16), (32 if wide else 16)
     if k <= 2048:
@@ -42,8 +42,8 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
         warps, kc = 8, 64 if wide or swiglu else 128
     chunks = triton.cdiv(k, warps * kc)
     stage = warps * kc * (bn * (2 if swiglu else 1) + bm) * 2
-    # A stage is shared memory for one chunk of the K inputs and for the chunk's weights. If 200 KB
-    # hold all chunks, each chunk has its own stage. Otherwise stages are reused: as many as fit
+    # A stage is shared memory for one chunk of the K inputs and for the chunk's weights. Each chunk
+    # gets its own stage if all stages fit in 200 KB. Otherwise there are as many stages as fit in
     # 100 KB, but at least 2. A multiprocessor can run two programs of 100 KB each.
     stages = chunks if chunks * stage <= 200 * 1024 else max(2, 100 * 1024 // stage)
     even = k == chunks * warps * kc and n % bn == 0
@@ -52,7 +52,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
 
 
 class _Tile(NamedTuple):
-    """Constants of `tile_kernel`: BM tokens and BN outputs per program, BK inputs per stage."""
+    """Constants of `tile_kernel`: BN outputs and BM tokens of a tile, BK inputs of a chunk."""
 
     BM: int
     BN: int
@@ -65,10 +65,10 @@ class _Tile(NamedTuple):
 
 
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
-    """Return the tile for a weight [n, k], or None if cuBLAS should be used instead."""
-    # For each linear layer of Qwen3-0.6B and Qwen2-1.5B 20 to 150 tiles were timed on an H200. With
-    # the fastest tiles all programs run at once, on at least half of the multiprocessors, and their
-    # stages fill shared memory. If a program had more than 2,560 inputs, cuBLAS was faster.
+    """Return constants of `tile_kernel` for a weight [n, k], or None if cuBLAS is to be used."""
+    # For each linear layer of Qwen3-0.6B and Qwen2-1.5B, 20 to 150 values of `_Tile` were timed on
+    # an H200. With the fastest values all programs run at once, on at least half of the
+    # multiprocessors. If a program had to read more than 2,560 of the K inputs, cuBLAS was faster.
     chunks = k // 128
     if n % 64 or k % 128:
         return None
@@ -88,9 +88,9 @@ def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) ->
 
 
 def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
-    """Return the tile for a gate and an up projection of n outputs each. None: use cuBLAS."""
+    """Do what `_tile_config` does for a gate projection and an up projection of n outputs each."""
     if chunks > 20:
-        # With K > 2,560 cuBLAS is as fast as `tile_kernel` for more than 64 tokens. For 64 tokens
+        # For K > 2,560 and more than 64 tokens cuBLAS is as fast as `tile_kernel`. For 64 tokens
         # and two weights [6144, 4096] `tile_kernel` takes 27.6 us and cuBLAS 30.5 us.
         deep = _Tile(64, 64, 128, 4)
         fills = 64 <= deep.programs(tokens, n) <= _MULTIPROCESSORS
@@ -99,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # The stages of these tiles are small, so that a multiprocessor can run two programs.
+        # These programs use so little shared memory that a multiprocessor can run two of them.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -107,7 +107,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
 
 
 def small_batch_splits(tokens: int, n: int, k: int) -> int:
-    """Return the best number of slices of K, the argument `splits` of `small_batch_linear`."""
+    """Return the number of slices of K to pass to `small_batch_linear` as `splits`."""
     tile = _tile_config(tokens, n, k, swiglu=False, splittable=True)
     return 1 if tokens <= MAX_FUSED_TOKENS or tile is None else tile.SPLITS
 
@@ -115,8 +115,8 @@ def small_batch_splits(tokens: int, n: int, k: int) -> int:
 def supports_small_batch_linear(
     tokens: int, n: int, k: int, *, swiglu: bool = False, splits: int = 1
 ) -> bool:
-    """Whether `small_batch_linear` takes these sizes, and cuBLAS is not known to be as fast."""
-    fits = n * k * (2 if swiglu else 1) < 2**31  # the kernels index the weight by int32
+    """Whether `small_batch_linear` accepts these sizes. Otherwise cuBLAS should be used."""
+    fits = n * k * (2 if swiglu else 1) < 2**31  # the kernels use int32 offsets into the weight
     if not 1 <= tokens <= MAX_TOKENS or n % 16 or k % 16 or not fits:
         return False
     if tokens <= MAX_FUSED_TOKENS:
@@ -140,18 +140,18 @@ def small_batch_linear(
 ) -> Tensor:
     """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    The device needs compute capability 9.0. Sizes alone determine the order of float32 additions.
+    The GPU needs compute capability 9.0. The order of float32 additions depends on sizes alone.
 
     Args:
-        x: bf16 or fp16 [M, K]; the stride of rows is a multiple of 16 elements.
-        weight: contiguous [N, K]. With ``swiglu`` [2N, K]: first N rows of gate, then N rows of up.
+        x: bf16 or fp16 [M, K] of M tokens; the stride of rows is a multiple of 16 elements.
+        weight: contiguous [N, K]. With ``swiglu`` it is [2N, K]: gate weight, then up weight.
         bias: [N]; not allowed together with ``swiglu`` or with ``splits`` > 1.
-        norm_weight: weight [K] of an RMSNorm of x; only for up to MAX_FUSED_TOKENS (16) tokens.
-        residual: [M, N]; added to the result, only for up to MAX_FUSED_TOKENS (16) tokens.
-        swiglu: f is ``silu(gate) * up`` instead of the identity.
-        splits: number of slices of K. Each slice gives its own partial sums in the result.
+        norm_weight: weight [K] of an RMSNorm that is applied to x; allowed for at most 16 tokens.
+        residual: [M, N]; added to the result; allowed for at most 16 tokens.
+        swiglu: f is ``silu(gate) * up``. Without ``swiglu``, f is the identity.
+        splits: number of slices of K. The result has separate partial sums for each slice.
         out: tensor for the result: [M, N] in x's dtype, or float32 [splits, M, N] if ``splits`` >
-            1. Its rows are contiguous, and it shares no memory with an input. None: a new tensor.
+            1. Rows must be contiguous. ``out`` must not share memory with an input.
         pdl: use programmatic dependent launch. Earlier kernels must not write the weights or bias.
     """
     (tokens, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)

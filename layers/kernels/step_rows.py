@@ -1,6 +1,6 @@
 """Triton kernels for the functions of `layers.step_rows`.
 
-A slot is a running request's index in `SlotTables`. In this file a row of a step is one token.
+A slot is a running request's index in `SlotTables`. In this file a row is one token of a step.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from layers.step_rows import SampledRows, SlotTables, StepRows
 
-_MANY, _FEW = 1024, 16  # tokens per program: 1,024 in steps with prefill, 16 or more in other steps
-_DRAWN = 32  # number of sampled tokens that a program of `_write_kernel` stores: one per thread
+_MANY, _FEW = 1024, 16  # 1,024 tokens per program in steps with prefill, 16 or more in other steps
+_DRAWN = 32  # number of tokens that each program of `_write_kernel` stores, one per thread
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -60,8 +60,8 @@ def _rows_kernel(
     num_sampled = tl.load(header + 5 * header_stride)
     live = slot != padding_slot
     if start < 0:
-        # The request's first position is its number of computed tokens. Program 0 changes this
-        # number below. Other programs of the request have no rows, and may read a changed number.
+        # The request's first position is its number of computed tokens. Program 0 of the request
+        # changes this number below. The other programs may read a changed number: they do nothing.
         start = tl.load(computed_ptr + slot, mask=live, other=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
@@ -95,7 +95,7 @@ def _rows_kernel(
         tl.store(seed_out + place + nth, seed, there)
 
 
-# The tensors named below may be slices of larger tensors, so the kernel must accept any alignment.
+# The four tensors named below may be slices of larger tensors, so they may be unaligned.
 @triton.jit(
     do_not_specialize=["size"],
     do_not_specialize_on_alignment=["drawn_ptr", "slots_ptr", "positions_ptr", "drawn_out"],
@@ -132,7 +132,7 @@ def enter_requests(
 
 
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Do what `layers.step_rows.fill_rows` does. The rows of `rows.header` must be contiguous."""
+    """Do what `layers.step_rows.fill_rows` does. `rows.header[i]` must be contiguous."""
     per_decode, sampled = rows.rows_per_decode, rows.sampled
     block = _MANY if rows.num_chunks else max(_FEW, triton.next_power_of_2(per_decode))
     per_row = rows.input_ids, rows.positions, rows.slot_mapping
