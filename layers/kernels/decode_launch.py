@@ -1,8 +1,8 @@
 """Launch configurations and scratch memory of the attention kernel `paged_decode`.
 
-A pair is one request with one KV head. `paged_decode` cuts the KV tokens of each pair into tiles,
-and divides the tiles of all pairs among its programs. Programs that share a pair store partial
-results, which the last program combines. "16/8 heads" means 16 query heads and 8 KV heads.
+A pair is a request together with one KV head. `paged_decode` cuts the KV tokens of each pair into
+tiles, and divides the tiles of all pairs among its programs. Programs that work on the same pair
+store partial results; the last one combines them. "16/8 heads" means 16 query and 8 KV heads.
 """
 
 from dataclasses import dataclass
@@ -20,29 +20,29 @@ class DecodeConfig:
     tile: int  # number of KV tokens in a tile; a program reads one tile in each loop iteration
     warps: int
     stages: int
-    per_sm: int  # highest number of programs for each multiprocessor; at most MAX_PER_SM
+    per_sm: int  # programs per multiprocessor (fewer for small batches); at most MAX_PER_SM
     max_registers: int | None = None
-    unroll: int = 4  # number of partial results of a pair that are combined in one loop iteration
-    pair_cost: int = 0  # time a program takes to begin a pair, in multiples of its time for a tile
+    unroll: int = 4  # number of partial results that are combined in one loop iteration
+    pair_cost: int = 0  # time that a program takes to start with a pair; a tile takes time 1
 
 
 # Times are for one call in a CUDA graph on an H200 with bf16, head_dim 128 and programmatic
-# dependent launch. For a request of 400 tokens (16/8 heads) SMALL takes 4.2 us and LARGE 6.1 us.
+# dependent launch. For a request of 400 tokens with 16/8 heads, SMALL takes 4.2 us, LARGE 6.1 us.
 SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
-# With 12/2 heads, MIDDLE takes 13.7 us and LARGE 15.7 us for 24 requests of 1,200 tokens (48
-# pairs), but MIDDLE takes 53.3 us and LARGE 49.0 us for 256 requests of 710 tokens (512 pairs).
+# For 24 requests of 1,200 tokens with 12/2 heads (48 pairs), MIDDLE takes 13.7 us, LARGE 15.7 us.
+# For 256 requests of 710 tokens with 12/2 heads (512 pairs), MIDDLE takes 53.3 us, LARGE 49.0 us.
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# A ratio is the memory bandwidth with LARGE divided by that of a sum over a large tensor. For 256
-# requests of 850 tokens the ratio is 1.00 with 16/8 heads and 0.91 with 12/2 heads. For a batch of
-# requests of 100 to 2,000 tokens with 16/8 heads the ratio is 1.014, but 0.970 if pair_cost is 0.
+# A ratio is the memory bandwidth that `paged_decode` reaches with LARGE, divided by that of a sum
+# over a large tensor. For 256 requests of 850 tokens the ratio is 1.00 (16/8 heads), 0.91 (12/2).
+# For requests of 100 to 2,000 tokens (16/8 heads) the ratio is 1.014, or 0.970 if pair_cost is 0.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-SMALL_PAIRS = 32  # with 16/8 heads SMALL is faster than LARGE for 32 pairs, slower for 64 pairs
+SMALL_PAIRS = 32  # 16/8 heads: SMALL takes less time than LARGE for 32 pairs, more time for 64
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 
 
 def decode_config(pairs: int) -> DecodeConfig:
-    """Return the launch configuration for a batch with `pairs` pairs of a request and KV head."""
+    """Return the launch configuration for `pairs` pairs (number of requests times KV heads)."""
     if pairs <= SMALL_PAIRS:
         return SMALL
     return MIDDLE if pairs <= MIDDLE_PAIRS else LARGE
@@ -51,13 +51,13 @@ def decode_config(pairs: int) -> DecodeConfig:
 class DecodeWorkspace(NamedTuple):
     """Scratch memory of `paged_decode`; all calls on one CUDA stream can share one workspace."""
 
-    # A program may share its first pair with earlier programs, and its last pair with later
-    # programs. So a program stores up to two partial results. `rows` is the number of queries (new
-    # tokens times query heads) of a pair. `rows` and head_dim are rounded up to powers of two.
-    values: Tensor  # float32 [programs, 2, rows, head_dim], partial attention outputs
-    lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of the scores in a partial result
-    # arrived[i] counts stored partial results of the last pair program i begins; 0 between calls.
-    arrived: Tensor  # int32 [programs]
+    # Other programs may also work on a program's first pair and on its last pair. So a program
+    # stores up to two partial results. `rows` is the number of queries of a pair: new tokens times
+    # query heads per KV head. `rows` and head_dim are rounded up to powers of two.
+    values: Tensor  # float32 [programs, 2, rows, head_dim], attention outputs of partial results
+    lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of the attention scores
+    # arrived[i] counts the partial results of the last pair whose first tile program i computes.
+    arrived: Tensor  # int32 [programs], all 0 between calls of `paged_decode`
 
 
 def decode_workspace(
@@ -68,7 +68,7 @@ def decode_workspace(
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Allocate scratch memory for `programs` programs; default: MAX_PER_SM per multiprocessor."""
+    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM per multiprocessor."""
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

@@ -12,7 +12,7 @@ def has_triton() -> bool:
 
 
 def fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton kernels can replace PyTorch operations on this device for this dtype."""
+    """Whether Triton kernels can replace PyTorch operations for this device and dtype."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_triton()
 
 
@@ -22,5 +22,5 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether kernels may use wgmma; compiling wgmma for other devices makes LLVM abort."""
+    """Whether kernels may use Hopper's wgmma instructions; for other GPUs the compiler aborts."""
     return torch.cuda.get_device_capability(device)[0] == 9

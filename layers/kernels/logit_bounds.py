@@ -1,16 +1,17 @@
 """Top-k, top-p and min-p filters without sorting: find a bound for each row of logits.
 
-A token may be sampled if its logit is at least the bound. For top-p the weight of a logit x is
-exp((x - highest) / temperature), where `highest` is the row's highest logit. For top-k each logit
-weighs 1. A binary search finds the largest value v such that the logits >= v weigh `target` or more
-in total: for top-k k, for top-p top_p times the weight of all logits that top-k keeps. The search
-finds the bits of v's sort key, a uint32 that is greater for a greater float32, from the highest on.
+A token may be sampled if its logit is at least the bound. For top-k and top-p, the bound is the
+largest value v such that the logits >= v have a total weight of at least `target`. For top-k, each
+logit has weight 1, and `target` is k. For top-p, a logit x has weight exp((x - highest) /
+temperature), where `highest` is the row's highest logit, and `target` is top_p times the total
+weight of the logits that top-k keeps. A binary search finds the sort key of v bit by bit, beginning
+at the highest bit. The sort key of a float32 is a uint32; a greater float32 has a greater key.
 
-To save time the kernel usually reads the whole row only twice. The first pass computes maxima of
-groups of logits and for top-p the weight of the row. Then the kernel chooses a range of values that
+Usually the kernel reads the whole row only twice. The first pass computes maxima of groups of
+logits, and for top-p the total weight of the row. Then the kernel chooses a range of values that
 should contain the bound. The second pass copies the few thousand logits in this range to scratch
-memory, and the search reads only the copied logits. If the bound may lie outside of the range, or
-if the copies do not fit, the search reads the whole row once for every two bits of the key.
+memory, and the search reads only the copies. If the bound may lie outside of the range, or if the
+copies do not fit, the search reads the whole row once for every two bits of the sort key.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -22,18 +23,18 @@ from layers.logits import Filters
 
 # Number of adjacent logits that a thread loads at once: 16 bytes of bf16 or fp16 logits.
 LANES = tl.constexpr(8)
-# Number of bits of a sort key that the search finds: the highest bits, which distinguish all values
-# of the logits' dtype. The number is even, since a pass over a whole row finds two bits.
+# Number of bits of a sort key that the search finds, highest bit first. They distinguish all values
+# of the logits' dtype. The number is even, since each pass over a whole row finds two bits.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# An H200 has 132 multiprocessors. For up to 132 rows, each row's program has 32 warps and a
-# multiprocessor of its own. For more rows, two programs of 16 warps share a multiprocessor.
+# Number of logits that a program reads at once, 512 for each warp. An H200 has 132 multiprocessors.
+# Up to 132 rows get a multiprocessor each. If there are more rows, two share a multiprocessor.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
 @triton.jit
 def _key_value(key):
-    """Return the float32 values for which the uint32 sort keys `key` stand."""
-    # Keys below the key of -inf give -inf. Keys above the key of inf give NaN; no logit is >= NaN.
+    """Return the float32 values whose sort keys are `key` (uint32)."""
+    # Keys below the key of -inf give -inf. Keys above the key of inf give NaN; x >= NaN is False.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
 
@@ -41,7 +42,7 @@ def _key_value(key):
 @triton.jit
 def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
     """Load BLOCK / LANES groups of LANES adjacent logits, as float32 [BLOCK / LANES, LANES]."""
-    # Group i begins at index `start` + i * LANES * `spread`. From index `end` on, -inf is loaded.
+    # Group i starts at index `start` + i * LANES * `spread`. Values at indices >= `end` are -inf.
     columns = tl.arange(0, BLOCK // LANES)[:, None] * (LANES * spread) + start
     columns += tl.arange(0, LANES)[None, :]
     return tl.load(ptr + columns, mask=columns < end, other=float("-inf")).to(tl.float32)
@@ -49,7 +50,7 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """Return the weights of logits x, or 0 if x < `floor`; for top-k (`scale` is None) return 1."""
+    """Return the weights of logits x: 1 for top-k (`scale` is None); for top-p 0 if x < `floor`."""
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
@@ -58,7 +59,7 @@ def _weights(x, floor, highest, scale):
 
 @triton.jit
 def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
-    """Return the sum of the weights of the first `end` logits at `ptr` that are >= `floor`."""
+    """Return the total weight of the logits >= `floor` among the first `end` logits at `ptr`."""
     total = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -69,7 +70,7 @@ def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
     """Return the sort key of the largest v for which the logits x >= v weigh at least `target`."""
-    # The search finds only the BITS highest bits of the key. If `target` <= 0, all of them are 1.
+    # Only the BITS highest bits of the key are searched. If `target` <= 0, all these bits are 1.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(BITS):
@@ -83,7 +84,7 @@ def _search(x, weights, target, BITS: tl.constexpr):
 def search_in_passes(
     ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return what `_search` would return if x were the first `end` logits at `ptr`."""
+    """Return the result of `_search` for the first `end` logits at `ptr`: two bits in each pass."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
@@ -97,8 +98,8 @@ def search_in_passes(
             sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
             sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
             sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
-        # sum1, sum2 and sum3 are the weights of the logits >= `one`, `two` and `three`, whose keys
-        # have 1, 2 and 3 as their next two bits. The number of sums >= `target` gives these bits.
+        # `one`, `two` and `three` are the values whose keys have 1, 2 and 3 as their next two bits.
+        # sum1 >= sum2 >= sum3, so these bits of the result are the number of sums >= `target`.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
@@ -120,13 +121,13 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Split a row into BLOCK / LANES groups; return their maxima, and the weight of the row."""
+    """Split a row into BLOCK / LANES groups; return each group's maximum, and the row's weight."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
-        # `anchor` is the group's highest logit so far, or 0 if it is -inf: -inf - -inf is NaN.
+        # `anchor` is each group's highest logit so far, or 0 for -inf, as -inf - -inf is NaN.
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass *= tl.exp2((best - anchor) * scale)
         mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
@@ -140,37 +141,36 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return (low, high), the ends of a range of values that should contain the top-p bound."""
-    # In the row, logits below the bound weigh `below`; in a sample of BLOCK logits, about `share`.
-    # The weight above the bound is less certain: a sample may miss a few heavy logits.
+    """Return (low, high): values between which the bound of top-p should lie."""
+    # Logits below the bound weigh `below` in the row, about `share` in x, a sample of BLOCK logits.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # `middle` is an estimate of the bound. Each logit below `middle` weighs at most `heaviest`. So
-    # the relative standard error of `share` is <= sqrt(heaviest / share). `margin` is 4 times this.
+    # `middle` is an estimate of the bound. Each logit below `middle` weighs at most `heaviest`, so
+    # the relative standard error of `share` is <= sqrt(heaviest / share). `margin` is 4 times that.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # The lower bits of `high` become 1, so that logits with the same BITS bits are in the range.
+    # Setting the lower bits of `high` to 1 puts all keys with its BITS highest bits into the range.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Append -inf to the `count` logits at `out_ptr` up to whole blocks; return the new count."""
+    """Pad the `count` logits at `out_ptr` with -inf to whole blocks; return the padded count."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
-    tl.debug_barrier()  # all logits must be stored before any thread reads them
+    tl.debug_barrier()  # no thread may read logits before all are stored
     return (count + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy groups of LANES logits with a maximum >= `low` to `out_ptr`; return their number."""
-    # `out_ptr` has room for 2 * BLOCK logits. Logits that do not fit are counted but not copied.
+    """Copy groups of LANES logits with a maximum >= `low` to `out_ptr`; return number of logits."""
+    # `out_ptr` has room for 2 * BLOCK logits. Logits that do not fit are counted, but not copied.
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -179,7 +179,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # exact: the logits at `ptr` have this dtype
+            value = x.to(out_ptr.dtype.element_ty)  # not rounded: it is the dtype of `ptr`
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -187,7 +187,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high] to `out_ptr`; return their number and the weight of all > high."""
+    """Copy logits in [low, high] to `out_ptr`; return their number and the weight of x > high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -208,8 +208,8 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
 @triton.jit
 def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Choose the logits that the top-p search reads: copies of some logits, or the whole row."""
-    # Returns a pointer to the chosen logits, their number, `target`, `floor`, and the row's highest
-    # logit. Chosen logits >= the bound weigh at least `target`, and those < `floor` weigh 0.
+    # Returns a pointer to these logits, their number, `target` and `floor` for the search, and the
+    # row's highest logit. The search ignores logits < `floor`.
     best, total = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
     target = top_p * total
@@ -235,7 +235,7 @@ def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: 
 def _bounds_kernel(
     logits_ptr, filters, scratch_ptr, out_ptr, stride, size, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Find the bound of row program_id(0); its scratch memory has room for 2 * BLOCK logits."""
+    """Find the bound of row program_id(0); `scratch_ptr` has room for 2 * BLOCK logits per row."""
     row = tl.program_id(0).to(tl.int64)
     ptr = logits_ptr + row * stride
     scratch_ptr += row * (2 * BLOCK)
@@ -244,7 +244,7 @@ def _bounds_kernel(
     least = tl.full((), float("-inf"), tl.float32)
     counts = (top_k >= 1) & (top_k < size)
     if (temperature > 0) & (counts | (top_p < 1) | (min_p > 0)):
-        divisor = tl.maximum(temperature, 1e-30)  # so that log2(e) / divisor is finite
+        divisor = tl.maximum(temperature, 1e-30)  # at least 1e-30, so that `scale` is finite
         scale = 1.4426950408889634 / divisor  # log2(e), for exp2
         end = size
         target = tl.full((), 0.0, tl.float32)
@@ -253,8 +253,8 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # If rows are unaligned, a maximum over LANES in the loop makes Triton 3.6 fail an
-            # assertion (OptimizeThreadLocality), so this maximum is taken after the loop.
+            # The maximum over dimension 1 is taken after the loop. A maximum in the loop would
+            # make Triton 3.6 fail an assertion (OptimizeThreadLocality) for unaligned rows.
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
@@ -262,7 +262,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # `low` is the top_k-th of the group maxima: at least top_k logits are >= `low`.
+                    # At least top_k logits are >= `low`, the top_k-th highest of the group maxima.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
@@ -285,12 +285,12 @@ def logit_bounds(
 ) -> torch.Tensor:
     """Return the bound of each row, float32 [R]; tokens with lower logits are filtered out.
 
-    No value of the logits' dtype lies between this bound and `logit_bounds_reference`'s bound.
+    No value of the logits' dtype lies between this bound and that of `logit_bounds_reference`.
 
     Args:
-        logits: bf16, fp16 or fp32 [R, V]; each row is contiguous, and the stride of rows is free.
-        filters: temperatures, top_k, top_p and min_p of all rows, float32 [R] each.
-        block: number of logits a program reads at once, a power of two; the default depends on R.
+        logits: bf16, fp16 or fp32 [R, V]; each row is contiguous, rows may have any stride.
+        filters: temperature, top_k, top_p and min_p of each row; each is a tensor float32 [R].
+        block: number of logits read at once by a program, a power of two; the default depends on R.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
@@ -304,6 +304,6 @@ def logit_bounds(
             *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
             *(_BITS[logits.dtype], block),
             num_warps=max(1, block // 512),
-            maxnreg=64,  # 1,024 threads with 64 registers each fill a multiprocessor's registers
+            maxnreg=64,  # 1,024 threads of 64 registers use all registers of a multiprocessor
         )
     return out

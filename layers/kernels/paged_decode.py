@@ -1,12 +1,13 @@
 """Attention of each request's newest tokens over a paged KV cache (the decode step).
 
-A pair is one request with one KV head. The KV tokens of each pair are cut into tiles. All pairs'
-tiles form one list, and each program works on an equally long section of the list, as in Stream-K
-(Osama et al. 2023). Programs read the requests' lengths from device memory, so a CUDA graph serves
-requests of any length. If several programs work on a pair, each of them stores a part, i.e. a
-partial result (Flash-Decoding, Dao et al. 2023), and the last program to finish combines the pair's
-parts. A row of a pair is one new token of the request with one query head of the KV head. A matrix
-product takes all rows of a pair, so K and V of the pair are read only once.
+A pair is a request together with one KV head. The KV tokens of each pair are cut into tiles. The
+tiles of all pairs form one list. Each program (thread block) works on an equally long section of
+the list, as in Stream-K (Osama et al. 2023). Programs read the requests' lengths from device
+memory, so a CUDA graph serves requests of any length. If several programs work on a pair, each of
+them stores a partial result, called a part (Flash-Decoding, Dao et al. 2023). The last of these
+programs to finish combines the pair's parts. A row of a pair is the query of one new token in one
+of the query heads that use the KV head. Each matrix product is for all rows of a pair, so K and V
+of the pair are read only once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -22,8 +23,8 @@ from memory.kv_cache import KVLayer
 
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
-    """Update an online softmax (maxima, weights, sums) by N tokens' scores [G, N] and values."""
-    # The caller sums the weights `norm` [G, N] over N only at the end: each sum takes a barrier.
+    """Add N tokens with scores `s` [G, N] and values `v` [N, D] to the online softmax of G rows."""
+    # The caller sums `norm` [G, N] over the tokens after the last tile: each sum needs a barrier.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]
@@ -32,7 +33,7 @@ def _accumulate(s, v, top, norm, acc):
 
 @triton.jit
 def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Load the id of the page that holds tile `t`, or an id for each token if tiles span pages."""
+    """Load the id of tile `t`'s page, or, if a tile may span pages, the page id of each token."""
     if PAGE % TILE == 0:
         pages = tl.load(table + t * TILE // PAGE, mask=t * TILE < num_tokens, other=0)
     else:
@@ -43,7 +44,7 @@ def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Return (base, rows); base + rows, [TILE, 1], are cache offsets of the tokens of tile `t`."""
+    """Return (base, rows); the tokens of tile `t` have cache offsets base + rows, [TILE, 1]."""
     offsets = tl.arange(0, TILE)
     if PAGE % TILE == 0:
         base = page * page_stride + t * TILE % PAGE * token_stride
@@ -75,13 +76,12 @@ def _combine(
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Combine the parts that programs `owner` to `final` stored for a pair; store the output."""
+    """Combine the parts of a pair that programs `owner` to `final` stored; store the output."""
     values_ptr, lse_ptr, _ = parts
     out_at, out_row, out_head = place
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    # Each output value has its own copy of its row's maximum and sum: threads exchange no data.
     columns = tl.arange(0, COLUMNS)
     row, dim = columns // DIM_PAD, columns % DIM_PAD
     query, member = _query_and_head(row, GROUP, QUERIES)
@@ -91,7 +91,7 @@ def _combine(
         for i in tl.static_range(UNROLL):
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
-            # Other programs wrote the parts. `.cg` reads from L2, as L1 caches are not coherent.
+            # `.cg` reads from L2, since L1 may hold old values of parts of other programs.
             live = who <= final
             at = lse_ptr + part * PART_ROWS + row
             lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -152,8 +152,8 @@ def _paged_decode_kernel(
     tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
     share = tl.cdiv(tl.sum(tiles + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
     if APART:
-        # Pairs are few, so each pair gets up to 32 programs of its own. With more programs, to
-        # combine the pair's parts would take longer than the additional programs save.
+        # Each program works on one pair only, and at most 32 programs work on a pair. With more
+        # programs for a pair, combining the parts takes more time than the programs save.
         share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32))
         while tl.sum(tl.cdiv(tiles, share), 0) * KV_HEADS > programs:
             share += tl.cdiv(share, 8)
@@ -187,13 +187,13 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several new tokens a row may see no token of a tile. A `top` of -inf then gives NaN.
+        # With several new tokens, a row's scores in a tile may all be -inf; -inf - -inf is NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
         if NEWEST_APART:
-            # The stream's previous kernel may still be writing q and the new token's K and V. So
-            # only K and V of older tokens are loaded before gdc_wait, the wait for that kernel.
+            # gdc_wait waits for the stream's previous kernel, which may still be writing q and the
+            # new token's K and V. So only K and V of older tokens are loaded before gdc_wait.
             seen_tokens, loop_from = num_tokens - 1, begin + 1
             page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
             base, more = _tile_rows(page, begin, page_stride, token_stride, PAGE, TILE)
@@ -224,7 +224,6 @@ def _paged_decode_kernel(
                     gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        # Page ids are loaded one tile ahead, so that they take no stage of Triton's loop pipeline.
         if QUERIES == 1:
             page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
         for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
@@ -244,26 +243,26 @@ def _paged_decode_kernel(
         norm_sum = tl.sum(norm, 1)  # [ROWS]
         result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
         out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
-        # Padding (a request of length 0) must not change the counts in `arrived`: while kernels
-        # are compiled, several CUDA streams run batches of padding at once, with one workspace.
+        # Padding (a request of length 0) must not change `arrived`: while kernels are compiled,
+        # several CUDA streams run batches of padding at the same time with the same workspace.
         if (num_tokens == 0) | ((first == 0) & (last == span)):
             stored = row_ok & (first == 0)
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # Program `owner` begins the pair and stores its part 1; the pair's other programs store
-            # their part 0. arrived[owner] counts the pair's stored parts.
+            # `owner` is the program with the pair's first tile. The part of `owner` is stored at
+            # [owner, 1], that of a later program i at [i, 0]. arrived[owner] counts these parts.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
             used = rows < PART_ROWS
-            # A row that saw no token stores the log-sum-exp -1e30: -inf gives NaN in `_combine`.
+            # Rows that attend to no token of this part get -1e30: -inf gives NaN in `_combine`.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
             used_rows = used[:, None]
             at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
             tl.store(at_part, result, mask=used_rows)
-            # All threads must have stored their values of the part before `arrived` counts it.
+            # All threads must have stored their values before `arrived` counts the part.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
             if before == final - owner:
@@ -293,21 +292,21 @@ def paged_decode(
 ) -> Tensor:
     """Compute attention of the newest n = `rows_per_request` tokens of B requests; return `out`.
 
-    Request b has `context_lens[b]` tokens; a request with 0 tokens is padding. The queries of its
-    last n tokens are rows b * n to b * n + n - 1 of `q`. Row b * n + j attends to the first
-    `context_lens[b] - n + 1 + j` tokens of request b. A row that attends to no token results in 0.
+    Request b has `context_lens[b]` tokens; a request with 0 tokens is padding. The queries of the
+    last n tokens of request b are rows b * n to b * n + n - 1 of `q`. Row b * n + j attends to the
+    first `context_lens[b] - n + 1 + j` tokens of request b. If there are none, the output is 0.
 
     Args:
-        q, out: bfloat16 or float16 [B * n, Hq, D]; the last stride is 1, other strides are free.
+        q, out: bfloat16 or float16 [B * n, query heads, head_dim]; the last stride must be 1.
         kv: pages of the KV cache, which already hold K and V of all tokens of the requests.
-        block_tables: page ids, int32 [S, max_pages]; ids after a request's last page are not read.
+        block_tables: page ids, int32 [slots, max_pages]; ids after the last page are not read.
         slots, context_lens: int32 [B]; `block_tables[slots[b]]` lists the pages of request b.
-        scale: factor by which the products of q and K are multiplied.
-        max_context_len: upper bound of `context_lens`; affects only the number of programs.
+        scale: factor of the attention scores: softmax(scale * q K^T).
+        max_context_len: upper bound of all `context_lens`; limits the number of programs.
         workspace: allocated by `decode_workspace` with `rows_per_request` >= n.
-        pdl: use programmatic dependent launch: the kernel may start while earlier kernels of the
-            stream still run. These earlier kernels must not write `block_tables`, `slots`,
-            `context_lens` or, if n is 1, K and V of tokens before the newest token.
+        pdl: whether to use programmatic dependent launch: the kernel may start while earlier
+            kernels of the stream still run. These earlier kernels must not write `block_tables`,
+            `slots`, `context_lens` or, if n is 1, K and V of tokens before the newest token.
     """
     num_rows, num_heads, dim = q.shape
     _, page, kv_heads, _ = kv.k.shape
@@ -322,7 +321,7 @@ def paged_decode(
     tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
-    apart = 2 * pairs <= programs  # whether each program works on at most one pair
+    apart = 2 * pairs <= programs  # whether to limit each program to one pair
     batch_pad = 16 if batch <= 16 else max(256, triton.next_power_of_2(batch))
     _paged_decode_kernel[(programs,)](
         *(q, kv.k, kv.v, block_tables, slots, context_lens, out, tuple(workspace)),

@@ -1,9 +1,10 @@
 """Causal attention of many new tokens per sequence over a paged KV cache (the prefill step).
 
-The algorithm is FlashAttention-2 (Dao 2023): a program computes a tile of queries in one pass over
-their keys, with an online softmax. A row of the tile is one new token with one query head; all rows
-share the loads of K and V of one KV head. Programs read the sequences' lengths from device memory,
-so a CUDA graph serves all batches with a given number of sequences and of new tokens in total.
+The algorithm is FlashAttention-2 (Dao 2023): a program (thread block) computes the attention of a
+tile of queries in one pass over their keys, with an online softmax. A row of the tile is the query
+of one new token in one query head. The query heads of a tile share one KV head, so K and V are
+loaded once for all rows. Programs read the sequences' lengths from device memory. So a CUDA graph
+serves all batches that have the same number of sequences and the same total of new tokens.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -21,27 +22,27 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Options with which `paged_prefill` is compiled and launched."""
+    """Compile and launch options of `paged_prefill` (TMA: Tensor Memory Accelerator)."""
 
-    rows: int  # number of rows in a tile of queries; a row is one new token with one query head
+    rows: int  # number of queries in a tile, one for each new token and query head
     tile: int  # number of keys that a program reads in one loop iteration
     warps: int
     stages: int
     max_registers: int | None = None
-    tma: bool = True  # whether to load K and V by TMA if the page size is a multiple of `tile`
+    tma: bool = True  # whether to load K and V by TMA if the page size and head_dim allow it
 
 
 # Figures are for an H200, bf16 and head_dim 128; "16/8 heads" means 16 query and 8 KV heads. For 4
-# sequences of 4,096 tokens with 16/8 heads, WIDE reaches 478 TFLOP/s with TMA (0.60 of the rate of
-# a product of 8192 x 8192 matrices), and 438 TFLOP/s without TMA.
+# sequences of 4,096 tokens with 16/8 heads, WIDE reaches 438 TFLOP/s without TMA, 478 with TMA. The
+# latter is 0.60 times the rate of a product of two 8192 x 8192 matrices.
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
-# NARROW is for batches whose queries fill fewer than WIDE_TILES tiles of WIDE. A prompt of 1,024
+# NARROW is used if a batch's queries fill fewer than WIDE_TILES tiles of WIDE. A prompt of 1,024
 # tokens with 16/8 heads takes 20 us with NARROW and 30 us with WIDE. NARROW does not use TMA, since
 # the host takes 17 us longer to launch a kernel with TMA. With TMA, NARROW would be no faster for
 # 16/8 heads. For 1,024 tokens and 12/2 heads NARROW takes 19.7 us, and would take 16.7 us with TMA.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
-LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # for head_dim > 128; not tuned
+LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # not tuned; for head_dim > 128
 
 
 @triton.jit(
@@ -81,7 +82,7 @@ def _paged_prefill_kernel(
         return
     q_begin = tl.sum(tl.where(lane == seq, begins, 0), 0)
     q_len = tl.sum(tl.where(lane == seq, lens, 0), 0)
-    # A sequence's last tile of queries has the most keys, so the sequence's first program takes it.
+    # A sequence's last tile attends to the most keys, so the program that starts first computes it.
     first_row = (tl.sum(tl.where(lane == seq, ends, 0), 0) - 1 - place) * ROWS
     num_tokens = tl.load(len_ptr + seq)
     table = table_ptr + tl.load(slot_ptr + seq).to(tl.int64) * table_row
@@ -93,7 +94,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows of the tile past the last query get that query's position: their scores are finite.
+    # Surplus rows at the tile's end get the last query's position, so their scores are finite.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
@@ -116,7 +117,7 @@ def _paged_prefill_kernel(
                 v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
                 page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
                 if masked:
-                    # V past the last token has weight 0, but may be NaN, and 0 * NaN is NaN.
+                    # V after the last token has weight 0, but V may be NaN, and 0 * NaN is NaN.
                     v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
             else:
                 if PAGE % TILE == 0:
@@ -171,9 +172,9 @@ def paged_prefill(
     Rows `query_start[p]:query_start[p + 1]` of `q` are the queries of the sequence's new tokens.
 
     Args:
-        q, out: [T, Hq, D]. Rows from `query_start[P]` on are padding; `out` is not written there.
-        slots, context_lens: int32 [P]. All arguments not described here are as in `paged_decode`.
-        query_start: int32 [P + 1], ascending; equal neighbours mean a sequence without new tokens.
+        q, out: [rows, query heads, head_dim]; rows from `query_start[P]` on are left unused.
+        slots, context_lens: int32 [P]; see `paged_decode` for these and for arguments not listed.
+        query_start: int32 [P + 1], ascending; entries p and p + 1 are equal if p has no new tokens.
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
@@ -185,7 +186,7 @@ def paged_prefill(
     if tma:
         box = [1, config.tile, 1, dim]
         k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
-    # Each sequence may leave its last tile of queries partly empty, and so need one more tile.
+    # Each sequence may need one more tile, since its last tile may be partly empty.
     tiles = triton.cdiv(rows * group, config.rows) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](

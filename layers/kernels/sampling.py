@@ -1,7 +1,7 @@
-"""Kernels that sample tokens in one pass over the logits, as layers/sampler.py describes.
+"""Kernels that sample tokens in one pass over the logits, with the noise of layers/sampler.py.
 
-A token's score is its logit plus temperature times noise, or -inf if the logit is masked, that is,
-less than the row's bound `least`. The token with the highest score is the sample.
+A token's score is its logit plus temperature times noise. If the logit is less than the row's bound
+`least`, the logit is masked, i.e. the score is -inf. The token with the highest score is sampled.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# Number of logits that a program handles at once: 4 per thread, since a Philox call gives 4 words.
-# With more logits per thread, Triton would pass random words between threads in shared memory.
+# Number of logits that a program processes at once: 4 for each of its 128 threads, as a Philox call
+# gives 4 words. With more logits, Triton would move words between threads in shared memory.
 _BLOCK = 512
-_PROGRAMS = 4224  # number of programs to launch: 32 for each multiprocessor of an H200
+_PROGRAMS = 4224  # intended number of programs: 32 for each of the 132 multiprocessors of an H200
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def _philox(c0, position, k0, k1):
 @triton.jit
 def _log2_exponential(x, HARDWARE: tl.constexpr):
     """Return log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23: Gumbel noise divided by -log(2)."""
-    # For u near 1 the noise is highest and -log(u) is tiny. A series computes this -log(u), since
-    # the hardware's log2 has an absolute error of about 2**-22. The high 23 bits of x become the
-    # mantissa of a float in [1, 2). This float is a multiple of 2**-23, so u and 1 - u are exact.
+    # For u near 1, -log(u) is tiny and is computed as a power series in w = 1 - u, since the
+    # hardware's log2 has an absolute error of about 2**-22. The bit cast gives the float
+    # 1 + (x >> 9) * 2**-23. So u and w have no rounding error.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
@@ -64,7 +64,7 @@ def _sample_kernel(
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store the best score of `blocks` * BLOCK columns of a row in out[0], its token in out[1]."""
+    """Store the highest score of `blocks` * BLOCK logits in out[0], and its token in out[1]."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
@@ -76,7 +76,7 @@ def _sample_kernel(
     MINUS_INF: tl.constexpr = float("-inf")
     FILTERED: tl.constexpr = least_ptr is not None
     best = tl.full((BLOCK,), MINUS_INF, tl.float32)
-    index = start + lanes  # [BLOCK]: columns of the scores in `best`
+    index = start + lanes  # [BLOCK]: index[i] is the column that has the score best[i]
     least = tl.load(least_ptr + row) if FILTERED else MINUS_INF
     logits_ptr += row * stride
     logits = tl.load(logits_ptr + index, mask=index < vocab_size, other=MINUS_INF)  # [BLOCK]
@@ -89,17 +89,17 @@ def _sample_kernel(
         score = score.to(tl.float32)
         drawn = temperature > 0
         if FILTERED:
-            # If `least` is NaN, `<` is False and no logit is masked, as in layers/sampler.py.
+            # A `least` of NaN masks no logit, since x < NaN is False (also in layers/sampler.py).
             score = tl.where(score < least, MINUS_INF, score)
-            # Most time goes into noise, so no noise is computed for a block of only masked logits.
+            # Computing noise takes most time. Noise is skipped if all logits of a block are masked.
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
-            # Four tokens are a group. Word j that Philox gives for group i is for token 4 * i + j.
+            # Philox gives four words for i = token // 4. Word j is for the token 4 * i + j.
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
-        # If scores are equal, `>` keeps that of the lower column. A NaN score is never `better`.
+        # Of equal scores, `>` keeps the first one. NaN > x is False, so NaN is never chosen.
         better = score > best
         best = tl.where(better, score, best)
         index = tl.where(better, columns, index)
@@ -112,7 +112,7 @@ def _sample_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl.constexpr):
-    """Store a row's highest score and its token, given the best scores of `splits` sections."""
+    """Find a row's highest score and its token in `splits` results that `_sample_kernel` stored."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, SPLITS)
     inside = lanes < splits
@@ -133,9 +133,9 @@ def sample_shard(
     vocab_offset: int = 0,
     least: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample like :func:`layers.sampler.sample_shard`; the noise may be rounded differently.
+    """Sample like :func:`layers.sampler.sample_shard`, but the noise may be rounded differently.
 
-    `logits` is bf16, fp16 or fp32, with any stride between rows. `positions` is int32 or int64.
+    `logits` is bf16, fp16 or fp32; its rows may have any stride. `positions` is int32 or int64.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")
