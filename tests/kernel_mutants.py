@@ -77,7 +77,7 @@ _PADDING: tuple[PlainMutant, ...] = (
         _GRAPHS,
         "            if plan.decode != self._decode:\n",
         "            if len(plan.decode) != len(self._decode):\n",
-        ROWS,
+        GRAPHS,
     ),
     _bug(
         "captured steps: what chunks sample is not next to the decodes",

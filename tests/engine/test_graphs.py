@@ -90,6 +90,8 @@ def test_what_a_plan_samples_is_one_stretch_in_the_plan_s_order(
         StepPlan(2, prefill=(PrefillChunk(5, 3, 1, True),), decode=(3,)),
         StepPlan(3, decode=(2, 5, 1)),
         StepPlan(4, decode=(2, 5, 1)),
+        # As many decodes, of other slots.
+        StepPlan(4, decode=(5, 3, 1)),
         StepPlan(5, prefill=(PrefillChunk(6, 0, 2, False),)),
         StepPlan(6, decode=(3,)),
         StepPlan(7, prefill=(chunks[0], PrefillChunk(6, 2, 2, True)), decode=(5, 2, 1, 3)),
