@@ -72,7 +72,7 @@ class QueuedScheduler(Scheduler):
                 self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
-        """Plan up to `left` tokens for running prefills. Returns `left` minus the planned tokens."""
+        """Plan up to `left` tokens for running prefills. Returns `left` minus planned tokens."""
         for seq in list(self.batch.prefilling.values()):
             if left > 0:
                 left -= self.batch.prefill(seq, left)

@@ -39,7 +39,7 @@ class NewRequest:
     withheld_token_ids: tuple[int, ...] = ()  # ids forbidden in the first `min_tokens` output ids
     max_total_tokens: int = NO_LIMIT  # maximum length of prompt and output together
     sample: int = 0  # index of this output among the outputs of its prompt
-    seed_kind: SeedKind = SeedKind.DERIVED  # random numbers may depend on `seed_kind` and `sample`
+    seed_kind: SeedKind = SeedKind.DERIVED  # a runner's sampling may use `seed_kind` and `sample`
 
 
 @dataclass(frozen=True, slots=True)
