@@ -141,10 +141,10 @@ class LLMEngine:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Mark code that changes the engine's state: `_calls` is above 0 while such code runs."""
+        """Context manager for code that changes the engine's state: keeps `_calls` above 0."""
         self._calls += 1
         self._thread = threading.get_ident()
-        # If the code fails unexpectedly, `_stale` stays True until `reset` is called.
+        # If the code fails unexpectedly, `_stale` stays True, and `check_usable` calls `reset`.
         before, self._stale = self._stale, True
         try:
             yield
@@ -195,8 +195,8 @@ class LLMEngine:
     def drop(self, seqs: list[Sequence]) -> None:
         """End requests that the caller no longer wants, immediately or at the next `step`.
 
-        The requests end at the next `step` if another engine method is running, or if the last
-        method call was in another thread. The garbage collector can call `drop` in these two cases.
+        The requests end at the next `step` if another engine method is running, or if another
+        thread made the last method call. Both can happen if the garbage collector calls `drop`.
         """
         if self._calls or threading.get_ident() != self._thread:
             for seq in seqs:
@@ -273,7 +273,7 @@ class LLMEngine:
             self.blocks.reset_prefix_cache()
 
     def check_usable(self) -> None:
-        """Raise EngineClosedError after `close`. Call `reset` if a call failed unexpectedly."""
+        """Raise EngineClosedError after `close`. Call `reset` after an unexpected failure."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
         if self._stale:

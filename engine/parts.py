@@ -2,7 +2,7 @@
 
 A part is an object that an option selects, such as a scheduler, a policy or a model runner. The
 option's value is a class, the name of a class, or a *factory function* that makes the part. Only a
-class has attributes, such as `policies`, that tell what its parts can do. Torch is imported only
+class has attributes, such as `policies`, that describe the part. Torch is imported only
 inside functions: schedulers import this module and must work without torch.
 """
 
@@ -83,7 +83,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
     import torch
 
     runner: Any = find("model_runner", config)
-    # `has_device` tells whether the runner can use a GPU. For a factory function, True is assumed.
+    # Whether the runner can use a GPU. A factory function has no `has_device`: True is assumed.
     has_device = getattr(getattr(runner, "func", runner), "has_device", True)
     cuda = has_device and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -113,7 +113,7 @@ def _on_device(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def _with_caching(config: Config, blocks: Any) -> Config:
-    """Set enable_prefix_caching to `blocks.caches_prefixes`. ConfigError: options contradict it."""
+    """Set enable_prefix_caching to `blocks.caches_prefixes`. Raises ConfigError on a conflict."""
     caches = blocks.caches_prefixes
     problem = "always caches prefixes" if caches else "does not cache prefixes"
     if config.enable_prefix_caching not in (None, caches):
@@ -133,7 +133,7 @@ def _conflict(config: Config, option: str, kind: str, problem: str) -> ConfigErr
 
 
 def find(option: str, config: Config) -> Callable[..., Any]:
-    """Return the class or factory that an option names. ConfigError: the name is unknown."""
+    """Return the class or factory that an option names. Raises ConfigError for an unknown name."""
     return PART_KINDS[option].find(getattr(config, option))
 
 
@@ -150,7 +150,7 @@ def make(option: str, config: Config, *args: Any) -> Any:
 
 
 def make_scheduler(config: Config, blocks: BlockManager, clock: Clock) -> Scheduler:
-    """Make the scheduler. ConfigError: the scheduler ignores a policy that an option selects."""
+    """Make the scheduler. Raises ConfigError if it ignores a policy that an option selects."""
     scheduler: Scheduler = make("scheduler", config, blocks, clock)
     check_policies(config, scheduler)
     return scheduler
@@ -168,7 +168,7 @@ def check_policies(config: Config, scheduler: object) -> None:
 
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
-    """Make the runner and load the model. ConfigError: the runner does not support an option."""
+    """Make the runner and load the model. Raises ConfigError for unsupported options."""
     runner: ModelRunner = make("model_runner", config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
@@ -181,9 +181,9 @@ def make_block_managers(
 ) -> tuple[Config, tuple[BlockManager, ...]]:
     """Make a block manager for each cache group. Also returns the config to use from now on.
 
-    `asked` is the user's config, `config` what `resolve` returned for `asked`. With several cache
-    groups, or with an attention window, prefixes cannot be cached. Then enable_prefix_caching is
-    False in the returned config, or a ConfigError is raised if `asked` demands prefix caching.
+    `asked` is the user's config, and `config` is the result of `resolve` for `asked`. With several
+    cache groups, or with an attention window, prefixes cannot be cached: the returned config has
+    enable_prefix_caching=False. If `asked` demands prefix caching, a ConfigError is raised.
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
@@ -210,14 +210,14 @@ def make_block_managers(
 
 
 def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
-    """Make the attention backend. ConfigError: it cannot run this model on this machine."""
+    """Make the attention backend. Raises ConfigError if it cannot run the model on this machine."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
         name = _first(option, lambda part: part.unsupported(spec) is None)
         config = replace(config, attention_backend=name)
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
-    # `unsupported` can be called on a class, but a factory function must make the backend first.
+    # A factory function has no method `unsupported`, so the backend is made before the check.
     backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
     reason = backend.unsupported(spec)
     if reason is not None:
@@ -226,7 +226,7 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:
-    """Whether to capture CUDA graphs. ConfigError: enable_cuda_graphs is True, but cannot work."""
+    """Whether to capture CUDA graphs. Raises ConfigError if enable_cuda_graphs=True cannot work."""
     import torch
 
     from layers.kernels.launch import fused

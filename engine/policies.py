@@ -29,7 +29,7 @@ class Policy(ABC):
 
 
 class QueuePolicy(Policy):
-    """Orders the waiting requests. Thousands may wait, so no method may loop over all requests."""
+    """Orders the waiting requests. Thousands of them may wait, so no method may loop over all."""
 
     @abstractmethod
     def push(self, seq: Sequence) -> None:
@@ -85,7 +85,7 @@ class StepPolicy(Policy):
         Args:
             budget: maximum number of positions in the step; at least the option `max_num_seqs`.
             num_decodes: number of decoding requests, i.e. of requests that may get a decode row.
-            gap: number of consecutive steps before this step in which decoding requests waited.
+            gap: for how many steps in a row, up to now, decoding requests have waited.
         """
 
 
@@ -163,7 +163,7 @@ class ShortestPrompt(KeyedQueue):
 
 
 class ShortestJob(KeyedQueue):
-    """Runs the request that is expected to generate the fewest further output tokens first."""
+    """Runs first the request that is expected to generate the fewest further output tokens."""
 
     name = "shortest_job"
 
@@ -172,7 +172,7 @@ class ShortestJob(KeyedQueue):
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the user with the lowest level first. A level counts tokens charged to a user."""
+    """Serves the user with the lowest level first. A level is a user's total charge in tokens."""
 
     def __init__(self, config: Config) -> None:
         self.levels: defaultdict[str, int] = defaultdict(int)
@@ -266,8 +266,8 @@ class ReserveOutput(AdmissionPolicy):
 class LookAhead(AdmissionPolicy):
     """Admits a request if it and all running requests fit the cache up to their expected lengths.
 
-    Memory use peaks just before a request ends, so only the steps in which a request ends are
-    checked. The method is from Past-Future (Gong et al., ASPLOS 2025).
+    Memory use peaks just before a request ends, so `admits` checks only the steps in which a
+    request ends. The method is from Past-Future (Gong et al., ASPLOS 2025).
     """
 
     name = "lookahead"
@@ -282,7 +282,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # In this request's last step `count` requests run, each longer by `steps - 1` tokens.
+            # In this request's last step `count` requests run, with `steps - 1` more tokens each.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
@@ -327,7 +327,7 @@ class DecodeFirst(StepPolicy):
 
 
 class PrefillFirst(StepPolicy):
-    """Prompts may use the whole budget. Decoding requests wait at most `max_gap` steps in a row."""
+    """Prompts may fill a whole step. Decoding requests wait at most `max_gap` steps in a row."""
 
     name = "prefill_first"
     max_gap = 4

@@ -27,7 +27,7 @@ class Sequence:
     token_ids: list[int]  # prompt and committed output; a copy of the caller's list
     sampling: SamplingParams  # the parameters that the user gave
     _: KW_ONLY
-    max_total_tokens: int  # length limit of prompt and output together
+    max_total_tokens: int  # maximum number of prompt and output tokens together
     stop_token_ids: frozenset[int] = frozenset()  # ids of tokens that end the request
     seed: int = 0  # seed of the random numbers that sampling uses
     seed_kind: SeedKind = SeedKind.DERIVED
@@ -35,7 +35,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     finish_reason: str | None = None  # None while unfinished, or "stop", "length", "abort", "error"
     error: Exception | None = None  # the `RowReport.error` that ended the request, if any
-    # For each output token, its mapping from `RowReport.values`; empty if the runner has none.
+    # For each output token, its mapping in `RowReport.values`; empty if the runner returns none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if requested
     # Log-probabilities of the prompt tokens computed so far, if requested. The first entry is None,
@@ -50,7 +50,7 @@ class Sequence:
 
     # Only the scheduler changes the following fields, from `slot` to `capacity`.
     slot: int | None = field(init=False)  # index in the runner's tables; None while not admitted
-    # How many leading positions are cached, committed or in flight; drafts in flight count.
+    # How many leading positions are cached, committed or in flight, including drafts in flight.
     num_scheduled: int = field(init=False)
     num_drafted: int = field(init=False)  # number of the request's drafts in steps in flight
     num_prefill: int = field(init=False)  # number of prompt and output tokens at the last admission
@@ -64,7 +64,7 @@ class Sequence:
         self.reset()
 
     def reset(self) -> None:
-        """Called at arrival and preemption: clear the fields that only the scheduler changes."""
+        """Initialise the fields that only the scheduler sets. Called at arrival and preemption."""
         self.slot = None
         self.num_scheduled = self.num_committed = self.num_drafted = self.num_in_flight = 0
         self.num_prefill = self.capacity = 0
@@ -75,8 +75,8 @@ class Sequence:
         salt = self.sampling.cache_salt
         if self.sampling.prompt_logprobs is None:
             return salt
-        # Prompt log-probabilities need the prompt's logits, which the cache does not keep. With the
-        # request id in the salt, a request finds only blocks that it computed before a preemption.
+        # The cache does not keep the logits that prompt log-probabilities need. The request id in
+        # the salt ensures that the request computes each prompt position itself, at least once.
         return f"{salt}\0{self.request_id}"
 
     @property
@@ -129,7 +129,7 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
 def check_request(
     prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
 ) -> int:
-    """Check prompt and parameters of a request. Returns the length limit of prompt plus output.
+    """Check the prompt and the parameters of a request. Returns the request's length limit.
 
     Raises RequestError for an invalid request, RequestTooLongError if max_model_len is too small.
     """
@@ -168,7 +168,7 @@ def _check_picklable(params: SamplingParams) -> None:
         # A rank's process cannot unpickle a function of __main__: the process has another __main__.
         if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
             raise TypeError("they are of the module __main__")
-    except Exception as error:  # pickling code of a user's class may raise any exception
+    except Exception as error:  # pickling a user's object may raise any exception
         problem = f"the ranks cannot be sent them ({error})"
         fix = "Use functions of a module, or tensor_parallel_size=1."
         processors = params.logits_processors
@@ -228,8 +228,8 @@ def increments(
 ) -> Generator[dict[str, Any] | None, None, None]:
     """Yield the output of a request of prompt `index` in increments of new tokens and new text.
 
-    An increment is a dict, or None if there is no new text (no new token if has_text=False). Text
-    that may become part of a stop string is held back. The last increment has a finish_reason.
+    An increment is a dict, or None if there is no new text (with has_text=False: no new token).
+    Text that may become part of a stop string is held back. The last increment has a finish_reason.
     """
     text, reason = seq.text, None
     num_tokens = num_chars = 0

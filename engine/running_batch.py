@@ -1,8 +1,7 @@
 """The running requests, and the plan that the scheduler is building.
 
 A decode row computes a request's last token and its *drafts*: tokens that speculative decoding
-proposes. The step's result tells how many drafts are accepted. A request's *length limit* is the
-maximum number of its prompt and output tokens.
+proposes. The step's result tells how many drafts are accepted.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ class RunningBatch:
         return total
 
     def _most_positions(self, seq: Sequence, wanted: int) -> int:
-        """Size to plan for the next decode row: the last token and at most `wanted` - 1 drafts."""
+        """Number of positions in the next decode row: 1 plus at most `wanted` - 1 drafts."""
         # The row starts at position `earliest` if all drafts in flight are rejected. If some drafts
         # are accepted, the row starts later, and the runner shortens it at the length limit.
         earliest = seq.num_scheduled - seq.num_drafted
@@ -214,7 +213,7 @@ class RunningBatch:
                     self._release(seq)
                 continue
             if report is not None and report.error is not None:
-                # The row's KV may be wrong. The row is not committed, so no request reuses its KV.
+                # The KV of a failed row may be wrong. Without a commit no request reuses this KV.
                 seq.error = report.error
                 finished.append(seq)
                 self.finish(seq, "error")

@@ -72,7 +72,7 @@ class QueuedScheduler(Scheduler):
                 self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
-        """Plan prefill of running requests, at most `left` tokens. Returns the rest of `left`."""
+        """Plan up to `left` tokens for running prefills. Returns `left` minus planned tokens."""
         for seq in list(self.batch.prefilling.values()):
             if left > 0:
                 left -= self.batch.prefill(seq, left)
@@ -132,7 +132,7 @@ class ContinuousScheduler(QueuedScheduler):
             return None
         decodes = list(self.batch.decoding.values())
         budget = self._step.prefill_budget(self.budget, len(decodes), self._gap)
-        # No admission after a preemption: the step could readmit the request that it preempted.
+        # A step with a preemption admits no request: it could admit the preempted request again.
         planned = self._prefill(min(budget, self.budget), may_admit=not num_preemptions)
         left = self.budget - planned
         if len(decodes) <= left:
@@ -143,7 +143,7 @@ class ContinuousScheduler(QueuedScheduler):
         return self.batch.build()
 
     def _prefill(self, budget: int, may_admit: bool) -> int:
-        """Plan prefill of running requests, then of new ones. Returns the number of tokens."""
+        """Plan prefill of running and then of newly admitted requests. Returns the token count."""
         left = self.prefill_begun(budget)
         self.rejoin()
         while left > 0 and may_admit and (admitted := self._admit_first()):
@@ -157,7 +157,7 @@ class ContinuousScheduler(QueuedScheduler):
             prefix = self.batch.blocks.pending(seq.token_ids, seq.cache_salt)
             if prefix is None:
                 return seq if self.admit(seq) else None
-            # A running request is computing the KV of a prefix of `seq`, so `seq` waits for it.
+            # A running request is computing the KV of a prefix of `seq`, so `seq` is deferred.
             if not self.defer(prefix):
                 break
         return None

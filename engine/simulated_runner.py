@@ -153,7 +153,7 @@ class SimulatedRunner(ModelRunner):
         return {}
 
     def _prompt_part(self, chunk: PrefillChunk) -> tuple[Sequence[int], int | None]:
-        """The prompt token after each position of a chunk, and the option `prompt_logprobs`."""
+        """Return the prompt tokens after a chunk's positions, and the option `prompt_logprobs`."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
         return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
@@ -161,7 +161,7 @@ class SimulatedRunner(ModelRunner):
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]
     ) -> list[list[TokenLogprobs]] | None:
-        """Return log-probabilities of the rows' tokens and of as many likeliest tokens as asked."""
+        """Return log-probabilities of each row's tokens and of the requested likeliest tokens."""
         if all(num_top is None for _, num_top in rows):
             return None  # no request asks for log-probabilities
         even = -math.log(self._vocab_size)

@@ -1,6 +1,6 @@
 """Plan and result of a step: frozen, picklable dataclasses without tensors.
 
-The docstring of `engine.types` explains the terms slot, position, block, cache group and row.
+`engine.types` explains the terms slot, position, block, cache group, row, draft, length limit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class NewRequest:
     withheld_token_ids: tuple[int, ...] = ()  # ids forbidden in the first `min_tokens` output ids
     max_total_tokens: int = NO_LIMIT  # maximum length of prompt and output together
     sample: int = 0  # index of this output among the outputs of its prompt
-    seed_kind: SeedKind = SeedKind.DERIVED  # random numbers may depend on `seed_kind` and `sample`
+    seed_kind: SeedKind = SeedKind.DERIVED  # a runner's sampling may use `seed_kind` and `sample`
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,14 @@ class PrefillChunk:
 class StepPlan:
     """One step of the model, as pure data: updates of the runner's tables, and rows to compute.
 
-    A runner applies `new_requests`, then `block_updates`. `block_copies` may come first or last.
-    Then the runner computes the rows: prefill chunks, then a decode row for each slot in `decode`.
+    A runner applies `new_requests`, then `block_updates`. It makes `block_copies` before or after
+    them. Afterwards it computes the rows: prefill chunks, then a decode row for each `decode` slot.
 
     A decode row starts at the request's first position whose KV is not computed. An earlier step
     sampled the token at this position. Decode row i has at most `decode_tokens[i]` positions. The
     runner drafts the tokens at all positions of a row but the first. A draft is accepted if all
-    drafts before it in the row are accepted and sampling gives a token equal to the draft. No
-    decode row has position `max_total_tokens - 1` or a later one: no blocks are reserved for these.
+    drafts before it in the row are accepted and sampling gives a token equal to the draft.
+    A decode row ends before position `max_total_tokens - 1`: no block is reserved from there on.
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
@@ -158,7 +158,7 @@ class StepResult:
     # did not ask for them. `logprobs` is None if no request of the step asked for them.
     logprobs: list[list[TokenLogprobs]] | None = None
     # For each prefill chunk, log-probabilities of the prompt tokens at positions start + 1 to
-    # start + num_tokens; an empty list if not requested. None if no request of the step asked.
+    # start + num_tokens; empty if not requested. `prompt_logprobs` is None if no request wants any.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     device_seconds: float | None = None  # seconds of device work; None unless `StepPlan.timed`
     # Index of a row in `StepPlan.row_slots` -> error or values of the row, if the row has any.

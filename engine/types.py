@@ -8,7 +8,8 @@ request's *block table* lists the request's blocks in one cache group. *Admissio
 slot and blocks, and *preemption* takes them away until the next admission. A *row* of a step is the
 work for one request in this step. A step is *in flight* from `schedule`, which plans the step, to
 `commit`, which applies the step's result. After `commit` the positions of the step's rows, except
-rejected drafts, are *committed*.
+rejected drafts, are *committed*. *Drafts* are tokens that speculative decoding proposes. A
+request's *length limit* is the maximum number of its prompt and output tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ __all__ = [
 
 Clock = Callable[[], float]  # type of `ModelRunner.now`: returns the seconds since a fixed moment
 
-NO_BLOCK = -1  # block table entry of a freed block, all of whose positions are before the window
+NO_BLOCK = -1  # block table entry of a freed block: its positions are before the sliding window
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class BlockManager(ABC):
     @property
     @abstractmethod
     def num_free_blocks(self) -> int:
-        """Number of blocks that no request uses. With several groups: the groups' minimum."""
+        """Number of blocks that no request uses. With several groups: the minimum over them."""
 
     @abstractmethod
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
@@ -184,7 +185,7 @@ class BlockManager(ABC):
         the cached tokens end inside a block, the table lists a new block instead of this block, and
         `take_copies` returns the `BlockCopy` from the cached block to the new block. Only requests
         with equal `cache_salt` share blocks. Until `release` the caller may append to `token_ids`.
-        After the last `commit` the caller may also remove tokens from the end of `token_ids`.
+        After the request's last `commit` the caller may also remove the last `token_ids`.
         """
 
     @abstractmethod
@@ -203,9 +204,9 @@ class BlockManager(ABC):
         """Record that the KV of the first `num_computed` tokens of `token_ids` has been written.
 
         The manager may now let other requests read the full blocks of these tokens, and may free
-        blocks that no position from `num_computed` on attends to. Steps in flight write no position
-        before `num_computed`. Rejected drafts never count as computed. The caller must call
-        `commit` whenever the computed tokens fill another block.
+        blocks that no position from `num_computed` on attends to. Steps in flight write no KV at
+        positions before `num_computed`. Rejected drafts never count as computed. The caller must
+        call `commit` whenever the computed tokens fill another block.
         """
 
     @abstractmethod
@@ -240,7 +241,7 @@ class Scheduler(ABC):
     """Decides what each step computes. A scheduler works on the CPU and never uses a device.
 
     The constructor takes the `Config`, the `BlockManager` and the runner's `Clock`. A scheduler
-    must read no clock but this `Clock`, because a runner without a device keeps virtual time.
+    must read no clock but this `Clock`: the clock of a simulated runner does not show real time.
 
     A request is in flight while a step in flight has a row of the request. A request in flight may
     get rows in further plans, but is not preempted. `commit` gets the plans in order of planning.
@@ -274,7 +275,7 @@ class Scheduler(ABC):
     def schedule(self) -> StepPlan | None:
         """Plan the next step. Returns None if nothing can be planned now.
 
-        The engine raises a StepError on None if unfinished requests exist, but no step in flight.
+        The engine raises a StepError for None if requests are unfinished and no step is in flight.
         """
 
     @abstractmethod
@@ -313,14 +314,14 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step. If possible, return before the step ends. Steps run in the calls' order."""
+        """Start a step. If possible, return before it ends. Steps run in the order of the calls."""
 
-    # The engine's only clock: seconds since a fixed moment. The scheduler stores `now`. So the
-    # default is a plain function: a stored bound method would keep the runner's memory alive.
+    # The engine's only clock: seconds since a fixed moment. The default is a plain function:
+    # the scheduler stores `now`, and a stored bound method would keep the runner from being freed.
     now: Clock = staticmethod(time.perf_counter)
 
     def wait_until(self, moment: float) -> None:
-        """Sleep until `now()` reaches `moment`. With virtual time, move the clock to `moment`."""
+        """Sleep until `now()` reaches `moment`. A simulated clock is moved to `moment` instead."""
         while (left := moment - self.now()) > 0:
             time.sleep(left)
 
