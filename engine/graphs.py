@@ -64,7 +64,7 @@ class StepGraphs:
     Args:
         step: function that enqueues the kernels of a step, which are captured as a graph.
         max_tokens: maximum number of prefill tokens in a step.
-        weights_per_layer: number of the model's weights / (number of layers * number of ranks).
+        weights_per_layer: number of the model's weights (2 bytes each) / (layers * ranks).
     """
 
     def __init__(
