@@ -106,7 +106,7 @@ class DeviceState:
             from layers.kernels import step_rows
 
             self._ops = step_rows
-        # Latest request of each slot, only if it has sampling options besides temperature and seed.
+        # Latest request of each slot, if the request has options besides temperature and seed.
         self.special: dict[int, NewRequest] = {}
         self._random_slots: set[int] = set()
         self._decode: tuple[int, ...] = ()

@@ -24,8 +24,8 @@ from layers.step_rows import SampledRows, StepRows
 
 # Row counts of the prefill graphs. Padding rows fill up a prefill to the next larger count; above
 # 2,048 rows padding adds at most 6 % to the rows. A prefill of a few hundred tokens takes an H200 1
-# to 3 ms, but the host needs some 10 ms to launch the kernels of 28 layers. A prefill of more rows
-# than the largest count uses no graph: its kernels take longer than their launches.
+# to 3 ms, but the host needs some 10 ms to launch the kernels of a model with 28 layers. A prefill
+# of more rows than the largest count uses no graph: its kernels take longer than their launches.
 CHUNK_ROWS = (*range(128, 1024, 128), *range(1024, 2048, 256), *range(2048, 4097, 128))
 # Maximum number of prefill chunks in a graph. On an H200, graphs for 32 chunks take 0.01 to 0.12 ms
 # longer to replay than graphs for 8 chunks. Graphs for more than 32 chunks were not tried.
@@ -38,8 +38,8 @@ _LAUNCH_SECONDS = 0.4e-3
 _BYTES_PER_SECOND = 4e12
 _FLOPS = 600e12
 
-# Type of `StepPass.plain`, which enqueues a step and returns logits [R, this rank's vocabulary]. It
-# takes rows, of which only `header` must be filled, and a tensor for the logits or None.
+# Type of `StepPass.plain`, which enqueues a step and returns logits [R, this rank's vocabulary].
+# Arguments: a `StepRows` of which only `header` must be filled; a tensor for the logits, or None.
 PlainStep = Callable[[StepRows, "Tensor | None"], Tensor]
 
 
@@ -64,7 +64,7 @@ class StepGraphs:
     Args:
         step: function that enqueues the kernels of a step, which are captured as a graph.
         max_tokens: maximum number of prefill tokens in a step.
-        weights_per_layer: number of all 2-byte weights / (number of layers * number of ranks).
+        weights_per_layer: number of the model's weights (2 bytes each) / (layers * ranks).
     """
 
     def __init__(

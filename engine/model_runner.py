@@ -305,7 +305,7 @@ class LocalRunner(ModelRunner):
             list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
-        """Return functions that run large steps. One of these steps needs the most memory."""
+        """Return functions that run large steps, among them the step that needs the most memory."""
         config = self._config
         assert config.max_model_len is not None
         longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
@@ -335,7 +335,7 @@ def step_launcher(
 
 
 def find_architecture(checkpoint: Checkpoint) -> ModuleType:
-    """Return the module `models.<model_type>` for a checkpoint; UnsupportedModelError if none."""
+    """Return the module `models.<model_type>` of a checkpoint, or raise UnsupportedModelError."""
     model_type = str(checkpoint.hf_config.model_type)
     name = f"models.{model_type.replace('-', '_')}"
     known = name.removeprefix("models.").isidentifier()

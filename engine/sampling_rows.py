@@ -185,7 +185,7 @@ class SpecialRows:
         return drawn, self._scored(whole[:count], drawn, whole[count:])
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Return log-probabilities that unchanged logits give; None if no request asks for any."""
+        """Return log-probabilities from the unchanged logits; None if no request asks for any."""
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))

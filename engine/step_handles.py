@@ -53,7 +53,7 @@ class HostLauncher:
                 return run()
             except Exception:
                 raise
-            except BaseException as error:  # a SystemExit would end the caller of `result`
+            except BaseException as error:  # if `result` raised SystemExit, its caller would exit
                 raise _step_error(step_id, error) from error
 
         if self._worker is not None:

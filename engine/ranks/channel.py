@@ -92,7 +92,7 @@ def _unpack(tokens: array[int], counts: list[int] | None, step_id: int, *rest: A
 
 
 _BESIDE_TOKENS = attrgetter(*(one.name for one in fields(StepResult) if one.name != "tokens"))
-# For each type of message, a function that gives pickle a compact form of it. To encode and
+# Functions that give pickle a compact form of a message, by the message's type. To encode and
 # decode a result of 256 tokens takes 38 us with these functions, and 68 us without. To encode and
 # decode a plan of 256 decodes with 16 new blocks takes 23 us with them, and 56 us without.
 _COMPACT: dict[type, Callable[[Any], Any]] = {

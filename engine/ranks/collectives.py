@@ -35,8 +35,8 @@ _PEER_BYTES = 2 << 20
 class GroupContext(ParallelContext):
     """Collectives of a rank. They use gloo on CPUs, and NCCL on GPUs.
 
-    If `exchange` is set, small tensors are summed or maximised without NCCL: each GPU writes its
-    values directly into the memory of the other GPUs.
+    If `exchange` is set, sums and maxima of small tensors are computed without NCCL: each GPU
+    writes its values directly into the memory of the other GPUs.
     """
 
     _: KW_ONLY
@@ -109,7 +109,7 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> GroupContext:
-    """Return `context`, able to sum tensors of `width` columns without NCCL if GPUs allow this."""
+    """Return collectives that sum tensors of `width` columns without NCCL if the GPUs allow it."""
     device = torch.device("cuda", torch.cuda.current_device())
     pairs = permutations(range(context.size), 2)
     mapped = all(starmap(torch.cuda.can_device_access_peer, pairs))
@@ -127,7 +127,7 @@ def peer_context(context: GroupContext, dtype: torch.dtype, width: int) -> Group
     PeerExchange.empty(memory, context.size, rows)
     mapping = symmetric.rendezvous(memory, context.group)
     torch.cuda.synchronize(device)
-    # Without this wait a rank could write values that `empty` on a slower rank then erases.
+    # Without this wait a rank could write values that a slower rank's call of `empty` then erases.
     mapping.barrier()
     exchange = PeerExchange(
         rank=context.rank,

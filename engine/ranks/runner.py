@@ -28,7 +28,7 @@ from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResu
 from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
-# If a rank's collective failed, the runner waits this long for the first failed rank's error.
+# If a collective fails because a rank failed, the runner waits this long for that rank's error.
 _CAUSE_SECONDS = 2.0
 # After this many seconds `close` kills ranks that have not ended. A step takes much less time.
 _CLOSE_SECONDS = 30.0
@@ -37,7 +37,7 @@ _FULL_SECONDS = 50e-6
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
-    """The `__cause__` of an error that the runner raises for a rank, with the rank's traceback."""
+    """Contains a rank's traceback; `__cause__` of the error that the runner raises for the rank."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
@@ -276,7 +276,7 @@ def _died(index: int, process: subprocess.Popen[bytes]) -> WorkerDiedError:
 
 
 def _end(owner: int, processes: list[subprocess.Popen[bytes]], held: ExitStack) -> None:
-    """Kill the ranks and close `held`; do nothing in a fork of the process with the id `owner`."""
+    """Kill the ranks and close `held`; do nothing in a forked copy of process `owner`."""
     if os.getpid() == owner:
         for process in processes:
             process.kill()

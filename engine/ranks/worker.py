@@ -30,7 +30,7 @@ _SPIN_SECONDS = 500e-6
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Data for a rank's process: index of the rank, number of ranks, shared file, CPU threads."""
+    """Data from the runner that a rank's process needs, besides the config and the checkpoint."""
 
     index: int
     size: int
@@ -66,7 +66,7 @@ class Failure:
             cause = None if id(cause) in seen else cause
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # a user's exception class may raise anything when it is pickled
+        except Exception:  # pickling an exception may run a user's code, which may raise anything
             error = StepError(f"{type(error).__name__}: {error}")
         return Failure(error, text, lost_peer=cause is not None)
 
@@ -105,7 +105,7 @@ def _end_with_parent(channel: Channel, parent_id: int) -> None:
     # With event mask 0, poll reports a socket only once both directions are closed. After the last
     # plan the parent closes one direction, and this process must still finish its steps.
     poll.register(channel, 0)
-    # Other children of an ended parent may keep the socket open. So the parent's id is checked too.
+    # If children of the parent inherited its socket, they keep it open: check the parent's id too.
     while not poll.poll(1000) and os.getppid() == parent_id:
         pass
     os._exit(1)
