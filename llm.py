@@ -73,7 +73,7 @@ class LLM:
 
         Args:
             prompts: a prompt or a list of prompts. A prompt is a text or a list of token ids.
-            sampling_params: a SamplingParams, or a list with one per prompt. None: the defaults.
+            sampling_params: a SamplingParams, or a list of one per prompt. None: SamplingParams().
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
 
         Returns:
@@ -166,7 +166,7 @@ class LLM:
         return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
-        """Run one step. Return new outputs: those of ended prompts that `add_request` queued.
+        """Run one step. Return the outputs of prompts queued by `add_request` that have ended.
 
         There is one dictionary per prompt, as in `generate`, with `request_id` added. If `step`
         raises a StepError, all requests have ended, and the next `step` returns their outputs.
@@ -213,8 +213,8 @@ class LLM:
     ) -> list[PromptRequests]:
         """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
 
-        When all requests of a prompt have ended, its `PromptRequests` is appended to `ended`. If
-        `ended` is None, each request gets a `TextReader`, which decodes the output as it grows.
+        When all requests of a prompt have ended, its `PromptRequests` is appended to `ended`. A
+        `TextReader` decodes the growing output if `ended` is None or if there are stop strings.
         """
         self.engine.check_usable()
         token_lists = tokenized(self.tokenizer, prompts)
@@ -225,7 +225,7 @@ class LLM:
                 groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
                 for i in range(one.n):
                     text = None
-                    # Without a tokenizer, stop strings are an error that the engine raises.
+                    # `engine.add_request` rejects stop strings if there is no tokenizer.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
                         text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
                     own = one.of_output(i) if one.n > 1 else one

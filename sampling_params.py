@@ -22,8 +22,8 @@ from utils.rules import (
 )
 
 # The seeds of successive outputs of a prompt differ by this number, modulo 2^63. Seeds that the
-# engine derives for successive requests also differ by this number: 2^64 / golden ratio. Because
-# the number is odd, a seed is repeated only after 2^63 outputs or requests.
+# engine derives for successive requests also differ by this number. The number is 2^64 divided by
+# the golden ratio, and odd. So a seed is repeated only after 2^63 outputs or requests.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
 # Function of token ids (prompt and output) and float32 logits [vocab_size]; returns new logits.
@@ -41,7 +41,7 @@ _STOP = Rule(
     'Use e.g. stop="\\n".',
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
-# The engine makes salts with \0 (`Sequence.cache_salt`). A user's salt must differ from these.
+# A user's salt must not contain \0: the engine makes salts with \0 (`Sequence.cache_salt`).
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )

@@ -6,7 +6,7 @@ the cached block right before it in the request. The parent of a request's first
 salt, a string: requests share blocks only if their salts are equal. Two blocks are *equal* if their
 tokens and their parents are equal. The *index* finds a cached block by its parent and its tokens. A
 request *holds* the blocks in its block table. A cached block that no request holds is *idle*. If a
-request needs a block and none is free, an idle block is *evicted*: it leaves the prefix cache.
+request needs a block and none is free, an idle block is *evicted*: removed from the prefix cache.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ class _Request:
     tokens: list[int]  # the list given to `begin`, not a copy: the caller appends new tokens to it
     salt: str
     last: CachedBlock | str  # parent of the next block that `commit` may add to the prefix cache
-    num_published: int  # how many leading blocks are cached or equal a cached block
+    num_published: int  # how many of the first blocks are cached or equal a cached block
     hits: list[CachedBlock] | None  # cached blocks that `begin` found; None after `grow` succeeds
     num_cached: int  # result of `begin`: how many leading tokens need not be computed
     # A twin is a cached block that equals a block of this request, but was computed for another
     # request. A request does not hold its twins, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # the request's key in `_pending`, if it has one
+    next_block: _Key | None = None  # key that `_announce` added to `_pending` for this request
     publishes: bool = True  # whether `commit` caches blocks; False after `reset_prefix_cache`
 
 
@@ -116,8 +116,8 @@ class CachingBlockManager(PagedBlockManager):
         self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, _Request] = {}
-        self._pending: dict[_Key, int] = {}  # block key -> id of the request that computes it
-        # Request id -> copy that `take_copies` will return. Until then its source is not evicted.
+        self._pending: dict[_Key, int] = {}  # key of a block -> id of the request that computes it
+        # Request id -> copy that `take_copies` will return. Until then the source is not evicted.
         self._copies: dict[int, BlockCopy] = {}
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
@@ -165,7 +165,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # `begin` counts no hits, because `begin` is called again later if `grow` fails.
+            # Hits are counted here, not in `begin`: if `grow` fails, `begin` is called again later.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -180,8 +180,8 @@ class CachingBlockManager(PagedBlockManager):
             return
         self._withdraw(request)
         if any(twin.block < 0 for twin in request.twins):
-            # A cached block that equals a block of this request was evicted (`block` is -1).
-            # So `find` fails for all blocks after it. The loop starts at the first block again.
+            # A twin was evicted (its `block` is -1), so `find` cannot find the blocks after the
+            # twin. Start at the first block again: the request's own block replaces the twin.
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
@@ -204,8 +204,8 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The next step copies the source block. From now on the block may be evicted for
-            # another request, because that request will write to it only in a later step.
+            # The next step copies the source block. The block may be given to another request
+            # already now, because that request writes to the block only in a later step.
             self._drop(copy.source)
         return copies
 
@@ -238,7 +238,7 @@ class CachingBlockManager(PagedBlockManager):
         Sampling needs the logits of the last token. Computing these logits writes the KV of the
         last token, but a cached block must not be written, because requests may share it. So the
         block table gets a new block, to which the next step copies the cached block. If no block is
-        free or idle, or if blocks have one token, the cached block is only removed from the table.
+        free or idle, or if block_size is 1, the cached block is only removed from the table.
         Returns how many tokens to compute: 1 after a copy, otherwise all tokens of the block.
         """
         table = self._tables[request_id]
@@ -269,8 +269,8 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # An earlier `commit` cached this block as `stale`. Since then a block before it in the
-            # request was evicted, so `find` cannot find `stale` any more.
+            # An earlier `commit` added this block to the cache as `stale`. Then a block before
+            # `stale` in the request was evicted, so `find` cannot find `stale` any more.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
@@ -279,7 +279,7 @@ class CachingBlockManager(PagedBlockManager):
         return node
 
     def _announce(self, request_id: int, request: _Request) -> None:
-        """Add to `_pending` the block that a request will fill next, if its tokens are known.
+        """Add to `_pending` the block that a request fills next, if the block's tokens are known.
 
         Through `pending` the scheduler finds out which requests should wait for this block.
         """
@@ -310,7 +310,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Remove from the cache a block that left the index. Free it if no request holds it."""
+        """Remove from the cache a block not in the index. Free the block if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)

@@ -9,7 +9,7 @@ from utils.errors import ContractError
 
 
 class WindowBlockManager(PagedBlockManager):
-    """Frees a request's blocks when the sliding window has passed them. Has no prefix cache.
+    """Frees a request's block when no later position attends to the block. Has no prefix cache.
 
     A request starts only if blocks for all its tokens are free, even if it has more tokens than the
     window. So the cache must have enough blocks for all tokens of the longest request.

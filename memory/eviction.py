@@ -15,7 +15,7 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Position of a token whose attention takes as many FLOPs as its products with the weights:
+# Position at which a token's attention takes as many FLOPs as its products with the weights:
 # 4 * layers * heads * head_dim * position = 2 * number of weights. Qwen3-0.6B: about 4,000.
 _ATTENTION_PARITY_TOKENS = 4096
 
@@ -27,7 +27,7 @@ class CachedBlock:
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
         self.block = block  # block id; -1 after the block was evicted
-        self.parent = parent  # for a prompt's first block the request's cache salt, a string
+        self.parent = parent  # for a prompt's first block: a string, the request's `cache_salt`
         self.tokens = tokens  # the block's token ids as int32 bytes
         # number of blocks before this block in the prompt
         self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
@@ -138,7 +138,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # The cache cannot find a block without its parent. So the parent's value is never lower.
+        # At least `worth`: so a block is not evicted earlier than the blocks whose parent it is.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

@@ -29,12 +29,12 @@ class Usage:
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn torch's and NumPy's out-of-memory errors into an error that says what to change."""
+    """Turn out-of-memory errors of torch and NumPy into an error that names options to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator raises a RuntimeError whose text contains "allocate memory". The
-        # text of another RuntimeError, "illegal memory access", contains only the word "memory".
+        # If a CPU has too little memory, torch raises a RuntimeError with the words "allocate
+        # memory". Other errors contain "memory" too, e.g. "illegal memory access" of CUDA.
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         full = full or "allocate memory" in str(error)
         if not full or isinstance(error, OutOfMemoryError):
@@ -66,7 +66,7 @@ def measure_usage(
 ) -> Usage:
     """Measure the GPU memory in use, and the additional memory that each call in `steps` takes."""
     torch.cuda.synchronize(device)
-    peak = 0  # sum for all `steps`: eager steps and captured CUDA graphs share no memory
+    peak = 0  # summed over `steps`, because eager steps and CUDA graphs share no memory
     weights = free_before - free_bytes(device)
     for step in steps:
         torch.cuda.empty_cache()
@@ -79,7 +79,7 @@ def measure_usage(
 
 
 def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
-    """Return a copy of `geometry` with as many blocks as fit in addition to weights and steps.
+    """Return a copy of `geometry` with the number of KV blocks that fit besides weights and steps.
 
     The engine may take at most a fraction `utilization` of the GPU's memory, and at most
     `usage.free_before` bytes. Raises an OutOfMemoryError if not even one block fits.

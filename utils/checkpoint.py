@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
-    # Unpickling makes a PreTrainedConfig: importing the model's config class would take 1.4 s.
+    # Unpickling uses PreTrainedConfig: importing the model's own config class would take 1.4 s.
     return Checkpoint(path, PreTrainedConfig.from_dict(fields), eos_token_ids)
 
 

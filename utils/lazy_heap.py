@@ -20,7 +20,7 @@ class LazyHeap(Generic[T]):
 
     def __init__(self) -> None:
         self.heap: list[tuple[Any, int, T]] = []
-        # An entry (key, number, item) of `heap` is stale unless `_numbers[item]` is the number.
+        # An entry (key, number, item) of `heap` is stale if `_numbers.get(item)` is not `number`.
         self._numbers: dict[T, int] = {}
         self._count = itertools.count()
 

@@ -64,7 +64,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """Return the class or factory that `spec` means. ConfigError: `spec` is no such part."""
+        """Return the class or factory for the option's value `spec`. ConfigError: wrong `spec`."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -96,12 +96,12 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Return `find(spec)(*args)`. ConfigError: wrong `args`, or the result is not a `base`."""
+        """Construct the part with `find(spec)(*args)`. ConfigError: wrong `args` or result type."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)
         except ValueError:
-            pass  # the signature of `make` is unknown, so `args` are not checked
+            pass  # Python cannot tell the signature of `make`, so `args` are not checked
         except TypeError as error:
             kinds = ", ".join(type(arg).__name__ for arg in args)
             problem = f"cannot be called with ({kinds}): {error}"

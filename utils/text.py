@@ -23,7 +23,7 @@ _REPLACEMENT = "\ufffd"
 
 def load_tokenizer(path: Path) -> Any | None:
     """Return the folder's tokenizer, or None if there is none. CheckpointError: loading fails."""
-    # Imported here, because the import takes seconds. The processes of ranks do not need it.
+    # Imported here: the import takes seconds, and tensor-parallel ranks need no tokenizer.
     from transformers import AutoTokenizer
 
     if not any((path / name).exists() for name in TOKENIZER_FILES):
@@ -102,8 +102,8 @@ class TextReader:
         self.text = ""  # the text so far, without the stop string
         self.num_tokens = 0  # number of tokens read; tokens after a stop string are never read
         self.stopped = False  # whether a stop string was found
-        # `read` decodes all tokens from index `_start` on together, as a token's text may depend on
-        # the token before. The first `_shown` characters of the decoded text were added to `text`.
+        # A token's text may depend on the token before. So `read` decodes all tokens from index
+        # `_start` on together. The decoded text's first `_shown` characters are already in `text`.
         # The tokens before index `_border` end with a whole character. `_start` <= `_border`.
         self._start = self._border = self._shown = 0
 

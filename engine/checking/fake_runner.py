@@ -45,14 +45,14 @@ class FakeModel:
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """Return the next token, a hash of `read` (with the last token's entry) and `seed`."""
+        """Return the next token, a hash of `seed` and `read`. `read` has the last token's entry."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
         return draw % self.vocab_size
 
     def fails(self, read: int, seed: int) -> bool:
-        """Return whether sampling the next token fails with an error."""
+        """Return whether sampling the next token fails with a simulated error."""
         return hash((seed, read, self.seed)) % 2**20 < self.error_chance * 2**20
 
     def alone(
@@ -81,9 +81,9 @@ class FakeModel:
 class FakeRunner(SimulatedRunner):
     """Executes plans on a cache of entries. `LLM(path, model_runner="fake")` selects this runner.
 
-    `FakeRunner(config, groups=...)` needs no checkpoint and no torch. By default a step does not
-    advance the simulated clock. A hash decides how many draft tokens of a decode row are accepted.
-    The positions of rejected drafts get the entry `_REJECTED`.
+    `FakeRunner(config, groups=...)` needs no checkpoint and no torch. The runner's clock is
+    simulated; by default a step takes no time. A hash decides how many draft tokens of a decode row
+    are accepted. The positions of rejected drafts get the entry `_REJECTED`.
     """
 
     name = "fake"
@@ -145,7 +145,7 @@ class FakeRunner(SimulatedRunner):
         """Write the entry of the request's last token, then sample and return the next token."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # `read` is wrong if `_compute`, because of wrong blocks, has overwritten another entry.
+        # With wrong blocks `_compute` may overwrite an entry of `read`, so the token is wrong.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)

@@ -24,7 +24,7 @@ from utils.errors import KVSanitizerError
 
 
 class SanitizedBlocks:
-    """Wraps a block manager, and keeps the sanitizer's records of its blocks."""
+    """Wraps a block manager, and keeps the sanitizer's records of the manager's blocks."""
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
@@ -34,7 +34,7 @@ class SanitizedBlocks:
         self._unshared: set[int] = set()  # ids of requests whose blocks must not be cached
         # Block -> ids of the requests that hold the block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
-        # Block -> how many of its first positions are written, or will be by steps in flight.
+        # Block -> how many of its first positions are written after the steps in flight.
         self.filled = [0] * inner.num_blocks
         self.step_id = 0  # id of the step that the scheduler plans next
 
@@ -68,7 +68,7 @@ class SanitizedBlocks:
         if request_id not in self._unshared:
             self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # The wrapped `commit` replaces table entries whose blocks the sliding window has passed.
+        # For blocks outside the sliding window the wrapped `commit` puts NO_BLOCK into the table.
         after = self._inner.table(request_id)
         self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
 
@@ -91,7 +91,7 @@ class SanitizedBlocks:
         return tuple(sorted(dead))
 
     def _hand_out(self, request_id: int, blocks: list[int]) -> None:
-        """Record a request's new `blocks`. Raises a KVSanitizerError if another request has one."""
+        """Record a request's new `blocks`. KVSanitizerError: another request holds one of them."""
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"

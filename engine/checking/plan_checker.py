@@ -35,7 +35,7 @@ class SlotState:
     # Block table entries set after the request's previous row was planned: (cache group, place).
     fresh: list[tuple[int, int]] = field(default_factory=list)
     rows: deque[Row] = field(default_factory=deque)  # the request's rows in flight, oldest first
-    ended: bool = False  # whether the request has ended or left the slot
+    ended: bool = False  # whether the request has ended, or lost the slot by preemption
 
 
 @dataclass(slots=True)
@@ -45,9 +45,9 @@ class Row:
     state: SlotState
     start: int  # lower bound of the row's first position
     latest: int  # upper bound of the row's first position
-    count: int  # number of the row's positions; some may lie beyond the length limit
+    count: int  # number of the row's positions; some may exceed the request's length limit
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # `SlotState.fresh` when this row was planned
+    fresh: Sequence[tuple[int, int]] = ()  # value of `SlotState.fresh` when this row was planned
 
     @property
     def end(self) -> int:
@@ -118,7 +118,7 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result after all earlier ones. Raises a ContractError if the result is wrong."""
+        """Check a result, after all earlier results. ContractError: the result is wrong."""
         if self._next_step_id == 0:
             return  # a step failed, and `reset` deleted the records that the check needs
         step_id = result.step_id
@@ -269,7 +269,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that all positions have blocks, and that no row in flight uses the new blocks."""
+        """Check that a row has all its blocks. No row in flight may use the row's new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
