@@ -21,8 +21,8 @@ _MOST_ROWS = 64
 # Products with small weights and at most 2^21 multiplications run on one thread: a call's overhead
 # is 12 us on all threads, 1 us on one thread. With 2^22 instead of 2^21 the engine was slower.
 _ALONE = 2**21
-# Maximum number of weight elements that FBGEMM packs in a call. With 2^25 instead of 2^23, packing
-# an element takes 40 ns instead of 10 ns.
+# Maximum number of weight elements that FBGEMM packs (copies to its float16 layout) in a call. With
+# 2^25 instead of 2^23, packing an element takes 40 ns instead of 10 ns.
 _PACKED_AT_ONCE = 2**23
 
 
@@ -33,7 +33,7 @@ class HalfLinear:
     of float16 suffices if the weight is first multiplied by a power of two. The constructor takes a
     float32 weight [N, K] for which `holds` is true. If `scale`, float32 [K], is given, inputs are
     multiplied by `scale`. Products of at most `rows_alone` input rows run on one thread. For more
-    than `most_rows` input rows (infinite unless the weight is small) callers should use oneDNN.
+    than `most_rows` input rows callers should use oneDNN (infinite `most_rows`: never).
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:

@@ -24,10 +24,10 @@ from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
-# With several ranks, each rank's number of vocabulary rows is a multiple of 16. Kernels for small
+# With several ranks, each rank's number of embedding rows is a multiple of 16. Kernels for small
 # batches compute 16 outputs at a time, and the sampler makes noise for 4 tokens at a time.
 _ROWS = 16
-# oneDNN lays out weights in memory for this number of input rows. 16 and 256 were as fast as 64.
+# oneDNN lays out weights for this number of input rows. With 16 or 256, products were as fast.
 _PACK_ROWS = 64
 
 
@@ -114,7 +114,7 @@ class QKVLinear(ColumnLinear):
 
 
 class RowLinear(_Linear):
-    """A linear layer whose output is added to the residual stream. Ranks divide its input."""
+    """A linear layer whose output is added to the residual stream. Ranks divide its inputs."""
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, place: Place) -> None:
         self._full = (output_size, input_size)
@@ -141,7 +141,7 @@ class RowLinear(_Linear):
 
 
 class VocabEmbedding:
-    """This rank's rows of the embedding table: `length` tokens, then padding rows (zeros)."""
+    """This rank's embedding table: the rows of `length` tokens, then padding rows (zeros)."""
 
     def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
         self._parallel = parallel = place.parallel
@@ -193,7 +193,7 @@ class Matmul:
         self.weight = weight
         self._bias = bias
         self._place = place
-        self._folded = False  # whether W is multiplied by the weight of the norm before the product
+        self._folded = False  # whether W has been multiplied by the preceding norm's weight
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return x W^T + b [T, N] for x [T, K]. If `out` is given, the result is stored there."""
@@ -298,7 +298,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # `partial` allows summands, but does not require them. This kernel returns the product.
+        # The result may be summands if `partial` is set, but need not be: it is the product here.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 

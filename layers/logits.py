@@ -37,7 +37,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """For R rows: log-probabilities of one token [R] and of the N likeliest tokens [R, N]."""
+    """Log-probabilities of one token per row, [R], and of each row's N likeliest tokens, [R, N]."""
 
     tokens: Tensor
     values: Tensor
@@ -63,7 +63,7 @@ def penalize(
     output. The presence and frequency penalties are OpenAI's and apply to tokens of the output.
 
     Args:
-        tokens: token ids of prompt and output, integers [R, any length]; later entries are ignored.
+        tokens: token ids of prompt and output, then ignored entries, integers [R, any length].
         num_prompt, num_tokens: length of prompt, and of prompt plus output, integers > 0 [R].
     """
     if not logits.is_cuda:
@@ -72,7 +72,7 @@ def penalize(
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # The row's first token replaces ignored entries. All copies of this token get the same logit.
+    # Ignored entries are replaced by the row's first token, whose copies all get the same logit.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)
@@ -117,7 +117,7 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
-    """Return log-probabilities of `tokens`, int64 [R], and of the `num_top` likeliest tokens a row.
+    """Return log-probabilities of `tokens`, int64 [R], and of the `num_top` likeliest per row.
 
     Token i is scored with row `rows[i]` of `logits`, or with row i if `rows` is None.
     """

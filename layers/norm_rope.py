@@ -133,7 +133,7 @@ class Rotation:
     """Positions [T] of a step's tokens, and the cosines and sines that rotate Q and K.
 
     For torch, `cos` and `sin` are the rows of `rotary_table` for these positions, [T, 1, head_dim].
-    For Triton kernels both are [max_model_len, head_dim / 2], for all positions, no sine negated.
+    For Triton kernels both have all positions, [max_model_len, head_dim / 2]; no sine is negated.
     """
 
     positions: Tensor
@@ -152,7 +152,7 @@ class RotaryEmbedding:
         self._cos, self._sin = table
         if not gather:
             half = table.shape[-1] // 2
-            # Triton kernels get one half: the halves differ only in the sign of the sines.
+            # Triton kernels get half the columns; the others differ only in the sign of the sines.
             self._cos = self._cos[:, 0, :half].contiguous()
             self._sin = self._sin[:, 0, half:].contiguous()
 
@@ -179,7 +179,7 @@ class QKNormRopeStore:
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
-            # The weights are repeated for each head, so that one call normalises both Q and K.
+            # The norm weights are repeated for each head, so that one call normalises both Q and K.
             self.qk_weight = place.empty(self._num_qk, head_dim)
             self._normalize = RMSNormalizer(head_dim, eps, place.device)
 

@@ -48,7 +48,7 @@ class ParallelContext:
         return nullcontext()
 
     def per_rank(self, what: str, count: int) -> int:
-        """Return `count` / `size`. Raise a ConfigError if `size` does not divide `count`."""
+        """Return `count` / number of ranks. Raise a ConfigError if the division has a remainder."""
         if count % self.size:
             problem = f"does not divide the model's {count} {what}"
             fix = f"Use a divisor of {count}."

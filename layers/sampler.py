@@ -114,12 +114,12 @@ class Sampler:
         return self._parallel.all_reduce(whole)[:, : self._vocab_size]
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
-        """Sample like `__call__`, but from the whole vocabulary's logits, as `gathered` returns."""
+        """Sample like `__call__`, but from logits of the whole vocabulary (see `gathered`)."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         return self._sample(logits, *keys, least=least)[1]
 
     def _agreed(self, best: Tensor, tokens: Tensor) -> Tensor:
-        """Return each row's token with the highest score on any rank; on a tie the lowest token."""
+        """Return each row's token with the highest score on any rank; on a tie the lowest id."""
         if self._parallel.size == 1:
             return tokens
         # Each rank puts a row's score and token into one int64, and `all_max` finds the largest.

@@ -1,8 +1,8 @@
 """Device tensors that describe the tokens of a step, filled from device tables of all requests.
 
 A row of a step is one token in this file, not all work of a step for one request as in
-`engine.types`. A CUDA graph computes a fixed number of rows. If a step has fewer rows, the rest are
-padding rows, which belong to no request. Their slot is the last one, `SlotTables.padding_slot`.
+`engine.types`. A CUDA graph computes a fixed number of requests and rows. In a step with fewer, the
+rest are padding requests and padding rows, whose slot is the last one, `SlotTables.padding_slot`.
 `KVLayer.flat` has one row for each position of each KV cache block. On CUDA, Triton kernels in
 `layers.kernels.step_rows` replace `enter_requests`, `fill_rows` and `write_tokens`.
 """
@@ -89,9 +89,9 @@ class StepRows:
             from `header`. Element 0 of a column is the request's slot. Element 1 is the position of
             the request's first row, or -1 to read this position from `SlotTables.num_computed`.
             Element 2 is the request's number of rows. Element 3 is the index of the first of these
-            rows in the step. Element 5 is the number of sampled rows, the last of the request's
-            rows. Element 4 is the index in `sampled` of the first sampled row, or -1 to store none.
-            If element 5 is 0 and element 4 is not -1, one padding row is stored at this index.
+            rows in the step. Element 5 is the number of sampled rows, which are the request's last
+            rows. Element 4 is the first sampled row's index in `sampled`, or -1 to store no rows in
+            `sampled`. If element 5 is 0 and element 4 is not -1, one padding row is stored there.
         input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
         slot_mapping: index in `KVLayer.flat` of each row's K and V, int64 [T]; -1 for padding rows.
         slots: slot of each request, int32 [B]; the padding slot for a padding request.
@@ -117,7 +117,7 @@ class StepRows:
 
     @staticmethod
     def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
-        """Allocate all tensors but `header`. If an int, `sampled` is the number of sampled rows."""
+        """Allocate all tensors but `header`. `sampled`: the sampled rows, or only their number."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
@@ -148,7 +148,7 @@ class StepRows:
         """Return the `AttentionBatch` of this step. Its prefills are the prefill chunks."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
-        # A CUDA graph of prefill chunks has an extra request for padding rows. It is left out here.
+        # The extra request for the padding rows in a CUDA graph of prefill chunks is left out here.
         decodes = (len(self.input_ids) - self.num_chunk_rows) // self.rows_per_decode
         slots, lens = (x[: self.num_chunks + decodes] for x in (self.slots, self.context_lens))
         return AttentionBatch(block_tables, slots, lens, start, *counts)
@@ -176,9 +176,9 @@ def enter_requests(
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     """Fill the tensors of `rows` from `rows.header`.
 
-    `tables.num_computed` is set to the position after each request's last row. If a step has only
-    decodes, of one row each, this function does not call `fill_any_rows`. Its own code is faster,
-    79 us instead of 495 us on a busy CPU, but cannot handle padding.
+    `tables.num_computed` is set to the position after each request's last row. A step that has only
+    decodes of one row each must have no padding: the code for this case cannot handle padding, but
+    it takes 79 us on a busy CPU, and `fill_any_rows` takes 495 us.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)
@@ -199,7 +199,7 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
 
 
 def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
-    """Do what `fill_rows` does, for any step, also with prefill chunks and padding rows."""
+    """Do what `fill_rows` does. The step may have prefill chunks and padding rows."""
     slots, start, counts, first, place, num_sampled = rows.header
     live = slots != tables.padding_slot
     begin = torch.where(start < 0, tables.num_computed[slots], start) * live

@@ -34,8 +34,8 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
-    quantised weights, odd head sizes, and unsupported numbers of heads or layers. The caller must
-    itself refuse other settings that `DecoderLM` cannot handle, such as `logits_scaling`.
+    quantised weights, head sizes not divisible by 2, query heads not divisible by KV heads, or 0
+    layers. The caller must refuse other settings that `DecoderLM` lacks, such as `logits_scaling`.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -75,17 +75,17 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
 
 
 class Block(Protocol):
-    """The interface of a layer's attention and MLP. New models may define other classes.
+    """The interface of a layer's attention and MLP. A new model may implement it differently.
 
     `DecoderLayer` calls `mlp(normed)` and `attention(normed, batch, kv, rows)`. `kv` is the
-    `KVLayer` of this layer. `rows`, int64 [R], are the indices of the tokens to return, or None
-    for all tokens. The attention must store K and V of all tokens, even if `rows` is given.
+    `KVLayer` of this layer. `rows`, int64 [R], are indices: only these tokens' stream is
+    returned. None means all tokens. The attention must store K and V of all tokens in any case.
     """
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
     def prepare(self, norm: RMSNorm) -> None:
-        """Prepare this block's layers; give the prepared `norm` to layers that read its output."""
+        """Prepare this block's layers. `norm`: the prepared norm of the block's input."""
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         """Map the checkpoint's tensor names that begin with `name` to this object's weights."""
@@ -108,7 +108,7 @@ class Attention:
     def __call__(
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
-        """Return the stream plus attention's output for tokens `rows`, int64 [R]; None: for all."""
+        """Return stream plus attention output of tokens `rows`, int64 [R], or of all if None."""
         qkv, stream = self.qkv_proj(normed, partial=True)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)

@@ -37,7 +37,7 @@ class AttentionBatch:
 
     Attributes:
         block_tables: block ids of all running requests, [slots + 1, max_blocks]. Entries after a
-            request's last block have no meaning. The last row is for padding requests.
+            request's last block have no meaning. The last row is for CUDA graphs' padding requests.
         slots: index of each request's row in `block_tables`, [B].
         context_lens: each request's number of tokens up to its last query row, [B]; 0 for padding.
         query_start: index of each prefill's first query row, followed by the index after the last

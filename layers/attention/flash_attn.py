@@ -22,7 +22,7 @@ class FlashAttention(AttentionBackend):
     """Calls `flash_attn_varlen_func` for prefills and `flash_attn_with_kvcache` for decodes."""
 
     name = "flash_attn"
-    captures = True  # each replay of a graph reads the current lengths from device memory
+    captures = True  # each replay of a CUDA graph reads the current lengths from device memory
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -57,7 +57,7 @@ class FlashAttention(AttentionBackend):
                 cu_seqlens_q=batch.query_start,
                 cu_seqlens_k=key_start,
                 max_seqlen_q=batch.max_query_len,
-                # A CUDA graph uses this number in all replays, so it is the largest context length.
+                # A CUDA graph fixes this number for all replays: the longest possible context.
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,

@@ -78,8 +78,8 @@ class TorchAttention(AttentionBackend):
         rows = self._cache_rows(tables, longest)
         if min(known) < longest:
             visible = self._columns[:longest] < lens.unsqueeze(1)
-            # Masked entries read the request's first cache row instead of unused cache rows. These
-            # may contain NaN, and NaN times an attention weight of 0 is NaN.
+            # Masked entries read the request's first cache row instead of unused cache rows. Unused
+            # rows may contain NaN, and NaN times an attention weight of 0 is NaN.
             rows = torch.where(visible, rows, rows[:, :1])
             mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
             mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
