@@ -25,7 +25,7 @@ from layers.parallel import Place
 from utils.loader import WeightTarget
 
 # With several ranks, each rank's number of embedding rows is a multiple of 16. Kernels for small
-# batches compute 16 outputs at a time, and the sampler makes noise for 4 tokens at a time.
+# batches compute 16 outputs at a time. The sampler makes random noise for 4 token ids at a time.
 _ROWS = 16
 # oneDNN lays out weights for this number of input rows. With 16 or 256, products were as fast.
 _PACK_ROWS = 64

@@ -269,8 +269,8 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # An earlier `commit` added this block to the cache as `stale`. Then a block before
-            # `stale` in the request was evicted, so `find` cannot find `stale` any more.
+            # An earlier `commit` added this block to the cache as `stale`. Then an equal block that
+            # `stale` follows in the cache was evicted, so `find` cannot find `stale` any more.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
