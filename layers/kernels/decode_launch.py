@@ -2,7 +2,7 @@
 
 A pair is a request together with one KV head. `paged_decode` cuts the KV tokens of each pair into
 tiles, and divides the tiles of all pairs among its programs. Programs that work on the same pair
-store partial results; the last one combines them. "16/8 heads" means 16 query and 8 KV heads.
+store partial results; the program that ends last combines them. "16/8 heads" means 16 query heads.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class DecodeConfig:
     per_sm: int  # programs per multiprocessor (fewer for small batches); at most MAX_PER_SM
     max_registers: int | None = None
     unroll: int = 4  # number of partial results that are combined in one loop iteration
-    pair_cost: int = 0  # time that a program takes to start with a pair; a tile takes time 1
+    pair_cost: int = 0  # time to start work on a pair, in units of the time for one tile
 
 
 # Times are for one call in a CUDA graph on an H200 with bf16, head_dim 128 and programmatic
@@ -32,11 +32,11 @@ SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
 # For 24 requests of 1,200 tokens with 12/2 heads (48 pairs), MIDDLE takes 13.7 us, LARGE 15.7 us.
 # For 256 requests of 710 tokens with 12/2 heads (512 pairs), MIDDLE takes 53.3 us, LARGE 49.0 us.
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# A ratio is the memory bandwidth that `paged_decode` reaches with LARGE, divided by that of a sum
-# over a large tensor. For 256 requests of 850 tokens the ratio is 1.00 (16/8 heads), 0.91 (12/2).
-# For requests of 100 to 2,000 tokens (16/8 heads) the ratio is 1.014, or 0.970 if pair_cost is 0.
+# With LARGE and 256 requests of 850 tokens, `paged_decode` reaches 1.00 (16/8 heads) or 0.91 (12/2
+# heads) times the memory bandwidth of a sum over a large tensor. With 100 to 2,000 tokens (16/8) it
+# reaches 1.014 times this bandwidth, or 0.970 times if pair_cost is 0.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-SMALL_PAIRS = 32  # 16/8 heads: SMALL takes less time than LARGE for 32 pairs, more time for 64
+SMALL_PAIRS = 32  # with 16/8 heads, SMALL is faster than LARGE for 32 pairs, slower for 64 pairs
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 
@@ -51,12 +51,13 @@ def decode_config(pairs: int) -> DecodeConfig:
 class DecodeWorkspace(NamedTuple):
     """Scratch memory of `paged_decode`; all calls on one CUDA stream can share one workspace."""
 
-    # Other programs may also work on a program's first pair and on its last pair. So a program
+    # A program may share its first pair and its last pair with other programs. So each program
     # stores up to two partial results. `rows` is the number of queries of a pair: new tokens times
     # query heads per KV head. `rows` and head_dim are rounded up to powers of two.
     values: Tensor  # float32 [programs, 2, rows, head_dim], attention outputs of partial results
     lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of the attention scores
-    # arrived[i] counts the partial results of the last pair whose first tile program i computes.
+    # arrived[i] counts the partial results stored for one pair: the last pair for which program i
+    # computes the first tile.
     arrived: Tensor  # int32 [programs], all 0 between calls of `paged_decode`
 
 
@@ -68,7 +69,7 @@ def decode_workspace(
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM per multiprocessor."""
+    """Allocate scratch for `programs` programs; 0 means MAX_PER_SM for each multiprocessor."""
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)

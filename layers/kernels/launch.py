@@ -22,5 +22,5 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether kernels may use Hopper's wgmma instructions; for other GPUs the compiler aborts."""
+    """Whether kernels may use wgmma instructions, which compile only for Hopper GPUs."""
     return torch.cuda.get_device_capability(device)[0] == 9

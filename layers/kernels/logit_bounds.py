@@ -4,8 +4,8 @@ A token may be sampled if its logit is at least the bound. For top-k and top-p, 
 largest value v such that the logits >= v have a total weight of at least `target`. For top-k, each
 logit has weight 1, and `target` is k. For top-p, a logit x has weight exp((x - highest) /
 temperature), where `highest` is the row's highest logit, and `target` is top_p times the total
-weight of the logits that top-k keeps. A binary search finds the sort key of v bit by bit, beginning
-at the highest bit. The sort key of a float32 is a uint32; a greater float32 has a greater key.
+weight of the logits that top-k keeps. The sort key of a float32 is a uint32; a greater float32 has
+a greater key. A binary search finds the sort key of v bit by bit, beginning at the highest bit.
 
 Usually the kernel reads the whole row only twice. The first pass computes maxima of groups of
 logits, and for top-p the total weight of the row. Then the kernel chooses a range of values that
@@ -23,18 +23,18 @@ from layers.logits import Filters
 
 # Number of adjacent logits that a thread loads at once: 16 bytes of bf16 or fp16 logits.
 LANES = tl.constexpr(8)
-# Number of bits of a sort key that the search finds, highest bit first. They distinguish all values
-# of the logits' dtype. The number is even, since each pass over a whole row finds two bits.
+# Number of bits of a sort key that the search finds, highest bit first. These bits distinguish all
+# values of the logits' dtype. The number is even, since each pass over a whole row finds two bits.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# Number of logits that a program reads at once, 512 for each warp. An H200 has 132 multiprocessors.
-# Up to 132 rows get a multiprocessor each. If there are more rows, two share a multiprocessor.
+# Number of logits that a program reads at once, 512 for each warp. A program handles one row. Up to
+# 132 programs get a multiprocessor of an H200 each; of more programs, two share a multiprocessor.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
 @triton.jit
 def _key_value(key):
     """Return the float32 values whose sort keys are `key` (uint32)."""
-    # Keys below the key of -inf give -inf. Keys above the key of inf give NaN; x >= NaN is False.
+    # Keys below the key of -inf give -inf. Keys above the key of inf give NaN; no logit is >= NaN.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
 
@@ -50,7 +50,7 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """Return the weights of logits x: 1 for top-k (`scale` is None); for top-p 0 if x < `floor`."""
+    """Return weights of logits x: 1 for top-k (`scale` is None); for top-p 0 below `floor`."""
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
@@ -84,7 +84,7 @@ def _search(x, weights, target, BITS: tl.constexpr):
 def search_in_passes(
     ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return the result of `_search` for the first `end` logits at `ptr`: two bits in each pass."""
+    """Return the result of `_search` for the first `end` logits at `ptr`, two bits in a pass."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
@@ -98,8 +98,8 @@ def search_in_passes(
             sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
             sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
             sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
-        # `one`, `two` and `three` are the values whose keys have 1, 2 and 3 as their next two bits.
-        # sum1 >= sum2 >= sum3, so these bits of the result are the number of sums >= `target`.
+        # The keys of `one`, `two` and `three` are the bits found so far, followed by 01, 10 and 11.
+        # sum1 >= sum2 >= sum3, so the next two bits are the number of sums that are >= `target`.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum2, axis=0) >= target).to(tl.uint32)
         more += (tl.sum(sum3, axis=0) >= target).to(tl.uint32)
@@ -121,13 +121,13 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Split a row into BLOCK / LANES groups; return each group's maximum, and the row's weight."""
+    """Divide a row into BLOCK / LANES groups; return their maxima and the row's total weight."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
-        # `anchor` is each group's highest logit so far, or 0 for -inf, as -inf - -inf is NaN.
+        # `anchor` is a group's highest logit so far, or 0 instead of -inf, as -inf - -inf is NaN.
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass *= tl.exp2((best - anchor) * scale)
         mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
@@ -142,25 +142,26 @@ def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return (low, high): values between which the bound of top-p should lie."""
-    # Logits below the bound weigh `below` in the row, about `share` in x, a sample of BLOCK logits.
+    # x is a sample: BLOCK logits of the row. The logits below the bound have the total weight
+    # `below` in the row, and about `share` in the sample.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # `middle` is an estimate of the bound. Each logit below `middle` weighs at most `heaviest`, so
-    # the relative standard error of `share` is <= sqrt(heaviest / share). `margin` is 4 times that.
+    # `middle` is an estimate of the bound. `margin` is 4 times an upper limit of the relative
+    # standard error of `share`, but at most 0.5. `heaviest` is the weight of a logit `middle`.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # Setting the lower bits of `high` to 1 puts all keys with its BITS highest bits into the range.
+    # The low bits of `high` become 1: the range has all keys with the BITS highest bits of `high`.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
 @triton.jit
 def _pad(out_ptr, count, BLOCK: tl.constexpr):
-    """Pad the `count` logits at `out_ptr` with -inf to whole blocks; return the padded count."""
+    """Pad `count` logits at `out_ptr` with -inf to a multiple of BLOCK; return the padded count."""
     lanes = count + tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, float("-inf"), mask=lanes < 2 * BLOCK)
     tl.debug_barrier()  # no thread may read logits before all are stored
@@ -169,8 +170,8 @@ def _pad(out_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy groups of LANES logits with a maximum >= `low` to `out_ptr`; return number of logits."""
-    # `out_ptr` has room for 2 * BLOCK logits. Logits that do not fit are counted, but not copied.
+    """Copy each group of LANES logits whose maximum is >= `low`; return the number of logits."""
+    # `out_ptr` has room for 2 * BLOCK logits. Logits that do not fit are counted but not copied.
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -179,7 +180,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # not rounded: it is the dtype of `ptr`
+            value = x.to(out_ptr.dtype.element_ty)  # exact: `ptr` has this dtype
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -187,7 +188,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high] to `out_ptr`; return their number and the weight of x > high."""
+    """Copy logits in [low, high] to `out_ptr`; return their number, and the weight above."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -262,7 +263,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # At least top_k logits are >= `low`, the top_k-th highest of the group maxima.
+                    # `low` is the top_k-th highest group maximum: top_k or more logits are >= low.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)

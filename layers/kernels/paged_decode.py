@@ -24,7 +24,7 @@ from memory.kv_cache import KVLayer
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
     """Add N tokens with scores `s` [G, N] and values `v` [N, D] to the online softmax of G rows."""
-    # The caller sums `norm` [G, N] over the tokens after the last tile: each sum needs a barrier.
+    # `norm` [G, N] has N partial sums for each of G rows, which are added up after the last tile.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]
@@ -44,7 +44,7 @@ def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Return (base, rows); the tokens of tile `t` have cache offsets base + rows, [TILE, 1]."""
+    """Return (base, rows): tokens of tile `t` are at offsets base + rows [TILE, 1] in the cache."""
     offsets = tl.arange(0, TILE)
     if PAGE % TILE == 0:
         base = page * page_stride + t * TILE % PAGE * token_stride
@@ -91,7 +91,6 @@ def _combine(
         for i in tl.static_range(UNROLL):
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
-            # `.cg` reads from L2, since L1 may hold old values of parts of other programs.
             live = who <= final
             at = lse_ptr + part * PART_ROWS + row
             lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -187,7 +186,7 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several new tokens, a row's scores in a tile may all be -inf; -inf - -inf is NaN.
+        # With several new tokens, all scores of a row in a tile may be -inf; -inf - -inf is NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -250,13 +249,14 @@ def _paged_decode_kernel(
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # `owner` is the program with the pair's first tile. The part of `owner` is stored at
-            # [owner, 1], that of a later program i at [i, 0]. arrived[owner] counts these parts.
+            # `owner` is the program with the pair's first tile. It stores its part at [owner, 1] of
+            # `values` and `lse`. A later program i of the pair stores its part at [i, 0].
+            # arrived[owner] counts the parts that are stored for this pair.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
             used = rows < PART_ROWS
-            # Rows that attend to no token of this part get -1e30: -inf gives NaN in `_combine`.
+            # `lse` is -1e30 for rows that attend to no token of this part: -inf would give NaN.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
             used_rows = used[:, None]
@@ -299,7 +299,7 @@ def paged_decode(
     Args:
         q, out: bfloat16 or float16 [B * n, query heads, head_dim]; the last stride must be 1.
         kv: pages of the KV cache, which already hold K and V of all tokens of the requests.
-        block_tables: page ids, int32 [slots, max_pages]; ids after the last page are not read.
+        block_tables: page ids, int32 [slots, max_pages]; ids after a request's last page: ignored.
         slots, context_lens: int32 [B]; `block_tables[slots[b]]` lists the pages of request b.
         scale: factor of the attention scores: softmax(scale * q K^T).
         max_context_len: upper bound of all `context_lens`; limits the number of programs.

@@ -33,8 +33,8 @@ class PrefillConfig:
 
 
 # Figures are for an H200, bf16 and head_dim 128; "16/8 heads" means 16 query and 8 KV heads. For 4
-# sequences of 4,096 tokens with 16/8 heads, WIDE reaches 438 TFLOP/s without TMA, 478 with TMA. The
-# latter is 0.60 times the rate of a product of two 8192 x 8192 matrices.
+# sequences of 4,096 tokens with 16/8 heads, WIDE reaches 438 TFLOP/s without TMA, 478 with TMA.
+# 478 TFLOP/s is 0.60 times the rate of a product of two 8192 x 8192 matrices.
 WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
 # NARROW is used if a batch's queries fill fewer than WIDE_TILES tiles of WIDE. A prompt of 1,024
 # tokens with 16/8 heads takes 20 us with NARROW and 30 us with WIDE. NARROW does not use TMA, since
@@ -94,7 +94,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Surplus rows at the tile's end get the last query's position, so their scores are finite.
+    # Rows of a tile after the last query use its position, so they attend to tokens that exist.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
@@ -117,7 +117,7 @@ def _paged_prefill_kernel(
                 v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
                 page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
                 if masked:
-                    # V after the last token has weight 0, but V may be NaN, and 0 * NaN is NaN.
+                    # Values after the last token have weight 0 but may be NaN; 0 * NaN is NaN.
                     v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
             else:
                 if PAGE % TILE == 0:
@@ -186,7 +186,7 @@ def paged_prefill(
     if tma:
         box = [1, config.tile, 1, dim]
         k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
-    # Each sequence may need one more tile, since its last tile may be partly empty.
+    # The last tile of each sequence may be partly empty, which adds up to `batch` tiles.
     tiles = triton.cdiv(rows * group, config.rows) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](

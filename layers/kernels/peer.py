@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of a maximum; ranks send larger values
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of a maximum; ranks send more
 _MAX_BLOCK = 64  # number of elements that each program of `_max_kernel` handles
 # With one shot every rank adds up all rows. With two shots one rank adds up a row and sends the sum
 # of the row to the other ranks. A sum takes two shots if there are more than two ranks and the sum
@@ -135,7 +135,6 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
-        # The norm is computed from the rounded values of residual + sum that are stored here.
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
         x = total.to(tl.float32)
@@ -201,7 +200,7 @@ class PeerExchange:
     def __post_init__(self) -> None:
         self._size = len(self.addresses)
         self._buffers = torch.tensor(self.addresses, dtype=torch.int64, device=self.device)
-        # `_sums` counts exchanges of each program of `_sum_kernel`, `_maxima` of `_max_kernel`.
+        # `_sums[i]` counts exchanges of program i of `_sum_kernel`, `_maxima[i]` of `_max_kernel`.
         self._sums = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
         programs = triton.cdiv(self.rows, _MAX_BLOCK)
         self._maxima = torch.zeros(programs, dtype=torch.int32, device=self.device)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# Number of logits that a program processes at once: 4 for each of its 128 threads, as a Philox call
-# gives 4 words. With more logits, Triton would move words between threads in shared memory.
+# Number of logits that a program processes at once: 4 for each of its 128 threads, as a call of the
+# generator Philox gives 4 random words. With more, Triton would move words between threads.
 _BLOCK = 512
 _PROGRAMS = 4224  # intended number of programs: 32 for each of the 132 multiprocessors of an H200
 
@@ -34,10 +34,10 @@ def _philox(c0, position, k0, k1):
 
 @triton.jit
 def _log2_exponential(x, HARDWARE: tl.constexpr):
-    """Return log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23: Gumbel noise divided by -log(2)."""
-    # For u near 1, -log(u) is tiny and is computed as a power series in w = 1 - u, since the
-    # hardware's log2 has an absolute error of about 2**-22. The bit cast gives the float
-    # 1 + (x >> 9) * 2**-23. So u and w have no rounding error.
+    """Return Gumbel noise divided by -log(2), computed from random words x (uint32)."""
+    # The result is log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23. For u near 1, -log(u) is tiny
+    # and computed as a power series in w = 1 - u: the hardware's log2 has an absolute error of some
+    # 2**-22. The bit cast gives 1 + (x >> 9) * 2**-23, so u and w have no rounding error.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
@@ -89,9 +89,9 @@ def _sample_kernel(
         score = score.to(tl.float32)
         drawn = temperature > 0
         if FILTERED:
-            # A `least` of NaN masks no logit, since x < NaN is False (also in layers/sampler.py).
+            # If `least` is NaN, no logit is masked, as in layers/sampler.py: x < NaN is False.
             score = tl.where(score < least, MINUS_INF, score)
-            # Computing noise takes most time. Noise is skipped if all logits of a block are masked.
+            # The noise takes most of the time; it is skipped if all logits of a block are masked.
             drawn &= tl.max((score > MINUS_INF).to(tl.int32), axis=0) > 0
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
@@ -99,7 +99,7 @@ def _sample_kernel(
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
-        # Of equal scores, `>` keeps the first one. NaN > x is False, so NaN is never chosen.
+        # `>` keeps the first of several equal scores. NaN is never chosen, since NaN > x is False.
         better = score > best
         best = tl.where(better, score, best)
         index = tl.where(better, columns, index)

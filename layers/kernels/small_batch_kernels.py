@@ -53,8 +53,8 @@ def rows_kernel(
     SWIGLU: gl.constexpr,
 ) -> None:
     """Compute out = f(RMSNorm(x) @ w.T + bias) + residual; f is SwiGLU or the identity."""
-    # Each program computes BN of the N outputs for all tokens. A chunk has KC inputs for each warp,
-    # which copies the inputs and their weights to shared memory and reads only what it has copied.
+    # Each program computes BN of the N outputs for all tokens. A chunk has KC inputs for each warp.
+    # A warp copies its inputs and their weights to shared memory, and reads only its own copies.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None
@@ -111,7 +111,6 @@ def rows_kernel(
     up = gl.zeros((WARPS, BN, BM), gl.float32, MMA)
     square = gl.zeros((WARPS, KC, BM), gl.float32, LX)
     for c in gl.static_range(CHUNKS):
-        # Wait until chunk c is in shared memory. Later chunks may still be on their way.
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:

@@ -26,7 +26,7 @@ MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
 _MULTIPROCESSORS = 132  # H100 and H200
 # Without SwiGLU, tiles of 128 tokens are used only for weights of at most this many elements. On an
 # H200 `tile_kernel` with these tiles takes 11.7 us for 128 tokens and a weight [1536, 8960]; cuBLAS
-# takes 12.8 us. For 128 tokens and a weight [4096, 4096] the times are 18.2 us and 14.5 us.
+# takes 12.8 us. For 128 tokens and a weight [4096, 4096] they take 18.2 us and 14.5 us.
 _TALL_WEIGHTS = 14 * 2**20
 
 
@@ -52,7 +52,7 @@ def _rows_config(tokens: int, n: int, k: int, swiglu: bool) -> dict[str, int]:
 
 
 class _Tile(NamedTuple):
-    """Constants of `tile_kernel`: BN outputs and BM tokens of a tile, BK inputs of a chunk."""
+    """Constants of `tile_kernel`. A tile has BN outputs and BM tokens; a chunk has BK inputs."""
 
     BM: int
     BN: int
@@ -99,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # These programs use so little shared memory that a multiprocessor can run two of them.
+        # Such a program uses so little shared memory that a multiprocessor can run two programs.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
@@ -140,7 +140,7 @@ def small_batch_linear(
 ) -> Tensor:
     """Compute ``f(rms_norm(x) @ weight.T + bias) + residual`` for 1 to 256 tokens.
 
-    The GPU needs compute capability 9.0. The order of float32 additions depends on sizes alone.
+    The GPU needs compute capability 9.0. Only tensor sizes change the order of float32 additions.
 
     Args:
         x: bf16 or fp16 [M, K] of M tokens; the stride of rows is a multiple of 16 elements.
