@@ -26,8 +26,8 @@ LANES = tl.constexpr(8)
 # Number of bits of a sort key that the search finds, highest bit first. These bits distinguish all
 # values of the logits' dtype. The number is even, since each pass over a whole row finds two bits.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
-# Number of logits that a program reads at once, 512 for each warp. A program handles one row. Up to
-# 132 programs get a multiprocessor of an H200 each; of more programs, two share a multiprocessor.
+# Number of logits that a program reads at once, 512 for each warp. Each program handles one row. If
+# there are more than 132 rows, two programs share each of the 132 multiprocessors of an H200.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 
 
@@ -50,7 +50,8 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """Return weights of logits x: 1 for top-k (`scale` is None); for top-p 0 below `floor`."""
+    """Return the weights of logits x for top-k (if `scale` is None) or for top-p."""
+    # For top-p, a logit less than `floor` has weight 0.
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
@@ -84,7 +85,7 @@ def _search(x, weights, target, BITS: tl.constexpr):
 def search_in_passes(
     ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Return the result of `_search` for the first `end` logits at `ptr`, two bits in a pass."""
+    """Return what `_search` returns for the first `end` logits at `ptr`. Find two bits per pass."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 1 << 30, tl.uint32)
     for _ in range(BITS // 2):
@@ -121,7 +122,7 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Divide a row into BLOCK / LANES groups; return their maxima and the row's total weight."""
+    """Divide a row into BLOCK / LANES groups; return each group's maximum and the total weight."""
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -142,20 +143,20 @@ def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return (low, high): values between which the bound of top-p should lie."""
-    # x is a sample: BLOCK logits of the row. The logits below the bound have the total weight
-    # `below` in the row, and about `share` in the sample.
+    # x is a sample of the row. Logits below the bound weigh `below` in the row, about `share` in x.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
-    # `middle` is an estimate of the bound. `margin` is 4 times an upper limit of the relative
-    # standard error of `share`, but at most 0.5. `heaviest` is the weight of a logit `middle`.
+    # `middle` is an estimate of the bound. `heaviest` is the weight of a logit equal to `middle`.
+    # `margin` is 4 times an upper limit of `share`'s relative standard error, but at most 0.5.
     heaviest = tl.exp2((middle - highest) * scale)
     margin = tl.minimum(0.5, 4 * tl.sqrt(heaviest / share))
     low = _search(x, weights, sampled - share * (1 - margin), BITS)
     high = _search(x, weights, sampled - share * (1 + margin), BITS)
-    # The low bits of `high` become 1: the range has all keys with the BITS highest bits of `high`.
+    # The lower bits of `high` are set to 1. So the range contains all values whose keys have the
+    # same BITS highest bits as `high`.
     return _key_value(low), _key_value(high | ((1 << (32 - BITS)) - 1))
 
 
@@ -171,7 +172,7 @@ def _pad(out_ptr, count, BLOCK: tl.constexpr):
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
     """Copy each group of LANES logits whose maximum is >= `low`; return the number of logits."""
-    # `out_ptr` has room for 2 * BLOCK logits. Logits that do not fit are counted but not copied.
+    # `out_ptr` has room for 2 * BLOCK copies. Logits that do not fit are counted but not copied.
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
@@ -180,7 +181,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
         if found > 0:
             place = (count // LANES + tl.cumsum(hits, axis=0) - hits) * LANES
             place = place[:, None] + tl.arange(0, LANES)[None, :]
-            value = x.to(out_ptr.dtype.element_ty)  # exact: `ptr` has this dtype
+            value = x.to(out_ptr.dtype.element_ty)  # no rounding: `ptr` has this dtype too
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
     return count
@@ -188,7 +189,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high] to `out_ptr`; return their number, and the weight above."""
+    """Copy logits in [low, high] to `out_ptr`; return their number and the weight of all > high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -254,8 +255,7 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # The maximum over dimension 1 is taken after the loop. A maximum in the loop would
-            # make Triton 3.6 fail an assertion (OptimizeThreadLocality) for unaligned rows.
+            # tl.max in the loop makes Triton 3.6 fail (OptimizeThreadLocality) for unaligned rows.
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))

@@ -91,6 +91,7 @@ def _combine(
         for i in tl.static_range(UNROLL):
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
+            # `.cg` reads from the L2 cache: L1 may hold old values of other programs' parts.
             live = who <= final
             at = lse_ptr + part * PART_ROWS + row
             lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -249,9 +250,8 @@ def _paged_decode_kernel(
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
             tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            # `owner` is the program with the pair's first tile. It stores its part at [owner, 1] of
-            # `values` and `lse`. A later program i of the pair stores its part at [i, 0].
-            # arrived[owner] counts the parts that are stored for this pair.
+            # `owner` is the program with the pair's first tile; it stores its part at [owner, 1]. A
+            # later program i stores its part at [i, 0]. arrived[owner] counts the stored parts.
             part = pid * 2 + (first == 0).to(tl.int32)
             owner = (at - first) // share
             final = (at - first + span - 1) // share
@@ -299,7 +299,7 @@ def paged_decode(
     Args:
         q, out: bfloat16 or float16 [B * n, query heads, head_dim]; the last stride must be 1.
         kv: pages of the KV cache, which already hold K and V of all tokens of the requests.
-        block_tables: page ids, int32 [slots, max_pages]; ids after a request's last page: ignored.
+        block_tables: page ids, int32 [slots, max_pages]; not read after a request's last page.
         slots, context_lens: int32 [B]; `block_tables[slots[b]]` lists the pages of request b.
         scale: factor of the attention scores: softmax(scale * q K^T).
         max_context_len: upper bound of all `context_lens`; limits the number of programs.

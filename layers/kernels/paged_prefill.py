@@ -94,7 +94,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows of a tile after the last query use its position, so they attend to tokens that exist.
+    # Rows after the last query use the last query's position: they attend only to existing tokens.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
@@ -186,7 +186,7 @@ def paged_prefill(
     if tma:
         box = [1, config.tile, 1, dim]
         k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
-    # The last tile of each sequence may be partly empty, which adds up to `batch` tiles.
+    # The last tile of each sequence may be partly empty: at most `batch` more tiles are needed.
     tiles = triton.cdiv(rows * group, config.rows) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from layers.kernels.rowwise import warps_of_row
 
-_EMPTY_MAX = torch.iinfo(torch.int64).min  # an empty cell of a maximum; ranks send more
+_EMPTY_MAX = torch.iinfo(torch.int64).min  # value of an empty cell in a maximum; never sent
 _MAX_BLOCK = 64  # number of elements that each program of `_max_kernel` handles
 # With one shot every rank adds up all rows. With two shots one rank adds up a row and sends the sum
 # of the row to the other ranks. A sum takes two shots if there are more than two ranks and the sum

@@ -49,7 +49,7 @@ def _rms_norm_kernel(
 
 
 def warps_of_row(size: int) -> int:
-    """Return the number of warps for a row: size / 512 as a power of 2, at least 1, at most 8."""
+    """Return a row's number of warps: size / 512 rounded up to a power of 2, within 1 to 8."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
 
 

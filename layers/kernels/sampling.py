@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-# Number of logits that a program processes at once: 4 for each of its 128 threads, as a call of the
-# generator Philox gives 4 random words. With more, Triton would move words between threads.
+# Number of logits that a program processes at once: 4 for each of its 128 threads. One call of the
+# random generator Philox gives 4 words. With more logits, Triton would move words between threads.
 _BLOCK = 512
 _PROGRAMS = 4224  # intended number of programs: 32 for each of the 132 multiprocessors of an H200
 
@@ -36,8 +36,8 @@ def _philox(c0, position, k0, k1):
 def _log2_exponential(x, HARDWARE: tl.constexpr):
     """Return Gumbel noise divided by -log(2), computed from random words x (uint32)."""
     # The result is log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23. For u near 1, -log(u) is tiny
-    # and computed as a power series in w = 1 - u: the hardware's log2 has an absolute error of some
-    # 2**-22. The bit cast gives 1 + (x >> 9) * 2**-23, so u and w have no rounding error.
+    # and is computed as a power series in w = 1 - u: log2 in hardware has an absolute error of
+    # about 2**-22. The bit cast gives the float 1 + (x >> 9) * 2**-23: u and w are exact.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))

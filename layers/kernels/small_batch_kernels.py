@@ -54,7 +54,7 @@ def rows_kernel(
 ) -> None:
     """Compute out = f(RMSNorm(x) @ w.T + bias) + residual; f is SwiGLU or the identity."""
     # Each program computes BN of the N outputs for all tokens. A chunk has KC inputs for each warp.
-    # A warp copies its inputs and their weights to shared memory, and reads only its own copies.
+    # A warp copies its inputs and their weights to shared memory, and reads only these copies.
     BIAS: gl.constexpr = bias_ptr is not None
     NORM: gl.constexpr = norm_ptr is not None
     RESIDUAL: gl.constexpr = residual_ptr is not None

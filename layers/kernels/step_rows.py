@@ -61,8 +61,7 @@ def _rows_kernel(
     live = slot != padding_slot
     if start < 0:
         # The request's first position is its number of computed tokens. Program 0 of the request
-        # changes it below. Other programs of the request may read the changed number: no harm,
-        # because program 0 handles all tokens of this request.
+        # changes this number below; the request's other programs have no tokens and ignore it.
         start = tl.load(computed_ptr + slot, mask=live, other=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
