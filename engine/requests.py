@@ -177,7 +177,7 @@ def _check_picklable(params: SamplingParams) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
-    """Requests of a prompt. `LLM` appends the object to `ended` once all requests have ended."""
+    """A prompt's requests. `LLM` appends this object to the list `ended` when all have ended."""
 
     index: int  # index of the prompt among the caller's prompts
     seqs: list[Sequence]  # one request for each output

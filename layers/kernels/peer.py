@@ -96,7 +96,8 @@ def _sum_kernel(
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
-    # Read weight and addresses before gdc_wait waits for earlier kernels, which do not write them.
+    # No earlier kernel writes the norm's weight or the table of buffer addresses, so load these
+    # before gdc_wait waits for earlier kernels.
     if norm is not None:
         residual_ptr, weight_ptr, total_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
