@@ -324,7 +324,7 @@ class LocalRunner(ModelRunner):
 def step_launcher(
     config: Config, clock: Clock, device: torch.device
 ) -> HostLauncher | StreamLauncher:
-    """Return a launcher, which starts steps on `device`; `clock` gives the end time of a step."""
+    """Return a launcher for `device`. When a step ends, the launcher reads the time of `clock`."""
     depth = config.pipeline_depth or 0
     if device.type == "cuda":
         # A launched step needs a result buffer until the result is read. Rank 0 has at most

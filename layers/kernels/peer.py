@@ -31,11 +31,11 @@ from layers.kernels.rowwise import warps_of_row
 
 _EMPTY_MAX = torch.iinfo(torch.int64).min  # value of an empty cell in a maximum; never sent
 _MAX_BLOCK = 64  # number of elements that each program of `_max_kernel` handles
-# With one shot every rank adds up all rows. With two shots one rank adds up a row and sends the sum
-# of the row to the other ranks. A sum takes two shots if there are more than two ranks and the sum
-# has more than _TWO_SHOT_BYTES bytes. On four H200 a sum [64, 1024], with residual addition and
-# RMSNorm, takes 4.9 us with one shot, 5.3 us with two shots and 12.9 us with NCCL. A sum
-# [256, 1024] takes 8.7 us with one shot, 6.8 us with two shots and 15.6 us with NCCL.
+# With one shot every rank adds up all rows. With two shots the ranks divide the rows: each rank
+# adds up its share of the rows and sends these sums to the other ranks. A sum takes two shots if
+# there are more than two ranks and the sum has more than _TWO_SHOT_BYTES bytes. On four H200 a sum
+# [64, 1024], with residual addition and RMSNorm, takes 4.9 us with one shot, 5.3 us with two shots
+# and 12.9 us with NCCL. A sum [256, 1024] takes 8.7 us, 6.8 us and 15.6 us.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -189,7 +189,7 @@ class PeerExchange:
     # Addresses through which this GPU accesses the exchange buffers, one per rank. A buffer has
     # `num_words(...)` int64 elements. All ranks must call `empty` before the first exchange.
     addresses: Sequence[int]
-    rows: int  # largest number of rows of a matrix, and of elements of a vector
+    rows: int  # limit for the rows of a matrix in a sum and for the elements of a maximum
     width: int  # number of columns of a matrix, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device

@@ -60,8 +60,8 @@ def _rows_kernel(
     num_sampled = tl.load(header + 5 * header_stride)
     live = slot != padding_slot
     if start < 0:
-        # The request's first position is its number of computed tokens. Program 0 of the request
-        # changes this number below; the request's other programs have no tokens and ignore it.
+        # The request is a decode, and all its tokens belong to program 0, which changes this number
+        # below. Other programs may load the old or the new number, but they have no token to write.
         start = tl.load(computed_ptr + slot, mask=live, other=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
