@@ -67,7 +67,11 @@ class LLM:
         return self.engine.config
 
     def generate(
-        self, prompts: Prompts, sampling_params: ParamsForPrompts = None, use_tqdm: bool = True
+        self,
+        prompts: Prompts,
+        sampling_params: ParamsForPrompts = None,
+        use_tqdm: bool = True,
+        raise_errors: bool = False,
     ) -> list[dict[str, Any]]:
         """Generate the outputs of all prompts.
 
@@ -75,6 +79,8 @@ class LLM:
             prompts: a prompt or a list of prompts. A prompt is a text or a list of token ids.
             sampling_params: a SamplingParams, or a list of one per prompt. None: SamplingParams().
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
+            raise_errors: if a request fails alone, raise its error once all requests have ended. If
+                False, the output has the finish_reason "error" and the `error`.
 
         Returns:
             One dictionary per prompt, in the order of the prompts. The page docs/options.md
@@ -84,6 +90,7 @@ class LLM:
             RequestError: a prompt or its parameters are wrong. No prompt of this call is run.
             StepError: a step failed.
             EngineClosedError: the engine was closed with `close`.
+            LogitsError: `raise_errors` is True, and a request had no token to choose.
         """
         ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}
@@ -102,6 +109,9 @@ class LLM:
             self.engine.reset()
             self._collect_ended()
             raise
+        errors = (seq.error for group in groups for seq in group.seqs)
+        if raise_errors and (error := next(filter(None, errors), None)):
+            raise error
         return [outputs[i] for i in range(len(groups))]
 
     def stream(
@@ -112,10 +122,11 @@ class LLM:
         Returns:
             An iterator of dictionaries. Each dictionary is a part of one output. `index` is the
             index of the prompt, and `sample` is the index of the output among the prompt's `n`
-            outputs. `text` and `token_ids` do not repeat earlier parts of the output. Only an
-            output's last part has a `finish_reason` that is not None, and the key `error`. No
-            `text` ends within a character. The texts of an output's parts, joined, are the text
-            that `generate` returns. Closing or deleting the iterator aborts unfinished requests.
+            outputs. `text` and `token_ids` do not repeat earlier parts of the output. The
+            `finish_reason` of a part is None, except in the last part of an output. The last part
+            also has the key `error`, whose value is None unless the request failed. No `text` ends
+            within a character. The texts of an output's parts, joined, are the text that `generate`
+            returns. Closing or deleting the iterator aborts unfinished requests.
         """
         stream = self._increments(self._add(prompts, sampling_params))
         # Start the generator: only a started generator runs its `finally`, which aborts requests.
@@ -127,6 +138,7 @@ class LLM:
         messages: list[dict[str, str]] | list[list[dict[str, str]]],
         sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
+        raise_errors: bool = False,
     ) -> list[dict[str, Any]]:
         """Generate the answer to a conversation, or to each conversation of a list.
 
@@ -137,7 +149,7 @@ class LLM:
         kinds = (list, tuple)
         several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
         prompts = [templated(self.tokenizer, one) for one in (messages if several else [messages])]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, raise_errors)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """Return the SamplingParams of generation_config.json, changed by `overrides`."""

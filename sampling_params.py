@@ -21,11 +21,6 @@ from utils.rules import (
     share,
 )
 
-# The seeds of successive outputs of a prompt differ by this number, modulo 2^63. Seeds that the
-# engine derives for successive requests also differ by this number. The number is 2^64 divided by
-# the golden ratio, and odd. So a seed is repeated only after 2^63 outputs or requests.
-SEED_STRIDE = 0x9E3779B97F4A7C15
-
 # Function of token ids (prompt and output) and float32 logits [vocab_size]; returns new logits.
 LogitsProcessor = Callable[[list[int], Any], Any]
 
@@ -66,7 +61,7 @@ class SamplingParams:
         frequency_penalty: subtracted from a token's logit for each time the token is in the output.
         seed: seed of the random numbers that sampling uses. Equal seeds give equal numbers at
             equal positions, in any batch. With None the engine derives a seed from `Config.seed`
-            and the request's id. If n > 1, output 0 uses `seed`; other outputs use derived seeds.
+            and the request's id. The n outputs of a prompt use different random numbers.
         max_tokens: maximum number of tokens to generate. With None, prompt and output together may
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
         min_tokens: minimum number of tokens to generate. Until the output has this length, no token
@@ -167,10 +162,9 @@ class SamplingParams:
 
     def of_output(self, index: int) -> SamplingParams:
         """Return the parameters of the request that computes output `index`. Their n is 1."""
-        seed = self.seed if self.seed is None else (self.seed + index * SEED_STRIDE) % 2**63
         # Log-probabilities of the prompt are equal for all outputs, so only output 0 computes them.
         scores = None if index else self.prompt_logprobs
-        return replace(self, n=1, seed=seed, prompt_logprobs=scores)
+        return replace(self, n=1, prompt_logprobs=scores)
 
 
 _RULES = rules_of(SamplingParams)

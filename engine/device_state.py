@@ -156,10 +156,11 @@ class DeviceState:
         counts = [len(i) for i in ids]
         firsts = np.cumsum([0, *counts[:-1]])
         slots, seeds = [r.slot for r in requests], [r.seed for r in requests]
+        streams = [r.sample + (r.seed_kind << 32) for r in requests]
         temperatures = [r.sampling.temperature for r in requests]
         self._ops.enter_requests(
             self.tables,
-            upload(np.array([slots, firsts, counts, seeds], dtype=np.int64)),
+            upload(np.array([slots, firsts, counts, seeds, streams], dtype=np.int64)),
             upload(np.array(temperatures, dtype=np.float32)),
             upload(np.concatenate(ids)),
             max(counts),

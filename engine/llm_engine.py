@@ -14,10 +14,14 @@ from engine.requests import Sequence, check_request
 from engine.step import SeedKind, StepPlan
 from engine.types import BlockManager, EngineStats, ModelRunner, Scheduler, StepHandle
 from memory.cache_groups import grouped
-from sampling_params import SEED_STRIDE, SamplingParams
+from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import EngineClosedError, RequestError, StepError
 from utils.text import TextReader
+
+# Seeds that the engine derives for successive requests differ by this number, modulo 2^63. The
+# number is 2^64 divided by the golden ratio, and odd. So a seed is repeated after 2^63 requests.
+_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 class LLMEngine:
@@ -82,7 +86,7 @@ class LLMEngine:
         request_id = self._next_request_id
         seed = params.seed
         if seed is None:
-            seed = (self.config.seed + (request_id + 1) * SEED_STRIDE) % 2**63
+            seed = (self.config.seed + (request_id + 1) * _SEED_STRIDE) % 2**63
         ends = frozenset() if params.ignore_eos else self.checkpoint.eos_token_ids
         seq = Sequence(
             request_id,

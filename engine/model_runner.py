@@ -184,7 +184,7 @@ class LocalRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
             raise EngineClosedError("execute() after close()")
-        return self._launcher.launch(plan.step_id, lambda: self._run(plan), timed=plan.timed)
+        return self._launcher.launch(plan, lambda: self._run(plan))
 
     def close(self) -> None:
         if self._closed:

@@ -31,7 +31,7 @@ from layers.logits import (
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows
 from sampling_params import LogitsProcessor
-from utils.errors import StepError
+from utils.errors import LogitsError
 
 # Maximum number of rows in a block of rows with changed logits. For 64 rows of 151,936 bfloat16
 # logits each, the logits, a float32 copy and the token counts for penalties take 97 MB together.
@@ -114,11 +114,15 @@ class _ChangedRows:
         logits: Tensor,
         sampled: SampledRows,
         parameters: Tensor,
-    ) -> Tensor:
-        """Draw S tokens, int64 [S]. `logits`, `sampled`, `parameters` have all R sampled rows."""
+    ) -> tuple[Tensor, dict[int, LogitsError]]:
+        """Draw S tokens, int64 [S]. `logits`, `sampled`, `parameters` have all R sampled rows.
+
+        Also returns the errors of logits processors, by the index of their row in the block. The
+        tokens of these rows are `NO_TOKEN`.
+        """
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
-        changed = logits.index_select(0, self.rows).float()
+        changed, errors = logits.index_select(0, self.rows).float(), {}
         if self.penalizes:
             penalties = Penalties(repetition, presence, frequency)
             known = tokens.index_select(0, own.slots)
@@ -129,10 +133,13 @@ class _ChangedRows:
             changed[row, token] = torch.where(free, changed[row, token], float("-inf"))
         for i, calls in self.processors:
             ids = tokens[own.slots[i], : own.positions[i]].tolist()
-            for call in calls:
-                changed[i] = _processed(call, ids, changed[i])
+            try:
+                for call in calls:
+                    changed[i] = _processed(call, ids, changed[i])
+            except LogitsError as error:
+                changed[i], errors[i] = float("nan"), error
         least = logit_bounds(changed, Filters(*filters)) if self.filters else None
-        return sampler.whole(changed, own, least=least)
+        return sampler.whole(changed, own, least=least), errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +172,8 @@ class SpecialRows:
 
     def draw(
         self, sampler: Sampler, tokens: Tensor, logits: Tensor, sampled: SampledRows
-    ) -> tuple[Tensor, StepScores | None]:
-        """Draw the step's tokens. Returns tokens [R] int64, and log-probabilities or None.
+    ) -> tuple[Tensor, StepScores | None, dict[int, LogitsError]]:
+        """Draw the step's tokens. Returns the values for the fields of `StepOutput`.
 
         Args:
             tokens: [slots + 1, max_model_len]: prompt and output tokens of each running request.
@@ -179,10 +186,12 @@ class SpecialRows:
         else:
             least = logit_bounds(whole[:count], self.filters) if self.filters else None
             drawn = sampler(logits[:count], sampled, least=least)
+        errors: dict[int, LogitsError] = {}
         for part in self.changed:
-            anew = part.draw(sampler, tokens, whole[:count], sampled, self.parameters)
+            anew, failed = part.draw(sampler, tokens, whole[:count], sampled, self.parameters)
             drawn.index_copy_(0, part.rows, anew)
-        return drawn, self._scored(whole[:count], drawn, whole[count:])
+            errors |= {int(part.rows[i]): error for i, error in failed.items()}
+        return drawn, self._scored(whole[:count], drawn.clamp(min=0), whole[count:]), errors
 
     def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
         """Return log-probabilities from the unchanged logits; None if no request asks for any."""
@@ -313,9 +322,8 @@ def _processed(call: LogitsProcessor, token_ids: list[int], logits: Tensor) -> T
     try:
         out = call(token_ids, logits)
     except Exception as error:
-        raise StepError(f"logits processor {call!r} failed: {error!r}") from error
+        raise LogitsError(f"logits processor {call!r} failed: {error!r}") from error
     if not isinstance(out, Tensor) or out.shape != logits.shape:
-        raise TypeError(
-            f"logits processor {call!r} must return a tensor of shape {tuple(logits.shape)}"
-        )
+        shape = tuple(logits.shape)
+        raise LogitsError(f"logits processor {call!r} must return a tensor of shape {shape}")
     return out

@@ -20,7 +20,7 @@ NO_LIMIT = 2**31 - 1  # `max_total_tokens` of a request that has no length limit
 
 
 class SeedKind(IntEnum):
-    """Where the seed of a request's random numbers comes from."""
+    """Where the seed of a request's random numbers comes from. Equal seeds of two kinds differ."""
 
     DERIVED = 0  # computed from the engine's seed and the request's id
     GIVEN = 1  # set by the user
@@ -39,7 +39,7 @@ class NewRequest:
     withheld_token_ids: tuple[int, ...] = ()  # ids forbidden in the first `min_tokens` output ids
     max_total_tokens: int = NO_LIMIT  # maximum length of prompt and output together
     sample: int = 0  # index of this output among the outputs of its prompt
-    seed_kind: SeedKind = SeedKind.DERIVED  # a runner's sampling may use `seed_kind` and `sample`
+    seed_kind: SeedKind = SeedKind.DERIVED  # random numbers depend on `seed`, `sample`, `seed_kind`
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ class StepPlan:
     sampled the token at this position. Decode row i has at most `decode_tokens[i]` positions. The
     runner drafts the tokens at all positions of a row but the first. A draft is accepted if all
     drafts before it in the row are accepted and sampling gives a token equal to the draft.
-    A decode row ends before position `max_total_tokens - 1`: no block is reserved from there on.
+    A decode row ends before position `NewRequest.max_total_tokens - 1`, the position of the last
+    token. The KV of the last token is never read, so no block is reserved for the token.
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
@@ -133,6 +134,12 @@ class StepPlan:
         """The slots that get new tokens, in the order of the lists in `StepResult.tokens`."""
         return [chunk.slot for chunk in self.prefill if chunk.samples] + list(self.decode)
 
+    @property
+    def sampled_rows(self) -> list[int]:
+        """The index in `row_slots` of each element of `sampled_slots`."""
+        chunks = [row for row, chunk in enumerate(self.prefill) if chunk.samples]
+        return chunks + list(range(len(self.prefill), len(self.prefill) + len(self.decode)))
+
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
@@ -167,8 +174,8 @@ class StepResult:
     def check(self, plan: StepPlan) -> None:
         """Raise a ContractError if the step id or the length of a list does not fit the plan."""
         lengths = list(map(len, self.tokens))
-        sampling = [row for row, chunk in enumerate(plan.prefill) if chunk.samples]
-        num_rows = len(sampling) + len(plan.decode)
+        rows = plan.sampled_rows
+        num_rows = len(rows)
         num_scores = num_rows if self.logprobs is None else len(self.logprobs)
         num_chunks = len(plan.prefill if self.prompt_logprobs is None else self.prompt_logprobs)
         found = self.step_id, len(lengths), num_scores, num_chunks
@@ -180,8 +187,7 @@ class StepResult:
         plain = self.logprobs is None and not self.reports and not plan.decode_tokens
         if plain and lengths.count(1) == num_rows:
             return
-        rows = [*sampling, *range(len(plan.prefill), len(plan.row_slots))]
-        counts = [*([1] * len(sampling)), *plan.decode_counts]
+        counts = [*([1] * (num_rows - len(plan.decode))), *plan.decode_counts]
         scores = self.logprobs or [[]] * num_rows
         for row, count, length, scored in zip(rows, counts, lengths, scores, strict=True):
             report = self.reports.get(row, RowReport())

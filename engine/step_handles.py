@@ -4,29 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.sampling_rows import StepScores
-from engine.types import Clock, StepHandle, StepResult
-from utils.errors import StepError
+from engine.types import Clock, RowReport, StepHandle, StepPlan, StepResult
+from layers.sampler import NO_TOKEN
+from utils.errors import LogitsError, StepError
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The R tokens that a step drew, int64 [R], and log-probabilities if a request asks for any."""
+    """What a step drew.
+
+    Attributes:
+        tokens: the R tokens, int64 [R]; `NO_TOKEN` for a row whose logits leave no choice.
+        scores: log-probabilities, if a request asks for any.
+        errors: why logits processors failed, by the index of the row among the R sampled rows.
+    """
 
     tokens: Tensor
     scores: StepScores | None = None
+    errors: dict[int, LogitsError] = field(default_factory=dict)
 
-    def result(self, step_id: int, ended_at: float, device_seconds: float | None) -> StepResult:
-        """Return the output as a `StepResult`. `tokens` and `scores` must be in host memory."""
-        tokens = self.tokens.unsqueeze(1).tolist()
+    def result(self, plan: StepPlan, ended_at: float, seconds: float | None) -> StepResult:
+        """Return the output as the result of `plan`, with an error for each row without a token.
+
+        `tokens` and `scores` must be in host memory. `seconds` is the duration of the step.
+        """
+        drawn = self.tokens.tolist()
+        tokens = [[token] for token in drawn]
         new, prompt = self.scores.logprobs(len(tokens)) if self.scores else (None, None)
-        return StepResult(step_id, tokens, ended_at, new, prompt, device_seconds)
+        reports = {}
+        if NO_TOKEN in drawn:
+            unknown = LogitsError(
+                "the logits have a NaN or are all -inf: there is no token to choose"
+            )
+            for i, row in enumerate(plan.sampled_rows):
+                if drawn[i] == NO_TOKEN:
+                    tokens[i], reports[row] = [], RowReport(self.errors.get(i, unknown))
+        return StepResult(plan.step_id, tokens, ended_at, new, prompt, seconds, reports)
 
 
 Step = Callable[[], StepOutput]
@@ -39,14 +59,14 @@ class HostLauncher:
         self._clock = clock
         self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
 
-    def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Start a step. If `timed` is True, the step's result includes the step's duration."""
+    def launch(self, plan: StepPlan, step: Step) -> StepHandle:
+        """Start the step of `plan`."""
 
         def run() -> StepResult:
             begin = self._clock()
             output = step()
             end = self._clock()
-            return output.result(step_id, end, end - begin if timed else None)
+            return output.result(plan, end, end - begin if plan.timed else None)
 
         def run_in_worker() -> StepResult:
             try:
@@ -54,16 +74,16 @@ class HostLauncher:
             except Exception:
                 raise
             except BaseException as error:  # if `result` raised SystemExit, its caller would exit
-                raise _step_error(step_id, error) from error
+                raise _step_error(plan.step_id, error) from error
 
         if self._worker is not None:
-            return _HostStep(step_id, self._worker.submit(run_in_worker))
+            return _HostStep(plan.step_id, self._worker.submit(run_in_worker))
         ended: Future[StepResult] = Future()
         try:
             ended.set_result(run())
         except Exception as error:
             ended.set_exception(error)
-        return _HostStep(step_id, ended)
+        return _HostStep(plan.step_id, ended)
 
     def close(self) -> None:
         """Wait until all launched steps have ended."""
@@ -110,12 +130,12 @@ class StreamLauncher:
         ]
         self._turn = 0
 
-    def launch(self, step_id: int, step: Step, *, timed: bool = False) -> StepHandle:
-        """Enqueue a step. If `timed` is True, the result includes how long the device took."""
+    def launch(self, plan: StepPlan, step: Step) -> StepHandle:
+        """Enqueue the step of `plan`."""
         self._turn = (self._turn + 1) % len(self._results)
         buffer, done = self._results[self._turn]
         timer = partial(torch.cuda.Event, enable_timing=True)
-        work = (timer(), timer()) if timed else None
+        work = (timer(), timer()) if plan.timed else None
         try:
             with torch.cuda.stream(self.stream):
                 if work:
@@ -125,15 +145,16 @@ class StreamLauncher:
                     work[1].record(self.stream)
                 pinned = buffer[: output.tokens.shape[0]]
                 pinned.copy_(output.tokens, non_blocking=True)
-                scores = output.scores
-                if scores is not None:
-                    scores = replace(scores, found=scores.found.pinned())
+                output = replace(output, tokens=pinned)
+                if output.scores is not None:
+                    found = output.scores.found.pinned()
+                    output = replace(output, scores=replace(output.scores, found=found))
                 done.record(self.stream)
         except Exception as error:
             failed: Future[StepResult] = Future()
             failed.set_exception(error)
-            return _HostStep(step_id, failed)
-        return _StreamStep(step_id, StepOutput(pinned, scores), done, self._clock, work)
+            return _HostStep(plan.step_id, failed)
+        return _StreamStep(plan, output, done, self._clock, work)
 
     def close(self) -> None:
         """Wait until all launched steps have ended."""
@@ -144,7 +165,7 @@ class StreamLauncher:
 class _StreamStep(StepHandle):
     """`StepHandle` of a step on a CUDA stream. `_output` is complete after the event `_done`."""
 
-    _step_id: int
+    _plan: StepPlan
     _output: StepOutput
     _done: torch.cuda.Event
     _clock: Clock
@@ -155,14 +176,14 @@ class _StreamStep(StepHandle):
         try:
             self._done.synchronize()
         except RuntimeError as error:
-            raise _step_error(self._step_id, error) from error
+            raise _step_error(self._plan.step_id, error) from error
         if self._ended_at is None:
             self._ended_at = self._clock()
         seconds = None
         if self._work is not None:
             begin, end = self._work
             seconds = begin.elapsed_time(end) / 1e3
-        return self._output.result(self._step_id, self._ended_at, seconds)
+        return self._output.result(self._plan, self._ended_at, seconds)
 
     def done(self) -> bool:
         try:

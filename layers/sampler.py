@@ -1,11 +1,14 @@
-"""Sampling of tokens from logits, with noise that depends only on the seed, position and token.
+"""Sampling of tokens from logits, with noise that depends only on a seed, the position and token.
 
 The noise comes from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator. So the noise
 is the same in every batch, on every device, and for any split of the vocabulary over ranks.
 For a token, Philox gets the key (low 32 bits of the seed, high 32 bits of the seed) and the counter
-(token // 4, position, 0, 0). Word number token % 4 of Philox's output gives the random number
-u = ((word >> 9) + 1/2) / 2^23, and the noise is -log(-log(u)). The number u has 23 random bits.
-With 24 bits u would round to 1 once in 2^24 draws, and the noise would be infinite.
+(token // 4, position, sample, kind). `sample` is the index of the output among the outputs of its
+prompt, and `kind` is the seed's `SeedKind`. So the outputs of a prompt do not share noise. Neither
+do a seed that a user gave and an equal seed that the engine derived. Word number token % 4 of
+Philox's output gives the random number u = ((word >> 9) + 1/2) / 2^23, and the noise is
+-log(-log(u)). The number u has 23 random bits. With 24 bits u would round to 1 once in 2^24 draws,
+and the noise would be infinite.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from torch import Tensor
 from layers.parallel import Place
 from layers.step_rows import SampledRows
 
+NO_TOKEN = -1  # sampled token of a row whose logits have a NaN or are all -inf
+
 _MASK32 = 0xFFFFFFFF
+_NAN_BITS = 0x7FC00000  # a float32 NaN; as an integer it is larger than the bits of any number
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -37,13 +43,16 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
 def gumbel_noise(
     seeds: Tensor, positions: Tensor, vocab_size: int, vocab_offset: int = 0
 ) -> Tensor:
-    """Return standard Gumbel noise, float32 [R, vocab_size], for R pairs of seed and position."""
+    """Return standard Gumbel noise, float32 [R, vocab_size], for R pairs of seed and position.
+
+    `seeds` is int64 [R, 2], as in `SampledRows`.
+    """
     first = vocab_offset // 4
     groups = torch.arange(first, first + -(-vocab_size // 4), device=seeds.device).unsqueeze(0)
-    zero = torch.zeros_like(groups)
-    key = ((seeds & _MASK32).unsqueeze(1), ((seeds >> 32) & _MASK32).unsqueeze(1))
-    counter = (groups, positions.long().unsqueeze(1), zero, zero)
-    words = torch.stack(philox4x32(counter, key), dim=-1).flatten(1)[:, :vocab_size]
+    words = torch.stack((seeds & _MASK32, (seeds >> 32) & _MASK32), dim=-1).flatten(1)
+    *key, sample, kind = words.unsqueeze(-1).unbind(1)
+    counter = (groups, positions.long().unsqueeze(1), sample, kind)
+    words = torch.stack(philox4x32(counter, (key[0], key[1])), dim=-1).flatten(1)[:, :vocab_size]
     uniform = ((words >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
@@ -62,19 +71,27 @@ def sample_shard(
     Args:
         logits: any float dtype, [R, number of tokens]; the columns have consecutive token ids.
         temperatures: float32 [R], >= 0.
-        seeds, positions: each row's seed, and the position of its sampled token, integers [R].
+        seeds: each row's seed, sample and kind as in `SampledRows`, int64 [R, 2].
+        positions: position of each row's sampled token, integers [R].
         vocab_offset: token id of the first column of `logits`, a multiple of 4.
         least: float32 [R]; a token whose logit is below its row's `least` is never sampled.
 
     Returns each row's largest score, float32 [R], and the token with this score, int64 [R]. If
-    several tokens of a row have the largest score, the token with the lowest id is returned.
+    several tokens of a row have the largest score, the token with the lowest id is returned. If a
+    logit is NaN, the score is NaN. If the score is NaN or -inf, there is no choice, and the token
+    is `NO_TOKEN`.
     """
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
         logits = logits.masked_fill(logits < least.unsqueeze(1), float("-inf"))
     scores = torch.addcmul(logits.float(), noise, temperatures.unsqueeze(1))
     best, column = scores.max(dim=1)
-    return best, column + vocab_offset
+    return best, _chosen(best, column + vocab_offset)
+
+
+def _chosen(best: Tensor, tokens: Tensor) -> Tensor:
+    """Return `tokens`, int64 [R], with `NO_TOKEN` where `best` [R] is NaN or -inf."""
+    return torch.where(best > float("-inf"), tokens, NO_TOKEN)
 
 
 class Sampler:
@@ -91,15 +108,17 @@ class Sampler:
     def __call__(
         self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
-        """Return one sampled token per row, int64 [R]. `least`: each row's lowest allowed logit."""
+        """Return one token per row, int64 [R], or `NO_TOKEN`. `least`: lowest allowed logits."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))
 
     def greedy(self, logits: Tensor) -> Tensor:
         """Return each row's most likely token, which `__call__` returns at temperature 0."""
+        # `argmax` takes a NaN for the largest value.
         if self._parallel.size == 1:
-            return logits.argmax(-1)
+            tokens = logits.argmax(-1)
+            return _chosen(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), tokens)
         best, column = logits.max(-1)
         return self._agreed(best.float(), column + self._parallel.rank * logits.shape[1])
 
@@ -126,7 +145,9 @@ class Sampler:
         # The upper 32 bits are the score's bits, read as int32. If the score is negative, its lower
         # 31 bits are flipped: a larger score gives a larger int32. The lower 32 bits are larger for
         # lower token ids. Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
-        bits = (best + 0.0).view(torch.int32).long()
+        bits = torch.where(best.isnan(), _NAN_BITS, (best + 0.0).view(torch.int32).long())
         order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens))
-        return _MASK32 - (winner & _MASK32)
+        winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens.clamp(min=0)))
+        # The bits of inf are 0x7F800000. The order of -inf is -0x7F800001.
+        chosen = (winner >> 32 <= 0x7F800000) & (winner >> 32 > -0x7F800001)
+        return torch.where(chosen, _MASK32 - (winner & _MASK32), NO_TOKEN)

@@ -28,7 +28,8 @@ class SlotTables:
         tokens: token ids of each request's prompt and output, int32 [slots + 1, max_model_len].
         block_tables: ids of each request's KV cache blocks, int32 [slots + 1, max_blocks].
         num_computed: how many tokens of each request have K and V in the cache, int64 [slots + 1].
-        temperatures, seeds: sampling settings of each request, float32 and int64 [slots + 1].
+        temperatures: sampling temperature of each request, float32 [slots + 1].
+        seeds: seed of each request, and sample + 2^32 * kind of the seed, int64 [slots + 1, 2].
     """
 
     tokens: Tensor
@@ -45,7 +46,7 @@ class SlotTables:
         zeros = functools.partial(torch.zeros, device=device)
         rows, blocks = num_slots + 1, -(-max_model_len // block_size)
         tokens, tables = (zeros(rows, n, dtype=torch.int32) for n in (max_model_len, blocks))
-        computed, seeds = (zeros(rows, dtype=torch.int64) for _ in range(2))
+        computed, seeds = zeros(rows, dtype=torch.int64), zeros(rows, 2, dtype=torch.int64)
         temperatures = zeros(rows, dtype=torch.float32)
         return SlotTables(tokens, tables, computed, temperatures, seeds, block_size)
 
@@ -61,7 +62,8 @@ class SampledRows:
     Sampled row i is row `rows[i]` of the step, and belongs to the request in slot `slots[i]`. The
     sampled token, `tokens[i]`, has position `positions[i]` in this request. If sampled row i is
     padding, `slots[i]` is the padding slot, and `rows[i]`, `positions[i]`, `temperatures[i]` and
-    `seeds[i]` are 0. The tensors are int64 [R], except `temperatures`, which is float32 [R].
+    `seeds[i]` are 0. The tensors are int64 [R], except `temperatures`, which is float32 [R], and
+    `seeds`, which is int64 [R, 2] with the columns of `SlotTables.seeds`.
     """
 
     rows: Tensor
@@ -73,8 +75,10 @@ class SampledRows:
 
     @staticmethod
     def empty(size: int, device: torch.device) -> SampledRows:
-        types = (torch.int64,) * 3 + (torch.float32,) + (torch.int64,) * 2
-        return SampledRows(*(torch.empty(size, dtype=t, device=device) for t in types))
+        rows, slots, positions, tokens = torch.empty(4, size, dtype=torch.int64, device=device)
+        temperatures = torch.empty(size, dtype=torch.float32, device=device)
+        seeds = torch.empty(size, 2, dtype=torch.int64, device=device)
+        return SampledRows(rows, slots, positions, temperatures, seeds, tokens)
 
     def __getitem__(self, part: slice | Tensor) -> SampledRows:
         return SampledRows(*(getattr(self, name)[part] for name in self.__slots__))
@@ -160,14 +164,14 @@ def enter_requests(
     """Write the token ids, temperatures (float32 [N]) and seeds of N requests into the tables.
 
     `token_ids` (int32) has the ids of all requests, one request after another. `header` is int64
-    [4, N], one column for each request. Element 0 of a column is the request's slot. Element 1 is
+    [5, N], one column for each request. Element 0 of a column is the request's slot. Element 1 is
     the index of the request's first id in `token_ids`. Element 2 is the request's number of ids, at
-    most `longest`. Element 3 is the request's seed.
+    most `longest`. Elements 3 and 4 are the request's row of `tables.seeds`.
     """
     del longest
-    slots, _, counts, seeds = header
+    slots, _, counts, *_ = header
     tables.temperatures[slots] = temperatures
-    tables.seeds[slots] = seeds
+    tables.seeds[slots] = header[3:].T
     parts = torch.split(token_ids, counts.tolist())
     for slot, ids in zip(slots.tolist(), parts, strict=True):
         tables.tokens[slot, : len(ids)] = ids
@@ -228,14 +232,17 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
     sampled.slots[at] = sampled_slots
     sampled.positions[at] = (ends[owner] - behind + 1) * drawn
     sampled.temperatures[at] = tables.temperatures[sampled_slots].where(drawn, 0.0)
-    sampled.seeds[at] = tables.seeds[sampled_slots] * drawn
+    sampled.seeds[at] = tables.seeds[sampled_slots] * drawn.unsqueeze(1)
 
 
 def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> None:
-    """Store the sampled `tokens`, int64 [R], in `sampled.tokens` and in `tables.tokens`."""
+    """Store the sampled `tokens`, int64 [R], in `sampled.tokens` and in `tables.tokens`.
+
+    `tables.tokens` gets 0 for a token below 0 (`NO_TOKEN`): a step in flight may embed the token.
+    """
     sampled.tokens.copy_(tokens)
     # Tokens sampled for padding are stored for the padding slot, where nothing reads them.
-    tables.tokens[sampled.slots, sampled.positions] = tokens.to(tables.tokens.dtype)
+    tables.tokens[sampled.slots, sampled.positions] = tokens.clamp(min=0).to(tables.tokens.dtype)
 
 
 def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:

@@ -310,7 +310,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Remove from the cache a block not in the index. Free the block if no request holds it."""
+        """Free a cached block that the index no longer has, at once or when no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)

@@ -548,7 +548,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "runner: a slot keeps the seed of its last request",
         "layers/step_rows.py",
-        "    tables.seeds[slots] = seeds\n",
+        "    tables.seeds[slots] = header[3:].T\n",
         "",
         RUNNERS,
     ),

@@ -23,10 +23,10 @@ from utils.errors import (
     CheckpointNotFoundError,
     ConfigError,
     FieldError,
+    LogitsError,
     OutOfMemoryError,
     RequestError,
     RequestTooLongError,
-    StepError,
     UnsupportedModelError,
 )
 
@@ -414,8 +414,13 @@ def test_sampling_parameters_that_this_model_cannot_serve(llm: LLM, values: dict
 )
 def test_logits_processors_that_fail(llm: LLM, processor: Any) -> None:
     params = SamplingParams(max_tokens=4, logits_processors=[processor])
-    with pytest.raises(StepError, match="failed"):
-        llm.generate([[1], [2]], [GREEDY, params], use_tqdm=False)
+    good, failed = llm.generate([[1], [2]], [GREEDY, params], use_tqdm=False)
+    assert good == {**llm.generate([1], GREEDY, use_tqdm=False)[0], "metrics": good["metrics"]}
+    assert (failed["finish_reason"], failed["token_ids"], failed["text"]) == ("error", [], "")
+    assert isinstance(failed["error"], LogitsError)
+    with pytest.raises(LogitsError, match="logits processor"):
+        llm.generate([[1], [2]], [GREEDY, params], use_tqdm=False, raise_errors=True)
+    assert not llm.has_unfinished
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ from engine.checking.fake_runner import FakeRunner
 from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.types import StepHandle, StepPlan, StepResult
+from layers.linear import VocabEmbedding
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
 from tests.custom_parts import OneAtATime, ShuffledBlocks, make_one_at_a_time
@@ -725,11 +727,18 @@ class TestErrorsInside:
         self._check(llm, RuntimeError)
 
     @pytest.mark.parametrize("step", [0, 1, 5])
-    def test_a_step_that_fails_on_the_device(self, llm: LLM, step: int) -> None:
-        """Logits processors run there."""
-        fails = _Raises(lambda token_ids, logits: logits, step, RuntimeError("planted"))
-        failing = SamplingParams(temperature=0, max_tokens=12, logits_processors=[fails])
-        self._check(llm, StepError, [GREEDY, failing, GREEDY, GREEDY])
+    def test_a_processor_that_raises_ends_its_request_alone(self, llm: LLM, step: int) -> None:
+        error = RuntimeError("planted")
+        fails = _Raises(lambda token_ids, logits: logits, step, error)
+        failing = replace(GREEDY, logits_processors=(fails,))
+        outputs = llm.generate(PROMPTS, [GREEDY, failing, GREEDY, GREEDY], use_tqdm=False)
+        expected = _generate(llm, PROMPTS)
+        assert [out["token_ids"] for out in outputs] == [
+            tokens[: step if i == 1 else None] for i, tokens in enumerate(expected)
+        ]
+        assert outputs[1]["finish_reason"] == "error"
+        assert outputs[1]["error"].__cause__ is error
+        _assert_idle(llm)
 
     @pytest.mark.parametrize("step", [0, 1, 5])
     def test_a_wait_that_is_interrupted(
@@ -789,10 +798,12 @@ class TestErrorsInside:
             assert _generate(llm, PROMPTS) == _generate(fresh, PROMPTS)
         _assert_idle(llm)
 
-    def test_the_message_of_a_failed_step_names_the_cause(self, llm: LLM) -> None:
-        fails = _Raises(lambda token_ids, logits: logits, 0, RuntimeError("planted"))
-        with pytest.raises(StepError, match="planted"):
-            llm.generate(PROMPTS, SamplingParams(logits_processors=[fails]), use_tqdm=False)
+    def test_the_message_of_a_failed_step_names_the_cause(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(VocabEmbedding, "__call__", _Raises(int, 0, RuntimeError("planted")))
+        with pytest.raises(StepError, match="step 0 failed: RuntimeError: planted"):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
 
     def test_a_scheduler_that_plans_nothing_is_an_error(
         self, llm: LLM, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from llm import LLM, SamplingParams
 from tests.checkpoints import random_prompts
-from utils.errors import EngineClosedError, RequestError, StepError
+from utils.errors import EngineClosedError, LogitsError, RequestError
 
 DEPTHS = [0, 1]
 PROMPTS = ["import os\n", "class Stack:\n", "def main(args):\n    "]
@@ -263,20 +264,24 @@ class TestStreams:
             llm.stream([PROMPTS[0], ""], FREE)
         assert not llm.has_unfinished
 
-    def test_a_failed_step_ends_the_stream(self, llm: LLM) -> None:
-        stream = llm.stream(PROMPTS[0], FREE)
-        next(stream)
-
+    def test_a_failed_request_ends_its_stream_alone(self, llm: LLM) -> None:
         def fails(token_ids: list[int], logits: Any) -> Any:
-            raise ZeroDivisionError
+            return logits if len(token_ids) < 9 else 1 / 0
 
-        llm.add_request(PROMPTS[1], _greedy(logits_processors=[fails]))
-        with pytest.raises(
-            StepError, match=r"logits processor .*fails.* failed: ZeroDivisionError"
-        ):
-            list(stream)
-        while llm.has_unfinished:
-            llm.step()
+        (expected,) = llm.generate(PROMPTS[0], FREE, use_tqdm=False)
+        params = [FREE, _greedy(logits_processors=[fails])]
+        parts: list[list[dict[str, Any]]] = [[], []]
+        prompts: list[Any] = [PROMPTS[0], [1, 2, 3, 4]]
+        for part in llm.stream(prompts, params):
+            parts[part["index"]].append(part)
+        good, failed = parts
+        assert [t for part in good for t in part["token_ids"]] == expected["token_ids"]
+        assert (good[-1]["finish_reason"], good[-1]["error"]) == ("length", None)
+        assert sum(len(part["token_ids"]) for part in failed) == 5
+        assert failed[-1]["finish_reason"] == "error"
+        assert isinstance(failed[-1]["error"], LogitsError)
+        assert re.search(r"processor .*fails.* failed: ZeroDivisionError", str(failed[-1]["error"]))
+        assert not llm.has_unfinished
 
     def test_closing_the_engine_first(self, shipped: Path) -> None:
         with LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=64) as llm:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
+from utils.errors import LogitsError
 
 PROMPTS = random_prompts([3, 20, 1, 33], seed=31)
 DEPTHS = [0, 1]
@@ -254,3 +257,58 @@ def test_prompt_logprobs_in_chunks_with_a_warm_cache_and_after_preemption(
         assert len(found) == len(all_tokens) - 1
         for i, (token, entry) in enumerate(zip(all_tokens[1:], found, strict=True)):
             assert abs(entry[token] - float(expected[i, token])) <= 1e-4
+
+
+def test_outputs_and_kinds_of_seed_never_share_noise(small: Path) -> None:
+    """An unseeded request of an engine with seed 0, the outputs of a seed, and of the next seed."""
+    free: dict[str, Any] = {"temperature": 3.0, "max_tokens": 12, "ignore_eos": True}
+    with _engine(small, seed=0) as llm:
+        unseeded = _tokens(llm, [PROMPTS[1]] * 6, SamplingParams(**free))
+        seeded = []
+        for seed in (0, 1):
+            (out,) = llm.generate(PROMPTS[1], SamplingParams(n=4, seed=seed, **free), False)
+            seeded.append([one["token_ids"] for one in out["outputs"]])
+        assert len({tuple(tokens) for tokens in (*unseeded, *seeded[0], *seeded[1])}) == 14
+        assert _tokens(llm, PROMPTS[1], SamplingParams(seed=1, **free)) == seeded[1][:1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_broken_weights_fail_the_requests_that_meet_them(
+    small: Path, tmp_path: Path, temperature: float
+) -> None:
+    """Token 5 has an embedding of NaN: no request that has it gets tokens, the others do."""
+    broken = shutil.copytree(small, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.embed_tokens.weight"][5] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=6, stop_token_ids=[5])
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8], [5]]
+    for depth in DEPTHS:
+        with _engine(broken, pipeline_depth=depth) as llm, _engine(small) as whole:
+            good, bad, other, worse = llm.generate(prompts, params, use_tqdm=False)
+            for out in (bad, worse):
+                assert (out["finish_reason"], out["token_ids"]) == ("error", [])
+                assert isinstance(out["error"], LogitsError)
+            assert [good["token_ids"], other["token_ids"]] == _tokens(whole, prompts[::2], params)
+            assert (good["error"], llm.has_unfinished) == (None, False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_processor_that_leaves_no_choice_fails_its_request_alone(llm: LLM, value: float) -> None:
+    """Also with penalties, filters and log-probabilities in the same rows."""
+
+    def spoil(token_ids: list[int], logits: Tensor) -> Tensor:
+        return logits if len(token_ids) < 7 else torch.full_like(logits, value)
+
+    spoiled = [
+        SamplingParams(max_tokens=9, logits_processors=[spoil], seed=2, ignore_eos=True, **more)
+        for more in ({}, {"temperature": 0}, {"top_k": 3, "top_p": 0.5, "logprobs": 2, "n": 2})
+    ]
+    plain = SamplingParams(temperature=0.7, seed=5, max_tokens=9, ignore_eos=True)
+    (expected,) = _tokens(llm, PROMPTS[0], plain)
+    outputs = llm.generate([PROMPTS[0], *[[1, 2, 3, 4]] * 3], [plain, *spoiled], False)
+    assert outputs[0]["token_ids"] == expected
+    for out in (*outputs[1:3], *outputs[3]["outputs"]):
+        assert (out["finish_reason"], len(out["token_ids"])) == ("error", 3)
+        assert isinstance(out["error"], LogitsError)
+    assert [len(scores) in (2, 3) for scores in outputs[3]["logprobs"]] == [True] * 3

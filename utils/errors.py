@@ -10,6 +10,7 @@ AllmosError
 │   ├── UnsupportedModelError      the engine does not implement the model or a feature of it
 │   └── WeightsError               tensors are missing, unexpected or of the wrong shape or dtype
 ├── OutOfMemoryError           weights, steps or KV cache do not fit the device (also a MemoryError)
+├── LogitsError                a request's logits leave no choice, or its logits processor failed
 ├── StepError                  a step failed; all unfinished requests have ended
 ├── ContractError              a scheduler, block manager or runner broke a rule of engine/types.py
 │   └── PlanError              a plan misuses a KV block; has .step_id, .request_id and .block (also
@@ -64,6 +65,9 @@ class WeightsError(CheckpointError): ...
 
 
 class OutOfMemoryError(AllmosError, MemoryError): ...
+
+
+class LogitsError(AllmosError): ...
 
 
 class StepError(AllmosError): ...

@@ -189,7 +189,7 @@ class PeerExchange:
     # Addresses through which this GPU accesses the exchange buffers, one per rank. A buffer has
     # `num_words(...)` int64 elements. All ranks must call `empty` before the first exchange.
     addresses: Sequence[int]
-    rows: int  # limit for the rows of a matrix in a sum and for the elements of a maximum
+    rows: int  # most rows of a matrix that is summed; also most elements of a vector for a maximum
     width: int  # number of columns of a matrix, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device

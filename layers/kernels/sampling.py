@@ -17,9 +17,8 @@ _PROGRAMS = 4224  # intended number of programs: 32 for each of the 132 multipro
 
 
 @triton.jit
-def _philox(c0, position, k0, k1):
-    """Return the 4 words of Philox4x32-10 for counter (c0, position, 0, 0) and key (k0, k1)."""
-    c1, c2, c3 = position, c0 * 0, c0 * 0
+def _philox(c0, c1, c2, c3, k0, k1):
+    """Return the 4 words of Philox4x32-10 for counter (c0, c1, c2, c3) and key (k0, k1)."""
     for _ in tl.static_range(10):
         even = c0.to(tl.uint64) * 0xD2511F53
         odd = c2.to(tl.uint64) * 0xCD9E8D57
@@ -37,13 +36,22 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     """Return Gumbel noise divided by -log(2), computed from random words x (uint32)."""
     # The result is log2(-log(u)) for u = ((x >> 9) + 0.5) * 2**-23. For u near 1, -log(u) is tiny
     # and is computed as a power series in w = 1 - u: log2 in hardware has an absolute error of
-    # about 2**-22. The bit cast gives the float 1 + (x >> 9) * 2**-23: u and w are exact.
+    # about 2**-22. The bit cast gives the float 1 + (x >> 9) * 2**-23, and both subtractions below
+    # have exact results, so u and w have no rounding error.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
     series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
     exact = (libdevice.fast_log2f(u) if HARDWARE else tl.log2(u)) * -0.6931471805599453
     negative_log = tl.where(w < 0.0625, series, exact)
     return libdevice.fast_log2f(negative_log) if HARDWARE else tl.log2(negative_log)
+
+
+@triton.jit
+def _largest(values):
+    """Return the largest of `values`, or NaN if one of them is NaN."""
+    # On a GPU `tl.max` ignores NaN.
+    num_nan = tl.sum((values != values).to(tl.int32), axis=0)
+    return tl.where(num_nan > 0, float("nan"), tl.max(values, axis=0))
 
 
 @triton.jit(
@@ -69,9 +77,10 @@ def _sample_kernel(
     start = tl.program_id(1) * blocks * BLOCK
     temperature = tl.load(temperature_ptr + row)
     scale = temperature * -0.6931471805599453
-    seed = tl.load(seed_ptr + row)
+    seed, stream = tl.load(seed_ptr + 2 * row), tl.load(seed_ptr + 2 * row + 1)
     position = tl.load(position_ptr + row).to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    sample, kind = stream.to(tl.uint32), (stream >> 32).to(tl.uint32)
     lanes = tl.arange(0, BLOCK)
     MINUS_INF: tl.constexpr = float("-inf")
     FILTERED: tl.constexpr = least_ptr is not None
@@ -96,15 +105,15 @@ def _sample_kernel(
         if drawn:
             group = (start + block * BLOCK + vocab_offset) // 4 + tl.arange(0, BLOCK // 4)
             # Philox gives four words for i = token // 4. Word j is for the token 4 * i + j.
-            x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, k0, k1)
+            x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, sample, kind, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score += scale * _log2_exponential(x, HARDWARE)
-        # `>` keeps the first of several equal scores. NaN is never chosen, since NaN > x is False.
-        better = score > best
+        # `>` keeps the first of several equal scores, and keeps a NaN, since x > NaN is False.
+        better = (score > best) | (score != score)
         best = tl.where(better, score, best)
         index = tl.where(better, columns, index)
-    value = tl.max(best, axis=0)
-    token = tl.min(tl.where(best == value, index, 2147483647), axis=0)
+    value = _largest(best)
+    token = tl.min(tl.where(best == value, index, 2147483647 - vocab_offset), axis=0)
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(out[0] + place, value)
     tl.store(out[1] + place, token + vocab_offset)
@@ -118,10 +127,10 @@ def _reduce_kernel(value_ptr, index_ptr, best_ptr, token_ptr, splits, SPLITS: tl
     inside = lanes < splits
     value = tl.load(value_ptr + row * splits + lanes, mask=inside, other=float("-inf"))
     index = tl.load(index_ptr + row * splits + lanes, mask=inside, other=2147483647)
-    best = tl.max(value, axis=0)
-    token = tl.min(tl.where(value == best, index, 2147483647), axis=0)
+    best = _largest(value)
+    token = tl.min(tl.where(value == best, index, 2147483647), axis=0).to(tl.int64)
     tl.store(best_ptr + row, best)
-    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(token_ptr + row, tl.where(best > float("-inf"), token, -1))
 
 
 def sample_shard(
@@ -136,6 +145,7 @@ def sample_shard(
     """Sample like :func:`layers.sampler.sample_shard`, but the noise may be rounded differently.
 
     `logits` is bf16, fp16 or fp32; its rows may have any stride. `positions` is int32 or int64.
+    `seeds` is contiguous.
     """
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits must be [R, V] with contiguous rows: {tuple(logits.shape)}")

@@ -30,7 +30,9 @@ def _enter_kernel(
     tl.store(tokens_ptr + slot * tokens_stride + at, ids, mask=at < size)
     if tl.program_id(1) == 0:
         tl.store(temperature_out + slot, tl.load(temperature_ptr + request))
-        tl.store(seed_out + slot, tl.load(header_ptr + 3 * count + request))
+        for i in tl.static_range(2):
+            seed = tl.load(header_ptr + (3 + i) * count + request)
+            tl.store(seed_out + 2 * slot + i, seed)
 
 
 @triton.jit(do_not_specialize=["header_stride"])
@@ -91,8 +93,9 @@ def _rows_kernel(
         tl.store(next_positions_out + place + nth, next_position, there)
         temperature = tl.load(temperature_ptr + slot + 0 * nth, mask=drawn, other=0.0)
         tl.store(temperature_out + place + nth, temperature, there)
-        seed = tl.load(seed_ptr + slot + 0 * nth, mask=drawn, other=0)
-        tl.store(seed_out + place + nth, seed, there)
+        for i in tl.static_range(2):
+            seed = tl.load(seed_ptr + 2 * slot + i + 0 * nth, mask=drawn, other=0)
+            tl.store(seed_out + 2 * (place + nth) + i, seed, there)
 
 
 # The four tensors named below may be slices of larger tensors, so they may be unaligned.
@@ -118,7 +121,8 @@ def _write_kernel(
     position = tl.load(positions_ptr + row, mask=live, other=0)
     token = tl.load(drawn_ptr + row, mask=mask, other=0)
     tl.store(drawn_out + row, token, mask=mask)
-    tl.store(tokens_ptr + slot * tokens_stride + position, token.to(tl.int32), mask=live)
+    known = tl.maximum(token, 0).to(tl.int32)
+    tl.store(tokens_ptr + slot * tokens_stride + position, known, mask=live)
 
 
 def enter_requests(

@@ -72,7 +72,7 @@ def test_only_rows_that_sample_are_sampled() -> None:
     assert sampled.slots.tolist() == [0]
     assert sampled.positions.tolist() == [5]
     assert sampled.temperatures.tolist() == [0.5]
-    assert sampled.seeds.tolist() == [2**62 + 1]
+    assert sampled.seeds.tolist() == [[2**62 + 1, 0]]
 
 
 def test_a_sampled_token_is_the_next_input() -> None:
@@ -131,10 +131,10 @@ def test_a_slot_is_taken_over_by_another_request() -> None:
     rows = state.run(plan, [43])
     assert rows.input_ids.tolist() == [41, 42]
     assert rows.slot_mapping.tolist() == [16, 17]
-    assert rows.sampled.seeds.tolist() == [3]
+    assert rows.sampled.seeds.tolist() == [[3, 0]]
     rows = state.staged(StepPlan(3, decode=(0,)))
     assert rows.input_ids.tolist() == [43]
-    assert rows.sampled.seeds.tolist() == [3]
+    assert rows.sampled.seeds.tolist() == [[3, 0]]
     assert rows.sampled.temperatures.tolist() == [0.0]
 
 

@@ -20,7 +20,7 @@ from layers.logits import SCORED_ROWS, Filters, logit_bounds_reference
 from layers.sampler import Sampler, gumbel_noise
 from layers.step_rows import SampledRows, SlotTables
 from sampling_params import SamplingParams
-from tests.layers.tensors import place
+from tests.layers.tensors import keys, place
 
 VOCAB_SIZE = 96
 CPU = torch.device("cpu")
@@ -95,12 +95,12 @@ def _scored(
         slots=torch.arange(count),
         positions=torch.full((count,), 2),
         temperatures=torch.tensor([p.temperature for p in params]),
-        seeds=torch.arange(count),
+        seeds=keys(torch.arange(count)),
         tokens=torch.zeros(count, dtype=torch.int64),
     )
     sampler = sampler or Sampler(place(dtype=torch.bfloat16))
     with watched or nullcontext():
-        drawn, scored = special.draw(sampler, tokens, logits, sampled)
+        drawn, scored, _ = special.draw(sampler, tokens, logits, sampled)
     new, prompts = scored.logprobs(count) if scored else ([], [])
     return drawn.tolist(), new, prompts
 
@@ -225,7 +225,7 @@ def test_tokens_are_withheld_until_the_output_is_long_enough(position: int, toke
         getattr(sampled, name).zero_()
     sampled.positions.fill_(position)
     sampler = Sampler(place())
-    drawn, scores = special.draw(sampler, torch.zeros(1, 9, dtype=torch.int32), logits, sampled)
+    drawn, scores, _ = special.draw(sampler, torch.zeros(1, 9, dtype=torch.int32), logits, sampled)
     assert (drawn.tolist(), scores) == ([token], None)
 
 
@@ -245,7 +245,7 @@ def _expected(new: NewRequest, known: list[int], logits: Tensor) -> int:
     filters = Filters(*torch.tensor([[p.temperature], [p.top_k], [p.top_p], [p.min_p]]))
     least = logit_bounds_reference(changed.unsqueeze(0), filters)
     changed[changed < least] = float("-inf")
-    noise = gumbel_noise(torch.tensor([new.seed]), torch.tensor([len(known)]), VOCAB_SIZE)[0]
+    noise = gumbel_noise(keys([new.seed]), torch.tensor([len(known)]), VOCAB_SIZE)[0]
     return int((changed + p.temperature * noise).argmax())
 
 
@@ -298,7 +298,7 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
         slots=torch.tensor(order),
         positions=torch.tensor([len(known[slot]) for slot in order]),
         temperatures=torch.tensor([news[slot].sampling.temperature for slot in order]),
-        seeds=torch.tensor([news[slot].seed for slot in order]),
+        seeds=keys([news[slot].seed for slot in order]),
         tokens=torch.zeros(count, dtype=torch.int64),
     )
     sampler = Sampler(place())

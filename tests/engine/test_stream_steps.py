@@ -13,7 +13,7 @@ from config import Config
 from engine.model_runner import step_launcher
 from engine.sampling_rows import StepScores
 from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
-from engine.types import StepHandle
+from engine.types import StepHandle, StepPlan
 from layers.logits import TokenScores
 from tests.engine import fake_cuda
 from tests.engine.fake_cuda import FakeStream
@@ -52,7 +52,7 @@ class _Steps:
             self._stream.enqueue(lambda: self._tokens[:size].copy_(tokens))
             return StepOutput(self._tokens[:size])
 
-        handle = self._launcher.launch(number, step)
+        handle = self._launcher.launch(StepPlan(number), step)
         self.outstanding.append((handle, number, [[token] for token in tokens.tolist()]))
 
     def land(self) -> None:
@@ -156,7 +156,7 @@ def test_scores_arrive_with_their_tokens(stream: FakeStream) -> None:
         tokens = torch.full((2,), number)
         return StepOutput(tokens, StepScores(scores, [(0, 0), (1, 0)], [], 0))
 
-    handles = [launcher.launch(i, lambda i=i: step(i)) for i in range(3)]  # type: ignore[misc]
+    handles = [launcher.launch(StepPlan(i), lambda i=i: step(i)) for i in range(3)]  # type: ignore[misc]
     stream.run()
     for number, handle in enumerate(handles):
         result = handle.result()
@@ -171,7 +171,7 @@ def test_a_failure_comes_with_the_result_and_the_next_step_runs(stream: FakeStre
     launcher = _launcher(2)
     steps = _Steps(launcher, stream)
     for _ in range(3):
-        handle = launcher.launch(7, fails)
+        handle = launcher.launch(StepPlan(7), fails)
         steps.launch()
         with pytest.raises(StepError, match="step 7 failed: RuntimeError: planted"):
             handle.result()
@@ -193,7 +193,7 @@ def test_a_step_ended_when_the_host_learned_of_it(stream: FakeStream, asks: bool
     moments = iter([3.0, 5.0])
     launcher = StreamLauncher(lambda: next(moments), CUDA, MAX_TOKENS, 2)
     for moment in (3.0, 5.0):
-        handle = launcher.launch(0, lambda: StepOutput(torch.tensor([7])))
+        handle = launcher.launch(StepPlan(0), lambda: StepOutput(torch.tensor([7])))
         stream.run()
         for _ in range(2):
             assert not asks or handle.done()
@@ -204,7 +204,7 @@ def test_a_step_that_was_seen_to_be_done_had_ended_then(stream: FakeStream) -> N
     """However long its result is left where it is."""
     moment = 3.0
     launcher = StreamLauncher(lambda: moment, CUDA, MAX_TOKENS, 2)
-    handle = launcher.launch(0, lambda: StepOutput(torch.tensor([7])))
+    handle = launcher.launch(StepPlan(0), lambda: StepOutput(torch.tensor([7])))
     assert not handle.done()
     moment = 5.0
     stream.run()
@@ -221,7 +221,7 @@ def test_a_device_that_failed_is_told_with_the_result(
     def fails(event: fake_cuda.FakeEvent) -> None:
         raise RuntimeError("an illegal memory access")
 
-    handle = _launcher(2).launch(4, lambda: StepOutput(torch.tensor([7])))
+    handle = _launcher(2).launch(StepPlan(4), lambda: StepOutput(torch.tensor([7])))
     monkeypatch.setattr(fake_cuda.FakeEvent, "query", fails)
     monkeypatch.setattr(fake_cuda.FakeEvent, "synchronize", fails)
     assert handle.done()
@@ -236,7 +236,7 @@ def test_the_device_s_time_is_in_seconds(
     launcher = _launcher(2)
     found = []
     for timed in (False, True):
-        handle = launcher.launch(0, lambda: StepOutput(torch.tensor([7])), timed=timed)
+        handle = launcher.launch(StepPlan(0, timed=timed), lambda: StepOutput(torch.tensor([7])))
         stream.run()
         found.append(handle.result().device_seconds)
     assert found == [None, 0.25]

@@ -33,6 +33,7 @@ from tests.kernels.references import (
     silu_mul_reference,
     small_batch_linear_reference,
 )
+from tests.layers.tensors import keys
 
 pytestmark = pytest.mark.gpu
 
@@ -122,7 +123,7 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits = _randn(rows, vocab, dtype=dtype) * 3
     temperature = torch.rand(rows, device="cuda") * 2
     temperature[::3] = 0
-    seed = torch.randint(-(2**62), 2**62, (rows,), device="cuda")
+    seed = torch.randint(-(2**62), 2**62, (rows, 2), device="cuda")
     position = torch.randint(0, 2**20, (rows,), device="cuda", dtype=torch.int32)
     _, want = sample_shard_reference(logits, temperature, seed, position)
     _, got = sample_shard(logits, temperature, seed, position)
@@ -144,12 +145,29 @@ def test_sample(rows: int, vocab: int, dtype: torch.dtype) -> None:
     assert torch.equal(torch.where(right[0] > left[0], right[1], left[1]), got)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("vocab", [7, 32_003, 151_936])
+def test_sample_without_a_choice(vocab: int, dtype: torch.dtype) -> None:
+    logits = _randn(9, vocab, dtype=dtype)
+    logits[3:8] = float("-inf")
+    for row, column in enumerate((0, vocab // 2, vocab - 1, 0, vocab // 2, vocab - 1)):
+        logits[row, column] = -float("nan") if row % 2 else float("nan")
+    seed, position = keys(torch.arange(9, device="cuda")), torch.arange(9, device="cuda")
+    for temperature in (0.0, 1.0):
+        best, got = sample_shard(logits, torch.full((9,), temperature).cuda(), seed, position)
+        assert got[:8].tolist() == [-1] * 8
+        assert 0 <= got[8] < vocab
+        assert best[:6].isnan().all()
+        assert best[:6].view(torch.int32).gt(0).all()
+
+
 def test_sampled_shares_follow_softmax() -> None:
     rows = 50_000
     logits = _randn(1, 16, dtype=torch.float32)
     seed = torch.arange(rows, device="cuda")
     temperature = torch.full((rows,), 0.8, device="cuda")
-    _, drawn = sample_shard(logits.expand(rows, 16), temperature, seed, torch.zeros_like(seed))
+    position = torch.zeros_like(seed)
+    _, drawn = sample_shard(logits.expand(rows, 16), temperature, keys(seed), position)
     share = drawn.bincount(minlength=16) / rows
     # Five standard errors of a share of 1/2.
     assert (share - torch.softmax(logits[0] / 0.8, 0)).abs().max() < 5 * (0.25 / rows) ** 0.5
@@ -158,7 +176,7 @@ def test_sampled_shares_follow_softmax() -> None:
 def test_graph_capture_sees_new_inputs() -> None:
     logits, x, weight = _randn(4, 5000), _randn(4, 1024), _randn(1024)
     temperature = torch.tensor([0.0, 0.7, 1.0, 0.3], device="cuda")
-    seed, position = torch.arange(4, device="cuda"), torch.zeros(4, device="cuda").long()
+    seed, position = keys(torch.arange(4, device="cuda")), torch.zeros(4, device="cuda").long()
     sample_shard(logits, temperature, seed, position)
     rms_norm(x, weight, 1e-6, pdl=PDL)
     graph = torch.cuda.CUDAGraph()

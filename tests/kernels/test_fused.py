@@ -10,7 +10,7 @@ import torch
 
 from layers.logits import Filters
 from layers.norm_rope import Rotation
-from layers.sampler import gumbel_noise, philox4x32
+from layers.sampler import NO_TOKEN, gumbel_noise, philox4x32
 from memory.kv_cache import KVLayer
 from tests.kernels.interpreter import (
     HAS_TRITON,
@@ -27,6 +27,7 @@ from tests.kernels.references import (
     silu_mul_reference,
     small_batch_linear_reference,
 )
+from tests.layers.tensors import keys
 from tests.layers.test_sampler import sample
 
 if INTERPRET and HAS_TRITON:
@@ -90,24 +91,24 @@ def test_philox_known_answers(
 
 def test_noise_is_gumbel_and_splits() -> None:
     seed, position = torch.tensor([7, -3, 2**40]), torch.tensor([0, 5, 9])
-    noise = gumbel_noise(seed, position, 40_000)
+    noise = gumbel_noise(keys(seed), position, 40_000)
     assert noise.isfinite().all()
     # Mean: Euler's constant; variance: pi**2 / 6. Five standard errors of 40,000 draws.
     assert (noise.mean(1) - 0.5772).abs().max() < 5 * (1.645 / 40_000) ** 0.5
     assert (noise.var(1) - 1.645).abs().max() < 0.1
-    assert torch.equal(noise[:, 20_000:], gumbel_noise(seed, position, 20_000, 20_000))
+    assert torch.equal(noise[:, 20_000:], gumbel_noise(keys(seed), position, 20_000, 20_000))
     assert len({float(row[0]) for row in noise}) == 3
 
 
 def test_reference_sampler_follows_softmax() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]]).expand(20_000, 5)
     seeds = torch.arange(20_000)
-    drawn = sample(logits, torch.full((20_000,), 0.7), seeds, torch.zeros_like(seeds))
+    drawn = sample(logits, torch.full((20_000,), 0.7), keys(seeds), torch.zeros_like(seeds))
     share = drawn.bincount(minlength=5) / 20_000
     assert (share - torch.softmax(logits[0] / 0.7, 0)).abs().max() < 0.02
     ties = torch.tensor([[1.0, 3.0, 3.0]])
     one = torch.zeros(1)
-    assert sample(ties, one, one.long(), one.long()).tolist() == [1]
+    assert sample(ties, one, keys(one.long()), one.long()).tolist() == [1]
 
 
 @interpreted
@@ -158,7 +159,7 @@ def test_sample(vocab: int) -> None:
     rows = 6
     logits = torch.randn(rows, vocab, dtype=torch.bfloat16)
     temperature = torch.tensor([0.0, 0.6, 1.0, 0.0, 2.5, 0.1])
-    seed = torch.randint(-(2**62), 2**62, (rows,))
+    seed = torch.randint(-(2**62), 2**62, (rows, 2))
     position = torch.randint(0, 10_000, (rows,), dtype=torch.int32)
     expected = sample(logits, temperature, seed, position)
     assert torch.equal(sample_shard(logits, temperature, seed, position)[1], expected)
@@ -172,18 +173,18 @@ def test_sample(vocab: int) -> None:
 @interpreted
 @pytest.mark.parametrize("vocab", [9, 5003])
 def test_sample_at_or_above_the_least(vocab: int) -> None:
-    """Rows of which much, one token, all, none and, by NaN, again all may be drawn."""
+    """Rows of which much, one token, all, none and, by NaN, again all or none may be drawn."""
     logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab)).bfloat16()
     logits[6] = logits[6].round()
     logits[5, 0] = float("nan")
     temperature = torch.tensor([0.6, 1.0, 2.5, 1.0, 3.0, 1.0, 5.0])
-    seed, position = torch.arange(7), torch.arange(7, dtype=torch.int32)
+    seed, position = keys(torch.arange(7)), torch.arange(7, dtype=torch.int32)
     best = logits.float().amax(1)
     least = best + torch.tensor([-2, 0, -1e9, 1, float("nan"), 0, 0])
     least[5] = -2.0
     _, got = sample_shard(logits, temperature, seed, position, least=least)
-    finite = logits.nan_to_num(float("-inf"))
-    assert torch.equal(got, sample(finite, temperature, seed, position, least=least))
+    assert torch.equal(got, sample(logits, temperature, seed, position, least=least))
+    assert got[[3, 5]].tolist() == [NO_TOKEN, NO_TOKEN]
     assert torch.equal(got[[2, 4]], sample_shard(logits, temperature, seed, position)[1][[2, 4]])
     assert got[1] == logits[1].argmax()
     assert logits[6, got[6]] == best[6]
@@ -191,7 +192,27 @@ def test_sample_at_or_above_the_least(vocab: int) -> None:
     rest = (temperature, seed, position)
     left = sample_shard(logits[:, :cut], *rest, least=least)
     right = sample_shard(logits[:, cut:], *rest, least=least, vocab_offset=cut)
-    assert torch.equal(torch.where(right[0] > left[0], right[1], left[1]), got)
+    best_of = torch.where(left[0].isnan() | (left[0] >= right[0]), left[1], right[1])
+    assert torch.equal(best_of, got)
+
+
+@interpreted
+@pytest.mark.parametrize("vocab", [5, 3000])
+def test_sample_without_a_choice(vocab: int) -> None:
+    """NaN in the first, a middle and the last column, with numbers and with -inf beside it."""
+    logits = torch.randn(8, vocab)
+    logits[3:7] = float("-inf")
+    for row, column in enumerate((0, vocab // 2, vocab - 1, 0, vocab // 2, vocab - 1)):
+        logits[row, column] = float("nan")
+    logits[7, 2] = float("inf")
+    for temperature in (torch.zeros(8), torch.ones(8)):
+        at = keys(torch.arange(8)), torch.arange(8)
+        best, got = sample_shard(logits, temperature, *at)
+        assert torch.equal(got, sample(logits, temperature, *at))
+        assert got.tolist() == [NO_TOKEN] * 7 + [2]
+        assert best[:6].isnan().all()
+        # Ranks compare the scores as integers: a NaN with another sign would look like the least.
+        assert best[:6].view(torch.int32).gt(0).all()
 
 
 @interpreted
@@ -199,7 +220,7 @@ def test_sample_takes_the_lowest_of_equals() -> None:
     logits = torch.zeros(2, 3000)
     logits[0, [1500, 2900]] = 1.0
     zero = torch.zeros(2)
-    assert sample_shard(logits, zero, zero.long(), zero.long())[1].tolist() == [1500, 0]
+    assert sample_shard(logits, zero, keys(zero.long()), zero.long())[1].tolist() == [1500, 0]
 
 
 @interpreted

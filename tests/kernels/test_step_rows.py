@@ -77,7 +77,7 @@ def _random_tables(generator: torch.Generator) -> SlotTables:
         block_tables=integers(0, 2**31 - 1, rows, WIDTH // BLOCK_SIZE).int(),
         num_computed=integers(0, WIDTH - 8, rows),
         temperatures=torch.rand(rows, generator=generator),
-        seeds=integers(0, 2**63 - 1, rows),
+        seeds=integers(0, 2**63 - 1, rows, 2),
         block_size=BLOCK_SIZE,
     )
     made.tokens[-1], made.block_tables[-1], made.num_computed[-1] = POISON, POISON, FAR
@@ -121,10 +121,10 @@ def test_enter_requests(count: int, seed: int) -> None:
     # The edges of a program's share, and the longest there can be.
     lengths[: min(count, 4)] = torch.tensor([WIDTH, 16, 17, 1])[:count]
     firsts = lengths.cumsum(0) - lengths
-    seeds = torch.randint(0, 2**63 - 1, (count,), generator=generator)
+    seeds = torch.randint(0, 2**63 - 1, (count, 2), generator=generator)
     temperatures = torch.rand(count, generator=generator)
     ids = torch.randint(0, 150_000, (int(lengths.sum()),), generator=generator).int()
-    header = torch.stack((slots, firsts, lengths, seeds))
+    header = torch.stack((slots, firsts, lengths, *seeds.T))
     for ops, changed in ((kernels, tables), (reference, by_reference)):
         ops.enter_requests(changed, header, temperatures, ids, int(lengths.max()))
     for i, slot in enumerate(slots.tolist()):
@@ -223,17 +223,18 @@ def _check_rows(rows: StepRows, step: list[Request], before: SlotTables) -> Slot
         last = per_request["query_start"][-1] + r.count
         per_request["query_start"].append(last)
         for i in range(0 if r.sampled is None else max(r.sampled, 1)):
-            entry: tuple[Any, ...] = (0, NUM_SLOTS, 0, 0.0, 0)
+            entry: tuple[Any, ...] = (0, NUM_SLOTS, 0, 0.0, [0, 0])
             if not padding and r.sampled:
                 behind = r.sampled - i
-                keys = float(before.temperatures[r.slot]), int(before.seeds[r.slot])
+                keys = float(before.temperatures[r.slot]), before.seeds[r.slot].tolist()
                 entry = (last - behind, r.slot, at.stop - behind + 1, *keys)
             for name, value in zip(PER_SAMPLED, entry, strict=True):
                 per_sampled[name].append(value)
     for part, wanted in ((rows, per_request), (rows.sampled, per_sampled)):
         for name, values in wanted.items():
             got = getattr(part, name).tolist()
-            assert got == values + [POISON] * (len(got) - len(values)), name
+            unset = [POISON, POISON] if name == "seeds" else POISON
+            assert got == values + [unset] * (len(got) - len(values)), name
     return after
 
 

@@ -37,3 +37,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight in float64."""
     x = x.double()
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def keys(seeds: Tensor | list[int], sample: int = 0, kind: int = 0) -> Tensor:
+    """`SampledRows.seeds` of rows with these seeds."""
+    seeds = torch.as_tensor(seeds)
+    return torch.stack((seeds, torch.full_like(seeds, sample + (kind << 32))), dim=1)

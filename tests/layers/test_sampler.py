@@ -11,9 +11,9 @@ from torch import Tensor
 
 import layers.sampler
 from layers.parallel import ParallelContext
-from layers.sampler import Sampler, gumbel_noise, philox4x32, sample_shard
+from layers.sampler import NO_TOKEN, Sampler, gumbel_noise, philox4x32, sample_shard
 from layers.step_rows import SampledRows
-from tests.layers.tensors import place
+from tests.layers.tensors import keys, place
 
 VOCAB_SIZE = 40
 NUM_DRAWS = 20_000
@@ -57,13 +57,14 @@ def sample(
     **options: Any,
 ) -> Tensor:
     """One token for each row of logits."""
+    seeds = keys(seeds) if seeds.dim() == 1 else seeds
     return sample_shard(logits, temperatures, seeds, positions, **options)[1]
 
 
 def _sampled(temperatures: Tensor, seeds: Tensor, positions: Tensor) -> SampledRows:
     """Rows of a step that draw by these."""
     places = torch.arange(len(seeds))
-    return SampledRows(places, places, positions, temperatures, seeds, places)
+    return SampledRows(places, places, positions, temperatures, keys(seeds), places)
 
 
 def _draws(logits: Tensor, temperature: float, *, by_position: bool = False) -> Tensor:
@@ -146,29 +147,43 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 def test_all_bits_of_seed_and_position_count() -> None:
     seeds = torch.tensor([0, 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1])
-    noise = gumbel_noise(seeds, torch.full((7,), 5), 8)
+    noise = gumbel_noise(keys(seeds), torch.full((7,), 5), 8)
     assert len({tuple(row) for row in noise.tolist()}) == 7
     positions = torch.tensor([0, 1, 255, 256, 65536])
-    noise = gumbel_noise(torch.full((5,), 9), positions, 8)
+    noise = gumbel_noise(keys(torch.full((5,), 9)), positions, 8)
     assert len({tuple(row) for row in noise.tolist()}) == 5
 
 
+def test_samples_and_kinds_of_seed_have_noise_of_their_own() -> None:
+    """The words of the counter are token // 4, position, sample, kind."""
+    seed, position = 2**62 + 3, torch.tensor([5])
+    seen = set()
+    for sample, kind in ((0, 0), (1, 0), (2**31, 0), (0, 1), (1, 1)):
+        (noise,) = gumbel_noise(keys([seed], sample, kind), position, 8)
+        counter = (torch.arange(2), *(torch.tensor([w]) for w in (5, sample, kind)))
+        words = philox4x32(counter, (torch.tensor([3]), torch.tensor([2**30])))
+        uniform = ((torch.stack(words, 1).flatten() >> 9).float() + 0.5) * 2.0**-23
+        assert torch.equal(noise, -torch.log(-torch.log(uniform)))
+        seen.add(tuple(noise.tolist()))
+    assert len(seen) == 5
+
+
 def test_every_token_has_noise_of_its_own() -> None:
-    (noise,) = gumbel_noise(torch.tensor([3]), torch.tensor([4]), 1000)
+    (noise,) = gumbel_noise(keys([3]), torch.tensor([4]), 1000)
     assert len(set(noise.tolist())) == 1000
 
 
 @pytest.mark.parametrize("vocab_size", [1, 3, 4, 5, 39])
 def test_the_noise_of_a_token_does_not_depend_on_the_vocabulary(vocab_size: int) -> None:
     seeds, positions = torch.tensor([3, 8]), torch.tensor([4, 9])
-    whole = gumbel_noise(seeds, positions, 64)
-    assert torch.equal(gumbel_noise(seeds, positions, vocab_size), whole[:, :vocab_size])
+    whole = gumbel_noise(keys(seeds), positions, 64)
+    assert torch.equal(gumbel_noise(keys(seeds), positions, vocab_size), whole[:, :vocab_size])
 
 
 def test_shards_of_the_vocabulary_draw_the_noise_of_the_whole() -> None:
     seeds, positions = torch.tensor([3, 8]), torch.tensor([4, 9])
-    whole = gumbel_noise(seeds, positions, 64)
-    assert torch.equal(gumbel_noise(seeds, positions, 20, vocab_offset=36), whole[:, 36:56])
+    whole = gumbel_noise(keys(seeds), positions, 64)
+    assert torch.equal(gumbel_noise(keys(seeds), positions, 20, vocab_offset=36), whole[:, 36:56])
     logits = torch.randn(2, 64, generator=torch.Generator().manual_seed(6))
     logits[:, 40:] += 100
     ones = torch.ones(2)
@@ -177,7 +192,7 @@ def test_shards_of_the_vocabulary_draw_the_noise_of_the_whole() -> None:
 
 
 def test_the_noise_has_the_mean_and_spread_of_gumbel() -> None:
-    noise = gumbel_noise(torch.arange(50), torch.arange(50), 4000).double()
+    noise = gumbel_noise(keys(torch.arange(50)), torch.arange(50), 4000).double()
     assert abs(float(noise.mean()) - 0.577216) < 0.02
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.03
 
@@ -188,7 +203,7 @@ def test_no_random_word_gives_infinite_noise(monkeypatch: pytest.MonkeyPatch, wo
         return tuple(torch.full((1, 2), word) for _ in range(4))
 
     monkeypatch.setattr(layers.sampler, "philox4x32", constant)
-    noise = gumbel_noise(torch.tensor([0]), torch.tensor([0]), 8)
+    noise = gumbel_noise(keys([0]), torch.tensor([0]), 8)
     assert noise.isfinite().all()
 
 
@@ -227,6 +242,37 @@ def _over_ranks(logits: Tensor, size: int, choose: Callable[[Sampler, Tensor], T
         sampler = Sampler(place(_Shards(rank, size, given)))
         tokens = choose(sampler, part)
     return tokens
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def _broken(value: float, *, all_inf: bool) -> Tensor:
+    """Logits of which every second row has a single `value`, or others that are all -inf."""
+    logits = torch.randn(32, 64, generator=torch.Generator().manual_seed(9))
+    if all_inf:
+        logits[::2] = -INF
+    logits[torch.arange(0, 32, 2), torch.arange(16) * 4] = value
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_rows_without_a_choice_get_no_token(size: int, temperature: float) -> None:
+    rows = _sampled(torch.full((32,), temperature), torch.arange(32), torch.arange(32))
+    for value, all_inf in ((NAN, False), (-NAN, False), (NAN, True), (-INF, True)):
+        logits = _broken(value, all_inf=all_inf)
+        for choose in (
+            lambda sampler, part: sampler(part, rows),
+            lambda sampler, part: sampler(part, rows, least=torch.full((32,), -5.0)),
+            *([] if temperature else [lambda sampler, part: sampler.greedy(part)]),
+        ):
+            tokens = _over_ranks(logits, size, choose)
+            assert (tokens[::2] == NO_TOKEN).all()
+            assert (tokens[1::2] >= 0).all()
+    for value, all_inf in ((INF, False), (0.0, True), (-3e38, True)):
+        tokens = _over_ranks(_broken(value, all_inf=all_inf), size, lambda s, part: s(part, rows))
+        assert (tokens[::2] == torch.arange(16) * 4).all()
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
