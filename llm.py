@@ -6,26 +6,27 @@ the requests of one prompt.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from config import Config
 from engine.llm_engine import LLMEngine
 from engine.requests import (
+    OutputStream,
     ParamsForPrompts,
     PromptRequests,
-    increments,
     make_output,
     params_per_prompt,
 )
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
-from utils.errors import EngineClosedError, RequestError
+from utils.errors import EngineUseError, StepError
 from utils.text import Prompt, Prompts, TextReader, decoder, load_tokenizer, templated, tokenized
 
 __all__ = ["LLM", "SamplingParams"]
@@ -40,6 +41,9 @@ class LLM:
 
     `options` are fields of `Config`. A further option `preset` names a preset (docs/presets.md).
 
+    All methods may be called from any thread at any time. One thread at a time runs a step, with
+    the requests of all threads, and each thread gets the outputs of its own requests.
+
     Attributes:
         engine: the `LLMEngine`, which runs the requests.
         tokenizer: the checkpoint's tokenizer, loaded by transformers; None if there is none.
@@ -52,6 +56,9 @@ class LLM:
         self.engine = LLMEngine(Config.from_options(model, **options))
         # Request id -> `PromptRequests`, for all unfinished requests except those of `stream`.
         self._unfinished: dict[int, PromptRequests] = {}
+        # Prompt's request id -> its outputs, for `add_request(..., stream=True)`.
+        self._streams: dict[int, list[OutputStream]] = {}
+        self._tokenizing = threading.Lock()  # some tokenizers cannot encode in two threads at once
         # Prompts that `add_request` added and that have ended. `step` will return their outputs.
         self._ended: list[PromptRequests] = []
         try:
@@ -65,6 +72,11 @@ class LLM:
     def config(self) -> Config:
         """The engine's options, with actual values in place of None and "auto"."""
         return self.engine.config
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; also the number of logits that a logits processor gets."""
+        return int(self.engine.checkpoint.hf_config.vocab_size)
 
     def generate(
         self,
@@ -94,24 +106,28 @@ class LLM:
         """
         ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}
+        groups = self._add(prompts, sampling_params, ended)
+        seqs = [seq for group in groups for seq in group.seqs]
         try:
-            groups = self._add(prompts, sampling_params, ended)
             with closing(Progress(len(groups), enabled=use_tqdm)) as progress:
                 while len(outputs) < len(groups):
-                    plan = self._advance()
-                    progress.update(plan, self.engine.num_new_tokens, len(ended))
-                    outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
-                    ended.clear()
-            self.engine.finish_steps()
-        except (RequestError, EngineClosedError):
-            raise
+                    with self.engine.turns.until(lambda: bool(ended)) as may_step:
+                        plan = self._advance() if may_step else None
+                        progress.update(plan, self.engine.num_new_tokens, len(ended))
+                        outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
+                        ended.clear()
+            with self.engine.turns.turn():
+                self.engine.finish_steps()
         except BaseException:
-            self.engine.reset()
-            self._collect_ended()
+            for seq in seqs:
+                self._unfinished.pop(seq.request_id, None)
+            self.engine.drop(seqs)
             raise
-        errors = (seq.error for group in groups for seq in group.seqs)
-        if raise_errors and (error := next(filter(None, errors), None)):
-            raise error
+        for error in filter(None, (seq.error for seq in seqs)):
+            if isinstance(error, StepError):  # of a step that another thread ran
+                raise StepError(str(error)) from error
+            if raise_errors:
+                raise error
         return [outputs[i] for i in range(len(groups))]
 
     def stream(
@@ -128,7 +144,7 @@ class LLM:
             within a character. The texts of an output's parts, joined, are the text that `generate`
             returns. Closing or deleting the iterator aborts unfinished requests.
         """
-        stream = self._increments(self._add(prompts, sampling_params))
+        stream = self._parts(self._add(prompts, sampling_params))
         # Start the generator: only a started generator runs its `finally`, which aborts requests.
         next(stream)
         return stream
@@ -145,10 +161,12 @@ class LLM:
         A message is a dictionary with `role` and `content`. The checkpoint's chat template makes
         prompts from the messages. If the template is missing or fails, a RequestError is raised.
         """
-        self.engine.check_usable()
+        self._check()
         kinds = (list, tuple)
         several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
-        prompts = [templated(self.tokenizer, one) for one in (messages if several else [messages])]
+        chats = messages if several else [messages]
+        with self._tokenizing:
+            prompts = [templated(self.tokenizer, one) for one in chats]
         return self.generate(prompts, sampling_params, use_tqdm, raise_errors)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
@@ -157,35 +175,52 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Return counts of steps, requests, tokens and blocks (see `EngineStats`)."""
-        return self.engine.stats
+        with self.engine.turns.turn():
+            return self.engine.stats
 
     def cache_stats(self) -> CacheStats:
         """Return counts of the prefix cache, e.g. of cached blocks (see `CacheStats`)."""
-        return self.engine.stats.cache
+        return self.stats().cache
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run now will add no blocks to the cache."""
-        self.engine.reset_prefix_cache()
+        with self.engine.turns.turn():
+            self.engine.reset_prefix_cache()
 
-    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+    def add_request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, stream: bool = False
+    ) -> int:
         """Queue a prompt and return its id. `step` returns the prompt's outputs with the id.
 
-        Later calls of `step` or `generate` run the prompt. Raises RequestError, EngineClosedError.
+        If `stream` is True, `step` returns the outputs in parts, as `stream` does. Later calls of
+        `step`, `generate` or `stream` run the prompt. Raises RequestError, EngineClosedError.
         """
         # `prompt=5` is an error. It must not become [5], which is a valid prompt of one token id.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
-        (group,) = self._add(prompts, sampling_params, self._ended)
+        (group,) = self._add(prompts, sampling_params, None if stream else self._ended, later=True)
         return group.seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
         """Run one step. Return the outputs of prompts queued by `add_request` that have ended.
 
-        There is one dictionary per prompt, as in `generate`, with `request_id` added. If `step`
-        raises a StepError, all requests have ended, and the next `step` returns their outputs.
+        There is one dictionary per prompt, as in `generate`, with `request_id` added. Of prompts
+        queued with `stream=True`, all parts that are new are returned, as in `stream`, with
+        `request_id` added. If `step` raises a StepError, all requests have ended, and the next
+        `step` returns their outputs.
         """
-        self._advance()
-        ended, self._ended[:] = [group.seqs for group in self._ended], []
-        return [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
+        with self.engine.turns.turn():
+            self._advance()
+            told = [
+                {"request_id": request_id, **part}
+                for request_id, outputs in self._streams.items()
+                for part in [one.take() for one in outputs if one.ready()]
+                if part
+            ]
+            for request_id in [i for i, own in self._streams.items() if all(o.ended for o in own)]:
+                del self._streams[request_id]
+            ended, self._ended[:] = [group.seqs for group in self._ended], []
+            told += [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
+        return told
 
     def now(self) -> float:
         """Return the time in seconds on the model runner's clock, which may be simulated."""
@@ -198,39 +233,73 @@ class LLM:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has requests to run or outputs to return."""
-        return bool(self._unfinished or self._ended) or self.engine.has_unfinished
+        left = self._unfinished or self._ended or self._streams
+        return bool(left) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
         """End all outputs of a prompt at the next `step`. Their finish_reason becomes "abort".
 
-        The outputs keep the tokens generated so far. Any thread may call `abort` at any
-        time. The id of a request that has ended or does not exist is ignored.
+        The outputs keep the tokens generated so far. Also a function that a step runs may call
+        `abort`. The id of a request that has ended or does not exist is ignored.
         """
+        self.engine.turns.check_process()
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
             self.engine.abort(one)
 
     def close(self) -> None:
         """End all requests and free the engine's memory. A second call of `close` does nothing."""
-        self.engine.close()
+        with self.engine.turns.turn():
+            try:
+                self.engine.close()
+            finally:
+                self._collect_ended()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        if not self.engine.turns.is_foreign:
+            self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise EngineUseError("an LLM cannot be copied or pickled: it owns the device's memory")
+
+    def _check(self) -> None:
+        with self.engine.turns.turn():
+            self.engine.check_usable()
 
     def _add(
-        self, prompts: Prompts, params: ParamsForPrompts, ended: list[PromptRequests] | None = None
+        self,
+        prompts: Prompts,
+        params: ParamsForPrompts,
+        ended: list[PromptRequests] | None = None,
+        *,
+        later: bool = False,
     ) -> list[PromptRequests]:
         """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
 
-        When all requests of a prompt have ended, its `PromptRequests` is appended to `ended`. A
-        `TextReader` decodes the growing output if `ended` is None or if there are stop strings.
+        When all requests of a prompt have ended, its `PromptRequests` is appended to `ended`. If
+        `ended` is None, the outputs are streamed; with `later`, `step` returns their parts.
         """
-        self.engine.check_usable()
-        token_lists = tokenized(self.tokenizer, prompts)
+        self._check()
+        with self._tokenizing:
+            token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
+        with self.engine.turns.turn():
+            groups = self._queue(token_lists, per_prompt, ended)
+            for group in groups if ended is not None or later else ():
+                self._unfinished |= dict.fromkeys((s.request_id for s in group.seqs), group)
+                if ended is None:
+                    self._streams[group.seqs[0].request_id] = self._outputs([group])
+        return groups
+
+    def _queue(
+        self,
+        token_lists: list[list[int]],
+        per_prompt: list[SamplingParams],
+        ended: list[PromptRequests] | None,
+    ) -> list[PromptRequests]:
         groups: list[PromptRequests] = []
         try:
             for tokens, one in zip(token_lists, per_prompt, strict=True):
@@ -245,26 +314,30 @@ class LLM:
         except BaseException:
             self.engine.drop([seq for group in groups for seq in group.seqs])
             raise
-        if ended is not None:
-            self._unfinished |= {seq.request_id: group for group in groups for seq in group.seqs}
         return groups
 
-    def _increments(self, groups: list[PromptRequests]) -> Generator[dict[str, Any], None, None]:
+    def _outputs(self, groups: list[PromptRequests]) -> list[OutputStream]:
         has_text = self.tokenizer is not None
         seqs = [(seq, group.index) for group in groups for seq in group.seqs]
-        left = dict.fromkeys(increments(seq, index, has_text=has_text) for seq, index in seqs)
+        return [OutputStream(seq, index, has_text=has_text) for seq, index in seqs]
+
+    def _parts(self, groups: list[PromptRequests]) -> Generator[dict[str, Any], None, None]:
+        outputs = self._outputs(groups)
+
+        def ready() -> bool:
+            return any(one.ready() for one in outputs)
+
         try:
             yield {}
-            while left:
-                if self.engine.has_unfinished:
-                    self._advance()
-                for one in list(left):
-                    if news := next(one):
-                        if news["finish_reason"] is not None:
-                            del left[one]
-                        yield news
+            while outputs:
+                with self.engine.turns.until(ready) as may_step:
+                    if may_step:
+                        self._advance()
+                    parts = [one.take() for one in outputs if one.ready()]
+                outputs[:] = [one for one in outputs if not one.ended]
+                yield from filter(None, parts)
         finally:
-            self.engine.drop([seq for seq, _ in seqs])
+            self.engine.drop([seq for group in groups for seq in group.seqs])
 
     def _advance(self) -> StepPlan | None:
         ids = None

@@ -35,6 +35,11 @@ _STOP = Rule(
     "must be a str or a list of str, none of them empty",
     'Use e.g. stop="\\n".',
 )
+_PROCESSORS = several(
+    lambda v: callable(v) or callable(getattr(v, "for_request", None)),
+    "callables, or of objects with a method for_request",
+    "Use () for none.",
+)
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
 # A user's salt must not contain \0: the engine makes salts with \0 (`Sequence.cache_salt`).
 _SALT = Rule(
@@ -77,7 +82,11 @@ class SamplingParams:
             is too small for logits of all prompt tokens of a step, lower `max_num_batched_tokens`.
         n: number of outputs. With prefix caching the outputs can share KV blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
-            them with the ids of all tokens of the request and the logits for its next token.
+            them with the ids of all tokens of the request and the logits for its next token. Each
+            output has processors of its own: if the object has a method `for_request`, the engine
+            calls `for_request(prompt_token_ids, sample)` to get the processor of output `sample`.
+            Otherwise the processor is a deep copy of the object. A function is not copied. No
+            processor is called after its output has ended. A processor must not call the engine.
         priority: some scheduling policies run requests with higher values first and preempt them
             last. (In vLLM requests with lower values run first.)
         user: name of the user, for scheduling policies that are fair between users.
@@ -112,9 +121,7 @@ class SamplingParams:
     logprobs: int | None = ruled(None, integer(0, fix="Use None for none.", optional=True))
     prompt_logprobs: int | None = ruled(None, integer(0, fix="Use None for none.", optional=True))
     n: int = ruled(1, integer(1, fix="Use 1 for one output."))
-    logits_processors: list[LogitsProcessor] | tuple[LogitsProcessor, ...] = ruled(
-        (), several(callable, "callables", "Use () for none.")
-    )
+    logits_processors: list[Any] | tuple[Any, ...] = ruled((), _PROCESSORS)
     priority: int = ruled(0, Rule(is_int, "must be an integer", "Use 0, or more to run earlier."))
     user: str = ruled("", Rule(lambda v: isinstance(v, str), "must be a str", 'Use "" for none.'))
     cache_salt: str = ruled("", _SALT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,8 +9,9 @@ from contextlib import contextmanager, suppress
 from config import Config
 from engine.checking.kv_sanitizer import SanitizedRunner
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
-from engine.requests import Sequence, check_request
+from engine.requests import OwnProcessor, Sequence, check_request, own_processors
 from engine.step import SeedKind, StepPlan
+from engine.turns import Turns
 from engine.types import BlockManager, EngineStats, ModelRunner, Scheduler, StepHandle
 from memory.cache_groups import grouped
 from sampling_params import SamplingParams
@@ -25,8 +25,13 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 class LLMEngine:
-    """Runs one model. Owns the scheduler, the block manager, the runner and the steps in flight."""
+    """Runs one model. Owns the scheduler, the block manager, the runner and the steps in flight.
 
+    Methods must not run at the same time, except `abort` and `drop`. If several threads use the
+    engine, each call needs the turn, which `turns` hands out. `LLM` takes the turn for its callers.
+    """
+
+    turns: Turns
     scheduler: Scheduler  # each `reset` makes a new scheduler and a new block manager
     blocks: BlockManager  # manages the blocks of all cache groups
     num_new_tokens: int  # number of all tokens that were sampled in the last committed step
@@ -41,9 +46,10 @@ class LLMEngine:
         self._aborts: deque[int] = deque()
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
-        self._next_request_id = self.num_new_tokens = self._calls = 0
+        self._next_request_id = self.num_new_tokens = 0
         self._closed = self._stale = False
-        self._thread = threading.get_ident()
+        self._dropped: deque[Sequence] = deque()
+        self.turns = Turns(self._between_turns)
         self.runner: ModelRunner = make_runner(config, self.checkpoint)
         self._sanitizer: SanitizedRunner | None = None
         try:
@@ -83,6 +89,7 @@ class LLMEngine:
         if params.stop and text is None:
             problem = "there is no tokenizer to find it"
             raise RequestError("stop", params.stop, problem, "Use stop_token_ids.")
+        params = own_processors(params, prompt_token_ids, sample, self.turns.outside)
         request_id = self._next_request_id
         seed = params.seed
         if seed is None:
@@ -138,17 +145,17 @@ class LLMEngine:
                     ended += self._read_texts()
                 # `_read_texts` has dropped the tokens after stop strings, so `stats` excludes them.
                 self._forget(ended)
-            except BaseException:
-                self.reset("error")
+            except BaseException as error:
+                self.reset("error", error)
                 raise
         return committed, ended
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Context manager for code that changes the engine's state: keeps `_calls` above 0."""
-        self._calls += 1
-        self._thread = threading.get_ident()
-        # If the code fails unexpectedly, `_stale` stays True, and `check_usable` calls `reset`.
+        """Context manager for code that changes the engine's state.
+
+        If the code fails unexpectedly, `_stale` stays True, and `check_usable` calls `reset`.
+        """
         before, self._stale = self._stale, True
         try:
             yield
@@ -156,8 +163,6 @@ class LLMEngine:
         except RequestError:
             self._stale = before
             raise
-        finally:
-            self._calls -= 1
 
     def _commit_oldest(self) -> tuple[StepPlan | None, list[Sequence]]:
         if not self._pipeline:
@@ -197,22 +202,36 @@ class LLMEngine:
             self._aborts.append(request_id)
 
     def drop(self, seqs: list[Sequence]) -> None:
-        """End requests that the caller no longer wants, immediately or at the next `step`.
+        """End requests that the caller no longer wants, at once or when the present turn ends.
 
-        The requests end at the next `step` if another engine method is running, or if another
-        thread made the last method call. Both can happen if the garbage collector calls `drop`.
+        May be called from any thread at any time: the garbage collector may call `drop` in the
+        middle of another method.
         """
-        if self._calls or threading.get_ident() != self._thread:
-            for seq in seqs:
-                self.abort(seq.request_id)
+        if self.turns.is_foreign:
+            return
+        self._dropped.extend(seqs)
+        with self.turns.attempt() as free:
+            if free:
+                self._end_dropped()
+
+    def _between_turns(self) -> None:
+        # A step that fails here has ended all requests, whose threads see the error there.
+        with suppress(Exception):
+            self._end_dropped()
+
+    def _end_dropped(self) -> None:
+        dropped = list(self._dropped)
+        if not dropped:
             return
         if self._stale:
             self.reset()
         with self._inside():
-            for seq in seqs:
+            for seq in dropped:
                 self._read.pop(seq.request_id, None)
                 if self.scheduler.abort(seq.request_id):
                     self._forget([seq])
+        for _ in dropped:
+            self._dropped.popleft()
         self.finish_steps()
 
     def finish_steps(self) -> None:
@@ -220,8 +239,11 @@ class LLMEngine:
         while self.has_unfinished and not self._live:
             self.step()
 
-    def reset(self, reason: str = "abort") -> None:
-        """End all requests, wait for steps in flight, make a new scheduler and block manager."""
+    def reset(self, reason: str = "abort", cause: BaseException | None = None) -> None:
+        """End all requests, wait for steps in flight, make a new scheduler and block manager.
+
+        The requests get the finish_reason `reason`, and a StepError if `cause` is given.
+        """
         with self._inside():
             # All requests end, so the results and errors of the steps in flight are ignored.
             while self._pipeline:
@@ -229,7 +251,11 @@ class LLMEngine:
                     self._pipeline[0][1].result()
                 self._pipeline.popleft()
             for seq in self._live.values():
-                seq.finish_reason = seq.finish_reason or reason
+                if seq.finish_reason is None:
+                    seq.finish_reason = reason
+                    if cause is not None:
+                        seq.error = StepError(f"a step was not completed: {cause!r}")
+                        seq.error.__cause__ = cause
             self._forget(list(self._live.values()))
             self._read.clear()
             groups = self.runner.kv_groups
@@ -265,6 +291,9 @@ class LLMEngine:
         totals = self._totals
         for seq in seqs:
             del self._live[seq.request_id]
+            for call in seq.sampling.logits_processors:
+                if isinstance(call, OwnProcessor):
+                    call.release()
             totals["finished_requests"] += 1
             totals["prompt_tokens"] += seq.num_prompt_tokens
             totals["output_tokens"] += len(seq.token_ids) - seq.num_prompt_tokens

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import pickletools
-from collections.abc import Generator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from config import Config
 from engine.step import SeedKind, TokenLogprobs
-from sampling_params import SamplingParams
+from sampling_params import LogitsProcessor, SamplingParams
 from utils.errors import RequestError, RequestTooLongError
 
 if TYPE_CHECKING:
@@ -175,6 +176,65 @@ def _check_picklable(params: SamplingParams) -> None:
         raise RequestError("logits_processors", processors, problem, fix) from error
 
 
+class OwnProcessor:
+    """A logits processor of one request, made from the processor that the user gave.
+
+    If the given object has a method `for_request`, the method makes the processor. Otherwise the
+    processor is a deep copy of the object; a deep copy of a function is the function itself. So
+    requests with the same SamplingParams do not share the state of a processor.
+    """
+
+    def __init__(
+        self, given: Any, prompt: list[int], sample: int, outside: Callable[[], Any]
+    ) -> None:
+        """`outside` makes a context manager in which the processor is made and called."""
+        self._outside = outside
+        self._call: LogitsProcessor | None
+        make = getattr(given, "for_request", None)
+        try:
+            with outside():
+                self._call = copy.deepcopy(given) if make is None else make(list(prompt), sample)
+            if not callable(self._call):
+                raise TypeError(f"{self._call!r} is not callable")
+        except Exception as error:  # functions of the user may raise any exception
+            problem = f"a request cannot get a processor of its own ({error!r})"
+            fix = "Give the object a method for_request(prompt_token_ids, sample)."
+            raise RequestError("logits_processors", given, problem, fix) from error
+
+    def __call__(self, token_ids: list[int], logits: Any) -> Any:
+        call = self._call
+        if call is None:
+            return logits
+        with self._outside():
+            return call(token_ids, logits)
+
+    def release(self) -> None:
+        """Forget the processor. It will not be called again."""
+        self._call = None
+
+    def __repr__(self) -> str:
+        return repr(self._call)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _sent_processor, (self._call,)
+
+
+def _sent_processor(call: LogitsProcessor | None) -> LogitsProcessor | None:
+    """Return the logits processor that a rank unpickles in place of an `OwnProcessor`."""
+    return call
+
+
+def own_processors(
+    params: SamplingParams, prompt: list[int], sample: int, outside: Callable[[], Any]
+) -> SamplingParams:
+    """Return `params` with an `OwnProcessor` in place of each logits processor."""
+    if not params.logits_processors:
+        return params
+    given = params.logits_processors
+    own = tuple(OwnProcessor(one, prompt, sample, outside) for one in given)
+    return replace(params, logits_processors=own)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptRequests:
     """A prompt's requests. `LLM` appends this object to the list `ended` when all have ended."""
@@ -223,25 +283,48 @@ def percentile(rising: list[float], share: float) -> float:
     return rising[math.ceil(share * len(rising)) - 1]
 
 
-def increments(
-    seq: Sequence, index: int, *, has_text: bool
-) -> Generator[dict[str, Any] | None, None, None]:
-    """Yield the output of a request of prompt `index` in increments of new tokens and new text.
+class OutputStream:
+    """Gives the output of a request in parts, each with the tokens and the text that are new.
 
-    An increment is a dict, or None if there is no new text (with has_text=False: no new token).
-    Text that may become part of a stop string is held back. The last increment has a finish_reason.
+    Text that may become part of a stop string is held back. Without a tokenizer there is no text.
     """
-    text, reason = seq.text, None
-    num_tokens = num_chars = 0
-    assert text is not None
-    while reason is None:
-        reason = seq.finish_reason
+
+    def __init__(self, seq: Sequence, index: int, *, has_text: bool) -> None:
+        self._seq, self._index, self._has_text = seq, index, has_text
+        self._num_tokens = self._num_chars = 0  # how much the parts so far have
+        self._num_seen = 0  # number of output tokens at the last call of `take`
+        self.ended = False  # whether `take` has returned the last part
+
+    def ready(self) -> bool:
+        """Whether there are tokens that `take` has not seen, or the request has ended."""
+        seq = self._seq
+        if self.ended:
+            return False
+        return seq.finish_reason is not None or self._num_output_tokens > self._num_seen
+
+    @property
+    def _num_output_tokens(self) -> int:
+        return len(self._seq.token_ids) - self._seq.num_prompt_tokens
+
+    def take(self) -> dict[str, Any] | None:
+        """Return the next part; None if there is no new text (without a tokenizer: no new token).
+
+        The last part has a finish_reason and the key `error`.
+        """
+        seq, text, reason = self._seq, self._seq.text, self._seq.finish_reason
+        assert text is not None
+        self._num_seen = self._num_output_tokens
         chars = text.settled if reason is None else len(text.text)
-        tokens = seq.output_token_ids[num_tokens:]
-        if reason is None and not (chars > num_chars if has_text else tokens):
-            yield None
-            continue
-        told = {"index": index, "sample": seq.sample, "text": text.text[num_chars:chars]}
-        told |= {"token_ids": tokens, "finish_reason": reason}
-        num_tokens, num_chars = num_tokens + len(tokens), chars
-        yield told if reason is None else {**told, "error": seq.error}
+        tokens = seq.output_token_ids[self._num_tokens :]
+        if reason is None and not (chars > self._num_chars if self._has_text else tokens):
+            return None
+        told = {
+            "index": self._index,
+            "sample": seq.sample,
+            "text": text.text[self._num_chars : chars],
+            "token_ids": tokens,
+            "finish_reason": reason,
+        }
+        self._num_tokens, self._num_chars = self._num_tokens + len(tokens), chars
+        self.ended = reason is not None
+        return {**told, "error": seq.error} if self.ended else told

@@ -246,12 +246,18 @@ class RunningBatch:
                 if not new and committed >= seq.max_total_tokens:
                     # With `max_tokens=0` the request ends after its last prefill chunk.
                     reason = "length"
+            if seq.sampling.logits_processors and reason is None:
+                self._rejoin(seq)
             if committed // block_size != before // block_size:
                 self.blocks.commit(seq.request_id, token_ids, committed)
             if reason is not None:
                 finished.append(seq)
                 self.finish(seq, reason)
         return finished
+
+    def _rejoin(self, seq: Sequence) -> None:
+        if seq.request_id not in self.prefilling and _goes_on(seq):
+            self.decoding[seq.request_id] = seq
 
     def _take_prompt_logprobs(
         self, plan: StepPlan, prompt_logprobs: list[list[TokenLogprobs]]
@@ -285,7 +291,13 @@ class RunningBatch:
 
 
 def _goes_on(seq: Sequence) -> bool:
-    """Whether the request stays below its length limit if all drafts in flight are accepted."""
+    """Whether a further row may be planned: not if the rows in flight may reach the length limit.
+
+    A request with logits processors waits for its row in flight: the host calls the processors with
+    all tokens so far, and must not call them after the last token.
+    """
+    if seq.num_in_flight and seq.sampling.logits_processors:
+        return False
     return seq.num_scheduled + 1 < seq.max_total_tokens
 
 

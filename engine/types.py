@@ -249,7 +249,8 @@ class Scheduler(ABC):
     The runner accepts at least one position of each decode row. Only `commit` tells the scheduler
     how many positions of a row were accepted. Before `commit` the scheduler reserves blocks as if
     all positions were accepted. If the steps in flight may bring a request to its length limit, the
-    request gets no further row until `commit` shows that the request is below the limit.
+    request gets no further row until `commit` shows that the request is below the limit. A request
+    with logits processors gets no decode row while it is in flight.
 
     `commit` extends a request's `token_ids`, `token_times`, `logprobs`, `prompt_logprobs` and
     `values`. When a request ends, `commit` sets the request's `finish_reason`. If the result

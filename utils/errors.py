@@ -17,6 +17,8 @@ AllmosError
 │       │                      a StepError)
 │       └── KVSanitizerError   kv_sanitizer=True found a misused KV block, or NaN in a KV block
 ├── WorkerDiedError            the process of a tensor-parallel rank has ended unexpectedly
+├── EngineUseError             the engine was used in a forked child process, by a function that a
+│                              step runs, or copied or pickled (also a RuntimeError)
 └── EngineClosedError          the engine was used after close() (also a RuntimeError)
 """
 
@@ -93,6 +95,9 @@ class PlanError(ContractError, StepError):
 
 
 class KVSanitizerError(PlanError): ...
+
+
+class EngineUseError(AllmosError, RuntimeError): ...
 
 
 class EngineClosedError(AllmosError, RuntimeError): ...

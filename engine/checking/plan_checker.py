@@ -263,6 +263,8 @@ class PlanChecker:
             raise ContractError(f"slot {slot} decodes in its prefill")
         if state.high + 1 >= limit:
             raise ContractError(f"slot {slot} may have reached its limit of {limit} tokens")
+        if state.rows and state.new.sampling.logits_processors:
+            raise ContractError(f"slot {slot} has logits processors and a row in flight")
         row = Row(state, state.low, state.high, count)
         state.low += 1
         state.high += count

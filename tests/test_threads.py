@@ -1,0 +1,508 @@
+"""One `LLM` in many threads, in forked children, and inside its own steps."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import pickle
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from torch import Tensor
+
+from engine.policies import FirstCome
+from llm import LLM, SamplingParams
+from tests.checkpoints import Checkpoints, random_prompts
+from utils.errors import AllmosError, EngineClosedError, EngineUseError, StepError
+
+DEPTHS = pytest.mark.parametrize("depth", [0, 1])
+NUM_THREADS = 8
+PROMPTS = random_prompts([3, 20, 1, 33, 8, 15, 40, 5], seed=77)
+
+
+def _llm(path: Path, depth: int, **options: Any) -> LLM:
+    defaults = {"device": "cpu", "kvcache_block_size": 16, "max_num_seqs": 6, "max_model_len": 128}
+    return LLM(path, **{**defaults, "pipeline_depth": depth, **options})
+
+
+@pytest.fixture(scope="module")
+def small(checkpoints: Checkpoints) -> Path:
+    return checkpoints["qwen3-gqa2-wide-heads"]
+
+
+@pytest.fixture(params=[0, 1], ids=["depth0", "depth1"])
+def llm(small: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with _llm(small, request.param) as llm:
+        yield llm
+
+
+def _params(index: int, **more: Any) -> SamplingParams:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.8, "seed": index},
+        {"temperature": 0.9, "seed": index, "top_k": 9, "n": 2},
+        {"temperature": 0, "repetition_penalty": 1.3, "logits_processors": [_Counting()]},
+    ]
+    values = {"max_tokens": 3 + index % 9, "ignore_eos": True, **kinds[index % 4], **more}
+    return SamplingParams(**values)
+
+
+class _Counting:
+    """A processor with state: it wants to see one more token in every call."""
+
+    def __init__(self) -> None:
+        self.num_seen: int | None = None
+
+    def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
+        assert self.num_seen in (None, len(token_ids) - 1)
+        self.num_seen = len(token_ids)
+        return logits
+
+
+def _tokens(out: dict[str, Any]) -> list[list[int]]:
+    return [one["token_ids"] for one in out.get("outputs", [out])]
+
+
+def _in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result(60) for future in [pool.submit(call) for call in calls]]
+
+
+def _assert_idle(llm: LLM) -> None:
+    stats = llm.stats()
+    assert stats.unfinished_requests == 0
+    assert stats.num_free_blocks == stats.num_blocks
+    assert not llm.has_unfinished
+
+
+class TestCalls:
+    """Every thread gets what it would get alone."""
+
+    @staticmethod
+    def _mixed(llm: LLM, alone: list[list[list[int]]], rng: random.Random, count: int) -> None:
+        for _ in range(count):
+            index = rng.randrange(len(PROMPTS))
+            params = _params(index)
+            match rng.randrange(4):
+                case 0:
+                    (out,) = llm.generate(PROMPTS[index], params, use_tqdm=False)
+                    assert _tokens(out) == alone[index]
+                case 1:
+                    outputs = llm.generate(
+                        [PROMPTS[index], PROMPTS[0]], [params, _params(0)], False
+                    )
+                    assert [_tokens(out) for out in outputs] == [alone[index], alone[0]]
+                case 2:
+                    got: list[list[int]] = [[] for _ in range(params.n)]
+                    for part in llm.stream(PROMPTS[index], params):
+                        got[part["sample"]] += part["token_ids"]
+                    assert got == alone[index]
+                case 3:
+                    stream = llm.stream([PROMPTS[index]] * 2, params)
+                    for _ in range(rng.randrange(4)):
+                        next(stream, None)
+                    stream.close()
+
+    @staticmethod
+    def _alone(llm: LLM) -> list[list[list[int]]]:
+        return [
+            _tokens(llm.generate(prompt, _params(i), use_tqdm=False)[0])
+            for i, prompt in enumerate(PROMPTS)
+        ]
+
+    def _check(self, llm: LLM, seed: int, count: int) -> None:
+        alone = self._alone(llm)
+        rngs = [random.Random(100 * seed + i) for i in range(NUM_THREADS)]
+        _in_threads([partial(self._mixed, llm, alone, rng, count) for rng in rngs])
+        _assert_idle(llm)
+
+    def test_mixed(self, llm: LLM) -> None:
+        self._check(llm, 0, 6)
+
+    @pytest.mark.slow
+    @DEPTHS
+    def test_fifty_mixed_calls_a_hundred_times(self, small: Path, depth: int) -> None:
+        with _llm(small, depth) as llm:
+            for seed in range(100):
+                self._check(llm, seed, 50)
+
+    def test_adding_while_another_steps(self, llm: LLM) -> None:
+        alone = self._alone(llm)
+        ids: dict[int, int] = {}
+        left = threading.Semaphore(0)
+
+        def add(rng: random.Random) -> None:
+            for _ in range(10):
+                index = rng.randrange(len(PROMPTS))
+                ids[llm.add_request(PROMPTS[index], _params(index))] = index
+                left.release()
+
+        def step() -> dict[int, list[list[int]]]:
+            ended: dict[int, list[list[int]]] = {}
+            while len(ended) < 40:
+                for out in llm.step():
+                    assert out["request_id"] not in ended
+                    ended[out["request_id"]] = _tokens(out)
+            return ended
+
+        adders = [partial(add, random.Random(i)) for i in range(4)]
+        *_, ended = _in_threads([*adders, step])
+        assert ended == {request_id: alone[index] for request_id, index in ids.items()}
+        _assert_idle(llm)
+
+    def test_two_that_step_share_the_outputs(self, llm: LLM) -> None:
+        ids = [llm.add_request(prompt, _params(0)) for prompt in PROMPTS]
+
+        def step() -> list[int]:
+            mine = []
+            while llm.has_unfinished:
+                mine += [out["request_id"] for out in llm.step()]
+            return mine
+
+        assert sorted(chain(*_in_threads([step, step, step]))) == ids
+
+    def test_stats_and_aborts_beside_steps(self, llm: LLM) -> None:
+        (expected,) = llm.generate(PROMPTS[1], _params(1, max_tokens=60), use_tqdm=False)
+        ends = threading.Event()
+
+        def watch() -> None:
+            while not ends.is_set():
+                assert llm.stats().num_free_blocks <= llm.stats().num_blocks
+                llm.cache_stats()
+                llm.abort(llm.add_request(PROMPTS[2], _params(0)))
+
+        def generate() -> Any:
+            with suppress(AllmosError):
+                return llm.generate(PROMPTS[1], _params(1, max_tokens=60), use_tqdm=False)[0]
+
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(watch)
+            outputs = _in_threads([generate] * 3)
+            ends.set()
+            watching.result(60)
+        assert [out["token_ids"] for out in outputs] == [expected["token_ids"]] * 3
+        while llm.has_unfinished:
+            llm.step()
+        _assert_idle(llm)
+
+
+class TestEnds:
+    @DEPTHS
+    def test_closing_ends_the_calls_of_other_threads(self, small: Path, depth: int) -> None:
+        llm = _llm(small, depth)
+        stream = llm.stream(PROMPTS[0], _params(0, max_tokens=100))
+        next(stream)
+        started = threading.Barrier(4)
+
+        def generate() -> Any:
+            started.wait()
+            try:
+                return llm.generate(PROMPTS[1], _params(0, max_tokens=90), use_tqdm=False)[0]
+            except EngineClosedError as error:
+                return error
+
+        def close() -> None:
+            started.wait()
+            next(stream, None)
+            llm.close()
+
+        *outputs, _ = _in_threads([generate, generate, generate, close])
+        for out in outputs:
+            closed = isinstance(out, EngineClosedError)
+            assert closed or out["finish_reason"] in ("abort", "length")
+        with pytest.raises(EngineClosedError):
+            llm.generate(PROMPTS[0])
+
+    def test_a_failed_step_is_an_error_in_every_thread(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commit = llm.engine.scheduler.commit
+        all_added = threading.Event()
+
+        def fails(*args: Any) -> Any:
+            if all_added.is_set():
+                raise ZeroDivisionError("planted")
+            if llm.engine.stats.unfinished_requests == 4:
+                all_added.set()
+            return commit(*args)
+
+        monkeypatch.setattr(llm.engine.scheduler, "commit", fails)
+
+        def generate() -> BaseException:
+            with pytest.raises((ZeroDivisionError, StepError), match="planted") as caught:
+                llm.generate(PROMPTS[0], _params(0, max_tokens=100), use_tqdm=False)
+            return caught.value
+
+        def stream() -> BaseException:
+            try:
+                parts = list(llm.stream(PROMPTS[0], _params(0, max_tokens=100)))
+            except ZeroDivisionError as error:
+                return error
+            assert parts[-1]["finish_reason"] == "error"
+            told: BaseException = parts[-1]["error"]
+            return told
+
+        errors = _in_threads([generate, generate, stream, stream])
+        assert sum(isinstance(error, ZeroDivisionError) for error in errors) == 1
+        assert sum(isinstance(error, StepError) for error in errors) == 3
+        _assert_idle(llm)
+        assert llm.generate(PROMPTS[0], _params(0), use_tqdm=False)[0]["error"] is None
+
+    def test_an_interrupt_ends_the_requests_of_its_thread(self, llm: LLM) -> None:
+        """Ctrl-C while another thread steps: the other thread goes on."""
+        (expected,) = llm.generate(PROMPTS[1], _params(0, max_tokens=90), use_tqdm=False)
+        stream = llm.stream(PROMPTS[1], _params(0, max_tokens=90))
+        parts = [next(stream)]
+        with pytest.raises(KeyboardInterrupt), llm.engine.turns.until(lambda: True):
+            raise KeyboardInterrupt
+        parts += stream
+        assert [t for part in parts for t in part["token_ids"]] == expected["token_ids"]
+        _assert_idle(llm)
+
+
+class TestStreams:
+    PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+    def test_in_turn_each_gets_a_token_a_step(self, small: Path) -> None:
+        for depth in (0, 1):
+            with _llm(small, depth, max_num_seqs=24) as llm:
+                streams = [llm.stream([1 + i, 2], self.PARAMS) for i in range(24)]
+                for _ in range(12):
+                    sizes = [len(next(stream)["token_ids"]) for stream in streams]
+                    assert sizes == [1] * 24
+
+    def test_in_threads_each_gets_a_token_a_step(self, small: Path) -> None:
+        for depth in (0, 1):
+            with _llm(small, depth, max_num_seqs=8) as llm:
+                streams = [llm.stream([1 + i, 2], self.PARAMS) for i in range(8)]
+                got = [0] * 8
+                ahead = []
+
+                def read(i: int, stream: Any) -> None:
+                    for part in stream:
+                        got[i] += len(part["token_ids"])  # noqa: B023
+                        ahead.append(got[i] - min(got))  # noqa: B023
+
+                _in_threads([partial(read, i, stream) for i, stream in enumerate(streams)])
+                assert got == [12] * 8
+                # A thread that was not waiting when a step began may be one part late, or two.
+                assert max(ahead) <= 3
+
+    def test_step_returns_the_parts_of_all(self, llm: LLM) -> None:
+        expected = llm.generate(PROMPTS[:3], self.PARAMS, use_tqdm=False)
+        n = SamplingParams(n=2, temperature=0.8, seed=4, max_tokens=5, ignore_eos=True)
+        (pair,) = llm.generate(PROMPTS[3], n, use_tqdm=False)
+        ids = [llm.add_request(prompt, self.PARAMS, stream=True) for prompt in PROMPTS[:3]]
+        two, plain = llm.add_request(PROMPTS[3], n, stream=True), llm.add_request([5], self.PARAMS)
+        got: dict[tuple[int, int], list[int]] = {}
+        ends: dict[tuple[int, int], Any] = {}
+        whole = []
+        while llm.has_unfinished:
+            parts = llm.step()
+            whole += [out for out in parts if out["request_id"] == plain]
+            for part in parts:
+                if part["request_id"] == plain:
+                    continue
+                key = part["request_id"], part["sample"]
+                assert key not in ends
+                assert len(part["token_ids"]) == 1
+                got.setdefault(key, []).extend(part["token_ids"])
+                if part["finish_reason"] is not None:
+                    ends[key] = part["finish_reason"], part["error"]
+        for request_id, out in zip(ids, expected, strict=True):
+            assert got[request_id, 0] == out["token_ids"]
+        assert [got[two, i] for i in range(2)] == _tokens(pair)
+        assert set(ends.values()) == {("length", None)}
+        assert len(whole) == 1
+        _assert_idle(llm)
+
+    def test_an_aborted_one_tells_its_end(self, llm: LLM) -> None:
+        request_id = llm.add_request(PROMPTS[0], self.PARAMS, stream=True)
+        llm.step()
+        llm.abort(request_id)
+        parts = [part for _ in range(3) for part in llm.step()]
+        assert parts[-1]["finish_reason"] == "abort"
+        _assert_idle(llm)
+
+
+class _Calls:
+    """A processor that calls the engine. It is not copied."""
+
+    def __init__(self, llm: LLM, call: Callable[[LLM], object]) -> None:
+        self.llm, self.call, self.errors = llm, call, list[BaseException]()
+
+    def for_request(self, prompt: list[int], sample: int) -> Any:
+        return self._process
+
+    def _process(self, token_ids: list[int], logits: Tensor) -> Tensor:
+        try:
+            self.call(self.llm)
+        except BaseException as error:
+            self.errors.append(error)
+            raise
+        return logits
+
+
+CALLS: dict[str, Callable[[LLM], object]] = {
+    "generate": lambda llm: llm.generate([1], use_tqdm=False),
+    "stream": lambda llm: llm.stream([1]),
+    "chat": lambda llm: llm.chat([{"role": "user", "content": "a"}], use_tqdm=False),
+    "add_request": lambda llm: llm.add_request([1]),
+    "step": lambda llm: llm.step(),
+    "stats": lambda llm: llm.stats(),
+    "cache_stats": lambda llm: llm.cache_stats(),
+    "reset_prefix_cache": lambda llm: llm.reset_prefix_cache(),
+    "close": lambda llm: llm.close(),
+}
+
+
+class TestInsideOfASteps:
+    @pytest.mark.parametrize("name", CALLS)
+    def test_a_processor_cannot_call_the_engine(self, llm: LLM, name: str) -> None:
+        calls = _Calls(llm, CALLS[name])
+        params = SamplingParams(temperature=0, max_tokens=3, logits_processors=[calls])
+        failed, good = llm.generate(
+            [PROMPTS[0], PROMPTS[1]], [params, SamplingParams(temperature=0)], use_tqdm=False
+        )
+        assert [type(error) for error in calls.errors] == [EngineUseError]
+        assert isinstance(failed["error"].__cause__, EngineUseError)
+        assert good["error"] is None
+        _assert_idle(llm)
+
+    def test_a_policy_cannot_call_the_engine(self, small: Path) -> None:
+        made: list[LLM] = []
+
+        class Calling(FirstCome):
+            def first(self) -> Any:
+                made[0].generate([1], use_tqdm=False)
+
+        with _llm(small, 0, queue_policy=Calling) as llm:
+            made.append(llm)
+            with pytest.raises(EngineUseError, match="running this function"):
+                llm.generate(PROMPTS[0], use_tqdm=False)
+            made.clear()
+
+
+class TestProcesses:
+    @staticmethod
+    def _told(call: Callable[[], object]) -> str:
+        """What a call returned or raised; nothing for an EngineUseError."""
+        try:
+            return repr(call())
+        except EngineUseError:
+            return ""
+        except BaseException as error:
+            return repr(error)
+
+    def _child(self, llm: LLM, streams: list[Any], pipe: Any) -> None:
+        calls: dict[str, Callable[[], object]]
+        calls = {name: partial(call, llm) for name, call in CALLS.items()}
+        calls |= {"abort": partial(llm.abort, 0), "next": partial(next, streams[0])}
+        told = {name: self._told(call) for name, call in calls.items()}
+        calls.clear()
+        streams.clear()
+        gc.collect()
+        with llm:
+            pass
+        pipe.send(told)
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    @pytest.mark.parametrize("options", [{}, {"tensor_parallel_size": 2}], ids=["one", "ranks"])
+    def test_a_forked_child_cannot_use_the_engine(self, small: Path, options: Any) -> None:
+        with _llm(small, 1, **options) as llm:
+            stream = llm.stream(PROMPTS[0], _params(0, max_tokens=20))
+            parts = [next(stream)]
+            context = multiprocessing.get_context("fork")
+            ours, theirs = context.Pipe()
+            child = context.Process(target=self._child, args=(llm, [stream], theirs))
+            child.start()
+            assert ours.poll(30)
+            told = ours.recv()
+            child.join(30)
+            assert child.exitcode == 0
+            assert {name: text for name, text in told.items() if text} == {}
+            parts += stream
+            tokens = [token for part in parts for token in part["token_ids"]]
+            (out,) = llm.generate(PROMPTS[0], _params(0, max_tokens=20), use_tqdm=False)
+            assert out["token_ids"] == tokens
+            _assert_idle(llm)
+
+    def test_no_copy_and_no_pickle(self, llm: LLM) -> None:
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(EngineUseError, match="copied or pickled"):
+                make(llm)
+        assert llm.generate([1], use_tqdm=False)
+
+
+class _Failing:
+    """A processor that fails after some calls, and that a weak reference can watch."""
+
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.alive.add(self)
+
+    def for_request(self, prompt: list[int], sample: int) -> _Failing:
+        return _Failing(self.left)
+
+    def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise ZeroDivisionError
+        return logits
+
+
+def _interleave(llm: LLM, rng: random.Random) -> None:
+    """One thread's part of a random interleaving."""
+    for _ in range(rng.randint(1, 3)):
+        index = rng.randrange(len(PROMPTS))
+        more = {"logits_processors": [_Failing(rng.randint(1, 5))]} if rng.random() < 0.4 else {}
+        params = _params(index, **more)
+        with suppress(StepError):
+            match rng.randrange(6):
+                case 0:
+                    llm.generate(PROMPTS[index], params, use_tqdm=False)
+                case 1:
+                    request_id = llm.add_request(PROMPTS[index], params, stream=rng.random() < 0.5)
+                    for _ in range(rng.randrange(3)):
+                        llm.step()
+                    if rng.random() < 0.5:
+                        llm.abort(request_id)
+                case 2:
+                    stream = llm.stream([PROMPTS[index]] * 2, params)
+                    for _ in range(rng.randrange(4)):
+                        next(stream, None)
+                    if rng.random() < 0.5:
+                        stream.close()
+                case 3:
+                    list(llm.stream(PROMPTS[index], params))
+                case 4:
+                    llm.stats()
+                    llm.reset_prefix_cache()
+                case 5 if rng.random() < 0.2:
+                    with llm.engine.turns.turn():
+                        llm.engine.reset()
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
+def test_random_interleavings_leave_nothing(llm: LLM, count: int) -> None:
+    for seed in range(count):
+        rngs = [random.Random(4 * seed + i) for i in range(4)]
+        _in_threads([partial(_interleave, llm, rng) for rng in rngs])
+        while llm.has_unfinished:
+            llm.step()
+        _assert_idle(llm)
+        gc.collect()
+        assert not _Failing.alive
+    assert llm.generate(PROMPTS[0], _params(0), use_tqdm=False)[0]["error"] is None
