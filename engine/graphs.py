@@ -39,7 +39,7 @@ _BYTES_PER_SECOND = 4e12
 _FLOPS = 600e12
 
 # Type of `StepPass.plain`, which enqueues a step and returns logits [R, this rank's vocabulary].
-# Arguments: a `StepRows` of which only `header` must be filled; a tensor for the logits, or None.
+# Arguments: a `StepRows` whose `header` is filled, and a tensor to store the logits in, or None.
 PlainStep = Callable[[StepRows, "Tensor | None"], Tensor]
 
 
@@ -100,7 +100,7 @@ class StepGraphs:
         """Capture all graphs, with steps whose rows are all padding."""
         pool = None
         # The graphs may share a memory pool, since no graph reads what another graph wrote to it.
-        # Large graphs are captured first. Their memory in the pool then suffices for small graphs.
+        # Large graphs are captured first, so that small graphs fit in the pool's memory.
         steps = [("decodes", size) for size in self._decode_sizes]
         steps += [("chunks", size) for size in self._chunk_sizes]
         for kind, size in reversed(steps):
@@ -121,7 +121,7 @@ class StepGraphs:
 
     def rehearsals(self) -> list[Callable[[], object]]:
         """Return functions that together launch each kernel that any of the graphs contains."""
-        # A step's row count selects its matmul kernels; these steps together use all the kernels.
+        # The matmul kernels depend on the row count. These row counts together use all kernels.
         sizes = [n for n in (1, 16, 24, 128, 256) if n < self._decode_sizes[-1]]
         return [*(partial(self._run, "decodes", n) for n in sizes), *self.heaviest()]
 
@@ -158,7 +158,7 @@ class StepGraphs:
         return self._logits[part], self._sampled[part]
 
     def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue a step of `size` rows; return its logits, and store them in `logits` if given."""
+        """Enqueue a step of `size` rows. Return its logits, in the tensor `logits` if given."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:

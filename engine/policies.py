@@ -83,9 +83,9 @@ class StepPolicy(Policy):
         than `num_decodes` positions of the budget, no decoding request runs. Otherwise all run.
 
         Args:
-            budget: maximum number of positions in the step; at least the option `max_num_seqs`.
+            budget: maximum number of positions in the step, never below the option `max_num_seqs`.
             num_decodes: number of decoding requests, i.e. of requests that may get a decode row.
-            gap: for how many steps in a row, up to now, decoding requests have waited.
+            gap: number of steps in a row, up to the last step, in which decoding requests waited.
         """
 
 
@@ -96,7 +96,7 @@ class FirstCome(QueuePolicy):
 
     def __init__(self, config: Config) -> None:
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
-        self._back: list[Sequence] = []  # requests that were popped and pushed again, sorted by id
+        self._back: list[Sequence] = []  # requests that were pushed again after a pop, sorted by id
 
     def push(self, seq: Sequence) -> None:
         if self._arrived and seq.request_id < next(reversed(self._arrived)):
@@ -154,7 +154,7 @@ class Priority(KeyedQueue):
 
 
 class ShortestPrompt(KeyedQueue):
-    """Runs the shortest prompt first. Output before a preemption counts as part of the prompt."""
+    """Runs the shortest prompt first. The output of a preempted request counts as prompt too."""
 
     name = "shortest_prompt"
 
@@ -215,8 +215,8 @@ class FairShare(_UserQueue):
 
     Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
     OSDI 2024). When a request leaves the queue, its user is charged the request's expected length.
-    When the request ends, the charge is corrected to the real length. If a user who has no waiting
-    request adds one, the user's total charge is raised to that of the user who was served last.
+    When the request ends, the charge is changed to the request's real length. If a user without
+    waiting requests adds one, the user's charge is raised at least to that of the last served user.
     """
 
     name = "fair_share"
@@ -244,7 +244,7 @@ class FairShare(_UserQueue):
 
 
 class Optimistic(AdmissionPolicy):
-    """Admits a request if blocks for its current tokens are free. Preemptions may follow later."""
+    """Admits a request if its current tokens find free blocks. Its output may cause preemptions."""
 
     name = "optimistic"
 
@@ -253,7 +253,7 @@ class Optimistic(AdmissionPolicy):
 
 
 class ReserveOutput(AdmissionPolicy):
-    """Admits a request if it and all running requests fit into the cache at their length limits."""
+    """Admits a request if it and the running requests fit the cache even at their length limits."""
 
     name = "reserve"
 
@@ -266,15 +266,15 @@ class ReserveOutput(AdmissionPolicy):
 class LookAhead(AdmissionPolicy):
     """Admits a request if it and all running requests fit the cache up to their expected lengths.
 
-    Memory use peaks just before a request ends, so `admits` checks only the steps in which a
-    request ends. The method is from Past-Future (Gong et al., ASPLOS 2025).
+    Requests take more and more blocks until one of them ends. So `admits` checks only the steps in
+    which a request ends. The method is from Past-Future (Gong et al., ASPLOS 2025).
     """
 
     name = "lookahead"
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
         size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # For each request: number of steps until it ends, and position of its newest token.
+        # Each request's expected number of steps until its end, and its newest token's position.
         ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
         ends.sort(reverse=True)
         full = 0
@@ -282,7 +282,7 @@ class LookAhead(AdmissionPolicy):
         for count, (steps, position) in enumerate(ends, 1):
             full += position // size
             insort(offsets, position % size)
-            # In this request's last step `count` requests run, with `steps - 1` more tokens each.
+            # In this request's last step `count` requests run, with `steps - 1` new tokens each.
             more, rest = divmod(steps - 1, size)
             crossed = count - bisect_left(offsets, size - rest)
             if full + count * (more + 1) + crossed > batch.blocks.num_blocks:

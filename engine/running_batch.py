@@ -1,7 +1,7 @@
 """The running requests, and the plan that the scheduler is building.
 
-A decode row computes a request's last token and its *drafts*: tokens that speculative decoding
-proposes. The step's result tells how many drafts are accepted.
+A decode row computes the KV of a request's last token and of its *drafts*, tokens that speculative
+decoding proposes. The step's result tells how many drafts are accepted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepRes
 from engine.types import BlockManager, Clock, RowReport, TokenLogprobs
 from utils.errors import RequestTooLongError
 
-# A row: slot, number of planned positions, new tokens, log-probabilities of these tokens, and the
-# error or other values that the runner returned for the row.
+# A row of a step: its slot, number of planned positions, new tokens, their log-probabilities, and
+# the error or other values that the runner returned for the row.
 _Row = tuple[int, int, list[int], list[TokenLogprobs] | None, RowReport | None]
 
 
@@ -26,7 +26,7 @@ class RunningBatch:
         self.blocks = blocks  # schedulers and policies must not change the block manager
         self.running: dict[int, Sequence] = {}  # running requests by id, in order of admission
         self.prefilling: dict[int, Sequence] = {}  # running requests with prefill left to plan
-        # Running requests that may get a decode row: no prefill is left, and `_goes_on` is True.
+        # Running requests that may get a decode row: prefill is planned and `_goes_on` is True.
         self.decoding: dict[int, Sequence] = {}
         self.num_in_flight = 0  # number of steps in flight
         self._groups, self._clock = blocks.groups, clock
@@ -213,7 +213,7 @@ class RunningBatch:
                     self._release(seq)
                 continue
             if report is not None and report.error is not None:
-                # The KV of a failed row may be wrong. Without a commit no request reuses this KV.
+                # The row's KV may be wrong. Without `blocks.commit` no other request will use it.
                 seq.error = report.error
                 finished.append(seq)
                 self.finish(seq, "error")
@@ -235,7 +235,7 @@ class RunningBatch:
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
             if num_planned > 1 and row >= num_chunks:
-                # In a decode row with drafts, one position is accepted for each appended token.
+                # A decode row with drafts commits as many positions as it has appended tokens.
                 seq.num_committed = committed = before + len(token_ids) - num_known
                 seq.num_scheduled -= before + num_planned - committed
                 seq.num_drafted -= num_planned - 1
@@ -265,7 +265,7 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
-            # A preempted request keeps its prompt log-probabilities. Only missing ones are added.
+            # After a preemption the prompt is computed again: add only values that `seq` lacks.
             missing = len(seq.prompt_logprobs) - (chunk.start + 1)
             seq.prompt_logprobs += found[missing:]
 

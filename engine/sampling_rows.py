@@ -224,7 +224,7 @@ class SamplingRows:
     def of(self, plan: StepPlan) -> SpecialRows | None:
         """Return the sampling options of a plan's sampled rows, or None if no row has any.
 
-        While `requests` is not empty, call `of` for every plan: `of` stores new requests' options.
+        `of` stores new requests' options, so call it for every plan while `requests` has entries.
         """
         for new in plan.new_requests:
             self._parameters[new.slot] = _parameters(new)

@@ -18,8 +18,8 @@ _HALF_BESIDE = 2**20
 # Small weights use FBGEMM for up to 64 input rows. For 64 input rows FBGEMM takes 0.83 to 1.0
 # times as long as oneDNN.
 _MOST_ROWS = 64
-# Products with small weights and at most 2^21 multiplications run on one thread: a call's overhead
-# is 12 us on all threads, 1 us on one thread. With 2^22 instead of 2^21 the engine was slower.
+# Products with small weights and at most 2^21 multiplications run on one thread, because a call has
+# 12 us of overhead on all threads and 1 us on one. With 2^22 instead of 2^21 the engine was slower.
 _ALONE = 2**21
 # Maximum number of weight elements that FBGEMM packs (copies to its float16 layout) in a call. With
 # 2^25 instead of 2^23, packing an element takes 40 ns instead of 10 ns.
@@ -27,13 +27,13 @@ _PACKED_AT_ONCE = 2**23
 
 
 class HalfLinear:
-    """Computes x W^T by FBGEMM, with W stored in float16: half as many bytes to read as float32.
+    """Computes x W^T by FBGEMM. W is stored in float16, half as many bytes to read as float32.
 
     Most checkpoints are bfloat16, which has 8 significant bits; float16 has 11. The smaller range
     of float16 suffices if the weight is first multiplied by a power of two. The constructor takes a
     float32 weight [N, K] for which `holds` is true. If `scale`, float32 [K], is given, inputs are
-    multiplied by `scale`. Products of at most `rows_alone` input rows run on one thread. For more
-    than `most_rows` input rows callers should use oneDNN (infinite `most_rows`: never).
+    multiplied by `scale`. Products of at most `rows_alone` input rows run on one thread. Callers
+    should use oneDNN for more than `most_rows` input rows; `most_rows` may be infinite.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None) -> None:

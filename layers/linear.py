@@ -24,8 +24,8 @@ from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
-# With several ranks, each rank's number of embedding rows is a multiple of 16. Kernels for small
-# batches compute 16 outputs at a time. The sampler makes random noise for 4 token ids at a time.
+# With several ranks, each rank's number of embedding rows is a multiple of 16, because kernels for
+# small batches compute 16 outputs at a time, and the sampler makes noise for 4 token ids at a time.
 _ROWS = 16
 # oneDNN lays out weights for this number of input rows. With 16 or 256, products were as fast.
 _PACK_ROWS = 64
@@ -187,13 +187,13 @@ class VocabHead:
 
 
 class Matmul:
-    """The reference: torch computes x W^T + b for W [N, K] and b [N], without fused kernels."""
+    """Computes x W^T + b by torch for W [N, K] and b [N]; the reference for fused kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
         self.weight = weight
         self._bias = bias
         self._place = place
-        self._folded = False  # whether W has been multiplied by the preceding norm's weight
+        self._folded = False  # whether the product includes the preceding norm's weight
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return x W^T + b [T, N] for x [T, K]. If `out` is given, the result is stored there."""
@@ -298,7 +298,7 @@ class SmallBatchMatmul(Matmul):
     ) -> tuple[Tensor, Stream]:
         if not self._fits(normed.stream.total.shape[0]):
             return super().normed(normed, partial=partial, out=out)
-        # The result may be summands if `partial` is set, but need not be: it is the product here.
+        # `partial` permits summands but does not require them. This method returns the product.
         x, stream, norm = self._input(normed)
         return self._run(x, self.weight, self._bias, out=out, **norm), stream
 
@@ -314,7 +314,7 @@ class SmallBatchMatmul(Matmul):
         return supports(tokens, n, k, swiglu=swiglu, splits=splits)
 
     def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """Return the kernel's input, the stream with part added, and a fused norm's arguments."""
+        """Return the kernel's input, the stream with part added, and arguments for a fused norm."""
         norm, stream = normed.norm, normed.stream
         x = stream.total
         # A fused norm multiplies x by the norm's weight before it divides by the RMS. In float16

@@ -67,12 +67,12 @@ def penalize(
         num_prompt, num_tokens: length of prompt, and of prompt plus output, integers > 0 [R].
     """
     if not logits.is_cuda:
-        # Unused columns of `tokens` are cut off, but not on a GPU: the host would wait for `max`.
+        # Cut off unused columns of `tokens`. On a GPU the host would have to wait for `max`.
         tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
-    # Ignored entries are replaced by the row's first token, whose copies all get the same logit.
+    # Replace ignored entries by the row's first token: all its copies write the same new logit.
     ids = torch.where(known, tokens, tokens[:, :1]).long()
     counts = torch.zeros_like(logits).scatter_add_(1, ids, output.float()).gather(1, ids)
     old, repetition = logits.gather(1, ids), by.repetition.unsqueeze(1)

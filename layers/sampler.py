@@ -108,7 +108,7 @@ class Sampler:
     def __call__(
         self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None = None
     ) -> Tensor:
-        """Return one token per row, int64 [R], or `NO_TOKEN`. `least`: lowest allowed logits."""
+        """Sample a token per row, int64 [R]. `least` has each row's lowest allowed logit."""
         keys = sampled.temperatures, sampled.seeds, sampled.positions
         first = self._parallel.rank * logits.shape[1]
         return self._agreed(*self._sample(logits, *keys, vocab_offset=first, least=least))

@@ -1,8 +1,8 @@
 """Device tensors that describe the tokens of a step, filled from device tables of all requests.
 
 A row of a step is one token in this file, not all work of a step for one request as in
-`engine.types`. A CUDA graph computes a fixed number of requests and rows. In a step with fewer, the
-rest are padding requests and padding rows, whose slot is the last one, `SlotTables.padding_slot`.
+`engine.types`. A CUDA graph computes a fixed number of requests and rows. If a step has fewer,
+padding requests and padding rows fill it up. Their slot is the last, `SlotTables.padding_slot`.
 `KVLayer.flat` has one row for each position of each KV cache block. On CUDA, Triton kernels in
 `layers.kernels.step_rows` replace `enter_requests`, `fill_rows` and `write_tokens`.
 """
@@ -152,7 +152,7 @@ class StepRows:
         """Return the `AttentionBatch` of this step. Its prefills are the prefill chunks."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
-        # The extra request for the padding rows in a CUDA graph of prefill chunks is left out here.
+        # A CUDA graph of prefill chunks has an extra request for padding rows. Leave it out here.
         decodes = (len(self.input_ids) - self.num_chunk_rows) // self.rows_per_decode
         slots, lens = (x[: self.num_chunks + decodes] for x in (self.slots, self.context_lens))
         return AttentionBatch(block_tables, slots, lens, start, *counts)
@@ -180,9 +180,9 @@ def enter_requests(
 def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     """Fill the tensors of `rows` from `rows.header`.
 
-    `tables.num_computed` is set to the position after each request's last row. A step that has only
-    decodes of one row each must have no padding: the code for this case cannot handle padding, but
-    it takes 79 us on a busy CPU, and `fill_any_rows` takes 495 us.
+    `tables.num_computed` is set to the position after each request's last row. If a step has only
+    decodes of one row each, it must have no padding, which the code for this case cannot handle.
+    This code takes 79 us on a busy CPU, and `fill_any_rows` takes 495 us.
     """
     if rows.num_chunks or rows.rows_per_decode != 1:
         fill_any_rows(tables, rows)

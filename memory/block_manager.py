@@ -91,13 +91,13 @@ class _Request:
     tokens: list[int]  # the list given to `begin`, not a copy: the caller appends new tokens to it
     salt: str
     last: CachedBlock | str  # parent of the next block that `commit` may add to the prefix cache
-    num_published: int  # how many of the first blocks are cached or equal a cached block
-    hits: list[CachedBlock] | None  # cached blocks that `begin` found; None after `grow` succeeds
+    num_published: int  # number of leading blocks that are cached or equal a cached block
+    hits: list[CachedBlock] | None  # cached blocks found by `begin`; None after `grow` counted them
     num_cached: int  # result of `begin`: how many leading tokens need not be computed
     # A twin is a cached block that equals a block of this request, but was computed for another
     # request. A request does not hold its twins, so a twin may be evicted while the request runs.
     twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # key that `_announce` added to `_pending` for this request
+    next_block: _Key | None = None  # this request's key in `_pending`, added by `_announce`
     publishes: bool = True  # whether `commit` caches blocks; False after `reset_prefix_cache`
 
 
@@ -165,7 +165,7 @@ class CachingBlockManager(PagedBlockManager):
             return False
         request = self._requests[request_id]
         if request.hits is not None:
-            # Hits are counted here, not in `begin`: if `grow` fails, `begin` is called again later.
+            # Hits are counted only here, because `begin` is called again later if `grow` fails.
             for node in request.hits:
                 node.hits += 1
             request.hits = None
@@ -204,8 +204,8 @@ class CachingBlockManager(PagedBlockManager):
         copies = tuple(self._copies.values())
         self._copies.clear()
         for copy in copies:
-            # The next step copies the source block. The block may be given to another request
-            # already now, because that request writes to the block only in a later step.
+            # From now on the source block may be given to another request. The next step copies the
+            # block, and the other request writes to the block only in a later step.
             self._drop(copy.source)
         return copies
 
@@ -269,8 +269,8 @@ class CachingBlockManager(PagedBlockManager):
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
-            # An earlier `commit` added this block to the cache as `stale`. Then an equal block that
-            # `stale` follows in the cache was evicted, so `find` cannot find `stale` any more.
+            # An earlier `commit` cached this block as `stale`. One of the blocks before it was
+            # a twin and has been evicted since, so `find` cannot find `stale` any more.
             self.unlink(stale)
             self._forget(stale)
         if displaced := self.link(node):
@@ -310,7 +310,7 @@ class CachingBlockManager(PagedBlockManager):
             self._free.append(block)
 
     def _forget(self, node: CachedBlock) -> None:
-        """Free a cached block that the index no longer has, at once or when no request holds it."""
+        """Remove from the cache a block that has left the index. Free it if no request holds it."""
         del self._cached[node.block]
         if self._references[node.block] == 0:
             self._idle.remove(node)

@@ -43,7 +43,7 @@ class GroupedBlockManager(BlockManager):
     """Combines the block managers of all cache groups. `grow` adds blocks in all groups or in none.
 
     The constructor raises a ContractError if the managers' block sizes differ, or if a manager
-    caches prefixes. A request could use a cached prefix only if all groups had cached it.
+    caches prefixes, since a request could use a cached prefix only if all groups had cached it.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -66,7 +66,7 @@ class GroupedBlockManager(BlockManager):
         return max(blocks.begin(request_id, token_ids, cache_salt) for blocks in self.groups)
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        # A request's block tables have equal lengths in all groups: each gets `wanted` blocks.
+        # A request's block tables have equal lengths in all groups, so each gets `wanted` blocks.
         wanted = -(-num_tokens // self.block_size) - len(self.table(request_id))
         if wanted > self.num_free_blocks:
             return False

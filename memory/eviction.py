@@ -15,8 +15,8 @@ from config import Config
 from engine.types import KVGeometry
 from utils.lazy_heap import LazyHeap
 
-# Position at which a token's attention takes as many FLOPs as its products with the weights:
-# 4 * layers * heads * head_dim * position = 2 * number of weights. Qwen3-0.6B: about 4,000.
+# Position at which a token's attention takes as many FLOPs as its products with the weights, i.e.
+# 4 * layers * heads * head_dim * position = 2 * number of weights. Qwen3-0.6B's is about 4,000.
 _ATTENTION_PARITY_TOKENS = 4096
 
 
@@ -27,7 +27,7 @@ class CachedBlock:
 
     def __init__(self, block: int, parent: CachedBlock | str, tokens: bytes) -> None:
         self.block = block  # block id; -1 after the block was evicted
-        self.parent = parent  # for a prompt's first block: a string, the request's `cache_salt`
+        self.parent = parent  # block before this one; of a first block: the request's `cache_salt`
         self.tokens = tokens  # the block's token ids as int32 bytes
         # number of blocks before this block in the prompt
         self.depth: int = parent.depth + 1 if isinstance(parent, CachedBlock) else 0
@@ -40,8 +40,8 @@ class EvictionPolicy(ABC):
     """Keeps the set of idle blocks, and chooses the idle block to evict.
 
     The prefix cache cannot find a block after the block's parent was evicted. So a block should be
-    evicted before its parent. When a request ends, its last block becomes idle first. So a policy
-    that evicts the block that has been idle longest evicts each block before its parent.
+    evicted before its parent. When a request ends, its last block becomes idle first, and its first
+    block last. So a policy that evicts the longest idle block evicts each block before its parent.
     """
 
     name: ClassVar[str]
@@ -138,7 +138,7 @@ class CostPolicy(LowestFirst):
 
     def value(self, block: CachedBlock) -> float:
         own = self._floor + (1 + block.hits) * (1 + block.depth * self._cost_per_depth)
-        # At least `worth`: so a block is not evicted earlier than the blocks whose parent it is.
+        # The value is at least `worth`, so that no block is evicted before one whose parent it is.
         value = max(own, block.worth)
         if isinstance(block.parent, CachedBlock):
             block.parent.worth = max(value, block.parent.worth)

@@ -12,8 +12,8 @@ import torch
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
-# Bytes left free for memory that `measure_usage` does not measure. The CUDA driver takes memory for
-# some 70 captured graphs of a few hundred nodes each, and allocations are rounded up.
+# Bytes left free for what `measure_usage` does not measure: the CUDA driver's memory for some 70
+# captured graphs of a few hundred nodes each, and the rounding up of allocations.
 _MARGIN_BYTES = 256 << 20
 
 
@@ -66,7 +66,7 @@ def measure_usage(
 ) -> Usage:
     """Measure the GPU memory in use, and the additional memory that each call in `steps` takes."""
     torch.cuda.synchronize(device)
-    peak = 0  # summed over `steps`, because eager steps and CUDA graphs share no memory
+    peak = 0  # sum of the peaks of all `steps`, since eager steps and CUDA graphs share no memory
     weights = free_before - free_bytes(device)
     for step in steps:
         torch.cuda.empty_cache()

@@ -13,9 +13,9 @@ class LazyHeap(Generic[T]):
     """A heap with the smallest key first. Items with equal keys are popped in the order of `push`.
 
     An item is in the heap at most once. When an item is removed, its entry stays in the list `heap`
-    and is called stale. A stale entry is deleted when it becomes the first entry of the list. If
-    there are over 64 more stale entries than items, all stale entries are deleted. So an operation
-    takes O(log n) amortised time for n items.
+    and is called stale. A stale entry is deleted when it becomes the first entry of the list. All
+    stale entries are deleted if they outnumber the items by more than 64. So with n items an
+    operation takes O(log n) amortised time.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class LazyHeap(Generic[T]):
         return None
 
     def pop(self) -> tuple[Any, T]:
-        """Remove the item with the smallest key. Return (key, item). IndexError: heap is empty."""
+        """Remove the item with the smallest key, and return (key, item). IndexError if empty."""
         self.first()
         key, _, item = heapq.heappop(self.heap)
         del self._numbers[item]

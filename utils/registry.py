@@ -22,7 +22,7 @@ class PartKind:
     option: str  # name of the option
     contract: str  # base class of all parts of this kind, as "module:Class"
     packages: tuple[str, ...]  # packages and modules that contain the parts
-    auto: tuple[str, ...] = ()  # "auto" means the first of these names whose part is usable
+    auto: tuple[str, ...] = ()  # the option's value "auto" picks the first of these that works
 
     @property
     def base(self) -> type:
@@ -64,7 +64,7 @@ class PartKind:
         return modules
 
     def find(self, spec: PartSpec) -> Callable[..., Any]:
-        """Return the class or factory for the option's value `spec`. ConfigError: wrong `spec`."""
+        """Return the class or factory that `spec` names or is. ConfigError if there is none."""
         part: Any = self._named(spec) if isinstance(spec, str) else spec
         base = self.base
         if inspect.isclass(part) and (not issubclass(part, base) or inspect.isabstract(part)):
@@ -96,7 +96,7 @@ class PartKind:
         raise ConfigError(self.option, spec, problem, fix)
 
     def make(self, spec: PartSpec, *args: Any) -> Any:
-        """Construct the part with `find(spec)(*args)`. ConfigError: wrong `args` or result type."""
+        """Return `find(spec)(*args)`. ConfigError if `args` or the result do not fit."""
         make, base = self.find(spec), self.base
         try:
             inspect.signature(make).bind(*args)

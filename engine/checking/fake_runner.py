@@ -1,11 +1,11 @@
-"""A runner without model and device. If a plan uses wrong KV blocks, the sampled tokens are wrong.
+"""A runner that needs no model and no device, and samples wrong tokens if a KV block is wrong.
 
 Instead of K and V the cache stores an integer for each position, the *entry*. The entry of a
 position is a hash of the position's token and of a sum named `read`. `read` is the sum of the
 entries of all earlier positions to which the position attends, in all cache groups. The runner
-finds these entries with the block tables. The next token is a hash of a sum that also includes the
-last token's entry. So if a block is wrong or was freed too early, the sampled tokens differ from
-the right tokens. `FakeModel.alone` computes the right tokens without a cache.
+finds these entries with the block tables. The next token is a hash of the sum of all these entries
+and the last token's own entry. So if a block is wrong or was freed too early, the sampled tokens
+differ from the right tokens. `FakeModel.alone` computes the right tokens without a cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FakeModel:
     eos_token_id: int = 0
     eos_chance: float = 0.0  # probability that a sampled token is `eos_token_id`
     error_chance: float = 0.0  # probability that sampling a token fails with an error
-    tells: bool = False  # whether the result has the sampled tokens in `RowReport.values` too
+    tells: bool = False  # whether `RowReport.values` repeats the sampled tokens
     seed: int = 0  # models with different seeds sample different tokens
     kinds: tuple[CacheKind, ...] = (FullPages(),)  # to which positions each group's layers attend
 
@@ -45,7 +45,7 @@ class FakeModel:
         return hash((read, token))
 
     def sample(self, read: int, seed: int) -> int:
-        """Return the next token, a hash of `seed` and `read`. `read` has the last token's entry."""
+        """Return the next token, a hash of `read`, which here includes the last token's entry."""
         draw = hash((read, seed, self.seed))
         if (draw >> 8) % 2**20 < self.eos_chance * 2**20:
             return self.eos_token_id
@@ -123,7 +123,7 @@ class FakeRunner(SimulatedRunner):
             pages[copy.target] = list(pages[copy.source])
         for row in self._rows.values():
             for group, place in row.fresh:
-                # A block with positions before the row's start has cached tokens: keep its entries.
+                # Keep the cached entries of a block that begins before the row's start.
                 if place * self.checker.block_size >= row.start:
                     self._poison(group, row.state.tables[group][place])
 
@@ -145,7 +145,7 @@ class FakeRunner(SimulatedRunner):
         """Write the entry of the request's last token, then sample and return the next token."""
         seed, end = request.new.seed, len(request.tokens)
         self._compute(request, end - 1)
-        # With wrong blocks `_compute` may overwrite an entry of `read`, so the token is wrong.
+        # If wrong blocks let `_compute` overwrite an entry that `_read` sums, the token is wrong.
         read = self._read(request.new.slot, end - 1, end)
         request.failed |= self.model.fails(read, seed)
         return self.model.sample(read, seed)

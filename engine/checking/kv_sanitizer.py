@@ -28,13 +28,13 @@ class SanitizedBlocks:
 
     def __init__(self, inner: BlockManager) -> None:
         self._inner = inner
-        # Dead blocks that must be filled with NaN before the next step; at first all blocks.
+        # Dead blocks not yet filled with NaN. Initially all blocks are dead.
         self._dead = set(range(inner.num_blocks))
         self._published: set[int] = set()
-        self._unshared: set[int] = set()  # ids of requests whose blocks must not be cached
+        self._unshared: set[int] = set()  # requests whose blocks must not enter the prefix cache
         # Block -> ids of the requests that hold the block.
         self.holders: list[set[int]] = [set() for _ in range(inner.num_blocks)]
-        # Block -> how many of its first positions are written after the steps in flight.
+        # Block -> how many of its first positions are written, once the steps in flight have run.
         self.filled = [0] * inner.num_blocks
         self.step_id = 0  # id of the step that the scheduler plans next
 
@@ -91,7 +91,7 @@ class SanitizedBlocks:
         return tuple(sorted(dead))
 
     def _hand_out(self, request_id: int, blocks: list[int]) -> None:
-        """Record a request's new `blocks`. KVSanitizerError: another request holds one of them."""
+        """Record a request's new `blocks`. Raises KVSanitizerError if another request holds one."""
         for block in blocks:
             if others := sorted(self.holders[block]):
                 problem = f"handed out while requests {others} hold it"
@@ -130,7 +130,7 @@ class KVSanitizer(PlanChecker):
 
     def settle(self, row: Row, num_kept: int) -> None:
         super().settle(row, num_kept)
-        # Positions from `end` on have rejected drafts or no token: record them as unwritten.
+        # Record positions from `end` on as unwritten: they have rejected drafts or no tokens.
         end = max([row.start + num_kept, *(later.end for later in row.state.rows)])
         for table, blocks in zip(row.state.tables, self.managers, strict=False):
             for place in range(end // self.block_size, len(table)):

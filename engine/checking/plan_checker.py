@@ -28,11 +28,11 @@ class SlotState:
     # Number of positions that steps may compute for the request. The request ends when a step
     # samples the last token that the length limit allows; no step computes this token's KV.
     num_positions: int
-    # Number of computed positions after the steps in flight: `low` if all drafts are rejected,
-    # `high` if all drafts are accepted. `high` may exceed `num_positions`, `Row.end` may not.
-    low: int = -1  # -1 until the request's first row is planned
-    high: int = 0
-    # Block table entries set after the request's previous row was planned: (cache group, place).
+    # Bounds of the number of computed positions once the steps in flight have run: `low` if all
+    # drafts are rejected, `high` if all are accepted.
+    low: int = -1  # -1 before the request's first row, which may start at any position
+    high: int = 0  # may exceed `num_positions`, but `Row.end` may not
+    # (cache group, place) of each block table entry set since the previous row was planned.
     fresh: list[tuple[int, int]] = field(default_factory=list)
     rows: deque[Row] = field(default_factory=deque)  # the request's rows in flight, oldest first
     ended: bool = False  # whether the request has ended, or lost the slot by preemption
@@ -45,9 +45,9 @@ class Row:
     state: SlotState
     start: int  # lower bound of the row's first position
     latest: int  # upper bound of the row's first position
-    count: int  # number of the row's positions; some may exceed the request's length limit
+    count: int  # number of positions, including any beyond the request's length limit
     samples: bool = True
-    fresh: Sequence[tuple[int, int]] = ()  # value of `SlotState.fresh` when this row was planned
+    fresh: Sequence[tuple[int, int]] = ()  # block table entries set since the previous row
 
     @property
     def end(self) -> int:
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(slots=True, eq=False)
 class CheckedHandle(StepHandle):
-    """Wraps a step's `StepHandle` (its future result). The first `result()` checks the result."""
+    """Wraps a step's `StepHandle`. The first call of `result` also checks the step's result."""
 
     inner: StepHandle
     checker: PlanChecker
@@ -118,7 +118,7 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result, after all earlier results. ContractError: the result is wrong."""
+        """Check a result once all earlier results are checked. A wrong one raises ContractError."""
         if self._next_step_id == 0:
             return  # a step failed, and `reset` deleted the records that the check needs
         step_id = result.step_id
@@ -256,7 +256,7 @@ class PlanChecker:
         return Row(state, start, start, chunk.num_tokens, samples)
 
     def _decode(self, slot: int, count: int) -> Row:
-        # `require` is not used here: its message would be formatted for rows without a fault too.
+        # `require` is not used here, since messages would be formatted for faultless rows too.
         state = self._state(slot)
         limit = state.new.max_total_tokens
         if state.low < len(state.new.token_ids):
@@ -271,7 +271,7 @@ class PlanChecker:
         return row
 
     def _check_blocks(self, row: Row) -> None:
-        """Check that a row has all its blocks. No row in flight may use the row's new blocks."""
+        """Check that a row has all its blocks, and that no row in flight uses its new blocks."""
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
@@ -283,7 +283,7 @@ class PlanChecker:
             row.fresh, state.fresh = state.fresh, []
         for group, place in row.fresh:
             block = state.tables[group][place]
-            # A block with positions before the row's start has cached tokens and may be shared.
+            # Skip a block that begins before the row's start: its cached tokens may be shared.
             if place * size >= row.start and (users := self._users(group, block)):
                 problem = f"goes to slot {new.slot} while slots {users} use it"
                 raise self.misuse(new.request_id, block, problem)

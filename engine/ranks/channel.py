@@ -55,7 +55,7 @@ class Channel(socket.socket):
             os.sched_yield()
 
     def receive(self) -> Any:
-        """Wait for a message, and return it; None if the other process ended or sends no more."""
+        """Wait for a message and return it, or None if the other process ended or sends no more."""
         try:
             (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
             message = self._read(length)
@@ -79,7 +79,7 @@ def _flat(kind: type) -> Callable[[Any], tuple[type, tuple[Any, ...]]]:
 
 def _pack(result: StepResult) -> tuple[Callable[..., StepResult], tuple[Any, ...]]:
     tokens = array("q", chain.from_iterable(result.tokens))
-    # Usually each list in `result.tokens` has one token. The list of a failed request may be empty.
+    # Usually each list has one token, and no counts are sent. Failed requests' lists may be empty.
     one_each = len(tokens) == len(result.tokens) and all(result.tokens)
     counts = None if one_each else [len(row) for row in result.tokens]
     return _unpack, (tokens, counts, *_BESIDE_TOKENS(result))

@@ -25,9 +25,9 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     from layers.kernels.peer import PeerExchange
 
-# Time limit of a collective. It may be long: TensorParallelRunner kills all ranks if a rank fails.
+# Time limit of a collective. It may be long, as the runner kills all ranks if one of them fails.
 _TIMEOUT = timedelta(hours=1)
-# Maximum number of bytes of a tensor that GPUs sum without NCCL: 256 hidden states of Qwen3-8B.
+# GPUs sum tensors of up to this many bytes without NCCL. 256 hidden states of Qwen3-8B have 2 MiB.
 _PEER_BYTES = 2 << 20
 
 
@@ -40,7 +40,7 @@ class GroupContext(ParallelContext):
     """
 
     _: KW_ONLY
-    group: Any  # has a `ProcessGroup`'s `allreduce`
+    group: Any  # torch's `ProcessGroup` of the ranks
     exchange: PeerExchange | None = None
     memory: Tensor | None = None  # this GPU's memory for `exchange`; freed with this object
     rehearses: Event = field(default_factory=Event)  # while set, collectives send no data
@@ -94,7 +94,7 @@ def gloo_context(index: int, size: int, store: Any) -> GroupContext:
 
 
 def nccl_context(index: int, size: int, store: Any) -> GroupContext:
-    """Return a rank's collectives on the current GPU; ConfigError if NCCL cannot connect GPUs."""
+    """Return a rank's collectives on its GPU. Raises ConfigError if NCCL cannot connect GPUs."""
     device = torch.device("cuda", torch.cuda.current_device())
     about: Any = {"rank": index, "world_size": size, "timeout": _TIMEOUT, "device_id": device}
     try:
@@ -102,7 +102,7 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
     except dist.DistBackendError as error:
         problem = f"NCCL does not connect these devices ({error})"
         fix = "Choose others by CUDA_VISIBLE_DEVICES, or use 1."
-        # NCCL also fails if another rank ended. TensorParallelRunner then raises that rank's error.
+        # NCCL also fails if another rank ended. `lost` makes the runner raise that rank's error.
         lost = LostPeerError(str(error))
         raise ConfigError("tensor_parallel_size", size, problem, fix) from lost
     return GroupContext(index, size, group=dist.group.WORLD)
@@ -162,7 +162,7 @@ def local_rank(
     """Make the model runner of a rank, in the rank's process. `join_ranks` explains `peer`."""
     context = join_ranks(config, rank, int(checkpoint.hf_config.hidden_size), peer=peer)
     if config.device == "cpu":
-        # No worker thread is needed: the `TensorParallelRunner` plans in another process.
+        # pipeline_depth 1 would run steps in a thread during planning. Here another process plans.
         config = replace(config, pipeline_depth=0)
     return LocalRunner(config, checkpoint, context)
 

@@ -37,7 +37,7 @@ _FULL_SECONDS = 50e-6
 
 
 class RankTraceback(Exception):  # noqa: N818 (it is only ever a cause)
-    """Contains a rank's traceback; `__cause__` of the error that the runner raises for the rank."""
+    """Shows a rank's traceback, as the `__cause__` of the error that the runner then raises."""
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(f'in the process of rank {rank}:\n"""\n{text}"""')
@@ -70,8 +70,8 @@ class TensorParallelRunner(ModelRunner):
             check_divides(config, checkpoint)
         self._ready: list[tuple[KVGeometry, ...]] = []
         self._codec = PlanCodec()
-        # A list for each step that has no result yet, oldest step first. `take_in` appends the
-        # result to the list. A `StepHandle` in a list would make a reference cycle with the runner.
+        # An empty list for each step without a result, oldest step first. `take_in` appends the
+        # result. `StepHandle`s instead of lists would make reference cycles with the runner.
         self._pending: deque[list[StepResult]] = deque()
         self._error: Exception | None = None
         self._closed = False
@@ -98,7 +98,7 @@ class TensorParallelRunner(ModelRunner):
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
-        """For each cache group, the shape of its KV cache on one rank, with the rank's KV heads."""
+        """For each cache group, the shape of one rank's KV cache, with only its own KV heads."""
         return self._ready[0]
 
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -152,7 +152,7 @@ class TensorParallelRunner(ModelRunner):
         if not self._end.alive:
             raise EngineClosedError("the runner was closed before the result of the step came")
         if not self._flush():
-            # The bytes that are still unsent are sent after this wait, so the wait must be short.
+            # Unsent bytes are sent only after this wait, so the wait must be short.
             timeout = _FULL_SECONDS if timeout is None else min(timeout, _FULL_SECONDS)
         ready = self._selector.select(timeout)
         try:
@@ -196,7 +196,7 @@ class TensorParallelRunner(ModelRunner):
                     # Switches off NVLink multicast, which needs rights that containers often lack.
                     "NCCL_NVLS_ENABLE": "0",
                     **os.environ,
-                    # With PYTHONSAFEPATH, sys.path would not begin with the current directory.
+                    # With PYTHONSAFEPATH set, `code` would delete another entry of sys.path.
                     "PYTHONSAFEPATH": "",
                     "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },

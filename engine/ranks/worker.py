@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
 
 # After a step, a rank polls its channel for this many seconds; the next plan usually comes sooner.
-# If none comes, the rank sleeps until a plan arrives: longer polling would burden an idle machine.
+# If none comes, the rank sleeps until a plan arrives, since polling would burden an idle machine.
 _SPIN_SECONDS = 500e-6
 
 
@@ -38,7 +38,7 @@ class Rank:
     num_threads: int  # number of CPU threads that torch may use
 
 
-# Type of the function that makes a rank's model runner. A rank imports the function by its name.
+# Type of the function that makes a rank's model runner. Pickle sends it to ranks as an import path.
 MakeRunner = Callable[[Config, "Checkpoint", Rank], ModelRunner]
 
 
@@ -105,7 +105,7 @@ def _end_with_parent(channel: Channel, parent_id: int) -> None:
     # With event mask 0, poll reports a socket only once both directions are closed. After the last
     # plan the parent closes one direction, and this process must still finish its steps.
     poll.register(channel, 0)
-    # If children of the parent inherited its socket, they keep it open: check the parent's id too.
+    # Check the parent's id too, as a child of the parent may keep an inherited socket open.
     while not poll.poll(1000) and os.getppid() == parent_id:
         pass
     os._exit(1)

@@ -2,7 +2,7 @@
 
 A pair is a request together with one KV head. `paged_decode` cuts the KV tokens of each pair into
 tiles, and divides the tiles of all pairs among its programs. Programs that work on the same pair
-store partial results; the last to finish combines them. "16/8 heads": 16 query and 8 KV heads.
+store partial results. The last to finish combines them. "16/8 heads" means 16 query and 8 KV heads.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
 # For 24 requests of 1,200 tokens with 12/2 heads (48 pairs), MIDDLE takes 13.7 us, LARGE 15.7 us.
 # For 256 requests of 710 tokens with 12/2 heads (512 pairs), MIDDLE takes 53.3 us, LARGE 49.0 us.
 MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# LARGE reaches 1.00 times (16/8 heads) or 0.91 times (12/2 heads) the memory bandwidth of a sum
-# over a large tensor for 256 requests of 850 tokens. For requests of 100 to 2,000 tokens and 16/8
-# heads it reaches 1.014 times this bandwidth, or 0.970 times if pair_cost is 0.
+# For 256 requests of 850 tokens LARGE reaches 1.00 times the memory bandwidth of a sum over a large
+# tensor with 16/8 heads, and 0.91 times with 12/2 heads. For requests of 100 to 2,000 tokens and
+# 16/8 heads it reaches 1.014 times this bandwidth, or 0.970 times if pair_cost is 0.
 LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
 SMALL_PAIRS = 32  # with 16/8 heads, SMALL is faster than LARGE for 32 pairs, slower for 64 pairs
 MIDDLE_PAIRS = 448
@@ -56,8 +56,8 @@ class DecodeWorkspace(NamedTuple):
     # query heads per KV head. `rows` and head_dim are rounded up to powers of two.
     values: Tensor  # float32 [programs, 2, rows, head_dim], attention outputs of partial results
     lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of the attention scores
-    # arrived[i] counts the partial results stored for one pair: the last pair for which program i
-    # computes the first tile.
+    # Program i begins a pair if it computes the pair's first tile. Only the last pair that it
+    # begins may continue in other programs. arrived[i] counts this pair's stored partial results.
     arrived: Tensor  # int32 [programs], all 0 between calls of `paged_decode`
 
 

@@ -1,4 +1,4 @@
-"""Top-k, top-p and min-p filters without sorting: find a bound for each row of logits.
+"""Top-k, top-p and min-p filters. Without sorting, a kernel finds a bound for each row of logits.
 
 A token may be sampled if its logit is at least the bound. For top-k and top-p, the bound is the
 largest value v such that the logits >= v have a total weight of at least `target`. For top-k, each
@@ -34,7 +34,7 @@ FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
 @triton.jit
 def _key_value(key):
     """Return the float32 values whose sort keys are `key` (uint32)."""
-    # Keys below the key of -inf give -inf. Keys above the key of inf give NaN; no logit is >= NaN.
+    # Keys below that of -inf give -inf. Keys above that of inf give NaN, and no logit is >= NaN.
     bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return tl.where(key < 0x00800000, float("-inf"), bits.to(tl.float32, bitcast=True))
 
@@ -128,7 +128,7 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         new = tl.maximum(best, tl.max(x, axis=1))
-        # `anchor` is a group's highest logit so far, or 0 instead of -inf, as -inf - -inf is NaN.
+        # `anchor` is each group's highest logit so far. 0 replaces -inf, as -inf - -inf is NaN.
         anchor = tl.where(new == float("-inf"), 0.0, new)
         mass *= tl.exp2((best - anchor) * scale)
         mass += tl.sum(tl.exp2((x - anchor[:, None]) * scale), axis=1)
@@ -142,8 +142,8 @@ def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
 def guess_range(
     ptr, end, below, highest, scale, BITS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return (low, high): values between which the bound of top-p should lie."""
-    # x is a sample of the row. Logits below the bound weigh `below` in the row, about `share` in x.
+    """Estimate the bound of top-p; return (low, high), between which it should lie."""
+    # The logits below the bound weigh `below` in the row, and about `share` in its sample `x`.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
     weights = _weights(x, float("-inf"), highest, scale)
     sampled = tl.sum(weights)
@@ -171,7 +171,7 @@ def _pad(out_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy each group of LANES logits whose maximum is >= `low`; return the number of logits."""
+    """Copy the groups of LANES logits whose maximum is >= `low`; return their number of logits."""
     # `out_ptr` has room for 2 * BLOCK copies. Logits that do not fit are counted but not copied.
     count = tl.full((), 0, tl.int32)
     for start in range(0, end, BLOCK):
@@ -189,7 +189,7 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high] to `out_ptr`; return their number and the weight of all > high."""
+    """Copy logits in [low, high]; return their number, and the total weight of logits > high."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -255,7 +255,7 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # tl.max in the loop makes Triton 3.6 fail (OptimizeThreadLocality) for unaligned rows.
+            # For unaligned rows tl.max in the loop breaks Triton 3.6's pass OptimizeThreadLocality.
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
@@ -263,7 +263,7 @@ def _bounds_kernel(
             highest = tl.max(best, axis=0)
             if counts:
                 if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
-                    # `low` is the top_k-th highest group maximum: top_k or more logits are >= low.
+                    # `low` is the top_k-th highest group maximum. At least top_k logits reach it.
                     ones = tl.full(best.shape, 1.0, tl.float32)
                     low = _key_value(_search(best, ones, top_k, BITS))
                     count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
@@ -305,6 +305,6 @@ def logit_bounds(
             *(logits, by, logits.new_empty(rows, 2 * block), out, logits.stride(0), vocab_size),
             *(_BITS[logits.dtype], block),
             num_warps=max(1, block // 512),
-            maxnreg=64,  # 1,024 threads of 64 registers use all registers of a multiprocessor
+            maxnreg=64,  # 1,024 threads of 64 registers fill a multiprocessor's register file
         )
     return out

@@ -24,7 +24,7 @@ from memory.kv_cache import KVLayer
 @triton.jit
 def _accumulate(s, v, top, norm, acc):
     """Add N tokens with scores `s` [G, N] and values `v` [N, D] to the online softmax of G rows."""
-    # `norm` [G, N] has N partial sums for each of G rows, which are added up after the last tile.
+    # `norm` [G, N] has N partial sums of each row's exponentials, added up after the last tile.
     new_top = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - new_top[:, None])
     keep = tl.exp2(top - new_top)[:, None]
@@ -33,7 +33,7 @@ def _accumulate(s, v, top, norm, acc):
 
 @triton.jit
 def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Load the id of tile `t`'s page, or, if a tile may span pages, the page id of each token."""
+    """Load the page id of tile `t`, or of each of its tokens if a tile may span several pages."""
     if PAGE % TILE == 0:
         pages = tl.load(table + t * TILE // PAGE, mask=t * TILE < num_tokens, other=0)
     else:
@@ -91,7 +91,7 @@ def _combine(
         for i in tl.static_range(UNROLL):
             who = start + i
             part = who * 2 + (who == owner).to(tl.int32)
-            # `.cg` reads from the L2 cache: L1 may hold old values of other programs' parts.
+            # `.cg` reads from the L2 cache, since L1 may hold old values of other programs' parts.
             live = who <= final
             at = lse_ptr + part * PART_ROWS + row
             lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
@@ -187,7 +187,7 @@ def _paged_decode_kernel(
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
         query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With several new tokens, all scores of a row in a tile may be -inf; -inf - -inf is NaN.
+        # With QUERIES > 1 a tile's scores for a row may all be -inf. A finite `top` prevents NaN.
         top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
         norm = tl.zeros([ROWS, TILE], tl.float32)
         acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -256,7 +256,7 @@ def _paged_decode_kernel(
             owner = (at - first) // share
             final = (at - first + span - 1) // share
             used = rows < PART_ROWS
-            # `lse` is -1e30 for rows that attend to no token of this part: -inf would give NaN.
+            # `lse` is -1e30 for rows that attend to no token of this part, as -inf would give NaN.
             lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
             tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
             used_rows = used[:, None]
@@ -294,7 +294,7 @@ def paged_decode(
 
     Request b has `context_lens[b]` tokens; a request with 0 tokens is padding. The queries of the
     last n tokens of request b are rows b * n to b * n + n - 1 of `q`. Row b * n + j attends to the
-    first `context_lens[b] - n + 1 + j` tokens of request b. If there are none, the output is 0.
+    first `context_lens[b] - n + 1 + j` tokens of request b. If this number is < 1, the output is 0.
 
     Args:
         q, out: bfloat16 or float16 [B * n, query heads, head_dim]; the last stride must be 1.
@@ -318,7 +318,7 @@ def paged_decode(
         raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
     pairs = batch * kv_heads
     config = config or decode_config(pairs)
-    tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # shared memory
+    tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # so that shared memory suffices
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
     apart = 2 * pairs <= programs  # whether to limit each program to one pair

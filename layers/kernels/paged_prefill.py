@@ -42,7 +42,7 @@ WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
 # 16/8 heads. For 1,024 tokens and 12/2 heads NARROW takes 19.7 us, and would take 16.7 us with TMA.
 NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
 WIDE_TILES = 256
-LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # not tuned; for head_dim > 128
+LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # used if head_dim > 128; not tuned
 
 
 @triton.jit(
@@ -94,7 +94,7 @@ def _paged_prefill_kernel(
     q = tl.load(q_at + dims[None, :], mask=ok, other=0.0)  # [ROWS, DIM_PAD]
 
     before = num_tokens - q_len
-    # Rows after the last query use the last query's position: they attend only to existing tokens.
+    # Rows after the last query use its position, so that they attend to existing tokens only.
     positions = before + tl.minimum(token, q_len - 1)
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
@@ -117,7 +117,7 @@ def _paged_prefill_kernel(
                 v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
                 page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
                 if masked:
-                    # Values after the last token have weight 0 but may be NaN; 0 * NaN is NaN.
+                    # V after the last token has weight 0 but may be NaN. Zero it: 0 * NaN is NaN.
                     v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
             else:
                 if PAGE % TILE == 0:
@@ -172,7 +172,7 @@ def paged_prefill(
     Rows `query_start[p]:query_start[p + 1]` of `q` are the queries of the sequence's new tokens.
 
     Args:
-        q, out: [rows, query heads, head_dim]; rows from `query_start[P]` on are left unused.
+        q, out: [rows, query heads, head_dim]. Rows from `query_start[P]` on are not accessed.
         slots, context_lens: int32 [P]; see `paged_decode` for these and for arguments not listed.
         query_start: int32 [P + 1], ascending; entries p and p + 1 are equal if p has no new tokens.
     """
@@ -186,7 +186,7 @@ def paged_prefill(
     if tma:
         box = [1, config.tile, 1, dim]
         k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
-    # The last tile of each sequence may be partly empty: at most `batch` more tiles are needed.
+    # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.
     tiles = triton.cdiv(rows * group, config.rows) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](

@@ -35,7 +35,7 @@ _MAX_BLOCK = 64  # number of elements that each program of `_max_kernel` handles
 # adds up its share of the rows and sends these sums to the other ranks. A sum takes two shots if
 # there are more than two ranks and the sum has more than _TWO_SHOT_BYTES bytes. On four H200 a sum
 # [64, 1024], with residual addition and RMSNorm, takes 4.9 us with one shot, 5.3 us with two shots
-# and 12.9 us with NCCL. A sum [256, 1024] takes 8.7 us, 6.8 us and 15.6 us.
+# and 12.9 us with NCCL. For a sum [256, 1024] these times are 8.7 us, 6.8 us and 15.6 us.
 _TWO_SHOT_BYTES = 256 << 10
 
 
@@ -66,7 +66,7 @@ def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
     """Return the sum of one row over all ranks. Every rank adds the values in the same order."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
-    # One load reads the values of all peers: the latencies of separate loads would add up.
+    # One load reads the values of all peers, because the latencies of several loads would add up.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
     bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
     return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
@@ -189,7 +189,7 @@ class PeerExchange:
     # Addresses through which this GPU accesses the exchange buffers, one per rank. A buffer has
     # `num_words(...)` int64 elements. All ranks must call `empty` before the first exchange.
     addresses: Sequence[int]
-    rows: int  # most rows of a matrix that is summed; also most elements of a vector for a maximum
+    rows: int  # most rows of a matrix in a sum, and most elements of a vector in a maximum
     width: int  # number of columns of a matrix, a multiple of 8
     dtype: torch.dtype  # bf16 or fp16
     device: torch.device
@@ -241,7 +241,7 @@ class PeerExchange:
         return out, total
 
     def all_max(self, x: Tensor) -> Tensor:
-        """Return the maximum over ranks of each element of int64 x [N], but at least -2**63 + 1."""
+        """Return each element's maximum over ranks for int64 x [N]. -2**63 becomes -2**63 + 1."""
         out, count = self._made(x.shape, x.dtype), x.numel()
         cells = 2 * self._size * self.rows * (self.width // 4)
         self._launch(

@@ -49,7 +49,7 @@ def _rms_norm_kernel(
 
 
 def warps_of_row(size: int) -> int:
-    """Return a row's number of warps: size / 512 rounded up to a power of 2, within 1 to 8."""
+    """Return how many warps handle a row: size / 512, rounded up to a power of 2, from 1 to 8."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))
 
 
@@ -237,8 +237,8 @@ def qk_norm_rope_store(
         raise ValueError("rows of qkv must be contiguous, partial sums float32")
     out = kv.k.new_empty(tokens, q_heads, dim)
     heads = next(h for h in (4, 2, 1) if q_heads % h == 0 and kv_heads % h == 0)
-    # Programs that handle one token each are fast only if there are few tokens. For 8,192 tokens
-    # they took 80 us on an H200, 2.5 times as long as a copy of the data.
+    # Programs for a single token are fast only if there are few tokens. For 8,192 tokens such
+    # programs took 80 us on an H200, 2.5 times as long as a copy of the data.
     per_program = 1 if tokens < 512 else max(1, 16 // heads)
     splits, split_stride = (qkv.shape[0], qkv.stride(0)) if qkv.dim() == 3 else (1, 0)
     if tokens:

@@ -1,8 +1,8 @@
 """Kernels of small_batch_linear.py, written in Gluon, which is Triton's lower-level dialect.
 
-A plain Triton kernel could not copy weights to shared memory before the previous kernel ends. The K
-inputs of a linear layer are divided into chunks. A *stage* is shared memory for one chunk of inputs
-of all tokens of a program, and for the weights by which these inputs are multiplied.
+A Gluon kernel, unlike a plain Triton kernel, can copy weights to shared memory before the previous
+kernel ends. The K inputs of a linear layer are divided into chunks. A *stage* is shared memory for
+one chunk of inputs of all tokens of a program, and for the weights that multiply these inputs.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -114,7 +114,7 @@ def rows_kernel(
         async_copy.wait_group(STAGES - 1 if CHUNKS > STAGES else CHUNKS - 1 - c)
         x = xs.index(c % STAGES).permute([0, 2, 1]).load(LX)  # [WARPS, KC, BM]
         if NORM:
-            # A token's RMS is known only after this loop. Then the outputs are divided by the RMS.
+            # A token's RMS is known only after this loop, so the outputs are divided by the RMS.
             x32 = x.to(gl.float32)
             square += x32 * x32
             x = (x32 * gains[c].to(gl.float32)).to(dtype)

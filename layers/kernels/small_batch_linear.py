@@ -24,8 +24,8 @@ from layers.kernels.small_batch_kernels import rows_kernel, tile_kernel
 
 MAX_FUSED_TOKENS, MAX_TOKENS = 16, 256
 _MULTIPROCESSORS = 132  # H100 and H200
-# Without SwiGLU, tiles of 128 tokens are used only for weights of at most this many elements. With
-# 128 tokens and these tiles, on an H200 `tile_kernel` takes 11.7 us for a weight [1536, 8960]
+# Without SwiGLU, tiles of 128 tokens are used only for weights of at most this many elements. For
+# 128 tokens with these tiles, on an H200 `tile_kernel` takes 11.7 us for a weight [1536, 8960]
 # (cuBLAS: 12.8 us), and 18.2 us for a weight [4096, 4096] (cuBLAS: 14.5 us).
 _TALL_WEIGHTS = 14 * 2**20
 
@@ -67,8 +67,8 @@ class _Tile(NamedTuple):
 def _tile_config(tokens: int, n: int, k: int, swiglu: bool, splittable: bool) -> _Tile | None:
     """Return constants of `tile_kernel` for a weight [n, k], or None if cuBLAS is to be used."""
     # For each linear layer of Qwen3-0.6B and Qwen2-1.5B, 20 to 150 values of `_Tile` were timed on
-    # an H200. With the fastest values all programs run at once, on at least half of the
-    # multiprocessors. If a program had to read more than 2,560 of the K inputs, cuBLAS was faster.
+    # an H200. With the fastest values all programs run at the same time, on at least half of the
+    # multiprocessors. If a program had to read over 2,560 of the K inputs, cuBLAS was faster.
     chunks = k // 128
     if n % 64 or k % 128:
         return None
@@ -99,7 +99,7 @@ def _gated_tile(tokens: int, n: int, chunks: int) -> _Tile | None:
         narrow = _Tile(64, 32, 128, 6) if tokens <= 64 else _Tile(128, 32, 128, 4)
         if narrow.programs(tokens, n) <= _MULTIPROCESSORS:
             return narrow
-        # Programs with these tiles need little shared memory: each multiprocessor can run two.
+        # Programs with these tiles need so little shared memory that a multiprocessor can run two.
         wide = _Tile(64, 64, 64, 4) if tokens <= 64 else _Tile(128, 64, 64, 3)
         return wide if wide.programs(tokens, n) <= 1.25 * _MULTIPROCESSORS else None
     wide = _Tile(128, 64, 64, 6)
