@@ -119,8 +119,8 @@ class LLM:
             with self.engine.turns.turn():
                 self.engine.finish_steps()
         except BaseException:
-            for seq in seqs:
-                self._unfinished.pop(seq.request_id, None)
+            for request_id in [seq.request_id for seq in seqs]:
+                self._unfinished.pop(request_id, None)
             self.engine.drop(seqs)
             raise
         for error in filter(None, (seq.error for seq in seqs)):

@@ -68,8 +68,8 @@ _PADDING: tuple[PlainMutant, ...] = (
     _bug(
         "padding: its token is stored",
         _ROWS,
-        "token.to(tl.int32), mask=live)",
-        "token.to(tl.int32), mask=mask)",
+        "position, known, mask=live)",
+        "position, known, mask=mask)",
         ROWS,
     ),
     _bug(

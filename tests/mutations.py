@@ -541,7 +541,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "self._unfinished.get(seq.request_id)",
             ),
             # Or it would be seen at once: `step` would have something to return for ever.
-            Edit("llm.py", "bool(self._unfinished or self._ended) or", "bool(self._ended) or"),
+            Edit("llm.py", "left = self._unfinished or self._ended", "left = self._ended"),
         ),
         LEAKS,
     ),

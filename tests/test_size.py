@@ -32,10 +32,11 @@ def test_no_file_and_no_function_is_long(name: str) -> None:
 
 
 def test_the_core_and_its_reading_path_are_short() -> None:
+    """The redesign ended at 11,500 and 7,700 lines; docs/LOG.md says what each feature added."""
     core = total(ALL)
-    assert core.lines <= 11_500
-    assert core.code <= 7_700
-    assert total(manifest()[READING_PATH]).lines <= 5_000
+    assert core.lines <= 12_300
+    assert core.code <= 8_200
+    assert total(manifest()[READING_PATH]).lines <= 5_100
 
 
 def test_a_plan_comes_back_to_no_file_more_than_twice() -> None:
