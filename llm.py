@@ -17,13 +17,8 @@ from tqdm import tqdm
 
 from config import Config
 from engine.llm_engine import LLMEngine
-from engine.requests import (
-    OutputStream,
-    ParamsForPrompts,
-    PromptRequests,
-    make_output,
-    params_per_prompt,
-)
+from engine.outputs import OutputStream, PromptRequests, make_output
+from engine.requests import ParamsForPrompts, params_per_prompt
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineUseError, StepError

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from benchmarks.compare import Row
 from benchmarks.engines import Trace
 from benchmarks.spans import Span
-from engine.requests import percentile
+from engine.outputs import percentile
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 _PHASES = {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.compare import Measured, Row, figures_of
-from engine.requests import percentile
+from engine.outputs import percentile
 
 # File names of the plots and what they show.
 CAPTIONS = {

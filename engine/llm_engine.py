@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from config import Config
 from engine.checking.kv_sanitizer import SanitizedRunner
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
-from engine.requests import OwnProcessor, Sequence, check_request, own_processors
+from engine.processors import OwnProcessor, own_processors
+from engine.requests import Sequence, check_request
 from engine.step import SeedKind, StepPlan
 from engine.turns import Turns
 from engine.types import BlockManager, EngineStats, ModelRunner, Scheduler, StepHandle
@@ -89,7 +90,8 @@ class LLMEngine:
         if params.stop and text is None:
             problem = "there is no tokenizer to find it"
             raise RequestError("stop", params.stop, problem, "Use stop_token_ids.")
-        params = own_processors(params, prompt_token_ids, sample, self.turns.outside)
+        if params.logits_processors:
+            params = own_processors(params, prompt_token_ids, sample, self.turns.outside)
         request_id = self._next_request_id
         seed = params.seed
         if seed is None:

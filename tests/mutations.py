@@ -460,7 +460,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "time to first token from admission",
-        "engine/requests.py",
+        "engine/outputs.py",
         '"time_to_first_token": times[0] - added if times else None,',
         '"time_to_first_token": times[0] - (seq.admitted_at or 0) if times else None,',
         SIMULATED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.requests import percentile
+from engine.outputs import percentile
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 50, 99, 100, 101, 199, 200, 201, 1000])

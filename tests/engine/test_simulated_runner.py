@@ -20,7 +20,8 @@ import torch
 from config import Config
 from engine.checking.fake_runner import FakeModel, FakeRunner
 from engine.llm_engine import LLMEngine
-from engine.requests import Sequence, make_output
+from engine.outputs import make_output
+from engine.requests import Sequence
 from engine.simulated_runner import STEP_SECONDS, SimulatedRunner
 from engine.types import (
     BlockUpdate,

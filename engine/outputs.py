@@ -1,0 +1,108 @@
+"""The outputs that users get: whole, as a dictionary, or in parts while they grow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from engine.requests import Sequence
+
+if TYPE_CHECKING:
+    from utils.text import Decode
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptRequests:
+    """A prompt's requests. `LLM` appends this object to the list `ended` when all have ended."""
+
+    index: int  # index of the prompt among the caller's prompts
+    seqs: list[Sequence]  # one request for each output
+    ended: list[PromptRequests]  # list of prompts whose requests have all ended
+
+
+def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
+    """The dictionary that `LLM.generate` returns for a prompt, made from the prompt's requests."""
+    outputs, first = [_one_output(seq, decode) for seq in seqs], seqs[0]
+    asked = first.sampling.prompt_logprobs is not None
+    out = {
+        **outputs[0],
+        "prompt_token_ids": first.token_ids[: first.num_prompt_tokens],
+        "prompt_logprobs": first.prompt_logprobs if asked else None,
+    }
+    return out if len(outputs) == 1 else {**out, "outputs": outputs}
+
+
+def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
+    tokens, text = seq.output_token_ids, seq.text
+    times, added = seq.token_times, seq.added_at
+    gaps = sorted(b - a for a, b in pairwise(times))
+    return {
+        "text": text.text if text is not None and text.stopped else decode(tokens),
+        "token_ids": tokens,
+        "finish_reason": seq.finish_reason,
+        "error": seq.error,
+        "logprobs": seq.logprobs if seq.sampling.logprobs is not None else None,
+        "metrics": {
+            "queue_time": None if seq.admitted_at is None else seq.admitted_at - added,
+            "time_to_first_token": times[0] - added if times else None,
+            "mean_inter_token_time": sum(gaps) / len(gaps) if gaps else None,
+            "p99_inter_token_time": percentile(gaps, 0.99) if gaps else None,
+            "longest_inter_token_time": gaps[-1] if gaps else None,
+            "cached_prompt_tokens": seq.num_cached,
+            "preemptions": seq.num_preemptions,
+        },
+    }
+
+
+def percentile(rising: list[float], share: float) -> float:
+    """The percentile 100 * `share` of the sorted values `rising`, by the nearest-rank method."""
+    return rising[math.ceil(share * len(rising)) - 1]
+
+
+class OutputStream:
+    """Gives the output of a request in parts, each with the tokens and the text that are new.
+
+    Text that may become part of a stop string is held back. Without a tokenizer there is no text.
+    """
+
+    def __init__(self, seq: Sequence, index: int, *, has_text: bool) -> None:
+        self._seq, self._index, self._has_text = seq, index, has_text
+        self._num_tokens = self._num_chars = 0  # how much the parts so far have
+        self._num_seen = 0  # number of output tokens at the last call of `take`
+        self.ended = False  # whether `take` has returned the last part
+
+    def ready(self) -> bool:
+        """Whether there are tokens that `take` has not seen, or the request has ended."""
+        seq = self._seq
+        if self.ended:
+            return False
+        return seq.finish_reason is not None or self._num_output_tokens > self._num_seen
+
+    @property
+    def _num_output_tokens(self) -> int:
+        return len(self._seq.token_ids) - self._seq.num_prompt_tokens
+
+    def take(self) -> dict[str, Any] | None:
+        """Return the next part; None if there is no new text (without a tokenizer: no new token).
+
+        The last part has a finish_reason and the key `error`.
+        """
+        seq, text, reason = self._seq, self._seq.text, self._seq.finish_reason
+        assert text is not None
+        self._num_seen = self._num_output_tokens
+        chars = text.settled if reason is None else len(text.text)
+        tokens = seq.output_token_ids[self._num_tokens :]
+        if reason is None and not (chars > self._num_chars if self._has_text else tokens):
+            return None
+        told = {
+            "index": self._index,
+            "sample": seq.sample,
+            "text": text.text[self._num_chars : chars],
+            "token_ids": tokens,
+            "finish_reason": reason,
+        }
+        self._num_tokens, self._num_chars = self._num_tokens + len(tokens), chars
+        self.ended = reason is not None
+        return {**told, "error": seq.error} if self.ended else told
