@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -355,13 +356,17 @@ class LLM:
 
 
 class Progress:
-    """Progress bar of `generate`. Steps with prompt tokens count as prefill, others as decode."""
+    """Progress bar of `generate`. Steps with prompt tokens count as prefill, others as decode.
+
+    A bar that cannot be written is not shown: sys.stderr may be closed or accept no text.
+    """
 
     def __init__(self, total: int, *, enabled: bool) -> None:
-        self._bar = tqdm(
-            total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True
-        )
-        self.close = self._bar.close
+        bar = partial(tqdm, total=total, desc="Generating", unit="req", dynamic_ncols=True)
+        try:
+            self._bar = bar(disable=not enabled)
+        except Exception:  # sys.stderr may be any object, which may raise anything
+            self._bar = bar(disable=True)
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 
@@ -378,4 +383,11 @@ class Progress:
             rates = {k: f"{n / s:.0f} tok/s" if s else "-" for k, (n, s) in self._done.items()}
             self._bar.set_postfix(rates, refresh=False)
         self._last = now
-        self._bar.update(num_finished)
+        try:
+            self._bar.update(num_finished)
+        except Exception:
+            self._bar.disable = True
+
+    def close(self) -> None:
+        with suppress(Exception):
+            self._bar.close()

@@ -153,29 +153,10 @@ class LocalRunner(ModelRunner):
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._closed = False
-        self._launcher = step_launcher(config, self.now, self._device)
-        self._staging = Staging(self._device)
-        before = free_bytes(self._device)
         self._graphs: StepGraphs | None = None
         self._poison: KVPoison | None = None
-        stream = getattr(self._launcher, "stream", None)
-        here = torch.cuda.stream(stream) if stream else nullcontext()
-        with torch.inference_mode(), here, memory_errors(self._device):
-            spec = self._load(checkpoint)
-            vocab_size = int(checkpoint.hf_config.vocab_size)
-            self._sampler = Sampler(Place(parallel, self._dtype, self._device), vocab_size)
-            limits = config.max_num_seqs, spec.max_model_len, spec.block_size
-            self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
-            self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
-            geometry = self._sized(before, vocab_size)
-            # All ranks get the same block ids, so all ranks use the smallest of their block counts.
-            blocks = torch.tensor([-geometry.num_blocks], device=self._device)
-            self._allocate(replace(geometry, num_blocks=-int(parallel.all_max(blocks))))
-            if config.kv_sanitizer:
-                self._poison = KVPoison(self._cache.layers(), self._state.tables)
-            if self._graphs:
-                self._compile(self._graphs)
-                self._graphs.capture()
+        self._launcher = step_launcher(config, self.now, self._device)
+        self._launcher.state.run(lambda: self._start(checkpoint))
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
@@ -195,7 +176,6 @@ class LocalRunner(ModelRunner):
         del self._model, self._backend, self._cache, self._pass, self._state
         release_device(self._device)
 
-    @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepOutput:
         if self._poison:
             self._poison.fill(plan)
@@ -219,6 +199,30 @@ class LocalRunner(ModelRunner):
         if self._poison:
             self._poison.check(plan)
         return output
+
+    def _start(self, checkpoint: Checkpoint) -> None:
+        """Load the model, allocate the device's memory, and capture CUDA graphs."""
+        config = self._config
+        self._staging = Staging(self._device)
+        before = free_bytes(self._device)
+        stream = getattr(self._launcher, "stream", None)
+        here = torch.cuda.stream(stream) if stream else nullcontext()
+        with here, memory_errors(self._device):
+            spec = self._load(checkpoint)
+            vocab_size = int(checkpoint.hf_config.vocab_size)
+            self._sampler = Sampler(Place(self._parallel, self._dtype, self._device), vocab_size)
+            limits = config.max_num_seqs, spec.max_model_len, spec.block_size
+            self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
+            self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
+            geometry = self._sized(before, vocab_size)
+            # All ranks get the same block ids, so all ranks use the smallest of their block counts.
+            blocks = torch.tensor([-geometry.num_blocks], device=self._device)
+            self._allocate(replace(geometry, num_blocks=-int(self._parallel.all_max(blocks))))
+            if config.kv_sanitizer:
+                self._poison = KVPoison(self._cache.layers(), self._state.tables)
+            if self._graphs:
+                self._compile(self._graphs)
+                self._graphs.capture()
 
     def _load(self, checkpoint: Checkpoint) -> AttentionSpec:
         config, parallel = self._config, self._parallel

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.sampling_rows import StepScores
+from engine.torch_state import TorchState
 from engine.types import Clock, RowReport, StepHandle, StepPlan, StepResult
 from layers.sampler import NO_TOKEN
 from utils.errors import LogitsError, StepError
@@ -24,6 +26,8 @@ class StepOutput:
         tokens: the R tokens, int64 [R]; `NO_TOKEN` for a row whose logits leave no choice.
         scores: log-probabilities, if a request asks for any.
         errors: why logits processors failed, by the index of the row among the R sampled rows.
+
+    A `StreamLauncher` replaces the tensors by NumPy arrays, which the caller's torch modes ignore.
     """
 
     tokens: Tensor
@@ -57,7 +61,8 @@ class HostLauncher:
 
     def __init__(self, clock: Clock, *, in_thread: bool) -> None:
         self._clock = clock
-        self._worker = ThreadPoolExecutor(1, "step") if in_thread else None
+        self._in_thread = in_thread
+        self.state = TorchState()
 
     def launch(self, plan: StepPlan, step: Step) -> StepHandle:
         """Start the step of `plan`."""
@@ -76,19 +81,18 @@ class HostLauncher:
             except BaseException as error:  # if `result` raised SystemExit, its caller would exit
                 raise _step_error(plan.step_id, error) from error
 
-        if self._worker is not None:
-            return _HostStep(plan.step_id, self._worker.submit(run_in_worker))
+        if self._in_thread:
+            return _HostStep(plan.step_id, self.state.submit(run_in_worker))
         ended: Future[StepResult] = Future()
         try:
-            ended.set_result(run())
+            ended.set_result(self.state.run(run))
         except Exception as error:
             ended.set_exception(error)
         return _HostStep(plan.step_id, ended)
 
     def close(self) -> None:
         """Wait until all launched steps have ended."""
-        if self._worker is not None:
-            self._worker.shutdown()
+        self.state.close()
 
 
 @dataclass(slots=True)
@@ -120,10 +124,12 @@ class StreamLauncher:
 
     def __init__(self, clock: Clock, device: torch.device, max_tokens: int, in_flight: int) -> None:
         self._clock = clock
+        self.state = TorchState()
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        empty = partial(torch.empty, max_tokens, dtype=torch.int64, device="cpu", pin_memory=True)
         self._results = [
             (
-                torch.empty(max_tokens, dtype=torch.int64, pin_memory=True),
+                self.state.run(empty),
                 torch.cuda.Event(),  # type: ignore[no-untyped-call]
             )
             for _ in range(in_flight)
@@ -136,7 +142,8 @@ class StreamLauncher:
         buffer, done = self._results[self._turn]
         timer = partial(torch.cuda.Event, enable_timing=True)
         work = (timer(), timer()) if plan.timed else None
-        try:
+
+        def enqueue() -> StepOutput:
             with torch.cuda.stream(self.stream):
                 if work:
                     work[0].record(self.stream)
@@ -145,11 +152,16 @@ class StreamLauncher:
                     work[1].record(self.stream)
                 pinned = buffer[: output.tokens.shape[0]]
                 pinned.copy_(output.tokens, non_blocking=True)
-                output = replace(output, tokens=pinned)
+                tokens: Any = pinned.numpy()
+                output = replace(output, tokens=tokens)
                 if output.scores is not None:
                     found = output.scores.found.pinned()
                     output = replace(output, scores=replace(output.scores, found=found))
                 done.record(self.stream)
+                return output
+
+        try:
+            output = self.state.run(enqueue)
         except Exception as error:
             failed: Future[StepResult] = Future()
             failed.set_exception(error)
@@ -158,6 +170,7 @@ class StreamLauncher:
 
     def close(self) -> None:
         """Wait until all launched steps have ended."""
+        self.state.close()
         self.stream.synchronize()
 
 

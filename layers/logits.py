@@ -6,6 +6,7 @@ A row predicts one token, V is the vocabulary's size. Penalties precede filters,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,11 @@ class TokenScores:
     top_values: Tensor
 
     def pinned(self) -> TokenScores:
-        """Return copies in pinned host memory. The host does not wait for the copying."""
+        """Return copies in pinned host memory, as NumPy arrays. The host does not wait for them."""
 
-        def copied(x: Tensor) -> Tensor:
-            target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            return target.copy_(x, non_blocking=True)
+        def copied(x: Tensor) -> Any:
+            target = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+            return target.copy_(x, non_blocking=True).numpy()
 
         return TokenScores(*(copied(getattr(self, name)) for name in self.__slots__))
 

@@ -112,7 +112,7 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
         raise UnsupportedModelError(f"rope_parameters by kind of layer: {', '.join(parameters)}")
     rope_type = parameters.get("rope_type", "default")
     if rope_type == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     elif rope_type in ROPE_INIT_FUNCTIONS:
         make = ROPE_INIT_FUNCTIONS[rope_type]
@@ -122,7 +122,8 @@ def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.devi
             f"rope type {rope_type!r} is unknown to the installed transformers, which knows "
             f"default, {', '.join(ROPE_INIT_FUNCTIONS)}"
         )
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq.float().cpu())
+    positions = torch.arange(max_len, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, inv_freq.float().cpu())
     cos, sin = angles.cos() * scaling, angles.sin() * scaling
     table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
     return table.unsqueeze(2).to(device)

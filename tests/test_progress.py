@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import io
+import os
+import sys
+from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +53,49 @@ def test_a_closed_bar_shows_nothing_more(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err.endswith("\n")
     progress.update(PREFILL, 1, 1)
     assert capsys.readouterr().err == ""
+
+
+def _closed(path: Path) -> Any:
+    stream = path.open("w")
+    stream.close()
+    return stream
+
+
+def _without_descriptor(path: Path) -> Any:
+    # The stream may not close the number at its end: it may be another file's by then.
+    number = os.dup(1)
+    stream = os.fdopen(number, "w", closefd=False)
+    os.close(number)
+    return stream
+
+
+class _BreaksLater(io.StringIO):
+    def write(self, text: str) -> int:
+        if self.tell():
+            raise BrokenPipeError("nobody reads this any more")
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: None,
+        _closed,
+        _without_descriptor,
+        lambda path: io.BytesIO(),
+        lambda path: object(),
+        lambda path: _BreaksLater(),
+    ],
+    ids=["none", "closed", "no descriptor", "bytes", "no stream", "breaks later"],
+)
+@pytest.mark.filterwarnings("error")
+def test_without_a_stderr_that_takes_text_nothing_is_shown_and_nothing_fails(
+    make: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = make(tmp_path / "stderr")
+    monkeypatch.setattr(sys, "stderr", stream)
+    with closing(Progress(3, enabled=True)) as progress:
+        progress.update(PREFILL, 1, 0)
+        progress.update(DECODE, 3, 1)
+        progress.update(DECODE, 3, 2)
+    monkeypatch.undo()

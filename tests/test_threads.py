@@ -285,18 +285,18 @@ class TestStreams:
         for depth in (0, 1):
             with _llm(small, depth, max_num_seqs=8) as llm:
                 streams = [llm.stream([1 + i, 2], self.PARAMS) for i in range(8)]
-                got = [0] * 8
-                ahead = []
+                # All threads ask for the next part before one of them gets the part after that.
+                together = threading.Barrier(8)
 
-                def read(i: int, stream: Any) -> None:
+                def read(stream: Any, together: threading.Barrier) -> list[int]:
+                    sizes = []
                     for part in stream:
-                        got[i] += len(part["token_ids"])  # noqa: B023
-                        ahead.append(got[i] - min(got))  # noqa: B023
+                        sizes.append(len(part["token_ids"]))
+                        together.wait(30)
+                    return sizes
 
-                _in_threads([partial(read, i, stream) for i, stream in enumerate(streams)])
-                assert got == [12] * 8
-                # A thread that was not waiting when a step began may be one part late, or two.
-                assert max(ahead) <= 3
+                sizes = _in_threads([partial(read, stream, together) for stream in streams])
+                assert sizes == [[1] * 12] * 8
 
     def test_step_returns_the_parts_of_all(self, llm: LLM) -> None:
         expected = llm.generate(PROMPTS[:3], self.PARAMS, use_tqdm=False)

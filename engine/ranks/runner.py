@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import selectors
@@ -9,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections import deque
@@ -82,10 +82,10 @@ class TensorParallelRunner(ModelRunner):
         # `_end` also runs when this runner is garbage-collected, and when the interpreter exits.
         self._end = weakref.finalize(self, _end, os.getpid(), self._processes, self._held)
         num_threads = max(1, torch.get_num_threads() // size)
-        memory = Path("/dev/shm")
         try:
             # Ranks exchange network addresses in this unnamed file, whose descriptor they inherit.
-            with tempfile.TemporaryFile(dir=memory if memory.is_dir() else None) as store:
+            # It is in memory, and in no folder: /dev/shm may be full, or may not be writable.
+            with open(_above_standard(os.memfd_create("ranks")), "wb") as store:
                 for index in range(size):
                     rank = Rank(index, size, f"/dev/fd/{store.fileno()}", num_threads)
                     start = _start_message(config, checkpoint, make_runner, rank)
@@ -177,17 +177,24 @@ class TensorParallelRunner(ModelRunner):
         return all(written)
 
     def _spawn(self, index: int, start: bytes, store: int) -> None:
-        ours, theirs = socket.socketpair()
-        channel = self._held.enter_context(Channel(fileno=ours.detach()))
+        ends = socket.socketpair()
+        ours, theirs = (_above_standard(end.detach()) for end in ends)
+        channel = self._held.enter_context(Channel(fileno=ours))
         self._channels.append(channel)
         self._selector.register(channel, selectors.EVENT_READ, index)
-        # `python -c` puts the current directory first in sys.path. `code` deletes this entry.
-        code = "import sys; del sys.path[:1]; from engine.ranks.worker import main; main()"
-        with theirs:
+        # A rank finds the engine first, then what is in absolute paths. Relative paths come last,
+        # such as "": the current directory may have changed since the engine was imported.
+        root = str(Path(__file__).parents[2])
+        paths = sys.path if root in sys.path else [root, *sys.path]
+        paths = [os.path.abspath(path) for path in sorted(paths, key=os.path.isabs, reverse=True)]
+        code = f"import sys; sys.path[:] = {paths}; from engine.ranks.worker import main; main()"
+        with open(theirs, "wb"):
             process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=(theirs.fileno(), store),
+                [sys.executable, "-c", code, str(theirs), str(os.getpid())],
+                pass_fds=(theirs, store),
                 stdin=subprocess.DEVNULL,
+                stdout=_inherited(1),
+                stderr=_inherited(2),
                 # Ctrl-C does not reach a rank in a new session. Only this process handles Ctrl-C.
                 start_new_session=True,
                 env={
@@ -196,9 +203,6 @@ class TensorParallelRunner(ModelRunner):
                     # Switches off NVLink multicast, which needs rights that containers often lack.
                     "NCCL_NVLS_ENABLE": "0",
                     **os.environ,
-                    # With PYTHONSAFEPATH set, `code` would delete another entry of sys.path.
-                    "PYTHONSAFEPATH": "",
-                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                 },
             )
         self._processes.append(self._held.enter_context(process))
@@ -242,6 +246,23 @@ class _Sent(StepHandle):
         while not self.arrived:
             self.runner.take_in(None)
         return self.arrived[0]
+
+
+def _above_standard(descriptor: int) -> int:
+    """Return the descriptor with a number above 2, where no output to stdout or stderr can go.
+
+    Without this, a process that has closed its standard streams would reuse their numbers.
+    """
+    with open(descriptor, "wb"):
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def _inherited(number: int) -> int | None:
+    """Return Popen's argument for standard stream `number`: None if the stream can be inherited."""
+    with suppress(OSError):
+        if os.get_inheritable(number):
+            return None
+    return subprocess.DEVNULL
 
 
 def _start_message(

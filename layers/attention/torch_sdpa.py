@@ -47,7 +47,7 @@ class TorchAttention(AttentionBackend):
         self._offsets = torch.arange(spec.block_size, device=spec.device)
         self._columns = torch.arange(spec.max_model_len, device=spec.device)
         cpu = spec.device.type == "cpu"
-        self._gathered = torch.empty(0, dtype=spec.dtype) if cpu else None
+        self._gathered = torch.empty(0, dtype=spec.dtype, device="cpu") if cpu else None
 
     def prepare(self, batch: AttentionBatch) -> list[_Part]:
         count, parts = batch.num_prefills, []

@@ -32,8 +32,10 @@ class FakeStream:
 
     def run(self, count: int | None = None) -> None:
         """Run so much of what is enqueued; all if None."""
-        for _ in range(len(self._work) if count is None else min(count, len(self._work))):
-            self._work.popleft()()
+        # A device knows no inference mode. It alone may write tensors of both kinds.
+        with torch.inference_mode():
+            for _ in range(len(self._work) if count is None else min(count, len(self._work))):
+                self._work.popleft()()
 
     def synchronize(self) -> None:
         """Wait for all."""

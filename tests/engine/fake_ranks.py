@@ -98,6 +98,27 @@ class FakeRank:
             self.trouble.strike(phase, rank)
 
 
+class Talkative(FakeRank):
+    """Prints while it loads, as C libraries do: to the descriptors."""
+
+    def __call__(self, config: Config, checkpoint: Any, rank: Rank) -> ModelRunner:
+        for number in (1, 2):
+            os.write(number, b"a warning\n" * 10)
+        return super().__call__(config, checkpoint, rank)
+
+
+class StoredRank(FakeRank):
+    """Meets the other rank in the file of the ranks, as a process group does."""
+
+    def __call__(self, config: Config, checkpoint: Any, rank: Rank) -> ModelRunner:
+        from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+        store = FileStore(rank.store, rank.size)
+        store.set(f"address {rank.index}", "x" * 5000)
+        store.wait([f"address {index}" for index in range(rank.size)])
+        return super().__call__(config, checkpoint, rank)
+
+
 def answer(plan: StepPlan) -> StepResult:
     """What a rank makes of a plan; depends on all that the plan says."""
     known = sum(sum(new.token_ids) for new in plan.new_requests)

@@ -367,6 +367,80 @@ def test_ranks_import_nothing_from_the_current_directory(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
+_RANKS = """
+from config import Config
+from engine.ranks.runner import TensorParallelRunner
+from engine.types import StepPlan
+from tests.engine.fake_ranks import {rank}, answer
+{before}
+plan = StepPlan(2, decode=(1,))
+config = Config(model="none", device="cpu", tensor_parallel_size=2)
+runner = TensorParallelRunner(config, None, {rank}())
+right = runner.execute(plan).result().tokens == answer(plan).tokens
+runner.close()
+"""
+_SLOW = pytest.mark.slow
+
+
+def _script(
+    code: str, *command: str, cwd: Path = ROOT, path: str = str(ROOT)
+) -> subprocess.CompletedProcess[str]:
+    """Run it with the PYTHONPATH `path`; `command` comes before the interpreter's."""
+    return subprocess.run(
+        [*command, sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+@pytest.mark.parametrize("path", ["", pytest.param(f":{ROOT}", marks=_SLOW)])
+def test_relative_paths_are_searched_last(path: str, tmp_path: Path) -> None:
+    """The current directory may have changed since the engine was imported from there."""
+    for name in ("config.py", "json.py", "socket.py", "torch.py"):
+        (tmp_path / name).write_text("raise ImportError('imported from the current directory')\n")
+    for name in ("engine", "utils", "layers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    mine = "from tests.engine.fake_ranks import FakeRank\nclass MyRank(FakeRank): pass\n"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_rank.py").write_text(mine)
+    before = (
+        f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.insert(1, 'mine')\n"
+        "from my_rank import MyRank as FakeRank"
+    )
+    code = _RANKS.format(rank="FakeRank", before=before)
+    done = _script(f"{code}\nassert right", path=path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["0, 1, 2", *(pytest.param(i, marks=_SLOW) for i in "012")])
+def test_a_process_without_standard_streams(closed: str, tmp_path: Path) -> None:
+    """What ranks print must not get into a channel that has the number of a closed stream."""
+    before = f"import os\nfor number in ({closed},): os.close(number)"
+    code = _RANKS.format(rank="Talkative", before=before)
+    _script(f"{code}\nopen('right', 'w').write(str(right))", cwd=tmp_path)
+    assert (tmp_path / "right").read_text() == "True"
+
+
+@_SLOW
+def test_a_full_shared_memory_folder_is_not_needed() -> None:
+    """Containers often have few bytes there, or none that one may write."""
+    mount = "mount -t tmpfs -o size=4k none /dev/shm && head -c 4096 /dev/zero > /dev/shm/full"
+    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    try:
+        able = subprocess.run([*unshare, mount], capture_output=True, timeout=PATIENCE)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if able.returncode:
+        pytest.skip("this user may not mount a file system")
+    code = _RANKS.format(rank="StoredRank", before="")
+    done = _script(f"{code}\nassert right", *unshare, f'{mount} && exec "$0" "$@"')
+    assert done.returncode == 0, done.stderr
+
+
 SCRIPT = """
 import signal
 import socket
