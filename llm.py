@@ -7,23 +7,28 @@ the requests of one prompt.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator
-from contextlib import closing, suppress
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
 from config import Config
 from engine.llm_engine import LLMEngine
-from engine.outputs import OutputStream, PromptRequests, make_output
+from engine.outputs import OutputStream, Progress, PromptRequests, make_output
 from engine.requests import ParamsForPrompts, params_per_prompt
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineUseError, StepError
-from utils.text import Prompt, Prompts, TextReader, decoder, load_tokenizer, templated, tokenized
+from utils.text import (
+    Decode,
+    Prompt,
+    Prompts,
+    TextReader,
+    decoder,
+    load_tokenizer,
+    templated,
+    tokenized,
+)
 
 __all__ = ["LLM", "SamplingParams"]
 
@@ -62,7 +67,7 @@ class LLM:
         except BaseException:
             self.engine.close()
             raise
-        self.decode = decoder(self.tokenizer)
+        self.decode: Decode = decoder(self.tokenizer)
 
     @property
     def config(self) -> Config:
@@ -304,7 +309,7 @@ class LLM:
                     text = None
                     # `engine.add_request` rejects stop strings if there is no tokenizer.
                     if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
-                        text = TextReader(self.decode, tuple(one.stop), one.min_tokens)
+                        text = TextReader(self.decode, tuple(one.stop), one.min_tokens, tokens)
                     own = one.of_output(i) if one.n > 1 else one
                     groups[-1].seqs.append(self.engine.add_request(tokens, own, text, sample=i))
         except BaseException:
@@ -353,41 +358,3 @@ class LLM:
                 for seq in group.seqs:
                     self._unfinished.pop(seq.request_id, None)
                 group.ended.append(group)
-
-
-class Progress:
-    """Progress bar of `generate`. Steps with prompt tokens count as prefill, others as decode.
-
-    A bar that cannot be written is not shown: sys.stderr may be closed or accept no text.
-    """
-
-    def __init__(self, total: int, *, enabled: bool) -> None:
-        bar = partial(tqdm, total=total, desc="Generating", unit="req", dynamic_ncols=True)
-        try:
-            self._bar = bar(disable=not enabled)
-        except Exception:  # sys.stderr may be any object, which may raise anything
-            self._bar = bar(disable=True)
-        self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
-        self._last = time.perf_counter()
-
-    def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
-        """Update the bar: a step sampled `num_tokens` tokens, and `num_finished` prompts ended."""
-        if self._bar.disable:
-            return
-        now = time.perf_counter()
-        if plan is not None:
-            kind = "prefill" if plan.prefill else "decode"
-            tokens, seconds = self._done[kind]
-            tokens += plan.num_prefill_tokens or num_tokens
-            self._done[kind] = tokens, seconds + now - self._last
-            rates = {k: f"{n / s:.0f} tok/s" if s else "-" for k, (n, s) in self._done.items()}
-            self._bar.set_postfix(rates, refresh=False)
-        self._last = now
-        try:
-            self._bar.update(num_finished)
-        except Exception:
-            self._bar.disable = True
-
-    def close(self) -> None:
-        with suppress(Exception):
-            self._bar.close()

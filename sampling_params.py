@@ -73,6 +73,7 @@ class SamplingParams:
             that would end the output is sampled, and stop strings are ignored.
         stop: one or several stop strings. The output ends when its text contains a stop string. The
             text is cut before the stop string. The token ids contain all tokens of the stop string.
+            A stop string may contain names of special tokens, although the text has none.
         stop_token_ids: ids of tokens that end the output, like end-of-sequence tokens.
         ignore_eos: do not end the output at an end-of-sequence token.
         logprobs: for each generated token, return its log-probability and the log-probabilities of

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.types import BlockManager, Clock, ModelRunner, StepHandle, StepPlan, StepResult
 from llm import LLM
-from utils.text import Decode
+from utils.text import Decode, Decoder
 
 # What the host does for a step; "stage" is a part of "launch".
 PHASES = ("plan", "stage", "launch", "wait", "commit", "detokenize")
@@ -201,4 +202,4 @@ def _recorded_decoding(decode: Decode, recorder: Recorder) -> Decode:
         with recorder.phase(-1, "detokenize"):
             return decode(token_ids)
 
-    return recorded
+    return replace(decode, decode=recorded) if isinstance(decode, Decoder) else recorded

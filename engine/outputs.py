@@ -1,16 +1,20 @@
-"""The outputs that users get: whole, as a dictionary, or in parts while they grow."""
+"""The outputs that users get, whole or in parts, and the progress bar of `generate`."""
 
 from __future__ import annotations
 
 import math
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tqdm import tqdm
 
 from engine.requests import Sequence
-
-if TYPE_CHECKING:
-    from utils.text import Decode
+from engine.step import StepPlan
+from utils.text import Decode, TextReader
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,10 +40,13 @@ def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
 
 def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
     tokens, text = seq.output_token_ids, seq.text
+    if text is None or not text.stopped:
+        text = TextReader(decode, prompt=seq.token_ids[: seq.num_prompt_tokens])
+        text.read(tokens, ended=True)
     times, added = seq.token_times, seq.added_at
     gaps = sorted(b - a for a, b in pairwise(times))
     return {
-        "text": text.text if text is not None and text.stopped else decode(tokens),
+        "text": text.text,
         "token_ids": tokens,
         "finish_reason": seq.finish_reason,
         "error": seq.error,
@@ -106,3 +113,41 @@ class OutputStream:
         self._num_tokens, self._num_chars = self._num_tokens + len(tokens), chars
         self.ended = reason is not None
         return {**told, "error": seq.error} if self.ended else told
+
+
+class Progress:
+    """Progress bar of `generate`. Steps with prompt tokens count as prefill, others as decode.
+
+    A bar that cannot be written is not shown: sys.stderr may be closed or accept no text.
+    """
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        bar = partial(tqdm, total=total, desc="Generating", unit="req", dynamic_ncols=True)
+        try:
+            self._bar = bar(disable=not enabled)
+        except Exception:  # sys.stderr may be any object, which may raise anything
+            self._bar = bar(disable=True)
+        self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
+        self._last = time.perf_counter()
+
+    def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
+        """Update the bar: a step sampled `num_tokens` tokens, and `num_finished` prompts ended."""
+        if self._bar.disable:
+            return
+        now = time.perf_counter()
+        if plan is not None:
+            kind = "prefill" if plan.prefill else "decode"
+            tokens, seconds = self._done[kind]
+            tokens += plan.num_prefill_tokens or num_tokens
+            self._done[kind] = tokens, seconds + now - self._last
+            rates = {k: f"{n / s:.0f} tok/s" if s else "-" for k, (n, s) in self._done.items()}
+            self._bar.set_postfix(rates, refresh=False)
+        self._last = now
+        try:
+            self._bar.update(num_finished)
+        except Exception:
+            self._bar.disable = True
+
+    def close(self) -> None:
+        with suppress(Exception):
+            self._bar.close()

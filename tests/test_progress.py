@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from engine.outputs import Progress
 from engine.types import PrefillChunk, StepPlan
-from llm import Progress
 
 PREFILL = StepPlan(0, prefill=(PrefillChunk(0, 0, 100, True),))
 DECODE = StepPlan(1, decode=(0, 1, 2))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,49 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tok
 
 # Decoding gives this character for invalid bytes, and for the bytes of an incomplete character.
 _REPLACEMENT = "\ufffd"
+
+# Lone surrogates, which no decoded text contains. They stand for special tokens in `StopStrings`.
+_MARK = re.compile("[\ud800-\udfff]")
+
+# Sequences of the decoders of the library `tokenizers` for which a token's text depends only on the
+# token before, on whether the token is the first or the last one, and on `Decoder.is_part`.
+_LOCAL = re.compile(
+    r"(ByteLevel |WordPiece |CTC |BPEDecoder "
+    r"|(Replace )*(ByteFallback )?((Replace|Metaspace|Strip) )*)(Fuse )?(Strip )*"
+)
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Decodes token ids to text without special tokens, and knows what later tokens can change.
+
+    Attributes:
+        decode: function that decodes token ids to text.
+        specials: the text of each special token, by token id.
+        is_part: whether tokens after this token may change its text, as in a run of bytes.
+        grows: False if later tokens may change any text before them.
+    """
+
+    decode: Decode
+    specials: Mapping[int, str] = field(default_factory=dict)
+    is_part: Callable[[int], bool] = lambda token: False
+    grows: bool = True
+
+    def __call__(self, token_ids: list[int]) -> str:
+        return self.decode(token_ids)
+
+    def context(self, prompt: Sequence[int]) -> list[int]:
+        """Return the last tokens of `prompt` from a token with text on, without parts of text."""
+        context: list[int] = []
+        for token in reversed(prompt):
+            own = "" if token in self.specials else self.decode([token])
+            # Together with bytes of the output, a part of a character could become another text.
+            if not (_REPLACEMENT in own or token in self.specials or self.is_part(token)):
+                context.append(token)
+            if own and context:
+                break
+        return context[::-1]
 
 
 def load_tokenizer(path: Path) -> Any | None:
@@ -78,73 +125,249 @@ def templated(tokenizer: Any | None, messages: Any) -> list[int]:
         raise RequestError("messages", messages, problem, fix) from error
 
 
-def decoder(tokenizer: Any | None) -> Decode:
-    """Return a function that decodes token ids to text. Without a tokenizer the text is empty."""
+def decoder(tokenizer: Any | None) -> Decoder:
+    """Return the tokenizer's decoder. Without a tokenizer the text is empty."""
     if tokenizer is None:
-        return lambda token_ids: ""
+        return Decoder(lambda token_ids: "")
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        # `backend.decode` takes 0.8 us for a few tokens, 1/16 of the time of `tokenizer.decode`.
-        return partial(backend.decode, skip_special_tokens=True)
-    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if backend is None:
+        ids, names = (getattr(tokenizer, f"all_special_{kind}", ()) for kind in ("ids", "tokens"))
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        decode = partial(tokenizer.decode, **options)
+        return Decoder(decode, dict(zip(ids, names, strict=True)), grows=False)
+    added = backend.get_added_tokens_decoder().items()
+    specials = {token: one.content for token, one in added if one.special}
+    # `backend.decode` takes 0.8 us for a few tokens, 1/16 of the time of `tokenizer.decode`.
+    decode = partial(backend.decode, skip_special_tokens=True)
+    try:
+        spec = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"decoders": []}
+    except Exception:  # a decoder written in Python raises plain `Exception`
+        return Decoder(decode, specials, grows=False)
+    steps = spec.get("decoders", [spec])
+    kinds = [step["type"] for step in steps]
+    grows = _LOCAL.fullmatch("".join(f"{kind} " for kind in kinds)) is not None
+    if "BPEDecoder" not in kinds and "ByteFallback" not in kinds:
+        return Decoder(decode, specials, grows=grows)
+    suffix = steps[0].get("suffix")
+
+    def is_part(token: int) -> bool:
+        # A token without text ends nothing.
+        piece = backend.id_to_token(token)
+        if not piece:
+            return True
+        # One invalid byte makes U+FFFD of all bytes beside it. A suffix becomes a space when a
+        # further token follows, but at the end of a token it was no text before.
+        return bool(
+            _BYTE.fullmatch(piece) if suffix is None else suffix in piece.removesuffix(suffix)
+        )
+
+    return Decoder(decode, specials, is_part, grows)
+
+
+class StopStrings:
+    """Finds the first stop string in a growing text, and counts characters that may begin one.
+
+    A special token has no text. If a stop string contains the name of a special token, then the
+    token counts as one character, `marks[token]`, which stands for the name in the stop string.
+    """
+
+    def __init__(self, stop: tuple[str, ...], specials: Mapping[int, str]) -> None:
+        named = {t: name for t, name in specials.items() if name and any(name in s for s in stop)}
+        self.marks = {token: chr(0xD800 + i) for i, token in enumerate(named)}
+        self._plain = self._marked = stop
+        for token in sorted(named, key=lambda t: -len(named[t])):
+            self._marked = tuple(s.replace(named[token], self.marks[token]) for s in self._marked)
+        self._longest = max(map(len, stop))
+        self._tail = ""  # the end of the text, with marks
+        self._waiting: list[tuple[int, str]] = []  # marks in the new text, and places before them
+        self._passed = 0  # no stop string may end in the first so many characters of the new text
+
+    def held(self, text: str) -> int:
+        """Return how many of the last characters of `text` may become part of a stop string."""
+        views = [(text, self._plain), (self._tail, self._marked)][: 1 + bool(self.marks)]
+        for size in range(self._longest - 1, 0, -1):
+            for seen, stops in views:
+                if size <= len(seen) and any(s.startswith(seen[-size:]) for s in stops):
+                    return len(_MARK.sub("", seen[-size:]))
+        return 0
+
+    def find(self, text: str, new: str) -> int | None:
+        """Return where the first of the stop strings that end in `new` begins in `text` + `new`."""
+        views = [(text[-self._longest :], new, self._plain)]
+        if self.marks:
+            views.append((self._tail, self._spelled(new), self._marked))
+        cut = 0
+        for old, added, stops in views:
+            seen, behind = old + added, len(old) + self._passed
+            for stop in stops:
+                # The operator `in` is faster than `find`, and there is a stop string but once.
+                if stop in seen and (at := seen.find(stop, max(0, behind + 1 - len(stop)))) >= 0:
+                    cut = max(cut, len(_MARK.sub("", seen[at:])) + 1)
+        return len(text) + len(new) + 1 - cut if cut else None
+
+    def put(self, token: int, place: int) -> None:
+        """Count a token of `marks` as text after the first `place` characters of the new text."""
+        self._waiting = [*self._waiting, (place, self.marks[token])][-self._longest :]
+
+    def ignore(self, new: str) -> None:
+        """Ignore stop strings that end in `new`, which is the beginning of the new text."""
+        self._passed = max(self._passed, len(new))
+
+    def append(self, new: str, left: int) -> None:
+        """Add to the text its next characters `new`, behind which `left` characters are left."""
+        self._passed = max(0, self._passed - len(new))
+        if self.marks:
+            size = len(new)
+            waiting = [(min(place, size + left), mark) for place, mark in self._waiting]
+            self._waiting = [one for one in waiting if one[0] <= size]
+            self._tail = (self._tail + self._spelled(new))[-self._longest :]
+            self._waiting = [(place - size, mark) for place, mark in waiting if place > size]
+
+    def _spelled(self, new: str) -> str:
+        """Return `new` with the waiting marks."""
+        text, at = "", 0
+        for place, mark in self._waiting:
+            text += new[at:place] + mark
+            at = max(at, place)
+        return text + new[at:]
 
 
 class TextReader:
     """Decodes a growing output to text, and finds the first stop string in the text.
 
-    If a character's bytes are in several tokens, the character is added to `text` after the last of
-    these tokens is read. Invalid bytes become U+FFFD, which is added with the next valid character
-    or at the end of the output. Stop strings within the first `min_tokens` tokens are ignored.
+    The text is what the output adds to the text of the prompt. If a character's bytes are in
+    several tokens, the character is added to `text` after the last of these tokens is read. Invalid
+    bytes become U+FFFD, which is added with the next valid character or at the end of the output.
+    Text that later tokens can change is added when they no longer can (`Decoder.is_part`), or at
+    the end of the output (`Decoder.grows`). Stop strings within the first `min_tokens` tokens are
+    ignored. `prompt` are the token ids of the prompt.
     """
 
-    def __init__(self, decode: Decode, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
-        self._decode, self._stop, self._min_tokens = decode, stop, min_tokens
+    def __init__(
+        self,
+        decode: Decode,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        prompt: Sequence[int] = (),
+    ) -> None:
+        self._decoder = decode if isinstance(decode, Decoder) else Decoder(decode)
+        self._prompt, self._min_tokens = prompt, min_tokens
+        self._stops = StopStrings(stop, self._decoder.specials) if stop else None
         self.text = ""  # the text so far, without the stop string
         self.num_tokens = 0  # number of tokens read; tokens after a stop string are never read
         self.stopped = False  # whether a stop string was found
-        # A token's text may depend on the token before. So `read` decodes all tokens from index
-        # `_start` on together. The decoded text's first `_shown` characters are already in `text`.
-        # The tokens before index `_border` end with a whole character. `_start` <= `_border`.
-        self._start = self._border = self._shown = 0
+        # A token's text may depend on the tokens before. So `_look` decodes the tokens `_window`
+        # together. Their text begins with `_known`, which is already in `text` or in the prompt.
+        # The first `_base` of these tokens end with a whole character.
+        self._window: list[int] | None = None
+        self._known, self._base = "", 0
+        # The last look was at `_size` tokens of `_window`, after `_seen` tokens of the output. It
+        # left the text `_new` after `_known`. The next look is due at `_due` tokens of `_window`.
+        self._size = self._seen = self._due = 0
+        self._new = ""
 
     @property
     def settled(self) -> int:
         """Number of leading characters of `text` that cannot become part of a stop string."""
-        longest = 0 if self.stopped else max(map(len, self._stop), default=1) - 1
-        for size in range(min(longest, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
-                return len(self.text) - size
-        return len(self.text)
+        held = 0 if self.stopped or self._stops is None else self._stops.held(self.text)
+        return len(self.text) - held
 
     def read(self, token_ids: list[int], *, ended: bool) -> bool:
         """Append to `text` the text of those `token_ids` that are not read yet. Return `stopped`.
 
         `token_ids` is the whole output. If `ended`, an incomplete last character becomes U+FFFD.
         """
+        if self._window is None:
+            self._window = self._decoder.context(self._prompt)
+            self._base = self._size = len(self._window)
+            self._known = self._decoder.decode(self._window) if self._window else ""
+        specials, window = self._decoder.specials, self._window
+        marks = self._stops.marks if self._stops else {}
         while self.num_tokens < len(token_ids) and not self.stopped:
+            token = token_ids[self.num_tokens]
             self.num_tokens += 1
-            window = self._decode(token_ids[self._start : self.num_tokens])
-            whole = window.rstrip(_REPLACEMENT)
-            self._append(whole[self._shown :])
-            self._shown = max(self._shown, len(whole))
-            if len(whole) == len(window):
-                self._start, self._border = self._border, self.num_tokens
-                self._shown = len(self._decode(token_ids[self._start : self.num_tokens]))
+            if token not in specials:
+                window.append(token)
+            elif token in marks and self.num_tokens > self._min_tokens:
+                self._look(window, token_ids, special=token)
+                continue
+            # Without stop strings, the last look alone gives all the rest of the text.
+            if (self._stops or not ended) and (
+                len(window) >= self._due or self.num_tokens == self._min_tokens
+            ):
+                self._look(window, token_ids)
         if ended and not self.stopped:
-            window = self._decode(token_ids[self._start : self.num_tokens])
-            self._append(window[self._shown :])
-            self._shown = len(window)
+            self._look(window, token_ids, ended=True)
         return self.stopped
 
-    def _append(self, new: str) -> None:
-        if not new:
+    def _look(
+        self,
+        window: list[int],
+        token_ids: list[int],
+        *,
+        special: int | None = None,
+        ended: bool = False,
+    ) -> None:
+        """Decode `window`, look for stop strings, and append the text that later tokens keep."""
+        stops, grows = self._stops, self._decoder.grows
+        keeps = ended or (grows and not (window and self._decoder.is_part(window[-1])))
+        if not keeps and stops is None:
             return
-        before = len(self.text)
-        self.text += new
-        if not self._stop or self.num_tokens <= self._min_tokens:
-            return
-        # Find the leftmost of the stop strings that end inside `new`.
-        starts = (self.text.find(s, max(0, before + 1 - len(s))) for s in self._stop)
-        first = min((at for at in starts if at >= 0), default=None)
-        if first is not None:
-            self.text, self.stopped = self.text[:first], True
+        new = self._decoded(window) if len(window) > self._size else self._new
+        sure = new if ended else new.rstrip(_REPLACEMENT)
+        if stops is not None:
+            if special is not None:
+                stops.put(special, len(new))
+            if self.num_tokens <= self._min_tokens:
+                stops.ignore(sure)
+            elif self._stop(stops, token_ids, sure if special is None else new):
+                return
+        self._seen, self._size = self.num_tokens, len(window)
+        if keeps:
+            if stops is not None:
+                stops.append(sure, len(new) - len(sure))
+            self.text += sure
+            self._known += sure
+            new = new[len(sure) :]
+        self._new = new
+        if keeps and not new and not ended:
+            self._move(window)
+        # A window that does not become shorter is decoded again when it is an eighth longer. So
+        # the time is linear in the number of tokens.
+        self._due = len(window) + 1 + (len(window) // 8 if len(window) == self._size else 0)
+        self._size = len(window)
+
+    def _decoded(self, window: list[int]) -> str:
+        """Return the text of `window` after `_known`."""
+        text = self._decoder.decode(window)
+        if text.startswith(self._known):
+            return text[len(self._known) :]
+        return self._decoder.decode(window[self._base :])
+
+    def _move(self, window: list[int]) -> None:
+        """Drop the tokens of `window` before `_base`, and move `_base` to the end."""
+        rest = window[self._base :]
+        # A window without text would not show that its next token is not the first one.
+        if rest and (known := self._decoder.decode(rest)):
+            self._known, window[:] = known, rest
+        self._base = len(window)
+
+    def _stop(self, stops: StopStrings, token_ids: list[int], new: str) -> bool:
+        """If a stop string ends in `new`, cut the text there. Return whether one does."""
+        if stops.find(self.text, new) is None:
+            return False
+        assert self._window is not None
+        first, start = self._seen + 1, self._window[: self._size]
+
+        def text(count: int) -> str:
+            added = [t for t in token_ids[self._seen : count] if t not in self._decoder.specials]
+            return self._decoded(start + added).rstrip(_REPLACEMENT)
+
+        # Find the first of the tokens since the last look whose text ends a stop string.
+        counts = range(first, self.num_tokens)
+        at = bisect_left(counts, True, key=lambda n: stops.find(self.text, text(n)) is not None)
+        if at < len(counts):
+            self.num_tokens, new = counts[at], text(counts[at])
+        self.text = (self.text + new)[: stops.find(self.text, new)]
+        self.stopped = True
+        return True

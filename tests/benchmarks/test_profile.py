@@ -49,7 +49,7 @@ def test_every_phase_and_the_kernels_of_a_run(tmp_path: Path, shipped: Path, dep
         assert calls[phase] == found.num_steps
     assert calls["plan"] >= found.num_steps
     assert calls["stage"] >= 1
-    assert calls["detokenize"] == 2
+    assert calls["detokenize"] >= 2
     assert all(share.seconds > 0 for share in found.phases)
     assert sum(share.seconds for share in found.phases if share.name != "stage") <= found.seconds
     # torch's profiler does not see operators of the worker thread.

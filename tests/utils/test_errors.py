@@ -24,6 +24,8 @@ TREE = {
     "ContractError": ("AllmosError",),
     "WorkerDiedError": ("AllmosError",),
     "EngineClosedError": ("AllmosError", "RuntimeError"),
+    "EngineUseError": ("AllmosError", "RuntimeError"),
+    "LogitsError": ("AllmosError",),
 }
 
 
