@@ -21,7 +21,7 @@ def test_counts_requests_and_shows_both_rates(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr("llm.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("engine.outputs.time.perf_counter", lambda: next(now))
     with closing(Progress(2, enabled=True)) as progress:
         progress.update(PREFILL, 1, 0)
         progress.update(DECODE, len(DECODE.decode), 1)
