@@ -117,8 +117,9 @@ class LLM:
                         progress.update(plan, self.engine.num_new_tokens, len(ended))
                         outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
                         ended.clear()
-            with self.engine.turns.turn():
-                self.engine.finish_steps()
+            if self.engine.has_unfinished:
+                with self.engine.turns.turn():
+                    self.engine.finish_steps()
         except BaseException:
             for request_id in [seq.request_id for seq in seqs]:
                 self._unfinished.pop(request_id, None)

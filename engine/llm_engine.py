@@ -217,14 +217,13 @@ class LLMEngine:
                 self._end_dropped()
 
     def _between_turns(self) -> None:
-        # A step that fails here has ended all requests, whose threads see the error there.
-        with suppress(Exception):
-            self._end_dropped()
+        if self._dropped:
+            # A step that fails here has ended all requests, whose threads see the error there.
+            with suppress(Exception):
+                self._end_dropped()
 
     def _end_dropped(self) -> None:
         dropped = list(self._dropped)
-        if not dropped:
-            return
         if self._stale:
             self.reset()
         with self._inside():

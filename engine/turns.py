@@ -143,9 +143,14 @@ class Turns:
         finally:
             if had_turn:
                 self._owner = None
-            with self._changed:
-                # One thread is enough to run the next step. To wake a thread takes some 10 us.
-                if self._short or (had_turn and self._have_results()):
-                    self._changed.notify_all()
-                elif not self._have_results():
-                    self._changed.notify()
+            # A thread that waits enters `_short` or `_waiting` before it looks at `_owner`.
+            if self._short or self._waiting:
+                self._wake(had_turn)
+
+    def _wake(self, had_turn: bool) -> None:
+        with self._changed:
+            # One thread is enough to run the next step. To wake a thread takes some 10 us.
+            if self._short or (had_turn and self._have_results()):
+                self._changed.notify_all()
+            elif not self._have_results():
+                self._changed.notify()
