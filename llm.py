@@ -20,7 +20,7 @@ from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineUseError, StepError
 from utils.text import (
-    Decode,
+    Decoder,
     Prompt,
     Prompts,
     TextReader,
@@ -67,7 +67,7 @@ class LLM:
         except BaseException:
             self.engine.close()
             raise
-        self.decode: Decode = decoder(self.tokenizer)
+        self.decode: Decoder = decoder(self.tokenizer)
 
     @property
     def config(self) -> Config:

@@ -23,7 +23,7 @@ from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.types import BlockManager, Clock, ModelRunner, StepHandle, StepPlan, StepResult
 from llm import LLM
-from utils.text import Decode, Decoder
+from utils.text import Decoder
 
 # What the host does for a step; "stage" is a part of "launch".
 PHASES = ("plan", "stage", "launch", "wait", "commit", "detokenize")
@@ -195,11 +195,11 @@ class _RecordedScheduler(ContinuousScheduler):
         return finished
 
 
-def _recorded_decoding(decode: Decode, recorder: Recorder) -> Decode:
+def _recorded_decoding(decoder: Decoder, recorder: Recorder) -> Decoder:
     """A decoder of tokens that is recorded, under step -1."""
 
     def recorded(token_ids: list[int]) -> str:
         with recorder.phase(-1, "detokenize"):
-            return decode(token_ids)
+            return decoder(token_ids)
 
-    return replace(decode, decode=recorded) if isinstance(decode, Decoder) else recorded
+    return replace(decoder, decode=recorded)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from engine.requests import Sequence
 from engine.step import StepPlan
-from utils.text import Decode, TextReader
+from utils.text import Decoder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +26,7 @@ class PromptRequests:
     ended: list[PromptRequests]  # list of prompts whose requests have all ended
 
 
-def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
+def make_output(seqs: list[Sequence], decode: Decoder) -> dict[str, Any]:
     """The dictionary that `LLM.generate` returns for a prompt, made from the prompt's requests."""
     outputs, first = [_one_output(seq, decode) for seq in seqs], seqs[0]
     asked = first.sampling.prompt_logprobs is not None
@@ -38,15 +38,13 @@ def make_output(seqs: list[Sequence], decode: Decode) -> dict[str, Any]:
     return out if len(outputs) == 1 else {**out, "outputs": outputs}
 
 
-def _one_output(seq: Sequence, decode: Decode) -> dict[str, Any]:
+def _one_output(seq: Sequence, decode: Decoder) -> dict[str, Any]:
     tokens, text = seq.output_token_ids, seq.text
-    if text is None or not text.stopped:
-        text = TextReader(decode, prompt=seq.token_ids[: seq.num_prompt_tokens])
-        text.read(tokens, ended=True)
+    prompt = seq.token_ids[: seq.num_prompt_tokens]
     times, added = seq.token_times, seq.added_at
     gaps = sorted(b - a for a, b in pairwise(times))
     return {
-        "text": text.text,
+        "text": text.text if text is not None and text.stopped else decode.added(prompt, tokens),
         "token_ids": tokens,
         "finish_reason": seq.finish_reason,
         "error": seq.error,

@@ -58,6 +58,8 @@ class Decoder:
     def context(self, prompt: Sequence[int]) -> list[int]:
         """Return the last tokens of `prompt` from a token with text on, without parts of text."""
         context: list[int] = []
+        if self.decode is _no_text:
+            return context
         for token in reversed(prompt):
             own = "" if token in self.specials else self.decode([token])
             # Together with bytes of the output, a part of a character could become another text.
@@ -66,6 +68,18 @@ class Decoder:
             if own and context:
                 break
         return context[::-1]
+
+    def added(self, prompt: Sequence[int], tokens: list[int]) -> str:
+        """Return the text that a whole output adds to the text of its prompt."""
+        context = self.context(prompt)
+        output = [t for t in tokens if t not in self.specials] if self.specials else tokens
+        text, known = self.decode(context + output), self.decode(context)
+        # A decoder that changes the end of the context decodes the output apart from it.
+        return text[len(known) :] if text.startswith(known) else self.decode(output)
+
+
+def _no_text(token_ids: list[int]) -> str:
+    return ""
 
 
 def load_tokenizer(path: Path) -> Any | None:
@@ -128,7 +142,7 @@ def templated(tokenizer: Any | None, messages: Any) -> list[int]:
 def decoder(tokenizer: Any | None) -> Decoder:
     """Return the tokenizer's decoder. Without a tokenizer the text is empty."""
     if tokenizer is None:
-        return Decoder(lambda token_ids: "")
+        return Decoder(_no_text)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         ids, names = (getattr(tokenizer, f"all_special_{kind}", ()) for kind in ("ids", "tokens"))

@@ -34,6 +34,7 @@ from engine.types import (
 )
 from llm import LLM, SamplingParams
 from utils.errors import ConfigError
+from utils.text import decoder
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "assets" / "qwen3-tiny-python"
@@ -66,7 +67,7 @@ def simulate(**options: Any) -> str:
         seqs.append(engine.add_request(prompt, params))
     while engine.has_unfinished:
         plans.append(engine.step()[0])
-    outputs = [make_output([seq], lambda token_ids: "") for seq in seqs]
+    outputs = [make_output([seq], decoder(None)) for seq in seqs]
     totals = str(engine.stats)
     engine.close()
     return json.dumps([outputs, totals, list(map(str, plans))])
