@@ -34,8 +34,9 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
     Raises UnsupportedModelError for activations other than silu, layers without full attention,
-    quantised weights, head sizes not divisible by 2, query heads not divisible by KV heads, or 0
-    layers. The caller must refuse other settings that `DecoderLM` lacks, such as `logits_scaling`.
+    quantised weights, head sizes not divisible by 2, or query heads not divisible by KV heads. The
+    caller must refuse other settings that `DecoderLM` lacks, such as `logits_scaling`.
+    `open_checkpoint` has already refused numbers that make no sense, such as 0 layers.
     """
     if hf_config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
@@ -54,10 +55,8 @@ def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool)
     if heads % kv_heads:
         raise UnsupportedModelError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-    if head_dim % 2:
+    if head_dim < 2 or head_dim % 2:
         raise UnsupportedModelError(f"head_dim={head_dim}: rotations need an even number")
-    if hf_config.num_hidden_layers < 1:
-        raise UnsupportedModelError(f"num_hidden_layers={hf_config.num_hidden_layers}: no layer")
     return DecoderSpec(
         vocab_size=hf_config.vocab_size,
         hidden_size=hf_config.hidden_size,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,31 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError
+from utils.files import read_json
+from utils.rules import Rule, boolean, integer, number
+
+# Rules for fields of config.json and of objects in it. transformers checks types, but no ranges.
+_FIELDS = {
+    name: rule
+    for rule, names in (
+        (integer(1, 10_000), "num_hidden_layers num_labels"),
+        (integer(1, 2**31), "hidden_size intermediate_size head_dim vocab_size"),
+        (integer(1, 2**31), "num_attention_heads num_key_value_heads max_position_embeddings"),
+        (number(0, 1, ""), "rms_norm_eps"),
+        (boolean(), "attention_bias tie_word_embeddings truncate"),
+        (number(1e-9, 1e12, ""), "rope_theta factor original_max_position_embeddings"),
+        (number(1e-9, 1e12, ""), "short_factor long_factor low_freq_factor high_freq_factor"),
+        (number(1e-9, 1e12, ""), "attention_factor beta_fast beta_slow"),
+        (number(0, 1e12, ""), "mscale mscale_all_dim"),
+        (Rule(lambda value: isinstance(value, str), "must be a text", ""), "dtype torch_dtype"),
+        (
+            Rule("model.safetensors".__eq__, "must be the file read here", ""),
+            "transformers_weights",
+        ),
+        (Rule(lambda value: False, "must be a JSON object", ""), "rope_parameters rope_scaling"),
+    )
+    for name in names.split()
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +63,9 @@ class Checkpoint:
         if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
             original = rope.get("original_max_position_embeddings") or limit
             factor = rope.get("factor", 1.0)
-            if not isinstance(factor, (int, float)):
-                raise CheckpointError(f"{self.path}: rope_parameters has factor={factor!r}")
+            if not all(isinstance(value, (int, float)) for value in (original, factor)):
+                problem = f"factor={factor!r}, original_max_position_embeddings={original!r}"
+                raise CheckpointError(f"{self.path}: rope_parameters has {problem}")
             limit = max(limit, int(original * factor))
         return limit
 
@@ -53,14 +80,17 @@ def open_checkpoint(model: str) -> Checkpoint:
 
     Raises a CheckpointError if the model does not exist or has no usable config.json.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir():
+    # Unlike methods of `Path`, these functions raise no errors for odd names, e.g. too long names.
+    path = Path(os.path.expanduser(model))
+    if not os.path.isdir(path):
         path = _from_hub(model)
     config_file = path / "config.json"
-    if not config_file.is_file():
+    if not os.path.lexists(config_file):
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    fields = read_json(config_file, CheckpointError)
     try:
-        model_type = json.loads(config_file.read_text()).get("model_type")
+        _check(fields)
+        model_type = fields.get("model_type")
         known = model_type in CONFIG_MAPPING_NAMES
         hf_config = AutoConfig.from_pretrained(path) if known else None
     # Every Exception is caught: transformers' configuration classes raise many types of errors.
@@ -72,6 +102,18 @@ def open_checkpoint(model: str) -> Checkpoint:
     return Checkpoint(path, hf_config, _eos_token_ids(path, hf_config))
 
 
+def _check(fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError for the first wrong field. None stands for transformers' default."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check(value)
+        elif value is not None and (rule := _FIELDS.get(name)):
+            # A list has a value for each layer or for each rotary frequency.
+            for one in value if isinstance(value, list) else [value]:
+                if not rule.allows(one):
+                    raise ValueError(f"{name}={one!r:.80} {rule.problem}. Correct the file.")
+
+
 def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -79,9 +121,11 @@ def _from_hub(model: str) -> Path:
     missing = f"model={model!r}: there is no such folder"
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointNotFoundError(missing)
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    # The engine reads no files of subfolders, and no weights under these names.
+    unread = ["*/*", "consolidated*", "adapter_*"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unread))
     # huggingface_hub raises errors of all these types if it cannot find or download the model.
     except (HFValidationError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointNotFoundError(f"{missing}, and the hub gave none ({error})") from error
@@ -90,10 +134,7 @@ def _from_hub(model: str) -> Path:
 def generation_config(path: Path) -> dict[str, Any]:
     """Return the fields of generation_config.json, {} if absent. CheckpointError: unusable file."""
     file = path / "generation_config.json"
-    try:
-        return {**json.loads(file.read_text())} if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} is unusable: {error}") from error
+    return read_json(file, CheckpointError) if os.path.lexists(file) else {}
 
 
 def _eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.errors import WeightsError
+from utils.files import check_file, read_json
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Names of two tensors that are equal in a model that ties its head to its embedding.
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old checkpoints store rotary frequencies under names with this ending. They are not loaded.
 _DERIVED = ".rotary_emb.inv_freq"
 _LISTED = 8
@@ -34,69 +37,83 @@ class WeightTarget:
 
 
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
-    """Load all tensors in the safetensors files of a checkpoint folder.
+    """Load all tensors in the weight files of a checkpoint folder.
 
-    Raises a WeightsError if a file is damaged, if tensors are missing or unexpected, or if a tensor
-    has a dtype that is not supported, or a shape other than its WeightTarget's `shape`.
+    Like transformers, this reads model.safetensors. If there is no such file, it reads the shards
+    that model.safetensors.index.json names. Other files are never read.
+
+    Raises a WeightsError if files are missing or damaged, if tensors are missing or unexpected, or
+    if a tensor has a dtype that is not supported, or a shape other than its WeightTarget's `shape`.
 
     Args:
         slots: a dict from the name of each tensor in the checkpoint to its WeightTarget.
-        tied: whether the output head uses the embedding's weight. If True, and if the files store a
-            weight of the head too, that weight must equal the embedding's weight.
+        tied: whether the output head uses the embedding's weight. If True, the files may store the
+            weight under the head's name, the embedding's name, or both names if both are equal.
     """
     with ExitStack() as stack:
-        where: dict[str, Any] = {}
+        stored: dict[str, Any] = {}
         for file in _weight_files(path):
+            check_file(file, WeightsError)
             try:
                 reader = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{file} is not a readable safetensors file: {error}") from error
             for name in reader.keys():  # noqa: SIM118 (the reader is not iterable)
-                if name in where:
+                if name in stored:
                     raise WeightsError(f"{name} is stored twice, the second time in {file}")
-                where[name] = reader
-        where = {name: reader for name, reader in where.items() if not name.endswith(_DERIVED)}
-        duplicate = where.pop("lm_head.weight", None) if tied else None
-        _check(path, slots, where)
+                stored[name] = reader.get_slice(name)
+        stored = {name: one for name, one in stored.items() if not name.endswith(_DERIVED)}
+        head = stored.pop(_HEAD, None) if tied else None
+        if head is not None:
+            stored.setdefault(_EMBEDDING, head)
+        _check(path, slots, stored)
         for name, slot in slots.items():
-            _fill(slot, where[name].get_slice(name))
-        if duplicate is not None:
-            _check_tied(path, where, duplicate)
+            slot.target.copy_(_slice(slot, stored[name]))
+        if head is not None:
+            _check_tied(path, slots[_EMBEDDING], stored[_EMBEDDING], head)
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [path / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index} is unusable: {error}") from error
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise WeightsError(f"{path} lacks the shards {', '.join(missing)} named in its index")
-    if not files:
-        raise WeightsError(f"{path} has no *.safetensors file (other formats are not read)")
-    return files
+    try:
+        present = set(os.listdir(path))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be listed: {error}") from error
+    if _SINGLE in present:
+        return [path / _SINGLE]
+    if _INDEX not in present:
+        others = _listed(sorted(name for name in present if name.endswith(".safetensors")))
+        problem = f"{path} has neither {_SINGLE} nor {_INDEX}"
+        if others:
+            fix = f"Rename the file with all weights to {_SINGLE}, or add the shards' index."
+            raise WeightsError(f"{problem}. It has {others}. {fix}")
+        raise WeightsError(f"{problem}. Convert the weights: other formats are not read.")
+    weight_map = read_json(path / _INDEX, WeightsError).get("weight_map")
+    entries = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not entries or not all(isinstance(entry, str) for entry in entries):
+        raise WeightsError(f"{path / _INDEX} is unusable: weight_map must name each tensor's file")
+    shards = set(entries)
+    # `present` has only plain names. So paths that leave the folder, e.g. "../x", are missing too.
+    if missing := sorted(shards - present):
+        fix = "Copy them into the folder."
+        raise WeightsError(f"{path} lacks the shards {_listed(missing)} named in its index. {fix}")
+    return [path / name for name in sorted(shards)]
 
 
-def _check(path: Path, slots: Mapping[str, WeightTarget], where: Mapping[str, Any]) -> None:
+def _check(path: Path, slots: Mapping[str, WeightTarget], found: Mapping[str, Any]) -> None:
     misshapen, other = [], []
-    for name in sorted(slots.keys() & where.keys()):
-        stored, expected = where[name].get_slice(name), slots[name].shape
+    for name in sorted(slots.keys() & found.keys()):
+        stored, expected = found[name], slots[name].shape
         if tuple(stored.get_shape()) != expected:
             misshapen.append(f"{name} is {stored.get_shape()}, expected {list(expected)}")
         if stored.get_dtype() not in _DTYPES:
             other.append(f"{name} is {stored.get_dtype()}")
-    found = {
-        "missing": sorted(slots.keys() - where.keys()),
-        "unexpected": sorted(where.keys() - slots.keys()),
+    wrong = {
+        "missing": sorted(slots.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - slots.keys()),
         "misshapen": misshapen,
         f"of another type than {', '.join(_DTYPES)}": other,
     }
-    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in found.items() if names]
+    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in wrong.items() if names]
     if problems:
         raise WeightsError(f"the weights in {path} do not fit its config; " + "; ".join(problems))
 
@@ -106,17 +123,18 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _fill(slot: WeightTarget, stored: Any) -> None:
+def _slice(slot: WeightTarget, stored: Any) -> Tensor:
     taken: Any = slice(None)
     if slot.dim is not None:
         taken = (slice(None),) * slot.dim + (slice(slot.start, slot.start + slot.length),)
-    slot.target.copy_(stored[taken])
+    return stored[taken]  # type: ignore[no-any-return]
 
 
-def _check_tied(path: Path, where: Mapping[str, Any], head: Any) -> None:
-    name = "model.embed_tokens.weight"
-    if not torch.equal(where[name].get_tensor(name), head.get_tensor("lm_head.weight")):
+def _check_tied(path: Path, slot: WeightTarget, embedding: Any, head: Any) -> None:
+    fits = head.get_shape() == embedding.get_shape() and head.get_dtype() in _DTYPES
+    # Only this rank's slices are compared: the other ranks compare the others.
+    if not fits or not (_slice(slot, embedding) == _slice(slot, head)).all():
         raise WeightsError(
-            f"{path} ties head and embedding (tie_word_embeddings) but stores an lm_head.weight "
-            f"that differs from {name}"
+            f"{path} ties head and embedding (tie_word_embeddings) but stores an {_HEAD} "
+            f"that differs from {_EMBEDDING}"
         )

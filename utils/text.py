@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import CheckpointError, RequestError
+from utils.files import check_file
 
 Prompt = str | list[int]
 Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
@@ -87,8 +89,11 @@ def load_tokenizer(path: Path) -> Any | None:
     # Imported here: the import takes seconds, and tensor-parallel ranks need no tokenizer.
     from transformers import AutoTokenizer
 
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    if not any(os.path.lexists(path / name) for name in TOKENIZER_FILES):
         return None
+    for name in (*TOKENIZER_FILES, "merges.txt", "chat_template.jinja"):
+        if os.path.lexists(path / name):
+            check_file(path / name, CheckpointError)
     try:
         return AutoTokenizer.from_pretrained(path)
     # `from_pretrained` raises many types of errors, also plain `Exception`. All are caught.

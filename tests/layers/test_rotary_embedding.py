@@ -118,6 +118,37 @@ def test_parameters_by_kind_of_layer_are_refused() -> None:
         rotary_table(config, HEAD_DIM, MAX_LEN, CPU)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        None,
+        {},
+        {"rope_type": "default", "rope_theta": "10000"},
+        {"rope_type": "default", "rope_theta": None},
+        {"rope_type": "default", "rope_theta": 0},
+        {"rope_type": "default", "rope_theta": -2.0},
+        {"rope_type": "default", "rope_theta": float("nan")},
+        {"rope_type": ["yarn"], "rope_theta": 1e4},
+        {"rope_type": None, "rope_theta": 1e4},
+        {**ROPES["linear"], "rope_theta": 1e4, "factor": "4.0"},
+        {**ROPES["linear"], "rope_theta": 1e4, "factor": 0},
+        {**ROPES["yarn"], "rope_theta": 1e4, "attention_factor": float("nan")},
+        {"rope_type": "llama3", "rope_theta": 1e4},
+        {**ROPES["longrope-long"], "rope_theta": 1e4, "long_factor": [1.0] * 31},
+        {**ROPES["longrope-long"], "rope_theta": 1e4, "long_factor": None},
+        # A part of each head would be rotated.
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        {**ROPES["linear"], "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ],
+    ids=str,
+)
+def test_parameters_that_give_no_table_are_refused(rope: Any) -> None:
+    config = _config({"rope_type": "default"})
+    config.rope_parameters = rope
+    with pytest.raises(UnsupportedModelError, match="rope"):
+        rotary_table(config, HEAD_DIM, MAX_LEN, CPU)
+
+
 def _pages() -> Any:
     geometry = KVGeometry(1, 2, HEAD_DIM, 16, 8, 4)
     (layer,) = KVCache(geometry, torch.float32, CPU).layers()

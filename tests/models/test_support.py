@@ -46,7 +46,7 @@ def _spec(config: Any) -> DecoderSpec:
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 query heads"),
         ({"head_dim": 15}, "head_dim=15"),
         ({"hidden_size": 60}, "head_dim=15"),
-        ({"num_hidden_layers": 0}, "no layer"),
+        ({"hidden_size": 3}, "head_dim=0"),
         # Without layer_types there is one window for all layers.
         ({"sliding_window": 4096}, "sliding_attention"),
     ],

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from engine.model_runner import find_architecture
 from layers.norm_rope import rotary_table
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import CheckpointError, CheckpointNotFoundError
-from utils.text import load_tokenizer
+from utils.text import TOKENIZER_FILES, load_tokenizer
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -106,6 +109,50 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         open_checkpoint(str(_folder(tmp_path) / "config.json"))
 
 
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "/" + "x" * 5000, "~no-such-user/x", "a\0b", "\ud800"]
+)
+def test_odd_names_are_not_found(name: str) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no such folder"):
+        open_checkpoint(name)
+
+
+def test_the_hub_is_asked_for_the_files_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        *TOKENIZER_FILES,
+    }
+    others = {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "onnx/config.json",
+        "original/model.safetensors",
+        "original/tokenizer.model",
+        "pytorch_model.bin",
+    }
+    asked: set[str] = set()
+
+    def download(model: str, **patterns: Any) -> str:
+        asked.update(filter_repo_objects(sorted(read | others), **patterns))
+        return str(_folder(tmp_path))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert open_checkpoint("organisation/model").path == tmp_path
+    assert asked == read
+
+
 def test_a_hub_name_that_cannot_be_had_is_not_found() -> None:
     """Offline, as the tests run, the hub gives nothing."""
     with pytest.raises(CheckpointNotFoundError, match="no-such-organisation/no-such-model"):
@@ -121,6 +168,42 @@ def test_a_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_broken_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(str(tmp_path))
+
+
+# Contents in place of a JSON object, and what the error says about them.
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+NO_OBJECTS = [
+    (POINTER.encode(), "is a Git LFS pointer, not the file itself. Run `git lfs pull`"),
+    (b"<!DOCTYPE html>", "is unusable: no JSON text in UTF-8"),
+    (b'\xef\xbb\xbf{"model_type": "qwen3"}', "is unusable: no JSON text in UTF-8"),
+    ('{"model_type": "qwen3"}'.encode("utf-16"), "is unusable: no JSON text in UTF-8"),
+    ('{"model_type": "qwen3", "é": 1}'.encode("latin-1"), "is unusable: no JSON text in UTF-8"),
+    (b"[" * 100_000, "is unusable: no JSON text in UTF-8"),
+    (b"[1]", "is unusable: a list, not a JSON object"),
+]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(("content", "problem"), NO_OBJECTS)
+def test_what_is_no_json_object_is_named(
+    tmp_path: Path, name: str, content: bytes, problem: str
+) -> None:
+    (_folder(tmp_path) / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"/{name} {problem}"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_cannot_be_opened_is_named(tmp_path: Path, name: str) -> None:
+    """It is not as if there were no such file: a lost generation_config.json has end tokens."""
+    (_folder(tmp_path) / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be opened"):
+        open_checkpoint(str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{name} cannot be opened"):
         open_checkpoint(str(tmp_path))
 
 
@@ -210,10 +293,89 @@ def test_fields_that_make_no_sense_are_an_error_of_the_checkpoint(
         _open(tmp_path, **fields)
 
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+TEXTS_AND_SIGNS = ("1", "", 0, -4, 10**30, math.nan, math.inf, True)
+YARN_WITH = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in SIZES for value in (*TEXTS_AND_SIGNS, 1.5)),
+        *(("rms_norm_eps", value) for value in ("1e-6", -1e-6, 1.5, math.nan, math.inf, True)),
+        *(("rope_theta", value) for value in TEXTS_AND_SIGNS),
+        ("tie_word_embeddings", "false"),
+        ("tie_word_embeddings", 0),
+        ("attention_bias", "false"),
+        ("rope_scaling", "yarn"),
+        ("rope_parameters", [YARN]),
+        ("dtype", 1.5),
+        ("transformers_weights", "other.safetensors"),
+    ],
+)
+def test_wrong_fields_are_named(tmp_path: Path, model_type: str, name: str, value: Any) -> None:
+    problem = re.escape(f"{name}={value[0] if isinstance(value, list) else value!r} must be ")
+    with pytest.raises(CheckpointError, match=rf"config\.json is unusable: {problem}"):
+        _open(tmp_path, **{"model_type": model_type, name: value})
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling", "by kind of layer"])
+@pytest.mark.parametrize("name", YARN_WITH)
+@pytest.mark.parametrize("value", TEXTS_AND_SIGNS)
+def test_wrong_rope_parameters_are_named(tmp_path: Path, place: str, name: str, value: Any) -> None:
+    rope: dict[str, Any] = {**YARN, name: value}
+    fields = {place: rope}
+    if place == "by kind of layer":
+        fields = {"rope_parameters": {"full_attention": rope}}
+    with pytest.raises(CheckpointError, match=re.escape(f"{name}={value!r} must be a number")):
+        _open(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+def test_wrong_factors_of_single_frequencies_are_named(tmp_path: Path, name: str) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0] * 32}
+    _open(tmp_path, rope_parameters=rope)
+    for value in ("1.0", -1.0, math.nan):
+        wrong = {**rope, name: [1.0] * 31 + [value]}
+        with pytest.raises(CheckpointError, match=re.escape(f"{name}={value!r} must be a number")):
+            _open(tmp_path, rope_parameters=wrong)
+
+
+def test_null_stands_for_the_default(tmp_path: Path) -> None:
+    fields = dict.fromkeys(("num_key_value_heads", "rope_scaling", "rope_parameters"))
+    assert _open(tmp_path, **fields).hf_config.num_key_value_heads == 1
+    unset = dict.fromkeys(("beta_fast", "attention_factor"))
+    assert _open(tmp_path, rope_parameters={**YARN, **unset}).max_position == 4000
+
+
 def test_a_factor_that_is_no_number(tmp_path: Path) -> None:
     checkpoint = _open(tmp_path)
     checkpoint.hf_config.rope_parameters = {"rope_type": "yarn", "factor": None}
     with pytest.raises(CheckpointError, match="factor=None"):
+        _ = checkpoint.max_position
+
+
+def test_an_original_length_that_is_no_number(tmp_path: Path) -> None:
+    rope = {**YARN, "rope_type": "linear", "original_max_position_embeddings": [64]}
+    checkpoint = _open(tmp_path, rope_parameters=rope)
+    with pytest.raises(CheckpointError, match=re.escape("embeddings=[64]")):
         _ = checkpoint.max_position
 
 
@@ -235,6 +397,20 @@ def test_an_unusable_tokenizer_is_named(tmp_path: Path, name: str, text: str) ->
     (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=r"tokenizer in .* is unusable"):
         load_tokenizer(checkpoint.path)
+
+
+@pytest.mark.parametrize("name", [*TOKENIZER_FILES, "merges.txt", "chat_template.jinja"])
+def test_a_git_lfs_pointer_of_a_tokenizer_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=f"/{name} is a Git LFS pointer.*`git lfs pull`"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_has_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be opened"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_model_of_several_parts_is_left_to_the_models(tmp_path: Path) -> None:

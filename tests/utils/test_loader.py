@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,38 @@ def test_a_damaged_file_is_named(tmp_path: Path, kept: int) -> None:
         load_weights(tmp_path, _slots(_tensors()), tied=False)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "x-1"])
+def test_git_lfs_pointers_are_named(tmp_path: Path, name: str) -> None:
+    if name == "x-1":
+        _write_shards(tmp_path, {"x-1": ["a"], "x-2": ["b", "c"]})
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(WeightsError, match=rf"/{name} is a Git LFS pointer.*`git lfs pull`"):
+        load_weights(tmp_path, _slots(_tensors()), tied=False)
+
+
+def test_a_web_page_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("<!DOCTYPE html>\n<html><body>404</body></html>")
     with pytest.raises(WeightsError, match="not a readable safetensors file"):
         load_weights(tmp_path, _slots(_tensors()), tied=False)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_what_cannot_be_opened_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match=f"{name} cannot be opened"):
+        load_weights(tmp_path, _slots(_tensors()), tied=False)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(WeightsError, match=f"{name} cannot be opened"):
+        load_weights(tmp_path, _slots(_tensors()), tied=False)
+
+
+def test_a_folder_that_has_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="nowhere cannot be listed"):
+        load_weights(tmp_path / "nowhere", _slots(_tensors()), tied=False)
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:
@@ -133,7 +162,16 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"weight_map": []}', '{"weight_map": 3}', '{"weight_map": {"a": 5}}', "null"],
+    [
+        "{",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        "null",
+        *(f'{{"weight_map": {value}}}' for value in ("[]", "3", "{}", '{"a": 5}', '{"a": null}')),
+        '{"weight_map": {"a": ["x.safetensors"]}}',
+        '{"weight_map": {"a": "x.safetensors", "b": {"c": 1}}}',
+    ],
 )
 def test_an_unusable_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
@@ -142,8 +180,9 @@ def test_an_unusable_index_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_a_tensor_stored_twice_is_refused(tmp_path: Path) -> None:
-    save_file(_tensors(), tmp_path / "one.safetensors")
-    save_file({"b": torch.zeros(4)}, tmp_path / "two.safetensors")
+    _write_shards(tmp_path, {"one.safetensors": ["a", "b", "c"], "two.safetensors": ["b"]})
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match=r"b is stored twice.*two\.safetensors"):
         load_weights(tmp_path, _slots(_tensors()), tied=False)
 
@@ -153,8 +192,113 @@ def test_other_formats_are_refused(tmp_path: Path, name: str | None) -> None:
     """Above all pickles, which run code when they are read."""
     if name is not None:
         torch.save(_tensors(), tmp_path / name)
-    with pytest.raises(WeightsError, match=r"no \*\.safetensors file"):
+    with pytest.raises(WeightsError, match=r"neither model\.safetensors nor .* are not read"):
         load_weights(tmp_path, _slots(_tensors()), tied=False)
+
+
+class TestWhichFilesAreRead:
+    """Those that transformers reads, whatever lies beside them."""
+
+    @staticmethod
+    def _check(path: Path) -> None:
+        slots = _slots(_tensors())
+        load_weights(path, slots, tied=False)
+        assert all(torch.equal(slots[name].target, one) for name, one in _tensors().items())
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "adapter_model.safetensors",
+            "consolidated.safetensors",
+            "model-00001-of-00002.safetensors",
+            "optimizer.safetensors",
+            "._model.safetensors",
+        ],
+    )
+    def test_the_single_file_alone(self, tmp_path: Path, name: str) -> None:
+        save_file(_tensors(), tmp_path / "model.safetensors")
+        save_file({"a": torch.zeros(4, 3), "lora": torch.ones(1)}, tmp_path / name)
+        self._check(tmp_path)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7 of macOS")
+        self._check(tmp_path)
+
+    @pytest.mark.parametrize("stale", [True, False])
+    def test_the_single_file_rather_than_an_index(self, tmp_path: Path, stale: bool) -> None:
+        """A model that was saved again, in one file; the old shards may be there or not."""
+        _write_shards(tmp_path, {"x-1.safetensors": ["a"], "x-2.safetensors": ["b", "c"]})
+        save_file({"a": torch.zeros(4, 3)}, tmp_path / "x-1.safetensors")
+        if stale:
+            (tmp_path / "x-1.safetensors").unlink()
+        save_file(_tensors(), tmp_path / "model.safetensors")
+        self._check(tmp_path)
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ["weights.safetensors"],
+            ["adapter_model.safetensors"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ],
+    )
+    def test_no_other_name_is_guessed(self, tmp_path: Path, names: list[str]) -> None:
+        for name in names:
+            save_file(_tensors(), tmp_path / name)
+        with pytest.raises(WeightsError, match=f"It has {', '.join(names)}. Rename the file"):
+            load_weights(tmp_path, _slots(_tensors()), tied=False)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "../other/a",
+            "{}/a",
+            "other/../../other/a",
+            "./a",
+            "x" * 5000,
+            "a\0",
+            "",
+            ".",
+            "..",
+            "in/a",
+        ],
+    )
+    def test_an_index_does_not_leave_the_folder(self, tmp_path: Path, name: str) -> None:
+        path, other = tmp_path / "model", tmp_path / "other"
+        for folder in (path, other, path / "other", path / "in"):
+            folder.mkdir()
+        _write_shards(path, {"a": ["a"], "b": ["b", "c"]})
+        for folder in (other, path / "in"):
+            save_file({"a": torch.zeros(4, 3)}, folder / "a")
+        index = {"weight_map": {"a": name.format(other), "b": "b"}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(WeightsError, match=r"lacks the shards .* named in its index"):
+            load_weights(path, _slots(_tensors()), tied=False)
+
+    @pytest.mark.parametrize(
+        "shards", [{"model.safetensors": [*"abc"]}, {"a": ["a"], "b": [*"bc"]}]
+    )
+    def test_links_as_in_the_cache_of_the_hub(
+        self, tmp_path: Path, shards: dict[str, list[str]]
+    ) -> None:
+        blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+        blobs.mkdir()
+        snapshot.mkdir(parents=True)
+        _write_shards(blobs, shards)
+        for file in blobs.iterdir():
+            (snapshot / file.name).symlink_to(os.path.relpath(file, snapshot))
+        self._check(snapshot)
+
+    def test_tensors_count_wherever_they_are_stored(self, tmp_path: Path) -> None:
+        """An index may name a wrong shard for a tensor, or a tensor that no shard has."""
+        _write_shards(tmp_path, {"x-1": ["a"], "x-2": ["b", "c"]})
+        index = {"weight_map": {"a": "x-2", "b": "x-1", "c": "x-2", "d": "x-1"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        self._check(tmp_path)
+
+    def test_a_tensor_that_only_the_index_has_is_missing(self, tmp_path: Path) -> None:
+        _write_shards(tmp_path, {"x-1": ["a"], "x-2": ["b", "c"]})
+        save_file({"b": torch.arange(4.0)}, tmp_path / "x-2")
+        with pytest.raises(WeightsError, match="1 missing: c"):
+            load_weights(tmp_path, _slots(_tensors()), tied=False)
 
 
 def test_stored_rotary_frequencies_are_no_weights(tmp_path: Path) -> None:
@@ -174,10 +318,45 @@ class TestTiedHeads:
     def test_an_equal_copy_is_accepted(self, tmp_path: Path) -> None:
         self._load(tmp_path, torch.arange(6.0).view(3, 2))
 
+    def test_an_equal_copy_may_have_another_dtype(self, tmp_path: Path) -> None:
+        self._load(tmp_path, torch.arange(6.0, dtype=torch.bfloat16).view(3, 2))
+
     @pytest.mark.parametrize("shape", [(3, 2), (3, 3)])
     def test_another_matrix_is_refused(self, tmp_path: Path, shape: tuple[int, int]) -> None:
         with pytest.raises(WeightsError, match=r"lm_head\.weight.*differs"):
             self._load(tmp_path, torch.ones(shape))
+
+    def test_a_matrix_of_integers_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(WeightsError, match=r"lm_head\.weight.*differs"):
+            self._load(tmp_path, torch.arange(6).view(3, 2))
+
+    @pytest.mark.parametrize(
+        "stored", [["lm_head.weight"], [EMBEDDING], ["lm_head.weight", EMBEDDING]]
+    )
+    def test_either_name_will_do(self, tmp_path: Path, stored: list[str]) -> None:
+        matrix = torch.arange(12.0).view(6, 2)
+        save_file({name: matrix.clone() for name in stored}, tmp_path / "model.safetensors")
+        for start in (0, 3):  # as on two ranks
+            target = torch.empty(3, 2)
+            slots = {self.EMBEDDING: WeightTarget(target, (6, 2), 0, start, 3)}
+            load_weights(tmp_path, slots, tied=True)
+            assert torch.equal(target, matrix[start : start + 3])
+
+    def test_the_rank_whose_slices_differ_refuses(self, tmp_path: Path) -> None:
+        matrix = torch.arange(12.0).view(6, 2)
+        other = matrix.clone()
+        other[5] = 0.0
+        tensors = {self.EMBEDDING: matrix, "lm_head.weight": other}
+        save_file(tensors, tmp_path / "model.safetensors")
+        slots = {self.EMBEDDING: WeightTarget(torch.empty(3, 2), (6, 2), 0, 3, 3)}
+        with pytest.raises(WeightsError, match=r"lm_head\.weight.*differs"):
+            load_weights(tmp_path, slots, tied=True)
+
+    def test_a_misshapen_head_alone_is_noticed(self, tmp_path: Path) -> None:
+        save_file({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+        slots = {self.EMBEDDING: WeightTarget(torch.empty(3, 2), (3, 2))}
+        with pytest.raises(WeightsError, match=r"is \[2, 2\], expected \[3, 2\]"):
+            load_weights(tmp_path, slots, tied=True)
 
 
 class TestWholeCheckpoints:
