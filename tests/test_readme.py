@@ -65,8 +65,16 @@ def test_the_loop_by_hand(llm: LLM) -> None:
     assert len(names["outputs"]) == 1
 
 
+def test_the_logits_processor(llm: LLM) -> None:
+    code = code_of("docs/options.md")[3].replace("llm.generate", "outputs = llm.generate")
+    names = run(code, Path(), llm=llm, SamplingParams=SamplingParams)
+    (out,) = names["outputs"]
+    assert out["error"] is None
+    assert len(set(out["token_ids"])) == len(out["token_ids"]) > 1
+
+
 def test_there_is_no_other_code() -> None:
-    assert [len(code_of(page)) for page in ("README.md", "docs/options.md")] == [2, 3]
+    assert [len(code_of(page)) for page in ("README.md", "docs/options.md")] == [2, 4]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -254,7 +254,8 @@ class StopStrings:
 class TextReader:
     """Decodes a growing output to text, and finds the first stop string in the text.
 
-    The text is what the output adds to the text of the prompt. If a character's bytes are in
+    The text of an output is the decoded prompt and output together, without the decoded prompt. So
+    a space between prompt and output is in the text. If a character's bytes are in
     several tokens, the character is added to `text` after the last of these tokens is read. Invalid
     bytes become U+FFFD, which is added with the next valid character or at the end of the output.
     Text that later tokens can change is added when they no longer can (`Decoder.is_part`), or at

@@ -102,7 +102,8 @@ def nccl_context(index: int, size: int, store: Any) -> GroupContext:
     except dist.DistBackendError as error:
         problem = f"NCCL does not connect these devices ({error})"
         fix = "Choose others by CUDA_VISIBLE_DEVICES, or use 1."
-        # NCCL also fails if another rank ended. `lost` makes the runner raise that rank's error.
+        # NCCL also fails if another rank has failed. If an error's cause is a LostPeerError, the
+        # runner raises the other rank's error instead of this one.
         lost = LostPeerError(str(error))
         raise ConfigError("tensor_parallel_size", size, problem, fix) from lost
     return GroupContext(index, size, group=dist.group.WORLD)

@@ -51,7 +51,7 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 @triton.jit
 def _weights(x, floor, highest, scale):
     """Return the weights of logits x for top-k (if `scale` is None) or for top-p."""
-    # For top-p, a logit less than `floor` has weight 0.
+    # Top-p looks only at logits >= `floor`, the bound that top-k found. The others get weight 0.
     weights = tl.full(x.shape, 1.0, tl.float32)
     if scale is not None:
         weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
