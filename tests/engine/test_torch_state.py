@@ -25,9 +25,6 @@ from utils.errors import LogitsError
 
 State = Callable[[], AbstractContextManager[Any]]
 
-# Not in `make test` yet: in another thread some log-probabilities differ in the last bits there.
-pytestmark = pytest.mark.slow
-
 
 class _Wrong(TorchFunctionMode):
     """Doubles what torch's functions return."""
@@ -159,18 +156,29 @@ def expected(shipped: Path) -> list[Any]:
         return _generated(llm)
 
 
+@pytest.fixture(scope="module")
+def plain(llm: LLM, shipped: Path) -> list[Any]:
+    """What an engine of the same depth generates in torch's initial state.
+
+    With depth 1 a request with logits processors sits out every second step. So products have other
+    numbers of rows than with depth 0, and on a CPU their last bits differ.
+    """
+    with LLM(shipped, pipeline_depth=llm.config.pipeline_depth, **OPTIONS) as other:
+        return _generated(other)
+
+
 @pytest.mark.parametrize("name", STATES)
-def test_generate_in_any_state(llm: LLM, expected: list[Any], name: str) -> None:
+def test_generate_in_any_state(llm: LLM, plain: list[Any], name: str) -> None:
     with STATES[name]():
         outs = _generated(llm)
-    assert outs == expected
+    assert outs == plain
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_steps_in_any_state(llm: LLM, expected: list[Any], name: str) -> None:
+def test_steps_in_any_state(llm: LLM, plain: list[Any], name: str) -> None:
     if llm.config.pipeline_depth and name in ("no flash", "math"):
         pytest.skip("a setting of the process must not change while a step runs (docs/options.md)")
-    assert _stepped(llm, STATES[name]) == expected
+    assert _stepped(llm, STATES[name]) == plain
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -182,7 +190,7 @@ def test_an_engine_made_in_any_state(shipped: Path, expected: list[Any], name: s
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_failed_step_leaves_the_state(llm: LLM, expected: list[Any], name: str) -> None:
+def test_a_failed_request_leaves_the_state(llm: LLM, plain: list[Any], name: str) -> None:
     def fails(ids: list[int], logits: Tensor) -> Tensor:
         raise ValueError("planted")
 
@@ -190,7 +198,7 @@ def test_a_failed_step_leaves_the_state(llm: LLM, expected: list[Any], name: str
     # The state's context checks at its end that the state is there still.
     with STATES[name](), pytest.raises(LogitsError, match="planted"):
         llm.generate(PROMPTS[0], params, use_tqdm=False, raise_errors=True)
-    assert _generated(llm) == expected
+    assert _generated(llm) == plain
 
 
 def test_random_numbers_are_the_callers(shipped: Path, expected: list[Any]) -> None:
