@@ -18,7 +18,7 @@ from engine.outputs import OutputStream, Progress, PromptRequests, make_output
 from engine.requests import ParamsForPrompts, params_per_prompt
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
-from utils.errors import EngineUseError, StepError
+from utils.errors import EngineClosedError, EngineUseError, StepError
 from utils.text import (
     Decoder,
     Prompt,
@@ -107,9 +107,9 @@ class LLM:
         """
         ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}
-        groups = self._add(prompts, sampling_params, ended)
-        seqs = [seq for group in groups for seq in group.seqs]
+        groups: list[PromptRequests] = []
         try:
+            self._add(groups, prompts, sampling_params, ended)
             with closing(Progress(len(groups), enabled=use_tqdm)) as progress:
                 while len(outputs) < len(groups):
                     with self.engine.turns.until(lambda: bool(ended)) as may_step:
@@ -121,11 +121,9 @@ class LLM:
                 with self.engine.turns.turn():
                     self.engine.finish_steps()
         except BaseException:
-            for request_id in [seq.request_id for seq in seqs]:
-                self._unfinished.pop(request_id, None)
-            self.engine.drop(seqs)
+            self._drop(groups)
             raise
-        for error in filter(None, (seq.error for seq in seqs)):
+        for error in filter(None, (seq.error for group in groups for seq in group.seqs)):
             if isinstance(error, StepError):  # of a step that another thread ran
                 raise StepError(str(error)) from error
             if raise_errors:
@@ -146,8 +144,8 @@ class LLM:
             within a character. The texts of an output's parts, joined, are the text that `generate`
             returns. Closing or deleting the iterator aborts unfinished requests.
         """
-        stream = self._parts(self._add(prompts, sampling_params))
-        # Start the generator: only a started generator runs its `finally`, which aborts requests.
+        stream = self._parts(prompts, sampling_params)
+        # Start the generator: it queues the requests, and its `finally` aborts them.
         next(stream)
         return stream
 
@@ -163,7 +161,7 @@ class LLM:
         A message is a dictionary with `role` and `content`. The checkpoint's chat template makes
         prompts from the messages. If the template is missing or fails, a RequestError is raised.
         """
-        self._check()
+        self.engine.turns.check()
         kinds = (list, tuple)
         several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
         chats = messages if several else [messages]
@@ -199,8 +197,10 @@ class LLM:
         """
         # `prompt=5` is an error. It must not become [5], which is a valid prompt of one token id.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
-        (group,) = self._add(prompts, sampling_params, None if stream else self._ended, later=True)
-        return group.seqs[0].request_id
+        groups: list[PromptRequests] = []
+        ended = None if stream else self._ended
+        self._add(groups, prompts, sampling_params, ended, later=True)
+        return groups[0].seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
         """Run one step. Return the outputs of prompts queued by `add_request` that have ended.
@@ -211,7 +211,11 @@ class LLM:
         `step` returns their outputs.
         """
         with self.engine.turns.turn():
-            self._advance()
+            try:
+                self._advance()
+            except EngineClosedError:
+                if not (self._ended or self._streams):
+                    raise
             told = [
                 {"request_id": request_id, **part}
                 for request_id, outputs in self._streams.items()
@@ -250,7 +254,10 @@ class LLM:
             self.engine.abort(one)
 
     def close(self) -> None:
-        """End all requests and free the engine's memory. A second call of `close` does nothing."""
+        """End all requests and free the engine's memory. A second call of `close` does nothing.
+
+        A later `step` still returns the outputs that `close` has ended.
+        """
         with self.engine.turns.turn():
             try:
                 self.engine.close()
@@ -267,69 +274,75 @@ class LLM:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise EngineUseError("an LLM cannot be copied or pickled: it owns the device's memory")
 
-    def _check(self) -> None:
-        with self.engine.turns.turn():
-            self.engine.check_usable()
-
     def _add(
         self,
+        groups: list[PromptRequests],
         prompts: Prompts,
         params: ParamsForPrompts,
         ended: list[PromptRequests] | None = None,
         *,
         later: bool = False,
-    ) -> list[PromptRequests]:
+    ) -> None:
         """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
 
-        When all requests of a prompt have ended, its `PromptRequests` is appended to `ended`. If
-        `ended` is None, the outputs are streamed; with `later`, `step` returns their parts.
+        Appends the `PromptRequests` of each prompt to `groups`. So the caller can end them, even if
+        Ctrl-C interrupts this method. When all requests of a prompt have ended, its
+        `PromptRequests` is appended to `ended`. If `ended` is None, the outputs are streamed; with
+        `later`, `step` returns their parts.
         """
-        self._check()
+        self.engine.turns.check()
         with self._tokenizing:
             token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
-        with self.engine.turns.turn():
-            groups = self._queue(token_lists, per_prompt, ended)
-            for group in groups if ended is not None or later else ():
-                self._unfinished |= dict.fromkeys((s.request_id for s in group.seqs), group)
-                if ended is None:
-                    self._streams[group.seqs[0].request_id] = self._outputs([group])
-        return groups
+        try:
+            with self.engine.turns.turn(), self.engine.all_or_none():
+                for tokens, one in zip(token_lists, per_prompt, strict=True):
+                    groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
+                    self._queue(groups[-1], tokens, one, streamed=ended is None)
+                for group in groups if ended is not None or later else ():
+                    self._unfinished |= dict.fromkeys((s.request_id for s in group.seqs), group)
+                    if ended is None:
+                        self._streams[group.seqs[0].request_id] = self._outputs([group])
+        except BaseException:
+            self._drop(groups)
+            raise
 
     def _queue(
-        self,
-        token_lists: list[list[int]],
-        per_prompt: list[SamplingParams],
-        ended: list[PromptRequests] | None,
-    ) -> list[PromptRequests]:
-        groups: list[PromptRequests] = []
-        try:
-            for tokens, one in zip(token_lists, per_prompt, strict=True):
-                groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
-                for i in range(one.n):
-                    text = None
-                    # `engine.add_request` rejects stop strings if there is no tokenizer.
-                    if (ended is None or one.stop) and not (one.stop and self.tokenizer is None):
-                        text = TextReader(self.decode, tuple(one.stop), one.min_tokens, tokens)
-                    own = one.of_output(i) if one.n > 1 else one
-                    groups[-1].seqs.append(self.engine.add_request(tokens, own, text, sample=i))
-        except BaseException:
-            self.engine.drop([seq for group in groups for seq in group.seqs])
-            raise
-        return groups
+        self, group: PromptRequests, tokens: list[int], params: SamplingParams, *, streamed: bool
+    ) -> None:
+        stop = tuple(params.stop)
+        for i in range(params.n):
+            text = None
+            # `engine.add_request` rejects stop strings if there is no tokenizer.
+            if (streamed or stop) and not (stop and self.tokenizer is None):
+                text = TextReader(self.decode, stop, params.min_tokens, tokens)
+            own = params.of_output(i) if params.n > 1 else params
+            group.seqs.append(self.engine.add_request(tokens, own, text, sample=i))
+
+    def _drop(self, groups: list[PromptRequests]) -> None:
+        seqs = [seq for group in groups for seq in group.seqs]
+        for request_id in [seq.request_id for seq in seqs]:
+            self._unfinished.pop(request_id, None)
+            self._streams.pop(request_id, None)
+        self.engine.drop(seqs)
 
     def _outputs(self, groups: list[PromptRequests]) -> list[OutputStream]:
         has_text = self.tokenizer is not None
         seqs = [(seq, group.index) for group in groups for seq in group.seqs]
         return [OutputStream(seq, index, has_text=has_text) for seq, index in seqs]
 
-    def _parts(self, groups: list[PromptRequests]) -> Generator[dict[str, Any], None, None]:
-        outputs = self._outputs(groups)
+    def _parts(
+        self, prompts: Prompts, params: ParamsForPrompts
+    ) -> Generator[dict[str, Any], None, None]:
+        groups: list[PromptRequests] = []
+        outputs: list[OutputStream] = []
 
         def ready() -> bool:
             return any(one.ready() for one in outputs)
 
         try:
+            self._add(groups, prompts, params)
+            outputs += self._outputs(groups)
             yield {}
             while outputs:
                 with self.engine.turns.until(ready) as may_step:
@@ -339,7 +352,7 @@ class LLM:
                 outputs[:] = [one for one in outputs if not one.ended]
                 yield from filter(None, parts)
         finally:
-            self.engine.drop([seq for group in groups for seq in group.seqs])
+            self._drop(groups)
 
     def _advance(self) -> StepPlan | None:
         ids = None

@@ -91,7 +91,8 @@ class LLMEngine:
             problem = "there is no tokenizer to find it"
             raise RequestError("stop", params.stop, problem, "Use stop_token_ids.")
         if params.logits_processors:
-            params = own_processors(params, prompt_token_ids, sample, self.turns.outside)
+            outside, sent = self.turns.outside, self.config.tensor_parallel_size > 1
+            params = own_processors(params, prompt_token_ids, sample, outside, sent=sent)
         request_id = self._next_request_id
         seed = params.seed
         if seed is None:
@@ -119,6 +120,18 @@ class LLMEngine:
             if text is not None:
                 self._read[request_id] = seq
         return seq
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Context manager that ends all requests added in its block if the block raises."""
+        self.check_usable()
+        first = self._next_request_id
+        try:
+            yield
+        except BaseException:
+            # Ctrl-C may have come before the caller stored what `add_request` returned.
+            self.drop([seq for request_id, seq in self._live.items() if request_id >= first])
+            raise
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         """End aborted requests, start steps, commit the oldest step in flight, find stop strings.

@@ -6,7 +6,6 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -120,17 +119,17 @@ class Progress:
     """
 
     def __init__(self, total: int, *, enabled: bool) -> None:
-        bar = partial(tqdm, total=total, desc="Generating", unit="req", dynamic_ncols=True)
-        try:
-            self._bar = bar(disable=not enabled)
-        except Exception:  # sys.stderr may be any object, which may raise anything
-            self._bar = bar(disable=True)
+        self._bar: Any | None = None
+        # A bar that is off is not made: tqdm takes a lock, which Ctrl-C can leave taken.
+        with suppress(Exception):  # sys.stderr may be any object, which may raise anything
+            if enabled:
+                self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True)
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
         """Update the bar: a step sampled `num_tokens` tokens, and `num_finished` prompts ended."""
-        if self._bar.disable:
+        if self._bar is None or self._bar.disable:
             return
         now = time.perf_counter()
         if plan is not None:
@@ -148,4 +147,5 @@ class Progress:
 
     def close(self) -> None:
         with suppress(Exception):
-            self._bar.close()
+            if self._bar is not None:
+                self._bar.close()

@@ -6,13 +6,23 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import get_ident
+from typing import Any
 
 from utils.errors import EngineUseError
 
 # A waiting thread looks again after this many seconds. It is woken when a turn ends, unless
 # Ctrl-C interrupts the thread whose turn ends.
 _LOOK_SECONDS = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A thread that waits. It sleeps until its `bell`, a lock that is taken, is released."""
+
+    done: Callable[[], bool] | None  # None: waits for a short call
+    bell: Any = field(default_factory=threading.Lock)
 
 
 class Turns:
@@ -22,16 +32,20 @@ class Turns:
     results (`until`). Short calls come first. Before a step begins, all threads that wait for
     results which the last step brought have left. So no stream gets ahead of another.
 
+    Ctrl-C may raise KeyboardInterrupt in the main thread after any call. So a turn ends by an
+    assignment, and the lock is one whose `with` statement cannot be interrupted half-way; that of
+    `threading.Condition` can. Signal handlers and finalizers may call these methods in the middle
+    of each other, so the lock is reentrant.
+
     Args:
         between: function that is called at the beginning and at the end of every turn.
     """
 
     def __init__(self, between: Callable[[], None]) -> None:
         self._between = between
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.RLock()
         self._owner: int | None = None  # id of the thread that has the turn
-        self._short: set[int] = set()  # ids of the threads that wait for the turn in `turn`
-        self._waiting: dict[int, Callable[[], bool]] = {}  # thread id -> `done`, in `until`
+        self._waiting: dict[int, _Waiter] = {}  # by thread id
         self._outside: set[int] = set()  # ids of the threads that run functions of the user
         self._process = os.getpid()
 
@@ -60,19 +74,8 @@ class Turns:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for the turn, and keep it for a short call. Raises EngineUseError (see `check`)."""
-        self.check()
-        me = get_ident()
-        try:
-            with self._changed:
-                self._short.add(me)
-                while self._owner is not None:
-                    self._changed.wait(_LOOK_SECONDS)
-                self._owner = me
-            self._between()
+        with self._turn(None):
             yield
-        finally:
-            self._short.discard(me)
-            self._leave(me)
 
     @contextmanager
     def until(self, done: Callable[[], bool]) -> Iterator[bool]:
@@ -81,22 +84,58 @@ class Turns:
         No other thread may step before the `with` block ends or makes `done()` False again. So the
         block can read what `done` is about. Other threads call `done` too. Raises EngineUseError.
         """
+        with self._turn(done) as mine:
+            yield mine
+
+    @contextmanager
+    def _turn(self, done: Callable[[], bool] | None) -> Iterator[bool]:
         self.check()
         me = get_ident()
         try:
-            with self._changed:
-                self._waiting[me] = done
-                while not done():
-                    if self._may_step():
-                        self._owner = me
-                        break
-                    self._changed.wait(_LOOK_SECONDS)
-            if self._owner == me:
+            self._wait(me, _Waiter(done))
+            mine = self._owner == me
+            if mine:
                 self._between()
-            yield self._owner == me
+            try:
+                yield mine
+            finally:
+                if mine:
+                    self._between()
         finally:
+            had_turn = self._owner == me
+            if had_turn:
+                self._owner = None
             self._waiting.pop(me, None)
-            self._leave(me)
+            # Others enter `_waiting` before they look at `_owner`.
+            if self._waiting:
+                self._wake(had_turn)
+
+    def _wait(self, me: int, waiter: _Waiter) -> None:
+        """Wait until the waiter's results are there, or take the turn."""
+        self._waiting[me] = waiter
+        waiter.bell.acquire()
+        while True:
+            with self._lock:
+                if waiter.done is not None and waiter.done():
+                    return
+                if self._owner is None and (waiter.done is None or self._may_step()):
+                    self._owner = me
+                    return
+            waiter.bell.acquire(timeout=_LOOK_SECONDS)
+
+    def _may_step(self) -> bool:
+        others = list(self._waiting.values())
+        return all(one.done is not None and not one.done() for one in others)
+
+    def _wake(self, had_turn: bool) -> None:
+        with self._lock:
+            waiting = list(self._waiting.values())
+            first = [one for one in waiting if one.done is None or one.done()]
+            # The threads in `first` were woken when the turn ended. If there are none, one thread
+            # is enough to run the next step. To wake a thread takes some 10 us.
+            for one in (first if had_turn else []) or ([] if first else waiting[:1]):
+                if one.bell.locked():
+                    one.bell.release()
 
     @contextmanager
     def attempt(self) -> Iterator[bool]:
@@ -106,16 +145,15 @@ class Turns:
         """
         me, free = get_ident(), False
         try:
-            if self._changed.acquire(blocking=False):
-                try:
-                    if free := self._owner is None:
-                        self._owner = me
-                finally:
-                    self._changed.release()
+            with self._lock:
+                if free := self._owner is None:
+                    self._owner = me
             yield free
         finally:
             if free:
-                self._leave(me)
+                self._owner = None
+                if self._waiting:
+                    self._wake(had_turn=True)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -128,29 +166,3 @@ class Turns:
         finally:
             if new:
                 self._outside.discard(me)
-
-    def _may_step(self) -> bool:
-        return self._owner is None and not self._short and not self._have_results()
-
-    def _have_results(self) -> bool:
-        return any(done() for done in self._waiting.values())
-
-    def _leave(self, me: int) -> None:
-        had_turn = self._owner == me
-        try:
-            if had_turn:
-                self._between()
-        finally:
-            if had_turn:
-                self._owner = None
-            # A thread that waits enters `_short` or `_waiting` before it looks at `_owner`.
-            if self._short or self._waiting:
-                self._wake(had_turn)
-
-    def _wake(self, had_turn: bool) -> None:
-        with self._changed:
-            # One thread is enough to run the next step. To wake a thread takes some 10 us.
-            if self._short or (had_turn and self._have_results()):
-                self._changed.notify_all()
-            elif not self._have_results():
-                self._changed.notify()
