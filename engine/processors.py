@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import pickletools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from sampling_params import LogitsProcessor, SamplingParams
-from utils.errors import RequestError
+from utils.errors import LogitsError, RequestError, shown
 
 
 class OwnProcessor:
-    """A logits processor of one request, made from the processor that the user gave.
+    """A logits processor of one request, and the context manager in which it is called.
 
-    If the given object has a method `for_request`, the method makes the processor. Otherwise the
-    processor is a deep copy of the object; a deep copy of a function is the function itself. So
-    requests with the same SamplingParams do not share the state of a processor.
+    Args:
+        call: the processor.
+        outside: makes the context manager. Pickle leaves `outside` out.
     """
 
-    def __init__(
-        self, given: Any, prompt: list[int], sample: int, outside: Callable[[], Any]
-    ) -> None:
-        """`outside` makes a context manager in which the processor is made and called."""
+    def __init__(self, call: LogitsProcessor, outside: Callable[[], Any] = nullcontext) -> None:
+        self._call: LogitsProcessor | None = call
         self._outside = outside
-        self._call: LogitsProcessor | None
-        make = getattr(given, "for_request", None)
-        try:
-            with outside():
-                self._call = copy.deepcopy(given) if make is None else make(list(prompt), sample)
-            if not callable(self._call):
-                raise TypeError(f"{self._call!r} is not callable")
-        except Exception as error:  # functions of the user may raise any exception
-            problem = f"a request cannot get a processor of its own ({error!r})"
-            fix = "Give the object a method for_request(prompt_token_ids, sample)."
-            raise RequestError("logits_processors", given, problem, fix) from error
+
+    @property
+    def is_released(self) -> bool:
+        return self._call is None
 
     def __call__(self, token_ids: list[int], logits: Any) -> Any:
         call = self._call
@@ -51,18 +47,79 @@ class OwnProcessor:
         return repr(self._call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _sent_processor, (self._call,)
-
-
-def _sent_processor(call: LogitsProcessor | None) -> LogitsProcessor | None:
-    """Return the logits processor that a rank unpickles in place of an `OwnProcessor`."""
-    return call
+        return OwnProcessor, (self._call,)
 
 
 def own_processors(
-    params: SamplingParams, prompt: list[int], sample: int, outside: Callable[[], Any]
+    params: SamplingParams,
+    prompt: list[int],
+    sample: int,
+    outside: Callable[[], Any],
+    *,
+    sent: bool,
 ) -> SamplingParams:
-    """Return `params` with an `OwnProcessor` in place of each logits processor."""
-    given = params.logits_processors
-    own = tuple(OwnProcessor(one, prompt, sample, outside) for one in given)
-    return replace(params, logits_processors=own)
+    """Return `params` with an `OwnProcessor` in place of each logits processor.
+
+    If the user's object has a method `for_request`, the method makes the processor. Otherwise the
+    processor is a deep copy of the object; a deep copy of a function is the function itself. So
+    requests with the same SamplingParams do not share the state of a processor.
+
+    Args:
+        outside: makes a context manager in which the processors are made and called.
+        sent: whether the processors are sent to the processes of ranks.
+
+    Raises a RequestError if a processor cannot be made, called or sent.
+    """
+    own = []
+    for given in params.logits_processors:
+        try:
+            with outside():
+                make = getattr(given, "for_request", None)
+                call = copy.deepcopy(given) if make is None else make(list(prompt), sample)
+            if not callable(call):
+                raise TypeError(f"{shown(call)} is not callable")
+        except Exception as error:  # functions of the user may raise any exception
+            problem = f"a request cannot get a processor of its own ({shown(error)})"
+            fix = "Give the object a method for_request(prompt_token_ids, sample)."
+            raise RequestError("logits_processors", given, problem, fix) from error
+        own.append(OwnProcessor(call, outside))
+        if sent:
+            _check_picklable(given, own[-1])
+    return replace(params, logits_processors=tuple(own))
+
+
+def _check_picklable(given: LogitsProcessor, own: OwnProcessor) -> None:
+    """Raise a RequestError if a logits processor cannot be sent to the processes of the ranks."""
+    try:
+        data = pickle.dumps(own)
+        # A rank's process cannot unpickle a function of __main__: the process has another __main__.
+        if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
+            raise TypeError("it is of the module __main__")
+        pickle.loads(data)
+    except Exception as error:  # pickling a user's object may raise any exception
+        problem = f"the ranks cannot be sent it ({shown(error)})"
+        fix = "Use functions and classes of a module, or tensor_parallel_size=1."
+        raise RequestError("logits_processors", given, problem, fix) from error
+
+
+def process_logits(
+    calls: tuple[LogitsProcessor, ...], token_ids: list[int], logits: Tensor, row: int
+) -> LogitsError | None:
+    """Let logits processors change a row of `logits`, float32 [rows, vocabulary].
+
+    `token_ids` are the prompt and output tokens of the row's request. If a processor fails, the row
+    is filled with NaN, and the error is returned.
+    """
+    shape = logits[row].shape
+    try:
+        for call in calls:
+            out = call(token_ids, logits[row])
+            if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
+                raise TypeError(f"it must return a real tensor of shape {tuple(shape)}")
+            logits[row].copy_(out)  # fails for a tensor that is sparse or has no data
+    except Exception as error:
+        logits[row] = float("nan")
+        failed = LogitsError(f"logits processor {shown(call)} failed: {shown(error)}")
+        failed.__cause__ = error
+        return failed
+    return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import pickletools
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -154,20 +152,4 @@ def check_request(
     for token in params.stop_token_ids:
         if token >= vocab_size:
             raise RequestError("stop_token_ids", token, "is not a token id", ids)
-    if params.logits_processors and config.tensor_parallel_size > 1:
-        _check_picklable(params)
     return limit if most is None else len(prompt) + most
-
-
-def _check_picklable(params: SamplingParams) -> None:
-    """Raise a RequestError for logits processors that cannot be sent to the ranks' processes."""
-    try:
-        data = pickle.dumps(params.logits_processors)
-        # A rank's process cannot unpickle a function of __main__: the process has another __main__.
-        if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
-            raise TypeError("they are of the module __main__")
-    except Exception as error:  # pickling a user's object may raise any exception
-        problem = f"the ranks cannot be sent them ({error})"
-        fix = "Use functions of a module, or tensor_parallel_size=1."
-        processors = params.logits_processors
-        raise RequestError("logits_processors", processors, problem, fix) from error

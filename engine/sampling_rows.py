@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.device_state import Staging
+from engine.processors import process_logits
 from engine.types import NewRequest, StepPlan, TokenLogprobs
 from layers.logits import (
     SCORED_ROWS,
@@ -122,7 +123,8 @@ class _ChangedRows:
         """
         own = sampled[self.rows]
         *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
-        changed, errors = logits.index_select(0, self.rows).float(), {}
+        changed = logits.index_select(0, self.rows).float()
+        errors: dict[int, LogitsError] = {}
         if self.penalizes:
             penalties = Penalties(repetition, presence, frequency)
             known = tokens.index_select(0, own.slots)
@@ -133,11 +135,8 @@ class _ChangedRows:
             changed[row, token] = torch.where(free, changed[row, token], float("-inf"))
         for i, calls in self.processors:
             ids = tokens[own.slots[i], : own.positions[i]].tolist()
-            try:
-                for call in calls:
-                    changed[i] = _processed(call, ids, changed[i])
-            except LogitsError as error:
-                changed[i], errors[i] = float("nan"), error
+            if error := process_logits(calls, ids, changed, i):
+                errors[i] = error
         least = logit_bounds(changed, Filters(*filters)) if self.filters else None
         return sampler.whole(changed, own, least=least), errors
 
@@ -316,14 +315,3 @@ def _parameters(new: NewRequest) -> tuple[float, ...]:
     # would become 0 in float32, and 0 is not a valid top_p.
     filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
-
-
-def _processed(call: LogitsProcessor, token_ids: list[int], logits: Tensor) -> Tensor:
-    try:
-        out = call(token_ids, logits)
-    except Exception as error:
-        raise LogitsError(f"logits processor {call!r} failed: {error!r}") from error
-    if not isinstance(out, Tensor) or out.shape != logits.shape:
-        shape = tuple(logits.shape)
-        raise LogitsError(f"logits processor {call!r} must return a tensor of shape {shape}")
-    return out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +34,9 @@ def _matmul(name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return getattr(_C, f"_get_cublas_{name}"), partial(setattr, cuda.matmul, name)
 
 
+# On x86, the library for quantized weights selects FBGEMM for the float16 weights of a CPU.
+_QUANTIZED = (partial(getattr, quantized, "engine"), partial(setattr, quantized, "engine"))
+
 # Settings of the process that select or forbid kernels. A setting has a function that reads it, a
 # function that writes it, and the values that give the engine's results, first the one to write.
 # torch reads a reduction as a pair, whose second value allows split-K, or as its first value.
@@ -51,11 +57,8 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], tuple[Any, ...]]
     (*_precision("cuda", cuda), ("ieee", "none")),
     (*_precision("mkldnn", mkldnn), ("ieee", "none")),
     (_C._get_mkldnn_enabled, partial(setattr, mkldnn, "enabled"), (True,)),
+    *([(*_QUANTIZED, ("x86", "fbgemm"))] if "x86" in quantized.supported_engines else []),
 )
-# The library for quantized weights, which on x86 selects FBGEMM for the float16 weights of a CPU.
-_QUANTIZED = (partial(getattr, quantized, "engine"), partial(setattr, quantized, "engine"))
-if "x86" in quantized.supported_engines:
-    _SETTINGS += ((*_QUANTIZED, ("x86", "fbgemm")),)
 
 
 @contextmanager
@@ -85,6 +88,52 @@ def _inferred(work: Callable[[], T]) -> T:
     return work()
 
 
+_Work = tuple[Future[Any], Callable[[], Any]]
+
+
+class StepThread:
+    """A thread that runs functions one after the other, in inference mode.
+
+    `ThreadPoolExecutor` takes no function once the main thread has ended. Other threads of the
+    process may use the engine longer. So this class ends its thread after all of them.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        thread = threading.Thread(target=_serve, args=(self._queue,), name="step", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _stop, self._queue, thread)
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Start `work` when all functions before it have ended."""
+        if not self._end.alive:
+            raise RuntimeError("submit() after close()")
+        future: Future[T] = Future()
+        self._queue.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """Wait until all functions have ended, and end the thread."""
+        self._end()
+
+
+def _serve(queue: SimpleQueue[_Work | None]) -> None:
+    while (item := queue.get()) is not None:
+        future, work = item
+        try:
+            future.set_result(_inferred(work))
+        except BaseException as error:
+            future.set_exception(error)
+        del item, future, work  # they would live until the next function comes
+
+
+def _stop(queue: SimpleQueue[_Work | None], thread: threading.Thread) -> None:
+    queue.put(None)
+    # The garbage collector may call this function in the thread itself.
+    if thread is not threading.current_thread():
+        thread.join()
+
+
 class TorchState:
     """Runs functions in inference mode, and apart from that in the state with which torch starts.
 
@@ -94,8 +143,8 @@ class TorchState:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "step")
-        self._initial = self._thread.submit(_inferred, _modes).result()
+        self._thread = StepThread()
+        self._initial = self._thread.submit(_modes).result()
 
     def run(self, work: Callable[[], T]) -> T:
         """Return `work()`. This takes 9 us more than `work()`, or 120 us if the thread is used."""
@@ -103,17 +152,17 @@ class TorchState:
             with torch.inference_mode():
                 if _modes() == self._initial:
                     return work()
-            return _ended(self._thread.submit(_inferred, work)).result()
+            return _ended(self._thread.submit(work)).result()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Start `work` in the thread; if settings have to be changed, also wait for its end."""
         with _engine_settings() as changed:
-            future = self._thread.submit(_inferred, work)
+            future = self._thread.submit(work)
             return _ended(future) if changed else future
 
     def close(self) -> None:
         """Wait until all functions have ended."""
-        self._thread.shutdown()
+        self._thread.close()
 
 
 def _ended(future: Future[T]) -> Future[T]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from llm import LLM, SamplingParams
 from tests.checkpoints import random_prompts
@@ -19,6 +20,31 @@ from utils.errors import EngineClosedError, LogitsError, RequestError
 DEPTHS = [0, 1]
 PROMPTS = ["import os\n", "class Stack:\n", "def main(args):\n    "]
 FREE = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+class _UnprintableError(Exception):
+    def __repr__(self) -> str:
+        raise RuntimeError("no name")
+
+    def __call__(self, ids: list[int], logits: Any) -> Any:
+        raise self
+
+
+def _shrunk(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return logits.resize_(0)
+
+
+BROKEN: dict[str, Any] = {
+    "complex": lambda ids, logits: logits + 0j,
+    "list": lambda ids, logits: logits.tolist(),
+    "meta": lambda ids, logits: logits.to("meta"),
+    "None": lambda ids, logits: None,
+    "numpy": lambda ids, logits: logits.numpy(),
+    "shape": lambda ids, logits: logits[None],
+    "shrunk": _shrunk,
+    "sparse": lambda ids, logits: logits.to_sparse(),
+    "unprintable": _UnprintableError(),
+}
 
 
 @pytest.fixture(scope="module", params=DEPTHS, ids=["depth0", "depth1"])
@@ -282,6 +308,17 @@ class TestStreams:
         assert isinstance(failed[-1]["error"], LogitsError)
         assert re.search(r"processor .*fails.* failed: ZeroDivisionError", str(failed[-1]["error"]))
         assert not llm.has_unfinished
+
+    @pytest.mark.parametrize("name", sorted(BROKEN))
+    def test_a_broken_processor_ends_its_request_alone(
+        self, llm: LLM, free: list[dict[str, Any]], name: str
+    ) -> None:
+        params = [FREE, _greedy(logits_processors=[BROKEN[name]])]
+        good, failed = llm.generate(PROMPTS[:2], params, use_tqdm=False)
+        assert good["token_ids"] == free[0]["token_ids"]
+        assert failed["finish_reason"] == "error"
+        assert isinstance(failed["error"], LogitsError)
+        assert re.search(r"processor .* failed: ", str(failed["error"]))
 
     def test_closing_the_engine_first(self, shipped: Path) -> None:
         with LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=64) as llm:

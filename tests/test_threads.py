@@ -7,6 +7,9 @@ import gc
 import multiprocessing
 import pickle
 import random
+import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -267,6 +270,102 @@ class TestEnds:
             raise KeyboardInterrupt
         parts += stream
         assert [t for part in parts for t in part["token_ids"]] == expected["token_ids"]
+        _assert_idle(llm)
+
+
+_OUTLIVES = """
+import sys, threading
+from llm import LLM, SamplingParams
+llm = LLM(sys.argv[1], device="cpu", pipeline_depth=int(sys.argv[2]), max_model_len=64)
+params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+stream = llm.stream([1, 2, 3], params)
+next(stream)
+def use():
+    threading.main_thread().join()
+    print(llm.generate([1, 2, 3], params, use_tqdm=False)[0]["token_ids"])
+    list(stream)
+    next(llm.stream([4, 5], params))  # ends together with the process
+threading.Thread(target=use).start()
+"""
+
+
+@DEPTHS
+def test_a_thread_may_outlive_the_main_thread(small: Path, depth: int) -> None:
+    command = [sys.executable, "-c", _OUTLIVES, str(small), str(depth)]
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    with _llm(small, depth) as llm:
+        (out,) = llm.generate([1, 2, 3], params, use_tqdm=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{out['token_ids']}\n"
+
+
+class TestInterrupts:
+    """Ctrl-C at any moment: the turn is free afterwards, for this thread and for others."""
+
+    @staticmethod
+    def _interrupted(call: Callable[[], object], seconds: float) -> bool:
+        """Call again and again until the signal raises; return whether it did.
+
+        Python drops an exception that a finalizer raises, so the signal comes again.
+        """
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+        try:
+            while True:
+                call()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @pytest.fixture(autouse=True)
+    def _signals(self) -> Iterator[None]:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        yield
+        signal.signal(signal.SIGALRM, before)
+
+    @pytest.mark.parametrize("name", ["stats", "generate", "stream"])
+    @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+    def test_the_turn_is_free_afterwards(self, llm: LLM, name: str, count: int) -> None:
+        params = _params(0, max_tokens=3)
+        calls: dict[str, Callable[[], object]] = {
+            "stats": llm.stats,
+            "generate": partial(llm.generate, PROMPTS[0], params, use_tqdm=False),
+            "stream": lambda: list(llm.stream(PROMPTS[0], params)),
+        }
+        rng = random.Random(count)
+        expected = calls["generate"]()
+        for _ in range(count):
+            seconds = rng.uniform(5e-5, 4e-4 if name == "stats" else 1e-2)
+            assert self._interrupted(calls[name], seconds)
+            (stats,) = _in_threads([llm.stats])
+            assert stats.num_free_blocks <= stats.num_blocks
+            assert llm.stats().unfinished_requests == 0
+        _assert_idle(llm)
+        again: Any = calls["generate"]()
+        assert _tokens(again[0]) == _tokens(expected[0])  # type: ignore[index]
+
+    def test_a_signal_handler_may_call_the_engine(self, llm: LLM) -> None:
+        told: list[object] = []
+
+        def ask(*_: object) -> None:
+            try:
+                told.append(llm.stats())
+            except EngineUseError as error:
+                told.append(error)
+
+        before = signal.signal(signal.SIGALRM, ask)
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+        try:
+            while len(told) < 200:
+                llm.stats()
+                llm.generate(PROMPTS[0], _params(0, max_tokens=2), use_tqdm=False)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
         _assert_idle(llm)
 
 

@@ -40,9 +40,9 @@ class FieldError(AllmosError):
         self.field, self.value, self.problem, self.fix = field, value, problem, fix
 
     def __str__(self) -> str:
-        shown = repr(self.value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return f"{self.field}={shown}: {self.problem}. {self.fix}"
+        value = shown(self.value)
+        value = value if len(value) <= 80 else value[:77] + "..."
+        return f"{self.field}={value}: {self.problem}. {self.fix}"
 
 
 class ConfigError(FieldError, ValueError): ...
@@ -101,6 +101,14 @@ class EngineUseError(AllmosError, RuntimeError): ...
 
 
 class EngineClosedError(AllmosError, RuntimeError): ...
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)`, or the name of the value's type if `repr` fails."""
+    try:
+        return repr(value)
+    except Exception:  # the value may be an object of the user, whose `__repr__` may raise anything
+        return f"<{type(value).__name__}>"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from operator import attrgetter
 from typing import Any
 
+from engine.processors import OwnProcessor
 from engine.step import BlockCopy, BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepResult
 
 _LENGTH = struct.Struct("<Q")
@@ -114,17 +115,52 @@ class PlanCodec:
     """Encodes plans in the runner's process, or decodes plans in a rank's process.
 
     If two consecutive plans have equal `decode` fields, the second plan is sent without this field.
-    So a rank must decode all messages in the order in which the runner encoded the messages.
+    The logits processors of a request are sent once, because they may have a state: a rank keeps
+    them while the request waits after a preemption. They are released by the first plan after the
+    request's end. So a rank must decode all messages in the order in which they were encoded.
     """
 
-    _slots: tuple[int, ...] = ()
+    def __init__(self) -> None:
+        self._slots: tuple[int, ...] = ()
+        self._kept: dict[int, tuple[OwnProcessor, ...]] = {}  # by request id
 
     def encode(self, plan: StepPlan) -> bytes:
+        ended = tuple(i for i, (call, *_) in self._kept.items() if call.is_released)
+        for request_id in ended:
+            del self._kept[request_id]
         same = plan.decode == self._slots != ()
         self._slots = plan.decode
-        return encode((replace(plan, decode=()) if same else plan, same))
+        sent = self._with_processors(plan, lambda request_id: ())
+        self._keep(plan)
+        return encode((replace(sent, decode=()) if same else sent, same, ended))
 
-    def decode(self, message: tuple[StepPlan, bool]) -> StepPlan:
-        plan, same = message
+    def decode(self, message: tuple[StepPlan, bool, tuple[int, ...]]) -> StepPlan:
+        plan, same, ended = message
+        for request_id in ended:
+            for call in self._kept.pop(request_id):
+                call.release()
         self._slots = self._slots if same else plan.decode
+        plan = self._with_processors(plan, self._kept.__getitem__)
+        self._keep(plan)
         return replace(plan, decode=self._slots) if same else plan
+
+    def _with_processors(
+        self, plan: StepPlan, processors: Callable[[int], tuple[OwnProcessor, ...]]
+    ) -> StepPlan:
+        """Give the plan's requests whose processors are kept the result of `processors`."""
+        known = {new.request_id for new in plan.new_requests} & self._kept.keys()
+        if not known:
+            return plan
+        requests = [
+            replace(new, sampling=replace(new.sampling, logits_processors=processors(one)))
+            if (one := new.request_id) in known
+            else new
+            for new in plan.new_requests
+        ]
+        return replace(plan, new_requests=tuple(requests))
+
+    def _keep(self, plan: StepPlan) -> None:
+        for new in plan.new_requests:
+            calls: Any = new.sampling.logits_processors
+            if calls and all(isinstance(call, OwnProcessor) for call in calls):
+                self._kept[new.request_id] = calls

@@ -25,6 +25,7 @@ from benchmarks.variants import (
 )
 from benchmarks.workloads import Workload, random_workload, seeds_workload
 from tests.checkpoints import Checkpoints
+from utils.text import Decoder
 
 WORK = replace(random_workload("w", 3, (4, 9), (6, 9), 200), temperature=0.6)
 
@@ -91,7 +92,8 @@ def test_text_is_what_the_tokenizer_makes_of_tokens(without_words: Setting) -> N
 
 
 def test_a_wrong_text_has_no_rate(without_words: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.decoder", lambda tokenizer: lambda ids: "".join(map(str, ids)))
+    spelled = Decoder(lambda ids: "".join(map(str, ids)))
+    monkeypatch.setattr("llm.decoder", lambda tokenizer: spelled)
     with pytest.raises(WrongOutputError, match="not what the tokenizer makes"):
         measure_text(without_words, WORK, repeats=1)
 

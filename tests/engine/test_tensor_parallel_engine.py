@@ -32,18 +32,36 @@ PARAMS = [
 ]
 
 
-def _halved(token_ids: list[int], logits: Tensor) -> Tensor:
-    return logits / (1 + len(token_ids) % 2)
+class _Counting:
+    """A logits processor with a state: the token that it favours depends on the number of calls."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
+        self.num_calls += 1
+        logits[self.num_calls] += 3.0
+        return logits
+
+
+class _ForRequest:
+    """An object that makes processors; `local` ones cannot be pickled."""
+
+    def __init__(self, *, local: bool) -> None:
+        self.local = local
+
+    def for_request(self, prompt_token_ids: list[int], sample: int) -> Any:
+        return (lambda ids, logits: logits) if self.local else _Counting()
 
 
 _WANTED: list[dict[str, Any]] = [
     {"temperature": 0.9, "top_k": 30, "top_p": 0.8},
     {"temperature": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.5},
     {"min_p": 0.1, "min_tokens": 4, "stop_token_ids": list(range(200))},
-    {"logits_processors": [_halved], "logprobs": 3, "prompt_logprobs": 2},
+    {"logits_processors": [_ForRequest(local=False)], "logprobs": 3, "prompt_logprobs": 2},
 ]
 SPECIAL = [
-    SamplingParams(max_tokens=12, ignore_eos=True, seed=i, **values)
+    SamplingParams(max_tokens=40, ignore_eos=True, seed=i, **values)
     for i, values in enumerate(_WANTED)
 ]
 # Few blocks, so that requests are thrown out and recomputed.
@@ -97,10 +115,11 @@ def test_tokens_are_those_of_one_process(
         assert _tokens(llm) == expected
         assert _tokens(llm) == expected
         outputs = llm.generate(PROMPTS, SPECIAL, use_tqdm=False)
-        # Neither can be had in another process, though the second can be pickled.
-        for processor in (lambda ids, x: x, _of_main(monkeypatch)):
-            with pytest.raises(RequestError, match="the ranks cannot be sent them"):
+        # None can be had in another process, though the second can be pickled.
+        for processor in (lambda ids, x: x, _of_main(monkeypatch), _ForRequest(local=True)):
+            with pytest.raises(RequestError, match="the ranks cannot be sent it"):
                 llm.generate([[1]], SamplingParams(logits_processors=[processor]))
+    assert outputs[3]["metrics"]["preemptions"] > 0  # its processor is not made anew
     assert [out["token_ids"] for out in outputs] == [out["token_ids"] for out in special]
     for kind in ("logprobs", "prompt_logprobs"):
         for ours, theirs in zip(outputs[3][kind], special[3][kind], strict=True):
