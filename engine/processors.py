@@ -10,10 +10,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from sampling_params import LogitsProcessor, SamplingParams
-from utils.errors import LogitsError, RequestError, shown
+from utils.errors import RequestError, shown
 
 
 class OwnProcessor:
@@ -100,26 +98,3 @@ def _check_picklable(given: LogitsProcessor, own: OwnProcessor) -> None:
         problem = f"the ranks cannot be sent it ({shown(error)})"
         fix = "Use functions and classes of a module, or tensor_parallel_size=1."
         raise RequestError("logits_processors", given, problem, fix) from error
-
-
-def process_logits(
-    calls: tuple[LogitsProcessor, ...], token_ids: list[int], logits: Tensor, row: int
-) -> LogitsError | None:
-    """Let logits processors change a row of `logits`, float32 [rows, vocabulary].
-
-    `token_ids` are the prompt and output tokens of the row's request. If a processor fails, the row
-    is filled with NaN, and the error is returned.
-    """
-    shape = logits[row].shape
-    try:
-        for call in calls:
-            out = call(token_ids, logits[row])
-            if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
-                raise TypeError(f"it must return a real tensor of shape {tuple(shape)}")
-            logits[row].copy_(out)  # fails for a tensor that is sparse or has no data
-    except Exception as error:
-        logits[row] = float("nan")
-        failed = LogitsError(f"logits processor {shown(call)} failed: {shown(error)}")
-        failed.__cause__ = error
-        return failed
-    return None

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from engine.device_state import Staging
-from engine.processors import process_logits
 from engine.types import NewRequest, StepPlan, TokenLogprobs
 from layers.logits import (
     SCORED_ROWS,
@@ -32,7 +31,7 @@ from layers.logits import (
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows
 from sampling_params import LogitsProcessor
-from utils.errors import LogitsError
+from utils.errors import LogitsError, shown
 
 # Maximum number of rows in a block of rows with changed logits. For 64 rows of 151,936 bfloat16
 # logits each, the logits, a float32 copy and the token counts for penalties take 97 MB together.
@@ -135,7 +134,7 @@ class _ChangedRows:
             changed[row, token] = torch.where(free, changed[row, token], float("-inf"))
         for i, calls in self.processors:
             ids = tokens[own.slots[i], : own.positions[i]].tolist()
-            if error := process_logits(calls, ids, changed, i):
+            if error := _process(calls, ids, changed, i):
                 errors[i] = error
         least = logit_bounds(changed, Filters(*filters)) if self.filters else None
         return sampler.whole(changed, own, least=least), errors
@@ -315,3 +314,26 @@ def _parameters(new: NewRequest) -> tuple[float, ...]:
     # would become 0 in float32, and 0 is not a valid top_p.
     filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
+
+
+def _process(
+    calls: tuple[LogitsProcessor, ...], token_ids: list[int], logits: Tensor, row: int
+) -> LogitsError | None:
+    """Let logits processors change a row of `logits`, float32 [rows, vocabulary].
+
+    `token_ids` are the prompt and output tokens of the row's request. If a processor fails, the row
+    is filled with NaN, and the error is returned.
+    """
+    shape = logits[row].shape
+    try:
+        for call in calls:
+            out = call(token_ids, logits[row])
+            if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
+                raise TypeError(f"it must return a real tensor of shape {tuple(shape)}")
+            logits[row].copy_(out)  # fails for a tensor that is sparse or has no data
+    except Exception as error:
+        logits[row] = float("nan")
+        failed = LogitsError(f"logits processor {shown(call)} failed: {shown(error)}")
+        failed.__cause__ = error
+        return failed
+    return None

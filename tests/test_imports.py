@@ -22,10 +22,11 @@ ALLOWED = {
     "engine": "engine models layers memory utils config sampling_params",
     "engine.types": "engine.requests engine.step utils config sampling_params",
     "engine.step": "utils config sampling_params",
+    "engine.processors": "utils config sampling_params",
     "engine.ranks": "engine.ranks engine.types engine.model_runner layers utils config",
     # What every rank imports before its runner does: nothing that needs torch.
     "engine.ranks.worker": "engine.ranks.channel engine.types utils config",
-    "engine.ranks.channel": "engine.step",
+    "engine.ranks.channel": "engine.processors engine.step",
     "llm": "engine utils config sampling_params",
 }
 CORE = {name for name in ALLOWED if "." not in name}
