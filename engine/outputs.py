@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,24 +113,44 @@ class OutputStream:
         return {**told, "error": seq.error} if self.ended else told
 
 
+class _Forgiving:
+    """A text stream that ignores what the stream below it does not take."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(Exception):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(Exception):
+            self._stream.flush()
+
+
 class Progress:
     """Progress bar of `generate`. Steps with prompt tokens count as prefill, others as decode.
 
-    A bar that cannot be written is not shown: sys.stderr may be closed or accept no text.
+    A bar that cannot be written is not shown: sys.stderr may be any object, or be closed.
     """
 
     def __init__(self, total: int, *, enabled: bool) -> None:
         self._bar: Any | None = None
-        # A bar that is off is not made: tqdm takes a lock, which Ctrl-C can leave taken.
-        with suppress(Exception):  # sys.stderr may be any object, which may raise anything
-            if enabled:
-                self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True)
+        # All bars of the process share a lock. If a write raises an error, tqdm keeps the lock. A
+        # bar that is off is not made, because tqdm would take the lock even then.
+        if enabled and sys.stderr is not None:
+            with suppress(Exception):
+                options = {"desc": "Generating", "unit": "req", "dynamic_ncols": True}
+                self._bar = tqdm(total=total, file=_Forgiving(sys.stderr), **options)
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 
     def update(self, plan: StepPlan | None, num_tokens: int, num_finished: int) -> None:
         """Update the bar: a step sampled `num_tokens` tokens, and `num_finished` prompts ended."""
-        if self._bar is None or self._bar.disable:
+        if self._bar is None:
             return
         now = time.perf_counter()
         if plan is not None:
@@ -140,12 +161,8 @@ class Progress:
             rates = {k: f"{n / s:.0f} tok/s" if s else "-" for k, (n, s) in self._done.items()}
             self._bar.set_postfix(rates, refresh=False)
         self._last = now
-        try:
-            self._bar.update(num_finished)
-        except Exception:
-            self._bar.disable = True
+        self._bar.update(num_finished)
 
     def close(self) -> None:
-        with suppress(Exception):
-            if self._bar is not None:
-                self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

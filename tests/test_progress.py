@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -76,6 +77,14 @@ class _BreaksLater(io.StringIO):
         return super().write(text)
 
 
+def _show_in_another_thread() -> None:
+    """No bar holds the lock that all bars share, which its own thread would not notice."""
+    thread = threading.Thread(target=lambda: Progress(1, enabled=True).close(), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -99,3 +108,4 @@ def test_without_a_stderr_that_takes_text_nothing_is_shown_and_nothing_fails(
         progress.update(DECODE, 3, 1)
         progress.update(DECODE, 3, 2)
     monkeypatch.undo()
+    _show_in_another_thread()
