@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config import Config
+from engine.json_schema import with_json_schema
 from engine.llm_engine import LLMEngine
 from engine.outputs import OutputStream, Progress, PromptRequests, make_output
 from engine.requests import ParamsForPrompts, params_per_prompt
@@ -294,6 +295,9 @@ class LLM:
         with self._tokenizing:
             token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
+        # Schemas are compiled before the turn, since a large schema takes up to a second.
+        made = {id(one): with_json_schema(one, self.engine.checkpoint) for one in per_prompt}
+        per_prompt = [made[id(one)] for one in per_prompt]
         try:
             with self.engine.turns.turn(), self.engine.all_or_none():
                 for tokens, one in zip(token_lists, per_prompt, strict=True):

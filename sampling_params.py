@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,10 +42,24 @@ _PROCESSORS = several(
     "Use () for none.",
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
+_SCHEMA = Rule(
+    lambda v: v is None or _json_schema(v) is not None,
+    "must be a JSON schema, as a dict or as JSON text",
+    'Use e.g. json_schema={"type": "object"}, or None for none.',
+)
 # A user's salt must not contain \0: the engine makes salts with \0 (`Sequence.cache_salt`).
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
+
+
+def _json_schema(value: Any) -> str | None:
+    """Return a JSON schema as JSON text, or None if `value` is none."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        return text if isinstance(json.loads(text), dict) else None
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +103,9 @@ class SamplingParams:
             calls `for_request(prompt_token_ids, sample)` to get the processor of output `sample`.
             Otherwise the processor is a deep copy of the object. A function is not copied. No
             processor is called after its output has ended. A processor must not call the engine.
+        json_schema: a JSON schema, as a dict or as JSON text. The output is JSON of this schema, or
+            its beginning if `max_tokens` ends it. Needs the package llguidance. A keyword that
+            llguidance does not support is a RequestError. The schema is stored as JSON text.
         priority: some scheduling policies run requests with higher values first and preempt them
             last. (In vLLM requests with lower values run first.)
         user: name of the user, for scheduling policies that are fair between users.
@@ -123,6 +141,7 @@ class SamplingParams:
     prompt_logprobs: int | None = ruled(None, integer(0, fix="Use None for none.", optional=True))
     n: int = ruled(1, integer(1, fix="Use 1 for one output."))
     logits_processors: list[Any] | tuple[Any, ...] = ruled((), _PROCESSORS)
+    json_schema: dict[str, Any] | str | None = ruled(None, _SCHEMA)
     priority: int = ruled(0, Rule(is_int, "must be an integer", "Use 0, or more to run earlier."))
     user: str = ruled("", Rule(lambda v: isinstance(v, str), "must be a str", 'Use "" for none.'))
     cache_salt: str = ruled("", _SALT)
@@ -142,6 +161,8 @@ class SamplingParams:
         put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         put(self, "stop_token_ids", tuple(self.stop_token_ids))
         put(self, "logits_processors", tuple(self.logits_processors))
+        if self.json_schema is not None:
+            put(self, "json_schema", _json_schema(self.json_schema))
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
         put(self, "penalizes", penalties != (1, 0, 0))
         filters = self.top_p < 1 or self.top_k > 0 or self.min_p > 0

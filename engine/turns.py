@@ -68,7 +68,7 @@ class Turns:
         if self._owner == get_ident() or get_ident() in self._outside:
             raise EngineUseError(
                 "the engine is running this function, so the function cannot call the engine; "
-                "call it after the step, or from another thread"
+                "call it after the step"
             )
 
     @contextmanager

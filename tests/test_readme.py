@@ -1,7 +1,8 @@
-"""The code of README and docs/options.md runs on the model that ships; links lead to files."""
+"""The code of README and pages runs on the model that ships; links lead to files."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -73,8 +74,35 @@ def test_the_logits_processor(llm: LLM) -> None:
     assert len(set(out["token_ids"])) == len(out["token_ids"]) > 1
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_structured_outputs(shipped: Path, depth: int) -> None:
+    check_structured_outputs(shipped, device="cpu", pipeline_depth=depth)
+
+
+def check_structured_outputs(model: Path, **options: Any) -> None:
+    """Run the examples of docs/structured-output.md; every output follows its grammar."""
+    schema, lark, ebnf = code_of("docs/structured-output.md")
+    names = run(schema.replace('-0.6B")', '-0.6B", **options)'), model, options=options)
+    llm, outs = names["llm"], [names["out"]]
+    with llm:
+        person = json.loads(outs[0]["text"])
+        assert person.keys() == {"name", "age"}
+        assert len(person["name"]) <= 12
+        assert 0 <= person["age"] <= 130
+        for code in (lark, ebnf):
+            made = run(
+                code, model, **{name: names[name] for name in ("llm", "LLM", "SamplingParams")}
+            )
+            together = SamplingParams(logits_processors=[made["sums"]], seed=0, n=3)
+            outs += [made["out"], *llm.generate("1+", together)[0]["outputs"]]
+        assert all(re.fullmatch(r"\d{1,4}(\+\d{1,4}){1,3}\n", out["text"]) for out in outs[1:])
+        assert {(out["finish_reason"], out["error"]) for out in outs} == {("stop", None)}
+        assert llm.stats().unfinished_requests == 0
+
+
 def test_there_is_no_other_code() -> None:
-    assert [len(code_of(page)) for page in ("README.md", "docs/options.md")] == [2, 4]
+    pages = "README.md", "docs/options.md", "docs/structured-output.md"
+    assert [len(code_of(page)) for page in pages] == [2, 4, 3]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

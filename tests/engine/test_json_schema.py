@@ -1,0 +1,207 @@
+"""Outputs that are JSON of a schema."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from llm import LLM, SamplingParams
+from tests.checkpoints import Checkpoints, random_prompts
+from utils.errors import LogitsError, RequestError
+
+# Every value of this schema is short, so that outputs end before `max_tokens`.
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 9},
+        "tags": {"type": "array", "items": {"enum": ["red", "blue"]}, "minItems": 1, "maxItems": 3},
+        "inner": {"$ref": "#/$defs/inner"},
+    },
+    "required": ["name", "tags", "inner"],
+    "additionalProperties": False,
+    "$defs": {
+        "inner": {
+            "type": "object",
+            "properties": {"x": {"type": "integer", "minimum": -5, "maximum": 20}},
+            "required": ["x"],
+            "additionalProperties": False,
+        }
+    },
+}
+PROMPTS = ["x = ", "def f(a):", "import "]
+OPTIONS: dict[str, Any] = {"device": "cpu", "max_num_seqs": 4, "max_model_len": 256}
+
+
+def _params(seed: int, **values: Any) -> SamplingParams:
+    common = {"temperature": 1.2, "max_tokens": 200, "json_schema": SCHEMA}
+    return SamplingParams(seed=seed, **{**common, **values})
+
+
+def _check(out: dict[str, Any]) -> None:
+    assert (out["finish_reason"], out["error"]) == ("stop", None)
+    value = json.loads(out["text"])
+    assert value.keys() == {"name", "tags", "inner"}
+    assert isinstance(value["name"], str)
+    assert len(value["name"]) <= 9
+    assert 1 <= len(value["tags"]) <= 3
+    assert set(value["tags"]) <= {"red", "blue"}
+    assert value["inner"].keys() == {"x"}
+    assert type(value["inner"]["x"]) is int
+    assert -5 <= value["inner"]["x"] <= 20
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["depth0", "depth1"])
+def llm(shipped: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(shipped, pipeline_depth=request.param, **OPTIONS) as llm:
+        yield llm
+        assert llm.stats().unfinished_requests == 0
+
+
+def test_every_output_is_json_of_the_schema(llm: LLM) -> None:
+    params = [_params(i, n=1 + i % 2, temperature=t) for i, t in enumerate([0.0, 0.8, 3.0])]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    for out in outputs:
+        for one in out.get("outputs", [out]):
+            _check(one)
+    # A schema as text, in a stream, beside a request without one.
+    same = _params(2, temperature=3.0, json_schema=json.dumps(SCHEMA))
+    free = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    (alone,) = llm.generate(PROMPTS[0], free, use_tqdm=False)
+    parts: list[list[dict[str, Any]]] = [[], []]
+    for part in llm.stream([PROMPTS[2], PROMPTS[0]], [same, free]):
+        parts[part["index"]].append(part)
+    assert "".join(part["text"] for part in parts[0]) == outputs[2]["text"]
+    assert [token for part in parts[1] for token in part["token_ids"]] == alone["token_ids"]
+
+
+def test_outputs_with_little_memory_and_over_ranks(shipped: Path) -> None:
+    """A preemption forgets nothing, here and in the processes of ranks."""
+    options = {**OPTIONS, "kvcache_block_size": 16}
+    params = [_params(i, max_tokens=60) for i in range(3)]
+    with LLM(shipped, **options) as llm:
+        expected = [out["token_ids"] for out in llm.generate(PROMPTS, params, use_tqdm=False)]
+    for size in (1, 2):
+        with LLM(shipped, num_kvcache_blocks=5, tensor_parallel_size=size, **options) as llm:
+            outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        assert [out["token_ids"] for out in outputs] == expected
+        assert sum(out["metrics"]["preemptions"] for out in outputs) > 0
+        for out in outputs:
+            _check(out)
+
+
+def test_other_parameters_apply_first(llm: LLM) -> None:
+    tokenizer: Any = llm.tokenizer
+
+    def prefers_blue(token_ids: list[int], logits: Any) -> Any:
+        logits[tokenizer.encode("blue")] += 100
+        return logits
+
+    (out,) = llm.generate(PROMPTS[0], _params(1, logits_processors=[prefers_blue]), use_tqdm=False)
+    _check(out)
+    assert "red" not in json.loads(out["text"])["tags"]
+    (early,) = llm.generate(PROMPTS[0], _params(1, stop='"tags"'), use_tqdm=False)
+    assert early["finish_reason"] == "stop"
+    assert early["text"].startswith("{")
+    assert "tags" not in early["text"]
+    (cut,) = llm.generate(PROMPTS[0], _params(1, max_tokens=5), use_tqdm=False)
+    assert cut["finish_reason"] == "length"
+    assert cut["token_ids"] == llm.generate(PROMPTS[0], _params(1), False)[0]["token_ids"][:5]
+
+
+def test_after_the_json_only_its_end_can_follow(llm: LLM) -> None:
+    yes = {"json_schema": {"const": "yes"}, "max_tokens": 20}
+    (out,) = llm.generate(PROMPTS[0], _params(0, **yes), use_tqdm=False)
+    assert (json.loads(out["text"]), out["finish_reason"]) == ("yes", "stop")
+    (on,) = llm.generate(PROMPTS[0], _params(0, ignore_eos=True, **yes), use_tqdm=False)
+    size = len(out["token_ids"])
+    assert (len(on["token_ids"]), on["token_ids"][:size]) == (20, out["token_ids"])
+    assert set(on["token_ids"][size:]) <= llm.engine.checkpoint.eos_token_ids
+    good, failed = llm.generate(
+        PROMPTS[:2], [_params(0, **yes), _params(0, min_tokens=15, **yes)], use_tqdm=False
+    )
+    assert good["token_ids"] == out["token_ids"]
+    assert failed["finish_reason"] == "error"
+    assert isinstance(failed["error"], LogitsError)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "uniqueItems": True},
+        {"not": {"type": "string"}},
+        {"type": "strin"},
+        {"enum": []},
+        {"type": "string", "format": "of my own"},
+        {"type": "integer", "minimum": 5, "maximum": 3},
+        {"$ref": "#/nowhere"},
+        {"type": "string", "pattern": "("},
+        {"properties": 3},
+    ],
+    ids=str,
+)
+def test_schemas_that_cannot_be_used(llm: LLM, schema: Any) -> None:
+    params = _params(0, json_schema=schema)
+    for call in (llm.generate, llm.stream, llm.add_request):
+        with pytest.raises(RequestError) as caught:
+            call(PROMPTS[0], params)
+        assert caught.value.field == "json_schema"
+    with pytest.raises(RequestError, match="json_schema"):
+        llm.engine.add_request([1, 2], params)
+    assert not llm.has_unfinished
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "{",
+        "[1]",
+        "5",
+        "null",
+        "true",
+        [],
+        5,
+        True,
+        object(),
+        {"a": object()},
+        {"a": float("nan")},
+    ],
+)
+def test_values_that_are_no_schema(value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(json_schema=value)
+    assert caught.value.field == "json_schema"
+
+
+def test_parameters_with_a_schema_are_values() -> None:
+    params = _params(0)
+    assert params == _params(0, json_schema=json.dumps(SCHEMA))
+    assert hash(params) == hash(_params(0))
+    assert pickle.loads(pickle.dumps(params)) == params
+
+
+def test_what_is_missing_is_told(
+    shipped: Path, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = checkpoints["qwen3-gqa2-wide-heads"]
+    with LLM(plain, **OPTIONS) as llm, pytest.raises(RequestError, match=r"end-of-sequence|no tok"):
+        llm.generate(random_prompts([5], seed=1), _params(0), use_tqdm=False)
+    AutoTokenizer.from_pretrained(shipped).save_pretrained(tmp_path)
+    for file in shipped.glob("*.safetensors"):
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((shipped / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    with LLM(tmp_path, **OPTIONS) as llm:
+        with pytest.raises(RequestError, match="no end-of-sequence token"):
+            llm.generate(PROMPTS, _params(0), use_tqdm=False)
+        monkeypatch.setitem(sys.modules, "llguidance", None)
+        with pytest.raises(RequestError, match="pip install llguidance"):
+            llm.generate(PROMPTS, _params(0), use_tqdm=False)
+        assert not llm.has_unfinished
