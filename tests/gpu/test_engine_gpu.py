@@ -20,6 +20,7 @@ from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.types import StepPlan, StepResult
 from llm import LLM, SamplingParams
+from tests.test_readme import check_structured_outputs
 from utils.errors import ConfigError, OutOfMemoryError
 
 pytestmark = [
@@ -202,3 +203,11 @@ def test_the_device_s_time_of_a_step_is_told_if_it_is_asked_for(options: dict[st
     assert len(found) >= 20
     for timed, seconds in found:
         assert (seconds is not None and seconds > 0) == timed
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_structured_outputs(depth: int) -> None:
+    """The examples of docs/structured-output.md."""
+    pytest.importorskip("llguidance")
+    pytest.importorskip("xgrammar")
+    check_structured_outputs(TINY, device="cuda", pipeline_depth=depth, **SMALL)
