@@ -116,8 +116,9 @@ class LLM:
                     with self.engine.turns.until(lambda: bool(ended)) as may_step:
                         plan = self._advance() if may_step else None
                         progress.update(plan, self.engine.num_new_tokens, len(ended))
-                        outputs |= {one.index: make_output(one.seqs, self.decode) for one in ended}
-                        ended.clear()
+                        while ended:  # `close` in another thread may append in the meantime
+                            one = ended.pop(0)
+                            outputs[one.index] = make_output(one.seqs, self.decode)
             if self.engine.has_unfinished:
                 with self.engine.turns.turn():
                     self.engine.finish_steps()
@@ -211,7 +212,8 @@ class LLM:
         `request_id` added. If `step` raises a StepError, all requests have ended, and the next
         `step` returns their outputs.
         """
-        with self.engine.turns.turn():
+        # A short turn would not wait for threads that are reading the outputs of the last step.
+        with self.engine.turns.until(lambda: False):
             try:
                 self._advance()
             except EngineClosedError:
@@ -296,8 +298,9 @@ class LLM:
             token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
         # Schemas are compiled before the turn, since a large schema takes up to a second.
-        made = {id(one): with_json_schema(one, self.engine.checkpoint) for one in per_prompt}
-        per_prompt = [made[id(one)] for one in per_prompt]
+        own = {id(one): one for one in per_prompt}
+        own = {key: with_json_schema(one, self.engine.checkpoint) for key, one in own.items()}
+        per_prompt = [own[id(one)] for one in per_prompt]
         try:
             with self.engine.turns.turn(), self.engine.all_or_none():
                 for tokens, one in zip(token_lists, per_prompt, strict=True):

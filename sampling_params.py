@@ -168,6 +168,7 @@ class SamplingParams:
         filters = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
         put(self, "filters", self.temperature > 0 and filters)
         asked = self.filters or self.penalizes or self.min_tokens or self.logits_processors
+        asked = asked or self.json_schema is not None
         scores = (self.logprobs, self.prompt_logprobs) != (None, None)
         put(self, "needs_logits", bool(asked or scores))
 

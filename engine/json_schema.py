@@ -6,8 +6,10 @@ Source: https://github.com/guidance-ai/llguidance
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,15 @@ class JsonSchema:
     def __post_init__(self) -> None:
         try:
             from llguidance import LLMatcher
+
+            found = version("llguidance")
         except ImportError as error:
             problem, fix = "llguidance is not installed", "Install it: pip install llguidance."
             raise RequestError("json_schema", self.text, problem, fix) from error
+        if [int(part) for part in re.findall(r"\d+", found)[:2]] < [1, 8]:
+            # Version 1.7 ignores `_DEFAULTS`.
+            problem, fix = f"llguidance {found} is too old", "Install version 1.8 or later."
+            raise RequestError("json_schema", self.text, problem, fix)
         try:
             tokenizer = _llguidance_tokenizer(self.path, self.vocab_size, self.eos_token_ids)
         except Exception as error:  # tokenizers may raise any error
@@ -77,18 +85,24 @@ class JsonProcessor:
     def __init__(self, schema: JsonSchema, num_prompt_tokens: int) -> None:
         self._made_from = schema, num_prompt_tokens
         self._matcher = schema.matcher()
+        self._eos = list(schema.eos_token_ids)
         self._num_seen = num_prompt_tokens
+        self._ended = False  # with `ignore_eos`, the output goes on after the end of the JSON
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JsonProcessor, self._made_from
 
     def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
         new, self._num_seen = token_ids[self._num_seen :], len(token_ids)
-        # With `ignore_eos`, the output goes on after the end, where the matcher takes no token.
-        if not (self._matcher.is_stopped() or self._matcher.consume_tokens(new)):
-            raise ValueError(self._matcher.get_error())
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, count=len(logits), bitorder="little")
+        allowed = np.zeros(len(logits), dtype=np.uint8)
+        self._ended = self._ended or not set(self._eos).isdisjoint(new)
+        if not self._ended:
+            if not self._matcher.consume_tokens(new):
+                raise ValueError(self._matcher.get_error())
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            allowed = np.unpackbits(bits, count=len(logits), bitorder="little")
+        # The matcher knows one end-of-sequence token. All others are as good.
+        allowed[self._eos] = self._ended or allowed[self._eos[0]]
         excluded = torch.from_numpy(allowed == 0).to(logits.device)
         return logits.masked_fill_(excluded, float("-inf"))
 
@@ -114,4 +128,4 @@ def _llguidance_tokenizer(path: Path, vocab_size: int, eos_token_ids: tuple[int,
     if tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer")
     size = max(vocab_size, len(tokenizer))
-    return from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos_token_ids))
+    return from_tokenizer(tokenizer, n_vocab=size, eos_token=eos_token_ids[0])

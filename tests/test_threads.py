@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 import pytest
 from torch import Tensor
 
+from engine.outputs import make_output
 from engine.policies import FirstCome
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
@@ -173,6 +175,34 @@ class TestCalls:
             return mine
 
         assert sorted(chain(*_in_threads([step, step, step]))) == ids
+
+    def test_no_step_runs_while_a_thread_reads_its_outputs(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[tuple[int, int]] = []
+
+        def slow(*given: Any) -> dict[str, Any]:
+            before = llm.engine.stats.steps
+            time.sleep(0.1)
+            read.append((before, llm.engine.stats.steps))
+            return make_output(*given)
+
+        monkeypatch.setattr("llm.make_output", slow)
+        ended = threading.Event()
+
+        def step() -> None:
+            while not ended.is_set():
+                llm.step()
+
+        params = [_params(0, max_tokens=n) for n in (1, 2, 3, 4)]
+        with ThreadPoolExecutor(2) as pool:
+            stepping = [pool.submit(step) for _ in range(2)]
+            outputs = llm.generate(PROMPTS[:4], params, use_tqdm=False)
+            ended.set()
+            for one in stepping:
+                one.result(60)
+        assert [len(out["token_ids"]) for out in outputs] == [1, 2, 3, 4]
+        assert [after for _, after in read] == [before for before, _ in read]
 
     def test_stats_and_aborts_beside_steps(self, llm: LLM) -> None:
         (expected,) = llm.generate(PROMPTS[1], _params(1, max_tokens=60), use_tqdm=False)
