@@ -44,7 +44,7 @@ class LLM:
     `options` are fields of `Config`. A further option `preset` names a preset (docs/presets.md).
 
     All methods may be called from any thread at any time. One thread at a time runs a step, with
-    the requests of all threads, and each thread gets the outputs of its own requests.
+    the requests of all threads. `generate`, `chat` and `stream` return their own requests' outputs.
 
     Attributes:
         engine: the `LLMEngine`, which runs the requests.
@@ -102,9 +102,10 @@ class LLM:
 
         Raises:
             RequestError: a prompt or its parameters are wrong. No prompt of this call is run.
-            StepError: a step failed.
+            StepError, WorkerDiedError: a step failed, or the process of a rank has ended.
             EngineClosedError: the engine was closed with `close`.
-            LogitsError: `raise_errors` is True, and a request had no token to choose.
+            EngineUseError: see the page docs/options.md on threads and processes.
+            LogitsError: `raise_errors` is True, and a request failed alone.
         """
         ended: list[PromptRequests] = []
         outputs: dict[int, dict[str, Any]] = {}

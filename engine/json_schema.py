@@ -31,7 +31,7 @@ _DEFAULTS = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
 class JsonSchema:
     """A JSON schema, compiled for the tokenizer in the folder `path`. Makes logits processors.
 
-    Raises a RequestError if the schema, the tokenizer or the installation does not allow it.
+    Raises a RequestError if the schema or the tokenizer cannot be used, or llguidance is missing.
     """
 
     text: str

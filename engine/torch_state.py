@@ -94,8 +94,8 @@ _Work = tuple[Future[Any], Callable[[], Any]]
 class StepThread:
     """A thread that runs functions one after the other, in inference mode.
 
-    `ThreadPoolExecutor` takes no function once the main thread has ended. Other threads of the
-    process may use the engine longer. So this class ends its thread after all of them.
+    `ThreadPoolExecutor` takes no function once the main thread has ended, but other threads of the
+    process may use the engine longer. The thread of this class ends after all of these threads.
     """
 
     def __init__(self) -> None:

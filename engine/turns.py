@@ -106,7 +106,8 @@ class Turns:
             if had_turn:
                 self._owner = None
             self._waiting.pop(me, None)
-            # Others enter `_waiting` before they look at `_owner`.
+            # A thread enters `_waiting` before it reads `_owner`. So a thread either sees that the
+            # turn is free, or is woken here.
             if self._waiting:
                 self._wake(had_turn)
 
@@ -131,8 +132,8 @@ class Turns:
         with self._lock:
             waiting = list(self._waiting.values())
             first = [one for one in waiting if one.done is None or one.done()]
-            # The threads in `first` were woken when the turn ended. If there are none, one thread
-            # is enough to run the next step. To wake a thread takes some 10 us.
+            # If this thread had the turn, wake all threads that need no step: nobody else does. If
+            # there are none, wake one thread to run the next step. To wake one takes some 10 us.
             for one in (first if had_turn else []) or ([] if first else waiting[:1]):
                 if one.bell.locked():
                     one.bell.release()

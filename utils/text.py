@@ -58,13 +58,17 @@ class Decoder:
         return self.decode(token_ids)
 
     def context(self, prompt: Sequence[int]) -> list[int]:
-        """Return the last tokens of `prompt` from a token with text on, without parts of text."""
+        """Return the end of `prompt` that is decoded with the output.
+
+        The end begins with the last token that has a text. Special tokens and tokens with parts of
+        characters are left out.
+        """
         context: list[int] = []
         if self.decode is _no_text:
             return context
         for token in reversed(prompt):
             own = "" if token in self.specials else self.decode([token])
-            # Together with bytes of the output, a part of a character could become another text.
+            # A part of a character in the prompt must not join with bytes of the output.
             if not (_REPLACEMENT in own or token in self.specials or self.is_part(token)):
                 context.append(token)
             if own and context:
@@ -86,7 +90,7 @@ def _no_text(token_ids: list[int]) -> str:
 
 def load_tokenizer(path: Path) -> Any | None:
     """Return the folder's tokenizer, or None if there is none. CheckpointError: loading fails."""
-    # Imported here: the import takes seconds, and tensor-parallel ranks need no tokenizer.
+    # Imported here: the import takes seconds, and most tensor-parallel ranks need no tokenizer.
     from transformers import AutoTokenizer
 
     if not any(os.path.lexists(path / name) for name in TOKENIZER_FILES):
@@ -174,8 +178,8 @@ def decoder(tokenizer: Any | None) -> Decoder:
         piece = backend.id_to_token(token)
         if not piece:
             return True
-        # One invalid byte makes U+FFFD of all bytes beside it. A suffix becomes a space when a
-        # further token follows, but at the end of a token it was no text before.
+        # One invalid byte turns the whole run of bytes into U+FFFD. A suffix becomes a space once a
+        # further token follows. At the end of the output, a suffix has no text.
         return bool(
             _BYTE.fullmatch(piece) if suffix is None else suffix in piece.removesuffix(suffix)
         )
@@ -219,7 +223,7 @@ class StopStrings:
         for old, added, stops in views:
             seen, behind = old + added, len(old) + self._passed
             for stop in stops:
-                # The operator `in` is faster than `find`, and there is a stop string but once.
+                # The operator `in` is faster than `find`. Most texts have no stop string.
                 if stop in seen and (at := seen.find(stop, max(0, behind + 1 - len(stop)))) >= 0:
                     cut = max(cut, len(_MARK.sub("", seen[at:])) + 1)
         return len(text) + len(new) + 1 - cut if cut else None
@@ -328,7 +332,7 @@ class TextReader:
         special: int | None = None,
         ended: bool = False,
     ) -> None:
-        """Decode `window`, look for stop strings, and append the text that later tokens keep."""
+        """Decode `window`, look for stop strings, append the text that no later token changes."""
         stops, grows = self._stops, self._decoder.grows
         keeps = ended or (grows and not (window and self._decoder.is_part(window[-1])))
         if not keeps and stops is None:
