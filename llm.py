@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config import Config
-from engine.json_schema import with_json_schema
+from engine.json_schema import JsonGrammars
 from engine.llm_engine import LLMEngine
 from engine.outputs import OutputStream, Progress, PromptRequests, make_output
 from engine.requests import ParamsForPrompts, params_per_prompt
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
-from utils.errors import EngineClosedError, EngineUseError, StepError
+from utils.errors import EngineClosedError, EngineUseError, RequestError, StepError
 from utils.text import (
     Decoder,
     Prompt,
@@ -69,6 +69,7 @@ class LLM:
             self.engine.close()
             raise
         self.decode: Decoder = decoder(self.tokenizer)
+        self._grammars = JsonGrammars.of(self.engine.checkpoint, self.tokenizer)
 
     @property
     def config(self) -> Config:
@@ -253,6 +254,9 @@ class LLM:
         `abort`. The id of a request that has ended or does not exist is ignored.
         """
         self.engine.turns.check_process()
+        if type(request_id) is not int:
+            fix = "Give the number that add_request returned."
+            raise RequestError("request_id", request_id, "is not a request id", fix)
         group = self._unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
             self.engine.abort(one)
@@ -298,9 +302,10 @@ class LLM:
         with self._tokenizing:
             token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
-        # Schemas are compiled before the turn, since a large schema takes up to a second.
-        own = {id(one): one for one in per_prompt}
-        own = {key: with_json_schema(one, self.engine.checkpoint) for key, one in own.items()}
+        # Schemas are checked before the turn, since the first one takes up to a second.
+        with self._tokenizing:
+            own = {id(one): one for one in per_prompt}
+            own = {key: self._grammars.applied(one) for key, one in own.items()}
         per_prompt = [own[id(one)] for one in per_prompt]
         try:
             with self.engine.turns.turn(), self.engine.all_or_none():

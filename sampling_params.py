@@ -56,8 +56,9 @@ _SALT = Rule(
 def _json_schema(value: Any) -> str | None:
     """Return a JSON schema as JSON text, or None if `value` is none."""
     try:
-        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-        return text if isinstance(json.loads(text), dict) else None
+        text = value if isinstance(value, str) else json.dumps(value)
+        # int("NaN") raises a ValueError: NaN and Infinity are no JSON.
+        return text if isinstance(json.loads(text, parse_constant=int), dict) else None
     except (TypeError, ValueError, RecursionError):
         return None
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 
 from config import Config
 from engine.checking.kv_sanitizer import SanitizedRunner
-from engine.json_schema import with_json_schema
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
 from engine.processors import OwnProcessor, own_processors
 from engine.requests import Sequence, check_request
@@ -91,7 +90,9 @@ class LLMEngine:
         if params.stop and text is None:
             problem = "there is no tokenizer to find it"
             raise RequestError("stop", params.stop, problem, "Use stop_token_ids.")
-        params = with_json_schema(params, self.checkpoint)
+        if params.json_schema is not None:
+            problem, fix = "LLMEngine has no tokenizer to compile it for", "Use LLM."
+            raise RequestError("json_schema", params.json_schema, problem, fix)
         if params.logits_processors:
             outside, sent = self.turns.outside, self.config.tensor_parallel_size > 1
             params = own_processors(params, prompt_token_ids, sample, outside, sent=sent)

@@ -141,10 +141,11 @@ class Progress:
         self._bar: Any | None = None
         # All bars of the process share a lock. If a write raises an error, tqdm keeps the lock. A
         # bar that is off is not made, because tqdm would take the lock even then.
-        if enabled and sys.stderr is not None:
+        stream = getattr(sys, "stderr", None)
+        if enabled and stream is not None:
             with suppress(Exception):
                 options = {"desc": "Generating", "unit": "req", "dynamic_ncols": True}
-                self._bar = tqdm(total=total, file=_Forgiving(sys.stderr), **options)
+                self._bar = tqdm(total=total, file=_Forgiving(stream), **options)
         self._done: dict[str, tuple[int, float]] = {"prefill": (0, 0.0), "decode": (0, 0.0)}
         self._last = time.perf_counter()
 

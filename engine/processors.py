@@ -23,15 +23,11 @@ class OwnProcessor:
     """
 
     def __init__(self, call: LogitsProcessor, outside: Callable[[], Any] = nullcontext) -> None:
-        self._call: LogitsProcessor | None = call
+        self.call: LogitsProcessor | None = call  # None after `release`
         self._outside = outside
 
-    @property
-    def is_released(self) -> bool:
-        return self._call is None
-
     def __call__(self, token_ids: list[int], logits: Any) -> Any:
-        call = self._call
+        call = self.call
         if call is None:
             return logits
         with self._outside():
@@ -39,13 +35,30 @@ class OwnProcessor:
 
     def release(self) -> None:
         """Forget the processor. It will not be called again."""
-        self._call = None
+        self.call = None
 
     def __repr__(self) -> str:
-        return repr(self._call)
+        return repr(self.call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OwnProcessor, (self._call,)
+        # As bytes, so that a rank can read the message although it cannot make the processor.
+        return _received, (pickle.dumps(self.call),)
+
+
+def _received(data: bytes) -> OwnProcessor:
+    """Return the processor that was sent to this process. If that fails, its calls will fail."""
+    try:
+        return OwnProcessor(pickle.loads(data))
+    except Exception as error:  # unpickling a user's object may raise any exception
+        return OwnProcessor(_NotReceived(shown(error)))
+
+
+class _NotReceived:
+    def __init__(self, error: str) -> None:
+        self._error = error
+
+    def __call__(self, token_ids: list[int], logits: Any) -> Any:
+        raise ImportError(f"a rank did not get the processor: {self._error}")
 
 
 def own_processors(
@@ -89,7 +102,7 @@ def own_processors(
 def _check_picklable(given: LogitsProcessor, own: OwnProcessor) -> None:
     """Raise a RequestError if a logits processor cannot be sent to the processes of the ranks."""
     try:
-        data = pickle.dumps(own)
+        data = pickle.dumps(own.call)
         # A rank's process cannot unpickle a function of __main__: the process has another __main__.
         if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
             raise TypeError("it is of the module __main__")

@@ -327,7 +327,7 @@ def _process(
     shape = logits[row].shape
     try:
         for call in calls:
-            out = call(token_ids, logits[row])
+            out = call(list(token_ids), logits[row])
             if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
                 raise TypeError(f"it must return a real tensor of shape {tuple(shape)}")
             logits[row].copy_(out)  # fails for a tensor that is sparse or has no data

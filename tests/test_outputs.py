@@ -320,6 +320,26 @@ class TestStreams:
         assert isinstance(failed["error"], LogitsError)
         assert re.search(r"processor .* failed: ", str(failed["error"]))
 
+    def test_each_processor_gets_token_ids_of_its_own(self, llm: LLM) -> None:
+        seen: list[list[int]] = []
+
+        def changes(token_ids: list[int], logits: Any) -> Any:
+            token_ids.append(5)
+            return logits
+
+        def keeps(token_ids: list[int], logits: Any) -> Any:
+            seen.append(token_ids)
+            return logits
+
+        params = _greedy(logits_processors=[changes, keeps], max_tokens=3)
+        (out,) = llm.generate([[7, 8]], params, use_tqdm=False)
+        assert seen == [[7, 8, *out["token_ids"][:i]] for i in range(3)]
+
+    @pytest.mark.parametrize("request_id", ["1", None, 1.5, True])
+    def test_an_abort_of_what_is_no_request_id(self, llm: LLM, request_id: Any) -> None:
+        with pytest.raises(RequestError, match="request_id"):
+            llm.abort(request_id)
+
     def test_closing_the_engine_first(self, shipped: Path) -> None:
         with LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
             stream = llm.stream(PROMPTS[0], FREE)

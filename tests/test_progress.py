@@ -109,3 +109,10 @@ def test_without_a_stderr_that_takes_text_nothing_is_shown_and_nothing_fails(
         progress.update(DECODE, 3, 2)
     monkeypatch.undo()
     _show_in_another_thread()
+
+
+def test_without_any_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys, "stderr")
+    with closing(Progress(3, enabled=True)) as progress:
+        progress.update(PREFILL, 1, 0)
+    monkeypatch.undo()

@@ -82,8 +82,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     # Unlike methods of `Path`, these functions raise no errors for odd names, e.g. too long names.
     path = Path(os.path.expanduser(model))
-    if not os.path.isdir(path):
-        path = _from_hub(model)
+    # A path that is read later must not depend on the current directory then.
+    path = path.absolute() if os.path.isdir(path) else _from_hub(model)
     config_file = path / "config.json"
     if not os.path.lexists(config_file):
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")

@@ -125,7 +125,7 @@ class PlanCodec:
         self._kept: dict[int, tuple[OwnProcessor, ...]] = {}  # by request id
 
     def encode(self, plan: StepPlan) -> bytes:
-        ended = tuple(i for i, (call, *_) in self._kept.items() if call.is_released)
+        ended = tuple(i for i, (one, *_) in self._kept.items() if one.call is None)
         for request_id in ended:
             del self._kept[request_id]
         same = plan.decode == self._slots != ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,30 @@ def test_after_the_json_only_its_end_can_follow(llm: LLM) -> None:
     assert isinstance(failed["error"], LogitsError)
 
 
+def test_a_schema_that_becomes_too_large_fails_alone(llm: LLM) -> None:
+    """Its error is no end of the output, and one output takes nothing from the others' budget."""
+    large = {"type": "string", "pattern": "([a-m].{1,50}){40}"}
+    fields: dict[str, Any] = {"properties": {"a": large}, "required": ["a"]}
+    fields |= {"type": "object", "additionalProperties": False}
+    hard = SamplingParams(temperature=1.5, seed=7, max_tokens=12, json_schema=fields)
+    (alone,) = llm.generate("import ", hard, use_tqdm=False)
+    assert len(alone["token_ids"]) == 12
+    prompts = [f"x{i} = {i * i}" for i in range(9)]
+    *_, last = llm.generate([*prompts, "import "], hard, use_tqdm=False)
+    assert last["token_ids"] == alone["token_ids"]
+    easy = _params(3)
+    (expected,) = llm.generate(PROMPTS[0], easy, use_tqdm=False)
+    longer = SamplingParams(temperature=1.5, seed=1, n=4, max_tokens=200, json_schema=fields)
+    outputs, good = llm.generate(["import ", PROMPTS[0]], [longer, easy], use_tqdm=False)
+    assert good["token_ids"] == expected["token_ids"]
+    failed = [out for out in outputs["outputs"] if out["finish_reason"] == "error"]
+    assert failed
+    for out in outputs["outputs"]:
+        if out["finish_reason"] == "stop":
+            json.loads(out["text"])
+    assert all(len(str(out["error"])) < 500 for out in failed)
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -143,8 +168,11 @@ def test_after_the_json_only_its_end_can_follow(llm: LLM) -> None:
         {"$ref": "#/nowhere"},
         {"type": "string", "pattern": "("},
         {"properties": 3},
+        {"const": "\ud800"},
+        '{"type": "integer", "minimum": 1e400}',
+        '{"items":' * 300 + "{}" + "}" * 300,
     ],
-    ids=str,
+    ids=lambda schema: str(schema)[:30],
 )
 def test_schemas_that_cannot_be_used(llm: LLM, schema: Any) -> None:
     params = _params(0, json_schema=schema)
@@ -153,7 +181,7 @@ def test_schemas_that_cannot_be_used(llm: LLM, schema: Any) -> None:
             call(PROMPTS[0], params)
         assert caught.value.field == "json_schema"
     with pytest.raises(RequestError, match="json_schema"):
-        llm.engine.add_request([1, 2], params)
+        llm.engine.add_request([1, 2], _params(0))
     assert not llm.has_unfinished
 
 
@@ -172,6 +200,7 @@ def test_schemas_that_cannot_be_used(llm: LLM, schema: Any) -> None:
         object(),
         {"a": object()},
         {"a": float("nan")},
+        '{"a": NaN}',
     ],
 )
 def test_values_that_are_no_schema(value: Any) -> None:
@@ -187,11 +216,37 @@ def test_parameters_with_a_schema_are_values() -> None:
     assert pickle.loads(pickle.dumps(params)) == params
 
 
+def test_the_tokenizer_is_that_of_the_engine(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the folder or the current directory has changed, or an older engine used the path."""
+    shutil.copytree(shipped, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    yes = SamplingParams(temperature=0, json_schema={"const": "yes"})
+    for swap in (False, True):
+        file = tmp_path / "model" / "tokenizer.json"
+        if swap:
+            content = json.loads(file.read_text())
+            vocab = content["model"]["vocab"]
+            for one, other in ("y{", "e[", "s~"):
+                vocab[one], vocab[other] = vocab[other], vocab[one]
+            file.write_text(json.dumps(content))
+        with LLM("model", **OPTIONS) as llm:
+            file.rename(tmp_path / "gone")
+            with monkeypatch.context() as elsewhere:
+                elsewhere.chdir("/")
+                (out,) = llm.generate([[5, 6]], yes, use_tqdm=False)
+                recommended = llm.default_sampling_params()
+            (tmp_path / "gone").rename(file)
+        assert json.loads(out["text"]) == "yes"
+        assert recommended == SamplingParams.from_generation_config(shipped)
+
+
 def test_what_is_missing_is_told(
     shipped: Path, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = checkpoints["qwen3-gqa2-wide-heads"]
-    with LLM(plain, **OPTIONS) as llm, pytest.raises(RequestError, match=r"end-of-sequence|no tok"):
+    with LLM(plain, **OPTIONS) as llm, pytest.raises(RequestError, match="no tokenizer"):
         llm.generate(random_prompts([5], seed=1), _params(0), use_tqdm=False)
     AutoTokenizer.from_pretrained(shipped).save_pretrained(tmp_path)
     for file in shipped.glob("*.safetensors"):
@@ -201,7 +256,10 @@ def test_what_is_missing_is_told(
     with LLM(tmp_path, **OPTIONS) as llm:
         with pytest.raises(RequestError, match="no end-of-sequence token"):
             llm.generate(PROMPTS, _params(0), use_tqdm=False)
-        monkeypatch.setitem(sys.modules, "llguidance", None)
+        monkeypatch.setattr("engine.json_schema.version", lambda name: "1.7.6")
+        with pytest.raises(RequestError, match=r"1.7.6 is too old; install 1.8"):
+            llm.generate(PROMPTS, _params(0), use_tqdm=False)
+        monkeypatch.setitem(sys.modules, "llguidance.hf", None)
         with pytest.raises(RequestError, match="pip install llguidance"):
             llm.generate(PROMPTS, _params(0), use_tqdm=False)
         assert not llm.has_unfinished

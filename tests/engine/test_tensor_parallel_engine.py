@@ -44,6 +44,21 @@ class _Counting:
         return logits
 
 
+class _InOneProcess:
+    """A processor that pickle can send, but that can be made only in the process `pid`."""
+
+    def __init__(self, pid: int) -> None:
+        if pid != os.getpid():
+            raise ModuleNotFoundError("No module named 'late'")
+        self.pid = pid
+
+    def __reduce__(self) -> Any:
+        return _InOneProcess, (self.pid,)
+
+    def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
+        return logits
+
+
 class _ForRequest:
     """An object that makes processors; `local` ones cannot be pickled."""
 
@@ -119,6 +134,11 @@ def test_tokens_are_those_of_one_process(
         for processor in (lambda ids, x: x, _of_main(monkeypatch), _ForRequest(local=True)):
             with pytest.raises(RequestError, match="the ranks cannot be sent it"):
                 llm.generate([[1]], SamplingParams(logits_processors=[processor]))
+        lost = SamplingParams(logits_processors=[_InOneProcess(os.getpid())], max_tokens=3)
+        failed, good = llm.generate(PROMPTS[:2], [lost, SPECIAL[1]], use_tqdm=False)
+        assert "a rank did not get the processor: ModuleNotFoundError" in str(failed["error"])
+        assert good["token_ids"] == outputs[1]["token_ids"]
+        assert _tokens(llm) == expected
     assert outputs[3]["metrics"]["preemptions"] > 0  # its processor is not made anew
     assert [out["token_ids"] for out in outputs] == [out["token_ids"] for out in special]
     for kind in ("logprobs", "prompt_logprobs"):
