@@ -339,7 +339,7 @@ class TestInterrupts:
 
         Python drops an exception that a finalizer raises, so the signal comes again.
         """
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 3.0)
         try:
             while True:
                 call()
@@ -355,6 +355,8 @@ class TestInterrupts:
 
         before = signal.signal(signal.SIGALRM, interrupt)
         yield
+        # A signal that nobody handles would end the process.
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
     @pytest.mark.parametrize("name", ["stats", "generate", "stream"])

@@ -321,6 +321,13 @@ class TestTiedHeads:
     def test_an_equal_copy_may_have_another_dtype(self, tmp_path: Path) -> None:
         self._load(tmp_path, torch.arange(6.0, dtype=torch.bfloat16).view(3, 2))
 
+    def test_an_equal_copy_may_have_nans(self, tmp_path: Path) -> None:
+        matrix = torch.arange(6.0).view(3, 2)
+        matrix[1, 0] = float("nan")
+        tensors = {self.EMBEDDING: matrix, "lm_head.weight": matrix.clone()}
+        save_file(tensors, tmp_path / "model.safetensors")
+        load_weights(tmp_path, _slots(tensors), tied=True)
+
     @pytest.mark.parametrize("shape", [(3, 2), (3, 3)])
     def test_another_matrix_is_refused(self, tmp_path: Path, shape: tuple[int, int]) -> None:
         with pytest.raises(WeightsError, match=r"lm_head\.weight.*differs"):
