@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling_rows import StepScores
-from engine.torch_state import TorchState
+from engine.torch_state import Pending, TorchState
 from engine.types import Clock, RowReport, StepHandle, StepPlan, StepResult
 from layers.sampler import NO_TOKEN
 from utils.errors import LogitsError, StepError
@@ -83,12 +82,11 @@ class HostLauncher:
 
         if self._in_thread:
             return _HostStep(plan.step_id, self.state.submit(run_in_worker))
-        ended: Future[StepResult] = Future()
         try:
-            ended.set_result(self.state.run(run))
+            result = self.state.run(run)
         except Exception as error:
-            ended.set_exception(error)
-        return _HostStep(plan.step_id, ended)
+            return _HostStep(plan.step_id, Pending.failed(error))
+        return _HostStep(plan.step_id, Pending[StepResult]().run(lambda: result))
 
     def close(self) -> None:
         """Wait until all launched steps have ended."""
@@ -100,7 +98,7 @@ class _HostStep(StepHandle):
     """`StepHandle` of a step that runs on the host, or of a step that could not be enqueued."""
 
     _step_id: int
-    _ended: Future[StepResult]
+    _ended: Pending[StepResult]
 
     def result(self) -> StepResult:
         try:
@@ -163,9 +161,7 @@ class StreamLauncher:
         try:
             output = self.state.run(enqueue)
         except Exception as error:
-            failed: Future[StepResult] = Future()
-            failed.set_exception(error)
-            return _HostStep(plan.step_id, failed)
+            return _HostStep(plan.step_id, Pending.failed(error))
         return _StreamStep(plan, output, done, self._clock, work)
 
     def close(self) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import _C
@@ -88,7 +87,56 @@ def _inferred(work: Callable[[], T]) -> T:
         return work()
 
 
-_Work = tuple[Future[Any], Callable[[], Any]]
+class Pending(Generic[T]):
+    """The result of a function that another thread may still run.
+
+    Ctrl-C cannot stop the wait of this class half-way, as it can that of `Future`, which waits in a
+    `threading.Condition`.
+    """
+
+    def __init__(self) -> None:
+        self._running = threading.Lock()
+        self._running.acquire()
+        self._value: T
+        self._error: BaseException | None = None
+        self._ended = False
+
+    def run(self, work: Callable[[], T]) -> Pending[T]:
+        """Run the function. Return this object."""
+        try:
+            self._value = work()
+        except BaseException as error:
+            self._error = error
+        self._ended = True
+        self._running.release()
+        return self
+
+    @staticmethod
+    def failed(error: Exception) -> Pending[Any]:
+        """Return the result of a function that has raised `error`."""
+
+        def fail() -> None:
+            raise error
+
+        return Pending[Any]().run(fail)
+
+    def wait(self) -> None:
+        """Wait until the function has ended."""
+        with self._running:
+            pass
+
+    def result(self) -> T:
+        """Wait until the function has ended. Return its value, or raise its exception."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def done(self) -> bool:
+        return self._ended
+
+
+_Work = tuple[Pending[Any], Callable[[], Any]]
 
 
 class StepThread:
@@ -104,13 +152,13 @@ class StepThread:
         thread.start()
         self._end = weakref.finalize(self, _stop, self._queue, thread)
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> Pending[T]:
         """Start `work` when all functions before it have ended."""
         if not self._end.alive:
             raise RuntimeError("submit() after close()")
-        future: Future[T] = Future()
-        self._queue.put((future, work))
-        return future
+        pending: Pending[T] = Pending()
+        self._queue.put((pending, work))
+        return pending
 
     def close(self) -> None:
         """Wait until all functions have ended, and end the thread."""
@@ -119,12 +167,9 @@ class StepThread:
 
 def _serve(queue: SimpleQueue[_Work | None]) -> None:
     while (item := queue.get()) is not None:
-        future, work = item
-        try:
-            future.set_result(_inferred(work))
-        except BaseException as error:
-            future.set_exception(error)
-        del item, future, work  # they would live until the next function comes
+        pending, work = item
+        pending.run(partial(_inferred, work))
+        del item, pending, work  # they would live until the next function comes
 
 
 def _stop(queue: SimpleQueue[_Work | None], thread: threading.Thread) -> None:
@@ -156,21 +201,21 @@ class TorchState:
                     return work()
             return _ended(self._thread.submit(work)).result()
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> Pending[T]:
         """Start `work` in the thread; if settings have to be changed, also wait for its end."""
         with _engine_settings() as changed:
-            future = self._thread.submit(work)
-            return _ended(future) if changed else future
+            pending = self._thread.submit(work)
+            return _ended(pending) if changed else pending
 
     def close(self) -> None:
         """Wait until all functions have ended."""
         self._thread.close()
 
 
-def _ended(future: Future[T]) -> Future[T]:
+def _ended(pending: Pending[T]) -> Pending[T]:
     try:
-        wait((future,))
+        pending.wait()
     except BaseException:
-        wait((future,))  # what runs still needs the settings
+        pending.wait()  # what runs still needs the settings
         raise
-    return future
+    return pending
