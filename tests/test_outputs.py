@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from engine.outputs import OutputStream
 from llm import LLM, SamplingParams
 from tests.checkpoints import random_prompts
 from utils.errors import EngineClosedError, LogitsError, RequestError
+from utils.text import templated
 
 DEPTHS = [0, 1]
 PROMPTS = ["import os\n", "class Stack:\n", "def main(args):\n    "]
@@ -35,6 +40,7 @@ def _shrunk(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
 
 
 BROKEN: dict[str, Any] = {
+    "broadcast": lambda ids, logits: torch.ones(1),
     "complex": lambda ids, logits: logits + 0j,
     "list": lambda ids, logits: logits.tolist(),
     "meta": lambda ids, logits: logits.to("meta"),
@@ -320,6 +326,20 @@ class TestStreams:
         assert isinstance(failed["error"], LogitsError)
         assert re.search(r"processor .* failed: ", str(failed["error"]))
 
+    def test_each_processor_gets_the_logits_of_the_one_before(self, llm: LLM) -> None:
+        def only(token_ids: list[int], logits: Any) -> Any:
+            left = torch.full_like(logits, float("-inf"))
+            left[5] = left[6] = 1.0
+            return left
+
+        def more(token_ids: list[int], logits: Any) -> Any:
+            return logits + torch.arange(len(logits)) / 100
+
+        for calls, token in (([only, more], 6), ([only, more, lambda ids, x: -x.abs()], 5)):
+            params = _greedy(logits_processors=calls, max_tokens=2)
+            (out,) = llm.generate([[7, 8]], params, use_tqdm=False)
+            assert out["token_ids"] == [token, token]
+
     def test_each_processor_gets_token_ids_of_its_own(self, llm: LLM) -> None:
         seen: list[list[int]] = []
 
@@ -340,6 +360,40 @@ class TestStreams:
         with pytest.raises(RequestError, match="request_id"):
             llm.abort(request_id)
 
+    def test_step_tells_what_close_has_ended(self, shipped: Path) -> None:
+        llm = LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=64)
+        request_id = llm.add_request(PROMPTS[0], FREE, stream=True)
+        llm.step()
+        llm.close()
+        (last,) = llm.step()
+        assert (last["request_id"], last["finish_reason"]) == (request_id, "abort")
+        assert not llm.has_unfinished
+        with pytest.raises(EngineClosedError):
+            llm.step()
+
+    def test_parts_are_taken_before_the_turn_ends(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Otherwise another thread's step could change what a part has."""
+        owned: list[bool] = []
+        take = OutputStream.take
+
+        def watched(stream: OutputStream) -> Any:
+            owned.append(llm.engine.turns._owner == threading.get_ident())
+            return take(stream)
+
+        monkeypatch.setattr(OutputStream, "take", watched)
+        parts = list(llm.stream(PROMPTS[0], FREE))
+        assert len(owned) >= len(parts) > 3
+        assert all(owned)
+
+    def test_an_end_that_may_begin_a_stop_string_is_told(
+        self, llm: LLM, free: list[dict[str, Any]]
+    ) -> None:
+        stop = free[0]["text"][-3:] + "ZZ"
+        text = "".join(part["text"] for part in llm.stream(PROMPTS[0], _greedy(stop=stop)))
+        assert text == free[0]["text"]
+
     def test_closing_the_engine_first(self, shipped: Path) -> None:
         with LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
             stream = llm.stream(PROMPTS[0], FREE)
@@ -348,6 +402,43 @@ class TestStreams:
         assert last["finish_reason"] == "abort"
         with pytest.raises(EngineClosedError):
             llm.stream(PROMPTS[0], FREE)
+
+
+class TestAllOrNone:
+    def test_an_error_ends_all_requests_of_the_block(self, llm: LLM) -> None:
+        engine = llm.engine
+        before = engine.add_request([1, 2], FREE)
+        with suppress(ZeroDivisionError), engine.turns.turn(), engine.all_or_none():
+            for _ in range(3):
+                engine.add_request([1, 2], FREE)
+            _ = 1 // 0
+        assert engine.stats.unfinished_requests == 1
+        with engine.turns.turn():
+            engine.drop([before])
+        assert engine.stats.unfinished_requests == 0
+
+    def test_a_request_that_had_ended_keeps_its_reason(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also if the step that ended it fails afterwards."""
+        forget = llm.engine._forget
+        calls: list[int] = []
+
+        def fails(seqs: list[Any]) -> None:
+            calls.append(len(seqs))
+            if sum(calls) == 1 and seqs:
+                monkeypatch.setattr(llm.engine, "_forget", forget)
+                raise ZeroDivisionError
+            forget(seqs)
+
+        monkeypatch.setattr(llm.engine, "_forget", fails)
+        ids = [llm.add_request(PROMPTS[0], _greedy(max_tokens=n)) for n in (2, 30)]
+        with suppress(ZeroDivisionError):
+            while llm.has_unfinished:
+                assert llm.step() == []
+        outputs = {out["request_id"]: out for out in llm.step()}
+        assert [outputs[i]["finish_reason"] for i in ids] == ["length", "error"]
+        assert (len(outputs[ids[0]]["token_ids"]), outputs[ids[0]]["error"]) == (2, None)
 
 
 class TestChats:
@@ -370,6 +461,17 @@ class TestChats:
         with pytest.raises(RequestError) as caught:
             llm.chat(messages, FREE, use_tqdm=False)
         assert caught.value.field == "messages"
+
+    def test_a_template_alone_sets_special_tokens(self, llm: LLM) -> None:
+        """The tokenizer would add a token at the beginning of other prompts."""
+        tokenizer: Any = copy.deepcopy(llm.tokenizer)
+        expected = templated(tokenizer, self.MESSAGES)
+        single = TemplateProcessing(
+            single="<|im_start|>:0 $A:0", special_tokens=[("<|im_start|>", 1)]
+        )
+        tokenizer.backend_tokenizer.post_processor = single
+        assert tokenizer.encode("x")[0] == 1
+        assert templated(tokenizer, self.MESSAGES) == expected
 
     def test_a_checkpoint_without_a_template(self, shipped: Path, tmp_path: Path) -> None:
         path = shutil.copytree(shipped, tmp_path / "model")

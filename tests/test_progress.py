@@ -40,6 +40,17 @@ def test_a_step_without_a_plan_counts_nothing(capsys: pytest.CaptureFixture[str]
     assert "0/1" in capsys.readouterr().err
 
 
+def test_the_time_without_a_step_is_not_that_of_the_next(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 1.0, 3.0])
+    monkeypatch.setattr("engine.outputs.time.perf_counter", lambda: next(now))
+    with closing(Progress(1, enabled=True)) as progress:
+        progress.update(None, 0, 0)
+        progress.update(PREFILL, 1, 1)
+    assert "prefill=50 tok/s" in capsys.readouterr().err
+
+
 def test_disabled_it_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(Progress(1, enabled=False)) as progress:
         progress.update(PREFILL, 1, 1)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from engine.outputs import make_output
 from engine.policies import FirstCome
+from engine.turns import Turns
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
 from utils.errors import AllmosError, EngineClosedError, EngineUseError, StepError
@@ -229,6 +230,79 @@ class TestCalls:
         _assert_idle(llm)
 
 
+class TestTurns:
+    """The turn alone, without a model."""
+
+    @staticmethod
+    def _thread(call: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        return thread
+
+    def test_a_thread_that_leaves_wakes_one_that_may_step(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("engine.turns._LOOK_SECONDS", -1)  # sleep until woken
+        turns = Turns(lambda: None)
+        stepped: list[bool] = []
+
+        def step() -> None:
+            with turns.until(lambda: False) as mine:
+                stepped.append(mine)
+
+        ready = [True]
+        with turns.until(lambda: bool(ready)) as mine:  # results to read: no step may begin
+            assert not mine
+            thread = self._thread(step)
+            while len(turns._waiting) < 2:
+                time.sleep(1e-3)
+            time.sleep(0.02)
+            assert stepped == []
+        thread.join(30)
+        assert stepped == [True]
+
+    def test_a_short_call_comes_before_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("engine.turns._LOOK_SECONDS", -1)
+        turns = Turns(lambda: None)
+        order: list[str] = []
+
+        def step() -> None:
+            with turns.until(lambda: False):
+                order.append("step")
+
+        def call() -> None:
+            with turns.turn():
+                order.append("call")
+
+        with turns.turn():
+            threads = [self._thread(step) for _ in range(3)]
+            while len(turns._waiting) < 4:
+                time.sleep(1e-3)
+            threads.append(self._thread(call))
+            while len(turns._waiting) < 5:
+                time.sleep(1e-3)
+        for thread in threads:
+            thread.join(30)
+        assert order == ["call", "step", "step", "step"]
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_what_is_due_is_done_before_and_after_a_turn(self, fails: bool) -> None:
+        done: list[bool] = []
+        turns = Turns(lambda: done.append(True))
+        with suppress(ZeroDivisionError), turns.turn():
+            assert len(done) == 1
+            _ = 1 // (0 if fails else 1)
+        assert len(done) == 2
+
+    def test_requests_dropped_during_a_turn_end_with_it(self, llm: LLM) -> None:
+        stream = llm.stream(PROMPTS[0], _params(0))
+        next(stream)
+        with llm.engine.turns.turn():
+            stream.close()
+            assert llm.engine.has_unfinished
+        assert not llm.engine.has_unfinished
+
+
 class TestEnds:
     @DEPTHS
     def test_closing_ends_the_calls_of_other_threads(self, small: Path, depth: int) -> None:
@@ -339,8 +413,8 @@ class TestInterrupts:
 
         Python drops an exception that a finalizer raises, so the signal comes again.
         """
-        signal.setitimer(signal.ITIMER_REAL, seconds, 3.0)
         try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, 3.0)
             while True:
                 call()
         except KeyboardInterrupt:

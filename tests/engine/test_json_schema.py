@@ -7,12 +7,15 @@ import pickle
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from engine.json_schema import JsonGrammars
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
 from utils.errors import LogitsError, RequestError
@@ -132,6 +135,45 @@ def test_after_the_json_only_its_end_can_follow(llm: LLM) -> None:
     assert isinstance(failed["error"], LogitsError)
 
 
+def test_the_schema_is_stronger_than_other_processors(llm: LLM) -> None:
+    def writes(token_ids: list[int], logits: Any) -> Any:
+        logits[:] = 0.0
+        logits[100] = 50.0
+        return logits
+
+    params = _params(0, json_schema={"const": "yes"}, logits_processors=[writes])
+    (out,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+    assert json.loads(out["text"]) == "yes"
+
+
+def test_each_end_of_sequence_token_may_end_the_json(llm: LLM) -> None:
+    tokens = sorted(llm.engine.checkpoint.eos_token_ids)
+    assert len(tokens) > 1
+    for token in tokens:
+
+        def prefers(token_ids: list[int], logits: Any, token: int = token) -> Any:
+            logits[token] += 100
+            return logits
+
+        params = _params(0, json_schema={"const": "yes"}, logits_processors=[prefers])
+        (out,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+        assert json.loads(out["text"]) == "yes"
+        assert out["token_ids"][-1] == token
+
+
+@pytest.mark.parametrize("num_logits", [4000, 4096, 4100])
+def test_logits_may_be_more_or_less_than_tokens(shipped: Path, num_logits: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shipped)
+    assert len(tokenizer) == 4096
+    grammars = JsonGrammars(tokenizer, num_logits, (2,), shipped)
+    params = grammars.applied(SamplingParams(json_schema={"const": "yes"}))
+    processor = params.logits_processors[0].for_request([5], 0)
+    left = processor([5], torch.zeros(num_logits)) == 0
+    texts = tokenizer.batch_decode(left.nonzero())
+    assert texts
+    assert all('"yes"'.startswith(text) for text in texts)
+
+
 def test_a_schema_that_becomes_too_large_fails_alone(llm: LLM) -> None:
     """Its error is no end of the output, and one output takes nothing from the others' budget."""
     large = {"type": "string", "pattern": "([a-m].{1,50}){40}"}
@@ -201,6 +243,8 @@ def test_schemas_that_cannot_be_used(llm: LLM, schema: Any) -> None:
         {"a": object()},
         {"a": float("nan")},
         '{"a": NaN}',
+        '{"a":' * 100_000,
+        reduce(lambda inner, _: {"a": inner}, range(100_000), cast("dict[str, Any]", {})),
     ],
 )
 def test_values_that_are_no_schema(value: Any) -> None:

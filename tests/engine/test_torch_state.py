@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.torch_state import TorchState
+from engine.torch_state import Pending, TorchState
 from llm import LLM, SamplingParams
 from utils.errors import LogitsError
 
@@ -275,3 +276,37 @@ def test_what_needs_other_settings_has_ended_when_it_is_started(state: TorchStat
     with STATES["no flash"]():
         assert state.submit(torch.backends.cuda.flash_sdp_enabled).done()
     assert started.result()
+
+
+def test_a_function_is_freed_when_it_has_ended(state: TorchState) -> None:
+    class Work:
+        def __call__(self) -> int:
+            return 5
+
+    work = Work()
+    freed = weakref.ref(work)
+    assert state.submit(work).result() == 5
+    del work
+    deadline = time.monotonic() + 30
+    while freed() is not None and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    assert freed() is None
+
+
+def test_a_closed_thread_takes_no_function(state: TorchState) -> None:
+    state.close()
+    with pytest.raises(RuntimeError, match="after close"):
+        state.submit(lambda: 5)
+
+
+def test_a_pending_result_is_the_value_or_the_exception() -> None:
+    pending: Pending[int] = Pending()
+    assert not pending.done()
+    assert pending.run(lambda: 3) is pending
+    assert pending.done()
+    assert [pending.result(), pending.result()] == [3, 3]
+    failed = Pending.failed(KeyError("x"))
+    assert failed.done()
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            failed.result()
