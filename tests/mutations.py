@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
 
+from tests.edge_mutants import EDGE_MUTANTS
 from tests.kernel_mutants import KERNEL_MUTANTS
 
 ROOT = Path(__file__).parents[1]
@@ -590,7 +591,8 @@ MUTANTS: tuple[Mutant, ...] = (
 )
 
 MUTANTS += tuple(
-    Mutant(name, tuple(starmap(Edit, edits)), command) for name, edits, command in KERNEL_MUTANTS
+    Mutant(name, tuple(starmap(Edit, edits)), command)
+    for name, edits, command in (*KERNEL_MUTANTS, *EDGE_MUTANTS)
 )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine.outputs import make_output
 from engine.policies import FirstCome
-from engine.turns import Turns
+from engine.turns import Turns, _Waiter
 from llm import LLM, SamplingParams
 from tests.checkpoints import Checkpoints, random_prompts
 from utils.errors import AllmosError, EngineClosedError, EngineUseError, StepError
@@ -239,6 +239,13 @@ class TestTurns:
         thread.start()
         return thread
 
+    @staticmethod
+    def _await_waiting(turns: Turns, count: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(turns._waiting) < count:
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+
     def test_a_thread_that_leaves_wakes_one_that_may_step(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -254,8 +261,7 @@ class TestTurns:
         with turns.until(lambda: bool(ready)) as mine:  # results to read: no step may begin
             assert not mine
             thread = self._thread(step)
-            while len(turns._waiting) < 2:
-                time.sleep(1e-3)
+            self._await_waiting(turns, 2)
             time.sleep(0.02)
             assert stepped == []
         thread.join(30)
@@ -276,14 +282,29 @@ class TestTurns:
 
         with turns.turn():
             threads = [self._thread(step) for _ in range(3)]
-            while len(turns._waiting) < 4:
-                time.sleep(1e-3)
+            self._await_waiting(turns, 4)
             threads.append(self._thread(call))
-            while len(turns._waiting) < 5:
-                time.sleep(1e-3)
+            self._await_waiting(turns, 5)
         for thread in threads:
             thread.join(30)
         assert order == ["call", "step", "step", "step"]
+
+    def test_a_step_leaves_the_turn_to_a_short_call_that_wakes_up(self) -> None:
+        turns = Turns(lambda: None)
+        stepped: list[bool] = []
+
+        def step() -> None:
+            with turns.until(lambda: False) as mine:
+                stepped.append(mine)
+
+        turns._waiting[-1] = _Waiter(None)  # a thread that was woken and does not run yet
+        thread = self._thread(step)
+        self._await_waiting(turns, 2)
+        time.sleep(0.02)
+        assert stepped == []
+        del turns._waiting[-1]
+        thread.join(30)
+        assert stepped == [True]
 
     @pytest.mark.parametrize("fails", [False, True])
     def test_what_is_due_is_done_before_and_after_a_turn(self, fails: bool) -> None:

@@ -1,0 +1,185 @@
+"""Bugs at the edges: threads, processors, schemas, streams, text; `tests.mutations` plants them.
+
+They are plain data like those of `tests.kernel_mutants`.
+"""
+
+from __future__ import annotations
+
+from tests.kernel_mutants import PlainMutant
+
+_TURNS, _LLM, _ENGINE = "engine/turns.py", "llm.py", "engine/llm_engine.py"
+_PROCESSORS, _CHANNEL = "engine/processors.py", "engine/ranks/channel.py"
+_SCHEMA, _OUTPUTS, _TORCH = "engine/json_schema.py", "engine/outputs.py", "engine/torch_state.py"
+_ROWS = "engine/sampling_rows.py"
+
+_PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
+TURNS = (*_PYTEST, "tests/test_threads.py", "-k", "TestTurns")
+CALLS = (*_PYTEST, "tests/test_threads.py", "-k", "TestCalls")
+OUTPUTS = (*_PYTEST, "tests/test_outputs.py")
+PROCESSORS = (*_PYTEST, "tests/engine/test_processors.py")
+SCHEMA = (*_PYTEST, "tests/engine/test_json_schema.py")
+TORCH = (*_PYTEST, "tests/engine/test_torch_state.py", "-k", "freed or closed or pending")
+PROGRESS = (*_PYTEST, "tests/test_progress.py")
+
+EDGE_MUTANTS: tuple[PlainMutant, ...] = (
+    (
+        "edge: a thread that leaves wakes nobody who may step",
+        ((_TURNS, "(first if had_turn else []) or ([] if first else waiting[:1])", "first"),),
+        TURNS,
+    ),
+    (
+        "edge: a step comes before short calls",
+        (
+            (
+                _TURNS,
+                "all(one.done is not None and not one.done() for one in others)",
+                "all(one.done is None or not one.done() for one in others)",
+            ),
+        ),
+        TURNS,
+    ),
+    (
+        "edge: what was dropped during a turn waits for the next one",
+        (
+            (
+                _TURNS,
+                "                if mine:\n                    self._between()\n        finally:",
+                "                pass\n        finally:",
+            ),
+        ),
+        TURNS,
+    ),
+    (
+        "edge: a step begins while another thread reads its outputs",
+        ((_LLM, "with self.engine.turns.until(lambda: False):", "with self.engine.turns.turn():"),),
+        CALLS,
+    ),
+    (
+        "edge: step loses what close has ended, if it is streamed",
+        ((_LLM, "if not (self._ended or self._streams):", "if not self._ended:"),),
+        OUTPUTS,
+    ),
+    (
+        "edge: an error ends all new requests but the first",
+        ((_ENGINE, "if request_id >= first]", "if request_id > first]"),),
+        OUTPUTS,
+    ),
+    (
+        "edge: a failed step changes the reason of requests that had ended",
+        (
+            (
+                _ENGINE,
+                "if seq.finish_reason is None:\n                    seq.finish_reason = reason",
+                "if True:\n                    seq.finish_reason = reason",
+            ),
+        ),
+        OUTPUTS,
+    ),
+    (
+        "edge: requests share what a processor refers to",
+        ((_PROCESSORS, "copy.deepcopy(given) if", "copy.copy(given) if"),),
+        PROCESSORS,
+    ),
+    (
+        "edge: for_request may change the prompt",
+        ((_PROCESSORS, "make(list(prompt), sample)", "make(prompt, sample)"),),
+        PROCESSORS,
+    ),
+    (
+        "edge: a rank keeps the processors of requests that have ended",
+        (
+            (
+                _CHANNEL,
+                "for call in self._kept.pop(request_id):\n                call.release()",
+                "self._kept.pop(request_id)",
+            ),
+        ),
+        PROCESSORS,
+    ),
+    (
+        "edge: a processor is sent again after a preemption",
+        ((_CHANNEL, "                self._kept[new.request_id] = calls", "                pass"),),
+        PROCESSORS,
+    ),
+    (
+        "edge: a tensor of another shape is spread over the row",
+        ((_ROWS, "out.shape != shape or ", ""),),
+        OUTPUTS,
+    ),
+    (
+        "edge: only the last processor's logits are kept",
+        (
+            (
+                _ROWS,
+                "            logits[row].copy_(out)  # fails",
+                "        logits[row].copy_(out)  # fails",
+            ),
+        ),
+        OUTPUTS,
+    ),
+    (
+        "edge: other processors change logits after the schema",
+        (
+            (
+                _SCHEMA,
+                "(*params.logits_processors, schema)",
+                "(schema, *params.logits_processors)",
+            ),
+        ),
+        SCHEMA,
+    ),
+    (
+        "edge: one end-of-sequence token of several",
+        ((_SCHEMA, "allowed[self._eos] = self", "allowed[self._eos[:1]] = self"),),
+        SCHEMA,
+    ),
+    (
+        "edge: an error of llguidance is the end of the JSON",
+        (
+            (
+                _SCHEMA,
+                "            # After an error the mask is that of the end.\n"
+                "            _check(self._matcher)\n",
+                "",
+            ),
+        ),
+        SCHEMA,
+    ),
+    (
+        "edge: tokens beyond the logits",
+        ((_SCHEMA, "max(self.vocab_size, len(self._tokenizer))", "self.vocab_size"),),
+        SCHEMA,
+    ),
+    (
+        "edge: time without a step counts for the next step",
+        (
+            (
+                _OUTPUTS,
+                "        self._last = now\n        self._bar",
+                "        self._last = now if plan else self._last\n        self._bar",
+            ),
+        ),
+        PROGRESS,
+    ),
+    (
+        "edge: the last part keeps back what may begin a stop string",
+        ((_OUTPUTS, "text.settled if reason is None else len(text.text)", "text.settled"),),
+        OUTPUTS,
+    ),
+    (
+        "edge: a function lives until the next one",
+        ((_TORCH, "        del item, pending, work  # they", "        pass  # they"),),
+        TORCH,
+    ),
+    (
+        "edge: a closed thread takes a function that never ends",
+        (
+            (
+                _TORCH,
+                "        if not self._end.alive:\n            raise RuntimeError",
+                "        if False:\n            raise RuntimeError",
+            ),
+        ),
+        TORCH,
+    ),
+)
