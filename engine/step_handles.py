@@ -86,7 +86,7 @@ class HostLauncher:
             result = self.state.run(run)
         except Exception as error:
             return _HostStep(plan.step_id, Pending.failed(error))
-        return _HostStep(plan.step_id, Pending[StepResult]().run(lambda: result))
+        return _HostStep(plan.step_id, Pending.of(result))
 
     def close(self) -> None:
         """Wait until all launched steps have ended."""

@@ -97,28 +97,34 @@ class Pending(Generic[T]):
     def __init__(self) -> None:
         self._running = threading.Lock()
         self._running.acquire()
-        self._value: T
+        self._value: Any = None
         self._error: BaseException | None = None
         self._ended = False
 
-    def run(self, work: Callable[[], T]) -> Pending[T]:
-        """Run the function. Return this object."""
-        try:
-            self._value = work()
-        except BaseException as error:
-            self._error = error
-        self._ended = True
-        self._running.release()
-        return self
+    @staticmethod
+    def of(value: T) -> Pending[T]:
+        """Return the result of a function that has returned `value`."""
+        pending: Pending[T] = Pending()
+        pending._end(value, None)
+        return pending
 
     @staticmethod
     def failed(error: Exception) -> Pending[Any]:
         """Return the result of a function that has raised `error`."""
+        pending: Pending[Any] = Pending()
+        pending._end(None, error)
+        return pending
 
-        def fail() -> None:
-            raise error
+    def run(self, work: Callable[[], T]) -> None:
+        """Run the function. Not for the main thread: its Ctrl-C would become the result."""
+        try:
+            self._end(work(), None)
+        except BaseException as error:
+            self._end(None, error)
 
-        return Pending[Any]().run(fail)
+    def _end(self, value: Any, error: BaseException | None) -> None:
+        self._value, self._error, self._ended = value, error, True
+        self._running.release()
 
     def wait(self) -> None:
         """Wait until the function has ended."""
@@ -130,7 +136,8 @@ class Pending(Generic[T]):
         self.wait()
         if self._error is not None:
             raise self._error
-        return self._value
+        value: T = self._value
+        return value
 
     def done(self) -> bool:
         return self._ended

@@ -302,9 +302,10 @@ def test_a_closed_thread_takes_no_function(state: TorchState) -> None:
 def test_a_pending_result_is_the_value_or_the_exception() -> None:
     pending: Pending[int] = Pending()
     assert not pending.done()
-    assert pending.run(lambda: 3) is pending
-    assert pending.done()
-    assert [pending.result(), pending.result()] == [3, 3]
+    pending.run(lambda: 3)
+    for ended in (pending, Pending.of(3)):
+        assert ended.done()
+        assert [ended.result(), ended.result()] == [3, 3]
     failed = Pending.failed(KeyError("x"))
     assert failed.done()
     for _ in range(2):
