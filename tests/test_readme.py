@@ -81,23 +81,27 @@ def test_structured_outputs(shipped: Path, depth: int) -> None:
 
 def check_structured_outputs(model: Path, **options: Any) -> None:
     """Run the examples of docs/structured-output.md; every output follows its grammar."""
-    schema, lark, ebnf = code_of("docs/structured-output.md")
+    schema, *others = code_of("docs/structured-output.md")
     names = run(schema.replace('-0.6B")', '-0.6B", **options)'), model, options=options)
-    llm, outs = names["llm"], [names["out"]]
+    llm, person, people, sums = names["llm"], names["person"], [names["out"]], []
     with llm:
-        person = json.loads(outs[0]["text"])
-        assert person.keys() == {"name", "age"}
-        assert len(person["name"]) <= 12
-        assert 0 <= person["age"] <= 130
-        for code in (lark, ebnf):
-            made = run(
-                code, model, **{name: names[name] for name in ("llm", "LLM", "SamplingParams")}
-            )
-            together = SamplingParams(logits_processors=[made["sums"]], seed=0, n=3)
-            outs += [made["out"], *llm.generate("1+", together)[0]["outputs"]]
-        assert all(re.fullmatch(r"\d{1,4}(\+\d{1,4}){1,3}\n", out["text"]) for out in outs[1:])
-        assert {(out["finish_reason"], out["error"]) for out in outs} == {("stop", None)}
+        for code in others:
+            made = run(code, model, llm=llm, person=person, SamplingParams=SamplingParams)
+            both = [made["json_of_person"], made["sums"]]
+            values: dict[str, Any] = {"seed": 0, "n": 3, "temperature": 1.5, "max_tokens": 200}
+            again = [SamplingParams(logits_processors=[one], **values) for one in both]
+            found = llm.generate(["x = ", "1+"], again, use_tqdm=False)
+            people += [made["outputs"][0], *found[0]["outputs"]]
+            sums += [made["outputs"][1], *found[1]["outputs"]]
         assert llm.stats().unfinished_requests == 0
+    assert (len(people), len(sums)) == (9, 8)
+    for out in people:
+        value = json.loads(out["text"])
+        assert value.keys() == {"name", "age"}
+        assert len(value["name"]) <= 12
+        assert 0 <= value["age"] <= 130
+    assert all(re.fullmatch(r"\d{1,4}(\+\d{1,4}){1,3}\n", out["text"]) for out in sums)
+    assert {(out["finish_reason"], out["error"]) for out in people + sums} == {("stop", None)}
 
 
 def test_there_is_no_other_code() -> None:
