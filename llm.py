@@ -235,15 +235,18 @@ class LLM:
 
     def now(self) -> float:
         """Return the time in seconds on the model runner's clock, which may be simulated."""
+        self.engine.turns.check_process()
         return self.engine.runner.now()
 
     def wait_until(self, moment: float) -> None:
         """Wait until `now()` is `moment` or later. A simulated clock is moved forward."""
+        self.engine.turns.check_process()
         self.engine.runner.wait_until(moment)
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has requests to run or outputs to return."""
+        self.engine.turns.check_process()
         left = self._unfinished or self._ended or self._streams
         return bool(left) or self.engine.has_unfinished
 

@@ -634,6 +634,8 @@ class TestProcesses:
         calls: dict[str, Callable[[], object]]
         calls = {name: partial(call, llm) for name, call in CALLS.items()}
         calls |= {"abort": partial(llm.abort, 0), "next": partial(next, streams[0])}
+        calls |= {"now": llm.now, "wait_until": partial(llm.wait_until, 0.0)}
+        calls["has_unfinished"] = lambda: llm.has_unfinished
         told = {name: self._told(call) for name, call in calls.items()}
         calls.clear()
         streams.clear()
