@@ -105,7 +105,7 @@ class LLM:
             RequestError: a prompt or its parameters are wrong. No prompt of this call is run.
             StepError, WorkerDiedError: a step failed, or the process of a rank has ended.
             EngineClosedError: the engine was closed with `close`.
-            EngineUseError: see the page docs/options.md on threads and processes.
+            EngineUseError: the caller is a function that a step runs, or a forked child process.
             LogitsError: `raise_errors` is True, and a request failed alone.
         """
         ended: list[PromptRequests] = []

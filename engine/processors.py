@@ -46,7 +46,7 @@ class OwnProcessor:
 
 
 def _received(data: bytes) -> OwnProcessor:
-    """Return the processor that was sent to this process. If that fails, its calls will fail."""
+    """Return the processor in `data`. If it cannot be unpickled, return one that always fails."""
     try:
         return OwnProcessor(pickle.loads(data))
     except Exception as error:  # unpickling a user's object may raise any exception

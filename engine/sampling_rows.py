@@ -146,8 +146,9 @@ class SpecialRows:
 
     Attributes:
         parameters: temperature, 3 filters, 3 penalties, prompt length of each row, float32 [8, R].
-        filters: filters of the R rows, or None if no row outside `changed` has filters. Rows
-            without filters and rows in `changed` have temperature 0 here, which means no filtering.
+        filters: temperature and filters of the R rows, or None if no row outside `changed` has
+            filters. Temperature 0 in `filters` means that the row is not filtered. This is so for
+            rows without filters, and for rows in `changed`, which are filtered later.
         changed: blocks of the rows whose logits are changed before their tokens are drawn.
         all_changed: whether every sampled row is in a block of `changed`.
         new, prompts, num_chunks: values for the fields of `StepScores` with these names.

@@ -255,7 +255,7 @@ def _bounds_kernel(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
             )
         else:
-            # For unaligned rows tl.max in the loop breaks Triton 3.6's pass OptimizeThreadLocality.
+            # With unaligned rows, tl.max in the loop crashes Triton 3.6 (OptimizeThreadLocality).
             best = tl.full((BLOCK // LANES, LANES), float("-inf"), tl.float32)
             for start in range(0, end, BLOCK):
                 best = tl.maximum(best, _load_block(ptr, start, end, 1, BLOCK))
