@@ -60,7 +60,9 @@ class LLM:
         self._unfinished: dict[int, PromptRequests] = {}
         # Prompt's request id -> its outputs, for `add_request(..., stream=True)`.
         self._streams: dict[int, list[OutputStream]] = {}
-        self._tokenizing = threading.Lock()  # some tokenizers cannot encode in two threads at once
+        # Some tokenizers cannot encode in two threads at once. A signal handler may come between.
+        self._tokenizing = threading.RLock()
+        self._told: list[dict[str, Any]] = []  # outputs that `step` has made and not returned
         # Prompts that `add_request` added and that have ended. `step` will return their outputs.
         self._ended: list[PromptRequests] = []
         try:
@@ -214,23 +216,25 @@ class LLM:
         `request_id` added. If `step` raises a StepError, all requests have ended, and the next
         `step` returns their outputs.
         """
-        # A short turn would not wait for threads that are reading the outputs of the last step.
-        with self.engine.turns.until(lambda: False):
+        with self.engine.turns.step():
             try:
                 self._advance()
             except EngineClosedError:
                 if not (self._ended or self._streams):
                     raise
-            told = [
-                {"request_id": request_id, **part}
-                for request_id, outputs in self._streams.items()
-                for part in [one.take() for one in outputs if one.ready()]
-                if part
-            ]
-            for request_id in [i for i, own in self._streams.items() if all(o.ended for o in own)]:
-                del self._streams[request_id]
-            ended, self._ended[:] = [group.seqs for group in self._ended], []
-            told += [{"request_id": s[0].request_id, **make_output(s, self.decode)} for s in ended]
+            # If an exception interrupts this, the next `step` returns what is in `_told`.
+            for request_id, outputs in list(self._streams.items()):
+                for one in outputs:
+                    if one.ready() and (part := one.take()):
+                        self._told.append({"request_id": request_id, **part})
+                if all(one.ended for one in outputs):
+                    del self._streams[request_id]
+            while self._ended:
+                seqs = self._ended[0].seqs
+                output = make_output(seqs, self.decode)
+                self._told.append({"request_id": seqs[0].request_id, **output})
+                del self._ended[0]
+            told, self._told = self._told, []
         return told
 
     def now(self) -> float:
@@ -247,7 +251,7 @@ class LLM:
     def has_unfinished(self) -> bool:
         """Whether `step` has requests to run or outputs to return."""
         self.engine.turns.check_process()
-        left = self._unfinished or self._ended or self._streams
+        left = self._unfinished or self._ended or self._streams or self._told
         return bool(left) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:

@@ -64,7 +64,9 @@ class JsonGrammars:
             return params
         schema = JsonSchema(self, str(params.json_schema))
         try:
-            schema.matcher()
+            matcher = schema.matcher()
+            matcher.compute_bitmask()
+            _check(matcher)  # no value fulfils the schema
         except Exception as error:  # tokenizers may raise any error, and so may llguidance
             found = _first_line(str(error) or repr(error))
             fix = "Change the schema. docs/structured-output.md says what is needed."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from engine.types import BlockManager, EngineStats, ModelRunner, Scheduler, Step
 from memory.cache_groups import grouped
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint
-from utils.errors import EngineClosedError, RequestError, StepError
+from utils.errors import EngineClosedError, RequestError, StepError, shown
 from utils.text import TextReader
 
 # Seeds that the engine derives for successive requests differ by this number, modulo 2^63. The
@@ -49,6 +50,7 @@ class LLMEngine:
         self._totals = dict.fromkeys(names, 0)
         self._next_request_id = self.num_new_tokens = 0
         self._closed = self._stale = False
+        self._failure: BaseException | None = None  # why `_stale` is True
         self._dropped: deque[Sequence] = deque()
         self.turns = Turns(self._between_turns)
         self.runner: ModelRunner = make_runner(config, self.checkpoint)
@@ -181,6 +183,9 @@ class LLMEngine:
         except RequestError:
             self._stale = before
             raise
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _commit_oldest(self) -> tuple[StepPlan | None, list[Sequence]]:
         if not self._pipeline:
@@ -240,8 +245,7 @@ class LLMEngine:
 
     def _end_dropped(self) -> None:
         dropped = list(self._dropped)
-        if self._stale:
-            self.reset()
+        self._reset_if_stale()
         with self._inside():
             for seq in dropped:
                 self._read.pop(seq.request_id, None)
@@ -271,7 +275,7 @@ class LLMEngine:
                 if seq.finish_reason is None:
                     seq.finish_reason = reason
                     if cause is not None:
-                        seq.error = StepError(f"a step was not completed: {cause!r}")
+                        seq.error = StepError(f"the engine lost its state: {shown(cause)}")
                         seq.error.__cause__ = cause
             self._forget(list(self._live.values()))
             self._read.clear()
@@ -281,14 +285,15 @@ class LLMEngine:
                 managers = self._sanitizer.watch(managers)
             self.blocks = grouped(managers)
             self.scheduler = make_scheduler(self.config, self.blocks, self.runner.now)
-        self._stale = False
+        self._stale, self._failure = False, None
 
     def close(self) -> None:
         """End all requests and free the runner's memory. Do nothing if the engine is closed."""
         if self._closed:
             return
         try:
-            self.reset()
+            if not sys.is_finalizing():  # when Python ends, nothing can be imported any more
+                self.reset()
         finally:
             self._closed = True
             self.runner.close()
@@ -326,5 +331,8 @@ class LLMEngine:
         """Raise EngineClosedError after `close`. Call `reset` after an unexpected failure."""
         if self._closed:
             raise EngineClosedError("the engine was closed; construct a new one")
+        self._reset_if_stale()
+
+    def _reset_if_stale(self) -> None:
         if self._stale:
-            self.reset()
+            self.reset("error", self._failure or StepError("a call was interrupted"))

@@ -25,6 +25,7 @@ class OwnProcessor:
     def __init__(self, call: LogitsProcessor, outside: Callable[[], Any] = nullcontext) -> None:
         self.call: LogitsProcessor | None = call  # None after `release`
         self._outside = outside
+        self._data: bytes | None = None  # `call` as pickle has encoded it
 
     def __call__(self, token_ids: list[int], logits: Any) -> Any:
         call = self.call
@@ -35,21 +36,29 @@ class OwnProcessor:
 
     def release(self) -> None:
         """Forget the processor. It will not be called again."""
-        self.call = None
+        self.call = self._data = None
 
     def __repr__(self) -> str:
         return repr(self.call)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As bytes, so that a rank can read the message although it cannot make the processor.
-        return _received, (pickle.dumps(self.call),)
+        return _received, (self._data or pickle.dumps(self.call),)
+
+    def check_picklable(self) -> None:
+        """Encode the processor for ranks. Raises an exception if that or decoding fails."""
+        self._data = pickle.dumps(self.call)
+        # A rank's process cannot unpickle a function of __main__: the process has another __main__.
+        if any(text == "__main__" for _, text, _ in pickletools.genops(self._data)):
+            raise TypeError("it is of the module __main__")
+        pickle.loads(self._data)
 
 
 def _received(data: bytes) -> OwnProcessor:
     """Return the processor in `data`. If it cannot be unpickled, return one that always fails."""
     try:
         return OwnProcessor(pickle.loads(data))
-    except Exception as error:  # unpickling a user's object may raise any exception
+    except (Exception, SystemExit) as error:  # unpickling a user's object may raise anything
         return OwnProcessor(_NotReceived(shown(error)))
 
 
@@ -95,19 +104,10 @@ def own_processors(
             raise RequestError("logits_processors", given, problem, fix) from error
         own.append(OwnProcessor(call, outside))
         if sent:
-            _check_picklable(given, own[-1])
+            try:
+                own[-1].check_picklable()
+            except Exception as error:  # pickling a user's object may raise any exception
+                problem = f"the ranks cannot be sent it ({shown(error)})"
+                fix = "Use functions and classes of a module, or tensor_parallel_size=1."
+                raise RequestError("logits_processors", given, problem, fix) from error
     return replace(params, logits_processors=tuple(own))
-
-
-def _check_picklable(given: LogitsProcessor, own: OwnProcessor) -> None:
-    """Raise a RequestError if a logits processor cannot be sent to the processes of the ranks."""
-    try:
-        data = pickle.dumps(own.call)
-        # A rank's process cannot unpickle a function of __main__: the process has another __main__.
-        if any(argument == "__main__" for _, argument, _ in pickletools.genops(data)):
-            raise TypeError("it is of the module __main__")
-        pickle.loads(data)
-    except Exception as error:  # pickling a user's object may raise any exception
-        problem = f"the ranks cannot be sent it ({shown(error)})"
-        fix = "Use functions and classes of a module, or tensor_parallel_size=1."
-        raise RequestError("logits_processors", given, problem, fix) from error

@@ -332,7 +332,7 @@ def _process(
             if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
                 raise TypeError(f"it must return a real tensor of shape {tuple(shape)}")
             logits[row].copy_(out)  # fails for a tensor that is sparse or has no data
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit would end the process of a rank
         logits[row] = float("nan")
         failed = LogitsError(f"logits processor {shown(call)} failed: {shown(error)}")
         failed.__cause__ = error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -22,15 +22,17 @@ class _Waiter:
     """A thread that waits. It sleeps until its `bell`, a lock that is taken, is released."""
 
     done: Callable[[], bool] | None  # None: waits for a short call
+    wants_step: bool = False  # waits to run a step, whatever the step brings
     bell: Any = field(default_factory=threading.Lock)
 
 
 class Turns:
     """Hands the turn from thread to thread.
 
-    A thread takes the turn for a short call (`turn`), or to run steps until its own requests have
-    results (`until`). Short calls come first. Before a step begins, all threads that wait for
-    results which the last step brought have left. So no stream gets ahead of another.
+    A thread takes the turn for a short call (`turn`), for a step (`step`), or to run steps until
+    its own requests have results (`until`). Threads get the turn in this order, and in the order of
+    their arrival in `step`. Before a step begins, all threads that wait for results which the last
+    step brought have left. So no stream gets ahead of another.
 
     Ctrl-C may raise KeyboardInterrupt in the main thread after any call. So a turn ends by an
     assignment, and the lock is one whose `with` statement cannot be interrupted half-way; that of
@@ -63,9 +65,13 @@ class Turns:
             )
 
     def check(self) -> None:
-        """Raise EngineUseError in a forked child, and in a function that the engine has called."""
+        """Raise EngineUseError in a forked child, and in a function that the engine has called.
+
+        Also in a signal handler that interrupts the engine at a point where it cannot wait.
+        """
         self.check_process()
-        if self._owner == get_ident() or get_ident() in self._outside:
+        busy = self._owner == get_ident() or get_ident() in self._outside
+        if busy or self._lock._is_owned():  # type: ignore[attr-defined]
             raise EngineUseError(
                 "the engine is running this function, so the function cannot call the engine; "
                 "call it after the step"
@@ -74,7 +80,13 @@ class Turns:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for the turn, and keep it for a short call. Raises EngineUseError (see `check`)."""
-        with self._turn(None):
+        with self._turn(_Waiter(None)):
+            yield
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Wait until a step may begin, and keep the turn for the step. Raises EngineUseError."""
+        with self._turn(_Waiter(lambda: False, wants_step=True)):
             yield
 
     @contextmanager
@@ -84,15 +96,16 @@ class Turns:
         No other thread may step before the `with` block ends or makes `done()` False again. So the
         block can read what `done` is about. Other threads call `done` too. Raises EngineUseError.
         """
-        with self._turn(done) as mine:
+        with self._turn(_Waiter(done)) as mine:
             yield mine
 
     @contextmanager
-    def _turn(self, done: Callable[[], bool] | None) -> Iterator[bool]:
+    def _turn(self, waiter: _Waiter) -> Iterator[bool]:
         self.check()
         me = get_ident()
+        outer = self._waiting.get(me)  # of the call that a signal handler interrupts
         try:
-            self._wait(me, _Waiter(done))
+            self._wait(me, waiter)
             mine = self._owner == me
             if mine:
                 self._between()
@@ -105,7 +118,10 @@ class Turns:
             had_turn = self._owner == me
             if had_turn:
                 self._owner = None
-            self._waiting.pop(me, None)
+            if outer is None:
+                self._waiting.pop(me, None)
+            else:
+                self._waiting[me] = outer
             # A thread enters `_waiting` before it reads `_owner`. So a thread either sees that the
             # turn is free, or is woken here.
             if self._waiting:
@@ -119,14 +135,16 @@ class Turns:
             with self._lock:
                 if waiter.done is not None and waiter.done():
                     return
-                if self._owner is None and (waiter.done is None or self._may_step()):
+                if self._owner is None and (waiter.done is None or self._may_step(waiter)):
                     self._owner = me
                     return
             waiter.bell.acquire(timeout=_LOOK_SECONDS)
 
-    def _may_step(self) -> bool:
-        others = list(self._waiting.values())
-        return all(one.done is not None and not one.done() for one in others)
+    def _may_step(self, waiter: _Waiter) -> bool:
+        waiting = list(self._waiting.values())
+        if any(one.done is None or one.done() for one in waiting):
+            return False
+        return next((one for one in waiting if one.wants_step), waiter) is waiter
 
     def _wake(self, had_turn: bool) -> None:
         with self._lock:
@@ -134,8 +152,9 @@ class Turns:
             first = [one for one in waiting if one.done is None or one.done()]
             # If this thread had the turn, wake all threads that need no step: nobody else does. If
             # there are none, wake one thread to run the next step. To wake one takes some 10 us.
-            for one in (first if had_turn else []) or ([] if first else waiting[:1]):
-                if one.bell.locked():
+            next_step = [one for one in waiting if one.wants_step] or waiting
+            for one in (first if had_turn else []) or ([] if first else next_step[:1]):
+                with suppress(RuntimeError):  # the bell is released already
                     one.bell.release()
 
     @contextmanager

@@ -24,7 +24,7 @@ PROGRESS = (*_PYTEST, "tests/test_progress.py")
 EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     (
         "edge: a thread that leaves wakes nobody who may step",
-        ((_TURNS, "(first if had_turn else []) or ([] if first else waiting[:1])", "first"),),
+        ((_TURNS, "(first if had_turn else []) or ([] if first else next_step[:1])", "first"),),
         TURNS,
     ),
     (
@@ -32,8 +32,8 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
         (
             (
                 _TURNS,
-                "all(one.done is not None and not one.done() for one in others)",
-                "all(one.done is None or not one.done() for one in others)",
+                "if any(one.done is None or one.done() for one in waiting):",
+                "if any(one.done is not None and one.done() for one in waiting):",
             ),
         ),
         TURNS,
@@ -51,7 +51,7 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "edge: a step begins while another thread reads its outputs",
-        ((_LLM, "with self.engine.turns.until(lambda: False):", "with self.engine.turns.turn():"),),
+        ((_LLM, "with self.engine.turns.step():", "with self.engine.turns.turn():"),),
         CALLS,
     ),
     (

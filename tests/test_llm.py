@@ -294,6 +294,15 @@ class TestLife:
         with pytest.raises(EngineClosedError):
             llm.generate([[1]], GREEDY)
 
+    def test_a_broken_tokenizer_leaves_no_engine(self, shipped: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(shipped, tmp_path / "model")
+        (folder / "tokenizer.json").write_text("{")
+        before = [thread.name for thread in threading.enumerate()].count("step")
+        with pytest.raises(CheckpointError, match="tokenizer") as caught:
+            LLM(folder, device="cpu", max_model_len=64)
+        assert [thread.name for thread in threading.enumerate()].count("step") == before
+        del caught
+
     def test_close_twice(self, small: Path) -> None:
         llm = _small_llm(small)
         llm.close()
@@ -769,7 +778,7 @@ class TestErrorsInside:
         with pytest.raises(type(error)):
             llm.add_request(PROMPTS[1], GREEDY)
         (ended,) = llm.step()
-        assert ended["finish_reason"] == "abort"
+        assert (ended["finish_reason"], type(ended["error"])) == ("error", StepError)
         with _small_llm(llm.engine.checkpoint.path) as fresh:
             assert _generate(llm, PROMPTS) == _generate(fresh, PROMPTS)
         _assert_idle(llm)

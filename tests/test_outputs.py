@@ -16,10 +16,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from engine.outputs import OutputStream
+from engine.outputs import OutputStream, make_output
 from llm import LLM, SamplingParams
 from tests.checkpoints import random_prompts
-from utils.errors import EngineClosedError, LogitsError, RequestError
+from utils.errors import EngineClosedError, LogitsError, RequestError, RequestTooLongError
 from utils.text import templated
 
 DEPTHS = [0, 1]
@@ -76,6 +76,11 @@ def free(llm: LLM) -> list[dict[str, Any]]:
 
 def _greedy(**values: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True, **values})
+
+
+def _steps(llm: LLM, outputs: list[dict[str, Any]]) -> None:
+    while llm.has_unfinished:
+        outputs += llm.step()
 
 
 class TestStopStrings:
@@ -371,6 +376,38 @@ class TestStreams:
         with pytest.raises(EngineClosedError):
             llm.step()
 
+    def test_an_exception_in_step_loses_no_output(
+        self, llm: LLM, free: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[int] = []
+
+        def fails_once(*given: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return make_output(*given)
+
+        monkeypatch.setattr("llm.make_output", fails_once)
+        ids = [llm.add_request(prompt, FREE) for prompt in PROMPTS]
+        streamed = llm.add_request(PROMPTS[0], FREE, stream=True)
+        got: list[dict[str, Any]] = []
+        with pytest.raises(KeyboardInterrupt):
+            _steps(llm, got)
+        assert llm.has_unfinished
+        _steps(llm, got)
+        outputs = {out["request_id"]: out for out in got if "metrics" in out}
+        assert [outputs[i]["token_ids"] for i in ids] == [out["token_ids"] for out in free]
+        parts = [out for out in got if out["request_id"] == streamed]
+        assert [t for part in parts for t in part["token_ids"]] == free[0]["token_ids"]
+
+    def test_a_closed_engine_takes_no_prompts_and_no_empty_list(self, shipped: Path) -> None:
+        llm = LLM(shipped, device="cpu", max_num_seqs=2, max_model_len=64)
+        llm.close()
+        for call in (llm.generate, llm.stream):
+            for prompts in ([], PROMPTS):
+                with pytest.raises(EngineClosedError):
+                    call(prompts, FREE)
+
     def test_parts_are_taken_before_the_turn_ends(
         self, llm: LLM, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -405,6 +442,21 @@ class TestStreams:
 
 
 class TestAllOrNone:
+    def test_a_request_that_is_too_long_ends_no_other(self, shipped: Path) -> None:
+        options = {"num_kvcache_blocks": 4, "kvcache_block_size": 16, "max_model_len": 256}
+        with LLM(shipped, device="cpu", max_num_seqs=2, **options) as llm:
+            (expected,) = llm.generate(PROMPTS[0], _greedy(max_tokens=8), use_tqdm=False)
+            llm.add_request(PROMPTS[0], _greedy(max_tokens=8))
+            assert llm.step() == []
+            with pytest.raises(RequestTooLongError, match="KV blocks"):
+                llm.add_request([5] * 60, _greedy(max_tokens=60))
+            assert llm.stats().unfinished_requests == 1
+            outputs: list[dict[str, Any]] = []
+            _steps(llm, outputs)
+            assert [out["token_ids"] for out in outputs] == [expected["token_ids"]]
+            assert outputs[0]["finish_reason"] == "length"
+            assert llm.stats().unfinished_requests == 0
+
     def test_an_error_ends_all_requests_of_the_block(self, llm: LLM) -> None:
         engine = llm.engine
         before = engine.add_request([1, 2], FREE)
@@ -472,6 +524,16 @@ class TestChats:
         tokenizer.backend_tokenizer.post_processor = single
         assert tokenizer.encode("x")[0] == 1
         assert templated(tokenizer, self.MESSAGES) == expected
+
+    def test_errors_are_raised_if_asked(self, llm: LLM) -> None:
+        def fails(token_ids: list[int], logits: Any) -> Any:
+            raise ZeroDivisionError
+
+        params = _greedy(logits_processors=[fails])
+        (out,) = llm.chat(self.MESSAGES, params, use_tqdm=False)
+        assert isinstance(out["error"], LogitsError)
+        with pytest.raises(LogitsError):
+            llm.chat(self.MESSAGES, params, use_tqdm=False, raise_errors=True)
 
     def test_a_checkpoint_without_a_template(self, shipped: Path, tmp_path: Path) -> None:
         path = shutil.copytree(shipped, tmp_path / "model")

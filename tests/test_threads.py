@@ -205,6 +205,20 @@ class TestCalls:
         assert [len(out["token_ids"]) for out in outputs] == [1, 2, 3, 4]
         assert [after for _, after in read] == [before for before, _ in read]
 
+    def test_step_gets_on_beside_a_long_generate(self, llm: LLM) -> None:
+        long = _params(0, max_tokens=90)
+        request_id = llm.add_request(PROMPTS[0], _params(0, max_tokens=60), stream=True)
+        parts: list[dict[str, Any]] = []
+        with ThreadPoolExecutor(1) as pool:
+            generating = pool.submit(llm.generate, PROMPTS[1:4], long, False)
+            while not parts or parts[-1]["finish_reason"] is None:
+                parts += llm.step()
+            assert not generating.done()
+            assert len(generating.result(60)) == 3
+        assert {part["request_id"] for part in parts} == {request_id}
+        assert sum(len(part["token_ids"]) for part in parts) == 60
+        assert len(parts) > 20
+
     def test_stats_and_aborts_beside_steps(self, llm: LLM) -> None:
         (expected,) = llm.generate(PROMPTS[1], _params(1, max_tokens=60), use_tqdm=False)
         ends = threading.Event()
@@ -305,6 +319,42 @@ class TestTurns:
         del turns._waiting[-1]
         thread.join(30)
         assert stepped == [True]
+
+    def test_steps_come_in_the_order_of_their_arrival_and_before_other_waits(self) -> None:
+        turns = Turns(lambda: None)
+        order: list[str] = []
+
+        def step(name: str) -> None:
+            with turns.step():
+                order.append(name)
+
+        def wait() -> None:
+            with turns.until(lambda: False):
+                order.append("until")
+
+        with turns.turn():
+            calls: list[Callable[[], None]] = [wait, *(partial(step, name) for name in "abc")]
+            threads = []
+            for count, call in enumerate(calls, 2):
+                threads.append(self._thread(call))
+                self._await_waiting(turns, count)
+        for thread in threads:
+            thread.join(30)
+        assert order == ["a", "b", "c", "until"]
+
+    def test_no_call_may_come_where_the_engine_cannot_wait(self) -> None:
+        turns = Turns(lambda: None)
+        told: list[bool] = []
+
+        def done() -> bool:  # called with the lock held, as a signal handler may be
+            with pytest.raises(EngineUseError):
+                turns.check()
+            told.append(True)
+            return True
+
+        with turns.until(done):
+            pass
+        assert told
 
     @pytest.mark.parametrize("fails", [False, True])
     def test_what_is_due_is_done_before_and_after_a_turn(self, fails: bool) -> None:
@@ -474,6 +524,53 @@ class TestInterrupts:
         _assert_idle(llm)
         again: Any = calls["generate"]()
         assert _tokens(again[0]) == _tokens(expected[0])  # type: ignore[index]
+
+    @pytest.mark.parametrize("num_threads", [0, 2])
+    def test_a_signal_handler_may_generate(self, llm: LLM, num_threads: int) -> None:
+        """Also while other threads generate, and while the main thread encodes a prompt."""
+        params = _params(0, max_tokens=2)
+        expected = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]["token_ids"]
+        told: list[Any] = []
+        ended = threading.Event()
+
+        def call(*_: object) -> None:
+            with suppress(EngineUseError):
+                told.append(llm.generate(PROMPTS[0], params, use_tqdm=False)[0]["token_ids"])
+            signal.setitimer(signal.ITIMER_REAL, 3e-3)
+
+        def beside() -> None:
+            while not ended.is_set():
+                llm.generate(PROMPTS[1:4], _params(0, max_tokens=9), use_tqdm=False)
+
+        before = signal.signal(signal.SIGALRM, call)
+        with ThreadPoolExecutor(max(1, num_threads)) as pool:
+            threads = [pool.submit(beside) for _ in range(num_threads)]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-3)
+                deadline = time.monotonic() + 60
+                while len(told) < 40 and time.monotonic() < deadline:
+                    (out,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+                    assert out["token_ids"] == expected
+            finally:
+                signal.signal(signal.SIGALRM, signal.SIG_IGN)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+                ended.set()
+            for thread in threads:
+                thread.result(60)
+        assert told == [expected] * len(told)
+        assert len(told) >= 40
+        _assert_idle(llm)
+
+    def test_a_tokenizer_may_call_the_engine(self, llm: LLM) -> None:
+        class Calling:
+            def encode(self, text: str) -> list[int]:
+                out = llm.generate([1], _params(0, max_tokens=len(text)), use_tqdm=False)
+                return list(out[0]["token_ids"])
+
+        llm.tokenizer = Calling()
+        (out,) = llm.generate("four", _params(0, max_tokens=2), use_tqdm=False)
+        assert len(out["prompt_token_ids"]) == 4
 
     def test_a_signal_handler_may_call_the_engine(self, llm: LLM) -> None:
         told: list[object] = []

@@ -128,7 +128,7 @@ def _tokens(tokenizer: Any | None, prompt: Any) -> list[int]:
         raise RequestError("prompt", prompt, "the checkpoint has no tokenizer", fix)
     try:
         return list(tokenizer.encode(prompt))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a tokenizer may raise any exception
         problem = f"the tokenizer refuses it ({error})"
         raise RequestError("prompt", prompt, problem, "Give valid Unicode.") from error
 

@@ -174,7 +174,9 @@ def test_logits_may_be_more_or_less_than_tokens(shipped: Path, num_logits: int) 
     assert all('"yes"'.startswith(text) for text in texts)
 
 
-def test_a_schema_that_becomes_too_large_fails_alone(llm: LLM) -> None:
+def test_a_schema_that_becomes_too_large_fails_alone(
+    llm: LLM, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Its error is no end of the output, and one output takes nothing from the others' budget."""
     large = {"type": "string", "pattern": "([a-m].{1,50}){40}"}
     fields: dict[str, Any] = {"properties": {"a": large}, "required": ["a"]}
@@ -196,6 +198,7 @@ def test_a_schema_that_becomes_too_large_fails_alone(llm: LLM) -> None:
         if out["finish_reason"] == "stop":
             json.loads(out["text"])
     assert all(len(str(out["error"])) < 500 for out in failed)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -208,6 +211,7 @@ def test_a_schema_that_becomes_too_large_fails_alone(llm: LLM) -> None:
         {"type": "string", "format": "of my own"},
         {"type": "integer", "minimum": 5, "maximum": 3},
         {"$ref": "#/nowhere"},
+        {"$ref": "#"},
         {"type": "string", "pattern": "("},
         {"properties": 3},
         {"const": "\ud800"},
@@ -303,6 +307,18 @@ def test_what_is_missing_is_told(
         monkeypatch.setattr("engine.json_schema.version", lambda name: "1.7.6")
         with pytest.raises(RequestError, match=r"1.7.6 is too old; install 1.8"):
             llm.generate(PROMPTS, _params(0), use_tqdm=False)
+        monkeypatch.setattr("engine.json_schema.version", lambda name: "1.10.0")
+        with pytest.raises(RequestError, match="no end-of-sequence token"):
+            llm.generate(PROMPTS, _params(0), use_tqdm=False)
+
+        def broken(*given: Any, **more: Any) -> Any:
+            raise KeyError("vocab")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("llguidance.hf.from_tokenizer", broken)
+            patch.setattr(llm._grammars, "eos_token_ids", (2,))
+            with pytest.raises(RequestError, match="vocab"):
+                llm.generate(PROMPTS, _params(0), use_tqdm=False)
         monkeypatch.setitem(sys.modules, "llguidance.hf", None)
         with pytest.raises(RequestError, match="pip install llguidance"):
             llm.generate(PROMPTS, _params(0), use_tqdm=False)

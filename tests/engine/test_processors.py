@@ -76,6 +76,31 @@ def test_what_cannot_be_sent_is_refused_only_if_it_is_sent() -> None:
         _own(_Maker(), [1], sent=True)
 
 
+class _Once:
+    """Can be sent once: afterwards it has changed."""
+
+    def __init__(self) -> None:
+        self.left = 1
+
+    def __reduce__(self) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("second time")
+        return _Listing, ()
+
+    def __call__(self, token_ids: list[int], logits: Any) -> Any:
+        return logits
+
+
+def test_what_was_checked_is_what_is_sent() -> None:
+    class Maker:
+        def for_request(self, prompt_token_ids: list[int], sample: int) -> Any:
+            return _Once()
+
+    own = _own(Maker(), [1], sent=True)
+    assert pickle.loads(pickle.dumps(own))([4], None) == [[4]]
+
+
 class TestSent:
     """Plans that a runner's `PlanCodec` encodes and that a rank's decodes."""
 

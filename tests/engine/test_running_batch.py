@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from config import Config
@@ -477,3 +479,21 @@ def test_a_preempted_request_keeps_its_first_admission() -> None:
     blocks.cached = 16
     batch.admit(seq)
     assert (seq.admitted_at, seq.num_cached, seq.num_committed) == (1.0, 0, 16)
+
+
+def test_a_request_with_processors_has_one_row_in_flight() -> None:
+    batch, _ = _batch()
+    seq = _seq(20)
+    seq.sampling = replace(PARAMS, logits_processors=[lambda ids, logits: logits])
+    assert batch.admit(seq)
+    for token in range(3):
+        if token:
+            assert list(batch.decoding) == [0]
+            assert batch.reserve(seq)
+            batch.decode([seq])
+        else:
+            batch.prefill(seq, 20)
+        plan = _built(batch)
+        assert list(batch.decoding) == []
+        batch.commit(plan, StepResult(plan.step_id, [[5]], 0.0))
+    assert seq.output_token_ids == [5, 5, 5]

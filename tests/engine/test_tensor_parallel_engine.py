@@ -59,6 +59,10 @@ class _InOneProcess:
         return logits
 
 
+def _exits(token_ids: list[int], logits: Tensor) -> Tensor:
+    raise SystemExit(3)
+
+
 class _ForRequest:
     """An object that makes processors; `local` ones cannot be pickled."""
 
@@ -137,6 +141,10 @@ def test_tokens_are_those_of_one_process(
         lost = SamplingParams(logits_processors=[_InOneProcess(os.getpid())], max_tokens=3)
         failed, good = llm.generate(PROMPTS[:2], [lost, SPECIAL[1]], use_tqdm=False)
         assert "a rank did not get the processor: ModuleNotFoundError" in str(failed["error"])
+        assert good["token_ids"] == outputs[1]["token_ids"]
+        ends = SamplingParams(logits_processors=[_exits], max_tokens=3)
+        failed, good = llm.generate(PROMPTS[:2], [ends, SPECIAL[1]], use_tqdm=False)
+        assert "SystemExit" in str(failed["error"])
         assert good["token_ids"] == outputs[1]["token_ids"]
         assert _tokens(llm) == expected
     assert outputs[3]["metrics"]["preemptions"] > 0  # its processor is not made anew

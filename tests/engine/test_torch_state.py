@@ -311,3 +311,37 @@ def test_a_pending_result_is_the_value_or_the_exception() -> None:
     for _ in range(2):
         with pytest.raises(KeyError):
             failed.result()
+
+
+_CUDA = torch.backends.cuda
+FOREIGN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Any]] = {
+    "flash": (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp, False),
+    "efficient": (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp, False),
+    "math": (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp, False),
+    "cudnn": (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp, False),
+    "deterministic": (*_DETERMINISTIC, 1),
+    **{
+        name: (partial(getattr, _MATMUL, name), partial(setattr, _MATMUL, name), foreign)
+        for name, foreign in (
+            ("allow_bf16_reduced_precision_reduction", False),
+            ("allow_fp16_reduced_precision_reduction", False),
+            ("allow_fp16_accumulation", True),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_function_runs_with_the_settings_with_which_torch_starts(
+    state: TorchState, name: str
+) -> None:
+    read, write, foreign = FOREIGN[name]
+    initial = read()
+    assert initial != foreign
+    write(foreign)
+    try:
+        assert state.run(read) == initial
+        assert state.submit(read).result() == initial
+        assert read() == foreign
+    finally:
+        write(initial)

@@ -260,6 +260,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         ({**YARN, "original_max_position_embeddings": 1000}, 4000),
         # The way checkpoints whose config counts the extension already say so.
         ({**YARN, "original_max_position_embeddings": 250}, 1000),
+        ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": None}, 2000),
     ],
 )
 def test_the_context_counts_rope_scaling(tmp_path: Path, rope: dict[str, Any], limit: int) -> None:
@@ -418,3 +419,9 @@ def test_a_model_of_several_parts_is_left_to_the_models(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     assert open_checkpoint(str(tmp_path)).eos_token_ids == {7, 8}
+
+
+@pytest.mark.parametrize("token", [True, "7", 7.0, [True]])
+def test_an_end_token_of_the_generation_config_is_an_integer(tmp_path: Path, token: Any) -> None:
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        _open(tmp_path, {"eos_token_id": token})

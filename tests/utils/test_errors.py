@@ -6,7 +6,7 @@ import re
 import pytest
 
 from utils import errors
-from utils.errors import ConfigError, FieldError, did_you_mean
+from utils.errors import ConfigError, FieldError, RequestError, did_you_mean
 
 TREE = {
     "FieldError": ("AllmosError",),
@@ -68,3 +68,13 @@ def test_errors_survive_the_way_between_processes(error: Exception) -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("apfel", ["apple", "pear"]) == "Did you mean 'apple'?"
     assert did_you_mean("zzz", ["pear", "apple"]) == "Known: apple, pear."
+
+
+def test_a_value_without_a_name_is_shown_by_its_type() -> None:
+    class Bad:
+        def __repr__(self) -> str:
+            raise KeyError("no name")
+
+    assert str(RequestError("temperature", Bad(), "is wrong", "Use 1.")).startswith(
+        "temperature=<Bad>: is wrong"
+    )

@@ -326,7 +326,7 @@ class TestTiedHeads:
         matrix[1, 0] = float("nan")
         tensors = {self.EMBEDDING: matrix, "lm_head.weight": matrix.clone()}
         save_file(tensors, tmp_path / "model.safetensors")
-        load_weights(tmp_path, _slots(tensors), tied=True)
+        load_weights(tmp_path, _slots({self.EMBEDDING: matrix}), tied=True)
 
     @pytest.mark.parametrize("shape", [(3, 2), (3, 3)])
     def test_another_matrix_is_refused(self, tmp_path: Path, shape: tuple[int, int]) -> None:
