@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,36 @@ def test_structured_outputs(depth: int) -> None:
     pytest.importorskip("llguidance")
     pytest.importorskip("xgrammar")
     check_structured_outputs(TINY, device="cuda", pipeline_depth=depth, **SMALL)
+
+
+@pytest.mark.parametrize("options", [{}, {"pipeline_depth": 0}, {"enforce_eager": True}])
+def test_threads_share_the_engine_and_lose_nothing(options: dict[str, Any]) -> None:
+    """Tokens may differ in the last bits of their logits, so their numbers are compared."""
+
+    def use(llm: LLM, rng: random.Random) -> None:
+        for _ in range(30):
+            count = rng.randint(1, 30)
+            params = SamplingParams(seed=rng.randrange(99), max_tokens=count, ignore_eos=True)
+            (prompt,) = random_prompts(1, 60)
+            match rng.randrange(4):
+                case 0:
+                    (out,) = llm.generate([prompt], params, use_tqdm=False)
+                    assert (len(out["token_ids"]), out["finish_reason"]) == (count, "length")
+                case 1:
+                    parts = list(llm.stream(prompt, params))
+                    assert sum(len(part["token_ids"]) for part in parts) == count
+                case 2:
+                    stream = llm.stream([prompt] * 2, params)
+                    next(stream)
+                    stream.close()
+                case 3:
+                    llm.abort(llm.add_request(prompt, params))
+
+    with LLM(TINY, **SMALL, **options) as llm:
+        with ThreadPoolExecutor(6) as pool:
+            for one in [pool.submit(use, llm, random.Random(i)) for i in range(6)]:
+                one.result(120)
+        while llm.has_unfinished:
+            llm.step()
+        stats = llm.stats()
+        assert (stats.unfinished_requests, stats.num_free_blocks) == (0, stats.num_blocks)
