@@ -94,6 +94,6 @@ class HalfLinear:
 def _power_of_two(weight: Tensor) -> float:
     """Return the power of two that scales the largest absolute weight into [2^14, 2^15)."""
     largest = max(float(-weight.min()), float(weight.max()))
-    # The power is at most 2^100, since float32 overflows at 2^128. A larger power would be needed
-    # only if all elements of `weight` were below 2^-86.
+    # The power is at most 2^100, since float32 overflows at 2^128. If all elements of `weight` are
+    # below 2^-86, the scaled weights stay below 2^14.
     return 2.0 ** min(100, 15 - math.frexp(largest)[1]) if math.isfinite(largest) else 1.0

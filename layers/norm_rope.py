@@ -155,7 +155,8 @@ class Rotation:
 class RotaryEmbedding:
     """A model's rotary embedding (RoFormer), for all layers; `table` is from `rotary_table`.
 
-    If `gather` is set, `prepare` returns a `Rotation` for torch, otherwise for Triton kernels.
+    If `gather` is True, `prepare` returns a `Rotation` for torch, with the rows of the table that a
+    step needs. Otherwise it returns a `Rotation` for Triton kernels, which find the rows.
     """
 
     def __init__(self, table: Tensor, *, gather: bool) -> None:

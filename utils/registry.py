@@ -17,7 +17,7 @@ from utils.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class PartKind:
-    """A kind of part of the engine, such as schedulers. An option of `Config` chooses the part."""
+    """A replaceable part, such as the scheduler. An option of `Config` chooses the part's class."""
 
     option: str  # name of the option
     contract: str  # base class of all parts of this kind, as "module:Class"

@@ -45,7 +45,7 @@ class Row:
     state: SlotState
     start: int  # lower bound of the row's first position
     latest: int  # upper bound of the row's first position
-    count: int  # number of positions, including any beyond the request's length limit
+    count: int  # number of positions of the row, also of those beyond the request's length limit
     samples: bool = True
     fresh: Sequence[tuple[int, int]] = ()  # block table entries set since the previous row
 
@@ -118,7 +118,10 @@ class PlanChecker:
         return rows
 
     def take(self, result: StepResult) -> None:
-        """Check a result once all earlier results are checked. A wrong one raises ContractError."""
+        """Check a result, or keep it until the results of all earlier steps have come.
+
+        Raises a ContractError if a result is wrong.
+        """
         if self._next_step_id == 0:
             return  # a step failed, and `reset` deleted the records that the check needs
         step_id = result.step_id

@@ -20,7 +20,7 @@ class DecodeConfig:
     tile: int  # number of KV tokens in a tile; a program reads one tile in each loop iteration
     warps: int
     stages: int
-    per_sm: int  # programs per multiprocessor (fewer for small batches); at most MAX_PER_SM
+    per_sm: int  # maximum number of programs per multiprocessor, from 1 to MAX_PER_SM
     max_registers: int | None = None
     unroll: int = 4  # number of partial results that are combined in one loop iteration
     pair_cost: int = 0  # time to start work on a pair, in units of the time for one tile
