@@ -50,6 +50,28 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
         TURNS,
     ),
     (
+        "edge: a call within another one ends the wait of both",
+        (
+            (
+                _TURNS,
+                "            if outer is None:\n",
+                "            if True:\n",
+            ),
+        ),
+        TURNS,
+    ),
+    (
+        "edge: Ctrl-C may stop a step half-way into inference mode",
+        (
+            (
+                _TORCH,
+                "            with _C._InferenceMode(True):\n                if",
+                "            with torch.inference_mode():\n                if",
+            ),
+        ),
+        (*_PYTEST, "tests/engine/test_torch_state.py", "-k", "ctrl_c"),
+    ),
+    (
         "edge: a step begins while another thread reads its outputs",
         ((_LLM, "with self.engine.turns.step():", "with self.engine.turns.turn():"),),
         CALLS,

@@ -342,6 +342,26 @@ class TestTurns:
             thread.join(30)
         assert order == ["a", "b", "c", "until"]
 
+    def test_a_call_within_another_leaves_its_thread_waiting(self) -> None:
+        """As a signal handler makes one while its thread reads results."""
+        turns = Turns(lambda: None)
+        stepped: list[bool] = []
+
+        def step() -> None:
+            with turns.step():
+                stepped.append(True)
+
+        with turns.until(lambda: True) as mine:
+            assert not mine
+            with turns.turn():
+                pass
+            thread = self._thread(step)
+            self._await_waiting(turns, 2)
+            time.sleep(0.02)
+            assert stepped == []
+        thread.join(30)
+        assert stepped == [True]
+
     def test_no_call_may_come_where_the_engine_cannot_wait(self) -> None:
         turns = Turns(lambda: None)
         told: list[bool] = []

@@ -345,3 +345,17 @@ def test_a_function_runs_with_the_settings_with_which_torch_starts(
         assert read() == foreign
     finally:
         write(initial)
+
+
+def test_inference_mode_has_no_code_that_ctrl_c_could_stop(
+    state: TorchState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torch.inference_mode` is written in Python."""
+
+    def used(*given: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "inference_mode", used)
+    assert state.run(torch.is_inference_mode_enabled)
+    assert state.submit(torch.is_inference_mode_enabled).result()
+    assert not torch.is_inference_mode_enabled()
