@@ -120,9 +120,11 @@ class LLM:
                     with self.engine.turns.until(lambda: bool(ended)) as may_step:
                         plan = self._advance() if may_step else None
                         progress.update(plan, self.engine.num_new_tokens, len(ended))
-                        while ended:  # `close` in another thread may append in the meantime
-                            one = ended.pop(0)
-                            outputs[one.index] = make_output(one.seqs, self.decode)
+                        # While `ended` has an element, no other thread may step. `close` in another
+                        # thread may append one.
+                        while ended:
+                            outputs[ended[0].index] = make_output(ended[0].seqs, self.decode)
+                            del ended[0]
             if self.engine.has_unfinished:
                 with self.engine.turns.turn():
                     self.engine.finish_steps()
