@@ -311,7 +311,7 @@ class LLM:
         with self._tokenizing:
             token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
-        # Schemas are checked before the turn, since the first one takes up to a second.
+        # Schemas are compiled before the turn, because a large schema and the first one take long.
         with self._tokenizing:
             own = {id(one): one for one in per_prompt}
             own = {key: self._grammars.applied(one) for key, one in own.items()}

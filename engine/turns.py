@@ -71,6 +71,7 @@ class Turns:
         """
         self.check_process()
         busy = self._owner == get_ident() or get_ident() in self._outside
+        # RLock has this method for `threading.Condition`, which uses it for the same question.
         if busy or self._lock._is_owned():  # type: ignore[attr-defined]
             raise EngineUseError(
                 "the engine is running this function, so the function cannot call the engine; "

@@ -260,6 +260,16 @@ class TestTurns:
             assert time.monotonic() < deadline
             time.sleep(1e-3)
 
+    def _run_in_order(self, turns: Turns, calls: list[Callable[[], None]]) -> None:
+        """Each call in a thread of its own. All wait, in their order, until the turn is free."""
+        threads = []
+        with turns.turn():
+            for count, call in enumerate(calls, 2):
+                threads.append(self._thread(call))
+                self._await_waiting(turns, count)
+        for thread in threads:
+            thread.join(30)
+
     def test_a_thread_that_leaves_wakes_one_that_may_step(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -294,13 +304,7 @@ class TestTurns:
             with turns.turn():
                 order.append("call")
 
-        with turns.turn():
-            threads = [self._thread(step) for _ in range(3)]
-            self._await_waiting(turns, 4)
-            threads.append(self._thread(call))
-            self._await_waiting(turns, 5)
-        for thread in threads:
-            thread.join(30)
+        self._run_in_order(turns, [step, step, step, call])
         assert order == ["call", "step", "step", "step"]
 
     def test_a_step_leaves_the_turn_to_a_short_call_that_wakes_up(self) -> None:
@@ -332,14 +336,7 @@ class TestTurns:
             with turns.until(lambda: False):
                 order.append("until")
 
-        with turns.turn():
-            calls: list[Callable[[], None]] = [wait, *(partial(step, name) for name in "abc")]
-            threads = []
-            for count, call in enumerate(calls, 2):
-                threads.append(self._thread(call))
-                self._await_waiting(turns, count)
-        for thread in threads:
-            thread.join(30)
+        self._run_in_order(turns, [wait, *(partial(step, name) for name in "abc")])
         assert order == ["a", "b", "c", "until"]
 
     def test_a_call_within_another_leaves_its_thread_waiting(self) -> None:
