@@ -91,8 +91,7 @@ def compile_rows() -> None:
             exchange.all_max(torch.zeros(8, dtype=torch.int64))
     kv, table, ids = KVLayer.of(_bf16(4, 256, 2, 8, 128)), torch.zeros(64, 64), torch.zeros(40)
     rotation, weights = Rotation(ids.long(), table, table), (_bf16(128), _bf16(128))
-    for qkv in (_bf16(40, 32 * 128), torch.zeros(4, 40, 32 * 128)):
-        qk_norm_rope_store(qkv, weights, 1e-6, rotation, ids.long(), kv, pdl=True)
+    qk_norm_rope_store(_bf16(40, 32 * 128), weights, 1e-6, rotation, ids.long(), kv, pdl=True)
 
 
 def compile_sampling() -> None:
@@ -109,14 +108,24 @@ def compile_sampling() -> None:
 
 
 def compile_products() -> None:
-    """Products of a few rows, of Qwen3-0.6B's shapes."""
-    from layers.kernels.small_batch_linear import small_batch_linear, small_batch_splits
+    """Products of a few rows to many, of the shapes of Qwen3-0.6B and Qwen2-1.5B."""
+    from layers.kernels.products import add_product, multiply, parts_of
+    from layers.norm_rope import Scale
 
-    for tokens in (1, 16, 64, 128):
-        for n, k, swiglu in ((4096, 1024, False), (1024, 3072, False), (3072, 1024, True)):
-            splits = 1 if swiglu or n > k else small_batch_splits(tokens, n, k)
-            x, weight = _bf16(tokens, k), _bf16(n * (2 if swiglu else 1), k)
-            small_batch_linear(x, weight, swiglu=swiglu, splits=splits, pdl=True)
+    for tokens in (1, 16, 32, 64, 128, 256, 300, 512, 4096):
+        summands = 64 if tokens <= 16 else 1
+        scale = Scale(torch.zeros(summands, tokens), 1024, 1e-6)
+        x = _bf16(tokens, 1024)
+        multiply(x, _bf16(4096, 1024), scale=scale, pdl=True)
+        multiply(x, _bf16(2048, 1024), _bf16(2048), scale=scale, pdl=True)
+        multiply(x, _bf16(6144, 1024), scale=scale, swiglu=True, pdl=True)
+        for n, k in ((1024, 3072), (1536, 8960)):
+            parts = parts_of(n, k)
+            multiply(_bf16(tokens, k), _bf16(n, k), parts=parts, partial=True, pdl=True)
+            multiply(_bf16(tokens, k), _bf16(n, k), _bf16(n), parts=parts, pdl=True)
+            if tokens <= 16:
+                stream = _bf16(tokens, n), _bf16(n)
+                add_product(_bf16(tokens, k), _bf16(n, k), None, *stream, parts=parts, pdl=True)
 
 
 def compile_attention() -> None:
