@@ -160,9 +160,11 @@ class VocabEmbedding:
         if self._parallel.size == 1:
             return self.weight.index_select(0, token_ids)
         local = token_ids - self._start
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        rows = self.weight.index_select(0, local * mine)
-        return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
+        others = (local < 0) | (local >= self.weight.shape[0])
+        rows = self.weight.index_select(0, local.masked_fill(others, 0))
+        # All ranks but one add +0, so the sum is the embedding (-0 becomes +0). Multiplying the
+        # other ranks' rows by 0 would turn an infinite weight of their first row into NaN.
+        return self._parallel.all_reduce(rows.masked_fill_(others.unsqueeze(-1), 0.0))
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         start, target = min(self._start, self._shape[0]), self.weight[: self.length]

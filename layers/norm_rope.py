@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from layers.parallel import Place
+from layers.parallel import Place, ordered_sum
 from memory.kv_cache import KVLayer
 from utils.errors import UnsupportedModelError
 from utils.loader import WeightTarget
@@ -109,7 +109,8 @@ class RMSNorm:
             both = place.parallel.add_rms_norm(part, total, self.weight, self.eps)
             if both is not None:
                 return both[0], Stream(both[1])
-            part = part if part.dim() == 2 else part.sum(0).to(total.dtype)
+            # `part.sum(0)` would add in an order that torch chooses by shape.
+            part = part if part.dim() == 2 else ordered_sum(part, total.dtype)
             part = place.parallel.all_reduce(part)
         if place.fused:
             from layers.kernels.rowwise import rms_norm

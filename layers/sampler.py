@@ -126,11 +126,8 @@ class Sampler:
         """Return the logits of the whole vocabulary on every rank, gathered from all ranks."""
         if self._parallel.size == 1:
             return logits
-        rows, columns = logits.shape
-        whole = logits.new_zeros(rows, self._parallel.size * columns)
-        first = self._parallel.rank * columns
-        whole[:, first : first + columns] = logits
-        return self._parallel.all_reduce(whole)[:, : self._vocab_size]
+        whole = self._parallel.all_gather(logits).transpose(0, 1)
+        return whole.flatten(1)[:, : self._vocab_size]
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
         """Sample like `__call__`, but from logits of the whole vocabulary (see `gathered`)."""

@@ -23,6 +23,8 @@ STREAM = (*_PYTEST, "tests/engine/test_stream_steps.py")
 STAGING = (*_PYTEST, "tests/engine/test_staging.py")
 SAMPLING = (*_PYTEST, "tests/engine/test_sampling_rows.py")
 SIZING = (*_PYTEST, "tests/memory/test_sizing.py")
+PEER = (*_PYTEST, "-m", "not slow", "tests/kernels/test_peer.py")
+COLLECTIVES = (*_PYTEST, "tests/engine/test_collectives.py")
 
 
 def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...]) -> PlainMutant:
@@ -315,10 +317,49 @@ _MEMORY: tuple[PlainMutant, ...] = (
     ),
 )
 
+_RANKS: tuple[PlainMutant, ...] = (
+    _bug(
+        "ranks: an exchange adds them in another order",
+        "layers/kernels/peer.py",
+        "for peer in tl.static_range(SIZE):",
+        "for peer in tl.static_range(SIZE - 1, -1, -1):",
+        PEER,
+    ),
+    _bug(
+        "ranks: the residual is added before the sum is rounded",
+        "layers/kernels/peer.py",
+        "    return total.to(mine.dtype)\n",
+        "    return total\n",
+        PEER,
+    ),
+    _bug(
+        "ranks: each adds its share of a large sum from itself on",
+        "engine/ranks/collectives.py",
+        "ordered_sum(parts, x.dtype)",
+        "ordered_sum(parts.roll(-self.rank, 0), x.dtype)",
+        COLLECTIVES,
+    ),
+    _bug(
+        "ranks: zeros keep their sign where they are gathered",
+        "layers/parallel.py",
+        "total = parts[0].float() + 0.0",
+        "total = parts[0].float().clone()",
+        COLLECTIVES,
+    ),
+    _bug(
+        "ranks: another rank's embedding is a product with zero",
+        "layers/linear.py",
+        "rows.masked_fill_(others.unsqueeze(-1), 0.0)",
+        "rows * ~others.unsqueeze(-1)",
+        (*_PYTEST, "tests/layers/test_embed_head.py"),
+    ),
+)
+
 KERNEL_MUTANTS: tuple[PlainMutant, ...] = (
     *_PADDING,
     *_OFFSETS,
     *_BUFFERS,
     *_SCORES,
     *_MEMORY,
+    *_RANKS,
 )

@@ -6,12 +6,16 @@ Each rank has an *exchange buffer*: memory on its GPU to which the other ranks, 
 the cells as empty again. So a rank needs no fence, barrier or flag to know that the values of its
 peers have arrived. TensorRT-LLM's "Lamport" all-reduce works in the same way.
 
-A sum adds up one matrix per rank; each Triton program handles one row. A maximum is taken
-elementwise over one vector per rank; each program handles 64 elements. In an *exchange*,
-program i of every rank sends values to program i of its peers. Even and odd exchanges use separate
-cells, so exchange n + 2 reuses the cells of exchange n. These cells are empty by then: a rank
-starts exchange n + 2 only after all its peers have sent their values of exchange n + 1. A peer
-sends these values only after it has emptied its cells of exchange n.
+A sum adds up one matrix per rank; each Triton program handles one row. Its bits are defined by
+`layers.parallel.ordered_sum`: parts are rounded to 16 bits and added in float32 in ascending order
+of rank, and the sum is rounded to 16 bits. So they do not depend on the number of shots, nor on
+whether this exchange or NCCL carries the parts. A maximum is taken elementwise over one vector per
+rank; each program handles 64 elements.
+
+In an *exchange*, program i of every rank sends values to program i of its peers. Even and odd
+exchanges use separate cells, so exchange n + 2 reuses the cells of exchange n. These cells are
+empty by then: a rank starts exchange n + 2 only after all its peers have sent their values of
+exchange n + 1. A peer sends these values only after it has emptied its cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -63,13 +67,22 @@ def _cells(x):
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Return the sum of one row over all ranks. Every rank adds the values in the same order."""
+    """Return the sum of one row over all ranks, in float32 and in order of rank, then rounded."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
     # One load reads the values of all peers, because the latencies of several loads would add up.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
-    bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
-    return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
+    # From +0, so that no sum is -0: peers' zeros of both signs arrive as +0.
+    total = tl.zeros(mine.shape, dtype=tl.float32)
+    for peer in tl.static_range(SIZE):
+        part = mine
+        if peer != RANK:
+            # `tl.sum` of floats would add the ranks in an order that follows the layout, which
+            # depends on width and number of warps. Here it picks a row: all other integers are 0.
+            bits = tl.sum(tl.where(rank == peer, got, 0).to(tl.int32), axis=0)
+            part = bits.to(tl.int16).to(mine.dtype, bitcast=True)
+        total += part.to(tl.float32)
+    return total.to(mine.dtype)
 
 
 @triton.jit
@@ -119,7 +132,7 @@ def _sum_kernel(
         # Rank `row % SIZE` is the owner: it adds up this row and sends the sum to its peers.
         owner = row % SIZE
         if owner == RANK:
-            summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
+            summed = _gathered(mine, own, stride, mask, RANK, SIZE)
             for rank in tl.static_range(SIZE):
                 if rank != RANK:
                     tl.store(buffers[rank] + sent, _cells(summed), mask=mask)
@@ -127,13 +140,14 @@ def _sum_kernel(
             tl.store(_address(buffers_ptr, owner, tl.int16) + sent, _cells(mine), mask=mask)
             got = _receive(own + owner * stride, mask, -32768)
             summed = got.to(mine.dtype, bitcast=True)
-        x = summed.to(tl.float32)
     else:
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 tl.store(buffers[rank] + sent, _cells(mine), mask=mask)
-        x = _gathered(mine, own, stride, mask, RANK, SIZE)
+        summed = _gathered(mine, own, stride, mask, RANK, SIZE)
     tl.store(count_ptr + row, count + 1)
+    # The sum is rounded before the residual is added, as if another kernel added the residual.
+    x = summed.to(tl.float32)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         total = (x + residual.to(tl.float32)).to(residual.dtype)
@@ -227,7 +241,11 @@ class PeerExchange:
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum over ranks of x [T, width], or of x.sum(0) for float32 x [S, T, width]."""
+        """Return the sum over ranks of x [T, width], or of x.sum(0) for float32 x [S, T, width].
+
+        Its bits are those of `layers.parallel.ordered_sum` for the ranks' parts. A float32 x is
+        added up in ascending order of S, and rounded, before it is sent.
+        """
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out

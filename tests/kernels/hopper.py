@@ -72,6 +72,7 @@ def _bf16(*shape: int) -> torch.Tensor:
 
 def compile_rows() -> None:
     """Norms, gates, sums over ranks, and what lies between projection and attention."""
+    from layers.kernels.ordered_sum import ordered_sum
     from layers.kernels.peer import PeerExchange
     from layers.kernels.rowwise import qk_norm_rope_store, rms_norm, silu_mul
     from layers.norm_rope import Rotation
@@ -89,6 +90,7 @@ def compile_rows() -> None:
             exchange.add_rms_norm(_bf16(8, width), _bf16(8, width), weight, 1e-6)
             exchange.add_rms_norm(torch.zeros(2, 256, width), _bf16(256, width), weight, 1e-6)
             exchange.all_max(torch.zeros(8, dtype=torch.int64))
+            ordered_sum(_bf16(size, 512, width), BF16)
     kv, table, ids = KVLayer.of(_bf16(4, 256, 2, 8, 128)), torch.zeros(64, 64), torch.zeros(40)
     rotation, weights = Rotation(ids.long(), table, table), (_bf16(128), _bf16(128))
     qk_norm_rope_store(_bf16(40, 32 * 128), weights, 1e-6, rotation, ids.long(), kv, pdl=True)

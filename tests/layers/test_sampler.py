@@ -294,18 +294,20 @@ def test_ranks_choose_what_one_would(size: int, scale: float) -> None:
     assert torch.equal(greedy, logits.argmax(1))
 
 
-class _Summed(ParallelContext):
-    """Two ranks, of which the other one has no logits."""
+class _Gathered(ParallelContext):
+    """Two ranks, of which the other one has logits of zero."""
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
+    def all_gather(self, x: Tensor) -> Tensor:
+        whole = x.new_zeros(self.size, *x.shape)
+        whole[self.rank] = x
+        return whole
 
 
 def test_whole_rows_have_no_columns_of_padding() -> None:
     """A logits processor gets them, and must not be able to choose a token that does not exist."""
     logits = torch.randn(3, 16)
     for rank in range(2):
-        whole = Sampler(place(_Summed(rank, 2)), vocab_size=29).gathered(logits)
+        whole = Sampler(place(_Gathered(rank, 2)), vocab_size=29).gathered(logits)
         expected = torch.zeros(3, 32)
         expected[:, 16 * rank : 16 * rank + 16] = logits
         assert torch.equal(whole, expected[:, :29])
