@@ -288,8 +288,8 @@ class ExactMatmul(Matmul):
         self._add = functools.partial(products.add_product, pdl=True)
         self._parts = products.parts_of(*weight.shape) if after is not None else 1
         # With several ranks their products are added up before they meet the stream.
-        self._splits = self._parts > 1 and place.parallel.size == 1
-        self._most_fused = products.MAX_FUSED_TOKENS if self._splits else 0
+        fuses = self._parts > 1 and place.parallel.size == 1
+        self._most_fused = products.MAX_FUSED_TOKENS if fuses else 0
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._multiply(x, self.weight, self._bias, parts=self._parts, out=out)
@@ -300,7 +300,7 @@ class ExactMatmul(Matmul):
             work = x, self.weight, self._bias, total, after.weight
             total, gained, squares = self._add(*work, parts=self._parts)
             return Stream(total, gained=Gained(after, gained, after.scale_of(squares)))
-        partial = self._splits and self._bias is None
+        partial = self._parts > 1 and self._bias is None
         part = self._multiply(x, self.weight, self._bias, parts=self._parts, partial=partial)
         return Stream(total, part)
 

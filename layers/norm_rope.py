@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from layers.parallel import Place, ordered_sum
+from layers.parallel import Place
 from memory.kv_cache import KVLayer
 from utils.errors import UnsupportedModelError
 from utils.loader import WeightTarget
@@ -109,8 +109,6 @@ class RMSNorm:
             both = place.parallel.add_rms_norm(part, total, self.weight, self.eps)
             if both is not None:
                 return both[0], Stream(both[1])
-            # `part.sum(0)` would add in an order that torch chooses by shape.
-            part = part if part.dim() == 2 else ordered_sum(part, total.dtype)
             part = place.parallel.all_reduce(part)
         if place.fused:
             from layers.kernels.rowwise import rms_norm
@@ -128,10 +126,19 @@ class RMSNorm:
             return stream.gained, stream
         from layers.kernels.rowwise import gain_rows
 
-        part = stream.part
-        if part is not None and self._place.parallel.size > 1:
-            part = self._place.parallel.all_reduce(part)
-        values, squares, total = gain_rows(stream.total, self.weight, part, pdl=self._place.pdl)
+        part, place = stream.part, self._place
+        if part is not None and place.parallel.size > 1:
+            work = part, stream.total, self.weight, self.eps
+            done = place.parallel.add_rms_norm(*work, gained=True)
+            if done is not None and done[2] is not None:
+                return Gained(self, done[0], self.scale_of(done[2])), Stream(done[1])
+            if part.dim() == 3:
+                # `part.sum(0)` would add in an order that torch chooses by shape.
+                first = part[0] + part[1]
+                part = first if len(part) == 2 else first + (part[2] + part[3])
+                part = part.to(stream.total.dtype)
+            part = place.parallel.all_reduce(part)
+        values, squares, total = gain_rows(stream.total, self.weight, part, pdl=place.pdl)
         return Gained(self, values, self.scale_of(squares)), Stream(total)
 
     def scale_of(self, squares: Tensor) -> Scale:

@@ -41,14 +41,16 @@ class ParallelContext:
         return x
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor] | None:
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, gained: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Sum `x` over the ranks, add `residual`, and apply an RMS norm, all in one kernel.
 
-        Returns the norm's output and the norm's input, which is the sum plus `residual`. Returns
-        None if no kernel supports `x`. Then the caller must use `all_reduce` and a norm.
+        Returns the norm's output, the norm's input, which is the sum plus `residual`, and None. If
+        `gained`, the output is a `Gained` stream instead, and its sums of squares are returned
+        last. Returns None if no kernel supports `x`. Then the caller must use `all_reduce` and a
+        norm.
         """
-        del x, residual, weight, eps
+        del x, residual, weight, eps, gained
         return None
 
     def rehearsal(self) -> AbstractContextManager[None]:

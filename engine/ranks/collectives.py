@@ -92,11 +92,11 @@ class GroupContext(ParallelContext):
         return whole
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor] | None:
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, gained: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         if self.exchange is None or not self.exchange.takes_sum(x):
             return None
-        return self.exchange.add_rms_norm(x, residual, weight, eps)
+        return self.exchange.add_rms_norm(x, residual, weight, eps, gained=gained)
 
     def _all_to_all(self, x: Tensor) -> Tensor:
         """Send x[i] to rank i. Returns what was received, in order of rank, in the shape of x."""

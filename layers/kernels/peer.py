@@ -31,7 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from layers.kernels.rowwise import warps_of_row
+from layers.kernels.rowwise import normed, sum_parts, warps_of_row
+from layers.norm_rope import GAIN
 
 _EMPTY_MAX = torch.iinfo(torch.int64).min  # value of an empty cell in a maximum; never sent
 _MAX_BLOCK = 64  # number of elements that each program of `_max_kernel` handles
@@ -96,23 +97,24 @@ def _sum_kernel(
     size,
     capacity,
     eps,
-    SPLITS: tl.constexpr,
+    GAIN: tl.constexpr,
+    PARTS: tl.constexpr,
     TWO_SHOT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOG: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    x_stride, split_stride, residual_stride = strides
+    x_stride, part_stride, residual_stride = strides
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, 2**LOG)
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
     # No earlier kernel writes the norm's weight or the table of buffer addresses, so load these
     # before gdc_wait waits for earlier kernels.
     if norm is not None:
-        residual_ptr, weight_ptr, total_ptr = norm
+        residual_ptr, weight_ptr, total_ptr, squares_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     buffers = ()
     for rank in tl.static_range(SIZE):
@@ -120,9 +122,7 @@ def _sum_kernel(
     if PDL:
         gdc_wait()
     count = tl.load(count_ptr + row)
-    part = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
+    part = sum_parts(x_ptr + row * x_stride + cols, part_stride, mask, PARTS)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
     start = (count & 1) * SIZE * stride + row * size  # [parity, sender, row, column]
@@ -152,8 +152,9 @@ def _sum_kernel(
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
-        x = total.to(tl.float32)
-        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight
+        if squares_ptr is not None:
+            squares_ptr += row
+        x = normed(total, weight, size, eps, squares_ptr, GAIN, LOG)
     tl.store(out_ptr + row * size + cols, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -233,6 +234,8 @@ class PeerExchange:
         memory[maxima:].fill_(_EMPTY_MAX)
 
     def takes_sum(self, x: Tensor) -> bool:
+        if x.dim() == 3 and x.shape[0] not in (2, 4):
+            return False
         dtype = self.dtype if x.dim() == 2 else torch.float32
         fits = 0 < x.shape[-2] <= self.rows and x.shape[-1] == self.width
         return fits and x.stride(-1) == 1 and x.dtype == dtype
@@ -241,22 +244,23 @@ class PeerExchange:
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum over ranks of x [T, width], or of x.sum(0) for float32 x [S, T, width].
-
-        Its bits are those of `layers.parallel.ordered_sum` for the ranks' parts. A float32 x is
-        added up in ascending order of S, and rounded, before it is sent.
-        """
+        """Return the sum over ranks of x [T, width], or of S summands: float32 x [S, T, width]."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Compute ``rowwise.rms_norm(residual, weight, eps, all_reduce(x))`` in one kernel."""
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, gained: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute ``rowwise.rms_norm(residual, weight, eps, all_reduce(x))`` in one kernel.
+
+        If `gained`, compute ``rowwise.gain_rows(residual, weight, all_reduce(x))``, of which the
+        second result is returned last.
+        """
         out, total = (self._made(residual.shape, residual.dtype) for _ in range(2))
-        self._sum(x, (residual, weight, total), out, eps)
-        return out, total
+        squares = self._made(torch.Size((1, len(residual))), torch.float32) if gained else None
+        self._sum(x, (residual, weight, total, squares), out, eps)
+        return out, total, squares
 
     def all_max(self, x: Tensor) -> Tensor:
         """Return each element's maximum over ranks for int64 x [N]. -2**63 becomes -2**63 + 1."""
@@ -278,17 +282,21 @@ class PeerExchange:
         return make(shape, dtype=dtype, device=self.device)
 
     def _sum(
-        self, x: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None, out: Tensor, eps: float
+        self,
+        x: Tensor,
+        norm: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
+        out: Tensor,
+        eps: float,
     ) -> None:
-        """Launch `_sum_kernel`. `norm` is (residual, RMSNorm weight, output for residual + sum)."""
-        rows, splits, split_stride = x.shape[-2], 1, 0
+        """Launch `_sum_kernel`. `norm`: residual, norm weight, and outputs for sum and squares."""
+        rows, parts, part_stride = x.shape[-2], 1, 0
         if x.dim() == 3:
-            splits, split_stride = x.shape[0], x.stride(0)
-        strides = (x.stride(-2), split_stride, norm[0].stride(0) if norm else 0)
+            parts, part_stride = x.shape[0], x.stride(0)
+        strides = (x.stride(-2), part_stride, norm[0].stride(0) if norm else 0)
         self._launch(
             *(_sum_kernel, rows),
             *(x, norm, out, self._buffers, self._sums, strides, self.width, self.rows, eps),
-            *(splits, self.two_shot(rows), triton.next_power_of_2(self.width)),
+            *(GAIN.get(self.dtype, 1.0), parts, self.two_shot(rows), (self.width - 1).bit_length()),
             num_warps=warps_of_row(self.width),
         )
 

@@ -37,6 +37,22 @@ def sum_parts(ptr, stride, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
+def normed(x, weight, size, eps, squares_ptr, GAIN: tl.constexpr, LOG: tl.constexpr):
+    """Normalise one row x [2**LOG] and multiply it by `weight`.
+
+    With `squares_ptr`, store the sum of squares there instead, and return x * weight * GAIN.
+    """
+    x = x.to(tl.float32)
+    square = sum_pairs(tl.reshape(x * x, (1, 2**LOG)), LOG)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + tl.arange(0, 1), square)
+        out = x * (weight * GAIN)
+    else:
+        out = x * tl.rsqrt(tl.sum(square, axis=0) / size + eps) * weight
+    return out
+
+
+@triton.jit
 def _norm_kernel(
     x_ptr,
     residual_ptr,
@@ -68,13 +84,9 @@ def _norm_kernel(
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * size + cols, x, mask=mask)
-    x32 = x.to(tl.float32)
-    square = sum_pairs(tl.reshape(x32 * x32, (1, 2**LOG)), LOG)
     if squares_ptr is not None:
-        tl.store(squares_ptr + row + tl.arange(0, 1), square)
-        out = x32 * (weight * GAIN)
-    else:
-        out = x32 * tl.rsqrt(tl.sum(square, axis=0) / size + eps) * weight
+        squares_ptr += row
+    out = normed(x, weight, size, eps, squares_ptr, GAIN, LOG)
     tl.store(out_ptr + row * size + cols, out.to(dtype), mask=mask)
 
 

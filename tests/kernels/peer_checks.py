@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from layers.kernels.ordered_sum import ordered_sum
 from layers.kernels.peer import PeerExchange
+from layers.kernels.rowwise import gain_rows
 from tests.kernels.references import rms_norm_reference
 from tests.rank_parts import random_parts, same_bits
 
@@ -47,7 +47,7 @@ class PeerChecks:
 
     def _check_sum(self, source: torch.Generator) -> None:
         rows = int(torch.randint(1, self.rows + 1, (), generator=source))
-        splits = int(torch.randint(1, 4, (), generator=source))
+        splits = 2 ** int(torch.randint(0, 3, (), generator=source))
         # On the devices, which draw the same: on the host it took most of the test's time.
         drawn = torch.Generator(self.device).manual_seed(
             int(torch.randint(2**62, (), generator=source))
@@ -59,7 +59,7 @@ class PeerChecks:
         x = parts[self.rank] if splits > 1 else parts[self.rank, 0].to(self.dtype)
         residual = torch.randn(rows, self.width, **about).to(self.dtype)
         weight = torch.rand(self.width, **about).to(self.dtype)
-        rounded = torch.stack([ordered_sum(part, self.dtype) for part in parts])
+        rounded = torch.stack([ordered_sum(_tree(part)[None], self.dtype) for part in parts])
         summed = ordered_sum(rounded, self.dtype)
         assert same_bits(summed, self._summed(parts))
         assert self.exchange.takes_sum(x)
@@ -67,12 +67,23 @@ class PeerChecks:
             assert same_bits(self.exchange.all_reduce(x), summed)
             self._check_shots(x, summed)
             return
-        normed, total = self.exchange.add_rms_norm(x, residual, weight, _EPS)
+        normed, total, none = self.exchange.add_rms_norm(x, residual, weight, _EPS)
+        assert none is None
         expected = ordered_sum(torch.stack((summed, residual)), self.dtype)
         assert same_bits(total, expected)
         finite = expected.isfinite().all(1)
         reference, _ = rms_norm_reference(expected, weight, _EPS)
         torch.testing.assert_close(normed[finite], reference[finite], rtol=2e-2, atol=2e-2)
+        self._check_gain(x, residual, weight, expected)
+
+    def _check_gain(self, x: Tensor, residual: Tensor, weight: Tensor, total: Tensor) -> None:
+        """What the next product reads has the bits that it has if other kernels make it."""
+        got = self.exchange.add_rms_norm(x, residual, weight, 0.0, gained=True)
+        gained, squares, _ = gain_rows(total, weight)
+        assert got[2] is not None
+        for mine, expected in zip(got, (gained, total, squares), strict=True):
+            assert mine is not None
+            assert same_bits(mine, expected)
 
     def _check_shots(self, x: Tensor, summed: Tensor) -> None:
         """The same sum with one shot and with two shots, and of its first row alone."""
@@ -94,10 +105,17 @@ class PeerChecks:
         """The sum over ranks [T, width] of parts [ranks, S, T, width], by torch."""
         total = torch.zeros(parts.shape[2:], device=self.device)
         for part in parts:
-            total += self._rounded(reduce(torch.add, part)).float()
+            total += self._rounded(_tree(part)).float()
         return self._rounded(total)
 
     def _rounded(self, x: Tensor) -> Tensor:
         if self.cuts:
             x = (x.view(torch.int32) & -65536).view(torch.float32)
         return x.to(self.dtype)
+
+
+def _tree(part: Tensor) -> Tensor:
+    """The sum of the summands of a product, [S, T, width], in the order of its kernels."""
+    while len(part) > 1:
+        part = part[0::2] + part[1::2]
+    return part[0]

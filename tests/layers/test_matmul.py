@@ -82,13 +82,12 @@ def test_few_tokens_of_one_rank_meet_the_stream_in_the_product(
         gained, stream = after.gained(result)
         assert (gained, stream) == (result.gained, result)
     else:
-        # Summands have no bias, and ranks add up their products before they meet the stream.
-        partial = size == 1 and not biased
-        assert calls == [{"kernel": "multiply", "partial": partial, **options}]
+        # Ranks add up their products before they meet the stream. Summands have no bias.
+        assert calls == [{"kernel": "multiply", "partial": not biased, **options}]
         assert result.total is before.total
         assert result.part is not None
         assert result.gained is None
-        assert result.part.dim() == (3 if partial else 2)
+        assert result.part.dim() == (2 if biased else 3)
 
 
 def test_another_norm_does_not_take_what_one_norm_has_made(
