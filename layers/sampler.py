@@ -84,7 +84,8 @@ def sample_shard(
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
         logits = logits.masked_fill(logits < least.unsqueeze(1), float("-inf"))
-    scores = torch.addcmul(logits.float(), noise, temperatures.unsqueeze(1))
+    # `addcmul` may round the product for some elements and not for others, by their place.
+    scores = logits.float() + noise * temperatures.unsqueeze(1)
     best, column = scores.max(dim=1)
     return best, _chosen(best, column + vocab_offset)
 
