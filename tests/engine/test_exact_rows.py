@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from engine.types import NewRequest, PrefillChunk, StepPlan
+from layers.parallel import ParallelContext, Place
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows
 from sampling_params import SamplingParams
 from tests.engine.test_sampling_rows import _Rows
-from tests.layers.tensors import keys, place
+from tests.layers.tensors import keys
 
 # Odd, so that rows of a block begin at addresses of every alignment.
 VOCAB_SIZE = 1003
@@ -23,7 +24,7 @@ VOCAB_SIZE = 1003
 
 def _softened(ids: list[int], x: Tensor) -> Tensor:
     """A processor whose torch operations could follow the row's place."""
-    return x.log_softmax(0) + x.softmax(0).cumsum(0) + len(ids)
+    return x.log_softmax(0) + x.softmax(0) * len(ids)
 
 
 KINDS: list[dict[str, Any]] = [
@@ -40,37 +41,38 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def _request(slot: int) -> NewRequest:
+def request_of(slot: int) -> NewRequest:
     params = SamplingParams(**{"temperature": 0.9, **KINDS[slot % len(KINDS)]})
     withheld = tuple(range(20)) if params.min_tokens else ()
     prompt = tuple(random.Random(slot).choices(range(50), k=6))
     return NewRequest(slot, slot, prompt, params, slot, 3, withheld)
 
 
-def _drawn(requests: list[NewRequest], logits: Tensor) -> list[Any]:
+def drawn(requests: list[NewRequest], logits: Tensor) -> list[Any]:
     """Token and log-probabilities of each request; row i of `logits` is that of slot i."""
-    count = len(requests)
+    count, device = len(requests), logits.device
     news = tuple(replace(q, slot=i) for i, q in enumerate(requests))
     chunks = tuple(PrefillChunk(i, 0, len(q.token_ids), True) for i, q in enumerate(news))
-    rows = _Rows(count)
+    rows = _Rows(count, device)
     rows.of(StepPlan(0, news, prefill=chunks))
     special = rows.of(StepPlan(1, decode=tuple(range(count))))
+    places = torch.arange(count, device=device)
     sampled = SampledRows(
-        rows=torch.arange(count),
-        slots=torch.arange(count),
-        positions=torch.tensor([len(q.token_ids) for q in news]),
-        temperatures=torch.tensor([q.sampling.temperature for q in news]),
-        seeds=keys([q.seed for q in news]),
-        tokens=torch.zeros(count, dtype=torch.int64),
+        rows=places,
+        slots=places,
+        positions=torch.tensor([len(q.token_ids) for q in news], device=device),
+        temperatures=torch.tensor([q.sampling.temperature for q in news], device=device),
+        seeds=keys([q.seed for q in news]).to(device),
+        tokens=torch.zeros_like(places),
     )
     own = logits[[q.slot for q in requests]]
-    sampler = Sampler(place(dtype=logits.dtype))
+    sampler = Sampler(Place(ParallelContext(), logits.dtype, device))
     if special is None:
         return [(token, []) for token in sampler(own, sampled).tolist()]
-    known = torch.tensor([[*q.token_ids, 0, 0] for q in news], dtype=torch.int32)
-    drawn, scored, _ = special.draw(sampler, known, own, sampled)
+    known = torch.tensor([[*q.token_ids, 0, 0] for q in news], dtype=torch.int32, device=device)
+    tokens, scored, _ = special.draw(sampler, known, own, sampled)
     logprobs: list[Any] = scored.logprobs(count)[0] if scored else [[]] * count
-    return list(zip(drawn.tolist(), logprobs, strict=True))
+    return list(zip(tokens.tolist(), logprobs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -78,23 +80,28 @@ def test_every_kind_of_request_gets_in_any_company_what_it_gets_alone(dtype: tor
     count = 7 * len(KINDS)
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(count, VOCAB_SIZE, generator=generator) * 3).to(dtype)
-    requests = [_request(slot) for slot in range(count)]
-    alone = [_drawn([q], logits)[0] for q in requests]
-    assert len({token for token, _ in alone}) > count // 2
+    check_in_company(logits, (count, count, 30, 3, 2))
+
+
+def check_in_company(logits: Tensor, sizes: tuple[int, ...]) -> None:
+    """Each request draws from its row alone, then among as many random ones as `sizes` say."""
+    requests = [request_of(slot) for slot in range(len(logits))]
+    alone = [drawn([q], logits)[0] for q in requests]
+    assert len({token for token, _ in alone}) > len(logits) // 2
     shuffled = random.Random(2)
-    for size in (count, count, 30, 3, 2):
+    for size in sizes:
         company = shuffled.sample(requests, size)
-        for q, got in zip(company, _drawn(company, logits), strict=True):
+        for q, got in zip(company, drawn(company, logits), strict=True):
             assert got == alone[q.slot]
 
 
 def test_a_request_without_a_choice_changes_no_other() -> None:
     logits = torch.randn(20, VOCAB_SIZE, generator=torch.Generator().manual_seed(3)).bfloat16()
-    requests = [_request(slot) for slot in range(20)]
-    before = _drawn(requests, logits)
+    requests = [request_of(slot) for slot in range(20)]
+    before = drawn(requests, logits)
     logits[1, 7] = float("nan")
     logits[13] = float("-inf")
-    after = _drawn(requests, logits)
+    after = drawn(requests, logits)
     assert [i for i in range(20) if after[i] != before[i]] == [1, 13]
     assert after[1][0] == after[13][0] == -1
 
@@ -110,5 +117,5 @@ def test_a_processor_gets_logits_at_an_aligned_address() -> None:
     params = SamplingParams(temperature=0.0, logits_processors=[looks])
     requests = [NewRequest(i, i, (1, 2), params, i) for i in range(5)]
     logits = torch.randn(5, VOCAB_SIZE)
-    assert [token for token, _ in _drawn(requests, logits)] == logits.argmax(1).tolist()
+    assert [token for token, _ in drawn(requests, logits)] == logits.argmax(1).tolist()
     assert set(seen) == {0}
