@@ -27,7 +27,7 @@ def _load(logits_ptr, rows_ptr, stride, size, BLOCK: tl.constexpr):
     return columns, x.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # a request may ask for any number
 def _top_kernel(logits_ptr, rows_ptr, out_ptr, stride, size, count, BLOCK: tl.constexpr):
     """Store the keys of the `count` likeliest tokens among BLOCK, as `layers.logits.token_keys`."""
     columns, x = _load(logits_ptr, rows_ptr, stride, size, BLOCK)
