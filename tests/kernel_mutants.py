@@ -14,6 +14,7 @@ _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_pref
 _HANDLES, _STAGING = "engine/step_handles.py", "engine/device_state.py"
 _SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"
 _STATE, _GRAPHS = "engine/device_state.py", "engine/graphs.py"
+_LOGITS, _BOUNDS = "layers/logits.py", "layers/kernels/logit_bounds.py"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 ROWS = (*_PYTEST, "tests/kernels/test_step_rows.py")
@@ -25,6 +26,8 @@ SAMPLING = (*_PYTEST, "tests/engine/test_sampling_rows.py")
 SIZING = (*_PYTEST, "tests/memory/test_sizing.py")
 PEER = (*_PYTEST, "-m", "not slow", "tests/kernels/test_peer.py")
 COLLECTIVES = (*_PYTEST, "tests/engine/test_collectives.py")
+EXACT = (*_PYTEST, "tests/layers/test_exact_logits.py")
+EXACT_KERNELS = (*_PYTEST, "-m", "not slow", "tests/kernels/test_exact_logits.py")
 
 
 def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...]) -> PlainMutant:
@@ -255,6 +258,21 @@ _SCORES: tuple[PlainMutant, ...] = (
         "num_top = max(n for *_, n in (*self.new, *self.prompts))",
         "num_top = min(n for *_, n in (*self.new, *self.prompts))",
         SAMPLING,
+    ),
+    (
+        "scores: of equally likely tokens the highest id comes first",
+        (
+            (_LOGITS, "(_MASK32 - tokens)", "tokens"),
+            (_LOGITS, "_MASK32 - (keys & _MASK32)", "keys & _MASK32"),
+        ),
+        EXACT,
+    ),
+    _bug(
+        "filters: the search adds weights in float32, in an order that follows the block",
+        _BOUNDS,
+        "(total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)",
+        "(total.to(tl.float64) * top_p.to(tl.float64)).to(tl.float32)",
+        EXACT_KERNELS,
     ),
     _bug(
         "scores: what prompts want is not counted",

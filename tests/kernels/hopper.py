@@ -97,9 +97,10 @@ def compile_rows() -> None:
 
 
 def compile_sampling() -> None:
-    """Sampling and the bounds of filters."""
+    """Sampling, the bounds of filters, and log-probabilities."""
     from layers.kernels.logit_bounds import logit_bounds
     from layers.kernels.sampling import sample_shard
+    from layers.kernels.scores import top_and_mass
     from layers.logits import Filters
 
     for rows in (1, 256):
@@ -107,6 +108,7 @@ def compile_sampling() -> None:
         for least in (None, column):
             sample_shard(logits, column, column.long(), column.int(), least=least)
         logit_bounds(logits, Filters(column, column, column, column))
+        top_and_mass(logits, column.long(), 5)
 
 
 def compile_products() -> None:

@@ -294,6 +294,23 @@ def test_ranks_choose_what_one_would(size: int, scale: float) -> None:
     assert torch.equal(greedy, logits.argmax(1))
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_choose_for_a_row_alone_what_they_choose_in_a_batch(size: int) -> None:
+    """Of logits in 16 bits, and of a float32 copy; a bound that masks nothing changes nothing."""
+    logits = torch.randn(30, 64, generator=torch.Generator().manual_seed(10)).bfloat16()
+    rest = torch.linspace(0, 2, 30), torch.arange(30), torch.arange(30) + 5
+    low = torch.full((30,), -INF)
+
+    def chosen(x: Tensor, rows: Tensor, least: Tensor | None) -> Tensor:
+        about = _sampled(*(value[rows] for value in rest))
+        return _over_ranks(x[rows], size, lambda s, part: s(part, about, least=least))
+
+    together = chosen(logits, torch.arange(30), None)
+    for rows in (*torch.arange(30).unsqueeze(1), torch.arange(29, -1, -1)):
+        for x in (logits, logits.float()):
+            assert torch.equal(chosen(x, rows, low[rows]), together[rows])
+
+
 class _Gathered(ParallelContext):
     """Two ranks, of which the other one has logits of zero."""
 
