@@ -137,14 +137,7 @@ _OFFSETS: tuple[PlainMutant, ...] = (
         LARGE_POOL,
     ),
     _bug(
-        "int32 offsets: prefill attention, tiles within pages",
-        _PREFILL,
-        "base = page.to(tl.int64) * page_stride",
-        "base = page * page_stride",
-        LARGE_POOL,
-    ),
-    _bug(
-        "int32 offsets: prefill attention, tiles over several pages",
+        "int32 offsets: prefill attention",
         _PREFILL,
         "row = ids.to(tl.int64) * page_stride",
         "row = ids * page_stride",

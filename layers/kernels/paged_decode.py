@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from layers.kernels.attention_parts import LOG2_E
 from layers.kernels.decode_launch import MAX_PER_SM, DecodeConfig, DecodeWorkspace, decode_config
-from layers.kernels.paged_prefill import LOG2_E
 from memory.kv_cache import KVLayer
 
 
