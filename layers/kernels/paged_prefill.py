@@ -30,7 +30,6 @@ from layers.kernels.attention_parts import (
 from layers.kernels.launch import has_wgmma
 from memory.kv_cache import KVLayer
 
-_MULTIPROCESSORS = 132  # H100 and H200
 _is_hopper = functools.cache(has_wgmma)
 
 
@@ -153,18 +152,11 @@ def paged_prefill(
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
     if config is None and q.is_cuda and _is_hopper(q.device):
-        from layers.kernels.prefill_launch import HopperConfig, fits_hopper, hopper_prefill
+        from layers.kernels.prefill_launch import fits_hopper, hopper_prefill
 
         if fits_hopper(q, kv):
-            # Two consumers read K and V once for twice as many queries, but make half as many
-            # programs. With fewer than 3/4 of the multiprocessors in use, one consumer is taken.
-            programs = kv_heads * triton.cdiv(rows * group, 128)
-            return hopper_prefill(
-                *(q, kv, block_tables, slots, query_start, context_lens),
-                scale=scale,
-                out=out,
-                config=HopperConfig(2 if 4 * programs >= 3 * _MULTIPROCESSORS else 1),
-            )
+            where = q, kv, block_tables, slots, query_start, context_lens
+            return hopper_prefill(*where, scale=scale, out=out)
     if config is None:
         config = LARGE_HEAD if dim > 128 else MEDIUM_HEAD
     # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,17 +12,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from layers.kernels.attention_parts import LOG2_E, SPLIT
 from layers.kernels.hopper_prefill import hopper_prefill_kernel
 from memory.kv_cache import KVLayer
-
-
-@dataclass(frozen=True)
-class HopperConfig:
-    """Compile and launch options of `hopper_prefill`."""
-
-    consumers: int  # groups of four warps that compute, with 64 queries each
-    stages: int = 2  # number of splits of K, and of V, in shared memory
-    lean: bool = False  # necessary with three consumers
-    turns: bool = False  # possible with two consumers
-    per_sm: int = 1  # programs of a multiprocessor at the same time
 
 
 def fits_hopper(q: Tensor, kv: KVLayer) -> bool:
@@ -53,28 +41,23 @@ def hopper_prefill(
     *,
     scale: float,
     out: Tensor,
-    config: HopperConfig,
 ) -> Tensor:
     """Compute what `paged_prefill` does, where `fits_hopper` allows it."""
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
-    group, batch, c = num_heads // kv_heads, slots.numel(), config
+    group, batch = num_heads // kv_heads, slots.numel()
     # One descriptor serves K and V: a row has all heads of K, then all heads of V.
     box, layout = _box(math.gcd(page, SPLIT), q.dtype)
     kv_desc = TensorDescriptor.from_tensor(kv.flat.view(kv.flat.shape[0], -1), box, layout)
     # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.
-    tiles = triton.cdiv(rows * group, c.consumers * 64) + batch
+    tiles = triton.cdiv(rows * group, 64) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
-    # Registers are allotted to groups of four warps. The producer's group gets 24 a thread.
-    threads = 128 * (c.consumers + 1)
-    registers = min(255, 65536 // (threads * c.per_sm)) // 8 * 8
-    of_consumer = (registers * threads - 24 * 128) // (128 * c.consumers) // 8 * 8
     hopper_prefill_kernel[(kv_heads * tiles,)](
         *(q, kv_desc, block_tables, slots, query_start, context_lens, out),
         *(scale * LOG2_E, batch, block_tables.stride(0)),
         (*q.stride()[:2], *out.stride()[:2]),
         *(kv_heads, group, dim, page, batch_pad),
-        *(c.consumers, c.stages, c.lean, c.turns, min(240, of_consumer)),
         num_warps=4,
-        maxnreg=registers,
+        # So many registers let two programs run: 232 for a thread of the consumer, 24 for others.
+        maxnreg=128,
     )
     return out

@@ -134,8 +134,9 @@ def _consume(
             acc = low + (high + acc)
         scale = None
         if squares_ptr is not None:
-            m = first + gl.arange(0, BM, gl.SliceLayout(1, MMA))[:, None]
-            scale = gl.rsqrt(gl.load(squares_ptr + m, mask=m < M, other=0.0) / size + eps)
+            m = first + gl.arange(0, BM, gl.SliceLayout(1, MMA))
+            square = gl.load(squares_ptr + m, mask=m < M, other=0.0)
+            scale = gl.rsqrt(square / size + eps)[:, None]
         n = col * BN + gl.arange(0, BN, gl.SliceLayout(0, MMA))[None, :]
         acc = scaled(acc, scale, bias_ptr, n, N)
         _store(acc, out_desc, outs.index(GROUP), first, col, w_desc.dtype, SWIGLU)

@@ -307,8 +307,8 @@ def tile_kernel(
         tma.async_copy_global_to_shared(x_desc, [m0, k0 + s * BK], ready.index(s), xs.index(s))
     scale = None
     if SCALE:
-        m = m0 + gl.arange(0, BM, gl.SliceLayout(1, MMA))[:, None]
-        scale = gl.rsqrt(gl.load(squares_ptr + m, mask=m < M, other=0.0) / size + eps)
+        m = m0 + gl.arange(0, BM, gl.SliceLayout(1, MMA))
+        scale = gl.rsqrt(gl.load(squares_ptr + m, mask=m < M, other=0.0) / size + eps)[:, None]
     acc = gl.zeros((BM, BN), gl.float32, MMA)
     low = acc
     high = acc

@@ -120,6 +120,7 @@ _PREFILL = (
     _Prefill(2, 256, 64, 4, 12.0, halves=True),
     _Prefill(2, 128, 64, 6, 6.3),
     _Prefill(2, 64, 64, 8, 3.9),
+    _Prefill(1, 128, 64, 8, 5.0),
     _Prefill(1, 64, 128, 6, 2.7),
     _Prefill(1, 32, 128, 8, 2.15),
 )

@@ -151,7 +151,7 @@ def compile_attention() -> None:
     from layers.kernels.decode_launch import decode_workspace
     from layers.kernels.paged_decode import paged_decode
     from layers.kernels.paged_prefill import paged_prefill
-    from layers.kernels.prefill_launch import HopperConfig, hopper_prefill
+    from layers.kernels.prefill_launch import hopper_prefill
     from memory.kv_cache import KVLayer
 
     tables = torch.zeros(256, 16, dtype=torch.int32)
@@ -165,11 +165,9 @@ def compile_attention() -> None:
         q, starts = _bf16(128, 16, dim), torch.zeros(9, dtype=torch.int32)
         where = (tables, starts[1:], starts, starts[1:])
         paged_prefill(q, kv, *where, scale=1.0, out=q)
-        for consumers in (1, 2):
-            for page in (16, 256):
-                kv = KVLayer.of(_bf16(4, page, 2, kv_heads, dim))
-                config = HopperConfig(consumers)
-                hopper_prefill(q, kv, *where, scale=1.0, out=q, config=config)
+        for page in (16, 256):
+            kv = KVLayer.of(_bf16(4, page, 2, kv_heads, dim))
+            hopper_prefill(q, kv, *where, scale=1.0, out=q)
 
 
 PARTS: dict[str, Callable[[], None]] = {
