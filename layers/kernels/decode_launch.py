@@ -30,10 +30,10 @@ class DecodeConfig:
     pair_cost: int = 0  # time to start work on a pair, in units of the time for UNIT keys
 
 
-SMALL = DecodeConfig(block=128, warps=8, stages=2, per_sm=2, max_registers=128, unroll=16)
-MIDDLE = DecodeConfig(block=64, warps=4, stages=2, per_sm=3, max_registers=168, pair_cost=2)
-LARGE = DecodeConfig(block=64, warps=4, stages=2, per_sm=3, max_registers=168, pair_cost=2)
-SMALL_PAIRS = 64
+SMALL = DecodeConfig(block=128, warps=8, stages=2, per_sm=1, unroll=16)
+MIDDLE = DecodeConfig(block=128, warps=4, stages=2, per_sm=2, pair_cost=2)
+LARGE = DecodeConfig(block=128, warps=4, stages=2, per_sm=2, pair_cost=2)
+SMALL_PAIRS = 32
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 UNIT = 32  # number of keys by which a pair's share of the work is counted

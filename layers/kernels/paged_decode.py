@@ -363,19 +363,20 @@ def paged_decode(
         raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
     pairs = batch * kv_heads
     config = config or decode_config(pairs)
-    columns, warps = triton.next_power_of_2(dim), config.warps
-    # With a larger head_dim a split takes twice the registers, and two buffers of it no longer fit
-    # into shared memory.
-    block, stages, registers = config.block, config.stages, config.max_registers
-    if columns > 128:
-        block, stages, registers = min(block, 8192 // columns), 1, None
+    rows, columns = triton.next_power_of_2(rows_per_request * group), triton.next_power_of_2(dim)
+    block, stages, warps, registers = config.block, config.stages, config.warps, None
+    if columns > 128 or rows > 32:
+        # Two buffers of a split, or one next to many queries, do not fit into shared memory.
+        block, stages, warps = min(block, 32), 1, 8
+    else:
+        registers = config.max_registers
     most = triton.cdiv(max_context_len, SPLIT)
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
     apart = 2 * pairs <= programs  # whether to limit each program to one pair
     programs = min(programs, pairs * (min(MOST_PROGRAMS, most) if apart else most + 1))
     batch_pad = 16 if batch <= 16 else max(256, triton.next_power_of_2(batch))
     # Values of a part that a thread loads, of which all in an iteration are in registers at once.
-    loaded = max(1, triton.next_power_of_2(rows_per_request * group) * columns // (32 * warps))
+    loaded = max(1, rows * columns // (32 * warps))
     _paged_decode_kernel[(programs,)](
         *(q, kv.k, kv.v, block_tables, slots, context_lens, out, tuple(workspace)),
         *(scale * LOG2_E, batch, 0 if apart else config.pair_cost),
