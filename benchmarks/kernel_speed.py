@@ -187,7 +187,7 @@ class _Layer:
         """As the model does, but for attention: the first `width` outputs of qkv stand for it."""
         qkv, stream = self.qkv.normed(self.norms[0](stream))
         stream = self.o.added(qkv[:, :width], stream)
-        y, stream = self.gate_up.gated(self.norms[1](stream))
+        y, stream = self.gate_up.normed(self.norms[1](stream))
         return self.down.added(y, stream)
 
 
@@ -200,7 +200,27 @@ def _layer(
         norm = RMSNorm(hf_config["hidden_size"], 1e-6, place)
         norm.weight.fill_(1.0)
         norms.append(norm)
-    return _Layer((norms[0], norms[1]), *(make(weight, None, place) for weight in weights))
+    qkv, o, gate_up, down = weights
+    return _Layer(
+        (norms[0], norms[1]),
+        make(qkv, place, norms[0], None, False),
+        make(o, place, None, norms[1], False),
+        make(gate_up, place, norms[1], None, True),
+        make(down, place, None, norms[0], False),
+    )
+
+
+def _fused(
+    weight: Tensor, place: Place, norm: RMSNorm | None, after: RMSNorm | None, gated: bool
+) -> Matmul:
+    return make_matmul(weight, None, place, norm, after=after, gated=gated)
+
+
+def _plain(
+    weight: Tensor, place: Place, norm: RMSNorm | None, after: RMSNorm | None, gated: bool
+) -> Matmul:
+    del norm, after
+    return Matmul(weight, None, place, gated=gated)
 
 
 def _linears(
@@ -218,8 +238,8 @@ def _linears(
     layers, plain = [], None
     for _ in range(hf_config["num_hidden_layers"]):
         weights = [torch.randn(shape, **where) * shape[1] ** -0.5 for shape in shapes]
-        layers.append(_layer(hf_config, spec, weights, make_matmul))
-        plain = plain or _layer(hf_config, spec, weights, Matmul)
+        layers.append(_layer(hf_config, spec, weights, _fused))
+        plain = plain or _layer(hf_config, spec, weights, _plain)
     assert plain is not None
     x = torch.randn(batch, hidden, **where)
 

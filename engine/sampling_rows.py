@@ -328,7 +328,9 @@ def _process(
     shape = logits[row].shape
     try:
         for call in calls:
-            out = call(list(token_ids), logits[row])
+            # A copy begins at an aligned address. What torch computes from a tensor may depend on
+            # the alignment, which in the block would depend on the row's place.
+            out = call(list(token_ids), logits[row].clone())
             if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
                 raise TypeError(f"it must return a real tensor of shape {tuple(shape)}")
             logits[row].copy_(out)  # fails for a tensor that is sparse or has no data

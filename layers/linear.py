@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from layers.cpu_linear import HalfLinear
 from layers.kernels.launch import has_wgmma
-from layers.norm_rope import Normed, RMSNorm, Stream
+from layers.norm_rope import Gained, Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
@@ -39,11 +38,6 @@ class _Linear:
         self.weight: Tensor | None = place.empty(rows, columns)
         self.bias = place.empty(rows) if bias else None
         self._matmul: Matmul
-
-    def prepare(self, norm: RMSNorm | None = None) -> None:
-        """Make the `Matmul` of the loaded weight. `norm`: the norm of the layer's input, if any."""
-        assert self.weight is not None
-        self._matmul, self.weight = make_matmul(self.weight, self.bias, self._place, norm), None
 
 
 class ColumnLinear(_Linear):
@@ -71,13 +65,19 @@ class ColumnLinear(_Linear):
         self._shares = shares
         super().__init__(sum(n for _, n in shares), input_size, bias=bias, place=place)
 
-    def __call__(self, normed: Normed, *, partial: bool = False) -> tuple[Tensor, Stream]:
-        """Return outputs [T, N], and the stream with part added. `partial`: see `Matmul.normed`."""
-        return self._matmul.normed(normed, partial=partial)
+    def __call__(self, normed: Normed) -> tuple[Tensor, Stream]:
+        """Return outputs [T, N], and the stream with part added."""
+        return self._matmul.normed(normed)
 
-    def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(first projection) * second projection, and the stream with part added."""
-        return self._matmul.gated(normed)
+    def prepare(self, norm: RMSNorm | None = None, *, gated: bool = False) -> None:
+        """Make the `Matmul` of the loaded weight. `norm` is the norm of the layer's input.
+
+        A layer whose norm is not known here works too. If `gated`, the layer returns
+        silu(first projection) * second projection instead.
+        """
+        assert self.weight is not None
+        matmul = make_matmul(self.weight, self.bias, self._place, norm, gated=gated)
+        self._matmul, self.weight = matmul, None
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
         """Return where to load the checkpoint's layers `names`, one layer for each projection."""
@@ -121,11 +121,14 @@ class RowLinear(_Linear):
         self._columns = place.parallel.per_rank("input features", input_size)
         super().__init__(output_size, self._columns, bias=bias, place=place)
 
-    def prepare(self, norm: RMSNorm | None = None) -> None:
+    def prepare(self, after: RMSNorm) -> None:
+        """Make the `Matmul` of the loaded weight. `after` is the norm of the layer's result."""
+        assert self.weight is not None
         if self._place.parallel.rank > 0:
             # The outputs of all ranks are added up, so only rank 0 adds the bias.
             self.bias = None
-        super().prepare(norm)
+        matmul = make_matmul(self.weight, self.bias, self._place, after=after)
+        self._matmul, self.weight = matmul, None
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
         """Return `stream` plus the layer's output for x [T, K]. `stream.part` must be None."""
@@ -157,9 +160,11 @@ class VocabEmbedding:
         if self._parallel.size == 1:
             return self.weight.index_select(0, token_ids)
         local = token_ids - self._start
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        rows = self.weight.index_select(0, local * mine)
-        return self._parallel.all_reduce(rows * mine.unsqueeze(-1))
+        others = (local < 0) | (local >= self.weight.shape[0])
+        rows = self.weight.index_select(0, local.masked_fill(others, 0))
+        # All ranks but one add +0, so the sum is the embedding (-0 becomes +0). Multiplying the
+        # other ranks' rows by 0 would turn an infinite weight of their first row into NaN.
+        return self._parallel.all_reduce(rows.masked_fill_(others.unsqueeze(-1), 0.0))
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         start, target = min(self._start, self._shape[0]), self.weight[: self.length]
@@ -187,12 +192,19 @@ class VocabHead:
 
 
 class Matmul:
-    """Computes x W^T + b by torch for W [N, K] and b [N]; the reference for fused kernels."""
+    """Computes x W^T + b by torch for W [N, K] and b [N]; the reference for fused kernels.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
+    Args:
+        gated: W is [gate | up], and `normed` returns silu(gate) * up [T, N / 2] of the product.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, place: Place, *, gated: bool = False
+    ) -> None:
         self.weight = weight
         self._bias = bias
         self._place = place
+        self._gated = gated
         self._folded = False  # whether the product includes the preceding norm's weight
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -200,38 +212,33 @@ class Matmul:
         y = F.linear(x, self.weight, self._bias)
         return y if out is None else out.copy_(y)
 
-    def partial(self, x: Tensor) -> Tensor:
-        """Return x W^T + b [T, N], or S float32 summands of this result as one tensor [S, T, N]."""
-        return self(x)
-
     def added(self, x: Tensor, stream: Stream) -> Stream:
         """Return `stream` plus x W^T + b for x [T, K]. `stream.part` must be None."""
-        return Stream(stream.total, self.partial(x))
+        return Stream(stream.total, self(x))
 
-    def normed(
-        self, normed: Normed, *, partial: bool = False, out: Tensor | None = None
-    ) -> tuple[Tensor, Stream]:
-        """Return norm(stream) W^T + b [T, N], and the stream with its part added to its total.
+    def normed(self, normed: Normed, out: Tensor | None = None) -> tuple[Tensor, Stream]:
+        """Return norm(stream) W^T + b, gated or [T, N], and the stream with its part added.
 
-        If `out` is given, the product is stored in `out`. If `partial` is set, the product may be
-        returned as S float32 summands that add up to the product, in one tensor [S, T, N].
+        If `out` is given, the product is stored in `out`.
         """
         x, stream = normed.norm.compute(normed.stream, scaled=not self._folded)
-        return (self.partial(x) if partial else self(x, out)), stream
-
-    def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        """Return silu(gate) * up for the product [gate | up], and the stream with part added."""
-        y, stream = self.normed(normed)
-        return silu_mul(y, self._place), stream
+        y = self(x, out)
+        return (silu_mul(y, self._place) if self._gated else y), stream
 
 
 class CPUMatmul(Matmul):
     """Float32 products on a CPU: `HalfLinear` for up to `few_rows` input rows, oneDNN for more."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        place: Place,
+        norm: RMSNorm | None,
+        *,
+        gated: bool = False,
     ) -> None:
-        super().__init__(weight, bias, place)
+        super().__init__(weight, bias, place, gated=gated)
         scale = None if norm is None else norm.scale
         self._folded = norm is not None
         self._half = HalfLinear(weight, scale) if HalfLinear.holds(weight) else None
@@ -257,72 +264,50 @@ class CPUMatmul(Matmul):
         return Stream(self._adding.added(x, stream.total))
 
 
-class SmallBatchMatmul(Matmul):
-    """Products on Hopper GPUs: this project's kernels for up to 256 tokens, cuBLAS for more.
+class ExactMatmul(Matmul):
+    """Products on Hopper GPUs by `layers.kernels.products`: their bits depend on no other row.
 
-    Kernels for up to 16 tokens can fuse a norm, a gate and a residual addition with the product.
-    Kernels for 17 to 256 tokens can only fuse a gate.
+    Args:
+        after: the norm of the stream to which `added` adds the product.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, place: Place) -> None:
-        from layers.kernels import small_batch_linear as kernels
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        place: Place,
+        after: RMSNorm | None = None,
+        *,
+        gated: bool = False,
+    ) -> None:
+        from layers.kernels import products
 
-        super().__init__(weight, bias, place)
-        self._kernels = kernels
-        self._run = functools.partial(kernels.small_batch_linear, pdl=True)
-        self._most_fused = kernels.MAX_FUSED_TOKENS
+        super().__init__(products.interleaved(weight) if gated else weight, bias, place)
+        self._gated, self._after = gated, after
+        self._multiply = functools.partial(products.multiply, pdl=True)
+        self._add = functools.partial(products.add_product, pdl=True)
+        self._parts = products.parts_of(*weight.shape) if after is not None else 1
+        # With several ranks their products are added up before they meet the stream.
+        fuses = self._parts > 1 and place.parallel.size == 1
+        self._most_fused = products.MAX_FUSED_TOKENS if fuses else 0
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        if self._fits(x.shape[0]):
-            return self._run(x, self.weight, self._bias, out=out)
-        if out is None or self._bias is not None:
-            return super().__call__(x, out)
-        return torch.mm(x, self.weight.t(), out=out)
-
-    def partial(self, x: Tensor) -> Tensor:
-        tokens = x.shape[0]
-        if self._bias is None:
-            splits = self._kernels.small_batch_splits(tokens, *self.weight.shape)
-            if splits > 1 and self._fits(tokens, splits=splits):
-                return self._run(x, self.weight, splits=splits)
-        return self(x)
+        return self._multiply(x, self.weight, self._bias, parts=self._parts, out=out)
 
     def added(self, x: Tensor, stream: Stream) -> Stream:
-        alone, tokens = self._place.parallel.size == 1, x.shape[0]
-        if alone and tokens <= self._most_fused and self._fits(tokens):
-            return Stream(self._run(x, self.weight, self._bias, residual=stream.total))
-        return super().added(x, stream)
+        after, total = self._after, stream.total
+        if after is not None and x.shape[0] <= self._most_fused:
+            work = x, self.weight, self._bias, total, after.weight
+            total, gained, squares = self._add(*work, parts=self._parts)
+            return Stream(total, gained=Gained(after, gained, after.scale_of(squares)))
+        partial = self._parts > 1 and self._bias is None
+        part = self._multiply(x, self.weight, self._bias, parts=self._parts, partial=partial)
+        return Stream(total, part)
 
-    def normed(
-        self, normed: Normed, *, partial: bool = False, out: Tensor | None = None
-    ) -> tuple[Tensor, Stream]:
-        if not self._fits(normed.stream.total.shape[0]):
-            return super().normed(normed, partial=partial, out=out)
-        # `partial` permits summands but does not require them. This method returns the product.
-        x, stream, norm = self._input(normed)
-        return self._run(x, self.weight, self._bias, out=out, **norm), stream
-
-    def gated(self, normed: Normed) -> tuple[Tensor, Stream]:
-        if self._bias is not None or not self._fits(normed.stream.total.shape[0], swiglu=True):
-            return super().gated(normed)
-        x, stream, norm = self._input(normed)
-        return self._run(x, self.weight, swiglu=True, **norm), stream
-
-    def _fits(self, tokens: int, *, swiglu: bool = False, splits: int = 1) -> bool:
-        n, k = self.weight.shape[0] // (2 if swiglu else 1), self.weight.shape[1]
-        supports = self._kernels.supports_small_batch_linear
-        return supports(tokens, n, k, swiglu=swiglu, splits=splits)
-
-    def _input(self, normed: Normed) -> tuple[Tensor, Stream, dict[str, Any]]:
-        """Return the kernel's input, the stream with part added, and arguments for a fused norm."""
-        norm, stream = normed.norm, normed.stream
-        x = stream.total
-        # A fused norm multiplies x by the norm's weight before it divides by the RMS. In float16
-        # x times weight could overflow, so only bfloat16 norms are fused.
-        fuses = x.shape[0] <= self._most_fused and x.dtype == torch.bfloat16
-        if stream.part is None and fuses:
-            return x, stream, {"norm_weight": norm.weight, "eps": norm.eps}
-        return *norm.compute(stream), {}
+    def normed(self, normed: Normed, out: Tensor | None = None) -> tuple[Tensor, Stream]:
+        gained, stream = normed.norm.gained(normed.stream)
+        work = gained.values, self.weight, self._bias
+        return self._multiply(*work, scale=gained.scale, swiglu=self._gated, out=out), stream
 
 
 def silu_mul(x: Tensor, place: Place) -> Tensor:
@@ -336,15 +321,24 @@ def silu_mul(x: Tensor, place: Place) -> Tensor:
 
 
 def make_matmul(
-    weight: Tensor, bias: Tensor | None, place: Place, norm: RMSNorm | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    place: Place,
+    norm: RMSNorm | None = None,
+    *,
+    after: RMSNorm | None = None,
+    gated: bool = False,
 ) -> Matmul:
-    """Make the fastest `Matmul` for `place`. `norm` is the norm before the product, if any.
+    """Make the `Matmul` for `place`. Its input has the norm `norm`, or its result the norm `after`.
 
     If `norm` is given, a `CPUMatmul` multiplies its own weight by the weight of `norm`. Callers of
-    this `CPUMatmul` may only use its methods `normed` and `gated`, and only with this norm.
+    this `CPUMatmul` may only use its method `normed`, and only with this norm.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
-        return CPUMatmul(weight, bias, place, norm)
+        return CPUMatmul(weight, bias, place, norm, gated=gated)
     if place.fused and has_wgmma(place.device):
-        return SmallBatchMatmul(weight, bias, place)
-    return Matmul(weight, bias, place)
+        from layers.kernels.products import supports_products
+
+        if supports_products(*weight.shape) and not (gated and weight.shape[0] % 32):
+            return ExactMatmul(weight, bias, place, after, gated=gated)
+    return Matmul(weight, bias, place, gated=gated)

@@ -15,6 +15,11 @@ from layers.kernels.launch import has_triton
 
 # Maximum number of rows that `score` handles at a time, to limit the memory for copies of logits.
 SCORED_ROWS = 128
+# `score` adds exponentials, which are at most 1, as integers in this unit. Rounding changes the sum
+# of 151,936 of them by at most 7e-8. A sum of up to 2^23 of them fits into an int64.
+UNIT = 2.0**-40
+
+_MASK32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +122,64 @@ def logit_bounds_reference(logits: Tensor, filters: Filters) -> Tensor:
     return torch.where(greedy, float("-inf"), least)
 
 
+def token_keys(values: Tensor, tokens: Tensor) -> Tensor:
+    """Return a key for each pair of a float32 value and a token id, int64.
+
+    A larger value has a larger key. Of equal values, the lowest token id has the largest key. A NaN
+    counts as larger than any number.
+    """
+    # The upper 32 bits are the value's bits, read as int32. If the value is negative, its lower 31
+    # bits are flipped: a larger value gives a larger int32. The lower 32 bits are larger for lower
+    # token ids. Adding 0.0 turns -0.0 into 0.0, so that equal values have equal bits. The bits of a
+    # NaN without sign, 0x7FC00000, are larger than those of inf.
+    bits = torch.where(values.isnan(), float("nan"), values + 0.0).view(torch.int32)
+    order = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    return (order.long() << 32) | (_MASK32 - tokens)
+
+
+def key_values(keys: Tensor) -> Tensor:
+    """Return the float32 values from which `token_keys` made the keys."""
+    order = (keys >> 32).int()
+    return (order ^ (order >> 31 & 0x7FFFFFFF)).view(torch.float32)
+
+
+def key_tokens(keys: Tensor) -> Tensor:
+    """Return the token ids from which `token_keys` made the keys, int64."""
+    return _MASK32 - (keys & _MASK32)
+
+
+def top_and_mass(logits: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `score` needs to know of some rows of `logits`: keys and masses.
+
+    Keys are those of the `count` likeliest tokens of each row, the likeliest first, int64
+    [len(rows), count]. A row's mass is the sum of exp(x - highest) over its logits x, in units of
+    `UNIT`, int64 [len(rows)]. Integers are added, since their sum has no order.
+    """
+    if logits.is_cuda and has_triton():
+        from layers.kernels import scores
+
+        return scores.top_and_mass(logits, rows, count)
+    x = logits.index_select(0, rows).float()
+    # All keys differ, so `topk` has no ties to settle.
+    keys = token_keys(x, torch.arange(x.shape[1], device=x.device)).topk(count, dim=1).values
+    shares = (x - key_values(keys[:, :1])).exp()
+    return keys, (shares / UNIT + 0.5).long().sum(dim=1)
+
+
 def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
     """Return log-probabilities of `tokens`, int64 [R], and of the `num_top` likeliest per row.
 
-    Token i is scored with row `rows[i]` of `logits`, or with row i if `rows` is None.
+    Token i is scored with row `rows[i]` of `logits`, or with row i if `rows` is None. Of equally
+    likely tokens the lowest id comes first. A result depends on its row's logits alone: other rows,
+    `num_top` and the dtype change no bit.
     """
+    at = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
     parts = []
     for start in range(0, max(1, len(tokens)), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)
-        taken = logits[part] if rows is None else logits.index_select(0, rows[part])
-        found = taken.float().log_softmax(dim=1)
-        top = found.topk(num_top, dim=1)
-        values = found.gather(1, tokens[part].unsqueeze(1)).squeeze(1)
-        parts.append((values, top.indices, top.values))
+        keys, mass = top_and_mass(logits, at[part], max(1, num_top))
+        top, drawn = key_values(keys).double(), logits[at[part], tokens[part]].double()
+        total = top[:, 0] + (mass.double() * UNIT).log()
+        parts.append((drawn - total, key_tokens(keys), top - total.unsqueeze(1)))
     values, ids, best = (torch.cat(part) for part in zip(*parts, strict=True))
-    return TokenScores(tokens, values, ids, best)
+    return TokenScores(tokens, values.float(), ids[:, :num_top], best[:, :num_top].float())

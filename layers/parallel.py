@@ -25,22 +25,32 @@ class ParallelContext:
     size: int = 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the ranks; the result may reuse the storage of `x`."""
+        """Return the sum of floats `x` over the ranks, with the bits of `ordered_sum`.
+
+        So an element's sum depends on the ranks' values of this element alone, not on how many rows
+        `x` has, or on how they are carried. The result may reuse the storage of `x`.
+        """
         return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return the values of `x` of all ranks, unchanged, in order of rank: [size, *x.shape]."""
+        return x.unsqueeze(0)
 
     def all_max(self, x: Tensor) -> Tensor:
         """Return the elementwise maximum of int64 `x` over ranks; the result may overwrite `x`."""
         return x
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor] | None:
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, gained: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Sum `x` over the ranks, add `residual`, and apply an RMS norm, all in one kernel.
 
-        Returns the norm's output and the norm's input, which is the sum plus `residual`. Returns
-        None if no kernel supports `x`. Then the caller must use `all_reduce` and a norm.
+        Returns the norm's output, the norm's input, which is the sum plus `residual`, and None. If
+        `gained`, the output is a `Gained` stream instead, and its sums of squares are returned
+        last. Returns None if no kernel supports `x`. Then the caller must use `all_reduce` and a
+        norm.
         """
-        del x, residual, weight, eps
+        del x, residual, weight, eps, gained
         return None
 
     def rehearsal(self) -> AbstractContextManager[None]:
@@ -83,3 +93,20 @@ class Place:
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+def ordered_sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of `parts` over their first dimension, rounded to `dtype`.
+
+    The parts of each element are added in float32, in ascending order from +0, and the sum is
+    rounded once. From +0, since an exchange through peer memory cannot send -0: a sum is never -0.
+    NaN stays NaN, but which NaN is left open.
+    """
+    if fused(parts.device, dtype):
+        from layers.kernels import ordered_sum as kernel
+
+        return kernel.ordered_sum(parts, dtype)
+    total = parts[0].float() + 0.0
+    for part in parts[1:]:
+        total += part
+    return total.to(dtype)

@@ -18,13 +18,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from layers.logits import key_tokens, key_values, token_keys
 from layers.parallel import Place
 from layers.step_rows import SampledRows
 
 NO_TOKEN = -1  # sampled token of a row whose logits have a NaN or are all -inf
 
 _MASK32 = 0xFFFFFFFF
-_NAN_BITS = 0x7FC00000  # a float32 NaN; as an integer it is larger than the bits of any number
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -84,7 +84,8 @@ def sample_shard(
     noise = gumbel_noise(seeds, positions, logits.shape[1], vocab_offset)
     if least is not None:
         logits = logits.masked_fill(logits < least.unsqueeze(1), float("-inf"))
-    scores = torch.addcmul(logits.float(), noise, temperatures.unsqueeze(1))
+    # `addcmul` may round the product for some elements and not for others, by their place.
+    scores = logits.float() + noise * temperatures.unsqueeze(1)
     best, column = scores.max(dim=1)
     return best, _chosen(best, column + vocab_offset)
 
@@ -126,11 +127,8 @@ class Sampler:
         """Return the logits of the whole vocabulary on every rank, gathered from all ranks."""
         if self._parallel.size == 1:
             return logits
-        rows, columns = logits.shape
-        whole = logits.new_zeros(rows, self._parallel.size * columns)
-        first = self._parallel.rank * columns
-        whole[:, first : first + columns] = logits
-        return self._parallel.all_reduce(whole)[:, : self._vocab_size]
+        whole = self._parallel.all_gather(logits).transpose(0, 1)
+        return whole.flatten(1)[:, : self._vocab_size]
 
     def whole(self, logits: Tensor, sampled: SampledRows, *, least: Tensor | None) -> Tensor:
         """Sample like `__call__`, but from logits of the whole vocabulary (see `gathered`)."""
@@ -142,12 +140,5 @@ class Sampler:
         if self._parallel.size == 1:
             return tokens
         # Each rank puts a row's score and token into one int64, and `all_max` finds the largest.
-        # The upper 32 bits are the score's bits, read as int32. If the score is negative, its lower
-        # 31 bits are flipped: a larger score gives a larger int32. The lower 32 bits are larger for
-        # lower token ids. Adding 0.0 turns -0.0 into 0.0, so that equal scores have equal bits.
-        bits = torch.where(best.isnan(), _NAN_BITS, (best + 0.0).view(torch.int32).long())
-        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        winner = self._parallel.all_max((order << 32) | (_MASK32 - tokens.clamp(min=0)))
-        # The bits of inf are 0x7F800000. The order of -inf is -0x7F800001.
-        chosen = (winner >> 32 <= 0x7F800000) & (winner >> 32 > -0x7F800001)
-        return torch.where(chosen, _MASK32 - (winner & _MASK32), NO_TOKEN)
+        winner = self._parallel.all_max(token_keys(best, tokens.clamp(min=0)))
+        return _chosen(key_values(winner), key_tokens(winner))

@@ -83,8 +83,11 @@ class Block(Protocol):
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
-    def prepare(self, norm: RMSNorm) -> None:
-        """Prepare this block's layers. `norm`: the prepared norm of the block's input."""
+    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
+        """Prepare this block's layers.
+
+        `norm` and `after` are the prepared norms of the block's input and of the resulting stream.
+        """
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         """Map the checkpoint's tensor names that begin with `name` to this object's weights."""
@@ -108,17 +111,17 @@ class Attention:
         self, normed: Normed, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
         """Return stream plus attention output of tokens `rows`, int64 [R], or of all if None."""
-        qkv, stream = self.qkv_proj(normed, partial=True)
+        qkv, stream = self.qkv_proj(normed)
         q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
         if rows is not None:
             out, stream = out.index_select(0, rows), Stream(stream.total.index_select(0, rows))
         return self.o_proj(out, stream)
 
-    def prepare(self, norm: RMSNorm) -> None:
+    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
         self.qkv_proj.prepare(norm)
         self.store.prepare()
-        self.o_proj.prepare()
+        self.o_proj.prepare(after)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         slots = self.qkv_proj.weight_targets(*(f"{name}.{p}_proj" for p in "qkv"))
@@ -135,12 +138,12 @@ class MLP:
         self.down_proj = RowLinear(inner, hidden, bias=False, place=place)
 
     def __call__(self, normed: Normed) -> Stream:
-        y, stream = self.gate_up_proj.gated(normed)
+        y, stream = self.gate_up_proj(normed)
         return self.down_proj(y, stream)
 
-    def prepare(self, norm: RMSNorm) -> None:
-        self.gate_up_proj.prepare(norm)
-        self.down_proj.prepare()
+    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
+        self.gate_up_proj.prepare(norm, gated=True)
+        self.down_proj.prepare(after)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         slots = self.gate_up_proj.weight_targets(f"{name}.gate_proj", f"{name}.up_proj")
@@ -163,11 +166,12 @@ class DecoderLayer:
         stream = self.attention(self.input_norm(stream), batch, kv, rows)
         return self.mlp(self.post_attention_norm(stream))
 
-    def prepare(self) -> None:
+    def prepare(self, after: RMSNorm) -> None:
+        """Prepare all parts. `after` is the prepared norm of this layer's result."""
         self.input_norm.prepare()
-        self.attention.prepare(self.input_norm)
         self.post_attention_norm.prepare()
-        self.mlp.prepare(self.post_attention_norm)
+        self.attention.prepare(self.input_norm, self.post_attention_norm)
+        self.mlp.prepare(self.post_attention_norm, after)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         slots = self.input_norm.weight_targets(f"{name}.input_layernorm")
@@ -222,9 +226,11 @@ class DecoderLM(CausalLM):
         return self.lm_head(self.norm(stream), batch.logits)
 
     def prepare(self) -> None:
-        for layer in self.layers:
-            layer.prepare()
         self.norm.prepare()
+        after = self.norm
+        for layer in reversed(self.layers):
+            layer.prepare(after)
+            after = layer.input_norm
         self.lm_head.prepare(self.norm)
 
     def weight_targets(self) -> dict[str, WeightTarget]:

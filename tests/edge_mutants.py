@@ -20,6 +20,7 @@ PROCESSORS = (*_PYTEST, "tests/engine/test_processors.py")
 SCHEMA = (*_PYTEST, "tests/engine/test_json_schema.py")
 TORCH = (*_PYTEST, "tests/engine/test_torch_state.py", "-k", "freed or closed or pending")
 PROGRESS = (*_PYTEST, "tests/test_progress.py")
+EXACT_ROWS = (*_PYTEST, "tests/engine/test_exact_rows.py")
 
 EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     (
@@ -127,6 +128,11 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
         "edge: a tensor of another shape is spread over the row",
         ((_ROWS, "out.shape != shape or ", ""),),
         OUTPUTS,
+    ),
+    (
+        "edge: a processor gets logits at the address that their place in the block gives",
+        ((_ROWS, "logits[row].clone()", "logits[row]"),),
+        EXACT_ROWS,
     ),
     (
         "edge: only the last processor's logits are kept",

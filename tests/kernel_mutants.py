@@ -15,6 +15,7 @@ _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_pref
 _HANDLES, _STAGING = "engine/step_handles.py", "engine/device_state.py"
 _SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"
 _STATE, _GRAPHS = "engine/device_state.py", "engine/graphs.py"
+_LOGITS, _BOUNDS = "layers/logits.py", "layers/kernels/logit_bounds.py"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 ROWS = (*_PYTEST, "tests/kernels/test_step_rows.py")
@@ -25,6 +26,10 @@ STREAM = (*_PYTEST, "tests/engine/test_stream_steps.py")
 STAGING = (*_PYTEST, "tests/engine/test_staging.py")
 SAMPLING = (*_PYTEST, "tests/engine/test_sampling_rows.py")
 SIZING = (*_PYTEST, "tests/memory/test_sizing.py")
+PEER = (*_PYTEST, "-m", "not slow", "tests/kernels/test_peer.py")
+COLLECTIVES = (*_PYTEST, "tests/engine/test_collectives.py")
+EXACT = (*_PYTEST, "tests/layers/test_exact_logits.py")
+EXACT_KERNELS = (*_PYTEST, "-m", "not slow", "tests/kernels/test_exact_logits.py")
 
 
 def _bug(name: str, path: str, old: str, new: str, command: tuple[str, ...]) -> PlainMutant:
@@ -127,14 +132,7 @@ _OFFSETS: tuple[PlainMutant, ...] = (
         LARGE_POOL,
     ),
     _bug(
-        "int32 offsets: prefill attention, tiles within pages",
-        _PREFILL,
-        "base = page.to(tl.int64) * page_stride",
-        "base = page * page_stride",
-        LARGE_POOL,
-    ),
-    _bug(
-        "int32 offsets: prefill attention, tiles over several pages",
+        "int32 offsets: prefill attention",
         _PREFILL,
         "row = ids.to(tl.int64) * page_stride",
         "row = ids * page_stride",
@@ -282,6 +280,21 @@ _SCORES: tuple[PlainMutant, ...] = (
         "num_top = min(n for *_, n in (*self.new, *self.prompts))",
         SAMPLING,
     ),
+    (
+        "scores: of equally likely tokens the highest id comes first",
+        (
+            (_LOGITS, "(_MASK32 - tokens)", "tokens"),
+            (_LOGITS, "_MASK32 - (keys & _MASK32)", "keys & _MASK32"),
+        ),
+        EXACT,
+    ),
+    _bug(
+        "filters: the search adds weights in float32, in an order that follows the block",
+        _BOUNDS,
+        "(total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)",
+        "(total.to(tl.float64) * top_p.to(tl.float64)).to(tl.float32)",
+        EXACT_KERNELS,
+    ),
     _bug(
         "scores: what prompts want is not counted",
         _SAMPLING,
@@ -343,6 +356,44 @@ _MEMORY: tuple[PlainMutant, ...] = (
     ),
 )
 
+_RANKS: tuple[PlainMutant, ...] = (
+    _bug(
+        "ranks: an exchange adds them in another order",
+        "layers/kernels/peer.py",
+        "for peer in tl.static_range(SIZE):",
+        "for peer in tl.static_range(SIZE - 1, -1, -1):",
+        PEER,
+    ),
+    _bug(
+        "ranks: the residual is added before the sum is rounded",
+        "layers/kernels/peer.py",
+        "    return total.to(mine.dtype)\n",
+        "    return total\n",
+        PEER,
+    ),
+    _bug(
+        "ranks: each adds its share of a large sum from itself on",
+        "engine/ranks/collectives.py",
+        "ordered_sum(parts, x.dtype)",
+        "ordered_sum(parts.roll(-self.rank, 0), x.dtype)",
+        COLLECTIVES,
+    ),
+    _bug(
+        "ranks: zeros keep their sign where they are gathered",
+        "layers/parallel.py",
+        "total = parts[0].float() + 0.0",
+        "total = parts[0].float().clone()",
+        COLLECTIVES,
+    ),
+    _bug(
+        "ranks: another rank's embedding is a product with zero",
+        "layers/linear.py",
+        "rows.masked_fill_(others.unsqueeze(-1), 0.0)",
+        "rows * ~others.unsqueeze(-1)",
+        (*_PYTEST, "tests/layers/test_embed_head.py"),
+    ),
+)
+
 KERNEL_MUTANTS: tuple[PlainMutant, ...] = (
     *_PADDING,
     *_OFFSETS,
@@ -350,4 +401,5 @@ KERNEL_MUTANTS: tuple[PlainMutant, ...] = (
     *_BUFFERS,
     *_SCORES,
     *_MEMORY,
+    *_RANKS,
 )

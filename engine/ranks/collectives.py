@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 from config import Config
 from engine.model_runner import LocalRunner, find_architecture
 from engine.ranks.worker import LostPeerError, Rank
 from layers.kernels.launch import dependent_launch, fused
-from layers.parallel import ParallelContext
+from layers.parallel import ParallelContext, ordered_sum
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError
 
@@ -29,11 +31,16 @@ if TYPE_CHECKING:
 _TIMEOUT = timedelta(hours=1)
 # GPUs sum tensors of up to this many bytes without NCCL. 256 hidden states of Qwen3-8B have 2 MiB.
 _PEER_BYTES = 2 << 20
+# Up to this many received bytes a sum takes one collective instead of two (see `_gathers`).
+_GATHER_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class GroupContext(ParallelContext):
     """Collectives of a rank. They use gloo on CPUs, and NCCL on GPUs.
+
+    For sums gloo and NCCL only carry the parts. In their own sums, order and rounding depend on the
+    size of the tensor and on the devices' links. Maxima of integers have no order.
 
     If `exchange` is set, sums and maxima of small tensors are computed without NCCL: each GPU
     writes its values directly into the memory of the other GPUs.
@@ -56,33 +63,69 @@ class GroupContext(ParallelContext):
     def all_reduce(self, x: Tensor) -> Tensor:
         if self.exchange is not None and self.exchange.takes_sum(x):
             return self.exchange.all_reduce(x)
-        return self._reduce(x, dist.ReduceOp.SUM)
+        if x.numel() == 0:
+            return x
+        if self._gathers(x):
+            return ordered_sum(self.all_gather(x), x.dtype)
+        # Every rank adds up an equal share of the elements.
+        flat, count = x.reshape(-1), x.numel()
+        if count % self.size:
+            flat = F.pad(flat, (0, -count % self.size))
+        parts = self._all_to_all(flat.view(self.size, -1))
+        return self.all_gather(ordered_sum(parts, x.dtype)).view(-1)[:count].view(x.shape)
 
     def all_max(self, x: Tensor) -> Tensor:
         if self.exchange is not None and self.exchange.takes_max(x):
             return self.exchange.all_max(x)
-        return self._reduce(x, dist.ReduceOp.MAX)
-
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor] | None:
-        if self.exchange is None or not self.exchange.takes_sum(x):
-            return None
-        return self.exchange.add_rms_norm(x, residual, weight, eps)
-
-    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
-        if self.rehearses.is_set():
-            return x
-        options = dist.AllreduceOptions()
-        options.reduceOp = operation
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX
         # With asyncOp False, NCCL uses the current CUDA stream, not a separate stream.
         options.asyncOp = False
+        self._send(lambda: self.group.allreduce([x], options))
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        x, options = x.contiguous(), AllgatherOptions()
+        whole, options.asyncOp = self._received(x, (self.size, *x.shape)), False
+        # gloo takes no tensors of [size, *x.shape].
+        self._send(lambda: self.group._allgather_base(whole.view(-1), x.view(-1), options))
+        return whole
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, gained: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        if self.exchange is None or not self.exchange.takes_sum(x):
+            return None
+        return self.exchange.add_rms_norm(x, residual, weight, eps, gained=gained)
+
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        """Send x[i] to rank i. Returns what was received, in order of rank, in the shape of x."""
+        x, options = x.contiguous(), dist.AllToAllOptions()
+        parts, options.asyncOp = self._received(x, x.shape), False
+        self._send(lambda: self.group.alltoall_base(parts, x, [], [], options))
+        return parts
+
+    def _gathers(self, x: Tensor) -> bool:
+        """Whether `all_reduce` gathers all parts of x. Otherwise each rank adds up a share of x.
+
+        With N ranks a rank receives (N - 1) times the bytes of x if it gathers them, and otherwise
+        2 (N - 1) / N times, by two collectives. For two ranks these are equal. For more, a second
+        collective costs about 10 us, in which NVLink carries some MB. The bits are the same.
+        """
+        return self.size == 2 or (self.size - 1) * x.numel() * x.element_size() <= _GATHER_BYTES
+
+    def _received(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        # In a rehearsal nothing arrives, and garbage from here could become a token id.
+        return (x.new_zeros if self.rehearses.is_set() else x.new_empty)(shape)
+
+    def _send(self, collective: Callable[[], Any]) -> None:
+        if self.rehearses.is_set():
+            return
         try:
-            if (work := self.group.allreduce([x], options)) is not None:
+            if (work := collective()) is not None:
                 work.wait()
         except RuntimeError as error:
             raise LostPeerError(str(error)) from error
-        return x
 
 
 def gloo_context(index: int, size: int, store: Any) -> GroupContext:

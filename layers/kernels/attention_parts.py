@@ -18,6 +18,7 @@ requests, since neither changes what is added to what:
 - A split without visible keys leaves a total as it is, so a kernel may skip it.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: ANN201
 
 import triton
 import triton.language as tl
@@ -61,7 +62,11 @@ def split_weights(s, scale):
     """
     top = top_score(s, scale)
     p = score_weights(s, scale, top)
-    return p, weight_sum(tl.sum(weight_bits(p), 1)), top
+    # As the sum of `weight_bits`, but their subtrahend is subtracted N times at once. It is
+    # 2**30 - 2**23, and N * 2**30 is 0 modulo 2**32, since N is a multiple of 4.
+    bits = (1.0 + p).to(tl.int32, bitcast=True)
+    total = tl.sum(bits, 1) + s.shape[1] * 8388608
+    return p, weight_sum(total), top
 
 
 @triton.jit

@@ -4,6 +4,7 @@ A part is the result of one split of a pair's keys: values, sum of weights and h
 row. `paged_decode` explains pairs and rows, `attention_parts` splits, and `DecodeWorkspace` slots.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: ANN201
 # mypy: disable-error-code="assignment,misc,var-annotated"
 
 import triton

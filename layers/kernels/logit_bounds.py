@@ -7,11 +7,15 @@ temperature), where `highest` is the row's highest logit, and `target` is top_p 
 weight of the logits that top-k keeps. The sort key of a float32 is a uint32; a greater float32 has
 a greater key. A binary search finds the sort key of v bit by bit, beginning at the highest bit.
 
+Weights are integers, so their sums have no order. The bound is the same to the last bit whatever
+the dtype, the block, the layout that the compiler chooses, and the logits that the search reads.
+
 Usually the kernel reads the whole row only twice. The first pass computes maxima of groups of
-logits, and for top-p the total weight of the row. Then the kernel chooses a range of values that
-should contain the bound. The second pass copies the few thousand logits in this range to scratch
-memory, and the search reads only the copies. If the bound may lie outside of the range, or if the
-copies do not fit, the search reads the whole row once for every two bits of the sort key.
+logits, and for top-p an estimate of the row's total weight. Then the kernel chooses a range of
+values that should contain the bound. The second pass computes the total weight, and copies the few
+thousand logits in this range to scratch memory. The search reads only the copies. If the bound may
+lie outside of the range, or if the copies do not fit, the search reads the whole row once for every
+two bits of the sort key.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -27,8 +31,12 @@ LANES = tl.constexpr(8)
 # values of the logits' dtype. The number is even, since each pass over a whole row finds two bits.
 _BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 # Number of logits that a program reads at once, 512 for each warp. Each program handles one row. If
-# there are more than 132 rows, two programs share each of the 132 multiprocessors of an H200.
+# there are more than 132 rows, two programs share each of the 132 multiprocessors of an H200. The
+# block changes the time alone, never a bound.
 FEW_ROWS_BLOCK, MANY_ROWS_BLOCK = 16384, 8192
+# The weight of a row's highest logit for top-p. Rounding changes a weight by at most 2^-32 of it,
+# and the sum of 151,936 weights by 4e-5 of it at the very most.
+ONE = tl.constexpr(2.0**31)
 
 
 @triton.jit
@@ -50,32 +58,44 @@ def _load_block(ptr, start, end, spread, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weights(x, floor, highest, scale):
-    """Return the weights of logits x for top-k (if `scale` is None) or for top-p."""
+    """Return the weights of logits x, as uint32, for top-k (if `scale` is None) or for top-p."""
     # Top-p looks only at logits >= `floor`, the bound that top-k found. The others get weight 0.
-    weights = tl.full(x.shape, 1.0, tl.float32)
+    weights = tl.full(x.shape, 1, tl.uint32)
     if scale is not None:
-        weights = tl.where(x >= floor, tl.exp2((x - highest) * scale), 0.0)
+        share = tl.exp2((x - highest) * scale)
+        share = tl.where(share < 1, share, 1.0)  # inf - inf is NaN, which no integer can hold
+        # `share` times ONE is exact, so a fused multiply-add would give the same sum.
+        weights = (share * ONE + 0.5).to(tl.uint32)
+        if floor is not None:
+            weights = tl.where(x >= floor, weights, 0)
     return weights
 
 
 @triton.jit
 def _mass(ptr, end, floor, highest, scale, BLOCK: tl.constexpr):
     """Return the total weight of the logits >= `floor` among the first `end` logits at `ptr`."""
-    total = tl.zeros((BLOCK // LANES,), tl.float32)
+    total = tl.zeros((BLOCK // LANES,), tl.int64)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
-        total += tl.sum(_weights(x, floor, highest, scale), axis=1)
+        total += tl.sum(_weights(x, floor, highest, scale), axis=1, dtype=tl.int64)
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _share_of(total, top_p):
+    """Return the smallest weight that is at least top_p times `total`, as int64."""
+    return tl.ceil(total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)
 
 
 @triton.jit
 def _search(x, weights, target, BITS: tl.constexpr):
     """Return the sort key of the largest v for which the logits x >= v weigh at least `target`."""
     # Only the BITS highest bits of the key are searched. If `target` <= 0, all these bits are 1.
+    # Sums have the dtype of `target`. It is float32 for estimates alone.
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(BITS):
-        total = tl.sum(tl.where(x >= _key_value(found + bit), weights, 0.0))
+        total = tl.sum(tl.where(x >= _key_value(found + bit), weights, 0), dtype=target.dtype)
         found += (total >= target).to(tl.uint32) * bit
         bit = bit >> 1
     return found
@@ -91,14 +111,14 @@ def search_in_passes(
     for _ in range(BITS // 2):
         one, two = _key_value(found + bit), _key_value(found + 2 * bit)
         three = _key_value(found + 3 * bit)
-        sum1 = tl.zeros((BLOCK // LANES,), tl.float32)
+        sum1 = tl.zeros((BLOCK // LANES,), target.dtype)
         sum2, sum3 = sum1, sum1
         for start in range(0, end, BLOCK):
             x = _load_block(ptr, start, end, 1, BLOCK)
             weights = _weights(x, floor, highest, scale)
-            sum1 += tl.sum(tl.where(x >= one, weights, 0.0), axis=1)
-            sum2 += tl.sum(tl.where(x >= two, weights, 0.0), axis=1)
-            sum3 += tl.sum(tl.where(x >= three, weights, 0.0), axis=1)
+            sum1 += tl.sum(tl.where(x >= one, weights, 0), axis=1, dtype=target.dtype)
+            sum2 += tl.sum(tl.where(x >= two, weights, 0), axis=1, dtype=target.dtype)
+            sum3 += tl.sum(tl.where(x >= three, weights, 0), axis=1, dtype=target.dtype)
         # The keys of `one`, `two` and `three` are the bits found so far, followed by 01, 10 and 11.
         # sum1 >= sum2 >= sum3, so the next two bits are the number of sums that are >= `target`.
         more = (tl.sum(sum1, axis=0) >= target).to(tl.uint32)
@@ -122,7 +142,10 @@ def _search_row(ptr, end, target, floor, highest, scale, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _best_and_mass(ptr, end, scale, BLOCK: tl.constexpr):
-    """Divide a row into BLOCK / LANES groups; return each group's maximum and the total weight."""
+    """Divide a row into BLOCK / LANES groups; return each group's maximum and an estimate.
+
+    It is the row's total weight divided by ONE, in float32, whose sum depends on the order.
+    """
     best = tl.full((BLOCK // LANES,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK // LANES,), tl.float32)
     for start in range(0, end, BLOCK):
@@ -145,7 +168,7 @@ def guess_range(
     """Estimate the bound of top-p; return (low, high), between which it should lie."""
     # The logits below the bound weigh `below` in the row, and about `share` in its sample `x`.
     x = _load_block(ptr, 0, end, end // BLOCK, BLOCK)
-    weights = _weights(x, float("-inf"), highest, scale)
+    weights = tl.exp2((x - highest) * scale)
     sampled = tl.sum(weights)
     share = below * BLOCK / end
     middle = _key_value(_search(x, weights, sampled - share, BITS))
@@ -170,12 +193,18 @@ def _pad(out_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
-    """Copy the groups of LANES logits whose maximum is >= `low`; return their number of logits."""
+def _gather_from(ptr, out_ptr, end, low, highest, scale, BLOCK: tl.constexpr):
+    """Copy the groups of LANES logits whose maximum is >= `low`.
+
+    Returns their number of logits, and the row's total weight for top-p (0 if `scale` is None).
+    """
     # `out_ptr` has room for 2 * BLOCK copies. Logits that do not fit are counted but not copied.
     count = tl.full((), 0, tl.int32)
+    total = tl.zeros((BLOCK // LANES,), tl.int64)
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
+        if scale is not None:
+            total += tl.sum(_weights(x, None, highest, scale), axis=1, dtype=tl.int64)
         hits = (tl.max(x, axis=1) >= low).to(tl.int32)  # [BLOCK / lanes]
         found = tl.sum(hits, axis=0)
         if found > 0:
@@ -184,18 +213,21 @@ def _gather_from(ptr, out_ptr, end, low, BLOCK: tl.constexpr):
             value = x.to(out_ptr.dtype.element_ty)  # no rounding: `ptr` has this dtype too
             tl.store(out_ptr + place, value, mask=(hits[:, None] > 0) & (place < 2 * BLOCK))
             count += found * LANES
-    return count
+    return count, tl.sum(total, axis=0)
 
 
 @triton.jit
 def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.constexpr):
-    """Copy logits in [low, high]; return their number, and the total weight of logits > high."""
+    """Copy logits in [low, high]; return their number, the row's weight and that above `high`."""
     count = tl.full((), 0, tl.int32)
-    above = tl.zeros((BLOCK // LANES,), tl.float32)
+    total = tl.zeros((BLOCK // LANES,), tl.int64)
+    above = total
     for start in range(0, end, BLOCK):
         x = _load_block(ptr, start, end, 1, BLOCK)
         over = x > high
-        above += tl.sum(tl.where(over, tl.exp2((x - highest) * scale), 0.0), axis=1)
+        weights = _weights(x, None, highest, scale)
+        total += tl.sum(weights, axis=1, dtype=tl.int64)
+        above += tl.sum(tl.where(over, weights, 0), axis=1, dtype=tl.int64)
         inside = (x >= low) & (over == 0)
         hits = inside.to(tl.int32)  # [BLOCK / lanes, lanes]
         group = tl.sum(hits, axis=1)  # [BLOCK / lanes]
@@ -204,7 +236,7 @@ def _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK: tl.cons
         value = x.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + place, value, mask=inside & (place < 2 * BLOCK))
         count += tl.sum(group, axis=0)
-    return count, tl.sum(above, axis=0)
+    return count, tl.sum(total, axis=0), tl.sum(above, axis=0)
 
 
 @triton.jit
@@ -212,20 +244,26 @@ def _narrow_to_mass(ptr, out_ptr, end, top_p, scale, BITS: tl.constexpr, BLOCK: 
     """Choose the logits that the top-p search reads: copies of some logits, or the whole row."""
     # Returns a pointer to these logits, their number, `target` and `floor` for the search, and the
     # row's highest logit. The search ignores logits < `floor`.
-    best, total = _best_and_mass(ptr, end, scale, BLOCK)
+    best, estimate = _best_and_mass(ptr, end, scale, BLOCK)
     highest = tl.max(best, axis=0)
-    target = top_p * total
     floor = tl.full((), float("-inf"), tl.float32)
-    if end > 2 * BLOCK:
-        ones = tl.full(best.shape, 1.0, tl.float32)
-        low = _key_value(_search(best, ones, BLOCK // LANES // 2, BITS))
-        above = tl.full((), 0.0, tl.float32)
-        if tl.sum(_weights(best, low, highest, scale), axis=0) >= target:
-            count = _gather_from(ptr, out_ptr, end, low, BLOCK)
+    if end <= 2 * BLOCK:
+        target = _share_of(_mass(ptr, end, None, highest, scale, BLOCK), top_p)
+    else:
+        ones = tl.full(best.shape, 1, tl.int32)
+        half = tl.full((), BLOCK // LANES // 2, tl.int32)
+        low = _key_value(_search(best, ones, half, BITS))
+        above = tl.full((), 0, tl.int64)
+        heavy = tl.where(best >= low, tl.exp2((best - highest) * scale), 0.0)
+        if tl.sum(heavy, axis=0) >= top_p * estimate:
+            count, total = _gather_from(ptr, out_ptr, end, low, highest, scale, BLOCK)
         else:
-            below = (1 - top_p) * total
+            below = (1 - top_p) * estimate
             low, high = guess_range(ptr, end, below, highest, scale, BITS, BLOCK)
-            count, above = _gather_between(ptr, out_ptr, end, low, high, highest, scale, BLOCK)
+            count, total, above = _gather_between(
+                ptr, out_ptr, end, low, high, highest, scale, BLOCK
+            )
+        target = _share_of(total, top_p)
         if (count <= 2 * BLOCK) & (above < target):
             last = _pad(out_ptr, count, BLOCK)
             if above + _mass(out_ptr, last, low, highest, scale, BLOCK) >= target:
@@ -249,7 +287,7 @@ def _bounds_kernel(
         divisor = tl.maximum(temperature, 1e-30)  # at least 1e-30, so that `scale` is finite
         scale = 1.4426950408889634 / divisor  # log2(e), for exp2
         end = size
-        target = tl.full((), 0.0, tl.float32)
+        target = tl.full((), 0, tl.int64)
         if (top_p < 1) & (counts == 0):
             ptr, end, target, least, highest = _narrow_to_mass(
                 ptr, scratch_ptr, end, top_p, scale, BITS, BLOCK
@@ -262,22 +300,24 @@ def _bounds_kernel(
             best = tl.max(best, axis=1)
             highest = tl.max(best, axis=0)
             if counts:
-                if (end > 2 * BLOCK) & (top_k <= BLOCK // LANES // 4 * 3):
+                number = top_k.to(tl.int32)
+                if (end > 2 * BLOCK) & (number <= BLOCK // LANES // 4 * 3):
                     # `low` is the top_k-th highest group maximum. At least top_k logits reach it.
-                    ones = tl.full(best.shape, 1.0, tl.float32)
-                    low = _key_value(_search(best, ones, top_k, BITS))
-                    count = _gather_from(ptr, scratch_ptr, end, low, BLOCK)
+                    ones = tl.full(best.shape, 1, tl.int32)
+                    low = _key_value(_search(best, ones, number, BITS))
+                    count, _ = _gather_from(ptr, scratch_ptr, end, low, None, None, BLOCK)
                     if count <= 2 * BLOCK:
                         end = _pad(scratch_ptr, count, BLOCK)
                         ptr = scratch_ptr
-                least = _search_row(ptr, end, top_k, None, None, None, BITS, BLOCK)
+                least = _search_row(ptr, end, number, None, None, None, BITS, BLOCK)
                 if top_p < 1:
-                    target = top_p * _mass(ptr, end, least, highest, scale, BLOCK)
+                    target = _share_of(_mass(ptr, end, least, highest, scale, BLOCK), top_p)
         if top_p < 1:
             least_p = _search_row(ptr, end, target, least, highest, scale, BITS, BLOCK)
             least = tl.maximum(least, least_p)
         if min_p > 0:
-            least = tl.maximum(least, highest + divisor * tl.log(min_p))
+            # With `*` and `+`, the compiler would choose whether to round the product.
+            least = tl.maximum(least, tl.fma(divisor, tl.log(min_p), highest))
     tl.store(out_ptr + row, least)
 
 
@@ -286,7 +326,8 @@ def logit_bounds(
 ) -> torch.Tensor:
     """Return the bound of each row, float32 [R]; tokens with lower logits are filtered out.
 
-    No value of the logits' dtype lies between this bound and that of `logit_bounds_reference`.
+    Apart from rounded weights, no value of the logits' dtype lies between this bound and that of
+    `logit_bounds_reference`.
 
     Args:
         logits: bf16, fp16 or fp32 [R, V]; each row is contiguous, rows may have any stride.

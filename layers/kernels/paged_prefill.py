@@ -1,48 +1,50 @@
 """Causal attention of many new tokens per sequence over a paged KV cache (the prefill step).
 
-The algorithm is FlashAttention-2 (Dao 2023): a program (thread block) computes the attention of a
-tile of queries in one pass over their keys, with an online softmax. A row of the tile is the query
-of one new token in one query head. The query heads of a tile share one KV head, so K and V are
-loaded once for all rows. Programs read the sequences' lengths from device memory. So a CUDA graph
-serves all batches that have the same number of sequences and the same total of new tokens.
+A program (thread block) computes the attention of a tile of queries in one pass over their keys
+(FlashAttention-2, Dao 2023). A row of the tile is the query of one new token in one query head. The
+query heads of a tile share one KV head, so K and V are loaded once for all rows. Programs read the
+sequences' lengths from device memory. So a CUDA graph serves all batches that have the same number
+of sequences and the same total of new tokens.
+
+attention_parts.py defines the result to the bit. `hopper_prefill` is the kernel for Hopper GPUs;
+the kernel of this module gives the same bits, and is used where the other is not possible.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from layers.kernels.attention_parts import (
+    EMPTY,
+    LOG2_E,
+    SPLIT,
+    finish,
+    fold_values,
+    fold_weights,
+    split_weights,
+)
+from layers.kernels.launch import has_wgmma
 from memory.kv_cache import KVLayer
 
-LOG2_E = 1.4426950408889634
+_MULTIPROCESSORS = 132  # H100 and H200
+_is_hopper = functools.cache(has_wgmma)
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Compile and launch options of `paged_prefill` (TMA: Tensor Memory Accelerator)."""
+    """Compile and launch options of the kernel in this module."""
 
     rows: int  # number of queries in a tile, one for each new token and query head
-    tile: int  # number of keys that a program reads in one loop iteration
     warps: int
     stages: int
-    max_registers: int | None = None
-    tma: bool = True  # whether to load K and V by TMA if the page size and head_dim allow it
 
 
-# Figures are for an H200, bf16 and head_dim 128; "16/8 heads" means 16 query and 8 KV heads. For 4
-# sequences of 4,096 tokens with 16/8 heads, WIDE reaches 438 TFLOP/s without TMA, 478 with TMA.
-# 478 TFLOP/s is 0.60 times the rate of a product of two 8192 x 8192 matrices.
-WIDE = PrefillConfig(rows=128, tile=64, warps=8, stages=2, max_registers=128)
-# NARROW is used if a batch's queries fill fewer than WIDE_TILES tiles of WIDE. A prompt of 1,024
-# tokens with 16/8 heads takes 20 us with NARROW and 30 us with WIDE. NARROW does not use TMA, since
-# the host takes 17 us longer to launch a kernel with TMA. With TMA, NARROW would be no faster for
-# 16/8 heads. For 1,024 tokens and 12/2 heads NARROW takes 19.7 us, and would take 16.7 us with TMA.
-NARROW = PrefillConfig(rows=64, tile=64, warps=4, stages=3, tma=False)
-WIDE_TILES = 256
-LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # used if head_dim > 128; not tuned
+MEDIUM_HEAD = PrefillConfig(rows=64, warps=4, stages=2)
+LARGE_HEAD = PrefillConfig(rows=64, warps=8, stages=1)  # used if head_dim > 128; not tuned
 
 
 @triton.jit(
@@ -51,8 +53,8 @@ LARGE_HEAD = PrefillConfig(rows=64, tile=32, warps=4, stages=2)  # used if head_
 )
 def _paged_prefill_kernel(
     q_ptr,
-    k_src,
-    v_src,
+    k_ptr,
+    v_ptr,
     table_ptr,
     slot_ptr,
     start_ptr,
@@ -66,8 +68,7 @@ def _paged_prefill_kernel(
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    TMA: tl.constexpr,
+    TILE: tl.constexpr,  # SPLIT
     BATCH_PAD: tl.constexpr,
 ):
     q_row, q_head, page_stride, token_stride, head_stride, table_row, out_row, out_head = strides
@@ -99,57 +100,30 @@ def _paged_prefill_kernel(
     all_see = (before + first_row // GROUP + 1) // TILE * TILE
     last_token = tl.minimum((first_row + ROWS - 1) // GROUP, q_len - 1)
     last_end = tl.cdiv(before + last_token + 1, TILE) * TILE
-    if not TMA:
-        k_src += head * head_stride
-        v_src += head * head_stride
-    top, norm = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    k_ptr += head * head_stride
+    v_ptr += head * head_stride
+    t_top, t_norm = tl.full([ROWS], EMPTY, tl.float32), tl.zeros([ROWS], tl.float32)
+    t_acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     for masked in tl.static_range(2):
         begin = all_see if masked else 0
         end = last_end if masked else all_see
-        offsets = tl.arange(0, TILE)
-        page = tl.load(table + begin // PAGE, mask=begin < end, other=0)
         for at in tl.range(begin, end, TILE):
-            tokens = at + offsets
-            if TMA:
-                row = at % PAGE
-                k = k_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
-                v = v_src.load([page, row, head, 0]).reshape(TILE, DIM_PAD)
-                page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
-                if masked:
-                    # V after the last token has weight 0 but may be NaN. Zero it: 0 * NaN is NaN.
-                    v = tl.where((tokens < num_tokens)[:, None], v, 0.0)
-            else:
-                if PAGE % TILE == 0:
-                    base = page.to(tl.int64) * page_stride + at % PAGE * token_stride
-                    page = tl.load(table + (at + TILE) // PAGE, mask=at + TILE < end, other=0)
-                    where = offsets[:, None] * token_stride + dims[None, :]
-                    k_at, v_at = k_src + base + where, v_src + base + where
-                else:
-                    ids = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
-                    row = ids.to(tl.int64) * page_stride + tokens % PAGE * token_stride
-                    where = row[:, None] + dims[None, :]
-                    k_at, v_at = k_src + where, v_src + where
-                if masked:
-                    seen = (tokens < num_tokens)[:, None] & (dims < DIM)[None, :]
-                    k = tl.load(k_at, mask=seen, other=0.0)
-                    v = tl.load(v_at, mask=seen, other=0.0)
-                elif DIM != DIM_PAD:
-                    k = tl.load(k_at, mask=(dims < DIM)[None, :], other=0.0)
-                    v = tl.load(v_at, mask=(dims < DIM)[None, :], other=0.0)
-                else:
-                    k = tl.load(k_at)
-                    v = tl.load(v_at)
+            tokens = at + tl.arange(0, TILE)
+            ids = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
+            row = ids.to(tl.int64) * page_stride + tokens % PAGE * token_stride
+            where = row[:, None] + dims[None, :]
+            # V after the last token has weight 0 but may be NaN. Zero it: 0 * NaN is NaN.
+            seen = (tokens < num_tokens)[:, None] & (dims < DIM)[None, :]
+            k = tl.load(k_ptr + where, mask=seen, other=0.0)
+            v = tl.load(v_ptr + where, mask=seen, other=0.0)
             s = tl.dot(q, tl.trans(k))  # [ROWS, TILE]
             if masked:
                 s = tl.where(positions[:, None] >= tokens[None, :], s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - new_top[:, None])
-            keep = tl.exp2(top - new_top)
-            norm = norm * keep + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
-            top = new_top
-    result = acc / norm[:, None]
+            p, norm, top = split_weights(s, scale)
+            acc = tl.dot(p.to(v.dtype), v)
+            a, b, t_norm, t_top = fold_weights(t_norm, t_top, norm, top)
+            t_acc = fold_values(t_acc, a[:, None], b[:, None], acc)
+    result = finish(t_acc, t_norm[:, None])
     out_at = out_ptr + ((q_begin + token).to(tl.int64) * out_row + heads * out_head)[:, None]
     tl.store(out_at + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=ok)
 
@@ -178,24 +152,30 @@ def paged_prefill(
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
+    if config is None and q.is_cuda and _is_hopper(q.device):
+        from layers.kernels.prefill_launch import HopperConfig, fits_hopper, hopper_prefill
+
+        if fits_hopper(q, kv):
+            # Two consumers read K and V once for twice as many queries, but make half as many
+            # programs. With fewer than 3/4 of the multiprocessors in use, one consumer is taken.
+            programs = kv_heads * triton.cdiv(rows * group, 128)
+            return hopper_prefill(
+                *(q, kv, block_tables, slots, query_start, context_lens),
+                scale=scale,
+                out=out,
+                config=HopperConfig(2 if 4 * programs >= 3 * _MULTIPROCESSORS else 1),
+            )
     if config is None:
-        tiles = kv_heads * triton.cdiv(rows * group, WIDE.rows)
-        config = LARGE_HEAD if dim > 128 else WIDE if tiles >= WIDE_TILES else NARROW
-    tma = config.tma and page % config.tile == 0 and dim == triton.next_power_of_2(dim)
-    k_src, v_src = kv.k, kv.v
-    if tma:
-        box = [1, config.tile, 1, dim]
-        k_src, v_src = (TensorDescriptor.from_tensor(cache, box) for cache in (kv.k, kv.v))
+        config = LARGE_HEAD if dim > 128 else MEDIUM_HEAD
     # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.
     tiles = triton.cdiv(rows * group, config.rows) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     _paged_prefill_kernel[(kv_heads * tiles,)](
-        *(q, k_src, v_src, block_tables, slots, query_start, context_lens, out),
+        *(q, kv.k, kv.v, block_tables, slots, query_start, context_lens, out),
         *(scale * LOG2_E, batch),
         (*q.stride()[:2], *kv.k.stride()[:3], block_tables.stride(0), *out.stride()[:2]),
-        *(kv_heads, group, dim, page, config.rows, config.tile, tma, batch_pad),
+        *(kv_heads, group, dim, page, config.rows, SPLIT, batch_pad),
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=config.max_registers,
     )
     return out

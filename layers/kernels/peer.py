@@ -6,12 +6,16 @@ Each rank has an *exchange buffer*: memory on its GPU to which the other ranks, 
 the cells as empty again. So a rank needs no fence, barrier or flag to know that the values of its
 peers have arrived. TensorRT-LLM's "Lamport" all-reduce works in the same way.
 
-A sum adds up one matrix per rank; each Triton program handles one row. A maximum is taken
-elementwise over one vector per rank; each program handles 64 elements. In an *exchange*,
-program i of every rank sends values to program i of its peers. Even and odd exchanges use separate
-cells, so exchange n + 2 reuses the cells of exchange n. These cells are empty by then: a rank
-starts exchange n + 2 only after all its peers have sent their values of exchange n + 1. A peer
-sends these values only after it has emptied its cells of exchange n.
+A sum adds up one matrix per rank; each Triton program handles one row. Its bits are defined by
+`layers.parallel.ordered_sum`: parts are rounded to 16 bits and added in float32 in ascending order
+of rank, and the sum is rounded to 16 bits. So they do not depend on the number of shots, nor on
+whether this exchange or NCCL carries the parts. A maximum is taken elementwise over one vector per
+rank; each program handles 64 elements.
+
+In an *exchange*, program i of every rank sends values to program i of its peers. Even and odd
+exchanges use separate cells, so exchange n + 2 reuses the cells of exchange n. These cells are
+empty by then: a rank starts exchange n + 2 only after all its peers have sent their values of
+exchange n + 1. A peer sends these values only after it has emptied its cells of exchange n.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -27,7 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from layers.kernels.rowwise import warps_of_row
+from layers.kernels.rowwise import normed, sum_parts, warps_of_row
+from layers.norm_rope import GAIN
 
 _EMPTY_MAX = torch.iinfo(torch.int64).min  # value of an empty cell in a maximum; never sent
 _MAX_BLOCK = 64  # number of elements that each program of `_max_kernel` handles
@@ -63,13 +68,22 @@ def _cells(x):
 
 @triton.jit
 def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Return the sum of one row over all ranks. Every rank adds the values in the same order."""
+    """Return the sum of one row over all ranks, in float32 and in order of rank, then rounded."""
     rank = tl.arange(0, triton.next_power_of_2(SIZE))[:, None]
     theirs = (rank != RANK) & (rank < SIZE) & mask[None, :]
     # One load reads the values of all peers, because the latencies of several loads would add up.
     got = _receive(own[None, :] + rank * stride, theirs, -32768)
-    bits = tl.where(rank == RANK, mine.to(tl.int16, bitcast=True)[None, :], got)
-    return tl.sum(bits.to(mine.dtype, bitcast=True).to(tl.float32), axis=0)
+    # From +0, so that no sum is -0: peers' zeros of both signs arrive as +0.
+    total = tl.zeros(mine.shape, dtype=tl.float32)
+    for peer in tl.static_range(SIZE):
+        part = mine
+        if peer != RANK:
+            # `tl.sum` of floats would add the ranks in an order that follows the layout, which
+            # depends on width and number of warps. Here it picks a row: all other integers are 0.
+            bits = tl.sum(tl.where(rank == peer, got, 0).to(tl.int32), axis=0)
+            part = bits.to(tl.int16).to(mine.dtype, bitcast=True)
+        total += part.to(tl.float32)
+    return total.to(mine.dtype)
 
 
 @triton.jit
@@ -83,23 +97,24 @@ def _sum_kernel(
     size,
     capacity,
     eps,
-    SPLITS: tl.constexpr,
+    GAIN: tl.constexpr,
+    PARTS: tl.constexpr,
     TWO_SHOT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOG: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    x_stride, split_stride, residual_stride = strides
+    x_stride, part_stride, residual_stride = strides
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, 2**LOG)
     mask = cols < size
     if PDL:
         gdc_launch_dependents()
     # No earlier kernel writes the norm's weight or the table of buffer addresses, so load these
     # before gdc_wait waits for earlier kernels.
     if norm is not None:
-        residual_ptr, weight_ptr, total_ptr = norm
+        residual_ptr, weight_ptr, total_ptr, squares_ptr = norm
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     buffers = ()
     for rank in tl.static_range(SIZE):
@@ -107,9 +122,7 @@ def _sum_kernel(
     if PDL:
         gdc_wait()
     count = tl.load(count_ptr + row)
-    part = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        part += tl.load(x_ptr + split * split_stride + row * x_stride + cols, mask=mask, other=0.0)
+    part = sum_parts(x_ptr + row * x_stride + cols, part_stride, mask, PARTS)
     mine = part.to(out_ptr.dtype.element_ty)
     stride = size * capacity.to(tl.int64)
     start = (count & 1) * SIZE * stride + row * size  # [parity, sender, row, column]
@@ -119,7 +132,7 @@ def _sum_kernel(
         # Rank `row % SIZE` is the owner: it adds up this row and sends the sum to its peers.
         owner = row % SIZE
         if owner == RANK:
-            summed = _gathered(mine, own, stride, mask, RANK, SIZE).to(mine.dtype)
+            summed = _gathered(mine, own, stride, mask, RANK, SIZE)
             for rank in tl.static_range(SIZE):
                 if rank != RANK:
                     tl.store(buffers[rank] + sent, _cells(summed), mask=mask)
@@ -127,19 +140,21 @@ def _sum_kernel(
             tl.store(_address(buffers_ptr, owner, tl.int16) + sent, _cells(mine), mask=mask)
             got = _receive(own + owner * stride, mask, -32768)
             summed = got.to(mine.dtype, bitcast=True)
-        x = summed.to(tl.float32)
     else:
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 tl.store(buffers[rank] + sent, _cells(mine), mask=mask)
-        x = _gathered(mine, own, stride, mask, RANK, SIZE)
+        summed = _gathered(mine, own, stride, mask, RANK, SIZE)
     tl.store(count_ptr + row, count + 1)
+    # The sum is rounded before the residual is added, as if another kernel added the residual.
+    x = summed.to(tl.float32)
     if norm is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
-        x = total.to(tl.float32)
-        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight
+        if squares_ptr is not None:
+            squares_ptr += row
+        x = normed(total, weight, size, eps, squares_ptr, GAIN, LOG)
     tl.store(out_ptr + row * size + cols, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -219,6 +234,8 @@ class PeerExchange:
         memory[maxima:].fill_(_EMPTY_MAX)
 
     def takes_sum(self, x: Tensor) -> bool:
+        if x.dim() == 3 and x.shape[0] not in (2, 4):
+            return False
         dtype = self.dtype if x.dim() == 2 else torch.float32
         fits = 0 < x.shape[-2] <= self.rows and x.shape[-1] == self.width
         return fits and x.stride(-1) == 1 and x.dtype == dtype
@@ -227,18 +244,23 @@ class PeerExchange:
         return 0 < x.numel() <= self.rows and x.dtype == torch.int64 and x.is_contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Return the sum over ranks of x [T, width], or of x.sum(0) for float32 x [S, T, width]."""
+        """Return the sum over ranks of x [T, width], or of S summands: float32 x [S, T, width]."""
         out = self._made(x.shape[-2:], self.dtype)
         self._sum(x, None, out, 0.0)
         return out
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Compute ``rowwise.rms_norm(residual, weight, eps, all_reduce(x))`` in one kernel."""
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, gained: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute ``rowwise.rms_norm(residual, weight, eps, all_reduce(x))`` in one kernel.
+
+        If `gained`, compute ``rowwise.gain_rows(residual, weight, all_reduce(x))``, of which the
+        second result is returned last.
+        """
         out, total = (self._made(residual.shape, residual.dtype) for _ in range(2))
-        self._sum(x, (residual, weight, total), out, eps)
-        return out, total
+        squares = self._made(torch.Size((1, len(residual))), torch.float32) if gained else None
+        self._sum(x, (residual, weight, total, squares), out, eps)
+        return out, total, squares
 
     def all_max(self, x: Tensor) -> Tensor:
         """Return each element's maximum over ranks for int64 x [N]. -2**63 becomes -2**63 + 1."""
@@ -260,17 +282,21 @@ class PeerExchange:
         return make(shape, dtype=dtype, device=self.device)
 
     def _sum(
-        self, x: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None, out: Tensor, eps: float
+        self,
+        x: Tensor,
+        norm: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
+        out: Tensor,
+        eps: float,
     ) -> None:
-        """Launch `_sum_kernel`. `norm` is (residual, RMSNorm weight, output for residual + sum)."""
-        rows, splits, split_stride = x.shape[-2], 1, 0
+        """Launch `_sum_kernel`. `norm`: residual, norm weight, and outputs for sum and squares."""
+        rows, parts, part_stride = x.shape[-2], 1, 0
         if x.dim() == 3:
-            splits, split_stride = x.shape[0], x.stride(0)
-        strides = (x.stride(-2), split_stride, norm[0].stride(0) if norm else 0)
+            parts, part_stride = x.shape[0], x.stride(0)
+        strides = (x.stride(-2), part_stride, norm[0].stride(0) if norm else 0)
         self._launch(
             *(_sum_kernel, rows),
             *(x, norm, out, self._buffers, self._sums, strides, self.width, self.rows, eps),
-            *(splits, self.two_shot(rows), triton.next_power_of_2(self.width)),
+            *(GAIN.get(self.dtype, 1.0), parts, self.two_shot(rows), (self.width - 1).bit_length()),
             num_warps=warps_of_row(self.width),
         )
 

@@ -2,6 +2,10 @@
 
 A token's score is its logit plus temperature times noise. If the logit is less than the row's bound
 `least`, the logit is masked, i.e. the score is -inf. The token with the highest score is sampled.
+
+A score has the same bits in every variant that Triton compiles, i.e. for every dtype, alignment and
+number of rows, with and without `least`. A maximum has no order. Multiplications and additions are
+fused by `tl.fma`, since the compiler could fuse those of `*` and `+` in one variant alone.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -40,7 +44,8 @@ def _log2_exponential(x, HARDWARE: tl.constexpr):
     # have exact results, so u and w have no rounding error.
     u = ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
     w = 1.0 - u
-    series = w * (1.0 + w * (0.5 + w * (0.3333333333 + w * (0.25 + w * 0.2))))
+    series = tl.fma(w, tl.fma(w, 0.2, 0.25), 0.3333333333)
+    series = w * tl.fma(w, tl.fma(w, series, 0.5), 1.0)
     exact = (libdevice.fast_log2f(u) if HARDWARE else tl.log2(u)) * -0.6931471805599453
     negative_log = tl.where(w < 0.0625, series, exact)
     return libdevice.fast_log2f(negative_log) if HARDWARE else tl.log2(negative_log)
@@ -107,7 +112,7 @@ def _sample_kernel(
             # Philox gives four words for i = token // 4. Word j is for the token 4 * i + j.
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, sample, kind, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
-            score += scale * _log2_exponential(x, HARDWARE)
+            score = tl.fma(_log2_exponential(x, HARDWARE), scale, score)
         # `>` keeps the first of several equal scores, and keeps a NaN, since x > NaN is False.
         better = (score > best) | (score != score)
         best = tl.where(better, score, best)

@@ -29,14 +29,16 @@ CPU = torch.device("cpu")
 class _Rows:
     """The sampling options of plans, found as a runner finds them."""
 
-    def __init__(self, num_slots: int) -> None:
-        staging = Staging(CPU)
-        self._state = DeviceState(SlotTables.zeros(num_slots, 64, 16, CPU), staging)
-        self._rows = SamplingRows(self._state.special, num_slots, staging)
+    def __init__(self, num_slots: int, device: torch.device = CPU) -> None:
+        self._staging = Staging(device)
+        tables = SlotTables.zeros(num_slots, 64, 16, device)
+        self._state = DeviceState(tables, self._staging)
+        self._rows = SamplingRows(self._state.special, num_slots, self._staging)
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
-        self._state.apply(plan)
-        return self._rows.of(plan) if self._state.special else None
+        with self._staging.group():
+            self._state.apply(plan)
+            return self._rows.of(plan) if self._state.special else None
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]

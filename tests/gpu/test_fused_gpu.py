@@ -1,7 +1,6 @@
 """The fused Triton kernels on a CUDA device: random shapes, poisoned outputs, graph capture."""
 
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +15,6 @@ from layers.kernels.rowwise import (
     silu_mul,
 )
 from layers.kernels.sampling import sample_shard
-from layers.kernels.small_batch_linear import (
-    small_batch_linear,
-    small_batch_splits,
-    supports_small_batch_linear,
-)
 from layers.norm_rope import Rotation
 from layers.sampler import gumbel_noise
 from layers.sampler import sample_shard as sample_shard_reference
@@ -31,7 +25,6 @@ from tests.kernels.references import (
     qk_norm_rope_store_reference,
     rms_norm_reference,
     silu_mul_reference,
-    small_batch_linear_reference,
 )
 from tests.layers.tensors import keys
 
@@ -67,7 +60,7 @@ def test_norm(case: int, dtype: torch.dtype) -> None:
     tokens, size = rng.choice([1, 2, 17, 300]), rng.choice([64, 1024, 1536, 4096, 5120])
     x, residual = _randn(tokens, size, dtype=dtype), _randn(tokens, size, dtype=dtype)
     weight = _randn(size, dtype=dtype)
-    for part in (None, x, _randn(rng.choice([2, 3, 8]), tokens, size, dtype=torch.float32)):
+    for part in (None, x, _randn(rng.choice([2, 4]), tokens, size, dtype=torch.float32)):
         with poisoned_memory():
             out, total = rms_norm(residual, weight, 1e-6, part, pdl=PDL)
         want = rms_norm_reference(residual, weight, 1e-6, part)
@@ -94,10 +87,7 @@ def test_qk_norm_rope_store(case: int) -> None:
     block_size = rng.choice([16, 256])
     blocks = tokens // block_size + 3
     norm = rng.random() < 0.5
-    splits = rng.choice([1, 2, 4])
     qkv = _randn(tokens, (heads + 2 * kv_heads) * dim)
-    if splits > 1:
-        qkv = _randn(splits, *qkv.shape, dtype=torch.float32)
     weights = (_randn(dim), _randn(dim)) if norm else None
     angle = _randn(4096, dim // 2, dtype=torch.float32)
     positions = torch.randint(0, 4096, (tokens,), device="cuda")
@@ -191,129 +181,6 @@ def test_graph_capture_sees_new_inputs() -> None:
         _, want = sample_shard_reference(logits, temperature, seed, position)
         assert torch.equal(token, want)
         _close(normed, rms_norm_reference(x, weight, 1e-6)[0])
-
-
-# Outputs and inputs of the linears of Qwen3-0.6B, Qwen2-1.5B and Qwen3-8B, and odd ones.
-BF16, FP16 = DTYPES
-WIDE = [
-    (4096, 1024, BF16),
-    (2048, 1536, FP16),
-    (6144, 4096, BF16),
-    (48, 80, FP16),
-    (1008, 3008, BF16),
-]
-NARROW = [(1024, 2048, FP16), (1024, 3072, BF16), (1536, 1536, BF16), (1536, 8960, BF16)]
-GATED = [
-    (3072, 1024, BF16),
-    (3072, 1024, FP16),
-    (8960, 1536, BF16),
-    (12288, 4096, BF16),
-    (80, 48, BF16),
-]
-
-
-def _linear_close(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Roundings of the 16-bit output and, with a norm, of the scaled 16-bit input.
-
-    Each is 1.1e-3 (root mean square, bf16); with SwiGLU up to five of them meet.
-    """
-    assert got.isfinite().all()
-    error = (got.double() - want.double()).norm() / want.double().norm()
-    assert error < 8e-3, float(error)
-
-
-def _weight(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    return _randn(rows, columns, dtype=dtype) / float(columns**0.5)
-
-
-@hopper
-@pytest.mark.parametrize(("n", "k", "dtype"), WIDE + NARROW)
-def test_small_batch_linear_few_tokens(n: int, k: int, dtype: torch.dtype) -> None:
-    for tokens in (1, random.randint(2, 8), random.randint(9, 16)):
-        x = _randn(tokens, k + 32, dtype=dtype)[:, :k]
-        weight, bias = _weight(n, k, dtype), _randn(n, dtype=dtype)
-        gain, residual = _randn(k, dtype=dtype), _randn(tokens, n, dtype=dtype)
-        cases: list[dict[str, Any]] = [
-            {},
-            {"bias": bias, "norm_weight": gain},
-            {"residual": residual},
-            {"bias": bias, "norm_weight": gain, "residual": residual},
-        ]
-        for options in cases:
-            out = _poisoned(tokens, n, dtype=dtype)
-            small_batch_linear(x, weight, **options, out=out, pdl=True)
-            _linear_close(out, small_batch_linear_reference(x, weight, **options))
-
-
-@hopper
-@pytest.mark.parametrize(("n", "k", "dtype"), GATED)
-def test_small_batch_linear_swiglu(n: int, k: int, dtype: torch.dtype) -> None:
-    weight, gain = _weight(2 * n, k, dtype), _randn(k, dtype=dtype)
-    for tokens in (1, 7, 16, 17, 64, 65, random.randint(66, 255), 256):
-        if not supports_small_batch_linear(tokens, n, k, swiglu=True):
-            assert tokens > 16
-            continue
-        x = _randn(tokens, k, dtype=dtype)
-        norm = gain if tokens <= 16 else None
-        out = _poisoned(tokens, n, dtype=dtype)
-        small_batch_linear(x, weight, norm_weight=norm, swiglu=True, out=out, pdl=True)
-        _linear_close(out, small_batch_linear_reference(x, weight, norm_weight=norm, swiglu=True))
-
-
-@hopper
-@pytest.mark.parametrize(("n", "k", "dtype"), WIDE + NARROW)
-def test_small_batch_linear_many_tokens(n: int, k: int, dtype: torch.dtype) -> None:
-    weight, bias = _weight(n, k, dtype), _randn(n, dtype=dtype)
-    for tokens in (17, 64, 65, 128, random.randint(129, 255), 256):
-        x = _randn(tokens, k, dtype=dtype)
-        splits = small_batch_splits(tokens, n, k)
-        if supports_small_batch_linear(tokens, n, k):
-            out = _poisoned(tokens, n, dtype=dtype)
-            small_batch_linear(x, weight, bias, out=out, pdl=True)
-            _linear_close(out, small_batch_linear_reference(x, weight, bias))
-        if splits > 1 and supports_small_batch_linear(tokens, n, k, splits=splits):
-            sums = _poisoned(splits, tokens, n, dtype=torch.float32)
-            small_batch_linear(x, weight, splits=splits, out=sums, pdl=True)
-            _linear_close(sums.sum(0), small_batch_linear_reference(x.float(), weight.float()))
-
-
-@hopper
-@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 128, 256])
-def test_dependent_launch_changes_nothing(tokens: int) -> None:
-    """A chain that uses memory again gives the same bits with and without early launch."""
-    hidden, inner, layers = 1024, 3072, 12
-    up = [_weight(2 * inner, hidden, torch.bfloat16) for _ in range(layers)]
-    down = [_weight(hidden, inner, torch.bfloat16) for _ in range(layers)]
-    gain = _randn(hidden).abs()
-    start = _randn(tokens, hidden)
-    splits = small_batch_splits(tokens, hidden, inner)
-    act = _poisoned(tokens, inner)
-    sums = _poisoned(splits, tokens, hidden, dtype=torch.float32)
-
-    def chain(pdl: bool) -> torch.Tensor:
-        # What the norms and linears return comes from memory that the allocator gets back here.
-        state = start.clone()
-        for i in range(layers):
-            if tokens <= 16:
-                small_batch_linear(state, up[i], norm_weight=gain, swiglu=True, out=act, pdl=pdl)
-                state = small_batch_linear(act, down[i], residual=state, pdl=pdl)
-            else:
-                normed, _ = rms_norm(state, gain, 1e-6, pdl=pdl)
-                small_batch_linear(normed, up[i], swiglu=True, out=act, pdl=pdl)
-                small_batch_linear(act, down[i], splits=splits, out=sums, pdl=pdl)
-                _, state = rms_norm(state, gain, 1e-6, sums, pdl=pdl)
-        return state
-
-    chain(True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(True)
-    for _ in range(20):
-        start.normal_()
-        want = chain(False).clone()
-        captured.zero_()
-        graph.replay()
-        assert torch.equal(captured, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])

@@ -15,13 +15,15 @@ from layers.kernels.paged_decode import (
     paged_decode,
 )
 from layers.kernels.paged_prefill import (
+    LARGE_HEAD,
+    MEDIUM_HEAD,
     paged_prefill,
 )
 from tests.kernels.references import (
     paged_decode_reference,
     paged_prefill_reference,
 )
-from tests.kernels.test_paged_attention import make_case, relative_error
+from tests.kernels.test_paged_attention import Case, make_case, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -164,6 +166,11 @@ def test_decode_is_exact(heads: tuple[int, int], page: int) -> None:
             ends_at = random.sample(range(rows - 1, tail), count)
             some = [end - rows + 1 + row for end in ends_at for row in range(rows)]
             assert torch.equal(decode(some, rows), base[some]), (rows, count)
+    start = torch.tensor([0, tail, 2 * tail], dtype=torch.int32, device="cuda")
+    out = torch.full((2 * tail, heads[0], dim), float("nan"), device="cuda").bfloat16()
+    where = (case.block_tables, case.slots, start, case.context_lens)
+    paged_prefill(q, case.kv, *where, scale=dim**-0.5, out=out)
+    assert torch.equal(out.view(torch.int16), base)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
@@ -233,3 +240,60 @@ def test_prefill(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype
         paged_prefill_reference(*arguments, scale=dim**-0.5, out=want)
         assert relative_error(out[:rows], want[:rows]) < LIMIT[dtype], (queries, lens)
         assert out[rows:].isnan().all()
+        # The kernel for all devices gives the same bits as the one that was chosen.
+        other = torch.empty_like(out)
+        config = LARGE_HEAD if dim > 128 else MEDIUM_HEAD
+        paged_prefill(*arguments, scale=dim**-0.5, out=other, config=config)
+        assert torch.equal(out[:rows], other[:rows]), (queries, lens)
+
+
+def _in_pages(case: Case, page: int) -> Case:
+    """The same keys and values in pages of another size, with poison around them."""
+    old = case.kv.k.shape[1]
+    (heads, dim), lens = case.kv.k.shape[2:], case.context_lens.tolist()
+    same = make_case(lens, heads, dim, page, case.kv.k.dtype, "cuda")
+    for p, length in enumerate(case.context_lens.tolist()):
+        at = torch.arange(length, device="cuda")
+        source = case.block_tables[case.slots[p], at // old].long() * old + at % old
+        target = same.block_tables[same.slots[p], at // page].long() * page + at % page
+        same.kv.flat[target] = case.kv.flat[source]
+    return same
+
+
+@pytest.mark.parametrize(("heads", "dim", "page", "dtype"), CASES)
+def test_prefill_is_exact(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype) -> None:
+    """A query has the same bits in any chunk, alone and among others, and with any page size."""
+    lens, tail = [333, 1111, 2777], 300
+    case = make_case(lens, heads[1], dim, page, dtype, "cuda")
+    q = torch.randn(3 * tail, heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
+    q = q[:, : heads[0]]
+
+    def attend(case: Case, parts: list[tuple[int, int, int]]) -> torch.Tensor:
+        """Attention of rows `begin` to `end` of the tails of sequences: (sequence, begin, end)."""
+        rows = [p * tail + row for p, begin, end in parts for row in range(begin, end)]
+        start = torch.tensor([0, *(end - begin for _, begin, end in parts)]).cumsum(0).int()
+        seen = [lens[p] - tail + end for p, _, end in parts]
+        out = torch.full((len(rows), heads[0], dim), float("nan"), dtype=dtype, device="cuda")
+        return paged_prefill(
+            *(q[rows], case.kv, case.block_tables, case.slots[[p for p, _, _ in parts]]),
+            *(start.cuda(), torch.tensor(seen, dtype=torch.int32, device="cuda")),
+            scale=dim**-0.5,
+            out=out,
+        )
+
+    whole = [(p, 0, tail) for p in range(3)]
+    want = attend(case, whole)
+    assert torch.equal(attend(case, whole), want)
+    for p in range(3):
+        assert torch.equal(attend(case, whole[p : p + 1]), want[p * tail : (p + 1) * tail])
+    for chunk in (1, 5, 64):
+        parts = [
+            (p, begin, min(begin + chunk, tail))
+            for p in range(3)
+            for begin in range(0, tail, chunk)
+        ]
+        random.shuffle(parts)
+        rows = [p * tail + row for p, begin, end in parts for row in range(begin, end)]
+        assert torch.equal(attend(case, parts), want[rows]), chunk
+    for other in {16, 48, 64, 256} - {page}:
+        assert torch.equal(attend(_in_pages(case, other), whole), want), other

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from config import Config
-from engine.ranks.collectives import join_ranks, local_rank
+from engine.ranks.collectives import GroupContext, join_ranks, local_rank
 from engine.ranks.runner import TensorParallelRunner
 from engine.ranks.worker import Rank
+from layers.norm_rope import RMSNorm, Stream
+from layers.parallel import Place, ordered_sum
 from llm import LLM, SamplingParams
 from tests.engine.fake_ranks import rank_pids
 from tests.engine.waits import no_wait_runs_out
 from tests.gpu.test_engine_gpu import SMALL, TIE, TINY, greedy, random_prompts, worst_gap
 from tests.kernels.peer_checks import PeerChecks
+from tests.rank_parts import random_parts, same_bits
 from utils.errors import ConfigError, WorkerDiedError
 
 pytestmark = [
@@ -37,7 +41,7 @@ def exchange_sums(index: int, size: int, store: str) -> None:
         context = join_ranks(config, Rank(index, size, f"{store}{width}", 1), width)
         assert context.exchange is not None
         device = torch.device("cuda", index)
-        about = (index, size, 256, width, torch.bfloat16, device, True)
+        about = (index, size, 256, width, torch.bfloat16, device)
         PeerChecks(context.exchange, *about).run(100, seed=width)
         torch.cuda.synchronize()
         torch.distributed.destroy_process_group()
@@ -126,3 +130,64 @@ def test_sums_through_peer_memory_agree_to_the_bit(size: int, tmp_path: Path) ->
     if size > torch.cuda.device_count():
         pytest.skip(f"needs {size} CUDA devices")
     spawn(exchange_sums, (size, str(tmp_path / "store")), size)  # type: ignore[no-untyped-call]
+
+
+ROWS = (1, 16, 255, 256, 257, 1000, 4096)
+
+
+def sum_rows(index: int, size: int, store: str) -> None:
+    """One rank, in a process of its own: sums of the first rows of the same matrices."""
+    options: dict[str, Any] = {"model": "x", "device": "cuda", "tensor_parallel_size": size}
+    cases = product(("bfloat16", "float16"), (1024, 4096), (True, False))
+    for number, (name, width, peer) in enumerate(cases):
+        rank = Rank(index, size, f"{store}{number}", 1)
+        context = join_ranks(Config(dtype=name, **options), rank, width, peer=peer)
+        assert (context.exchange is not None) == peer
+        check_rows(context, getattr(torch, name), width)
+        torch.cuda.synchronize()
+        torch.distributed.destroy_process_group()
+
+
+def check_rows(context: GroupContext, dtype: torch.dtype, width: int) -> None:
+    """Up to 2 MB by the exchange if there is one, else by NCCL; also captured in a CUDA graph."""
+    device = torch.device("cuda", context.rank)
+    drawn = torch.Generator(device).manual_seed(width)
+    parts = random_parts((context.size, ROWS[-1], width), drawn).to(dtype)
+    residual, weight = parts.roll(1, 1)[0], torch.ones(width, dtype=dtype, device=device)
+    expected = torch.zeros(ROWS[-1], width, device=device)
+    for part in parts:
+        expected += part.float()
+    expected = expected.to(dtype)
+    added = (expected.float() + residual.float()).to(dtype)
+    mine = parts[context.rank]
+    norm = RMSNorm(width, 1e-6, Place(context, dtype, device))
+    norm.weight.copy_(weight)
+    norm.prepare()
+    for rows in ROWS:
+        x = mine[:rows].clone()
+        assert same_bits(context.all_reduce(x), expected[:rows]), rows
+        # Whether one kernel adds the residual, or another one after the sum.
+        _, stream = norm.compute(Stream(residual[:rows], mine[:rows].clone()))
+        assert same_bits(stream.total, added[:rows]), rows
+        x.copy_(mine[:rows])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = context.all_reduce(x)
+        for _ in range(3):
+            x.copy_(mine[:rows])
+            graph.replay()
+            assert same_bits(captured, expected[:rows]), rows
+    splits = torch.stack((mine[:16].float(), residual[:16].float()))
+    _, stream = norm.compute(Stream(residual[:16], splits))
+    both = [ordered_sum(torch.stack((part[:16], residual[:16])), dtype) for part in parts]
+    total = ordered_sum(torch.stack(both), dtype)
+    assert same_bits(stream.total, (total.float() + residual[:16].float()).to(dtype))
+    logits = context.all_gather(mine[:7])
+    assert torch.equal(logits.view(torch.int16), parts[:, :7].contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rows_sum_has_the_same_bits_among_any_number_of_rows(size: int, tmp_path: Path) -> None:
+    if size > torch.cuda.device_count():
+        pytest.skip(f"needs {size} CUDA devices")
+    spawn(sum_rows, (size, str(tmp_path / "store")), size)  # type: ignore[no-untyped-call]

@@ -55,6 +55,24 @@ def hard_rows(vocab_size: int, dtype: torch.dtype) -> Tensor:
     return torch.stack(rows).to(dtype)
 
 
+def beside_top_p(rows: int, vocab_size: int, device: str = "cpu") -> tuple[Tensor, Filters]:
+    """Rows, and filters with a top_p that the weight of some logits reaches but for rounding.
+
+    If weights were added in float32, the order of the additions would decide whether it does.
+    """
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, vocab_size, generator=generator).to(device)
+    logits = (logits * 16).round().bfloat16() / 8
+    ordered = logits.double().sort(dim=1, descending=True).values
+    sums = ordered.softmax(1).cumsum(1)
+    at = torch.linspace(0.1, 0.9, rows, device=device).unsqueeze(1)
+    # The last of the equal logits with which the sum passes `at`.
+    value = ordered.gather(1, (sums < at).sum(1, keepdim=True))
+    top_p = sums.gather(1, (ordered >= value).sum(1, keepdim=True) - 1).squeeze(1).float()
+    none = torch.zeros_like(top_p)
+    return logits, Filters(none + 1, none.clone(), top_p, none)
+
+
 def check_bounds(logits: Tensor, seed: int, kernel: Bounds = logit_bounds) -> None:
     """The kept distributions of kernel and reference agree; counted ones are the same sets."""
     check_filters(logits, random_filters(logits, seed), kernel)

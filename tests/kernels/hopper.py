@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-_DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 BF16 = torch.bfloat16
 
 
@@ -42,11 +42,23 @@ def _usage(binary: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        command = [str(_DUMP), "--dump-resource-usage", file.name]
+        command = [str(_BIN / "cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     registers, stack, local = map(int, found[-1])
     return registers, stack + local
+
+
+def _serialised(ptx: str) -> bool:
+    """Whether the assembler makes each wgmma wait for the one before, of which it only informs."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(_BIN / "ptxas"), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.search(r"C75\d\d|serializ", told) is not None
 
 
 def stand_in() -> None:
@@ -60,6 +72,8 @@ def stand_in() -> None:
             told.add(compiled.hash)
             registers, stack = _usage(compiled.asm["cubin"])
             name = function.fn.__name__
+            if "prefill" in name and _serialised(compiled.asm["ptx"]):
+                sys.exit(f"{name}: products are serialised")
             sys.stdout.write(f"{name} {options['num_warps']} {registers} {stack}\n")
 
     run = JITFunction.run
@@ -72,6 +86,7 @@ def _bf16(*shape: int) -> torch.Tensor:
 
 def compile_rows() -> None:
     """Norms, gates, sums over ranks, and what lies between projection and attention."""
+    from layers.kernels.ordered_sum import ordered_sum
     from layers.kernels.peer import PeerExchange
     from layers.kernels.rowwise import qk_norm_rope_store, rms_norm, silu_mul
     from layers.norm_rope import Rotation
@@ -89,16 +104,17 @@ def compile_rows() -> None:
             exchange.add_rms_norm(_bf16(8, width), _bf16(8, width), weight, 1e-6)
             exchange.add_rms_norm(torch.zeros(2, 256, width), _bf16(256, width), weight, 1e-6)
             exchange.all_max(torch.zeros(8, dtype=torch.int64))
+            ordered_sum(_bf16(size, 512, width), BF16)
     kv, table, ids = KVLayer.of(_bf16(4, 256, 2, 8, 128)), torch.zeros(64, 64), torch.zeros(40)
     rotation, weights = Rotation(ids.long(), table, table), (_bf16(128), _bf16(128))
-    for qkv in (_bf16(40, 32 * 128), torch.zeros(4, 40, 32 * 128)):
-        qk_norm_rope_store(qkv, weights, 1e-6, rotation, ids.long(), kv, pdl=True)
+    qk_norm_rope_store(_bf16(40, 32 * 128), weights, 1e-6, rotation, ids.long(), kv, pdl=True)
 
 
 def compile_sampling() -> None:
-    """Sampling and the bounds of filters."""
+    """Sampling, the bounds of filters, and log-probabilities."""
     from layers.kernels.logit_bounds import logit_bounds
     from layers.kernels.sampling import sample_shard
+    from layers.kernels.scores import top_and_mass
     from layers.logits import Filters
 
     for rows in (1, 256):
@@ -106,17 +122,28 @@ def compile_sampling() -> None:
         for least in (None, column):
             sample_shard(logits, column, column.long(), column.int(), least=least)
         logit_bounds(logits, Filters(column, column, column, column))
+        top_and_mass(logits, column.long(), 5)
 
 
 def compile_products() -> None:
-    """Products of a few rows, of Qwen3-0.6B's shapes."""
-    from layers.kernels.small_batch_linear import small_batch_linear, small_batch_splits
+    """Products of a few rows to many, of the shapes of Qwen3-0.6B and Qwen2-1.5B."""
+    from layers.kernels.products import add_product, multiply, parts_of
+    from layers.norm_rope import Scale
 
-    for tokens in (1, 16, 64, 128):
-        for n, k, swiglu in ((4096, 1024, False), (1024, 3072, False), (3072, 1024, True)):
-            splits = 1 if swiglu or n > k else small_batch_splits(tokens, n, k)
-            x, weight = _bf16(tokens, k), _bf16(n * (2 if swiglu else 1), k)
-            small_batch_linear(x, weight, swiglu=swiglu, splits=splits, pdl=True)
+    for tokens in (1, 16, 32, 64, 128, 256, 300, 512, 4096):
+        summands = 64 if tokens <= 16 else 1
+        scale = Scale(torch.zeros(summands, tokens), 1024, 1e-6)
+        x = _bf16(tokens, 1024)
+        multiply(x, _bf16(4096, 1024), scale=scale, pdl=True)
+        multiply(x, _bf16(2048, 1024), _bf16(2048), scale=scale, pdl=True)
+        multiply(x, _bf16(6144, 1024), scale=scale, swiglu=True, pdl=True)
+        for n, k in ((1024, 3072), (1536, 8960)):
+            parts = parts_of(n, k)
+            multiply(_bf16(tokens, k), _bf16(n, k), parts=parts, partial=True, pdl=True)
+            multiply(_bf16(tokens, k), _bf16(n, k), _bf16(n), parts=parts, pdl=True)
+            if tokens <= 16:
+                stream = _bf16(tokens, n), _bf16(n)
+                add_product(_bf16(tokens, k), _bf16(n, k), None, *stream, parts=parts, pdl=True)
 
 
 def compile_attention() -> None:
@@ -124,6 +151,7 @@ def compile_attention() -> None:
     from layers.kernels.decode_launch import decode_workspace
     from layers.kernels.paged_decode import paged_decode
     from layers.kernels.paged_prefill import paged_prefill
+    from layers.kernels.prefill_launch import HopperConfig, hopper_prefill
     from memory.kv_cache import KVLayer
 
     tables = torch.zeros(256, 16, dtype=torch.int32)
@@ -135,10 +163,14 @@ def compile_attention() -> None:
             q, lens = _bf16(batch, 16, dim), torch.zeros(batch, dtype=torch.int32)
             about: Any = {"scale": 1.0, "workspace": workspace, "out": q, "max_context_len": 4096}
             paged_decode(q, kv, tables, lens, lens, **about, pdl=True)
-        for tokens in (128, 8192):
-            q, starts = _bf16(tokens, 16, dim), torch.zeros(9, dtype=torch.int32)
-            where = (tables, starts[1:], starts, starts[1:])
-            paged_prefill(q, kv, *where, scale=1.0, out=q)
+        q, starts = _bf16(128, 16, dim), torch.zeros(9, dtype=torch.int32)
+        where = (tables, starts[1:], starts, starts[1:])
+        paged_prefill(q, kv, *where, scale=1.0, out=q)
+        for consumers in (1, 2):
+            for page in (16, 256):
+                kv = KVLayer.of(_bf16(4, page, 2, kv_heads, dim))
+                config = HopperConfig(consumers)
+                hopper_prefill(q, kv, *where, scale=1.0, out=q, config=config)
 
 
 PARTS: dict[str, Callable[[], None]] = {

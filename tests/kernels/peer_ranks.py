@@ -55,9 +55,8 @@ def exchange(path: str, rank: int, size: int, dtype: torch.dtype, rounds: int) -
         # Both ways of summing, in turn.
         two_shot_bytes=ROWS // 2 * WIDTH * dtype.itemsize,
     )
-    # The interpreter cuts bf16 off instead of rounding.
-    exact = dtype == torch.float16
-    PeerChecks(peers, rank, size, ROWS, WIDTH, dtype, device, exact).run(rounds, seed=7)
+    cuts = dtype == torch.bfloat16
+    PeerChecks(peers, rank, size, ROWS, WIDTH, dtype, device, cuts).run(rounds, seed=7)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,7 @@ def qk_norm_rope_store_reference(
 ) -> Tensor:
     """Plain torch version of :func:`qk_norm_rope_store`; it too writes into the caches."""
     _, block_size, kv_heads, dim = kv.k.shape
-    summed = qkv.sum(0) if qkv.dim() == 3 else qkv
-    heads = summed.view(summed.shape[0], -1, dim)
+    heads = qkv.view(qkv.shape[0], -1, dim)
     qk, value = heads[:, :-kv_heads].float(), heads[:, -kv_heads:]
     q_heads = qk.shape[1] - kv_heads
     if weights is not None:
@@ -91,7 +90,9 @@ def rms_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain torch version of :func:`rms_norm`."""
     if part is not None:
-        part = part.sum(0) if part.dim() == 3 else part
+        if part.dim() == 3:
+            first = part[0] + part[1]
+            part = (first if len(part) == 2 else first + (part[2] + part[3])).to(x.dtype)
         x = (part.float() + x.float()).to(x.dtype)
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
@@ -104,24 +105,12 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-def small_batch_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    swiglu: bool = False,
+def product_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False
 ) -> Tensor:
-    """As :func:`small_batch_linear`, in float32 with one rounding at the end."""
-    y = x.float()
-    if norm_weight is not None:
-        y = F.rms_norm(y, x.shape[-1:], norm_weight.float(), eps)
-    y = F.linear(y, weight.float(), None if bias is None else bias.float())
+    """What `products.multiply` computes of normed inputs, in float32 with one rounding."""
+    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
-    if residual is not None:
-        y = y + residual.float()
     return y.to(x.dtype)

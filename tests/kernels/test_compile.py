@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-# Bytes of stack: the kernel of logit bounds, held to 64 registers, takes 8 with Triton 3.6 and 88
+# Bytes of stack: the kernel of logit bounds, held to 64 registers, takes 8 with Triton 3.6 and 112
 # with 3.7, prefill attention 8, all others none.
-MOST_STACK = 96
+MOST_STACK = 112
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

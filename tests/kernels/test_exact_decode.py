@@ -28,6 +28,9 @@ if INTERPRET and HAS_TRITON:
     from layers.kernels.paged_decode import (
         paged_decode,
     )
+    from layers.kernels.paged_prefill import (
+        paged_prefill,
+    )
 
     patch_interpreter()
 
@@ -176,3 +179,23 @@ def test_bytes_of_a_workspace() -> None:
     huge = decode_workspace(torch.device("meta"), 64, 8, 128, 1 << 20, 528)
     assert huge.values.shape[0] > 528
     assert sum(part.numel() for part in huge) * 4 <= (128 << 20) + 4 * 528
+
+
+@interpreted
+@pytest.mark.parametrize(("tail", "page"), [(40, 16), (150, 64)])
+def test_a_prefill_has_the_bits_of_decodes(tail: int, page: int) -> None:
+    """The last tokens of a prompt, all at once and each as the newest token of a request."""
+    lens, heads, dim = [1, 129 + tail, 300], (4, 2), 16
+    torch.manual_seed(0)
+    case = make_case(lens, heads[1], dim, page, torch.float16, "cpu")
+    counts = [min(tail, length) for length in lens]
+    q = torch.randn(sum(counts), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
+    start = torch.tensor([0, *counts]).cumsum(0).int()
+    prefilled = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    where = (case.block_tables, case.slots, start, case.context_lens)
+    paged_prefill(q, case.kv, *where, scale=dim**-0.5, out=prefilled)
+    visible = [torch.arange(n - new + 1, n + 1) for n, new in zip(lens, counts, strict=True)]
+    slots = case.slots.repeat_interleave(torch.tensor(counts))
+    rows = Case(case.kv, case.block_tables, slots, torch.cat(visible).int())
+    decoded = _decode(rows, q, list(range(len(q))), _workspace(heads, dim, 16))
+    assert torch.equal(decoded, prefilled)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layers.logits import Filters
-from layers.norm_rope import Rotation
+from layers.norm_rope import GAIN, Rotation
 from layers.sampler import NO_TOKEN, gumbel_noise, philox4x32
 from memory.kv_cache import KVLayer
 from tests.kernels.interpreter import (
@@ -25,7 +25,6 @@ from tests.kernels.references import (
     qk_norm_rope_store_reference,
     rms_norm_reference,
     silu_mul_reference,
-    small_batch_linear_reference,
 )
 from tests.layers.tensors import keys
 from tests.layers.test_sampler import sample
@@ -33,17 +32,8 @@ from tests.layers.test_sampler import sample
 if INTERPRET and HAS_TRITON:
     from layers.kernels import logit_bounds as bounds
     from layers.kernels.logit_bounds import FEW_ROWS_BLOCK, MANY_ROWS_BLOCK, logit_bounds
-    from layers.kernels.rowwise import (
-        qk_norm_rope_store,
-        rms_norm,
-        silu_mul,
-    )
+    from layers.kernels.rowwise import gain_rows, qk_norm_rope_store, rms_norm, silu_mul
     from layers.kernels.sampling import sample_shard
-    from layers.kernels.small_batch_linear import (
-        small_batch_linear,
-        small_batch_splits,
-        supports_small_batch_linear,
-    )
     from tests.kernels.filters import check_bounds, check_filters, hard_rows
 
     patch_interpreter()
@@ -123,6 +113,43 @@ def test_norm(size: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gain(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 3, 1000).to(dtype)
+    weight = torch.randn(1000).to(dtype)
+    for part in (None, residual, torch.randn(2, 3, 1000), torch.randn(4, 3, 1000)):
+        with poisoned_memory():
+            gained, squares, total = gain_rows(x, weight, part)
+        normed, expected = rms_norm_reference(x, weight, 1e-6, part)
+        # Triton's interpreter cuts off bfloat16s instead of rounding them.
+        about = 2e-2 if dtype == torch.bfloat16 else 0
+        torch.testing.assert_close(total, expected, rtol=about, atol=about)
+        gain = GAIN[dtype]
+        want = (total.float() * weight.float() * gain).to(dtype)
+        torch.testing.assert_close(gained, want, rtol=about, atol=about)
+        scale = torch.rsqrt(squares[0] / 1000 + 1e-6) / gain
+        got = gained.float() * scale[:, None]
+        torch.testing.assert_close(got, normed.float(), rtol=2e-2, atol=2e-2)
+
+
+@interpreted
+def test_sums_of_squares_are_a_tree_of_neighbours() -> None:
+    """In this order 2**24 + 1 + 1 is 2**24 + 2: with the large square first, the ones are lost."""
+    x = torch.zeros(1, 8)
+    x[0, [0, 2, 3]] = torch.tensor([4096.0, 1.0, 1.0])
+    _, squares, _ = gain_rows(x.bfloat16(), torch.ones(8).bfloat16())
+    assert squares.tolist() == [[2.0**24 + 2]]
+
+
+@interpreted
+@pytest.mark.parametrize("summands", [1, 3, 8])
+def test_summands_of_a_product_are_two_or_four(summands: int) -> None:
+    x = torch.zeros(2, 16)
+    with pytest.raises(ValueError, match=f"2 or 4 summands, got {summands}"):
+        rms_norm(x, x[0], 1e-6, torch.zeros(summands, 2, 16))
+
+
+@interpreted
 def test_silu_mul() -> None:
     x = torch.randn(3, 2 * 1500)
     with poisoned_memory():
@@ -132,13 +159,12 @@ def test_silu_mul() -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "norm", "splits"),
-    [(4, 2, 32, True, 1), (6, 1, 16, False, 3), (3, 3, 24, True, 2), (8, 4, 128, True, 1)],
+    ("heads", "kv_heads", "dim", "norm"),
+    [(4, 2, 32, True), (6, 1, 16, False), (3, 3, 24, True), (8, 4, 128, True)],
 )
-def test_qk_norm_rope_store(heads: int, kv_heads: int, dim: int, norm: bool, splits: int) -> None:
+def test_qk_norm_rope_store(heads: int, kv_heads: int, dim: int, norm: bool) -> None:
     tokens, block_size, blocks = 5, 4, 6
-    shape = (tokens, (heads + 2 * kv_heads) * dim)
-    qkv = torch.randn(shape if splits == 1 else (splits, *shape))
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
     weights = (torch.randn(dim), torch.randn(dim)) if norm else None
     cos, sin = torch.randn(2, 50, dim // 2)
     rotation = Rotation(torch.randint(0, 50, (tokens,), dtype=torch.int32), cos, sin)
@@ -221,28 +247,6 @@ def test_sample_takes_the_lowest_of_equals() -> None:
     logits[0, [1500, 2900]] = 1.0
     zero = torch.zeros(2)
     assert sample_shard(logits, zero, keys(zero.long()), zero.long())[1].tolist() == [1500, 0]
-
-
-@interpreted
-def test_small_batch_linear_shapes_and_refusals() -> None:
-    """The interpreter does not know Gluon, so the kernels themselves are tested on a GPU."""
-    assert [small_batch_splits(64, 1024, k) for k in (2048, 3072, 1000)] == [4, 4, 1]
-    assert [small_batch_splits(tokens, 1024, 3072) for tokens in (8, 128, 256)] == [1, 3, 2]
-    assert supports_small_batch_linear(16, 48, 80)
-    assert not supports_small_batch_linear(17, 48, 80)
-    assert supports_small_batch_linear(256, 1024, 1024)
-    assert not supports_small_batch_linear(257, 1024, 1024)
-    assert supports_small_batch_linear(64, 3072, 1024, swiglu=True)
-    x, weight = torch.randn(17, 1024), torch.randn(1024, 1024)
-    with pytest.raises(ValueError, match="up to 16 tokens"):
-        small_batch_linear(x, weight, residual=x)
-    with pytest.raises(ValueError, match="splits"):
-        small_batch_linear(x[:4], weight, splits=4)
-    with pytest.raises(ValueError, match="aligned"):
-        small_batch_linear(x[:, 1:], weight[:, 1:].contiguous())
-    expected = torch.nn.functional.linear(x, weight, x[0]) + x
-    got = small_batch_linear_reference(x, weight, x[0], residual=x)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
 @interpreted

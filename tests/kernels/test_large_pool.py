@@ -130,9 +130,7 @@ def test_decode(pool: Pool, tile: int, programs: int, early: bool) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("tile", "tma"), [(16, False), (32, False), (16, True)])
-def test_prefill(pool: Pool, tile: int, tma: bool) -> None:
-    """Tiles within pages and over several, and through tensor descriptors."""
+def test_prefill(pool: Pool) -> None:
     tables = pool.fill(14).view(2, 7)
     lens = torch.tensor([100, 41], dtype=torch.int32)
     start = torch.tensor([0, 30, 71], dtype=torch.int32)
@@ -140,7 +138,7 @@ def test_prefill(pool: Pool, tile: int, tma: bool) -> None:
     slots = torch.arange(2, dtype=torch.int32)
     arguments = (q, pool.kv, tables, slots, start, lens)
     out, want = torch.full_like(q, float("nan")), torch.empty(q.shape)
-    config = PrefillConfig(32, tile, 4, 2, tma=tma)
+    config = PrefillConfig(32, 4, 2)
     paged_prefill(*arguments, scale=DIM**-0.5, out=out, config=config)
     paged_prefill_reference(*arguments, scale=DIM**-0.5, out=want)
     assert relative_error(out, want) < 1e-3

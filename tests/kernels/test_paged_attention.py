@@ -249,17 +249,20 @@ def test_padding_counts_no_arrivals(programs: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("queries", "before", "heads", "dim", "page", "tile", "rows"),
+    ("queries", "before", "heads", "dim", "page", "rows"),
     [
-        ([5, 1], [0, 3], (2, 1), 64, 16, 16, 16),
+        ([5, 1], [0, 3], (2, 1), 64, 16, 16),
         # Chunks after a prefix, a sequence without queries.
-        ([5, 40, 0, 1], [0, 17, 3, 60], (4, 2), 64, 32, 16, 32),
+        ([5, 40, 0, 1], [0, 17, 3, 60], (4, 2), 64, 32, 32),
         # Groups that are no power of two; pages smaller than a tile.
-        ([37, 40], [0, 17], (6, 1), 64, 16, 32, 32),
-        ([37, 40], [11, 0], (7, 1), 80, 32, 16, 32),
-        ([50], [14], (1, 1), 64, 64, 32, 16),
+        ([37, 40], [0, 17], (6, 1), 64, 16, 32),
+        ([37, 40], [11, 0], (7, 1), 80, 32, 32),
+        ([50], [14], (1, 1), 64, 64, 16),
+        # Several splits; pages of more than a split, and of no power of two.
+        ([70, 3], [200, 126], (2, 1), 16, 256, 64),
+        ([150], [110], (4, 2), 16, 48, 32),
         # More sequences than the kernel looks at in its smallest form.
-        ([3, 0] * 17, [0, 5] * 17, (2, 1), 16, 16, 16, 16),
+        ([3, 0] * 17, [0, 5] * 17, (2, 1), 16, 16, 16),
     ],
 )
 def test_prefill(
@@ -268,7 +271,6 @@ def test_prefill(
     heads: tuple[int, int],
     dim: int,
     page: int,
-    tile: int,
     rows: int,
 ) -> None:
     torch.manual_seed(0)
@@ -292,7 +294,7 @@ def test_prefill(
         *arguments,
         scale=dim**-0.5,
         out=out,
-        config=PrefillConfig(rows, tile, 4, 2),
+        config=PrefillConfig(rows, 4, 2),
     )
     paged_prefill_reference(*arguments, scale=dim**-0.5, out=want)
     assert relative_error(out[:count], want[:count]) < 1e-3

@@ -38,6 +38,18 @@ def test_the_embeddings_of_all_ranks_sum_to_the_whole(
     assert torch.equal(sum(parts, torch.zeros(1)), F.embedding(tokens, weight))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_rank_without_a_token_adds_zero(tmp_path: Path, value: float) -> None:
+    """Not the product of its first row and 0, which may be NaN, or -0."""
+    _, tables = _tables(tmp_path, 40, 2)
+    for table in tables:
+        table.weight[0] = value
+    tokens = torch.tensor([3, 35])
+    for rank, table in enumerate(tables):
+        other = table(tokens)[1 - rank]
+        assert torch.equal(other.view(torch.int32), torch.zeros(HIDDEN, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(("vocab_size", "size"), CASES)
 def test_the_logits_of_all_ranks_join_to_the_whole(
     tmp_path: Path, vocab_size: int, size: int

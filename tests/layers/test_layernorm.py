@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -109,19 +112,24 @@ class _Pair(ParallelContext):
 @dataclass(frozen=True, slots=True)
 class _FusedPair(_Pair):
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return x + residual, residual * eps
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        gained: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return x + residual, residual * eps, weight[None] if gained else None
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_parts_of_ranks_are_summed_before_the_residual_is_added(splits: int) -> None:
+def test_parts_of_ranks_are_summed_before_the_residual_is_added() -> None:
     norm = RMSNorm(32, EPS, place(_Pair(0, 2)))
     norm.weight.fill_(1.0)
     norm.prepare()
-    parts, residual = _random(splits, 5, 32), _random(5, 32, seed=2)
-    out, stream = norm.compute(Stream(residual, parts[0] if splits == 1 else parts))
-    expected = 2 * parts.sum(0) + residual
+    part, residual = _random(5, 32), _random(5, 32, seed=2)
+    out, stream = norm.compute(Stream(residual, part))
+    expected = 2 * part + residual
     torch.testing.assert_close(stream.total, expected)
     torch.testing.assert_close(out.double(), rms_norm(expected, norm.weight, EPS))
     # Without a part the total is the whole stream already.
@@ -135,3 +143,36 @@ def test_a_fused_sum_takes_the_place_of_everything() -> None:
     assert stream.part is None
     assert torch.equal(out, part + total)
     assert torch.equal(stream.total, total * EPS)
+
+
+@pytest.mark.parametrize("summands", [1, 2, 4])
+@pytest.mark.parametrize("pair", [_Pair, _FusedPair])
+def test_a_gained_stream_has_the_sum_over_ranks(
+    monkeypatch: pytest.MonkeyPatch, pair: type[ParallelContext], summands: int
+) -> None:
+    """Summands of a product are added up in the order of the kernels, and rounded."""
+
+    def gain_rows(x: torch.Tensor, weight: torch.Tensor, part: torch.Tensor, *, pdl: bool) -> Any:
+        assert not pdl
+        return x * weight, torch.ones(1, len(x)), x + part
+
+    rows = SimpleNamespace(gain_rows=gain_rows)
+    monkeypatch.setitem(sys.modules, "layers.kernels.rowwise", rows)
+    here = place(pair(0, 2), torch.bfloat16)
+    norm = RMSNorm(32, EPS, here)
+    norm.weight.fill_(3.0)
+    part = _random(summands, 5, 32) if summands > 1 else _random(5, 32).bfloat16()
+    total = _random(5, 32, seed=2).bfloat16()
+    gained, stream = norm.gained(Stream(total, part))
+    assert stream.part is None
+    assert gained.norm is norm
+    if pair is _FusedPair:
+        assert torch.equal(gained.values, part + total)
+        assert torch.equal(gained.scale.squares, norm.weight[None])
+        assert torch.equal(stream.total, total * EPS)
+    else:
+        if summands > 1:
+            halves = part.view(-1, 2, 5, 32).sum(1)
+            part = halves.sum(0).bfloat16()
+        assert torch.equal(gained.values, total * 3)
+        assert torch.equal(stream.total, total + 2 * part)

@@ -53,6 +53,7 @@ def _merged(
     parallel: ParallelContext,
     *,
     dtype: torch.dtype = torch.float32,
+    gated: bool = False,
 ) -> tuple[RMSNorm, ColumnLinear]:
     """The layer of all projections in `tensors` and the norm before it, loaded."""
     names = [name.removesuffix(".weight") for name in tensors if name.endswith("weight")][1:]
@@ -62,7 +63,7 @@ def _merged(
     norm = RMSNorm(HIDDEN, EPS, here)
     load(folder, tensors, layer.weight_targets(*names) | norm.weight_targets("norm"))
     norm.prepare()
-    layer.prepare(norm)
+    layer.prepare(norm, gated=gated)
     return norm, layer
 
 
@@ -71,7 +72,7 @@ def _row(
 ) -> RowLinear:
     layer = RowLinear(HIDDEN, output_size, bias="o.bias" in tensors, place=place(parallel))
     load(folder, tensors, layer.weight_targets("o"))
-    layer.prepare()
+    layer.prepare(RMSNorm(output_size, EPS, place(parallel)))
     return layer
 
 
@@ -119,8 +120,8 @@ def test_gated_columns(tmp_path: Path, size: int, dtype: torch.dtype) -> None:
     x = _input(5).to(dtype)
     parts = []
     for parallel in _ranks(size):
-        norm, layer = _merged(tmp_path, tensors, parallel, dtype=dtype)
-        parts.append(layer.gated(norm(Stream(x)))[0])
+        norm, layer = _merged(tmp_path, tensors, parallel, dtype=dtype, gated=True)
+        parts.append(layer(norm(Stream(x)))[0])
     expected = F.silu(_normed(tensors, "gate", x)) * _normed(tensors, "up", x)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(torch.cat(parts, -1), expected, rtol=tolerance, atol=tolerance)

@@ -1,7 +1,8 @@
-"""The gate, and which parts of a product the kernels for small batches are asked to compute."""
+"""The gate, and what the kernels of products are asked to compute."""
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 import layers.kernels
-from layers.linear import SmallBatchMatmul, silu_mul
-from layers.norm_rope import RMSNorm, Stream
+from layers.linear import ExactMatmul, Matmul, silu_mul
+from layers.norm_rope import Gained, RMSNorm, Scale, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import place
 
 N, K = 32, 16
-MOST_FUSED, MOST = 4, 8
+MOST_FUSED = 4
 
 
 def test_silu_of_the_first_half_times_the_second() -> None:
@@ -27,97 +28,119 @@ def test_silu_of_the_first_half_times_the_second() -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """The options of each kernel call; kernels take up to 8 tokens, fuse up to 4."""
-    made: list[set[str]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The kernel calls with their options. Products onto the stream take up to 4 tokens."""
+    made: list[dict[str, Any]] = []
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-        made.append({name for name, value in options.items() if value is not None})
-        shape = (x.shape[0], weight.shape[0] // (2 if "swiglu" in options else 1))
-        return torch.zeros((options["splits"], *shape) if "splits" in options else shape)
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+        made.append({"kernel": "multiply", "bias": bias is not None, **options})
+        n = weight.shape[0] // (2 if options.get("swiglu") else 1)
+        return torch.zeros((2, len(x), n) if options.get("partial") else (len(x), n))
 
-    def supports(tokens: int, n: int, k: int, *, swiglu: bool, splits: int) -> bool:
-        return tokens <= MOST and (n, k) == (N // 2 if swiglu else N, K)
+    def add(*work: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, _, bias, residual, norm_weight = work
+        made.append({"kernel": "add", "bias": bias is not None, **options})
+        return residual + 1, residual * norm_weight, torch.zeros(2, len(x))
 
     kernels = SimpleNamespace(
         MAX_FUSED_TOKENS=MOST_FUSED,
-        small_batch_linear=run,
-        supports_small_batch_linear=supports,
-        small_batch_splits=lambda tokens, n, k: 3 if tokens > MOST_FUSED else 1,
+        multiply=multiply,
+        add_product=add,
+        parts_of=lambda n, k: 4 if (n, k) == (N, K) else 1,
+        interleaved=lambda weight: weight.flip(0),
     )
-    monkeypatch.setattr(layers.kernels, "small_batch_linear", kernels, raising=False)
+    monkeypatch.setattr(layers.kernels, "products", kernels, raising=False)
     return made
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tokens", [4, 5, 9])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("part", [False, True])
-def test_a_norm_without_a_sum_is_fused_for_few_bfloat16_tokens(
-    calls: list[set[str]], part: bool, dtype: torch.dtype, tokens: int, gated: bool
-) -> None:
-    here = place(dtype=dtype)
-    matmul = SmallBatchMatmul(torch.ones(N, K, dtype=dtype), None, here)
-    norm = RMSNorm(K, 1e-6, here)
-    norm.weight.fill_(1.0)
+def _norm(size: int, weight: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> RMSNorm:
+    norm = RMSNorm(size, 1e-6, place(dtype=dtype))
+    norm.weight.fill_(weight)
     norm.prepare()
-    norm.prepare()
-    total = torch.ones(tokens, K, dtype=dtype)
-    stream = Stream(total, total.clone() if part else None)
-    _, after = (matmul.gated if gated else matmul.normed)(norm(stream))
-    assert after.part is None
-    assert torch.equal(after.total, torch.full_like(total, 2.0 if part else 1.0))
-    fused = {"norm_weight", "eps"} if tokens == 4 and not part and dtype == torch.bfloat16 else {}
-    assert calls == ([] if tokens == 9 else [{"pdl", *fused, *(["swiglu"] if gated else [])}])
+    return norm
 
 
-@pytest.mark.parametrize("tokens", [4, 5, 9])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_residual_is_added_for_few_tokens_of_one_rank(
-    calls: list[set[str]], size: int, tokens: int
+@pytest.mark.parametrize("tokens", [4, 5])
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_tokens_of_one_rank_meet_the_stream_in_the_product(
+    calls: list[dict[str, Any]], biased: bool, tokens: int, size: int
 ) -> None:
     here = place(ParallelContext(0, size), torch.bfloat16)
-    matmul = SmallBatchMatmul(torch.ones(N, K, dtype=torch.bfloat16), None, here)
+    weight, bias = torch.ones(N, K, dtype=torch.bfloat16), torch.ones(N) if biased else None
+    after = _norm(N, 3.0)
+    matmul = ExactMatmul(weight, bias, here, after)
     before = Stream(torch.ones(tokens, N, dtype=torch.bfloat16))
-    after = matmul.added(torch.ones(tokens, K, dtype=torch.bfloat16), before)
-    fused = size == 1 and tokens == 4
-    assert (after.part is None) == fused
-    assert fused or after.total is before.total
-    option = {4: {"residual"} if fused else set(), 5: {"splits"}, 9: set()}[tokens]
-    assert calls == ([] if tokens == 9 else [{"pdl", *option}])
+    result = matmul.added(torch.ones(tokens, K, dtype=torch.bfloat16), before)
+    options = {"bias": biased, "parts": 4, "pdl": True}
+    if size == 1 and tokens == 4:
+        assert calls == [{"kernel": "add", **options}]
+        assert result.part is None
+        assert result.gained is not None
+        assert torch.equal(result.total, before.total + 1)
+        assert torch.equal(result.gained.values, torch.full_like(before.total, 3.0))
+        gained, stream = after.gained(result)
+        assert (gained, stream) == (result.gained, result)
+    else:
+        # Ranks add up their products before they meet the stream. Summands have no bias.
+        assert calls == [{"kernel": "multiply", "partial": not biased, **options}]
+        assert result.total is before.total
+        assert result.part is not None
+        assert result.gained is None
+        assert result.part.dim() == (2 if biased else 3)
 
 
-def test_no_sums_are_left_where_the_kernel_normalises(calls: list[set[str]]) -> None:
-    here = place(dtype=torch.bfloat16)
-    matmul = SmallBatchMatmul(torch.ones(N, K, dtype=torch.bfloat16), None, here)
-    norm = RMSNorm(K, 1e-6, here)
-    norm.weight.fill_(1.0)
-    norm.prepare()
-    stream = Stream(torch.ones(5, K, dtype=torch.bfloat16))
-    y, _ = matmul.normed(norm(stream), partial=True)
-    assert (y.dim(), calls) == (2, [{"pdl"}])
+def test_another_norm_does_not_take_what_one_norm_has_made(
+    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def gain_rows(x: Tensor, weight: Tensor, *_: Any, pdl: bool) -> tuple[Tensor, Tensor, Tensor]:
+        made.append(pdl)
+        return x * weight, torch.ones(1, len(x)), x
+
+    monkeypatch.setattr(
+        layers.kernels, "rowwise", SimpleNamespace(gain_rows=gain_rows), raising=False
+    )
+    monkeypatch.setitem(sys.modules, "layers.kernels.rowwise", layers.kernels.rowwise)
+    matmul = ExactMatmul(torch.ones(N, K), None, place(), _norm(N, 3.0))
+    stream = matmul.added(torch.ones(2, K), Stream(torch.ones(2, N, dtype=torch.bfloat16)))
+    other = _norm(N, 5.0)
+    gained, _ = other.gained(stream)
+    assert gained.norm is other
+    assert torch.equal(gained.values, torch.full((2, N), 10.0))
+    assert made == [False]
 
 
-def test_a_bias_is_added_once_and_before_the_gate(calls: list[set[str]]) -> None:
-    """Sums that are left to be added up have none, and the kernel's gate would come before it."""
-    here = place(dtype=torch.bfloat16)
-    bias = torch.ones(N, dtype=torch.bfloat16)
-    matmul = SmallBatchMatmul(torch.ones(N, K, dtype=torch.bfloat16), bias, here)
-    norm = RMSNorm(K, 1e-6, here)
-    norm.weight.fill_(1.0)
-    norm.prepare()
-    x = torch.ones(5, K, dtype=torch.bfloat16)
-    assert matmul.partial(x).shape == (5, N)
-    assert matmul.gated(norm(Stream(x)))[0].shape == (5, N // 2)
-    assert calls == [{"pdl"}, {"pdl"}]
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_scales_in_the_product(
+    calls: list[dict[str, Any]], dtype: torch.dtype, gated: bool
+) -> None:
+    norm = _norm(K, 2.0, dtype)
+    matmul = ExactMatmul(torch.ones(N, K), None, place(dtype=dtype), gated=gated)
+    values = torch.ones(3, K, dtype=dtype)
+    squares = torch.full((1, 3), 7.0)
+    stream = Stream(values, gained=Gained(norm, values, norm.scale_of(squares)))
+    y, after = matmul.normed(norm(stream))
+    assert after is stream
+    assert y.shape == (3, N // 2 if gated else N)
+    gain = 1.0 if dtype == torch.bfloat16 else 2.0**-8
+    [call] = calls
+    assert call.pop("scale") == Scale(squares, K / gain, 1e-6 * gain)
+    assert call == {"kernel": "multiply", "bias": False, "swiglu": gated, "out": None, "pdl": True}
+
+
+def test_a_gate_is_stored_as_the_kernels_read_it(calls: list[dict[str, Any]]) -> None:
+    weight = torch.arange(N * K, dtype=torch.float32).view(N, K)
+    assert torch.equal(ExactMatmul(weight, None, place(), gated=True).weight, weight.flip(0))
+    assert torch.equal(ExactMatmul(weight, None, place()).weight, weight)
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_product_goes_where_it_is_wanted(calls: list[set[str]], biased: bool) -> None:
+def test_a_product_goes_where_it_is_wanted(biased: bool) -> None:
     weight, bias = torch.ones(N, K), torch.full((N,), 3.0)
-    matmul = SmallBatchMatmul(weight, bias if biased else None, place())
-    matmul(torch.ones(5, K), out=torch.empty(5, N))
-    assert calls == [{"pdl", "out"}]
+    matmul = Matmul(weight, bias if biased else None, place())
     out = torch.empty(9, N)
     assert matmul(torch.ones(9, K), out=out) is out
     assert torch.equal(out, torch.full((9, N), K + (3.0 if biased else 0.0)))

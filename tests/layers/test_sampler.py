@@ -294,18 +294,37 @@ def test_ranks_choose_what_one_would(size: int, scale: float) -> None:
     assert torch.equal(greedy, logits.argmax(1))
 
 
-class _Summed(ParallelContext):
-    """Two ranks, of which the other one has no logits."""
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_choose_for_a_row_alone_what_they_choose_in_a_batch(size: int) -> None:
+    """Of logits in 16 bits, and of a float32 copy; a bound that masks nothing changes nothing."""
+    logits = torch.randn(30, 64, generator=torch.Generator().manual_seed(10)).bfloat16()
+    rest = torch.linspace(0, 2, 30), torch.arange(30), torch.arange(30) + 5
+    low = torch.full((30,), -INF)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
+    def chosen(x: Tensor, rows: Tensor, least: Tensor | None) -> Tensor:
+        about = _sampled(*(value[rows] for value in rest))
+        return _over_ranks(x[rows], size, lambda s, part: s(part, about, least=least))
+
+    together = chosen(logits, torch.arange(30), None)
+    for rows in (*torch.arange(30).unsqueeze(1), torch.arange(29, -1, -1)):
+        for x in (logits, logits.float()):
+            assert torch.equal(chosen(x, rows, low[rows]), together[rows])
+
+
+class _Gathered(ParallelContext):
+    """Two ranks, of which the other one has logits of zero."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        whole = x.new_zeros(self.size, *x.shape)
+        whole[self.rank] = x
+        return whole
 
 
 def test_whole_rows_have_no_columns_of_padding() -> None:
     """A logits processor gets them, and must not be able to choose a token that does not exist."""
     logits = torch.randn(3, 16)
     for rank in range(2):
-        whole = Sampler(place(_Summed(rank, 2)), vocab_size=29).gathered(logits)
+        whole = Sampler(place(_Gathered(rank, 2)), vocab_size=29).gathered(logits)
         expected = torch.zeros(3, 32)
         expected[:, 16 * rank : 16 * rank + 16] = logits
         assert torch.equal(whole, expected[:, :29])

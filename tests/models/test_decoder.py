@@ -42,7 +42,7 @@ class _Negate:
         x, stream = normed.norm.compute(normed.stream)
         return Stream(stream.total, -2.0 * x)
 
-    def prepare(self, norm: RMSNorm) -> None:
+    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
         pass
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:

@@ -1,0 +1,80 @@
+"""Launches the kernel of hopper_prefill.py."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from layers.kernels.attention_parts import LOG2_E, SPLIT
+from layers.kernels.hopper_prefill import hopper_prefill_kernel
+from memory.kv_cache import KVLayer
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Compile and launch options of `hopper_prefill`."""
+
+    consumers: int  # groups of four warps that compute, with 64 queries each
+    stages: int = 2  # number of splits of K, and of V, in shared memory
+    lean: bool = False  # necessary with three consumers
+    turns: bool = False  # possible with two consumers
+    per_sm: int = 1  # programs of a multiprocessor at the same time
+
+
+def fits_hopper(q: Tensor, kv: KVLayer) -> bool:
+    """Whether `hopper_prefill` can compute this, on a GPU of compute capability 9.0."""
+    return (
+        q.shape[2] in (64, 128)
+        and kv.k.shape[1] % 16 == 0
+        and q.dtype == kv.k.dtype
+        and q.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+@functools.cache
+def _box(rows: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """Return the shape that one copy has, and how it lies in shared memory."""
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return [rows, 64], gl.NVMMASharedLayout.get_default_for([rows, 64], kind)
+
+
+def hopper_prefill(
+    q: Tensor,
+    kv: KVLayer,
+    block_tables: Tensor,
+    slots: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    out: Tensor,
+    config: HopperConfig,
+) -> Tensor:
+    """Compute what `paged_prefill` does, where `fits_hopper` allows it."""
+    (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
+    group, batch, c = num_heads // kv_heads, slots.numel(), config
+    # One descriptor serves K and V: a row has all heads of K, then all heads of V.
+    box, layout = _box(math.gcd(page, SPLIT), q.dtype)
+    kv_desc = TensorDescriptor.from_tensor(kv.flat.view(kv.flat.shape[0], -1), box, layout)
+    # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.
+    tiles = triton.cdiv(rows * group, c.consumers * 64) + batch
+    batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
+    # Registers are allotted to groups of four warps. The producer's group gets 24 a thread.
+    threads = 128 * (c.consumers + 1)
+    registers = min(255, 65536 // (threads * c.per_sm)) // 8 * 8
+    of_consumer = (registers * threads - 24 * 128) // (128 * c.consumers) // 8 * 8
+    hopper_prefill_kernel[(kv_heads * tiles,)](
+        *(q, kv_desc, block_tables, slots, query_start, context_lens, out),
+        *(scale * LOG2_E, batch, block_tables.stride(0)),
+        (*q.stride()[:2], *out.stride()[:2]),
+        *(kv_heads, group, dim, page, batch_pad),
+        *(c.consumers, c.stages, c.lean, c.turns, min(240, of_consumer)),
+        num_warps=4,
+        maxnreg=registers,
+    )
+    return out

@@ -1,0 +1,336 @@
+"""Linear layers on Hopper GPUs whose bits do not depend on the number of tokens.
+
+A product computes N outputs from K inputs of each of T tokens; its weight is [N, K]. The K inputs
+are divided into P equal *parts*. For each part one float32 accumulator adds up the products over
+ascending k, in the tensor cores. Then the accumulators are added up: a0 + a1, or (a0 + a1) +
+(a2 + a3). Every kernel here computes exactly this, so all have the same bits: on an H200, tiles of
+16 to 128 tokens, 32 to 256 outputs and chunks of 16 to 128 inputs, by mma.sync or wgmma, did not
+change a single bit. P must be a property of the weight, never of T. See docs/exact.md.
+
+A norm before a product is split up. Whoever makes the residual stream also multiplies it by the
+norm's weight (*gained*), and adds up its squares. The product's epilogue divides by the RMS. So the
+product need not wait for a sum over a whole row.
+
+Kernels start before the previous kernel ends if `pdl` is set (programmatic dependent launch), copy
+weights to shared memory, and wait for the previous kernel: the gaps between short kernels would
+take longer than their memory traffic.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from layers.kernels.prefill_product import prefill_kernel
+from layers.kernels.product_kernels import rows_kernel, tile_kernel, wide_kernel
+from layers.norm_rope import GAIN, Scale
+
+MAX_FUSED_TOKENS = 16  # `add_product` takes at most so many tokens
+_WIDE_TOKENS, _TILE_TOKENS = 32, 256
+_MULTIPROCESSORS = 132  # H100 and H200
+# Without SwiGLU, tiles of 128 tokens are used only for weights of at most this many elements. For
+# 128 tokens with these tiles, on an H200 `tile_kernel` takes 11.7 us for a weight [1536, 8960]
+# (cuBLAS: 12.8 us), and 18.2 us for a weight [4096, 4096] (cuBLAS: 14.5 us).
+_TALL_WEIGHTS = 14 * 2**20
+_SHARED = 216 << 10  # bytes of shared memory for stages; a program can have at most 227 KB
+
+
+def parts_of(n: int, k: int) -> int:
+    """Return P for a weight [n, k] whose product is added to the residual stream.
+
+    P = 4 lets four warps share the K inputs if there are few tokens: one accumulator over 3,072
+    inputs takes 3.5 us, about as long as the whole kernel. All other products have P = 1: their
+    weights have more outputs, and with 64 outputs a program, one accumulator over 1,024 inputs
+    costs nothing: for 1 token all products of Qwen3-0.6B take 311 us on an H200.
+    """
+    return next((p for p in (4, 2) if k % (p * 64) == 0 and k >= p * 128 and n % 32 == 0), 1)
+
+
+def supports_products(n: int, k: int) -> bool:
+    """Whether a weight [n, k] can be multiplied: TMA needs rows of a multiple of 16 bytes."""
+    return k % 8 == 0 and k >= 128 and n * k < 2**31
+
+
+def interleaved(gate_up: Tensor) -> Tensor:
+    """Return a weight [2n, K] for SwiGLU, gate then up, as alternate groups of 8 rows of each."""
+    return gate_up.view(2, -1, 8, gate_up.shape[1]).transpose(0, 1).reshape(gate_up.shape)
+
+
+class _Tile(NamedTuple):
+    """Constants of `tile_kernel`: BM tokens, BN columns, chunks of BK inputs; see `multiply`."""
+
+    BM: int
+    BN: int
+    BK: int
+    STAGES: int
+    SPLITS: int = 1
+
+    def programs(self, tokens: int, columns: int) -> int:
+        return -(-tokens // self.BM) * -(-columns // self.BN) * self.SPLITS
+
+
+def _tile_of(tokens: int, columns: int, k: int, parts: int, swiglu: bool) -> _Tile | None:
+    """Return constants for `tile_kernel`, or None if `prefill_kernel` is to be used."""
+    # For each linear layer of Qwen3-0.6B and Qwen2-1.5B, 20 to 150 values of `_Tile` were timed on
+    # an H200. With the fastest values all programs run at the same time, on at least half of the
+    # multiprocessors, and no program reads more than 2,560 of the K inputs.
+    bk = 128 if k % (parts * 128) == 0 else 64
+    if k % (parts * bk) and parts > 1:
+        return None
+    if swiglu:
+        if tokens <= 128:
+            small = _Tile(64, 64, 128, 6) if tokens <= 64 else _Tile(128, 64, 128, 4)
+            wide = _Tile(64, 128, 64, 4) if tokens <= 64 else _Tile(128, 128, 64, 3)
+            tiles = [small, wide] if small.programs(tokens, columns) <= _MULTIPROCESSORS else [wide]
+        else:
+            tiles = [_Tile(128, 128, 64, 6)]
+        most = 1.25 * _MULTIPROCESSORS
+        tiles = [t for t in tiles if k <= 2560 and t.programs(tokens, columns) <= most]
+        return tiles[0] if tiles else None
+    for tile in (_Tile(64, 64, bk, 6), _Tile(128, 64, bk, 4)):
+        programs = tile.programs(tokens, columns)
+        ways = [s for s in (1, 2, 4) if parts % s == 0 and programs * s <= _MULTIPROCESSORS]
+        enough = (s for s in ways if k // s <= 1024 and programs * s >= 64)
+        splits = next(enough, max(ways, default=0))
+        suits = tile.BM == 64 or (tokens > 64 and columns * k <= _TALL_WEIGHTS)
+        if splits and k // splits <= 2560 and suits:
+            few = parts == 1 and programs < 48
+            return tile._replace(BN=32 if few else 64, SPLITS=splits)
+    return None
+
+
+class _Prefill(NamedTuple):
+    """Constants of `prefill_kernel`; `cost` is a tile's time in ns for each of the K inputs."""
+
+    groups: int
+    BN: int
+    BK: int
+    stages: int
+    cost: float
+    halves: bool = False
+
+
+# Times on an H200 for Qwen3-0.6B's and Qwen3-8B's weights and 256 to 8,192 tokens. With the fastest
+# of these constants, a product takes between 0.83 and 1.07 times as long as with cuBLAS from 1,024
+# tokens on, and 0.87 to 1.3 times as long for 256 to 512 tokens.
+_PREFILL = (
+    _Prefill(2, 256, 64, 4, 12.0, halves=True),
+    _Prefill(2, 128, 64, 6, 6.3),
+    _Prefill(2, 64, 64, 8, 3.9),
+    _Prefill(1, 64, 128, 6, 2.7),
+    _Prefill(1, 32, 128, 8, 2.15),
+)
+
+
+def _prefill_of(tokens: int, columns: int, k: int, parts: int, swiglu: bool) -> _Prefill:
+    def time(kind: _Prefill) -> float:
+        tiles = -(-tokens // (64 * kind.groups)) * -(-columns // kind.BN)
+        return -(-tiles // _MULTIPROCESSORS) * kind.cost
+
+    # Registers limit tiles of 256 columns to one part; a part must have at least two chunks.
+    kinds = [t for t in _PREFILL if not (t.BN == 256 and parts > 1) and not (swiglu and t.BN < 64)]
+    kind = min(kinds, key=time)
+    if kind.BK == 128 and (k % (parts * 128) or k < parts * 256):
+        kind = kind._replace(BK=64, stages=6)
+    return kind
+
+
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    parts: int = 1,
+    scale: Scale | None = None,
+    swiglu: bool = False,
+    partial: bool = False,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """Compute ``f(x @ weight.T * scale + bias)`` [T, N]. The GPU needs compute capability 9.0.
+
+    Args:
+        x: bf16 or fp16 [T, K]; the stride of rows is a multiple of 8 elements, or of 16
+            if ``parts`` > 1.
+        weight: contiguous [N, K]; with ``swiglu`` [2N, K] in the order of ``interleaved``.
+        bias: [N]; not allowed together with ``swiglu`` or ``partial``.
+        parts: P; 1 together with ``scale`` or ``swiglu``.
+        swiglu: f is ``silu(gate) * up``, of gate and up in x's dtype. Else f is the identity.
+        partial: the result may be float32 [S, T, N]: S summands, to be added up in the order of
+            parts, S = 2 or 4.
+        out: tensor for the result, [T, N] in x's dtype with contiguous rows.
+        pdl: use programmatic dependent launch. Earlier kernels must not write the weights or bias.
+    """
+    tokens, columns = x.shape[0], weight.shape[0]
+    n = columns // 2 if swiglu else columns
+    if weight.shape[1] != x.shape[1] or not weight.is_contiguous() or weight.dtype != x.dtype:
+        raise ValueError(f"weight must be contiguous [N, {x.shape[1]}], got {tuple(weight.shape)}")
+    rows = 16 if parts > 1 else 8
+    if x.stride(1) != 1 or x.stride(0) % rows or x.data_ptr() % 16 or weight.data_ptr() % 16:
+        raise ValueError(f"x and weight must be aligned to 16 bytes, rows of x to {rows} elements")
+    if (parts > 1 and (scale is not None or swiglu)) or (bias is not None and (swiglu or partial)):
+        raise ValueError("parts go with neither scale nor swiglu, a bias with neither swiglu")
+    if out is None and not partial:
+        out = x.new_empty(tokens, n)
+    if not tokens:
+        return x.new_empty(0, n) if out is None else out
+    job = _Job(x, weight, bias, parts, scale, swiglu, out, pdl)
+    if tokens <= MAX_FUSED_TOKENS and parts > 1:
+        return job.by_rows(None)[0]
+    if tokens <= _WIDE_TOKENS and (parts == 1 or partial):
+        return job.wide()
+    tile = _tile_of(tokens, columns, x.shape[1], parts, swiglu) if tokens <= _TILE_TOKENS else None
+    if tile is not None:
+        return job.tiled(tile if partial else tile._replace(SPLITS=1))
+    return job.prefill()
+
+
+def add_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    *,
+    parts: int,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add ``multiply(x, weight, bias, parts=parts)`` to the residual [T, N] of T <= 16 tokens.
+
+    Returns the new stream; the stream times the next norm's weight [N] and `GAIN`; and its sums of
+    squares, float32 [N / 16, T], for a `Scale`.
+    """
+    job = _Job(x, weight, bias, parts, None, False, x.new_empty(x.shape[0], weight.shape[0]), pdl)
+    return job.by_rows((residual, norm_weight))
+
+
+class _Job(NamedTuple):
+    """One product, and the kernels that can compute it."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    parts: int
+    scale: Scale | None
+    swiglu: bool
+    out: Tensor | None
+    pdl: bool
+
+    def by_rows(self, stream: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        (tokens, k), n = self.x.shape, self.weight.shape[0]
+        bm, bn = (8 if tokens <= 8 else 16), (32 if n >= 4096 or self.parts < 4 else 16)
+        kc = 128 if k % (self.parts * 128) == 0 else 64
+        chunks = k // (self.parts * kc)
+        stage = self.parts * kc * (bn + bm) * 2
+        # If all programs run at the same time, each takes a multiprocessor's whole shared memory.
+        budget = _SHARED if n // bn <= _MULTIPROCESSORS else _SHARED // 2
+        stages = min(chunks, max(2, (budget - 4 * self.parts * bn * bm) // stage))
+        out = self.out if self.out is not None else self.x.new_empty(tokens, n)
+        gained, squares, given = out, out, None
+        if stream is not None:
+            gained = torch.empty_like(out)
+            squares = out.new_empty(n // 16, tokens, dtype=torch.float32)
+            given = (*stream, gained, squares)
+        residual_stride = 0 if stream is None else stream[0].stride(0)
+        rows_kernel[(n // bn,)](
+            *(self.x, self.weight, self.bias, out, given),
+            *((self.x.stride(0), residual_stride, out.stride(0)), tokens, n, k),
+            *(bm, bn, kc, self.parts, chunks, stages, GAIN[self.x.dtype]),
+            num_warps=self.parts * bn // 16,
+            launch_pdl=self.pdl,
+        )
+        return out, gained, squares
+
+    def wide(self) -> Tensor:
+        (tokens, k), columns = self.x.shape, self.weight.shape[0]
+        out, n = self._output(self.parts)
+        bm = next(size for size in (8, 16, 32) if size >= tokens)
+        bk = next((b for b in (256, 128) if k % (self.parts * b) == 0), 64)
+        chunks = triton.cdiv(k, self.parts * bk)
+        programs = triton.cdiv(columns, 64) * self.parts
+        budget = _SHARED if programs <= _MULTIPROCESSORS else _SHARED // 2
+        stages = min(chunks, budget // ((64 + bm) * bk * 2))
+        summands = 0 if self.scale is None else self.scale.squares.shape[0]
+        wide_kernel[(triton.cdiv(columns, 64), self.parts)](
+            *(_descriptor(self.x, bm, bk), _descriptor(self.weight, 64, bk)),
+            *(*self._epilogue(), out, self._strides(out), tokens, n, *self._norm()),
+            *(bm, bk, chunks, stages, self.swiglu, summands, max(0, summands - 1).bit_length()),
+            num_warps=4,
+            launch_pdl=self.pdl,
+        )
+        return out
+
+    def tiled(self, tile: _Tile) -> Tensor:
+        (tokens, k), columns = self.x.shape, self.weight.shape[0]
+        out, n = self._output(tile.SPLITS)
+        parts = self.parts // tile.SPLITS
+        chunks = triton.cdiv(k, self.parts * tile.BK)
+        # Each warp keeps its share of the accumulators of all parts in registers.
+        warps = 8 if tile.BM * tile.BN * (2 if parts > 1 else 1) > 128 * 64 else 4
+        grid = (triton.cdiv(columns, tile.BN), triton.cdiv(tokens, tile.BM), tile.SPLITS)
+        tile_kernel[grid](
+            *(_descriptor(self.x, tile.BM, tile.BK), _descriptor(self.weight, tile.BN, tile.BK)),
+            *(*self._epilogue(), out, self._strides(out)[:2], tokens, n, *self._norm()),
+            *(tile.BM, tile.BN, tile.BK, parts, chunks, min(tile.STAGES, parts * chunks), warps),
+            *(self.swiglu, self.scale is not None),
+            num_warps=warps,
+            launch_pdl=self.pdl,
+        )
+        return out
+
+    def prefill(self) -> Tensor:
+        (tokens, k), columns = self.x.shape, self.weight.shape[0]
+        out, n = self._output(1)
+        if out.stride(0) % 8 or out.data_ptr() % 16 or k < 128 * self.parts:
+            # TMA cannot store such rows. `tile_kernel` can.
+            for start in range(0, tokens, _TILE_TOKENS):
+                rows = slice(start, start + _TILE_TOKENS)
+                scale = self.scale
+                if scale is not None:
+                    scale = scale._replace(squares=scale.squares[:, rows])
+                job = self._replace(x=self.x[rows], out=out[rows], scale=scale)
+                job.tiled(_Tile(128, 64, 64, 6))
+            return out
+        kind = _prefill_of(tokens, columns, k, self.parts, self.swiglu)
+        tiles = triton.cdiv(tokens, 64 * kind.groups), triton.cdiv(columns, kind.BN)
+        threads = 32 * (4 * kind.groups + 4)  # three warps beside the producer are idle
+        registers = min(255, 65536 // threads) // 8 * 8
+        of_consumer = (registers * threads - 24 * 128) // (128 * kind.groups) // 8 * 8
+        squares, bias = self._epilogue()
+        width = kind.BN // 2 if self.swiglu or kind.halves else kind.BN
+        prefill_kernel[(min(tiles[0] * tiles[1], _MULTIPROCESSORS),)](
+            *(_descriptor(self.x, 64, kind.BK), _descriptor(self.weight, kind.BN, kind.BK)),
+            *(_descriptor(out, 64, width), squares, bias, *tiles),
+            *(triton.cdiv(k, self.parts * kind.BK), tokens, n, *self._norm()),
+            *(self.parts, kind.groups, kind.stages, self.swiglu, min(240, of_consumer)),
+            num_warps=4,
+            maxnreg=registers,
+        )
+        return out
+
+    def _output(self, splits: int) -> tuple[Tensor, int]:
+        """Return the tensor for the result or for its summands, and N."""
+        n = self.weight.shape[0] // (2 if self.swiglu else 1)
+        if splits > 1:
+            shape = (splits, self.x.shape[0], n)
+            return self.x.new_empty(shape, dtype=torch.float32), n
+        return self.x.new_empty(self.x.shape[0], n) if self.out is None else self.out, n
+
+    def _strides(self, out: Tensor) -> tuple[int, int, int]:
+        split = out.stride(0) if out.dim() == 3 else 0
+        return out.stride(-2), split, 0 if self.scale is None else self.scale.squares.stride(0)
+
+    def _epilogue(self) -> tuple[Tensor | None, Tensor | None]:
+        return None if self.scale is None else self.scale.squares, self.bias
+
+    def _norm(self) -> tuple[float, float]:
+        return (1.0, 0.0) if self.scale is None else self.scale[1:]
+
+
+def _descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
+    return TensorDescriptor.from_tensor(tensor, [rows, cols], layout)
