@@ -10,6 +10,7 @@ Edits = tuple[tuple[str, str, str], ...]
 PlainMutant = tuple[str, Edits, tuple[str, ...]]
 
 _ROWS, _STORE = "layers/kernels/step_rows.py", "layers/kernels/rowwise.py"
+_PARTS = "layers/kernels/decode_parts.py"
 _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_prefill.py"
 _HANDLES, _STAGING = "engine/step_handles.py", "engine/device_state.py"
 _SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"
@@ -19,6 +20,7 @@ _LOGITS, _BOUNDS = "layers/logits.py", "layers/kernels/logit_bounds.py"
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 ROWS = (*_PYTEST, "tests/kernels/test_step_rows.py")
 GRAPHS = (*_PYTEST, "tests/engine/test_graphs.py")
+EXACT = (*_PYTEST, "tests/kernels/test_exact_decode.py")
 LARGE_POOL = (*_PYTEST, "tests/kernels/test_large_pool.py")
 STREAM = (*_PYTEST, "tests/engine/test_stream_steps.py")
 STAGING = (*_PYTEST, "tests/engine/test_staging.py")
@@ -130,13 +132,6 @@ _OFFSETS: tuple[PlainMutant, ...] = (
         LARGE_POOL,
     ),
     _bug(
-        "int32 offsets: decode attention, the current token read apart",
-        _DECODE,
-        "now = last_page.to(tl.int64) * page_stride",
-        "now = last_page * page_stride",
-        LARGE_POOL,
-    ),
-    _bug(
         "int32 offsets: prefill attention",
         _PREFILL,
         "row = ids.to(tl.int64) * page_stride",
@@ -170,6 +165,39 @@ _OFFSETS: tuple[PlainMutant, ...] = (
         "mapping = block.to(tl.int64) * block_size",
         "mapping = block * block_size",
         ROWS,
+    ),
+)
+
+_EXACT: tuple[PlainMutant, ...] = (
+    _bug(
+        "decode attention: parts are folded from the last to the first",
+        _PARTS,
+        "            split = start + i\n",
+        "            split = begin + end - 1 - (start + i)\n",
+        EXACT,
+    ),
+    _bug(
+        "decode attention: a program stores the total of its splits instead of each",
+        _DECODE,
+        "                part = first_slot + split\n"
+        "                store_part(work, part, acc, norm, top, rows, dims, PART_ROWS)\n",
+        "                part = first_slot + split\n"
+        "                store_part(work, part, t_acc, t_norm, t_top, rows, dims, PART_ROWS)\n",
+        EXACT,
+    ),
+    _bug(
+        "decode attention: the tokens before the newest one are not read again with it",
+        _DECODE,
+        "known = tl.maximum(num_tokens - 1, 0) // STEP * STEP",
+        "known = tl.maximum(num_tokens - 1, 0)",
+        EXACT,
+    ),
+    _bug(
+        "decode attention: the number of slots is not looked at",
+        _DECODE,
+        "in_list) > capacity",
+        "in_list) > capacity * 1000",
+        EXACT,
     ),
 )
 
@@ -369,6 +397,7 @@ _RANKS: tuple[PlainMutant, ...] = (
 KERNEL_MUTANTS: tuple[PlainMutant, ...] = (
     *_PADDING,
     *_OFFSETS,
+    *_EXACT,
     *_BUFFERS,
     *_SCORES,
     *_MEMORY,

@@ -32,7 +32,9 @@ class TritonAttention(AttentionBackend):
         self._spec = spec
         self._pdl = dependent_launch(spec.device)
         heads, rows = (spec.num_heads, spec.num_kv_heads, spec.head_dim), spec.rows_per_decode
-        self._workspace = decode_workspace(spec.device, *heads, rows_per_request=rows)
+        self._workspace = decode_workspace(
+            spec.device, *heads, spec.max_model_len, rows_per_request=rows
+        )
 
     def prepare(self, batch: AttentionBatch) -> AttentionBatch:
         return batch

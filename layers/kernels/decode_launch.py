@@ -1,8 +1,10 @@
 """Launch configurations and scratch memory of the attention kernel `paged_decode`.
 
-A pair is a request together with one KV head. `paged_decode` cuts the KV tokens of each pair into
-tiles, and divides the tiles of all pairs among its programs. Programs that work on the same pair
-store partial results. The last to finish combines them. "16/8 heads" means 16 query and 8 KV heads.
+A pair is a request together with one KV head. `paged_decode` cuts the keys of each pair into splits
+of SPLIT keys, and divides the splits of all pairs among its programs. If several programs work on a
+pair, they store the results of splits, and the last of these programs to finish folds them in the
+order of the splits. "16/8 heads" means 16 query and 8 KV heads. No configuration changes a bit of
+the output.
 """
 
 from dataclasses import dataclass
@@ -12,33 +14,31 @@ import torch
 import triton
 from torch import Tensor
 
+from layers.kernels.attention_parts import SPLIT
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """Options with which `paged_decode` is compiled and launched."""
 
-    tile: int  # number of KV tokens in a tile; a program reads one tile in each loop iteration
+    block: int  # number of keys that are loaded at once, a divisor of SPLIT
     warps: int
     stages: int
     per_sm: int  # maximum number of programs per multiprocessor, from 1 to MAX_PER_SM
     max_registers: int | None = None
-    unroll: int = 4  # number of partial results that are combined in one loop iteration
-    pair_cost: int = 0  # time to start work on a pair, in units of the time for one tile
+    unroll: int = 4  # number of splits' results that are loaded in one iteration of the last fold
+    pair_cost: int = 0  # time to start work on a pair, in units of the time for UNIT keys
 
 
-# Times are for one call in a CUDA graph on an H200 with bf16, head_dim 128 and programmatic
-# dependent launch. For a request of 400 tokens with 16/8 heads, SMALL takes 4.2 us, LARGE 6.1 us.
-SMALL = DecodeConfig(tile=128, warps=8, stages=2, per_sm=1, unroll=8)
-# For 24 requests of 1,200 tokens with 12/2 heads (48 pairs), MIDDLE takes 13.7 us, LARGE 15.7 us.
-# For 256 requests of 710 tokens with 12/2 heads (512 pairs), MIDDLE takes 53.3 us, LARGE 49.0 us.
-MIDDLE = DecodeConfig(tile=64, warps=4, stages=3, per_sm=2, pair_cost=2)
-# For 256 requests of 850 tokens LARGE reaches 1.00 times the memory bandwidth of a sum over a large
-# tensor with 16/8 heads, and 0.91 times with 12/2 heads. For requests of 100 to 2,000 tokens and
-# 16/8 heads it reaches 1.014 times this bandwidth, or 0.970 times if pair_cost is 0.
-LARGE = DecodeConfig(tile=32, warps=4, stages=3, per_sm=4, max_registers=128, pair_cost=2)
-SMALL_PAIRS = 32  # with 16/8 heads, SMALL is faster than LARGE for 32 pairs, slower for 64 pairs
+SMALL = DecodeConfig(block=128, warps=8, stages=2, per_sm=1, unroll=16)
+MIDDLE = DecodeConfig(block=128, warps=4, stages=2, per_sm=2, pair_cost=2)
+LARGE = DecodeConfig(block=128, warps=4, stages=2, per_sm=2, pair_cost=2)
+SMALL_PAIRS = 32
 MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
+UNIT = 32  # number of keys by which a pair's share of the work is counted
+# 16/8 heads, 528 programs and contexts of up to 4,096 tokens need 18 MB, 12/2 heads need 72 MB.
+MOST_BYTES = 128 << 20
 
 
 def decode_config(pairs: int) -> DecodeConfig:
@@ -51,13 +51,16 @@ def decode_config(pairs: int) -> DecodeConfig:
 class DecodeWorkspace(NamedTuple):
     """Scratch memory of `paged_decode`; all calls on one CUDA stream can share one workspace."""
 
-    # A program may share its first pair and its last pair with other programs. So each program
-    # stores up to two partial results. `rows` is the number of queries of a pair: new tokens times
-    # query heads per KV head. `rows` and head_dim are rounded up to powers of two.
-    values: Tensor  # float32 [programs, 2, rows, head_dim], attention outputs of partial results
-    lse: Tensor  # float32 [programs, 2, rows], base-2 log-sum-exp of the attention scores
-    # Program i begins a pair if it computes the pair's first tile. Only the last pair that it
-    # begins may continue in other programs. arrived[i] counts this pair's stored partial results.
+    # The first `programs` slots are for totals: a program stores the total of the first splits of
+    # the last pair that it begins. The other slots are for the splits that other programs compute
+    # of such a pair. `rows` is the number of queries of a pair: new tokens times query heads per KV
+    # head. `rows` and head_dim are rounded up to powers of two.
+    values: Tensor  # float32 [slots, rows, head_dim], sums of weighted values
+    norm: Tensor  # float32 [slots, rows], sums of weights
+    top: Tensor  # float32 [slots, rows], highest scores
+    # Program i begins a pair if the pair's first unit of work is its own. Only the last pair that
+    # it begins may continue in other programs. arrived[i] counts the programs that have stored
+    # their results for this pair.
     arrived: Tensor  # int32 [programs], all 0 between calls of `paged_decode`
 
 
@@ -66,16 +69,26 @@ def decode_workspace(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    max_context_len: int,
     programs: int = 0,
     rows_per_request: int = 1,
 ) -> DecodeWorkspace:
-    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM per multiprocessor."""
+    """Allocate scratch memory for `programs` programs; 0 means MAX_PER_SM per multiprocessor.
+
+    Each program may begin one pair of `max_context_len` tokens that other programs continue. If the
+    slots for all splits of such pairs take more than MOST_BYTES, there are fewer slots. That is no
+    error: where the splits of a batch might not fit, the kernel leaves each pair to one program.
+    """
     if not programs:
         programs = MAX_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
     rows = triton.next_power_of_2(rows_per_request * num_heads // num_kv_heads)
-    shape = (programs, 2, rows, triton.next_power_of_2(head_dim))
+    columns = triton.next_power_of_2(head_dim)
+    slots = programs * (1 + triton.cdiv(max_context_len, SPLIT))
+    slots = max(programs, min(slots, MOST_BYTES // (4 * rows * (columns + 2))))
+    shape = (slots, rows, columns)
     return DecodeWorkspace(
         values=torch.empty(shape, dtype=torch.float32, device=device),
-        lse=torch.empty(shape[:3], dtype=torch.float32, device=device),
+        norm=torch.empty(shape[:2], dtype=torch.float32, device=device),
+        top=torch.empty(shape[:2], dtype=torch.float32, device=device),
         arrived=torch.zeros(programs, dtype=torch.int32, device=device),
     )

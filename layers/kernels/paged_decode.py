@@ -1,34 +1,50 @@
 """Attention of each request's newest tokens over a paged KV cache (the decode step).
 
-A pair is a request together with one KV head. The KV tokens of each pair are cut into tiles. The
-tiles of all pairs form one list. Each program (thread block) works on an equally long section of
-the list, as in Stream-K (Osama et al. 2023). Programs read the requests' lengths from device
-memory, so a CUDA graph serves requests of any length. If several programs work on a pair, each of
-them stores a partial result, called a part (Flash-Decoding, Dao et al. 2023). The last of these
-programs to finish combines the pair's parts. A row of a pair is the query of one new token in one
-of the query heads that use the KV head. Each matrix product is for all rows of a pair, so K and V
-of the pair are read only once.
+A pair is a request together with one KV head. The keys of each pair are cut into splits, which
+`attention_parts` defines. The splits of all pairs form one list. Each program (thread block) works
+on an equally long section of the list, as in Stream-K (Osama et al. 2023). Programs read the
+requests' lengths from device memory, so a CUDA graph serves requests of any length.
+
+The program with a pair's first split folds the splits of its section in registers. If the pair goes
+on in other programs, these store the result of each split, called a part (Flash-Decoding, Dao et
+al. 2023). The last of all these programs to finish folds the parts in order. So neither the number
+of programs nor another request changes a bit of the output. A row of a pair is the query of one new
+token in one of the query heads that use the KV head. Each matrix product is for all rows of a pair,
+so K and V of the pair are read only once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="assignment,misc,var-annotated"
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from layers.kernels.attention_parts import LOG2_E
-from layers.kernels.decode_launch import MAX_PER_SM, DecodeConfig, DecodeWorkspace, decode_config
+from layers.kernels.attention_parts import (
+    EMPTY,
+    LOG2_E,
+    SPLIT,
+    finish,
+    fold_values,
+    fold_weights,
+    score_weights,
+    top_score,
+    weight_bits,
+    weight_sum,
+)
+from layers.kernels.decode_launch import (
+    MAX_PER_SM,
+    UNIT,
+    DecodeConfig,
+    DecodeWorkspace,
+    decode_config,
+)
+from layers.kernels.decode_parts import combine, query_and_head, store_part
 from memory.kv_cache import KVLayer
 
-
-@triton.jit
-def _accumulate(s, v, top, norm, acc):
-    """Add N tokens with scores `s` [G, N] and values `v` [N, D] to the online softmax of G rows."""
-    # `norm` [G, N] has N partial sums of each row's exponentials, added up after the last tile.
-    new_top = tl.maximum(top, tl.max(s, 1))
-    p = tl.exp2(s - new_top[:, None])
-    keep = tl.exp2(top - new_top)[:, None]
-    return new_top, norm * keep + p, tl.dot(p.to(v.dtype), v, acc * keep)
+# The most programs for a pair if each program works on one pair only. With more programs, folding
+# their parts takes more time than the programs save.
+MOST_PROGRAMS = 32
 
 
 @triton.jit
@@ -56,59 +72,37 @@ def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.
 
 
 @triton.jit
-def _query_and_head(rows, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """For each row of a pair, return the index of its new token and the index of its query head."""
-    if QUERIES == 1:
-        query, member = 0, rows
+def _split_pages(
+    table, split, num_tokens, PAGE: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr
+):
+    """Load `_tile_pages` of each block of BLOCK keys of a split."""
+    pages = ()
+    if PAGE % KEYS == 0:
+        page = _tile_pages(table, split, num_tokens, PAGE, KEYS)
+        for _ in tl.static_range(KEYS // BLOCK):
+            pages += (page,)
     else:
-        query, member = rows // GROUP, rows % GROUP
-    return query, member
+        for i in tl.static_range(KEYS // BLOCK):
+            t = split * (KEYS // BLOCK) + i
+            pages += (_tile_pages(table, t, num_tokens, PAGE, BLOCK),)
+    return pages
 
 
 @triton.jit
-def _combine(
-    parts,
-    owner,
-    final,
-    place,
-    GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
-    DIM: tl.constexpr,
-    UNROLL: tl.constexpr,
+def _load_tile(
+    src, t, num_tokens, page, strides, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr
 ):
-    """Combine the parts of a pair that programs `owner` to `final` stored; store the output."""
-    values_ptr, lse_ptr, _ = parts
-    out_at, out_row, out_head = place
-    PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
-    DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
-    COLUMNS: tl.constexpr = PART_ROWS * DIM_PAD
-    columns = tl.arange(0, COLUMNS)
-    row, dim = columns // DIM_PAD, columns % DIM_PAD
-    query, member = _query_and_head(row, GROUP, QUERIES)
-    top = tl.full([COLUMNS], float("-inf"), tl.float32)
-    norm, total = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    for start in range(owner, final + 1, UNROLL):
-        for i in tl.static_range(UNROLL):
-            who = start + i
-            part = who * 2 + (who == owner).to(tl.int32)
-            # `.cg` reads from the L2 cache, since L1 may hold old values of other programs' parts.
-            live = who <= final
-            at = lse_ptr + part * PART_ROWS + row
-            lse = tl.load(at, mask=live, other=float("-inf"), cache_modifier=".cg")
-            at = values_ptr + part * COLUMNS + columns
-            value = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
-            new_top = tl.maximum(top, lse)
-            keep, weight = tl.exp2(top - new_top), tl.exp2(lse - new_top)
-            norm = norm * keep + weight
-            total = total * keep + value * weight
-            top = new_top
-    live = (row < QUERIES * GROUP) & (dim < DIM)
-    at = out_at + query * out_row + member * out_head + dim
-    tl.store(at, (total / norm).to(out_at.dtype.element_ty), mask=live)
+    """Load K or V [TILE, DIM_PAD] of a pair's tokens in tile `t`; 0 from `num_tokens` on."""
+    dims = tl.arange(0, triton.next_power_of_2(DIM))
+    base, rows = _tile_rows(page, t, strides[0], strides[1], PAGE, TILE)
+    seen = t * TILE + tl.arange(0, TILE) < num_tokens
+    return tl.load(
+        src + base + rows + dims[None, :], mask=seen[:, None] & (dims < DIM)[None, :], other=0.0
+    )
 
 
 @triton.jit(
-    do_not_specialize=["batch", "pair_cost"],
+    do_not_specialize=["batch", "pair_cost", "limit", "capacity"],
     do_not_specialize_on_alignment=["table_ptr", "slot_ptr", "len_ptr"],
 )
 def _paged_decode_kernel(
@@ -119,57 +113,72 @@ def _paged_decode_kernel(
     slot_ptr,
     len_ptr,
     out_ptr,
-    parts,
+    work,
     scale,
     batch,
     pair_cost,
+    limit,
+    capacity,
     strides,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    TILE: tl.constexpr,
+    KEYS: tl.constexpr,  # SPLIT
+    SHORT: tl.constexpr,  # UNIT
+    BLOCK: tl.constexpr,
     BATCH_PAD: tl.constexpr,
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
     APART: tl.constexpr,
 ):
-    values_ptr, lse_ptr, arrived_ptr = parts
     q_row, q_head, page_stride, token_stride, head_stride, table_row, out_row, out_head = strides
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     ROWS: tl.constexpr = PART_ROWS if PART_ROWS > 16 else 16  # tl.dot needs 16 rows
-    NEWEST_APART: tl.constexpr = PDL and APART and QUERIES == 1
+    EARLY: tl.constexpr = PDL and APART and QUERIES == 1
+    BLOCKS: tl.constexpr = KEYS // BLOCK
+    STEP: tl.constexpr = 16  # keys that tensor cores add up at once
+    arrived_ptr = work[3]
+    # The list is counted in units of `SIZE` keys, of which a whole split has `PER`.
+    SIZE: tl.constexpr = KEYS if APART else SHORT
+    PER: tl.constexpr = KEYS // SIZE
     pid, programs = tl.program_id(0), tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
     lane = tl.arange(0, BATCH_PAD)
     lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
-    # The list of tiles is ordered by request, then KV head, then token. A request without tokens
-    # counts as one tile for each KV head, so that programs write zeros as the request's output.
-    tiles = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, TILE), 1), 0)
-    share = tl.cdiv(tl.sum(tiles + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
+    # The list is ordered by request, then KV head, then token. A request without tokens counts as
+    # one unit for each KV head, so that programs write zeros as the request's output.
+    units = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, SIZE), 1), 0)
+    share = tl.cdiv(tl.sum(units + tl.where(lane < batch, pair_cost, 0), 0) * KV_HEADS, programs)
     if APART:
-        # Each program works on one pair only, and at most 32 programs work on a pair. With more
-        # programs for a pair, combining the parts takes more time than the programs save.
-        share = tl.maximum(share, tl.cdiv(tl.max(tiles, 0), 32))
-        while tl.sum(tl.cdiv(tiles, share), 0) * KV_HEADS > programs:
+        # Each program works on one pair only, and at most `limit` programs work on a pair.
+        share = tl.maximum(share, tl.cdiv(tl.max(units, 0), limit))
+        while tl.sum(tl.cdiv(units, share), 0) * KV_HEADS > programs:
             share += tl.cdiv(share, 8)
-        spans = tl.cdiv(tiles, share) * share * KV_HEADS
+        spans = tl.cdiv(units, share) * share * KV_HEADS
     else:
-        spans = (tiles + pair_cost) * KV_HEADS
+        spans = (units + pair_cost) * KV_HEADS
     spans = tl.where(lane < batch, spans, 0)
-    ends = tl.cumsum(spans, 0)
+    ends, total = tl.cumsum(spans, 0), tl.sum(spans, 0)
+    # Slots of parts: by their place in the list, or for each program as many as a pair has splits.
+    most = tl.max(tl.cdiv(lens, KEYS), 0)
+    in_list = total if APART else total // PER + programs
+    by_owner = most * programs < in_list
+    # If the slots do not suffice, the program with a pair's first unit works on the whole pair.
+    uncut = programs + tl.minimum(most * programs, in_list) > capacity
     at = pid * share
-    stop = tl.minimum(at + share, tl.sum(spans, 0))
+    stop = tl.minimum(at + share, total)
     seq = tl.sum((ends <= at).to(tl.int32), 0)
     seq_begin = tl.sum(tl.where(ends <= at, spans, 0), 0)
     dims = tl.arange(0, DIM_PAD)
     dim_ok, rows = dims < DIM, tl.arange(0, ROWS)
     row_ok = (rows < QUERIES * GROUP)[:, None] & dim_ok[None, :]
-    offsets = tl.arange(0, TILE)
+    offsets = tl.arange(0, BLOCK)
+    steps = (page_stride, token_stride)
     if PDL and not APART:
         gdc_wait()
     while at < stop:
@@ -179,96 +188,132 @@ def _paged_decode_kernel(
         span = seq_span // KV_HEADS
         head = (at - seq_begin) // span
         first = at - seq_begin - head * span
-        last = tl.minimum(span, first + stop - at)
-        begin = tl.maximum(first - pair_cost, 0)
+        last = tl.where(uncut, span, tl.minimum(span, first + stop - at))
+        # A split belongs to the program in whose section its first unit lies.
+        begin = tl.cdiv(tl.maximum(first - pair_cost, 0), PER)
+        end = tl.minimum(tl.cdiv(tl.maximum(last - pair_cost, 0), PER), tl.cdiv(num_tokens, KEYS))
+        end = tl.where(uncut & (first > 0), 0, end)
+        is_part = (first > 0) & (begin < end)
+        pair_begin = at - first
+        owner = pair_begin // share
+        # Two pairs may begin within `PER` units. If both have parts, their owners differ.
+        listed = pair_begin if APART else (pair_begin + pair_cost) // PER + owner
+        first_slot = programs + tl.where(by_owner, owner * most, listed)
         table = table_ptr + slot * table_row
-        k_head = k_ptr + head * head_stride + dims[None, :]
-        v_head = v_ptr + head * head_stride + dims[None, :]
+        k_head, v_head = k_ptr + head * head_stride, v_ptr + head * head_stride
         q_at, first_head = q_ptr + seq.to(tl.int64) * QUERIES * q_row, head * GROUP
-        query, member = _query_and_head(rows[:, None], GROUP, QUERIES)
+        query, member = query_and_head(rows[:, None], GROUP, QUERIES)
         q_at += query * q_row + (first_head + member) * q_head
-        # With QUERIES > 1 a tile's scores for a row may all be -inf. A finite `top` prevents NaN.
-        top = tl.full([ROWS], float("-inf") if QUERIES == 1 else -1e30, tl.float32)
-        norm = tl.zeros([ROWS, TILE], tl.float32)
-        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-        if NEWEST_APART:
+        t_acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+        t_norm, t_top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], EMPTY, tl.float32)
+        next_split = begin
+        if EARLY:
             # gdc_wait waits for the stream's previous kernel, which may still be writing q and the
-            # new token's K and V. So only K and V of older tokens are loaded before gdc_wait.
-            seen_tokens, loop_from = num_tokens - 1, begin + 1
-            page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
-            base, more = _tile_rows(page, begin, page_stride, token_stride, PAGE, TILE)
-            seen = begin * TILE + offsets < seen_tokens
-            ok = seen[:, None] & dim_ok[None, :]
-            k = tl.load(k_head + base + more, mask=ok, other=0.0)
-            v = tl.load(v_head + base + more, mask=ok, other=0.0)
-            has_current = (last == span) & (num_tokens > 0)
-            last_page = tl.load(table + seen_tokens // PAGE, mask=has_current, other=0)
-            now = last_page.to(tl.int64) * page_stride + seen_tokens % PAGE * token_stride
+            # newest token's K and V. So the newest token and the up to 15 before it, which tensor
+            # cores add up together, are loaded after gdc_wait and multiplied last: as they are the
+            # newest ones, that is their place in the order, and no bit changes.
+            known = tl.maximum(num_tokens - 1, 0) // STEP * STEP
+            newest = known // STEP
+            has_newest = known // KEYS == begin
+            pages = _split_pages(table, begin, known, PAGE, BLOCK, KEYS)
+            keys, values = (), ()
+            for i in tl.static_range(BLOCKS):
+                t = begin * BLOCKS + i
+                keys += (_load_tile(k_head, t, known, pages[i], steps, DIM, PAGE, BLOCK),)
+            for i in tl.static_range(BLOCKS):
+                t = begin * BLOCKS + i
+                values += (_load_tile(v_head, t, known, pages[i], steps, DIM, PAGE, BLOCK),)
+            until = tl.where(has_newest, num_tokens, 0)
+            page = _tile_pages(table, newest, until, PAGE, STEP)
             gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
-            if has_current:
-                k_now = tl.load(k_head + now, mask=dim_ok[None, :], other=0.0).to(tl.float32)
-                v_now = tl.load(v_head + now, mask=dim_ok[None, :], other=0.0).to(tl.float32)
-                top = tl.sum(q.to(tl.float32) * k_now, 1) * scale
-                norm += tl.where(offsets == 0, 1.0, 0.0)[None, :]
-                acc += v_now
-            if begin * TILE < seen_tokens:
-                s = tl.dot(q, tl.trans(k)) * scale
-                s = tl.where(seen[None, :], s, float("-inf"))
-                top, norm, acc = _accumulate(s, v, top, norm, acc)
+            k_new = _load_tile(k_head, newest, until, page, steps, DIM, PAGE, STEP)
+            v_new = _load_tile(v_head, newest, until, page, steps, DIM, PAGE, STEP)
+            scores = ()
+            for i in tl.static_range(BLOCKS):
+                seen = (begin * BLOCKS + i) * BLOCK + offsets < known
+                s = tl.dot(q, tl.trans(keys[i]))
+                scores += (tl.where(seen[None, :], s, float("-inf")),)
+            seen = known + tl.arange(0, STEP) < until
+            s_new = tl.where(seen[None, :], tl.dot(q, tl.trans(k_new)), float("-inf"))
+            top = top_score(s_new, scale)
+            for i in tl.static_range(BLOCKS):
+                top = tl.maximum(top, top_score(scores[i], scale))
+            p_new = score_weights(s_new, scale, top)
+            count = tl.sum(weight_bits(p_new), 1)
+            acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+            for i in tl.static_range(BLOCKS):
+                p = score_weights(scores[i], scale, top)
+                count += tl.sum(weight_bits(p), 1)
+                acc = tl.dot(p.to(v_new.dtype), values[i], acc)
+            acc = tl.dot(p_new.to(v_new.dtype), v_new, acc)
+            norm = weight_sum(count)
+            if is_part:
+                part = first_slot + begin
+                store_part(work, part, acc, norm, top, rows, dims, PART_ROWS)
+            a, b, t_norm, t_top = fold_weights(t_norm, t_top, norm, top)
+            t_acc = fold_values(t_acc, a[:, None], b[:, None], acc)
+            next_split += 1
+            pages = _split_pages(table, next_split, num_tokens, PAGE, BLOCK, KEYS)
         else:
-            seen_tokens, loop_from = num_tokens, begin
-            if QUERIES > 1:
-                page = _tile_pages(table, begin, seen_tokens, PAGE, TILE)
-                if PDL and APART:
-                    gdc_wait()
+            pages = _split_pages(table, begin, num_tokens, PAGE, BLOCK, KEYS)
+            if PDL and APART:
+                gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
 
-        if QUERIES == 1:
-            page = _tile_pages(table, loop_from, seen_tokens, PAGE, TILE)
-        for t in tl.range(loop_from, tl.minimum(last - pair_cost, tl.cdiv(seen_tokens, TILE))):
-            base, more = _tile_rows(page, t, page_stride, token_stride, PAGE, TILE)
-            seen = t * TILE + offsets < seen_tokens
-            ok = seen[:, None] & dim_ok[None, :]
-            k = tl.load(k_head + base + more, mask=ok, other=0.0)  # [TILE, DIM_PAD]
-            s = tl.dot(q, tl.trans(k)) * scale  # [ROWS, TILE]
-            if QUERIES == 1:
-                s = tl.where(seen[None, :], s, float("-inf"))
-            else:
-                until = seen_tokens - QUERIES + 1 + query
-                s = tl.where((t * TILE + offsets)[None, :] < until, s, float("-inf"))
-            v = tl.load(v_head + base + more, mask=ok, other=0.0)
-            page = _tile_pages(table, t + 1, seen_tokens, PAGE, TILE)
-            top, norm, acc = _accumulate(s, v, top, norm, acc)
-        norm_sum = tl.sum(norm, 1)  # [ROWS]
-        result = acc / tl.where(norm_sum > 0.0, norm_sum, 1.0)[:, None]
-        out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + head * GROUP * out_head
+        for split in tl.range(next_split, end):
+            scores = ()
+            for i in tl.static_range(BLOCKS):
+                t = split * BLOCKS + i
+                k = _load_tile(k_head, t, num_tokens, pages[i], steps, DIM, PAGE, BLOCK)
+                s = tl.dot(q, tl.trans(k))  # [ROWS, BLOCK]
+                tokens = (t * BLOCK + offsets)[None, :]
+                if QUERIES == 1:
+                    s = tl.where(tokens < num_tokens, s, float("-inf"))
+                else:
+                    s = tl.where(tokens < num_tokens - QUERIES + 1 + query, s, float("-inf"))
+                scores += (s,)
+            highest = scores[0]
+            for i in tl.static_range(1, BLOCKS):
+                highest = tl.maximum(highest, scores[i])
+            top = top_score(highest, scale)
+            acc, bits = tl.zeros([ROWS, DIM_PAD], tl.float32), tl.zeros([ROWS, BLOCK], tl.int32)
+            for i in tl.static_range(BLOCKS):
+                t = split * BLOCKS + i
+                v = _load_tile(v_head, t, num_tokens, pages[i], steps, DIM, PAGE, BLOCK)
+                p = score_weights(scores[i], scale, top)
+                bits += weight_bits(p)
+                acc = tl.dot(p.to(v.dtype), v, acc)
+            pages = _split_pages(table, split + 1, num_tokens, PAGE, BLOCK, KEYS)
+            norm = weight_sum(tl.sum(bits, 1))
+            if is_part:
+                part = first_slot + split
+                store_part(work, part, acc, norm, top, rows, dims, PART_ROWS)
+            a, b, t_norm, t_top = fold_weights(t_norm, t_top, norm, top)
+            t_acc = fold_values(t_acc, a[:, None], b[:, None], acc)
+
+        out_at = out_ptr + seq.to(tl.int64) * QUERIES * out_row + first_head * out_head
         # Padding (a request of length 0) must not change `arrived`: while kernels are compiled,
         # several CUDA streams run batches of padding at the same time with the same workspace.
-        if (num_tokens == 0) | ((first == 0) & (last == span)):
-            stored = row_ok & (first == 0)
+        if (num_tokens == 0) | uncut | ((first == 0) & (last == span)):
             at_row = out_at + query * out_row + member * out_head + dims[None, :]
-            tl.store(at_row, result.to(out_ptr.dtype.element_ty), mask=stored)
+            result = finish(t_acc, t_norm[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(at_row, result, mask=row_ok & (first == 0))
         else:
-            # `owner` is the program with the pair's first tile; it stores its part at [owner, 1]. A
-            # later program i stores its part at [i, 0]. arrived[owner] counts the stored parts.
-            part = pid * 2 + (first == 0).to(tl.int32)
-            owner = (at - first) // share
-            final = (at - first + span - 1) // share
-            used = rows < PART_ROWS
-            # `lse` is -1e30 for rows that attend to no token of this part, as -inf would give NaN.
-            lse = tl.where(norm_sum > 0.0, top + tl.log2(norm_sum), -1e30)
-            tl.store(lse_ptr + part * PART_ROWS + rows, lse, mask=used)
-            used_rows = used[:, None]
-            at_part = values_ptr + (part * PART_ROWS + rows[:, None]) * DIM_PAD + dims[None, :]
-            tl.store(at_part, result, mask=used_rows)
-            # All threads must have stored their values before `arrived` counts the part.
+            # `owner` is the program with the pair's first unit. arrived[owner] counts the programs
+            # that have worked on the pair.
+            final = (pair_begin + span - 1) // share
+            if first == 0:
+                store_part(work, pid, t_acc, t_norm, t_top, rows, dims, PART_ROWS)
+            # All threads must have stored their values before `arrived` counts the program.
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + owner, 1, sem="acq_rel", scope="gpu")
             if before == final - owner:
                 tl.store(arrived_ptr + owner, 0)
+                in_owner = tl.maximum((owner + 1) * share - pair_begin - pair_cost, 0)
+                splits = (tl.cdiv(in_owner, PER), tl.cdiv(num_tokens, KEYS))
                 place = (out_at, out_row, out_head)
-                _combine(parts, owner, final, place, GROUP, QUERIES, DIM, UNROLL)
+                combine(work, owner, first_slot, splits, place, GROUP, QUERIES, DIM, UNROLL)
         at += last - first
         if at >= seq_begin + seq_span:
             seq_begin += seq_span
@@ -313,25 +358,35 @@ def paged_decode(
     batch, rest = divmod(num_rows, rows_per_request)
     if rest:
         raise ValueError(f"{num_rows} rows are not {rows_per_request} for each request")
-    group, part_rows = num_heads // kv_heads, workspace.lse.shape[2]
+    group, part_rows = num_heads // kv_heads, workspace.norm.shape[1]
     if rows_per_request * group > part_rows:
         raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
     pairs = batch * kv_heads
     config = config or decode_config(pairs)
-    tile = min(config.tile, 16384 // triton.next_power_of_2(dim))  # so that shared memory suffices
+    rows, columns = triton.next_power_of_2(rows_per_request * group), triton.next_power_of_2(dim)
+    block, stages, warps, registers = config.block, config.stages, config.warps, None
+    if columns > 128 or rows > 32:
+        # Two buffers of a split, or one next to many queries, do not fit into shared memory.
+        block, stages, warps = min(block, 32), 1, 8
+    else:
+        registers = config.max_registers
+    most = triton.cdiv(max_context_len, SPLIT)
     programs = max(1, workspace.arrived.numel() * config.per_sm // MAX_PER_SM)
-    programs = min(programs, pairs * (triton.cdiv(max_context_len, tile) + 1))
     apart = 2 * pairs <= programs  # whether to limit each program to one pair
+    programs = min(programs, pairs * (min(MOST_PROGRAMS, most) if apart else most + 1))
     batch_pad = 16 if batch <= 16 else max(256, triton.next_power_of_2(batch))
+    # Values of a part that a thread loads, of which all in an iteration are in registers at once.
+    loaded = max(1, rows * columns // (32 * warps))
     _paged_decode_kernel[(programs,)](
         *(q, kv.k, kv.v, block_tables, slots, context_lens, out, tuple(workspace)),
         *(scale * LOG2_E, batch, 0 if apart else config.pair_cost),
+        *(MOST_PROGRAMS, workspace.values.shape[0]),
         (*q.stride()[:2], *kv.k.stride()[:3], block_tables.stride(0), *out.stride()[:2]),
-        *(kv_heads, group, rows_per_request, dim, page, tile, batch_pad),
-        *(max(1, config.unroll // rows_per_request), pdl, apart),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        maxnreg=config.max_registers,
+        *(kv_heads, group, rows_per_request, dim, page, SPLIT, UNIT, block, batch_pad),
+        *(max(1, min(config.unroll, 24 // loaded)), pdl, apart),
+        num_warps=warps,
+        num_stages=stages,
+        maxnreg=registers,
         launch_pdl=pdl,
     )
     return out

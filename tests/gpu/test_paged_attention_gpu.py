@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from layers.kernels.decode_launch import decode_workspace
+from layers.kernels.decode_launch import LARGE, MIDDLE, SMALL, DecodeConfig, decode_workspace
 from layers.kernels.paged_decode import (
     paged_decode,
 )
@@ -59,7 +59,7 @@ def test_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype)
         )
         want = torch.full(q.shape, float("nan"), device="cuda")
         paged_decode_reference(*arguments, scale=dim**-0.5, out=want)
-        workspace = decode_workspace(q.device, *heads, dim)
+        workspace = decode_workspace(q.device, *heads, dim, 4096)
         for pdl in (False, PDL):
             out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
             paged_decode(
@@ -96,7 +96,7 @@ def test_decode_of_several_rows(
         about: dict[str, Any] = {"scale": dim**-0.5, "rows_per_request": rows}
         paged_decode_reference(q, *cache, **about, out=want)
         visible = case.context_lens[:, None] + torch.arange(1 - rows, 1, device="cuda")
-        workspace = decode_workspace(q.device, *heads, dim, rows_per_request=5)
+        workspace = decode_workspace(q.device, *heads, dim, 4096, rows_per_request=5)
         for pdl in (False, PDL):
             out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
             paged_decode(
@@ -113,6 +113,66 @@ def test_decode_of_several_rows(
             assert not workspace.arrived.any()
 
 
+@pytest.mark.parametrize("page", [16, 64, 256])
+@pytest.mark.parametrize("heads", [(16, 8), (12, 2), (32, 8)])
+def test_decode_is_exact(heads: tuple[int, int], page: int) -> None:
+    """Rows of 300 requests have the same bits in fewer of them, by other programs and launches."""
+    dim, tail = 128, 150
+    case = make_case([333, 2777], heads[1], dim, page, torch.bfloat16, "cuda")
+    q = torch.randn(2 * tail, heads[0] + 2 * heads[1], dim, device="cuda").bfloat16()
+    q = q[:, : heads[0]]
+    # Request i has the first `lens[i]` tokens of one of two sequences: each has its last 150 ones.
+    slots = case.slots.repeat_interleave(tail)
+    ends = torch.arange(1 - tail, 1, device="cuda", dtype=torch.int32)
+    lens = (case.context_lens[:, None] + ends).flatten()
+    workspace = decode_workspace(q.device, *heads, dim, 4096, rows_per_request=5)
+    for part in workspace[:3]:
+        part.fill_(float("nan"))
+
+    def decode(
+        which: list[int], rows: int = 1, config: DecodeConfig | None = None, programs: int = 0
+    ) -> torch.Tensor:
+        """Rows `which`; with n rows of a request each n-th one is the last row of a request."""
+        last, count = which[rows - 1 :: rows], programs or len(workspace.arrived)
+        out = torch.full((len(which), heads[0], dim), float("nan"), device="cuda").bfloat16()
+        paged_decode(
+            *(q[which], case.kv, case.block_tables, slots[last], lens[last]),
+            scale=dim**-0.5,
+            max_context_len=4096,
+            out=out,
+            workspace=workspace._replace(arrived=workspace.arrived[:count]),
+            rows_per_request=rows,
+            pdl=PDL,
+            config=config,
+        )
+        assert not workspace.arrived.any()
+        return out.view(torch.int16)
+
+    order = torch.randperm(2 * tail).tolist()
+    base = torch.empty((2 * tail, heads[0], dim), dtype=torch.int16, device="cuda")
+    base[order] = decode(order)
+    for count in (7, 64, 300):
+        for config in (None, SMALL, MIDDLE, LARGE):
+            some = random.sample(range(2 * tail), count)
+            assert torch.equal(decode(some, config=config), base[some]), (count, config)
+        for programs in (4, 36, 200):
+            assert torch.equal(decode(order[:count], programs=programs), base[order[:count]])
+    for one in order[:40]:
+        for config in (None, MIDDLE):
+            assert torch.equal(decode([one], config=config), base[[one]]), (one, config)
+        assert torch.equal(decode([one], programs=4 * heads[1]), base[[one]]), one
+    for rows in (2, 5):
+        for count in (1, 60):
+            ends_at = random.sample(range(rows - 1, tail), count)
+            some = [end - rows + 1 + row for end in ends_at for row in range(rows)]
+            assert torch.equal(decode(some, rows), base[some]), (rows, count)
+    start = torch.tensor([0, tail, 2 * tail], dtype=torch.int32, device="cuda")
+    out = torch.full((2 * tail, heads[0], dim), float("nan"), device="cuda").bfloat16()
+    where = (case.block_tables, case.slots, start, case.context_lens)
+    paged_prefill(q, case.kv, *where, scale=dim**-0.5, out=out)
+    assert torch.equal(out.view(torch.int16), base)
+
+
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_decode_graph(batch: int) -> None:
     """A captured chain follows lengths and K/V that change between replays."""
@@ -120,7 +180,7 @@ def test_decode_graph(batch: int) -> None:
     case = make_case([1024] * batch, heads[1], dim, page, torch.bfloat16, "cuda")
     q = torch.randn(batch, heads[0], dim, device="cuda").bfloat16()
     out = torch.empty_like(q)
-    workspace = decode_workspace(q.device, *heads, dim)
+    workspace = decode_workspace(q.device, *heads, dim, 4096)
     arguments = (q, case.kv, case.block_tables, case.slots, case.context_lens)
 
     def chain() -> None:

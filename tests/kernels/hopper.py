@@ -157,7 +157,8 @@ def compile_attention() -> None:
     tables = torch.zeros(256, 16, dtype=torch.int32)
     for kv_heads, dim in ((8, 128), (2, 64)):
         kv = KVLayer.of(_bf16(4, 256, 2, kv_heads, dim))
-        workspace = decode_workspace(torch.device("cpu"), 16, kv_heads, dim, programs=528)
+        sizes = (16, kv_heads, dim, 4096, 528)
+        workspace = decode_workspace(torch.device("cpu"), *sizes)
         for batch in (1, 24, 256):
             q, lens = _bf16(batch, 16, dim), torch.zeros(batch, dtype=torch.int32)
             about: Any = {"scale": 1.0, "workspace": workspace, "out": q, "max_context_len": 4096}

@@ -121,7 +121,7 @@ def test_decode(pool: Pool, tile: int, programs: int, early: bool) -> None:
         scale=DIM**-0.5,
         max_context_len=112,
         out=out,
-        workspace=decode_workspace(torch.device("cpu"), HEADS, KV_HEADS, DIM, programs),
+        workspace=decode_workspace(torch.device("cpu"), HEADS, KV_HEADS, DIM, 112, programs),
         pdl=early,
         config=DecodeConfig(tile, 4, 2, per_sm=4),
     )

@@ -88,7 +88,7 @@ def test_in_interpreter_what_is_slow() -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("lens", "heads", "dim", "page", "tile", "programs", "early"),
+    ("lens", "heads", "dim", "page", "block", "programs", "early"),
     [
         ([5], (2, 1), 64, 16, 16, 4, False),
         ([1], (1, 1), 64, 16, 16, 4, True),
@@ -110,7 +110,7 @@ def test_decode(
     heads: tuple[int, int],
     dim: int,
     page: int,
-    tile: int,
+    block: int,
     programs: int,
     early: bool,
 ) -> None:
@@ -119,9 +119,9 @@ def test_decode(
     # q as the engine has it: a slice of the fused projection.
     q = torch.randn(len(lens), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
     arguments = (q, case.kv, case.block_tables, case.slots, case.context_lens)
-    workspace = decode_workspace(torch.device("cpu"), *heads, dim, programs)
+    workspace = decode_workspace(torch.device("cpu"), *heads, dim, 1024, programs)
     for pair_cost in (0, 2):
-        config = DecodeConfig(tile, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost)
+        config = DecodeConfig(block, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost)
         out = torch.full(q.shape, float("nan"), dtype=q.dtype)
         want = torch.full(q.shape, float("nan"))
         paged_decode(
@@ -143,7 +143,7 @@ def test_decode(
 
 @interpreted
 @pytest.mark.parametrize(
-    ("rows", "lens", "heads", "page", "tile", "programs", "early"),
+    ("rows", "lens", "heads", "page", "block", "programs", "early"),
     [
         # Contexts about a tile's border, fewer visible tokens than rows, padding; shared pairs.
         (1, [31, 32, 33, 0], (12, 2), 16, 16, 6, False),
@@ -168,7 +168,7 @@ def test_decode_of_several_rows(
     lens: list[int],
     heads: tuple[int, int],
     page: int,
-    tile: int,
+    block: int,
     programs: int,
     early: bool,
 ) -> None:
@@ -179,7 +179,9 @@ def test_decode_of_several_rows(
     q = torch.randn(count, heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
     cache = (q, case.kv, case.block_tables)
     # The largest number of rows decides on the workspace, whatever a call has.
-    workspace = decode_workspace(torch.device("cpu"), *heads, dim, programs, rows_per_request=5)
+    workspace = decode_workspace(
+        torch.device("cpu"), *heads, dim, 1024, programs, rows_per_request=5
+    )
     visible = case.context_lens[:, None] + torch.arange(1 - rows, 1)
     visible = visible.clamp(min=0).flatten().int()
     want, alone = torch.full((2, *q.shape), float("nan"))
@@ -201,7 +203,7 @@ def test_decode_of_several_rows(
             rows_per_request=rows,
             workspace=workspace,
             pdl=early,
-            config=DecodeConfig(tile, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost),
+            config=DecodeConfig(block, 4, 2, per_sm=4, unroll=3, pair_cost=pair_cost),
         )
         assert relative_error(out, want) < 1e-3
         for row in range(count):
@@ -216,7 +218,7 @@ def test_decode_refuses_rows_that_do_not_fit() -> None:
     case = make_case([5, 9], 2, 16, 16, torch.float16, "cpu")
     cache = (case.kv, case.block_tables, case.slots, case.context_lens)
     about: dict[str, Any] = {"scale": 0.25, "max_context_len": 16}
-    about["workspace"] = decode_workspace(torch.device("cpu"), 4, 2, 16, 4, rows_per_request=2)
+    about["workspace"] = decode_workspace(torch.device("cpu"), 4, 2, 16, 16, 4, rows_per_request=2)
     q = torch.randn(7, 4, 16).half()
     with pytest.raises(ValueError, match="7 rows"):
         paged_decode(q, *cache, **about, out=q, rows_per_request=2)
@@ -231,7 +233,7 @@ def test_padding_counts_no_arrivals(programs: int) -> None:
     """Steps of padding run on several streams at once, with one workspace."""
     case = make_case([0] * 9, 2, 64, 16, torch.float16, "cpu")
     q = torch.randn(9, 4, 64).half()
-    workspace = decode_workspace(torch.device("cpu"), 4, 2, 64, programs)
+    workspace = decode_workspace(torch.device("cpu"), 4, 2, 64, 1024, programs)
     workspace.arrived.fill_(1000)
     paged_decode(
         *(q, case.kv, case.block_tables, case.slots, case.context_lens),

@@ -71,7 +71,7 @@ def test_chunks_come_first_and_decodes_have_all_their_rows(
         lambda *sizes, **options: made.append((sizes[1:], options)),
     )
     backend = TritonAttention(SPEC)
-    assert made == [((HEADS, 2, DIM), {"rows_per_request": PER_DECODE})]
+    assert made == [((HEADS, 2, DIM, SPEC.max_model_len), {"rows_per_request": PER_DECODE})]
     out = backend.attend(q, kv, backend.prepare(batch))
     assert torch.equal(out, q.flatten(1))
     assert called == ["prefill"] * bool(chunks) + ["decode"] * bool(decodes)
