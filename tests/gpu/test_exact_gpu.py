@@ -1,0 +1,134 @@
+"""A request's tokens and log-probabilities are the same to the bit whatever else runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import random_weights
+from llm import LLM, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a CUDA device of compute capability 9.0",
+    ),
+]
+
+COUNT = 24
+BASE: dict[str, Any] = {"max_num_seqs": 48, "num_kvcache_blocks": 300, "max_model_len": 1024}
+# A vocabulary that no power of two divides, and a number of KV heads that is none either.
+ODD = {
+    **random_weights.SHAPES["qwen3-0.6b"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49155,
+    "eos_token_id": 1,
+}
+SHAPES = {
+    "qwen3-0.6b": {**random_weights.SHAPES["qwen3-0.6b"], "num_hidden_layers": 3},
+    "qwen2-1.5b": {**random_weights.SHAPES["qwen2-1.5b"], "num_hidden_layers": 2},
+    "qwen3-8b": {**random_weights.SHAPES["qwen3-8b"], "num_hidden_layers": 1},
+    "odd": {**ODD, "num_hidden_layers": 3},
+}
+Bits = tuple[list[int], Any]
+
+
+class Requests:
+    """Requests of all kinds, and what each of them gives alone."""
+
+    def __init__(self, model: Path, vocab_size: int) -> None:
+        rng = random.Random(1)
+        self.model, self.vocab_size = model, vocab_size
+        self.prompts = [
+            [rng.randrange(vocab_size) for _ in range(rng.choice([1, 7, 40, 130, 300, 700]))]
+            for _ in range(COUNT)
+        ]
+        kinds: list[dict[str, Any]] = [
+            {"temperature": 0},
+            {"temperature": 0.8, "seed": 3},
+            {"temperature": 0, "logprobs": 3},
+            {"temperature": 1.0, "seed": 4, "top_p": 0.9, "logprobs": 2},
+            {"temperature": 0.9, "seed": 5, "top_k": 40, "repetition_penalty": 1.1},
+            {"temperature": 0.9, "seed": 6, "min_p": 0.01, "presence_penalty": 0.5},
+        ]
+        self.params = [
+            SamplingParams(max_tokens=rng.randint(8, 40), ignore_eos=True, **kinds[i % len(kinds)])
+            for i in range(COUNT)
+        ]
+        with LLM(model, **BASE) as llm:
+            self.alone = [self.run(llm, [i])[i] for i in range(COUNT)]
+
+    def run(
+        self, llm: LLM, which: list[int], others: int = 0, cached: bool = False
+    ) -> dict[int, Bits]:
+        """The bits of some requests that run together, beside so many others."""
+        if not cached:
+            llm.reset_prefix_cache()
+        rng = random.Random(others)
+        prompts = [self.prompts[i] for i in which]
+        params = [self.params[i] for i in which]
+        for _ in range(others):
+            # Others come first, in the middle and last.
+            at = rng.randint(0, len(prompts))
+            length = rng.choice([1, 30, 200, 600])
+            prompts.insert(at, [rng.randrange(self.vocab_size) for _ in range(length)])
+            params.insert(at, SamplingParams(max_tokens=rng.randint(1, 60), ignore_eos=True))
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        mine = [out for out, by in zip(outputs, params, strict=True) if by in self.params]
+        return {i: (out["token_ids"], out["logprobs"]) for i, out in zip(which, mine, strict=True)}
+
+    def lost(self, got: dict[int, Bits]) -> list[int]:
+        return [i for i, bits in got.items() if bits != self.alone[i]]
+
+
+@pytest.fixture(scope="module", params=[*SHAPES, "shipped"])
+def requests(request: Any, tmp_path_factory: Any, shipped: Path) -> Iterator[Requests]:
+    if request.param == "shipped":
+        yield Requests(shipped, 4096)
+        return
+    patch = pytest.MonkeyPatch()
+    patch.setitem(random_weights.SHAPES, "few layers", SHAPES[request.param])
+    folder = tmp_path_factory.mktemp(request.param)
+    model = random_weights.make_checkpoint("few layers", folder, "cuda")
+    patch.undo()
+    yield Requests(model, SHAPES[request.param]["vocab_size"])
+
+
+def test_in_company_and_after_prefix_hits(requests: Requests) -> None:
+    everyone = list(range(COUNT))
+    with LLM(requests.model, **BASE) as llm:
+        assert requests.lost(requests.run(llm, everyone)) == []
+        assert requests.lost(requests.run(llm, everyone[::-1], cached=True)) == []
+        assert requests.lost(requests.run(llm, everyone, others=60)) == []
+        assert requests.lost(requests.run(llm, everyone[3:9])) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enforce_eager": True},
+        {"pipeline_depth": 0},
+        {"max_num_batched_tokens": 64},
+        {"kvcache_block_size": 16, "num_kvcache_blocks": 4000},
+        {"kvcache_block_size": 64, "num_kvcache_blocks": 1000, "max_num_batched_tokens": 300},
+        {"kvcache_block_size": 48, "num_kvcache_blocks": 60},
+        {"num_kvcache_blocks": 12},
+    ],
+    ids=str,
+)
+def test_with_other_options(requests: Requests, options: dict[str, Any]) -> None:
+    everyone = list(range(COUNT))
+    with LLM(requests.model, **{**BASE, **options}) as llm:
+        assert requests.lost(requests.run(llm, everyone, others=20)) == []
+        if options.get("num_kvcache_blocks", 300) < 100:
+            assert llm.stats().preemptions > 0
