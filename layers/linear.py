@@ -10,7 +10,6 @@ MLP, or with the addition to the residual stream. The residual stream is a `Stre
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from layers.cpu_linear import HalfLinear
 from layers.kernels.launch import has_wgmma
-from layers.norm_rope import Gained, Normed, RMSNorm, Stream
+from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
@@ -264,52 +263,6 @@ class CPUMatmul(Matmul):
         return Stream(self._adding.added(x, stream.total))
 
 
-class ExactMatmul(Matmul):
-    """Products on Hopper GPUs by `layers.kernels.products`: their bits depend on no other row.
-
-    Args:
-        after: the norm of the stream to which `added` adds the product.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        place: Place,
-        after: RMSNorm | None = None,
-        *,
-        gated: bool = False,
-    ) -> None:
-        from layers.kernels import products
-
-        super().__init__(products.interleaved(weight) if gated else weight, bias, place)
-        self._gated, self._after = gated, after
-        self._multiply = functools.partial(products.multiply, pdl=True)
-        self._add = functools.partial(products.add_product, pdl=True)
-        self._parts = products.parts_of(*weight.shape) if after is not None else 1
-        # With several ranks their products are added up before they meet the stream.
-        fuses = self._parts > 1 and place.parallel.size == 1
-        self._most_fused = products.MAX_FUSED_TOKENS if fuses else 0
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self._multiply(x, self.weight, self._bias, parts=self._parts, out=out)
-
-    def added(self, x: Tensor, stream: Stream) -> Stream:
-        after, total = self._after, stream.total
-        if after is not None and x.shape[0] <= self._most_fused:
-            work = x, self.weight, self._bias, total, after.weight
-            total, gained, squares = self._add(*work, parts=self._parts)
-            return Stream(total, gained=Gained(after, gained, after.scale_of(squares)))
-        partial = self._parts > 1 and self._bias is None
-        part = self._multiply(x, self.weight, self._bias, parts=self._parts, partial=partial)
-        return Stream(total, part)
-
-    def normed(self, normed: Normed, out: Tensor | None = None) -> tuple[Tensor, Stream]:
-        gained, stream = normed.norm.gained(normed.stream)
-        work = gained.values, self.weight, self._bias
-        return self._multiply(*work, scale=gained.scale, swiglu=self._gated, out=out), stream
-
-
 def silu_mul(x: Tensor, place: Place) -> Tensor:
     """Return silu(gate) * up [T, n] (SwiGLU, Shazeer 2020) for x = [gate | up] [T, 2n]."""
     if place.fused:
@@ -337,8 +290,8 @@ def make_matmul(
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
         return CPUMatmul(weight, bias, place, norm, gated=gated)
     if place.fused and has_wgmma(place.device):
-        from layers.kernels.products import supports_products
+        from layers.exact_matmul import ExactMatmul
 
-        if supports_products(*weight.shape) and not (gated and weight.shape[0] % 32):
+        if ExactMatmul.holds(weight, gated=gated):
             return ExactMatmul(weight, bias, place, after, gated=gated)
     return Matmul(weight, bias, place, gated=gated)

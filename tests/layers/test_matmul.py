@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import layers.kernels
-from layers.linear import ExactMatmul, Matmul, silu_mul
+from layers.linear import Matmul, silu_mul
 from layers.norm_rope import Gained, RMSNorm, Scale, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import place
@@ -53,6 +54,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return made
 
 
+@pytest.fixture
+def exact(calls: list[dict[str, Any]]) -> Any:
+    """`ExactMatmul` of a module that has imported the stand-ins for the kernels."""
+    assert calls == []
+    spec = importlib.util.find_spec("layers.exact_matmul")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ExactMatmul
+
+
 def _norm(size: int, weight: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> RMSNorm:
     norm = RMSNorm(size, 1e-6, place(dtype=dtype))
     norm.weight.fill_(weight)
@@ -64,12 +77,12 @@ def _norm(size: int, weight: float = 1.0, dtype: torch.dtype = torch.bfloat16) -
 @pytest.mark.parametrize("tokens", [4, 5])
 @pytest.mark.parametrize("biased", [False, True])
 def test_few_tokens_of_one_rank_meet_the_stream_in_the_product(
-    calls: list[dict[str, Any]], biased: bool, tokens: int, size: int
+    calls: list[dict[str, Any]], exact: Any, biased: bool, tokens: int, size: int
 ) -> None:
     here = place(ParallelContext(0, size), torch.bfloat16)
     weight, bias = torch.ones(N, K, dtype=torch.bfloat16), torch.ones(N) if biased else None
     after = _norm(N, 3.0)
-    matmul = ExactMatmul(weight, bias, here, after)
+    matmul = exact(weight, bias, here, after)
     before = Stream(torch.ones(tokens, N, dtype=torch.bfloat16))
     result = matmul.added(torch.ones(tokens, K, dtype=torch.bfloat16), before)
     options = {"bias": biased, "parts": 4, "pdl": True}
@@ -91,7 +104,7 @@ def test_few_tokens_of_one_rank_meet_the_stream_in_the_product(
 
 
 def test_another_norm_does_not_take_what_one_norm_has_made(
-    calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    exact: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
 
@@ -103,7 +116,7 @@ def test_another_norm_does_not_take_what_one_norm_has_made(
         layers.kernels, "rowwise", SimpleNamespace(gain_rows=gain_rows), raising=False
     )
     monkeypatch.setitem(sys.modules, "layers.kernels.rowwise", layers.kernels.rowwise)
-    matmul = ExactMatmul(torch.ones(N, K), None, place(), _norm(N, 3.0))
+    matmul = exact(torch.ones(N, K), None, place(), _norm(N, 3.0))
     stream = matmul.added(torch.ones(2, K), Stream(torch.ones(2, N, dtype=torch.bfloat16)))
     other = _norm(N, 5.0)
     gained, _ = other.gained(stream)
@@ -115,10 +128,10 @@ def test_another_norm_does_not_take_what_one_norm_has_made(
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_norm_scales_in_the_product(
-    calls: list[dict[str, Any]], dtype: torch.dtype, gated: bool
+    calls: list[dict[str, Any]], exact: Any, dtype: torch.dtype, gated: bool
 ) -> None:
     norm = _norm(K, 2.0, dtype)
-    matmul = ExactMatmul(torch.ones(N, K), None, place(dtype=dtype), gated=gated)
+    matmul = exact(torch.ones(N, K), None, place(dtype=dtype), gated=gated)
     values = torch.ones(3, K, dtype=dtype)
     squares = torch.full((1, 3), 7.0)
     stream = Stream(values, gained=Gained(norm, values, norm.scale_of(squares)))
@@ -131,10 +144,10 @@ def test_a_norm_scales_in_the_product(
     assert call == {"kernel": "multiply", "bias": False, "swiglu": gated, "out": None, "pdl": True}
 
 
-def test_a_gate_is_stored_as_the_kernels_read_it(calls: list[dict[str, Any]]) -> None:
+def test_a_gate_is_stored_as_the_kernels_read_it(exact: Any) -> None:
     weight = torch.arange(N * K, dtype=torch.float32).view(N, K)
-    assert torch.equal(ExactMatmul(weight, None, place(), gated=True).weight, weight.flip(0))
-    assert torch.equal(ExactMatmul(weight, None, place()).weight, weight)
+    assert torch.equal(exact(weight, None, place(), gated=True).weight, weight.flip(0))
+    assert torch.equal(exact(weight, None, place()).weight, weight)
 
 
 @pytest.mark.parametrize("biased", [False, True])
