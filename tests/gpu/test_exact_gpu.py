@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import random_weights
 from llm import LLM, SamplingParams
+from tests.test_readme import code_of, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,3 +133,9 @@ def test_with_other_options(requests: Requests, options: dict[str, Any]) -> None
         assert requests.lost(requests.run(llm, everyone, others=20)) == []
         if options.get("num_kvcache_blocks", 300) < 100:
             assert llm.stats().preemptions > 0
+
+
+def test_the_example_of_the_page(shipped: Path) -> None:
+    [code] = code_of("docs/exact.md")
+    others = [f"def f{i}(x):" for i in range(40)]
+    run(code, shipped, many_other_prompts=others)
