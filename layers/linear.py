@@ -22,8 +22,8 @@ from layers.norm_rope import Normed, RMSNorm, Stream
 from layers.parallel import Place
 from utils.loader import WeightTarget
 
-# With several ranks, each rank's number of embedding rows is a multiple of 16, because kernels for
-# small batches compute 16 outputs at a time, and the sampler makes noise for 4 token ids at a time.
+# With several ranks, each rank's number of embedding rows is a multiple of 16, because copies of
+# logits are 16 bytes (8 logits) long, and the sampler makes noise for 4 token ids at a time.
 _ROWS = 16
 # oneDNN lays out weights for this number of input rows. With 16 or 256, products were as fast.
 _PACK_ROWS = 64
