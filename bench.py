@@ -8,6 +8,7 @@
     python bench.py --engine ours,ours:throughput            presets side by side
     python bench.py --engine ours,ours:low_latency --workload crowd
     python bench.py --workload filters text --shape qwen3-0.6b
+    python bench.py --workload exact --shape qwen3-0.6b --tensor-parallel 1 2
     python bench.py --profile folder          time by phase and by kernel, and torch's trace
     nsys profile python bench.py --nvtx       the phases as ranges for nsys, on CUDA
     python bench.py --model path              a checkpoint of yours
@@ -30,6 +31,9 @@ startup   construction to ready in a new process, with a cold and a warm kernel 
 kernels   attention and the linears alone, against the machine's limits; CUDA
 overlap   what the host does for a decode step of 256 requests while the device works; CUDA
 scheduler schedule and commit alone, for 256 running and up to 100,000 waiting requests; no model
+exact     how many of 64 requests (8 on a CPU) keep the bits that they have alone in a batch, in
+          chunks, after prefix hits and preemptions and other settings; and how far the logits are
+          from float32 beside those of transformers. Lost bits or too large a distance fail
 
 Workloads with requests beyond the model's context window are named and left out. An option that
 would be without effect is refused, and so is an output that could not be written, before anything

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ from benchmarks.random_weights import SHAPES, make_checkpoint
 from benchmarks.reference import WrongOutputError
 from benchmarks.report import write_report
 from benchmarks.roofline import measure_ceilings
-from benchmarks.run import fitting, installed, run_comparison, run_variants, setting_of
+from benchmarks.run import (
+    fitting,
+    installed,
+    run_comparison,
+    run_exact,
+    run_variants,
+    setting_of,
+)
 from benchmarks.scheduling_cost import measure_scheduling
 from benchmarks.startup import startup_seconds
 from benchmarks.variants import VARIANTS
@@ -105,6 +112,11 @@ def parts_of(args: argparse.Namespace, scratch: Path) -> dict[str, Part]:
         parts["startup"] = partial(startup, args, setting)
     if "overlap" in args.workload:
         parts["overlap"] = partial(overlap, args, setting)
+    if "exact" in args.workload:
+        for ranks in args.tensor_parallel or [1]:
+            parts[f"exact, {ranks} devices" if ranks > 1 else "exact"] = partial(
+                exact, args, replace(setting, options={"tensor_parallel_size": ranks})
+            )
     return parts
 
 
@@ -193,6 +205,12 @@ def variants(
 ) -> None:
     """Measure and print the workload `filters` or `text`."""
     figures[name] = run_variants(name, setting, vocab_size, args.repeats, tell)
+
+
+def exact(args: argparse.Namespace, setting: Setting, figures: Figures) -> None:
+    """Tell which requests keep their bits in company, on as many devices as `setting` says."""
+    found = figures.setdefault("exact", {}).setdefault(setting.options["tensor_parallel_size"], {})
+    run_exact(setting, args.requests, args.tokens, tell, found)
 
 
 def profile_ours(

@@ -20,21 +20,23 @@ from config import Config
 from utils.errors import ConfigError
 
 # Workloads of this engine's parts, which need no comparison.
-ALONE = (*VARIANTS, "startup", "kernels", "overlap", "scheduler")
+ALONE = (*VARIANTS, "startup", "kernels", "overlap", "scheduler", "exact")
 _NEED_CUDA = ("kernels", "overlap")
 # Stands for --profile and --nvtx, which run a workload in a way of their own.
 _PROFILE = "a profile"
-_WITH_A_MODEL = (*NAMES, *VARIANTS, "startup", "overlap", _PROFILE)
+_WITH_A_MODEL = (*NAMES, *VARIANTS, "startup", "overlap", "exact", _PROFILE)
 # The workloads that each option changes; for the others it would be dropped without a word.
 _CHANGES: dict[str, tuple[str, ...]] = {
     "engine": (*NAMES, _PROFILE),
-    "tensor_parallel": NAMES,
+    "tensor_parallel": (*NAMES, "exact"),
     "model": _WITH_A_MODEL,
     "shape": (*_WITH_A_MODEL, "kernels"),
     "dtype": _WITH_A_MODEL,
     "kv_bytes": _WITH_A_MODEL,
-    "threads": (*NAMES, *VARIANTS, _PROFILE),
+    "threads": (*NAMES, *VARIANTS, "exact", _PROFILE),
     "repeats": (*NAMES, *VARIANTS, "startup", "kernels", "scheduler"),
+    "requests": ("exact",),
+    "tokens": ("exact",),
 }
 
 
@@ -61,6 +63,9 @@ def parse_args(
     _check_outputs(parser, args)
     args.dtype = args.dtype or "auto"
     args.repeats = args.repeats or 7
+    # A CPU would need minutes for the requests of a GPU.
+    args.requests = args.requests or (64 if cuda else 8)
+    args.tokens = args.tokens or 20_000
     return args
 
 
@@ -82,6 +87,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--kv-bytes", type=_positive, help="KV cache of engines that take its size")
     add("--repeats", type=_positive, help="timed runs after a warm-up (7), of startup at most 3")
     add("--threads", type=_positive, help="torch threads (CPU)")
+    add("--requests", type=_positive, help="requests of `exact` (64, on a CPU 8)")
+    add("--tokens", type=_positive, help="tokens compared with float32 by `exact` (20,000)")
     add("--timeline", type=Path, help="draw the steps of `overlap` here, as SVG")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--profile", type=Path, help="profile a workload of ours into this folder")

@@ -48,6 +48,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
+    # The sizes of SmolLM2-135M with Granite's vocabulary, whose odd size aligns rows to nothing.
+    "smollm2-49155": {
+        **_QWEN3,
+        "vocab_size": 49155,
+        "eos_token_id": 0,
+        "num_hidden_layers": 30,
+        "max_position_embeddings": 8192,
+        "head_dim": 64,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
 }
 
 

@@ -11,10 +11,20 @@ import torch
 from benchmarks.compare import Contender, Measured, Row, judge, measure_engines, rows_of
 from benchmarks.engines import ENGINES, Setting
 from benchmarks.environment import environment
+from benchmarks.exact import measure_exact, promise
+from benchmarks.exact_quality import measure_quality
 from benchmarks.limits import Limits
-from benchmarks.reference import Reference
+from benchmarks.reference import Reference, WrongOutputError
 from benchmarks.variants import VARIANTS
-from benchmarks.words import describe_engine, describe_latency, describe_row, describe_variants
+from benchmarks.words import (
+    describe_engine,
+    describe_kept,
+    describe_latency,
+    describe_promise,
+    describe_quality,
+    describe_row,
+    describe_variants,
+)
 from benchmarks.workloads import Workload
 from config import Config
 from engine.parts import resolve
@@ -119,6 +129,36 @@ def run_variants(
     for line in describe_variants(found):
         tell(line)
     return {"environment": about, **asdict(found)}
+
+
+def run_exact(
+    setting: Setting, num_requests: int, num_tokens: int, tell: Tell, figures: dict[str, Any]
+) -> None:
+    """Tell what requests keep in company and how far logits are from float32, each when known.
+
+    All figures are in `figures`, also if an error is raised.
+
+    Raises:
+        WrongOutputError: a request has lost what was promised, or the logits are too far.
+    """
+    promised = promise(setting.device)
+    about = environment(setting)
+    tell(", ".join(f"{name} {value}" for name, value in about.items()))
+    tell(describe_promise(promised))
+    settings: list[dict[str, Any]] = []
+    figures |= {"environment": about, "promised": promised, "settings": settings}
+    problems = []
+    for kept in measure_exact(setting, num_requests):
+        tell(describe_kept(kept))
+        settings.append(asdict(kept))
+        problems.append(kept.failure(promised))
+    quality = measure_quality(setting, num_tokens)
+    # The engines of a next run measure how much memory is free.
+    release_device(torch.device(setting.device))
+    tell(describe_quality(setting.dtype, quality))
+    figures["quality"] = asdict(quality)
+    if failures := [*filter(None, problems), *quality.failures()]:
+        raise WrongOutputError("\n  ".join(["not exact", *failures]))
 
 
 def judge_group(group: list[Measured], works: list[Workload], setting: Setting) -> None:

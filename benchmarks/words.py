@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.compare import Measured, Row
+from benchmarks.exact import Kept
+from benchmarks.exact_quality import Quality
 from benchmarks.kernel_speed import KernelTime
 from benchmarks.latency import GroupLatency
 from benchmarks.overlap import Overlap
@@ -113,3 +115,43 @@ def describe_startup(seconds: list[float]) -> str:
     """Start-ups in words, the first of them with a cold kernel cache."""
     warm = statistics.median(seconds[1:])
     return f"startup: ready after {seconds[0]:.1f} s with a cold kernel cache, {warm:.1f} s warm"
+
+
+def describe_promise(promised: str) -> str:
+    """What the figures below it count, and the head of the table of `describe_kept`."""
+    also = "" if promised == "bits" else "; on a CPU the engine promises equal tokens, not bits"
+    return (
+        f"exact: requests that have the same as alone{also}\n"
+        f"{'':<36}{'tokens':>8}{'logprobs':>10}{'logits':>8}{'all bits':>10}"
+    )
+
+
+def describe_kept(kept: Kept) -> str:
+    """How many requests have the same bits in a setting as alone: a row of the table."""
+    total = kept.num_requests
+    words = ", ".join(filter(None, (kept.note, kept.problem)))
+    return (
+        f"{kept.setting:<36}{f'{kept.tokens}/{total}':>8}"
+        f"{f'{kept.logprobs}/{kept.num_scored}':>10}"
+        f"{f'{kept.logits}/{total}':>8}{f'{kept.bits}/{total}':>10}  {words}"
+    ).rstrip()
+
+
+def describe_quality(dtype: str, found: Quality) -> str:
+    """The engine's distance from float32 beside transformers' in 16 bits: a table."""
+    rows = (
+        (f"ours, {dtype}", found.kl, found.nll),
+        (f"transformers, {found.dtype}", found.kl_16bit, found.nll_16bit),
+        ("transformers, float32", 0.0, found.nll_float32),
+    )
+    return "\n".join(
+        [
+            f"{f'{found.num_tokens:,} tokens':<36}{'KL to float32':>14}{'NLL':>10}"
+            f"{'beyond float32':>16}",
+            *(
+                f"{name:<36}{kl:>14.3e}{nll:>10.5f}{nll - found.nll_float32:>+16.2e}"
+                for name, kl, nll in rows
+            ),
+            f"two standard errors of ours beyond float32: {2 * found.error:.2e}",
+        ]
+    )

@@ -85,7 +85,8 @@ class HalfLinear:
         return torch.add(total, self._times(x), alpha=self._inverse)
 
     def _times(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= self.rows_alone:
+        # A step without sampled rows has 0 rows, also for a weight that is never multiplied alone.
+        if self.rows_alone and x.shape[0] <= self.rows_alone:
             return self._multiply(x, self._packed, None)
         parts: list[Tensor] = [self._multiply_shared(x, part) for part in self._shared]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

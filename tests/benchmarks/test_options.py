@@ -81,6 +81,11 @@ def test_defaults(
         ("--tensor-parallel", "--workload overlap --tensor-parallel 2"),
         ("--tensor-parallel", "--engine ours --tensor-parallel 2"),
         ("--threads", "--workload startup --threads 2"),
+        ("--engine", "--workload exact --engine ours"),
+        ("--repeats", "--workload exact --repeats 2"),
+        ("--requests", "--workload exact seeds --requests 2"),
+        ("--tokens", "--workload seeds --tokens 2"),
+        ("--requests", "--workload exact --requests 0"),
         ("--repeats", "--workload overlap --repeats 2"),
         ("--timeline", "--timeline steps.svg"),
         ("--report", "--workload startup --report folder"),
@@ -135,6 +140,7 @@ def test_what_the_page_says_can_be_run(
     _parse("--workload overlap --shape qwen3-0.6b --timeline docs/overlap.svg")
     _parse("--engine ours,ours:low_latency --workload crowd --repeats 1 --threads 1")
     _parse("--shape qwen3-0.6b --workload filters text --kv-bytes 1000000")
+    _parse("--shape qwen3-0.6b --workload exact --tensor-parallel 1 2 --kv-bytes 8000000000")
     _parse(f"--workload {' '.join((*NAMES, *ALONE))} --json out.json")
     assert (tmp_path / "docs").is_dir()
 

@@ -42,6 +42,13 @@ def test_a_weight_in_float16_is_the_weight(size: float) -> None:
     assert torch.equal(HalfLinear(weight, None)(torch.eye(32)), weight.t())
 
 
+@needs_fbgemm
+@pytest.mark.parametrize("rows", [8, 1025], ids=["small", "large"])
+def test_a_step_may_sample_no_row(rows: int) -> None:
+    linear = HalfLinear(torch.ones(rows, 1024), None)
+    assert linear(torch.empty(0, 1024)).shape == (0, rows)
+
+
 @pytest.mark.parametrize(
     "weight",
     [
