@@ -58,12 +58,14 @@ def combine(
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Fold parts of `splits` (begin, end) onto the total that `owner` stored; store the output."""
-    out_at, out_row, out_head = place
+    """Fold parts of `splits` (begin, end) onto the total that `owner` stored; store the output.
+
+    The last element of `place` is the range of a part's values, which all threads share.
+    """
+    out_at, out_row, out_head, columns = place
     begin, end = splits
     PART_ROWS: tl.constexpr = triton.next_power_of_2(QUERIES * GROUP)
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
-    columns = tl.arange(0, PART_ROWS * DIM_PAD)
     row, dim = columns // DIM_PAD, columns % DIM_PAD
     query, member = query_and_head(row, GROUP, QUERIES)
     t_acc, t_norm, t_top = _load_part(work, owner, row >= 0, row, columns, PART_ROWS)

@@ -1,5 +1,7 @@
 """Which kernels and hardware features a device supports."""
 
+import functools
+
 import torch
 
 
@@ -21,6 +23,7 @@ def dependent_launch(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
 def has_wgmma(device: torch.device) -> bool:
     """Whether kernels may use wgmma instructions, which compile only for Hopper GPUs."""
     return torch.cuda.get_device_capability(device)[0] == 9

@@ -11,7 +11,6 @@ the kernel of this module gives the same bits, and is used where the other is no
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-import functools
 from dataclasses import dataclass
 
 import triton
@@ -29,8 +28,6 @@ from layers.kernels.attention_parts import (
 )
 from layers.kernels.launch import has_wgmma
 from memory.kv_cache import KVLayer
-
-_is_hopper = functools.cache(has_wgmma)
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ def paged_prefill(
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
-    if config is None and q.is_cuda and _is_hopper(q.device):
+    if config is None and q.is_cuda and has_wgmma(q.device):
         from layers.kernels.prefill_launch import fits_hopper, hopper_prefill
 
         if fits_hopper(q, kv):

@@ -25,7 +25,7 @@ def fits_hopper(q: Tensor, kv: KVLayer) -> bool:
 
 
 @functools.cache
-def _box(rows: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+def tma_box(rows: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
     """Return the shape that one copy has, and how it lies in shared memory."""
     kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
     return [rows, 64], gl.NVMMASharedLayout.get_default_for([rows, 64], kind)
@@ -46,7 +46,7 @@ def hopper_prefill(
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
     # One descriptor serves K and V: a row has all heads of K, then all heads of V.
-    box, layout = _box(math.gcd(page, SPLIT), q.dtype)
+    box, layout = tma_box(math.gcd(page, SPLIT), q.dtype)
     kv_desc = TensorDescriptor.from_tensor(kv.flat.view(kv.flat.shape[0], -1), box, layout)
     # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.
     tiles = triton.cdiv(rows * group, 64) + batch

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from layers.kernels.decode_launch import LARGE, MIDDLE, SMALL, DecodeConfig, decode_workspace
+from layers.kernels.hopper_decode_launch import FEW, MANY, HopperDecodeConfig, hopper_decode
 from layers.kernels.paged_decode import (
     paged_decode,
 )
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.gpu
 PDL = torch.cuda.get_device_capability() >= (9, 0)
 # Probabilities and outputs rounded to 16 bits, against float32: 3e-3 seen in bfloat16.
 LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+HOPPER = (FEW, MANY, HopperDecodeConfig(stages=6, per_sm=1, pair_cost=0, least=3, unroll=1))
 CASES = [
     ((16, 8), 128, 256, torch.bfloat16),
     ((16, 8), 128, 16, torch.bfloat16),
@@ -173,6 +175,57 @@ def test_decode_is_exact(heads: tuple[int, int], page: int) -> None:
     assert torch.equal(out.view(torch.int16), base)
 
 
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("heads", "dim", "page", "dtype"),
+    [
+        *(((16, 8), 128, page, torch.bfloat16) for page in (16, 48, 64, 256)),
+        ((12, 2), 128, 256, torch.bfloat16),
+        ((32, 2), 128, 48, torch.float16),
+        ((14, 2), 64, 16, torch.bfloat16),
+        ((8, 8), 64, 256, torch.float16),
+    ],
+)
+def test_hopper_decode(heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype) -> None:
+    """The kernel for Hopper has the bits of the one for all devices, for any division of work."""
+    lens = [0, 1, 15, 16, 17, 127, 128, 129, 144, 1000, 0, 4000, 255, 256, 257]
+    lens += [random.randint(1, 900) for _ in range(60)]
+    case = make_case(lens, heads[1], dim, page, dtype, "cuda")
+    q = torch.randn(len(lens), heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
+    q = q[:, : heads[0]]
+    workspace = decode_workspace(q.device, *heads, dim, 4096)
+    for part in workspace[:3]:
+        part.fill_(float("nan"))
+
+    def decode(case: Case, which: list[int], programs: int = 0, **about: Any) -> torch.Tensor:
+        out = torch.full((len(which), heads[0], dim), float("nan"), device="cuda").to(dtype)
+        where = (case.kv, case.block_tables, case.slots[which], case.context_lens[which])
+        arrived = workspace.arrived[: programs or len(workspace.arrived)]
+        options: dict[str, Any] = {"pdl": PDL, "workspace": workspace._replace(arrived=arrived)}
+        options |= {"scale": dim**-0.5, "max_context_len": 4096} | about
+        get = hopper_decode if "config" in about and about["config"] in HOPPER else paged_decode
+        get(q[which], *where, out=out, **options)
+        assert not workspace.arrived.any()
+        return out.view(torch.int16)
+
+    everyone = list(range(len(lens)))
+    want = decode(case, everyone, config=LARGE)
+    assert torch.equal(decode(case, everyone), want)
+    assert torch.equal(decode(case, everyone, pdl=False), want)
+    for config in HOPPER:
+        for count in (1, 9, 40):
+            some = random.sample(everyone, count)
+            assert torch.equal(decode(case, some, config=config), want[some]), (config, count)
+        for programs in (4, 28, 132, 4 * len(lens) * heads[1]):
+            got = decode(case, everyone, programs, config=config)
+            assert torch.equal(got, want), (config, programs)
+    for one in everyone:
+        assert torch.equal(decode(case, [one]), want[[one]]), lens[one]
+        assert torch.equal(decode(case, [one], 8 * heads[1]), want[[one]]), lens[one]
+    for other in {16, 48, 64, 256} - {page}:
+        assert torch.equal(decode(_in_pages(case, other), everyone), want), other
+
+
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_decode_graph(batch: int) -> None:
     """A captured chain follows lengths and K/V that change between replays."""
@@ -183,7 +236,7 @@ def test_decode_graph(batch: int) -> None:
     workspace = decode_workspace(q.device, *heads, dim, 4096)
     arguments = (q, case.kv, case.block_tables, case.slots, case.context_lens)
 
-    def chain() -> None:
+    def chain(config: DecodeConfig | None = None) -> None:
         for _ in range(3):  # each call reads what the one before it wrote
             paged_decode(
                 *arguments,
@@ -192,6 +245,7 @@ def test_decode_graph(batch: int) -> None:
                 out=out,
                 workspace=workspace,
                 pdl=PDL,
+                config=config,
             )
             q.copy_(out)
 
@@ -213,6 +267,10 @@ def test_decode_graph(batch: int) -> None:
         if lens.any():
             assert relative_error(out, want) < 3 * LIMIT[torch.bfloat16]
         assert not out[lens == 0].any()
+        # The kernel for all devices, without a graph, has the same bits.
+        got, q[:] = out.clone(), start
+        chain(MIDDLE)
+        assert torch.equal(out, got)
 
 
 @pytest.mark.parametrize(("heads", "dim", "page", "dtype"), CASES)

@@ -74,6 +74,8 @@ def stand_in() -> None:
             name = function.fn.__name__
             if "prefill" in name and _serialised(compiled.asm["ptx"]):
                 sys.exit(f"{name}: products are serialised")
+            if name == "hopper_decode_kernel" and stack:
+                sys.exit(f"{name}: {stack} bytes of stack")
             sys.stdout.write(f"{name} {options['num_warps']} {registers} {stack}\n")
 
     run = JITFunction.run
@@ -149,6 +151,7 @@ def compile_products() -> None:
 def compile_attention() -> None:
     """Paged attention of decode, few requests to many, and of prefill."""
     from layers.kernels.decode_launch import decode_workspace
+    from layers.kernels.hopper_decode_launch import hopper_decode
     from layers.kernels.paged_decode import paged_decode
     from layers.kernels.paged_prefill import paged_prefill
     from layers.kernels.prefill_launch import hopper_prefill
@@ -169,6 +172,9 @@ def compile_attention() -> None:
         for page in (16, 256):
             kv = KVLayer.of(_bf16(4, page, 2, kv_heads, dim))
             hopper_prefill(q, kv, *where, scale=1.0, out=q)
+            for batch in (1, 256):
+                q, lens = _bf16(batch, 16, dim), torch.zeros(batch, dtype=torch.int32)
+                hopper_decode(q, kv, tables, lens, lens, 1.0, 4096, q, workspace, pdl=batch == 1)
 
 
 PARTS: dict[str, Callable[[], None]] = {
