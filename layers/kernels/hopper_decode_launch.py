@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from layers.kernels.attention_parts import LOG2_E, SPLIT
 from layers.kernels.decode_launch import MAX_PER_SM, UNIT, DecodeWorkspace
 from layers.kernels.hopper_decode import hopper_decode_kernel
-from layers.kernels.prefill_launch import fits_hopper, tma_box
+from layers.kernels.prefill_launch import fits_hopper
+from layers.kernels.tma import descriptor
 from memory.kv_cache import KVLayer
 
 MOST_PROGRAMS = 32  # paged_decode.MOST_PROGRAMS
@@ -63,15 +63,13 @@ def hopper_decode(
     programs = min(programs, pairs * (limit if apart else most + 1))
     # One descriptor serves K and V: a row has all heads of K, then all heads of V.
     rows = kv.flat.view(kv.flat.shape[0], -1)
-    box, layout = tma_box(math.gcd(page, SPLIT), q.dtype)
-    line, line_layout = tma_box(16, q.dtype)
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants
     # Values of a part that a thread loads, of which all in an iteration are in registers at once.
     loaded = max(1, triton.next_power_of_2(group) * dim // 128)
     hopper_decode_kernel[(programs,)](
         q,
-        TensorDescriptor.from_tensor(rows, box, layout),
-        TensorDescriptor.from_tensor(rows, line, line_layout),
+        descriptor(rows, math.gcd(page, SPLIT), 64),
+        descriptor(rows, 16, 64),
         *(block_tables, slots, context_lens, out, tuple(workspace)),
         *(scale * LOG2_E, batch, 0 if apart else config.pair_cost),
         *(limit, config.least, workspace.values.shape[0]),

@@ -1,16 +1,14 @@
 """Launches the kernel of hopper_prefill.py."""
 
-import functools
 import math
 
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from layers.kernels.attention_parts import LOG2_E, SPLIT
 from layers.kernels.hopper_prefill import hopper_prefill_kernel
+from layers.kernels.tma import descriptor
 from memory.kv_cache import KVLayer
 
 
@@ -22,13 +20,6 @@ def fits_hopper(q: Tensor, kv: KVLayer) -> bool:
         and q.dtype == kv.k.dtype
         and q.dtype in (torch.bfloat16, torch.float16)
     )
-
-
-@functools.cache
-def tma_box(rows: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
-    """Return the shape that one copy has, and how it lies in shared memory."""
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return [rows, 64], gl.NVMMASharedLayout.get_default_for([rows, 64], kind)
 
 
 def hopper_prefill(
@@ -46,8 +37,7 @@ def hopper_prefill(
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
     # One descriptor serves K and V: a row has all heads of K, then all heads of V.
-    box, layout = tma_box(math.gcd(page, SPLIT), q.dtype)
-    kv_desc = TensorDescriptor.from_tensor(kv.flat.view(kv.flat.shape[0], -1), box, layout)
+    kv_desc = descriptor(kv.flat.view(kv.flat.shape[0], -1), math.gcd(page, SPLIT), 64)
     # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.
     tiles = triton.cdiv(rows * group, 64) + batch
     batch_pad = 32 if batch <= 32 else max(256, triton.next_power_of_2(batch))  # few variants

@@ -21,11 +21,10 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from layers.kernels.prefill_product import prefill_kernel
 from layers.kernels.product_kernels import rows_kernel, tile_kernel, wide_kernel
+from layers.kernels.tma import descriptor
 from layers.norm_rope import GAIN, Scale
 
 MAX_FUSED_TOKENS = 16  # `add_product` takes at most so many tokens
@@ -256,7 +255,7 @@ class _Job(NamedTuple):
         stages = min(chunks, budget // ((64 + bm) * bk * 2))
         summands = 0 if self.scale is None else self.scale.squares.shape[0]
         wide_kernel[(triton.cdiv(columns, 64), self.parts)](
-            *(_descriptor(self.x, bm, bk), _descriptor(self.weight, 64, bk)),
+            *(descriptor(self.x, bm, bk), descriptor(self.weight, 64, bk)),
             *(*self._epilogue(), out, self._strides(out), tokens, n, *self._norm()),
             *(bm, bk, chunks, stages, self.swiglu, summands, max(0, summands - 1).bit_length()),
             num_warps=4,
@@ -273,7 +272,7 @@ class _Job(NamedTuple):
         warps = 8 if tile.BM * tile.BN * (2 if parts > 1 else 1) > 128 * 64 else 4
         grid = (triton.cdiv(columns, tile.BN), triton.cdiv(tokens, tile.BM), tile.SPLITS)
         tile_kernel[grid](
-            *(_descriptor(self.x, tile.BM, tile.BK), _descriptor(self.weight, tile.BN, tile.BK)),
+            *(descriptor(self.x, tile.BM, tile.BK), descriptor(self.weight, tile.BN, tile.BK)),
             *(*self._epilogue(), out, self._strides(out)[:2], tokens, n, *self._norm()),
             *(tile.BM, tile.BN, tile.BK, parts, chunks, min(tile.STAGES, parts * chunks), warps),
             *(self.swiglu, self.scale is not None),
@@ -303,8 +302,8 @@ class _Job(NamedTuple):
         squares, bias = self._epilogue()
         width = kind.BN // 2 if self.swiglu or kind.halves else kind.BN
         prefill_kernel[(min(tiles[0] * tiles[1], _MULTIPROCESSORS),)](
-            *(_descriptor(self.x, 64, kind.BK), _descriptor(self.weight, kind.BN, kind.BK)),
-            *(_descriptor(out, 64, width), squares, bias, *tiles),
+            *(descriptor(self.x, 64, kind.BK), descriptor(self.weight, kind.BN, kind.BK)),
+            *(descriptor(out, 64, width), squares, bias, *tiles),
             *(triton.cdiv(k, self.parts * kind.BK), tokens, n, *self._norm()),
             *(self.parts, kind.groups, kind.stages, self.swiglu, min(240, of_consumer)),
             num_warps=4,
@@ -329,9 +328,3 @@ class _Job(NamedTuple):
 
     def _norm(self) -> tuple[float, float]:
         return (1.0, 0.0) if self.scale is None else self.scale[1:]
-
-
-def _descriptor(tensor: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], dtype)
-    return TensorDescriptor.from_tensor(tensor, [rows, cols], layout)
