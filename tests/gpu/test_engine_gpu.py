@@ -78,15 +78,19 @@ def test_greedy_tokens_are_those_of_transformers(reference: Any, options: dict[s
     assert worst_gap(reference, prompts, outputs) < TIE
 
 
-def test_graphs_give_the_tokens_of_eager_steps_bar_ties(reference: Any) -> None:
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="on other GPUs products depend on the number of rows",
+)
+def test_graphs_give_the_bits_of_eager_steps() -> None:
     prompts = random_prompts(16, 60)
-    outputs = []
+    params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=2)
+    found = []
     for eager in (True, False):
         with LLM(TINY, enforce_eager=eager, **SMALL) as llm:
-            outputs.append(greedy(llm, prompts, 32))
-    for prompt, a, b in zip(prompts, *outputs, strict=True):
-        if a != b:
-            assert worst_gap(reference, [prompt, prompt], [a, b]) < TIE
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        found.append([(out["token_ids"], out["logprobs"]) for out in outputs])
+    assert found[0] == found[1]
 
 
 def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch() -> None:
