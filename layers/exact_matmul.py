@@ -38,8 +38,11 @@ class ExactMatmul(Matmul):
         self._most_fused = products.MAX_FUSED_TOKENS if fuses else 0
 
     @staticmethod
-    def holds(weight: Tensor, *, gated: bool) -> bool:
-        return products.supports_products(*weight.shape) and not (gated and weight.shape[0] % 32)
+    def holds(weight: Tensor, bias: Tensor | None, *, gated: bool) -> bool:
+        """Whether the kernels can multiply this weight."""
+        if gated and (bias is not None or weight.shape[0] % 32):
+            return False
+        return products.supports_products(*weight.shape)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._multiply(x, self.weight, self._bias, parts=self._parts, out=out)

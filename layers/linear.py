@@ -292,6 +292,6 @@ def make_matmul(
     if place.fused and has_wgmma(place.device):
         from layers.exact_matmul import ExactMatmul
 
-        if ExactMatmul.holds(weight, gated=gated):
+        if ExactMatmul.holds(weight, bias, gated=gated):
             return ExactMatmul(weight, bias, place, after, gated=gated)
     return Matmul(weight, bias, place, gated=gated)

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from layers.kernels.product_kernels import barrier, scaled, swiglu
+from layers.kernels.product_kernels import barrier, row_scale, scaled, swiglu
 
 # Tiles are handed out in groups of this many rows of tiles, so that programs that run at the same
 # time read the same weights and inputs, from the L2 cache. Other numbers were not tried.
@@ -75,7 +75,7 @@ def _consume(
     """Multiply the chunks of all tiles of this program; store BM rows of each tile."""
     x_desc, w_desc, out_desc = descs
     xs, ws, outs, ready, empty = memory
-    squares_ptr, bias_ptr, M, N, size, eps = epilogue
+    squares_ptr, bias_ptr, M, N, inverse, eps = epilogue
     STAGES: gl.constexpr = ws.shape[0]
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
@@ -136,7 +136,7 @@ def _consume(
         if squares_ptr is not None:
             m = first + gl.arange(0, BM, gl.SliceLayout(1, MMA))
             square = gl.load(squares_ptr + m, mask=m < M, other=0.0)
-            scale = gl.rsqrt(square / size + eps)[:, None]
+            scale = row_scale(square, inverse, eps)[:, None]
         n = col * BN + gl.arange(0, BN, gl.SliceLayout(0, MMA))[None, :]
         acc = scaled(acc, scale, bias_ptr, n, N)
         _store(acc, out_desc, outs.index(GROUP), first, col, w_desc.dtype, SWIGLU)
@@ -183,7 +183,7 @@ def prefill_kernel(
     chunks,
     M,
     N,
-    size,
+    inverse,
     eps,
     PARTS: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -213,7 +213,7 @@ def prefill_kernel(
     barrier()
     descs = (x_desc, w_desc, out_desc)
     memory = (xs, ws, outs, ready, empty)
-    epilogue = (squares_ptr, bias_ptr, M, N, size, eps)
+    epilogue = (squares_ptr, bias_ptr, M, N, inverse, eps)
     grid = (tiles_m, tiles_n)
     # The arguments are written out, because a tuple in a variable would lose its constants.
     if GROUPS == 1:

@@ -30,6 +30,13 @@ def sum_pairs(x, LOG: gl.constexpr):
 
 
 @gluon.jit
+def row_scale(square, inverse, eps):
+    """Return 1 / RMS of rows from their sums of squares; `inverse` is 1 / hidden_size."""
+    # Explicit, or the compiler chooses whether to round the product.
+    return gl.rsqrt(gl.fma(square, inverse, eps))
+
+
+@gluon.jit
 def scaled(x, scale, bias_ptr, n, N):
     """Return x * scale + bias[n] in one rounding. scale and the bias's pointer may be None."""
     if bias_ptr is not None:
@@ -177,7 +184,7 @@ def wide_kernel(
     strides,
     M,
     N,
-    size,
+    inverse,
     eps,
     BM: gl.constexpr,
     BK: gl.constexpr,
@@ -196,7 +203,7 @@ def wide_kernel(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16]
     )
     BYTES: gl.constexpr = (64 + BM) * BK * 2
-    out_stride, split_stride, squares_stride = strides
+    out_stride, split_stride = strides
     gdc_launch_dependents()
     n0, k0 = gl.program_id(0) * 64, gl.program_id(1) * (CHUNKS * BK)
     ws = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, BK], w_desc.layout)
@@ -214,14 +221,17 @@ def wide_kernel(
     for s in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x_desc, [0, k0 + s * BK], ready.index(s), xs.index(s))
     m = gl.arange(0, BM, gl.SliceLayout(0, MMA))
+    scale = None
     if SQUARES:
         LAYOUT: gl.constexpr = gl.BlockedLayout(
-            [(2**LOG * BM + 31) // 32, 1], [32 // BM, BM], [1, 4], [0, 1]
+            [(2**LOG * BM + 127) // 128, 1], [32 // BM, BM], [4, 1], [0, 1]
         )
         i = gl.arange(0, 2**LOG, gl.SliceLayout(1, LAYOUT))[:, None]
         mm = gl.arange(0, BM, gl.SliceLayout(0, LAYOUT))[None, :]
-        at = squares_ptr + i * squares_stride + mm
-        squares = gl.load(at, mask=(i < SQUARES) & (mm < M), other=0.0)
+        squares = gl.load(squares_ptr + i * M + mm, mask=(i < SQUARES) & (mm < M), other=0.0)
+        scale = row_scale(sum_pairs(squares, LOG), inverse, eps)
+        # Before the loop, so that the squares do not take registers during it.
+        scale = gl.convert_layout(scale, gl.SliceLayout(0, MMA))[None, :]
     acc = gl.zeros((64, BM), gl.float32, MMA)
     for c in gl.static_range(CHUNKS):
         mbarrier.wait(ready.index(c % STAGES), (c // STAGES) & 1)
@@ -237,10 +247,6 @@ def wide_kernel(
             tma.async_copy_global_to_shared(w_desc, [n0, k], ready.index(s), ws.index(s))
             tma.async_copy_global_to_shared(x_desc, [0, k], ready.index(s), xs.index(s))
     out = hopper.warpgroup_mma_wait(0, [acc])
-    scale = None
-    if SQUARES:
-        scale = gl.rsqrt(sum_pairs(squares, LOG) / size + eps)
-        scale = gl.convert_layout(scale, gl.SliceLayout(0, MMA))[None, :]
     ROWS: gl.constexpr = 32 if SWIGLU else 64
     n = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))[:, None]
     out = scaled(out, scale, bias_ptr, n, N)
@@ -262,7 +268,7 @@ def tile_kernel(
     strides,
     M,
     N,
-    size,
+    inverse,
     eps,
     BM: gl.constexpr,
     BN: gl.constexpr,
@@ -308,7 +314,8 @@ def tile_kernel(
     scale = None
     if SCALE:
         m = m0 + gl.arange(0, BM, gl.SliceLayout(1, MMA))
-        scale = gl.rsqrt(gl.load(squares_ptr + m, mask=m < M, other=0.0) / size + eps)[:, None]
+        square = gl.load(squares_ptr + m, mask=m < M, other=0.0)
+        scale = row_scale(square, inverse, eps)[:, None]
     acc = gl.zeros((BM, BN), gl.float32, MMA)
     low = acc
     high = acc

@@ -2,6 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: ANN201
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -90,6 +92,7 @@ def _norm_kernel(
     tl.store(out_ptr + row * size + cols, out.to(dtype), mask=mask)
 
 
+@functools.cache
 def warps_of_row(size: int) -> int:
     """Return how many warps handle a row: size / 512, rounded up to a power of 2, from 1 to 8."""
     return max(1, min(8, int(triton.next_power_of_2(size)) // 512))

@@ -137,8 +137,11 @@ def test_decode_is_exact(heads: tuple[int, int], page: int) -> None:
         """Rows `which`; with n rows of a request each n-th one is the last row of a request."""
         last, count = which[rows - 1 :: rows], programs or len(workspace.arrived)
         out = torch.full((len(which), heads[0], dim), float("nan"), device="cuda").bfloat16()
+        where = case.kv, case.block_tables, slots[last], lens[last]
+        queries = q[which]
+        torch.cuda.synchronize()  # with `pdl`, no kernel just before may write slots and lengths
         paged_decode(
-            *(q[which], case.kv, case.block_tables, slots[last], lens[last]),
+            *(queries, *where),
             scale=dim**-0.5,
             max_context_len=4096,
             out=out,

@@ -139,6 +139,12 @@ def compile_products() -> None:
         multiply(x, _bf16(4096, 1024), scale=scale, pdl=True)
         multiply(x, _bf16(2048, 1024), _bf16(2048), scale=scale, pdl=True)
         multiply(x, _bf16(6144, 1024), scale=scale, swiglu=True, pdl=True)
+        if tokens <= 16:
+            # As many sums of squares as hidden sizes of 4,096 and 8,192 have.
+            for size in (4096, 8192):
+                many = Scale(torch.zeros(size // 16, tokens), size, 1e-6)
+                multiply(_bf16(tokens, size), _bf16(6144, size), scale=many, pdl=True)
+                multiply(_bf16(tokens, size), _bf16(8192, size), scale=many, swiglu=True, pdl=True)
         for n, k in ((1024, 3072), (1536, 8960)):
             parts = parts_of(n, k)
             multiply(_bf16(tokens, k), _bf16(n, k), parts=parts, partial=True, pdl=True)
