@@ -109,8 +109,9 @@ class GroupContext(ParallelContext):
         """Whether `all_reduce` gathers all parts of x. Otherwise each rank adds up a share of x.
 
         With N ranks a rank receives (N - 1) times the bytes of x if it gathers them, and otherwise
-        2 (N - 1) / N times, by two collectives. For two ranks these are equal. For more, a second
-        collective costs about 10 us, in which NVLink carries some MB. The bits are the same.
+        2 (N - 1) / N times, by two collectives. For two ranks these are equal. For more, the limit
+        is an estimate, not a measurement: a second collective may cost 10 us, in which NVLink
+        carries some MB. The bits are the same.
         """
         return self.size == 2 or (self.size - 1) * x.numel() * x.element_size() <= _GATHER_BYTES
 

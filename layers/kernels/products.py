@@ -39,10 +39,10 @@ _SHARED = 216 << 10  # bytes of shared memory for stages; a program can have at 
 def parts_of(n: int, k: int) -> int:
     """Return P for a weight [n, k] whose product is added to the residual stream.
 
-    P = 4 lets four warps share the K inputs if there are few tokens: one accumulator over 3,072
-    inputs takes 3.5 us, about as long as the whole kernel. All other products have P = 1: their
-    weights have more outputs, and with 64 outputs a program, one accumulator over 1,024 inputs
-    costs nothing: for 1 token all products of Qwen3-0.6B take 311 us on an H200.
+    P = 4 lets four warps share the K inputs if there are few tokens. One accumulator over 3,072
+    inputs would take some 3.5 us: about 30 cycles for each 16 inputs, one after another. P is 2 or
+    1 if 4 parts would not be multiples of 64 inputs. All other products have P = 1. Their weights
+    have more outputs, so enough programs run without a division of K.
     """
     return next((p for p in (4, 2) if k % (p * 64) == 0 and k >= p * 128 and n % 32 == 0), 1)
 
@@ -116,9 +116,10 @@ class _Prefill(NamedTuple):
     halves: bool = False
 
 
-# Times on an H200 for Qwen3-0.6B's and Qwen3-8B's weights and 256 to 8,192 tokens. With the fastest
-# of these constants, a product takes between 0.83 and 1.07 times as long as with cuBLAS from 1,024
-# tokens on, and 0.87 to 1.3 times as long for 256 to 512 tokens.
+# The costs follow from times on an H200 for weights of Qwen3-0.6B, Qwen2-1.5B and Qwen3-8B; that of
+# tiles [64, 128] is a guess. With the fastest of 12 to 16 kernels for each weight, products took
+# 0.82 to 1.24 times as long as with cuBLAS for 1,024 to 8,192 tokens, and 0.87 to 1.34 times for
+# 256 to 512. These kernels had an option that is gone: to begin a tile before the last one's end.
 _PREFILL = (
     _Prefill(2, 256, 64, 4, 12.0, halves=True),
     _Prefill(2, 128, 64, 6, 6.3),
@@ -299,7 +300,7 @@ class _Job(NamedTuple):
         (tokens, k), columns = self.x.shape, self.weight.shape[0]
         out, n = self._output(1)
         if out.stride(0) % 8 or out.data_ptr() % 16 or k < 128 * self.parts:
-            # TMA cannot store such rows. `tile_kernel` can.
+            # TMA cannot store such rows, and a part needs two chunks. `tile_kernel` is less strict.
             for start in range(0, tokens, _TILE_TOKENS):
                 rows = slice(start, start + _TILE_TOKENS)
                 scale = self.scale

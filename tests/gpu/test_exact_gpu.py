@@ -24,7 +24,7 @@ pytestmark = [
 
 COUNT = 24
 BASE: dict[str, Any] = {"max_num_seqs": 48, "num_kvcache_blocks": 300, "max_model_len": 1024}
-# A vocabulary that no power of two divides, and a number of KV heads that is none either.
+# An odd vocabulary, and numbers of heads that are no powers of two.
 ODD = {
     **random_weights.SHAPES["qwen3-0.6b"],
     "hidden_size": 576,

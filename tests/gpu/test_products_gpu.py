@@ -11,10 +11,10 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 from torch import Tensor
 
-from layers.kernels.plain_product import plain_product
 from layers.kernels.products import add_product, interleaved, multiply, parts_of
 from layers.kernels.rowwise import gain_rows
 from layers.norm_rope import GAIN, Scale
+from tests.kernels.plain_product import plain_product
 from tests.kernels.references import product_reference
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,5 @@
 """The definition of products.py as one plain kernel, slow, for any sizes and any GPU."""
+# ruff: noqa: ANN001, ANN202, N803
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
