@@ -40,6 +40,7 @@ from layers.kernels.decode_launch import (
     decode_config,
 )
 from layers.kernels.decode_parts import combine, query_and_head, store_part
+from layers.kernels.launch import has_wgmma
 from memory.kv_cache import KVLayer
 
 # The most programs for a pair if each program works on one pair only. With more programs, folding
@@ -361,6 +362,12 @@ def paged_decode(
     group, part_rows = num_heads // kv_heads, workspace.norm.shape[1]
     if rows_per_request * group > part_rows:
         raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
+    if config is None and q.is_cuda and has_wgmma(q.device):
+        from layers.kernels.hopper_decode_launch import fits_hopper_decode, hopper_decode
+
+        if fits_hopper_decode(q, kv, rows_per_request):
+            where = q, kv, block_tables, slots, context_lens
+            return hopper_decode(*where, scale, max_context_len, out, workspace, pdl)
     pairs = batch * kv_heads
     config = config or decode_config(pairs)
     rows, columns = triton.next_power_of_2(rows_per_request * group), triton.next_power_of_2(dim)
