@@ -113,10 +113,9 @@ def _sample_kernel(
             x0, x1, x2, x3 = _philox(group.to(tl.uint32), position, sample, kind, k0, k1)
             x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK)
             score = tl.fma(_log2_exponential(x, HARDWARE), scale, score)
-        # `>` keeps the first of several equal scores, and keeps a NaN, since x > NaN is False.
-        better = (score > best) | (score != score)
-        best = tl.where(better, score, best)
-        index = tl.where(better, columns, index)
+        # `>` keeps the first of several equal scores.
+        index = tl.where(score > best, columns, index)
+        best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
     value = _largest(best)
     token = tl.min(tl.where(best == value, index, 2147483647 - vocab_offset), axis=0)
     place = row * tl.num_programs(1) + tl.program_id(1)
