@@ -89,7 +89,10 @@ def _gathered(mine, own, stride, mask, RANK: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def _sum_kernel(
     x_ptr,
-    norm,
+    residual_ptr,
+    weight_ptr,
+    total_ptr,
+    squares_ptr,
     out_ptr,
     buffers_ptr,
     count_ptr,
@@ -113,8 +116,7 @@ def _sum_kernel(
         gdc_launch_dependents()
     # No earlier kernel writes the norm's weight or the table of buffer addresses, so load these
     # before gdc_wait waits for earlier kernels.
-    if norm is not None:
-        residual_ptr, weight_ptr, total_ptr, squares_ptr = norm
+    if residual_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     buffers = ()
     for rank in tl.static_range(SIZE):
@@ -148,7 +150,7 @@ def _sum_kernel(
     tl.store(count_ptr + row, count + 1)
     # The sum is rounded before the residual is added, as if another kernel added the residual.
     x = summed.to(tl.float32)
-    if norm is not None:
+    if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         total = (x + residual.to(tl.float32)).to(residual.dtype)
         tl.store(total_ptr + row * size + cols, total, mask=mask)
@@ -295,7 +297,8 @@ class PeerExchange:
         strides = (x.stride(-2), part_stride, norm[0].stride(0) if norm else 0)
         self._launch(
             *(_sum_kernel, rows),
-            *(x, norm, out, self._buffers, self._sums, strides, self.width, self.rows, eps),
+            *(x, *(norm or [None] * 4), out, self._buffers, self._sums, strides),
+            *(self.width, self.rows, eps),
             *(GAIN.get(self.dtype, 1.0), parts, self.two_shot(rows), (self.width - 1).bit_length()),
             num_warps=warps_of_row(self.width),
         )
