@@ -120,11 +120,19 @@ class StepGraphs:
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
     def rehearsals(self) -> list[Callable[[], object]]:
-        """Return functions that together launch each kernel that any of the graphs contains."""
+        """Return functions, one for each thread, that together launch each kernel of the graphs."""
         # The kernels of products depend on the row count. These row counts use nearly all kernels;
-        # the others compile in `capture`, which takes 0.2 to 0.9 s for each.
-        sizes = [n for n in (1, 8, 16, 24, 48, 128, 256) if n < self._decode_sizes[-1]]
-        return [*(partial(self._run, "decodes", n) for n in sizes), *self.heaviest()]
+        # the others compile in `capture`, which takes 0.2 to 0.9 s for each. Row counts with many
+        # common kernels share a thread: two threads would both compile such a kernel.
+        decodes, chunks = self._decode_sizes, self._chunk_sizes
+        groups = [("decodes", n) for n in ({1, 16}, {24, 48}, {128, 256, decodes[-1]})]
+        groups.append(("chunks", {512, 1024, *chunks[-1:]}))
+
+        def run(kind: str, sizes: set[int]) -> None:
+            for size in sorted(sizes.intersection(decodes if kind == "decodes" else chunks)):
+                self._run(kind, size)
+
+        return [partial(run, *group) for group in groups]
 
     def serves(self, plan: StepPlan) -> bool:
         """Return whether there are graphs for the plan, so that `replay(plan)` may be called."""

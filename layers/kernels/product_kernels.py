@@ -174,6 +174,67 @@ def rows_kernel(
     gl.store(out_ptr + m * out_stride + n, out, mask=mask)
 
 
+@gluon.jit
+def _add_chunk(acc, memory, stage, phase, WIDE: gl.constexpr):
+    """Add the product of the chunk in `stage` to acc. With WIDE its rows are outputs, else tokens.
+
+    The tensor cores may go on after the return.
+    """
+    xs, ws, ready = memory
+    mbarrier.wait(ready.index(stage), phase)
+    if WIDE:
+        acc = hopper.warpgroup_mma(
+            ws.index(stage), xs.index(stage).permute([1, 0]), acc, is_async=True
+        )
+    else:
+        acc = hopper.warpgroup_mma(
+            xs.index(stage), ws.index(stage).permute([1, 0]), acc, is_async=True
+        )
+    return acc
+
+
+@gluon.jit
+def _add_chunks(
+    acc,
+    memory,
+    descs,
+    rows,
+    k0,
+    FIRST: gl.constexpr,
+    END: gl.constexpr,
+    ALL: gl.constexpr,
+    WIDE: gl.constexpr,
+):
+    """Add the products of chunks FIRST to END - 1 to acc, and copy later ones of ALL chunks.
+
+    The first chunks are on their way: one for each stage.
+    """
+    xs, ws, ready = memory
+    STAGES: gl.constexpr = ws.shape[0]
+    BK: gl.constexpr = ws.shape[2]
+    BYTES: gl.constexpr = (ws.shape[1] + xs.shape[1]) * BK * 2
+    # After chunks 1 to LAST another chunk is copied to the stage of the chunk before.
+    LAST: gl.constexpr = min(ALL - STAGES, END - 1)
+    if FIRST == 0:
+        acc = _add_chunk(acc, memory, 0, 0, WIDE)
+    if max(FIRST, 1) <= LAST:
+        acc = hopper.warpgroup_mma_wait(1, [acc])  # for the loop acc has to be a tensor
+        # Not unrolled: 70 chunks would take 3 s to compile.
+        for c in range(max(FIRST, 1), LAST + 1):
+            acc = _add_chunk(acc, memory, c % STAGES, c // STAGES & 1, WIDE)
+            # Wait until no warp reads chunk c - 1 any more.
+            acc = hopper.warpgroup_mma_wait(1, [acc])
+            barrier()
+            s = (c - 1) % STAGES
+            k = k0 + (c - 1 + STAGES) * BK
+            mbarrier.expect(ready.index(s), BYTES)
+            tma.async_copy_global_to_shared(descs[1], [rows[1], k], ready.index(s), ws.index(s))
+            tma.async_copy_global_to_shared(descs[0], [rows[0], k], ready.index(s), xs.index(s))
+    for c in gl.static_range(max(FIRST, 1, LAST + 1), END):
+        acc = _add_chunk(acc, memory, c % STAGES, c // STAGES & 1, WIDE)
+    return acc
+
+
 @gluon.jit(do_not_specialize=["M"])
 def wide_kernel(
     x_desc,
@@ -233,19 +294,8 @@ def wide_kernel(
         # Before the loop, so that the squares do not take registers during it.
         scale = gl.convert_layout(scale, gl.SliceLayout(0, MMA))[None, :]
     acc = gl.zeros((64, BM), gl.float32, MMA)
-    for c in gl.static_range(CHUNKS):
-        mbarrier.wait(ready.index(c % STAGES), (c // STAGES) & 1)
-        x = xs.index(c % STAGES).permute([1, 0])  # [BK, BM]
-        acc = hopper.warpgroup_mma(ws.index(c % STAGES), x, acc, is_async=True)
-        if c > 0 and c - 1 + STAGES < CHUNKS:
-            # Wait until no warp reads chunk c - 1 any more. Then overwrite this chunk's stage.
-            acc = hopper.warpgroup_mma_wait(1, [acc])
-            barrier()
-            s = (c - 1) % STAGES
-            k = k0 + (c - 1 + STAGES) * BK
-            mbarrier.expect(ready.index(s), BYTES)
-            tma.async_copy_global_to_shared(w_desc, [n0, k], ready.index(s), ws.index(s))
-            tma.async_copy_global_to_shared(x_desc, [0, k], ready.index(s), xs.index(s))
+    memory, descs = (xs, ws, ready), (x_desc, w_desc)
+    acc = _add_chunks(acc, memory, descs, (0, n0), k0, 0, CHUNKS, CHUNKS, True)
     out = hopper.warpgroup_mma_wait(0, [acc])
     ROWS: gl.constexpr = 32 if SWIGLU else 64
     n = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))[:, None]
@@ -319,28 +369,20 @@ def tile_kernel(
     acc = gl.zeros((BM, BN), gl.float32, MMA)
     low = acc
     high = acc
-    for c in gl.static_range(ALL):
-        if c > 0 and c % CHUNKS == 0:
+    memory, descs = (xs, ws, ready), (x_desc, w_desc)
+    for part in gl.static_range(PARTS):
+        if part > 0:
             acc = hopper.warpgroup_mma_wait(0, [acc])
-            if c // CHUNKS == 1:
+            if part == 1:
                 low = acc
-            elif c // CHUNKS == 2:
+            elif part == 2:
                 low = low + acc
             else:
                 high = acc
             acc = gl.zeros((BM, BN), gl.float32, MMA)
-        mbarrier.wait(ready.index(c % STAGES), (c // STAGES) & 1)
-        w = ws.index(c % STAGES).permute([1, 0])  # [BK, BN]
-        acc = hopper.warpgroup_mma(xs.index(c % STAGES), w, acc, is_async=True)
-        if c > 0 and c - 1 + STAGES < ALL:
-            # Wait until no warp reads chunk c - 1 any more. Then overwrite this chunk's stage.
-            acc = hopper.warpgroup_mma_wait(1, [acc])
-            barrier()
-            s = (c - 1) % STAGES
-            k = k0 + (c - 1 + STAGES) * BK
-            mbarrier.expect(ready.index(s), BYTES)
-            tma.async_copy_global_to_shared(w_desc, [n0, k], ready.index(s), ws.index(s))
-            tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), xs.index(s))
+        acc = _add_chunks(
+            *(acc, memory, descs, (m0, n0), k0, part * CHUNKS, (part + 1) * CHUNKS, ALL, False)
+        )
     out = hopper.warpgroup_mma_wait(0, [acc])
     if PARTS == 2:
         out = low + out

@@ -93,7 +93,7 @@ def _tile_of(tokens: int, columns: int, k: int, parts: int, swiglu: bool) -> _Ti
         most = 1.25 * _MULTIPROCESSORS
         tiles = [t for t in tiles if k <= 2560 and t.programs(tokens, columns) <= most]
         return tiles[0] if tiles else None
-    for tile in (_Tile(64, 64, bk, 6), _Tile(128, 64, bk, 4)):
+    for tile in (_Tile(64, 64, bk, 768 // bk), _Tile(128, 64, bk, 512 // bk)):
         programs = tile.programs(tokens, columns)
         ways = [s for s in (1, 2, 4) if parts % s == 0 and programs * s <= _MULTIPROCESSORS]
         enough = (s for s in ways if k // s <= 1024 and programs * s >= 64)
@@ -269,9 +269,6 @@ class _Job(NamedTuple):
         programs = _cdiv(columns, 64) * self.parts
         budget = _SHARED if programs <= _MULTIPROCESSORS else _SHARED // 2
         stages = min(chunks, budget // ((64 + bm) * bk * 2))
-        if stages < chunks:
-            # If stages are used again, more than 4 of them cost more registers than there are.
-            stages = min(stages, 4)
         summands = 0 if self.scale is None else self.scale.squares.shape[0]
         wide_kernel[(_cdiv(columns, 64), self.parts)](
             *(descriptor(self.x, bm, bk), descriptor(self.weight, 64, bk)),

@@ -102,8 +102,8 @@ def warps_of_row(size: int, columns: int = 512, most: int = 8) -> int:
 
 def _warps_of_norm(tokens: int, size: int) -> int:
     """Return how many warps handle a row of a norm of so many tokens."""
-    # Many warps wait for memory together. On an H200 a norm of 64 rows [1024] takes 0.7 us less with
-    # 8 warps than with 2, but one of 4,096 rows 1 us more: not all rows run at the same time then.
+    # More warps load more at the same time. On an H200 a norm of 64 rows [1024] takes 0.7 us less
+    # with 8 warps than with 2, but one of 4,096 rows 1 us more, since not all rows run at once.
     warps = warps_of_row(size, 128, 16)
     return warps if tokens * warps <= _RESIDENT_WARPS else warps_of_row(size)
 
