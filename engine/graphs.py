@@ -104,10 +104,7 @@ class StepGraphs:
         steps = [("decodes", size) for size in self._decode_sizes]
         steps += [("chunks", size) for size in self._chunk_sizes]
         for kind, size in reversed(steps):
-            if kind == "chunks":
-                header = chunks_header((), MAX_CHUNKS, size, self._padding)
-                self._chunks.header.copy_(torch.from_numpy(header))
-            logits = self._run(kind, size)
+            logits = self._rehearse(kind, size)
             if self._logits is None:
                 shape = (len(self._sampled.rows), logits.shape[1])
                 self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
@@ -119,20 +116,26 @@ class StepGraphs:
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
 
-    def rehearsals(self) -> list[Callable[[], object]]:
-        """Return functions, one for each thread, that together launch each kernel of the graphs."""
+    def rehearsals(self) -> list[list[Callable[[], object]]]:
+        """Return functions that together launch each kernel of the graphs, a list for each thread.
+
+        Functions in one list have many kernels in common. Two threads would compile these twice.
+        """
         # The kernels of products depend on the row count. These row counts use nearly all kernels;
-        # the others compile in `capture`, which takes 0.2 to 0.9 s for each. Row counts with many
-        # common kernels share a thread: two threads would both compile such a kernel.
-        decodes, chunks = self._decode_sizes, self._chunk_sizes
-        groups = [("decodes", n) for n in ({1, 16}, {24, 48}, {128, 256, decodes[-1]})]
-        groups.append(("chunks", {512, 1024, *chunks[-1:]}))
+        # the others compile in `capture`, which takes 0.2 to 0.9 s for each.
+        most, chunks = self._decode_sizes[-1], self._chunk_sizes
+        decodes = sorted({min(n, most) for n in (1, 16, 24, 48, 128, 256, most)})
+        ranges = (0, 16), (16, 48), (48, most)
+        steps = [[("decodes", n) for n in decodes if a < n <= b] for a, b in ranges]
+        steps.append([("chunks", n) for n in chunks if n in (512, 1024, chunks[-1])])
+        return [[partial(self._rehearse, *step) for step in group] for group in steps]
 
-        def run(kind: str, sizes: set[int]) -> None:
-            for size in sorted(sizes.intersection(decodes if kind == "decodes" else chunks)):
-                self._run(kind, size)
-
-        return [partial(run, *group) for group in groups]
+    def _rehearse(self, kind: str, size: int) -> Tensor:
+        """Run a step whose rows are all padding, without a graph."""
+        if kind == "chunks":
+            header = chunks_header((), MAX_CHUNKS, size, self._padding)
+            self._chunks.header.copy_(torch.from_numpy(header))
+        return self._run(kind, size)
 
     def serves(self, plan: StepPlan) -> bool:
         """Return whether there are graphs for the plan, so that `replay(plan)` may be called."""

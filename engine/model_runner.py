@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from config import Config
 from engine.checking.kv_sanitizer import KVPoison
+from engine.compilation import compile_kernels
 from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
@@ -221,7 +221,7 @@ class LocalRunner(ModelRunner):
             if config.kv_sanitizer:
                 self._poison = KVPoison(self._cache.layers(), self._state.tables)
             if self._graphs:
-                self._compile(self._graphs)
+                compile_kernels(self._graphs.rehearsals(), self._device, self._parallel)
                 self._graphs.capture()
 
     def _load(self, checkpoint: Checkpoint) -> AttentionSpec:
@@ -279,7 +279,7 @@ class LocalRunner(ModelRunner):
         blocks = self._state.tables.block_tables.shape[1]
         self._allocate(replace(one_block, num_blocks=blocks))
         if self._graphs:
-            self._compile(self._graphs)
+            compile_kernels(self._graphs.rehearsals(), self._device, self._parallel)
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
         self._graphs = None
         del self._cache, self._pass
@@ -288,25 +288,6 @@ class LocalRunner(ModelRunner):
         special = special_bytes(rows, vocab_size, width, self._parallel.size)
         usage = replace(usage, peak=usage.peak + special)
         return fit_blocks(config.gpu_memory_utilization, one_block, usage)
-
-    def _compile(self, graphs: StepGraphs) -> None:
-        """Compile all Triton kernels in parallel: each thread runs a step without requests."""
-        steps = graphs.rehearsals()
-
-        def run(step: Callable[[], object]) -> None:
-            # In a new thread the current CUDA device is device 0, which may belong to another rank.
-            torch.cuda.set_device(self._device)
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.inference_mode(), torch.cuda.stream(stream):
-                step()
-                stream.synchronize()
-
-        torch.cuda.synchronize(self._device)
-        # All threads write to the same tensors, but nothing reads the results. In `rehearsal()`
-        # collectives send no data. If they sent data, ranks could wait for each other for ever,
-        # since the threads of two ranks reach the collectives in different orders.
-        with self._parallel.rehearsal(), ThreadPoolExecutor(len(steps), "compile") as threads:
-            list(threads.map(run, steps))
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
         """Return functions that run large steps, among them the step that needs the most memory."""

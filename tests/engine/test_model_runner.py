@@ -241,8 +241,8 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
     class Graphs:
         def __init__(self, *args: object) -> None: ...
 
-        def rehearsals(self) -> list[Callable[[], object]]:
-            return [lambda: note(f"step, rehearses={rehearses.is_set()}")]
+        def rehearsals(self) -> list[list[Callable[[], object]]]:
+            return [[lambda: note(f"step, rehearses={rehearses.is_set()}")] * 2]
 
         def capture(self) -> None:
             note(f"capture, rehearses={rehearses.is_set()}")
@@ -257,4 +257,4 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
     checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
     LocalRunner(resolve(_config(), checkpoint), checkpoint, Rehearsing()).close()
     assert events.pop(threading.get_ident()) == ["capture, rehearses=False"]
-    assert [*events.values()] == [["on cpu", "step, rehearses=True", "end"]]
+    assert [*events.values()] == [["on cpu", *["step, rehearses=True"] * 2, "end"]]

@@ -11,7 +11,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from layers.kernels.decode_launch import LARGE, MIDDLE, SMALL, DecodeConfig, decode_workspace
-from layers.kernels.hopper_decode_launch import FEW, MANY, HopperDecodeConfig, hopper_decode
+from layers.kernels.hopper_decode_launch import (
+    FEW,
+    MANY,
+    MIDDLE,
+    HopperDecodeConfig,
+    hopper_decode,
+)
 from layers.kernels.paged_decode import (
     paged_decode,
 )
@@ -31,7 +37,7 @@ pytestmark = pytest.mark.gpu
 PDL = torch.cuda.get_device_capability() >= (9, 0)
 # Probabilities and outputs rounded to 16 bits, against float32: 3e-3 seen in bfloat16.
 LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
-HOPPER = (FEW, MANY, HopperDecodeConfig(stages=6, per_sm=1, pair_cost=0, least=3, unroll=1))
+HOPPER = (FEW, MIDDLE, MANY, HopperDecodeConfig(stages=6, per_sm=1, least=3, unroll=1))
 CASES = [
     ((16, 8), 128, 256, torch.bfloat16),
     ((16, 8), 128, 16, torch.bfloat16),
