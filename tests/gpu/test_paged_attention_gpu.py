@@ -10,14 +10,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from layers.kernels import hopper_decode_launch as hopper
 from layers.kernels.decode_launch import LARGE, MIDDLE, SMALL, DecodeConfig, decode_workspace
-from layers.kernels.hopper_decode_launch import (
-    FEW,
-    MANY,
-    MIDDLE,
-    HopperDecodeConfig,
-    hopper_decode,
-)
+from layers.kernels.hopper_decode_launch import HopperDecodeConfig, hopper_decode
 from layers.kernels.paged_decode import (
     paged_decode,
 )
@@ -37,7 +32,8 @@ pytestmark = pytest.mark.gpu
 PDL = torch.cuda.get_device_capability() >= (9, 0)
 # Probabilities and outputs rounded to 16 bits, against float32: 3e-3 seen in bfloat16.
 LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
-HOPPER = (FEW, MIDDLE, MANY, HopperDecodeConfig(stages=6, per_sm=1, least=3, unroll=1))
+ODD = HopperDecodeConfig(stages=6, per_sm=1, least=3, unroll=1)
+HOPPER = (hopper.FEW, hopper.MIDDLE, hopper.MANY, ODD)
 CASES = [
     ((16, 8), 128, 256, torch.bfloat16),
     ((16, 8), 128, 16, torch.bfloat16),
