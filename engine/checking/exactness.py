@@ -73,7 +73,7 @@ def check_exact(engine: LLMEngine) -> None:
         lost = [
             (place, index, answer)
             for index, answer in zip(indices, answers, strict=True)
-            if answer.steps and (place := _first_difference(alone[index], answer)) is not None
+            if not answer.refused and (place := _first_difference(alone[index], answer)) is not None
         ]
         if lost:
             place, index, answer = min(lost, key=lambda one: one[0])
@@ -92,11 +92,15 @@ class _Request:
 
 @dataclass(slots=True)
 class _Answer:
-    """What a request got. `steps` and `bits` are empty if the scheduler refused the request."""
+    """What a request got. `bits` is empty if the scheduler refused the request."""
 
     seq: Sequence
     # The step that gave each output token, in words, and once more the step that ended the request.
     steps: list[str] = field(default_factory=list)
+
+    @property
+    def refused(self) -> bool:
+        return self.seq.finish_reason == "abort"
 
     def note(self, plan: StepPlan) -> None:
         """Record a step that was committed."""

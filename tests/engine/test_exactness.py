@@ -148,6 +148,20 @@ class TestLosses:
         assert refusal(shipped, **options).problem.startswith("a prefill of ")
         assert " beside a decode of " in refusal(shipped, **options).problem
 
+    def test_a_prefill_whose_loss_shows_in_a_decode(self, shipped: Path) -> None:
+        """As if only the keys and values of a prefill had lost bits."""
+        touched: set[int] = set()
+
+        def change(plan: StepPlan, result: StepResult) -> StepResult:
+            touched.difference_update(one.slot for one in plan.new_requests)
+            if len(plan.prefill) > 1:
+                touched.update(chunk.slot for chunk in plan.prefill)
+            return next_float(plan, result) if touched.intersection(plan.decode) else result
+
+        error = refusal(shipped, model_runner=recording_runner(change), **SMALL)
+        victim = "output token 2 of a request with prompt length 1"
+        assert error.problem == f"a prefill of 2048 tokens changes the bits of {victim}"
+
     def test_other_bits_in_every_run(self, shipped: Path) -> None:
         runs: list[int] = []
 
@@ -412,6 +426,14 @@ class TestSettings:
             assert llm.stats().steps == 0
         assert runner.plans
 
+    def test_a_tiny_cache_is_filled(self, shipped: Path) -> None:
+        """The block has room for 16 positions: the last one of 17 tokens is never written."""
+        plans = _tried(shipped, num_kvcache_blocks=1, kvcache_block_size=16)
+        new = [one for plan in plans for one in plan.new_requests]
+        scored = {len(one.token_ids): one for one in new if one.sampling.logprobs is not None}
+        assert sorted(scored) == [1, 11]
+        assert scored[11].max_total_tokens == 17
+
     def test_max_num_seqs_bounds_decodes(self, shipped: Path) -> None:
         assert max(len(plan.decode) for plan in _tried(shipped, max_num_seqs=40)) == 40
 
@@ -437,6 +459,17 @@ class _Refuses(ContinuousScheduler):
         super().add(seq)
 
 
+class _RefusesInCompany(ContinuousScheduler):
+    """Takes three requests at most."""
+
+    name = "refuses_in_company"
+
+    def add(self, seq: Sequence) -> None:
+        if len(self._waiting) == 3:
+            raise RequestTooLongError("prompt", len(seq.token_ids), "is too much", "Wait.")
+        super().add(seq)
+
+
 class _Idle(ContinuousScheduler):
     name = "idle"
 
@@ -456,6 +489,12 @@ class TestSchedulers:
         sizes = {len(new.token_ids) for plan in runner.plans for new in plan.new_requests}
         assert {1, 16, 17} <= sizes
         assert max(sizes) <= 20
+
+    def test_requests_that_are_refused_in_company_are_left_out(self, shipped: Path) -> None:
+        runner = recording_runner()
+        options = {**SMALL, "scheduler": _RefusesInCompany, "model_runner": runner}
+        with LLM(shipped, check_exact=True, **options):
+            assert max(len(plan.row_slots) for plan in runner.plans) == 3
 
     def test_a_scheduler_that_refuses_all(self, shipped: Path) -> None:
         error = refusal(shipped, model_runner=recording_runner(), scheduler=_Refuses, **SMALL)
