@@ -29,7 +29,7 @@ from layers.attention.triton_paged import TritonAttention
 from layers.exact_matmul import ExactMatmul
 from layers.linear import Matmul
 from llm import LLM, SamplingParams
-from models.decoder import DecoderLM
+from models.decoder import MLP, Attention, DecoderLM
 from tests.custom_parts import OneAtATime
 from tests.engine.fake_ranks import rank_pids
 from tests.exact_parts import (
@@ -290,11 +290,19 @@ class _Told(ContinuousScheduler):
     def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
         super().__init__(config, block_manager, clock)
         self.added: list[int] = []
+        self.times: list[float] = []
+        self.num_in_flight = 0
         self.all_of_them.append(self)
 
     def add(self, seq: Sequence) -> None:
         super().add(seq)
         self.added.append(seq.request_id)
+        self.times.append(seq.added_at)
+
+    def schedule(self) -> StepPlan | None:
+        plan = super().schedule()
+        self.num_in_flight = max(self.num_in_flight, self.batch.num_in_flight)
+        return plan
 
 
 class TestNoTrace:
@@ -331,6 +339,20 @@ class TestNoTrace:
             assert made[-1].added == []
             assert sum(len(one.added) for one in made) > 100
             assert all(one.batch.blocks is not llm.engine.blocks for one in made[:-1])
+
+    @pytest.mark.parametrize("depth", [0, 1])
+    def test_steps_overlap_and_requests_arrive_as_in_serving(
+        self, shipped: Path, depth: int
+    ) -> None:
+        made: list[_Told] = []
+        _Told.all_of_them = made
+        options = {**SMALL, "scheduler": _Told, "pipeline_depth": depth}
+        runner = partial(FakeRunner, seconds=lambda plan: 1.0)
+        with LLM(shipped, model_runner=runner, check_exact=True, **options) as llm:
+            assert max(one.num_in_flight for one in made) == depth + 1
+            times = [time for one in made for time in one.times]
+            assert times == sorted(times)
+            assert 0 == times[0] < times[-1] < llm.now()
 
     def test_random_numbers_of_the_program(self, shipped: Path) -> None:
         random.seed(5)
@@ -437,6 +459,17 @@ class TestSettings:
     def test_max_num_seqs_bounds_decodes(self, shipped: Path) -> None:
         assert max(len(plan.decode) for plan in _tried(shipped, max_num_seqs=40)) == 40
 
+    def test_two_requests_fill_a_prefill(self, shipped: Path) -> None:
+        plans = _tried(shipped, max_num_seqs=2)
+        # The other request, whose only output token comes from the prefill.
+        others = {
+            len(new.token_ids)
+            for plan in plans
+            for new in plan.new_requests
+            if len(plan.prefill) == 2 and new.max_total_tokens == len(new.token_ids) + 1
+        }
+        assert others == {(4096 - length) // 2 for length in (1, 17, 130, 256, 1000)}
+
     def test_max_num_batched_tokens_bounds_prefills(self, shipped: Path) -> None:
         plans = _tried(shipped, max_num_batched_tokens=700)
         assert max(plan.num_prefill_tokens for plan in plans) == 700
@@ -445,6 +478,8 @@ class TestSettings:
         plans = _tried(shipped, max_num_batched_tokens=128, max_num_seqs=64)
         # The probes with short prompts have ended when the longest prompt is computed.
         assert max(len(plan.decode) for plan in plans) >= 64 - 7 + 1
+        # When the last probe has ended, the others end too.
+        assert any(plan.prefill for plan in plans[-6:])
 
 
 class _Refuses(ContinuousScheduler):
@@ -573,22 +608,35 @@ class TestMeasurements:
             options |= {option: {"attention_backend": "torch", "model_runner": _Subclass}[option]}
         refusal(shipped, **{**SMALL, **options})
 
-    @pytest.mark.parametrize("layer", ["QKVLinear", "RowLinear", "ColumnLinear", "VocabHead"])
+    @pytest.mark.parametrize(
+        ("owner", "layer"),
+        [
+            (Attention, "qkv_proj"),
+            (Attention, "o_proj"),
+            (MLP, "gate_up_proj"),
+            (MLP, "down_proj"),
+            (DecoderLM, "lm_head"),
+        ],
+    )
     @pytest.mark.usefixtures("_measured")
     def test_one_product_without_a_measurement_is_enough(
-        self, shipped: Path, monkeypatch: pytest.MonkeyPatch, layer: str
+        self, shipped: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, layer: str
     ) -> None:
-        import layers.linear
+        prepare_all = owner.prepare
 
-        kind: Any = getattr(layers.linear, layer)
-        prepare = kind.prepare
+        def prepare(self: Any, *args: Any) -> None:
+            one = getattr(self, layer)
+            prepare_one = one.prepare
 
-        def unmeasured(self: Any, *args: Any, **kwargs: Any) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Matmul, "exact", False)
-                prepare(self, *args, **kwargs)
+            def unmeasured(*args: Any, **kwargs: Any) -> None:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(Matmul, "exact", False)
+                    prepare_one(*args, **kwargs)
 
-        monkeypatch.setattr(kind, "prepare", unmeasured)
+            one.prepare = unmeasured
+            prepare_all(self, *args)
+
+        monkeypatch.setattr(owner, "prepare", prepare)
         refusal(shipped, **SMALL, attention_backend=_MeasuredAttention)
 
     def test_what_the_parts_say(self) -> None:
