@@ -72,6 +72,9 @@ class Config:
         pipeline_depth: with 0 the engine plans each step after the previous step, with 1 during the
             previous step. None means 1 on CUDA, 0 on a CPU. Both values give the same outputs.
         seed: number from which the engine derives the seeds of requests without a seed.
+        check_exact: start only if each request gets the same bits in any company as alone. Where
+            this was measured, nothing is run. Otherwise a test runs at start. If the test finds
+            other bits, a ConfigError is raised. The page docs/exact.md says what the test tries.
         kv_sanitizer: check uses of KV blocks; slow. Blocks neither in use nor cached contain NaN.
         scheduler: "continuous" or "static".
         model_runner: "local" runs the model. "fake" and "simulated" run no model and need no GPU.
@@ -102,6 +105,7 @@ class Config:
     num_speculative_tokens: int = ruled(0, integer(0))
     pipeline_depth: int | None = ruled(None, integer(0, 1, "Use 1 to overlap.", optional=True))
     seed: int = ruled(0, integer(0))
+    check_exact: bool = ruled(False, boolean())
     kv_sanitizer: bool = ruled(False, boolean())
     scheduler: PartSpec = ruled("continuous", _PART)
     block_manager: PartSpec = ruled("auto", _PART)

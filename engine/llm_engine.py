@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from config import Config
+from engine.checking.exactness import check_exact
 from engine.checking.kv_sanitizer import SanitizedRunner
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
 from engine.processors import OwnProcessor, own_processors
@@ -54,11 +55,12 @@ class LLMEngine:
         self._dropped: deque[Sequence] = deque()
         self.turns = Turns(self._between_turns)
         self.runner: ModelRunner = make_runner(config, self.checkpoint)
-        self._sanitizer: SanitizedRunner | None = None
         try:
             if config.kv_sanitizer:
-                self.runner = self._sanitizer = SanitizedRunner(self.runner, config)
+                self.runner = SanitizedRunner(self.runner, config)
             self.reset()
+            if config.check_exact and not self.runner.exact:
+                check_exact(self)
         except BaseException:
             self.runner.close()
             raise
@@ -281,8 +283,8 @@ class LLMEngine:
             self._read.clear()
             groups = self.runner.kv_groups
             self.config, managers = make_block_managers(self._asked, self.config, groups)
-            if self._sanitizer:
-                managers = self._sanitizer.watch(managers)
+            if isinstance(self.runner, SanitizedRunner):
+                managers = self.runner.watch(managers)
             self.blocks = grouped(managers)
             self.scheduler = make_scheduler(self.config, self.blocks, self.runner.now)
         self._stale, self._failure = False, None

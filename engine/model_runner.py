@@ -6,12 +6,10 @@ one request. The R sampled rows of a step are the rows whose next token is drawn
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -40,10 +38,11 @@ from layers.sampler import Sampler
 from layers.step_rows import SampledRows, SlotTables, StepRows
 from memory.kv_cache import KVCache, KVLayer, kv_blocks
 from memory.sizing import fit_blocks, free_bytes, measure_usage, memory_errors, release_device
+from models import find_architecture
 from models.base import CausalLM, ForwardBatch, ModelShape
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
-from utils.errors import ConfigError, EngineClosedError, UnsupportedModelError
+from utils.errors import ConfigError, EngineClosedError
 from utils.loader import load_weights
 
 
@@ -257,6 +256,7 @@ class LocalRunner(ModelRunner):
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
         self._model.prepare()
+        self.exact = type(self) is LocalRunner and self._backend.exact and self._model.exact
         heads, width = spec.num_kv_heads, self._dtype.itemsize
         shape_of_one = shape.num_layers, heads, spec.head_dim, spec.block_size, 1, width
         self._one_block = KVGeometry(*shape_of_one)
@@ -317,20 +317,3 @@ def step_launcher(
         # the next plan is sent to all ranks as soon as rank 0 has ended a step.
         return StreamLauncher(clock, device, config.max_num_seqs, depth + 2)
     return HostLauncher(clock, in_thread=depth > 0)
-
-
-def find_architecture(checkpoint: Checkpoint) -> ModuleType:
-    """Return the module `models.<model_type>` of a checkpoint, or raise UnsupportedModelError."""
-    model_type = str(checkpoint.hf_config.model_type)
-    name = f"models.{model_type.replace('-', '_')}"
-    known = name.removeprefix("models.").isidentifier()
-    try:
-        if known and hasattr(module := importlib.import_module(name), "MODEL"):
-            return module
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-    raise UnsupportedModelError(
-        f"{checkpoint.path} is a {model_type!r} model and there is no {name} module for it. "
-        "See CONTRIBUTING.md for how to add one."
-    )

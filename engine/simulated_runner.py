@@ -83,6 +83,8 @@ class SimulatedRunner(ModelRunner):
             block = KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4)
             groups = (kv_blocks(config, block),)
         self._groups = groups
+        # A token is a hash of its request alone. A subclass may compute something else.
+        self.exact = type(self) is SimulatedRunner
         self._vocab_size = int(checkpoint.hf_config.vocab_size) if checkpoint else 50
         self._seconds = seconds
         self._requests: dict[int, SimulatedRequest] = {}

@@ -95,7 +95,7 @@ class StepPlan:
     token. The KV of the last token is never read, so no block is reserved for the token.
     """
 
-    step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again after an exception
+    step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again with each new scheduler
     new_requests: tuple[NewRequest, ...] = ()
     block_updates: tuple[BlockUpdate, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()

@@ -307,6 +307,9 @@ class ModelRunner(ABC):
     # Whether the runner uses a device. If False, options whose default depends on the machine get
     # the default of a machine without a GPU, so that runs are equal on all machines.
     has_device: ClassVar[bool] = True
+    # Whether measurements show that no other request changes a request's bits. If False, the option
+    # `check_exact` runs a test at start. A subclass of a measured runner has to be measured itself.
+    exact: bool = False
 
     @property
     @abstractmethod

@@ -19,6 +19,8 @@ class ExactMatmul(Matmul):
         after: the norm of the stream to which `added` adds the product.
     """
 
+    exact = True
+
     def __init__(
         self,
         weight: Tensor,

@@ -76,7 +76,7 @@ class ColumnLinear(_Linear):
         """
         assert self.weight is not None
         matmul = make_matmul(self.weight, self.bias, self._place, norm, gated=gated)
-        self._matmul, self.weight = matmul, None
+        self._matmul, self.weight, self.exact = matmul, None, matmul.exact
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
         """Return where to load the checkpoint's layers `names`, one layer for each projection."""
@@ -127,7 +127,7 @@ class RowLinear(_Linear):
             # The outputs of all ranks are added up, so only rank 0 adds the bias.
             self.bias = None
         matmul = make_matmul(self.weight, self.bias, self._place, after=after)
-        self._matmul, self.weight = matmul, None
+        self._matmul, self.weight, self.exact = matmul, None, matmul.exact
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
         """Return `stream` plus the layer's output for x [T, K]. `stream.part` must be None."""
@@ -180,6 +180,7 @@ class VocabHead:
 
     def prepare(self, norm: RMSNorm) -> None:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
+        self.exact = self._matmul.exact
 
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
         """Return logits [R, N] of R tokens for this rank's N table rows; -inf for padding rows."""
@@ -196,6 +197,8 @@ class Matmul:
     Args:
         gated: W is [gate | up], and `normed` returns silu(gate) * up [T, N / 2] of the product.
     """
+
+    exact = False  # whether it was measured that a row's bits depend on no other row
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, place: Place, *, gated: bool = False

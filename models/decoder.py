@@ -122,6 +122,7 @@ class Attention:
         self.qkv_proj.prepare(norm)
         self.store.prepare()
         self.o_proj.prepare(after)
+        self.exact = self.qkv_proj.exact and self.o_proj.exact
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         slots = self.qkv_proj.weight_targets(*(f"{name}.{p}_proj" for p in "qkv"))
@@ -144,6 +145,7 @@ class MLP:
     def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
         self.gate_up_proj.prepare(norm, gated=True)
         self.down_proj.prepare(after)
+        self.exact = self.gate_up_proj.exact and self.down_proj.exact
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         slots = self.gate_up_proj.weight_targets(f"{name}.gate_proj", f"{name}.up_proj")
@@ -232,6 +234,12 @@ class DecoderLM(CausalLM):
             layer.prepare(after)
             after = layer.input_norm
         self.lm_head.prepare(self.norm)
+        # A subclass may have layers that were not measured.
+        self.exact = type(self) is DecoderLM and all(
+            getattr(part, "exact", False)
+            for layer in self.layers
+            for part in (layer.attention, layer.mlp, self.lm_head)
+        )
 
     def weight_targets(self) -> dict[str, WeightTarget]:
         slots = self.embed_tokens.weight_targets("model.embed_tokens")

@@ -23,7 +23,7 @@ ALLOWED = {
     "engine.types": "engine.requests engine.step utils config sampling_params",
     "engine.step": "utils config sampling_params",
     "engine.processors": "utils config sampling_params",
-    "engine.ranks": "engine.ranks engine.types engine.model_runner layers utils config",
+    "engine.ranks": "engine.ranks engine.types engine.model_runner layers models utils config",
     # What every rank imports before its runner does: nothing that needs torch.
     "engine.ranks.worker": "engine.ranks.channel engine.types utils config",
     "engine.ranks.channel": "engine.processors engine.step",

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
 from config import Config
-from engine.model_runner import LocalRunner, find_architecture
+from engine.model_runner import LocalRunner
 from engine.ranks.worker import LostPeerError, Rank
 from layers.kernels.launch import dependent_launch, fused
 from layers.parallel import ParallelContext, ordered_sum
+from models import find_architecture
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError
 

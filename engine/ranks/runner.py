@@ -68,7 +68,8 @@ class TensorParallelRunner(ModelRunner):
         size = config.tensor_parallel_size
         if getattr(make_runner, "func", make_runner) is local_rank:
             check_divides(config, checkpoint)
-        self._ready: list[tuple[KVGeometry, ...]] = []
+        # What each rank has told of its runner: `exact` and `kv_groups`.
+        self._ready: list[tuple[bool, tuple[KVGeometry, ...]]] = []
         self._codec = PlanCodec()
         # An empty list for each step without a result, oldest step first. `take_in` appends the
         # result. `StepHandle`s instead of lists would make reference cycles with the runner.
@@ -95,11 +96,12 @@ class TensorParallelRunner(ModelRunner):
         except BaseException:
             self._end()
             raise
+        self.exact = type(self) is TensorParallelRunner and all(one for one, _ in self._ready)
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
         """For each cache group, the shape of one rank's KV cache, with only its own KV heads."""
-        return self._ready[0]
+        return self._ready[0][1]
 
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
@@ -160,8 +162,8 @@ class TensorParallelRunner(ModelRunner):
                 match self._channels[key.data].receive():
                     case StepResult() as result:
                         self._pending.popleft().append(replace(result, ended_at=self.now()))
-                    case tuple() as kv_groups:
-                        self._ready.append(kv_groups)
+                    case (bool(), tuple()) as told:
+                        self._ready.append(told)
                     case None if self._closed and self._processes[key.data].wait() == 0:
                         self._selector.unregister(key.fileobj)
                     case cause:

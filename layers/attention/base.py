@@ -62,6 +62,7 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     captures: ClassVar[bool] = False  # whether a CUDA graph can capture the backend's work
+    exact: bool = False  # whether it was measured that no other request changes an output's bits
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
-from layers.kernels.launch import dependent_launch, has_triton
+from layers.kernels.launch import dependent_launch, has_triton, has_wgmma
 from memory.kv_cache import KVLayer
 
 
@@ -30,6 +30,8 @@ class TritonAttention(AttentionBackend):
         from layers.kernels.decode_launch import decode_workspace
 
         self._spec = spec
+        # Other GPUs have not been measured, and a subclass may compute something else.
+        self.exact = type(self) is TritonAttention and has_wgmma(spec.device)
         self._pdl = dependent_launch(spec.device)
         heads, rows = (spec.num_heads, spec.num_kv_heads, spec.head_dim), spec.rows_per_decode
         self._workspace = decode_workspace(

@@ -16,7 +16,7 @@ import torch
 import models.qwen2
 import models.qwen3
 from config import Config
-from engine.model_runner import LocalRunner, find_architecture
+from engine.model_runner import LocalRunner
 from engine.parts import captures_graphs, make_backend, resolve
 from engine.sampling_rows import special_bytes
 from engine.step_handles import StepOutput
@@ -26,6 +26,7 @@ from layers.attention.torch_sdpa import TorchAttention
 from layers.parallel import ParallelContext
 from memory.kv_cache import KVCache
 from memory.sizing import Usage, fit_blocks
+from models import find_architecture
 from sampling_params import SamplingParams
 from tests.checkpoints import Checkpoints
 from tests.engine.waits import PATIENCE
@@ -72,7 +73,7 @@ def test_a_package_that_a_model_lacks_is_named(monkeypatch: pytest.MonkeyPatch) 
     def lacks(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'some_kernels'", name="some_kernels")
 
-    monkeypatch.setattr("engine.model_runner.importlib.import_module", lacks)
+    monkeypatch.setattr("models.importlib.import_module", lacks)
     with pytest.raises(ModuleNotFoundError, match="some_kernels"):
         find_architecture(_checkpoint("qwen3"))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import random_weights
+from layers.attention.triton_paged import TritonAttention
 from llm import LLM, SamplingParams
 from tests.test_readme import code_of, run
 
@@ -133,6 +134,19 @@ def test_with_other_options(requests: Requests, options: dict[str, Any]) -> None
         assert requests.lost(requests.run(llm, everyone, others=20)) == []
         if options.get("num_kvcache_blocks", 300) <= 80:
             assert llm.stats().preemptions > 0
+
+
+def test_the_engines_own_parts_need_no_test_at_start(shipped: Path) -> None:
+    with LLM(shipped, check_exact=True, **BASE) as llm:
+        assert llm.engine.runner.exact
+
+
+def test_the_test_at_start_finds_no_lost_bits(shipped: Path) -> None:
+    """A subclass counts as not measured, though it computes the same."""
+    same = type("Same", (TritonAttention,), {})
+    with LLM(shipped, check_exact=True, attention_backend=same, **BASE) as llm:
+        assert not llm.engine.runner.exact
+        assert llm.stats().steps == 0
 
 
 def test_the_example_of_the_page(shipped: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from engine.model_runner import find_architecture
 from layers.norm_rope import rotary_table
+from models import find_architecture
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import CheckpointError, CheckpointNotFoundError

@@ -63,6 +63,7 @@ def test_chunks_come_first_and_decodes_have_all_their_rows(
         out.copy_(rows)
 
     monkeypatch.setattr("layers.attention.triton_paged.dependent_launch", lambda device: False)
+    monkeypatch.setattr("layers.attention.triton_paged.has_wgmma", lambda device: False)
     monkeypatch.setattr("layers.kernels.paged_prefill.paged_prefill", prefill)
     monkeypatch.setattr("layers.kernels.paged_decode.paged_decode", decode)
     made: list[Any] = []
