@@ -77,7 +77,7 @@ class StepPass:
         batch = ForwardBatch(
             input_ids=rows.input_ids,
             slot_mapping=rows.slot_mapping,
-            rotation=self.model.rotary.prepare(rows.positions),
+            rotations=self.model.rotary.prepare(rows.positions),
             attention=self.backend.prepare(rows.attention(self.state.tables.block_tables)),
             kv=self.kv,
             sampled_rows=wanted,
@@ -232,7 +232,7 @@ class LocalRunner(ModelRunner):
             num_heads=parallel.per_rank("query heads", shape.num_heads),
             num_kv_heads=parallel.kv_heads(shape.num_kv_heads)[1],
             head_dim=shape.head_dim,
-            scale=shape.head_dim**-0.5,
+            scale=shape.attention_scale,
             block_size=config.kvcache_block_size,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,

@@ -90,6 +90,17 @@ class ColumnLinear(_Linear):
             row += length
         return slots
 
+    def fused_target(self, name: str) -> dict[str, WeightTarget]:
+        """Return where to load the layer `name`, which has all projections and no bias."""
+        assert self.weight is not None
+        shares, above = list[tuple[int, int]](), 0
+        for full, (start, length) in zip(self._full, self._shares, strict=True):
+            shares.append((above + start, length))
+            above += full[0]
+        shape = above, self.weight.shape[1]
+        target = WeightTarget(self.weight, shape, 0, *shares[0], more=tuple(shares[1:]))
+        return {f"{name}.weight": target}
+
 
 class QKVLinear(ColumnLinear):
     """Query, key and value projections. `num_heads` and `num_kv_heads` count heads of all ranks."""
@@ -145,8 +156,9 @@ class RowLinear(_Linear):
 class VocabEmbedding:
     """This rank's embedding table: the rows of `length` tokens, then padding rows (zeros)."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, place: Place) -> None:
-        self._parallel = parallel = place.parallel
+    def __init__(self, vocab_size: int, hidden_size: int, place: Place, scale: float = 1.0) -> None:
+        self._parallel, self._scale = place.parallel, scale
+        parallel = place.parallel
         unit = _ROWS if parallel.size > 1 else 1
         rows = -(-vocab_size // (parallel.size * unit)) * unit
         self._shape = (vocab_size, hidden_size)
@@ -155,7 +167,11 @@ class VocabEmbedding:
         self.weight = place.empty(rows, hidden_size).zero_()
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """Return the embeddings [T, hidden_size] of the tokens `token_ids`, int64 [T]."""
+        """Return `scale` times the embeddings [T, hidden_size] of the tokens, int64 [T]."""
+        rows = self._rows(token_ids)
+        return rows if self._scale == 1 else rows.mul_(self._scale)
+
+    def _rows(self, token_ids: Tensor) -> Tensor:
         if self._parallel.size == 1:
             return self.weight.index_select(0, token_ids)
         local = token_ids - self._start
@@ -171,10 +187,10 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    """The output head: computes logits, with the weight of a `VocabEmbedding`."""
+    """The output head: computes logits times `scale`, with the weight of a `VocabEmbedding`."""
 
-    def __init__(self, table: VocabEmbedding, place: Place) -> None:
-        self._table = table
+    def __init__(self, table: VocabEmbedding, place: Place, scale: float = 1.0) -> None:
+        self._table, self._scale = table, scale
         self._place = place
         self._matmul: Matmul
 
@@ -185,6 +201,8 @@ class VocabHead:
     def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
         """Return logits [R, N] of R tokens for this rank's N table rows; -inf for padding rows."""
         logits = self._matmul.normed(normed, out=out)[0]
+        if self._scale != 1:
+            logits.mul_(self._scale)
         length = self._table.length
         if length < logits.shape[1]:
             logits[:, length:] = float("-inf")

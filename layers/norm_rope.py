@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from layers.parallel import Place
 from memory.kv_cache import KVLayer
-from utils.errors import UnsupportedModelError
 from utils.loader import WeightTarget
 
 # In float16 the stream times a norm's weight could overflow. So it is multiplied by a power of two,
@@ -150,46 +147,6 @@ class RMSNorm:
         return {f"{name}.weight": WeightTarget(self.weight, tuple(self.weight.shape))}
 
 
-def rotary_table(hf_config: Any, head_dim: int, max_len: int, device: torch.device) -> Tensor:
-    """Return a table of cosines and sines for all positions, float32 [2, max_len, 1, head_dim].
-
-    A head's vector x with the halves [x1 | x2] is rotated to x * table[0] + [x2 | x1] * table[1].
-    For this formula the sines of the first half are negated. All positions are rotated with the
-    frequencies that transformers uses for a sequence of `max_len` tokens. With the rope types
-    "dynamic" and "longrope" transformers changes frequencies as a sequence grows. This engine does
-    not, because cached keys are already rotated. Raises UnsupportedModelError for unknown rope
-    types, for parameters of other types or by kind of layer, and if not all of a head is rotated.
-    """
-    parameters = dict(hf_config.rope_parameters or {})
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UnsupportedModelError(f"rope_parameters by kind of layer: {', '.join(parameters)}")
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-        raise UnsupportedModelError(
-            f"rope type {rope_type!r} is unknown to the installed transformers, which knows "
-            f"default, {', '.join(ROPE_INIT_FUNCTIONS)}"
-        )
-    try:
-        if rope_type == "default":
-            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-            inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-        else:
-            make = ROPE_INIT_FUNCTIONS[rope_type]
-            inv_freq, scaling = make(hf_config, torch.device("cpu"), seq_len=max_len)
-        usable = parameters.get("partial_rotary_factor") in (None, 1) and math.isfinite(scaling)
-        usable = usable and len(inv_freq) == head_dim // 2 and bool(inv_freq.isfinite().all())
-    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"rope_parameters={parameters} fail: {error!r}") from error
-    if not usable:
-        problem = "must give a finite frequency to all pairs of a head's elements"
-        raise UnsupportedModelError(f"rope_parameters={parameters} {problem}")
-    positions = torch.arange(max_len, dtype=torch.float32, device="cpu")
-    angles = torch.outer(positions, inv_freq.float().cpu())
-    cos, sin = angles.cos() * scaling, angles.sin() * scaling
-    table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-    return table.unsqueeze(2).to(device)
-
-
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """Positions [T] of a step's tokens, and the cosines and sines that rotate Q and K.
@@ -204,27 +161,31 @@ class Rotation:
 
 
 class RotaryEmbedding:
-    """A model's rotary embedding (RoFormer), for all layers; `table` is from `rotary_table`.
+    """A model's rotary embeddings (RoFormer), one for each kind of layer, from `rotary_table`.
 
     If `gather` is True, `prepare` returns a `Rotation` for torch, with the rows of the table that a
     step needs. Otherwise it returns a `Rotation` for Triton kernels, which find the rows.
     """
 
-    def __init__(self, table: Tensor, *, gather: bool) -> None:
+    def __init__(self, *tables: Tensor, gather: bool) -> None:
         self._gather = gather
-        self._cos, self._sin = table
+        self._tables = [(cos, sin) for cos, sin in tables]
         if not gather:
-            half = table.shape[-1] // 2
+            half = tables[0].shape[-1] // 2
             # Triton kernels get half the columns. The others differ only in the sign of the sines.
-            self._cos = self._cos[:, 0, :half].contiguous()
-            self._sin = self._sin[:, 0, half:].contiguous()
+            self._tables = [
+                (cos[:, 0, :half].contiguous(), sin[:, 0, half:].contiguous())
+                for cos, sin in self._tables
+            ]
 
-    def prepare(self, positions: Tensor) -> Rotation:
-        """Return the `Rotation` for the `positions` [T] of a step's tokens, for all layers."""
-        cos, sin = self._cos, self._sin
+    def prepare(self, positions: Tensor) -> tuple[Rotation, ...]:
+        """Return each table's `Rotation` for the `positions` [T] of a step's tokens."""
+        tables = self._tables
         if self._gather:
-            cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
-        return Rotation(positions, cos, sin)
+            tables = [
+                (c.index_select(0, positions), s.index_select(0, positions)) for c, s in tables
+            ]
+        return tuple(Rotation(positions, cos, sin) for cos, sin in tables)
 
 
 class QKNormRopeStore:

@@ -17,13 +17,21 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a model, on all ranks together. If `tied`, the head uses the embedding's weight."""
+    """Sizes of a model, on all ranks together. If `tied`, the head uses the embedding's weight.
+
+    `score_scale` multiplies dot products of Q and K; None means 1 / sqrt(head_dim).
+    """
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     tied: bool
+    score_scale: float | None = None
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +41,7 @@ class ForwardBatch:
     Attributes:
         input_ids: token ids, int64 [T].
         slot_mapping: index in `KVLayer.flat` where each token's K and V are stored, int64 [T].
-        rotation, attention: results of `CausalLM.rotary.prepare` and `AttentionBackend.prepare`.
+        rotations, attention: results of `CausalLM.rotary.prepare` and `AttentionBackend.prepare`.
         kv: the KV cache of each layer, in the order of the layers.
         sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
         logits: optional buffer for logits, [R, this rank's columns]; a model may ignore the buffer.
@@ -41,7 +49,7 @@ class ForwardBatch:
 
     input_ids: Tensor
     slot_mapping: Tensor
-    rotation: Rotation
+    rotations: tuple[Rotation, ...]
     attention: Any
     kv: list[KVLayer]
     sampled_rows: Tensor | None
@@ -52,7 +60,7 @@ class CausalLM(ABC):
     """A model's weights and forward pass on one rank."""
 
     # The runner calls `rotary.prepare` once before each forward pass, with positions [T] int64, and
-    # passes the result as `ForwardBatch.rotation`. Models that rotate nothing need a `rotary` too.
+    # passes the result as `ForwardBatch.rotations`. Models that rotate nothing need a `rotary` too.
     rotary: RotaryEmbedding
     exact: bool = False  # whether it was measured that no other token changes a product's bits
 

@@ -1,4 +1,4 @@
-"""The pre-norm decoder-only transformer of the Qwen2 and Qwen3 models."""
+"""The pre-norm decoder-only transformer of Llama, Mistral, Qwen and other models."""
 
 from __future__ import annotations
 
@@ -9,68 +9,36 @@ from torch import Tensor
 
 from layers.attention.base import AttentionBackend
 from layers.linear import ColumnLinear, QKVLinear, RowLinear, VocabEmbedding, VocabHead
-from layers.norm_rope import Normed, QKNormRopeStore, RMSNorm, RotaryEmbedding, Stream, rotary_table
+from layers.norm_rope import Normed, QKNormRopeStore, RMSNorm, RotaryEmbedding, Stream
 from layers.parallel import Place
+from layers.rotary import rotary_table
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ForwardBatch, ModelShape
-from utils.errors import UnsupportedModelError
 from utils.loader import WeightTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec(ModelShape):
-    """Sizes of a decoder, over all ranks. If `qk_norm`, each head of Q and K is RMS-normalised."""
+    """Sizes of a decoder, over all ranks, and how its layers differ.
+
+    Attributes:
+        qk_norm: whether each head of Q and K is RMS-normalised.
+        ropes: each layer's `kind` for `rotary_table`. Empty means "" for all layers.
+        embedding_scale, logit_scale: factors of the embeddings and of the logits.
+        fused_weights: whether the checkpoint has one weight `qkv_proj` and one `gate_up_proj`.
+    """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     rms_norm_eps: float
-    qkv_bias: bool
-    o_bias: bool
-    qk_norm: bool
-
-
-def decoder_spec(hf_config: Any, *, qkv_bias: bool, o_bias: bool, qk_norm: bool) -> DecoderSpec:
-    """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
-
-    Raises UnsupportedModelError for activations other than silu, layers without full attention,
-    quantised weights, head sizes not divisible by 2, or query heads not divisible by KV heads. The
-    caller must refuse other settings that `DecoderLM` lacks, such as `logits_scaling`.
-    `open_checkpoint` has already refused numbers that make no sense, such as 0 layers.
-    """
-    if hf_config.hidden_act != "silu":
-        raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
-    # If a config has no layer_types, its sliding_window applies to all layers.
-    all_layers = getattr(hf_config, "sliding_window", None) and "sliding_attention"
-    kinds = set(getattr(hf_config, "layer_types", None) or [all_layers or "full_attention"])
-    kinds.discard("full_attention")
-    if kinds:
-        raise UnsupportedModelError(
-            f"layer_types contains {', '.join(sorted(kinds))}: only full_attention is built "
-            "(for Qwen2 and Qwen3, set use_sliding_window=false if the context allows it)"
-        )
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("quantization_config: quantised checkpoints are not built")
-    heads, kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
-    if heads % kv_heads:
-        raise UnsupportedModelError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-    if head_dim < 2 or head_dim % 2:
-        raise UnsupportedModelError(f"head_dim={head_dim}: rotations need an even number")
-    return DecoderSpec(
-        vocab_size=hf_config.vocab_size,
-        hidden_size=hf_config.hidden_size,
-        intermediate_size=hf_config.intermediate_size,
-        num_layers=hf_config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=hf_config.rms_norm_eps,
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        qk_norm=qk_norm,
-        tied=hf_config.tie_word_embeddings,
-    )
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    ropes: tuple[str | None, ...] = ()
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    fused_weights: bool = False
 
 
 class Block(Protocol):
@@ -94,11 +62,13 @@ class Block(Protocol):
 
 
 class Attention:
-    """Self-attention over the paged KV cache."""
+    """Self-attention over the paged KV cache. `rope` is the index of the layer's rotation."""
 
-    def __init__(self, spec: DecoderSpec, place: Place, backend: AttentionBackend) -> None:
+    def __init__(
+        self, spec: DecoderSpec, place: Place, backend: AttentionBackend, rope: int = 0
+    ) -> None:
         hidden, heads, head_dim = spec.hidden_size, spec.num_heads, spec.head_dim
-        self._backend = backend
+        self._backend, self._rope, self._fused = backend, rope, spec.fused_weights
         sizes = hidden, heads, spec.num_kv_heads, head_dim
         self.qkv_proj = QKVLinear(*sizes, bias=spec.qkv_bias, place=place)
         mine = place.parallel.per_rank("query heads", heads)
@@ -112,7 +82,7 @@ class Attention:
     ) -> Stream:
         """Return stream plus attention output of tokens `rows`, int64 [R], or of all if None."""
         qkv, stream = self.qkv_proj(normed)
-        q = self.store(qkv, batch.rotation, batch.slot_mapping, kv)
+        q = self.store(qkv, batch.rotations[self._rope], batch.slot_mapping, kv)
         out = self._backend.attend(q, kv, batch.attention)
         if rows is not None:
             out, stream = out.index_select(0, rows), Stream(stream.total.index_select(0, rows))
@@ -125,7 +95,10 @@ class Attention:
         self.exact = self.qkv_proj.exact and self.o_proj.exact
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
-        slots = self.qkv_proj.weight_targets(*(f"{name}.{p}_proj" for p in "qkv"))
+        if self._fused:
+            slots = self.qkv_proj.fused_target(f"{name}.qkv_proj")
+        else:
+            slots = self.qkv_proj.weight_targets(*(f"{name}.{p}_proj" for p in "qkv"))
         slots |= self.store.weight_targets(f"{name}.q_norm", f"{name}.k_norm")
         return slots | self.o_proj.weight_targets(f"{name}.o_proj")
 
@@ -135,6 +108,7 @@ class MLP:
 
     def __init__(self, spec: DecoderSpec, place: Place) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
+        self._fused = spec.fused_weights
         self.gate_up_proj = ColumnLinear(hidden, (inner, inner), bias=False, place=place)
         self.down_proj = RowLinear(inner, hidden, bias=False, place=place)
 
@@ -148,7 +122,10 @@ class MLP:
         self.exact = self.gate_up_proj.exact and self.down_proj.exact
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
-        slots = self.gate_up_proj.weight_targets(f"{name}.gate_proj", f"{name}.up_proj")
+        if self._fused:
+            slots = self.gate_up_proj.fused_target(f"{name}.gate_up_proj")
+        else:
+            slots = self.gate_up_proj.weight_targets(f"{name}.gate_proj", f"{name}.up_proj")
         return slots | self.down_proj.weight_targets(f"{name}.down_proj")
 
 
@@ -196,13 +173,16 @@ class DecoderLM(CausalLM):
     ) -> None:
         self.spec, self.place, self.backend = shape, place, backend
         size = shape.vocab_size, shape.hidden_size
-        self.embed_tokens = VocabEmbedding(*size, place)
+        self.embed_tokens = VocabEmbedding(*size, place, shape.embedding_scale)
+        self._ropes = shape.ropes or ("",) * shape.num_layers
+        self._kinds = list(dict.fromkeys(self._ropes))
         self.layers = [self.make_layer(i) for i in range(shape.num_layers)]
         self.norm = self.make_norm()
         self._head = self.embed_tokens if shape.tied else VocabEmbedding(*size, place)
-        self.lm_head = VocabHead(self._head, place)
-        table = rotary_table(hf_config, shape.head_dim, max_model_len, place.device)
-        self.rotary = RotaryEmbedding(table, gather=not place.fused)
+        self.lm_head = VocabHead(self._head, place, shape.logit_scale)
+        rows = hf_config, shape.head_dim, max_model_len, place.device
+        tables = [rotary_table(*rows, kind) for kind in self._kinds]
+        self.rotary = RotaryEmbedding(*tables, gather=not place.fused)
 
     def make_layer(self, index: int) -> DecoderLayer:
         attention, mlp = self.make_attention(index), self.make_mlp(index)
@@ -212,7 +192,8 @@ class DecoderLM(CausalLM):
         return RMSNorm(self.spec.hidden_size, self.spec.rms_norm_eps, self.place)
 
     def make_attention(self, index: int) -> Block:
-        return Attention(self.spec, self.place, self.backend)
+        rope = self._kinds.index(self._ropes[index])
+        return Attention(self.spec, self.place, self.backend, rope)
 
     def make_mlp(self, index: int) -> Block:
         return MLP(self.spec, self.place)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.decoder import DecoderLM, DecoderSpec, decoder_spec
+from models.decoder import DecoderLM, DecoderSpec
+from models.decoder_config import decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
-    return decoder_spec(hf_config, qkv_bias=True, o_bias=False, qk_norm=False)
+    return decoder_spec(hf_config, qkv_bias=True)
 
 
 MODEL = DecoderLM

@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB_SIZE = 259
 MAX_POSITION = 512
@@ -38,6 +32,13 @@ class Variant:
     max_shard_size: str = "1GB"
 
 
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 _LONG_FACTORS = {
     "short_factor": [1.0 + 0.02 * i for i in range(32)],
     "long_factor": [1.5 + 0.1 * i for i in range(32)],
@@ -66,20 +67,7 @@ VARIANTS = {
             rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         ),
         Variant("qwen2-linear", "qwen2", 4, 4, 64, rope={"rope_type": "linear", "factor": 3.0}),
-        Variant(
-            "qwen3-llama3",
-            "qwen3",
-            4,
-            1,
-            64,
-            rope={
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        ),
+        Variant("qwen3-llama3", "qwen3", 4, 1, 64, rope=_LLAMA3),
         Variant(
             "qwen3-dynamic",
             "qwen3",
@@ -104,18 +92,53 @@ VARIANTS = {
         ),
         Variant("qwen3-sharded", "qwen3", 4, 2, 64, max_shard_size="200KB"),
         Variant("qwen2-bfloat16", "qwen2", 4, 1, 64, dtype=torch.bfloat16),
+        Variant("llama-tied", "llama", 4, 2, 64, tied=True, rope=_LLAMA3),
+        Variant("llama-bias", "llama", 6, 2, 32, extra={"attention_bias": True}),
+        Variant("mistral", "mistral", 4, 2, 64, extra={"sliding_window": None}),
+        # Layers 1 and 3 do not rotate.
+        Variant(
+            "smollm3-nope",
+            "smollm3",
+            4,
+            2,
+            24,
+            extra={"num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": None},
+        ),
+        Variant(
+            "granite",
+            "granite",
+            4,
+            2,
+            24,
+            tied=True,
+            extra={
+                "embedding_multiplier": 12.0,
+                "residual_multiplier": 0.22,
+                "attention_multiplier": 0.0625,
+                "logits_scaling": 8.0,
+            },
+        ),
+        Variant("phi3", "phi3", 4, 2, 24, extra={"pad_token_id": None}),
+        Variant(
+            "phi3-longrope",
+            "phi3",
+            4,
+            4,
+            24,
+            rope={
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0 + 0.02 * i for i in range(12)],
+                "long_factor": [1.5 + 0.1 * i for i in range(12)],
+            },
+            extra={"pad_token_id": None, "original_max_position_embeddings": 64},
+        ),
     )
-}
-
-_CLASSES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 
 
 def write_checkpoint(path: Path, variant: Variant, **config_fields: Any) -> Path:
     """Save a random model; all its norms and biases are random too, and matter."""
-    make_config, make_model = _CLASSES[variant.architecture]
     fields = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": variant.hidden,
@@ -134,7 +157,9 @@ def write_checkpoint(path: Path, variant: Variant, **config_fields: Any) -> Path
     # transformers initialises norms to one and biases to zero, which hides their absence.
     state = torch.get_rng_state()
     torch.manual_seed(zlib.crc32(variant.name.encode()))
-    model = make_model(make_config(**{**fields, **variant.extra, **config_fields}))
+    fields |= {**variant.extra, **config_fields}
+    config = AutoConfig.for_model(variant.architecture, **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

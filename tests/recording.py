@@ -53,6 +53,6 @@ class RecordingRunner(LocalRunner):
     def _keep(self, batch: ForwardBatch, logits: Tensor) -> None:
         plan = self.plans[-1]
         slots = [c.slot for c in plan.prefill for _ in range(c.num_tokens)] + list(plan.decode)
-        positions = batch.rotation.positions.tolist()
+        positions = batch.rotations[0].positions.tolist()
         for slot, position, row in zip(slots, positions, logits.clone(), strict=True):
             self.logits[self._requests[slot], position] = row

@@ -23,6 +23,8 @@ LENGTHS = [1, 230, 5, 250, 17, 240, 16, 64, 15, 33, 3, 100, 255, 256, 48, 200]
 LONGEST = max(LENGTHS) + MAX_TOKENS
 BLOCK_SIZES = [16, 64, 256]
 MAX_NUM_SEQS = [1, 3, 16]
+# One checkpoint of each family that has no tests of its own here.
+OTHERS = ("llama-tied", "mistral", "smollm3-nope", "granite", "phi3")
 DEPTHS = [0, 1]
 
 
@@ -84,7 +86,7 @@ def _smallest_cache(block_size: int) -> int:
     return -(-(LONGEST - 1) // block_size) + 1
 
 
-@pytest.mark.parametrize("name", ["qwen3-gqa2-wide-heads", "qwen2-gqa6"])
+@pytest.mark.parametrize("name", ["qwen3-gqa2-wide-heads", "qwen2-gqa6", *OTHERS])
 def test_no_token_of_the_reference_is_a_tie(checkpoints: Checkpoints, name: str) -> None:
     """Otherwise a difference below could be rounding; if this fails, choose another seed."""
     assert _reference(checkpoints[name]).smallest_lead > 1e-4
@@ -120,6 +122,23 @@ def test_greedy_tokens_equal_transformers(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=40 if chunked else 2048,
         num_kvcache_blocks=_smallest_cache(block_size) if small else None,
+    )
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_greedy_tokens_of_other_families(checkpoints: Checkpoints, name: str, depth: int) -> None:
+    """In chunks, with prefix hits, and preempted."""
+    path = checkpoints[name]
+    _check(
+        path,
+        _reference(path),
+        preempts=True,
+        pipeline_depth=depth,
+        kvcache_block_size=16,
+        max_num_seqs=4,
+        max_num_batched_tokens=40,
+        num_kvcache_blocks=_smallest_cache(16),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class WeightTarget:
     dim: int | None = None  # dimension that is split over the ranks; None if no dimension is split
     start: int = 0  # first index, along `dim`, of this rank's slice
     length: int = 0  # number of indices, along `dim`, of this rank's slice
+    # (start, length) of further slices, which follow the first one in `target`.
+    more: tuple[tuple[int, int], ...] = ()
 
 
 def load_weights(path: Path, slots: Mapping[str, WeightTarget], *, tied: bool) -> None:
@@ -124,10 +127,13 @@ def _listed(names: list[str]) -> str:
 
 
 def _slice(slot: WeightTarget, stored: Any) -> Tensor:
-    taken: Any = slice(None)
-    if slot.dim is not None:
-        taken = (slice(None),) * slot.dim + (slice(slot.start, slot.start + slot.length),)
-    return stored[taken]  # type: ignore[no-any-return]
+    if slot.dim is None:
+        return stored[:]  # type: ignore[no-any-return]
+    before: tuple[Any, ...] = (slice(None),) * slot.dim
+    ranges = ((slot.start, slot.length), *slot.more)
+    taken = [(*before, slice(start, start + length)) for start, length in ranges]
+    parts = [stored[one] for one in taken]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, slot.dim)
 
 
 def _check_tied(path: Path, slot: WeightTarget, embedding: Any, head: Any) -> None:

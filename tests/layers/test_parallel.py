@@ -83,6 +83,13 @@ def _whole(path: Any, depth: int) -> tuple[list[list[int]], Logits, int]:
         ("qwen3-mha-bias", 2),
         ("qwen3-sharded", 2),
         ("qwen2-bfloat16", 4),
+        ("llama-bias", 2),
+        ("mistral", 2),
+        ("smollm3-nope", 2),
+        ("granite", 2),
+        # Fused projections, with KV heads divided and replicated.
+        ("phi3", 2),
+        ("phi3", 4),
     ],
 )
 def test_shards_compute_the_logits_and_tokens_of_the_whole(

@@ -15,7 +15,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from engine.types import KVGeometry
-from layers.norm_rope import QKNormRopeStore, RotaryEmbedding, rotary_table
+from layers.norm_rope import QKNormRopeStore, RotaryEmbedding
+from layers.rotary import rotary_table
 from memory.kv_cache import KVCache
 from tests.layers.tensors import CPU, place
 from utils.errors import UnsupportedModelError
@@ -180,7 +181,8 @@ def test_norm_rotation_and_store_equal_transformers(name: str, qk_norm: bool) ->
         part.view(rows, -1, HEAD_DIM)
         for part in torch.split(qkv.clone(), [n * HEAD_DIM for n in (num_heads, 2, 2)], dim=-1)
     )
-    out = store(qkv, rotary.prepare(positions), targets, layer)
+    (rotation,) = rotary.prepare(positions)
+    out = store(qkv, rotation, targets, layer)
 
     if qk_norm:
         norms = [Qwen3RMSNorm(HEAD_DIM, eps=1e-6) for _ in range(2)]
@@ -201,7 +203,7 @@ def test_norm_rotation_and_store_equal_transformers(name: str, qk_norm: bool) ->
 def test_a_rotation_is_looked_up_by_position() -> None:
     table = rotary_table(_config(ROPES["default"]), HEAD_DIM, MAX_LEN, CPU)
     positions = torch.tensor([5, 0, 199, 5])
-    rotation = RotaryEmbedding(table, gather=True).prepare(positions)
+    (rotation,) = RotaryEmbedding(table, gather=True).prepare(positions)
     assert torch.equal(rotation.cos, table[0][positions])
     assert torch.equal(rotation.sin, table[1][positions])
 
@@ -210,6 +212,6 @@ def test_a_kernel_gets_the_whole_table_in_halves() -> None:
     config = _config(ROPES["yarn"])
     cos, sin = _reference(config)
     rotary = RotaryEmbedding(rotary_table(config, HEAD_DIM, MAX_LEN, CPU), gather=False)
-    rotation = rotary.prepare(torch.tensor([3]))
+    (rotation,) = rotary.prepare(torch.tensor([3]))
     torch.testing.assert_close(rotation.cos, cos[0, :, : HEAD_DIM // 2], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rotation.sin, sin[0, :, : HEAD_DIM // 2], rtol=1e-6, atol=1e-6)

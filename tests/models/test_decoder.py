@@ -13,7 +13,8 @@ from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.norm_rope import Normed, RMSNorm, Stream
 from memory.kv_cache import KVCache
 from models.base import ForwardBatch
-from models.decoder import Block, DecoderLM, decoder_spec
+from models.decoder import Block, DecoderLM
+from models.decoder_config import decoder_spec
 from tests.layers.tensors import CPU, place
 from utils.loader import WeightTarget
 

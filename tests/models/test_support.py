@@ -7,20 +7,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config, Qwen3Config
+from transformers import AutoConfig
 
-from models.decoder import DecoderSpec, decoder_spec
+from models.decoder import DecoderSpec
+from models.decoder_config import decoder_spec
 from utils.errors import UnsupportedModelError
 
-CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+QWEN = ("qwen2", "qwen3")
+FAMILIES = (*QWEN, "llama", "mistral", "smollm3", "granite", "phi3")
 
 
 def _shape(model_type: str, **fields: Any) -> Any:
-    config = CONFIGS[model_type](num_hidden_layers=2, **fields)
+    if model_type == "mistral":
+        fields = {"sliding_window": None, **fields}
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2, **fields)
     return importlib.import_module(f"models.{model_type}").model_shape(config)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", QWEN)
 def test_sliding_windows(model_type: str) -> None:
     fields = {"sliding_window": 128, "max_window_layers": 1}
     with pytest.raises(UnsupportedModelError, match="sliding_attention"):
@@ -28,11 +32,62 @@ def test_sliding_windows(model_type: str) -> None:
     _shape(model_type, use_sliding_window=False, **fields)
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "phi3"])
+def test_a_window_as_long_as_the_longest_context_hides_nothing(model_type: str) -> None:
+    assert _shape(model_type, max_position_embeddings=64, sliding_window=64).num_layers == 2
+    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
+        _shape(model_type, max_position_embeddings=64, sliding_window=63)
+
+
+def test_sliding_layers_of_smollm3() -> None:
+    fields = {"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
+        _shape("smollm3", use_sliding_window=True, **fields)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "smollm3", "granite"])
+def test_biases_of_the_mlp(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="mlp_bias=True"):
+        _shape(model_type, mlp_bias=True)
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.5])
+def test_granite_divides_by_its_residual_multiplier(factor: float) -> None:
+    with pytest.raises(UnsupportedModelError, match="residual_multiplier"):
+        _shape("granite", residual_multiplier=factor)
+
+
+@pytest.mark.parametrize("factor", [0.0, -2.0])
+def test_granite_divides_by_its_logits_scaling(factor: float) -> None:
+    with pytest.raises(UnsupportedModelError, match="logits_scaling"):
+        _shape("granite", logits_scaling=factor)
+
+
+def test_granite_divides_the_stream_by_its_residual_multiplier() -> None:
+    shape = _shape(
+        "granite",
+        rms_norm_eps=1e-5,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.125,
+        logits_scaling=8.0,
+    )
+    assert (shape.embedding_scale, shape.rms_norm_eps, shape.logit_scale) == (24.0, 4e-5, 0.125)
+    assert shape.attention_scale == 0.125
+
+
+def test_smollm3_rotates_all_but_every_fourth_layer() -> None:
+    config = AutoConfig.for_model("smollm3", num_hidden_layers=6)
+    shape = importlib.import_module("models.smollm3").model_shape(config)
+    assert shape.ropes == ("", "", "", None, "", "")
+
+
 def _config(**fields: Any) -> SimpleNamespace:
     """As transformers makes them for other architectures, unchecked."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
     others = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    others["max_position_embeddings"] = 8192
     return SimpleNamespace(**{**heads, **sizes, **others, **fields})
 
 
@@ -58,13 +113,13 @@ def test_sizes_and_windows_of_unchecked_configs(fields: dict[str, Any], problem:
         _spec(_config(**fields))
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_other_activations(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="gelu"):
         _shape(model_type, hidden_act="gelu")
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_quantised_weights(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="quantis"):
         _shape(model_type, quantization_config={"quant_method": "fp8"})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from layers.norm_rope import rotary_table
+from layers.rotary import rotary_table
 from models import find_architecture
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint

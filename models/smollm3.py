@@ -1,0 +1,17 @@
+"""SmolLM3 (Hugging Face, 2025): some layers do not rotate Q and K (NoPE, arXiv:2501.18795)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.decoder import DecoderLM, DecoderSpec
+from models.decoder_config import decoder_spec
+
+
+def model_shape(hf_config: Any) -> DecoderSpec:
+    bias = hf_config.attention_bias
+    ropes = tuple("" if rotates else None for rotates in hf_config.no_rope_layers)
+    return decoder_spec(hf_config, qkv_bias=bias, o_bias=bias, ropes=ropes)
+
+
+MODEL = DecoderLM
