@@ -204,7 +204,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
         LLM(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3_moe", "t5", "mamba", "qwen2_vl"])
+@pytest.mark.parametrize("model_type", ["gpt2", "cohere", "qwen3_moe", "t5", "mamba", "qwen2_vl"])
 def test_architectures_without_an_implementation(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(UnsupportedModelError, match=model_type):
