@@ -127,6 +127,7 @@ class DeviceState:
                 self.staging.upload(header),
                 int(header[2].sum()),
                 int(header[5].sum()),
+                groups=len(self.tables.block_tables),
                 num_chunks=len(plan.prefill),
                 num_chunk_rows=plan.num_prefill_tokens,
                 longest_chunk=max((chunk.num_tokens for chunk in plan.prefill), default=0),
@@ -173,15 +174,17 @@ class DeviceState:
                 self.special[request.slot] = request
 
     def _extend(self, updates: tuple[BlockUpdate, ...]) -> None:
-        table = self.tables.block_tables
-        width = table.shape[1]
+        width = self.tables.block_tables[0].shape[1]
         if any(u.first_index + len(u.block_ids) > width for u in updates):
             raise ContractError(f"a block table has more than {width} entries (max_model_len)")
-        at = [u.slot * width + u.first_index + i for u in updates for i in range(len(u.block_ids))]
-        ids = [block for update in updates for block in update.block_ids]
-        where = self.staging.upload(np.array(at, dtype=np.int64))
-        blocks = self.staging.upload(np.array(ids, dtype=np.int32))
-        table.view(-1).index_copy_(0, where, blocks)
+        for group, table in enumerate(self.tables.block_tables):
+            mine = [u for u in updates if u.group == group]
+            at = [u.slot * width + u.first_index + i for u in mine for i in range(len(u.block_ids))]
+            ids = [block for update in mine for block in update.block_ids]
+            if ids:
+                where = self.staging.upload(np.array(at, dtype=np.int64))
+                blocks = self.staging.upload(np.array(ids, dtype=np.int32))
+                table.view(-1).index_copy_(0, where, blocks)
 
 
 def _column(chunk: PrefillChunk) -> tuple[int, int, int, int]:

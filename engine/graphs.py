@@ -80,17 +80,19 @@ class StepGraphs:
         a_token = 2 * weights_per_layer / _FLOPS
         self._most_beside_decodes = int((_LAUNCH_SECONDS - once_more) / a_token)
         self._sampled = SampledRows.empty(MAX_CHUNKS + max_num_seqs, device)
-        most = max(self._chunk_sizes, default=0)
+        most, groups = max(self._chunk_sizes, default=0), len(state.tables.block_tables)
         self._chunks = StepRows.empty(
             torch.from_numpy(chunks_header((), MAX_CHUNKS, most, self._padding)).to(device),
             most,
             self._sampled[:MAX_CHUNKS],
+            groups,
             num_chunks=MAX_CHUNKS,
         )
         self._decodes = StepRows.empty(
             torch.from_numpy(header_of([(self._padding, -1, 1, 1)] * max_num_seqs)).to(device),
             max_num_seqs,
             self._sampled[MAX_CHUNKS:],
+            groups,
         )
         self._decode: tuple[int, ...] = ()
         self._logits: Tensor | None = None

@@ -22,25 +22,24 @@ from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
 from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
 from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
-from engine.types import (
-    BlockUpdate,
-    Clock,
-    KVGeometry,
-    ModelRunner,
-    NewRequest,
-    PrefillChunk,
-    StepHandle,
-    StepPlan,
-)
+from engine.types import Clock, KVGeometry, ModelRunner, StepHandle, StepPlan
 from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.parallel import ParallelContext, Place
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows, SlotTables, StepRows
-from memory.kv_cache import KVCache, KVLayer, kv_blocks
-from memory.sizing import fit_blocks, free_bytes, measure_usage, memory_errors, release_device
+from memory.kv_cache import KVCache, KVLayer
+from memory.sizing import (
+    cache_groups,
+    fit_blocks,
+    free_bytes,
+    kv_blocks,
+    longest_prefill,
+    measure_usage,
+    memory_errors,
+    release_device,
+)
 from models import find_architecture
 from models.base import CausalLM, ForwardBatch, ModelShape
-from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
 from utils.errors import ConfigError, EngineClosedError
 from utils.loader import load_weights
@@ -59,6 +58,7 @@ class StepPass:
     sampler: Sampler
     state: DeviceState
     kv: list[KVLayer]
+    windows: tuple[int | None, ...]  # of each cache group
 
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
@@ -74,11 +74,12 @@ class StepPass:
         wanted = rows.sampled.rows if rows.num_chunks else None
         if prompt_rows is not None:
             wanted = torch.cat((rows.sampled.rows, prompt_rows))
+        groups = zip(self.state.tables.block_tables, self.windows, strict=True)
         batch = ForwardBatch(
             input_ids=rows.input_ids,
             slot_mapping=rows.slot_mapping,
             rotations=self.model.rotary.prepare(rows.positions),
-            attention=self.backend.prepare(rows.attention(self.state.tables.block_tables)),
+            attention=tuple(self.backend.prepare(rows.attention(*group)) for group in groups),
             kv=self.kv,
             sampled_rows=wanted,
             logits=out,
@@ -159,7 +160,7 @@ class LocalRunner(ModelRunner):
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
-        return (self._geometry,)
+        return self._groups
 
     def execute(self, plan: StepPlan) -> StepHandle:
         if self._closed:
@@ -172,14 +173,14 @@ class LocalRunner(ModelRunner):
         self._closed = True
         self._launcher.close()
         self._graphs = self._poison = None
-        del self._model, self._backend, self._cache, self._pass, self._state
+        del self._model, self._backend, self._caches, self._pass, self._state
         release_device(self._device)
 
     def _run(self, plan: StepPlan) -> StepOutput:
         if self._poison:
             self._poison.fill(plan)
         for copy in plan.block_copies:
-            self._cache.copy_block(copy.source, copy.target)
+            self._caches[copy.group].copy_block(copy.source, copy.target)
         with self._staging.group():
             self._state.apply(plan)
             special = self._sampling.of(plan) if self._state.special else None
@@ -211,14 +212,16 @@ class LocalRunner(ModelRunner):
             vocab_size = int(checkpoint.hf_config.vocab_size)
             self._sampler = Sampler(Place(self._parallel, self._dtype, self._device), vocab_size)
             limits = config.max_num_seqs, spec.max_model_len, spec.block_size
-            self._state = DeviceState(SlotTables.zeros(*limits, self._device), self._staging)
+            tables = SlotTables.zeros(*limits, self._device, len(self._groups))
+            self._state = DeviceState(tables, self._staging)
             self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
-            geometry = self._sized(before, vocab_size)
+            groups = self._sized(before, vocab_size)
             # All ranks get the same block ids, so all ranks use the smallest of their block counts.
-            blocks = torch.tensor([-geometry.num_blocks], device=self._device)
-            self._allocate(replace(geometry, num_blocks=-int(self._parallel.all_max(blocks))))
+            blocks = torch.tensor([-group.num_blocks for group in groups], device=self._device)
+            self._allocate((-self._parallel.all_max(blocks)).tolist())
             if config.kv_sanitizer:
-                self._poison = KVPoison(self._cache.layers(), self._state.tables)
+                layers = [cache.layers() for cache in self._caches]
+                self._poison = KVPoison(layers, self._layer_groups[-1], self._state.tables)
             if self._graphs:
                 compile_kernels(self._graphs.rehearsals(), self._device, self._parallel)
                 self._graphs.capture()
@@ -228,6 +231,9 @@ class LocalRunner(ModelRunner):
         architecture = find_architecture(checkpoint)
         shape: ModelShape = architecture.model_shape(checkpoint.hf_config)
         assert config.max_model_len is not None
+        # A window as long as the longest request hides nothing.
+        hiding = (w if w and w < config.max_model_len else None for w in shape.windows)
+        shape = replace(shape, windows=tuple(hiding))
         spec = AttentionSpec(
             num_heads=parallel.per_rank("query heads", shape.num_heads),
             num_kv_heads=parallel.kv_heads(shape.num_kv_heads)[1],
@@ -257,52 +263,44 @@ class LocalRunner(ModelRunner):
         del weights
         self._model.prepare()
         self.exact = type(self) is LocalRunner and self._backend.exact and self._model.exact
-        heads, width = spec.num_kv_heads, self._dtype.itemsize
-        shape_of_one = shape.num_layers, heads, spec.head_dim, spec.block_size, 1, width
-        self._one_block = KVGeometry(*shape_of_one)
+        self._windows, self._layer_groups = shape.group_windows, shape.layer_groups
+        self._groups = cache_groups(self._layer_groups, self._windows, spec)
         return spec
 
-    def _allocate(self, geometry: KVGeometry) -> None:
-        self._geometry = geometry
-        self._cache = KVCache(geometry, self._dtype, self._device)
-        kv = self._cache.layers()
-        self._pass = StepPass(self._model, self._backend, self._sampler, self._state, kv)
+    def _allocate(self, num_blocks: list[int]) -> None:
+        """Allocate `num_blocks` blocks for each cache group."""
+        sized = zip(self._groups, num_blocks, strict=True)
+        self._groups = tuple(replace(group, num_blocks=count) for group, count in sized)
+        self._caches = [KVCache(group, self._dtype, self._device) for group in self._groups]
+        layers = [iter(cache.layers()) for cache in self._caches]
+        kv = [next(layers[group]) for group in self._layer_groups]
+        parts = self._model, self._backend, self._sampler, self._state
+        self._pass = StepPass(*parts, kv, self._windows)
         if self._captures:
             limits = self._config.max_num_batched_tokens, self._weights_per_layer
             self._graphs = StepGraphs(self._pass.plain, self._state, *limits)
 
-    def _sized(self, free_before: int, vocab_size: int) -> KVGeometry:
-        """Return the KV cache's geometry. The config or the free memory sets the block count."""
-        config, one_block = self._config, self._one_block
+    def _sized(self, free_before: int, vocab_size: int) -> tuple[KVGeometry, ...]:
+        """Return the cache groups. The config or the free memory sets their block counts."""
+        config = self._config
         if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
-            return kv_blocks(config, one_block)
-        blocks = self._state.tables.block_tables.shape[1]
-        self._allocate(replace(one_block, num_blocks=blocks))
+            return kv_blocks(config, self._groups)
+        tables = self._state.tables.block_tables
+        self._allocate([tables[0].shape[1]] * len(tables))
         if self._graphs:
             compile_kernels(self._graphs.rehearsals(), self._device, self._parallel)
         usage = measure_usage(self._device, free_before, self._heaviest_steps())
         self._graphs = None
-        del self._cache, self._pass
+        del self._caches, self._pass
         torch.cuda.empty_cache()
         rows, width = config.max_num_seqs, self._dtype.itemsize
         special = special_bytes(rows, vocab_size, width, self._parallel.size)
         usage = replace(usage, peak=usage.peak + special)
-        return fit_blocks(config.gpu_memory_utilization, one_block, usage)
+        return fit_blocks(config, self._groups, usage)
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
         """Return functions that run large steps, among them the step that needs the most memory."""
-        config = self._config
-        assert config.max_model_len is not None
-        longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
-        count = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // longest))
-        table = tuple(range(self._state.tables.block_tables.shape[1]))
-        params = SamplingParams()
-        prefill = StepPlan(
-            step_id=0,
-            new_requests=tuple(NewRequest(s, s, (0,) * longest, params, 0) for s in range(count)),
-            block_updates=tuple(BlockUpdate(slot, 0, table) for slot in range(count)),
-            prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
-        )
+        prefill = longest_prefill(self._config, self._groups)
         return [lambda: self._run(prefill), *(self._graphs.heaviest() if self._graphs else ())]
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from config import Config
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
+from engine.types import NO_BLOCK
 from utils.lazy_heap import LazyHeap
 
 
@@ -258,9 +259,13 @@ class ReserveOutput(AdmissionPolicy):
     name = "reserve"
 
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
-        held = sum(s.capacity for s in batch.running.values()) // batch.blocks.block_size
-        most = sum(batch.most_blocks(s) for s in (*batch.running.values(), seq))
-        return most - held <= batch.blocks.num_free_blocks
+        most = map(sum, zip(*map(batch.most_blocks, (*batch.running.values(), seq)), strict=True))
+        for count, blocks in zip(most, batch.blocks.groups, strict=True):
+            tables = map(blocks.table, batch.running)
+            held = sum(len(table) - table.count(NO_BLOCK) for table in tables)
+            if count - held > blocks.num_free_blocks:
+                return False
+        return True
 
 
 class LookAhead(AdmissionPolicy):

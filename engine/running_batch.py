@@ -35,7 +35,7 @@ class RunningBatch:
         self._next_step_id = 0
         # Contents of the next plan. The keys of `_new`, `_grown` and `_decode_counts` are slots.
         self._new: dict[int, NewRequest] = {}
-        self._grown: dict[int, int] = {}  # index of the first new entry in the slot's block table
+        self._grown: dict[int, int] = {}  # index of the first new entry in the slot's block tables
         self._chunks: list[PrefillChunk] = []
         self._decode: list[int] = []
         self._decode_counts: dict[int, int] = {}  # number of positions in the slot's decode row
@@ -52,20 +52,21 @@ class RunningBatch:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.blocks.block_size)
 
-    def most_blocks(self, seq: Sequence) -> int:
-        """Number of blocks that the request needs to reach its length limit."""
+    def most_blocks(self, seq: Sequence) -> list[int]:
+        """Number of blocks that the request needs in each cache group up to its length limit."""
         # The KV of the last output token is never written, so the token needs no block. With
         # `max_tokens=0` there is no output token, and the KV of the whole prompt is written.
-        return self.blocks_for(max(seq.max_total_tokens - 1, seq.num_prompt_tokens))
+        num_tokens = max(seq.max_total_tokens - 1, seq.num_prompt_tokens)
+        return [blocks.most_blocks(num_tokens) for blocks in self._groups]
 
     def check_fits(self, seq: Sequence) -> None:
-        """Raise RequestTooLongError if the request may need more blocks than the cache has."""
-        needed, there = self.most_blocks(seq), self.blocks.num_blocks
-        if needed > there:
-            problem = f"with its output it needs {needed} KV blocks and the whole cache has {there}"
-            more = "num_kvcache_blocks, kvcache_memory_bytes or gpu_memory_utilization"
-            fix = f"Lower max_tokens, or give the engine more {more}."
-            raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
+        """Raise RequestTooLongError if the request may need more blocks than a cache group has."""
+        for needed, blocks in zip(self.most_blocks(seq), self._groups, strict=True):
+            if needed > (there := blocks.num_blocks):
+                problem = f"with its output it needs {needed} KV blocks and the cache has {there}"
+                more = "num_kvcache_blocks, kvcache_memory_bytes or gpu_memory_utilization"
+                fix = f"Lower max_tokens, or give the engine more {more}."
+                raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
     def admit(self, seq: Sequence) -> bool:
         """Give a request a slot and blocks. Return False if no slot or too few blocks are free."""
@@ -79,7 +80,7 @@ class RunningBatch:
         self._holder[slot] = seq
         seq.num_scheduled = seq.num_committed = cached
         seq.num_prefill = len(seq.token_ids)
-        seq.capacity = self.blocks_for(len(seq.token_ids)) * self.blocks.block_size
+        seq.capacity = self._room(seq)
         if seq.admitted_at is None:
             seq.admitted_at, seq.num_cached = self._clock(), cached
         self._new[slot] = NewRequest(
@@ -105,17 +106,30 @@ class RunningBatch:
             return True
         if not self.blocks.grow(seq.request_id, end):
             return False
+        self._take_growth(seq)
+        return end <= seq.capacity
+
+    def _take_growth(self, seq: Sequence) -> None:
+        """Have the next plan list the entries that a request's block tables have got."""
         assert seq.slot is not None
-        block_size = self.blocks.block_size
-        self._grown.setdefault(seq.slot, seq.capacity // block_size)
-        seq.capacity = self.blocks_for(end) * block_size
-        return True
+        self._grown.setdefault(seq.slot, seq.capacity // self.blocks.block_size)
+        seq.capacity = self._room(seq)
+
+    def _room(self, seq: Sequence) -> int:
+        """Number of positions for which the request has an entry in each of its block tables."""
+        tables = [len(blocks.table(seq.request_id)) for blocks in self._groups]
+        return min(tables) * self.blocks.block_size
 
     def prefill(self, seq: Sequence, max_tokens: int) -> int:
-        """Plan a prefill chunk of at most `max_tokens` tokens. Returns the size of the chunk."""
+        """Plan a prefill chunk of at most `max_tokens` tokens. Returns the size of the chunk.
+
+        The size is 0 if a sliding window has to move before the request has a block for a token.
+        """
         assert seq.slot is not None
         start = seq.num_scheduled
-        num_tokens = min(max_tokens, seq.num_prefill - start)
+        num_tokens = min(max_tokens, seq.num_prefill - start, seq.capacity - start)
+        if not num_tokens:
+            return 0
         seq.num_scheduled = start + num_tokens
         reaches_end = seq.num_scheduled == seq.num_prefill
         samples = reaches_end and seq.num_prefill < seq.max_total_tokens
@@ -250,6 +264,8 @@ class RunningBatch:
                 self._rejoin(seq)
             if committed // block_size != before // block_size:
                 self.blocks.commit(seq.request_id, token_ids, committed)
+                if seq.capacity < seq.num_prefill:
+                    self._take_growth(seq)  # blocks behind a window have moved to the end
             if reason is not None:
                 finished.append(seq)
                 self.finish(seq, reason)

@@ -8,6 +8,7 @@ of a prefix that the two requests share.
 from __future__ import annotations
 
 from collections.abc import Collection
+from operator import sub
 from typing import ClassVar
 
 from config import Config
@@ -192,10 +193,10 @@ class StaticScheduler(QueuedScheduler):
     def schedule(self) -> StepPlan | None:
         batch = self.batch
         if not batch.num_running:
-            num_blocks = 0
+            left = [blocks.num_blocks for blocks in batch.blocks.groups]
             while seq := self.queue.first():
-                num_blocks += batch.most_blocks(seq)
-                if num_blocks > batch.blocks.num_blocks or not self.admit(seq):
+                left = [*map(sub, left, batch.most_blocks(seq))]
+                if min(left) < 0 or not self.admit(seq):
                     break
         if batch.prefilling:
             self.prefill_begun(self.budget)

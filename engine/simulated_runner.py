@@ -77,11 +77,11 @@ class SimulatedRunner(ModelRunner):
         if (size := config.tensor_parallel_size) != 1:
             raise ConfigError("tensor_parallel_size", size, "there is no device", "Use 1.")
         if not groups:
-            # This module must load without torch, but `memory.kv_cache` imports torch.
-            from memory.kv_cache import kv_blocks
+            # This module must load without torch, but `memory.sizing` imports torch.
+            from memory.sizing import kv_blocks
 
             block = KVGeometry(1, 1, 1, config.kvcache_block_size, 1, dtype_bytes=4)
-            groups = (kv_blocks(config, block),)
+            groups = kv_blocks(config, (block,))
         self._groups = groups
         # A token is a hash of its request alone. A subclass may compute something else.
         self.exact = type(self) is SimulatedRunner

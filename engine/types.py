@@ -192,8 +192,17 @@ class BlockManager(ABC):
     def grow(self, request_id: int, num_tokens: int) -> bool:
         """Add blocks to the request's table until the table has room for `num_tokens` tokens.
 
-        If too few blocks are free, add no block and return False.
+        If too few blocks are free, add no block and return False. With a sliding window the table
+        may get room for the first of the tokens only. Then `commit` extends the table.
         """
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """Maximum number of blocks that a request of `num_tokens` tokens holds at a time."""
+        return -(-num_tokens // self.block_size)
+
+    def wanted(self, request_id: int, num_tokens: int) -> int:
+        """Number of blocks that `grow` would add to the request's table; negative for none."""
+        return -(-num_tokens // self.block_size) - len(self.table(request_id))
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:

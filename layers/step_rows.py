@@ -17,8 +17,6 @@ from torch import Tensor
 
 from layers.attention.base import AttentionBatch
 
-_PER_ROW = ("input_ids", "positions", "slot_mapping")
-
 
 @dataclass(frozen=True, slots=True)
 class SlotTables:
@@ -26,14 +24,15 @@ class SlotTables:
 
     Attributes:
         tokens: token ids of each request's prompt and output, int32 [slots + 1, max_model_len].
-        block_tables: ids of each request's KV cache blocks, int32 [slots + 1, max_blocks].
+        block_tables: for each cache group the ids of each request's KV cache blocks, int32
+            [slots + 1, max_blocks].
         num_computed: how many tokens of each request have K and V in the cache, int64 [slots + 1].
         temperatures: sampling temperature of each request, float32 [slots + 1].
         seeds: seed of each request, and sample + 2^32 * kind of the seed, int64 [slots + 1, 2].
     """
 
     tokens: Tensor
-    block_tables: Tensor
+    block_tables: tuple[Tensor, ...]
     num_computed: Tensor
     temperatures: Tensor
     seeds: Tensor
@@ -41,11 +40,12 @@ class SlotTables:
 
     @staticmethod
     def zeros(
-        num_slots: int, max_model_len: int, block_size: int, device: torch.device
+        num_slots: int, max_model_len: int, block_size: int, device: torch.device, groups: int = 1
     ) -> SlotTables:
         zeros = functools.partial(torch.zeros, device=device)
         rows, blocks = num_slots + 1, -(-max_model_len // block_size)
-        tokens, tables = (zeros(rows, n, dtype=torch.int32) for n in (max_model_len, blocks))
+        tokens = zeros(rows, max_model_len, dtype=torch.int32)
+        tables = tuple(zeros(rows, blocks, dtype=torch.int32) for _ in range(groups))
         computed, seeds = zeros(rows, dtype=torch.int64), zeros(rows, 2, dtype=torch.int64)
         temperatures = zeros(rows, dtype=torch.float32)
         return SlotTables(tokens, tables, computed, temperatures, seeds, block_size)
@@ -97,7 +97,8 @@ class StepRows:
             rows. Element 4 is the first sampled row's index in `sampled`, or -1 to store no rows in
             `sampled`. If element 5 is 0 and element 4 is not -1, one padding row is stored there.
         input_ids, positions: token id and position of each row, int64 [T]; 0 for padding rows.
-        slot_mapping: index in `KVLayer.flat` of each row's K and V, int64 [T]; -1 for padding rows.
+        slot_mapping: for each cache group the index in `KVLayer.flat` of each row's K and V, int64
+            [T]; -1 for padding rows.
         slots: slot of each request, int32 [B]; the padding slot for a padding request.
         context_lens: each request's number of tokens up to its last row, int32 [B]; 0 for padding.
         query_start: index of each request's first row, int32 [B + 1]; the last element is T.
@@ -109,7 +110,7 @@ class StepRows:
     header: Tensor
     input_ids: Tensor
     positions: Tensor
-    slot_mapping: Tensor
+    slot_mapping: tuple[Tensor, ...]
     slots: Tensor
     context_lens: Tensor
     query_start: Tensor
@@ -120,42 +121,53 @@ class StepRows:
     rows_per_decode: int = 1
 
     @staticmethod
-    def empty(header: Tensor, num_rows: int, sampled: SampledRows | int, **counts: int) -> StepRows:
+    def empty(
+        header: Tensor, num_rows: int, sampled: SampledRows | int, groups: int = 1, **counts: int
+    ) -> StepRows:
         """Allocate all tensors but `header`. `sampled`: the sampled rows, or only their number."""
         device, requests = header.device, header.shape[1]
         if isinstance(sampled, int):
             sampled = SampledRows.empty(sampled, device)
-        ids, positions, mapping = torch.empty(3, num_rows, dtype=torch.int64, device=device)
+        per_row = torch.empty(2 + groups, num_rows, dtype=torch.int64, device=device)
+        ids, positions, *mappings = per_row
         slots, lens = torch.empty(2, requests, dtype=torch.int32, device=device)
         start = torch.empty(requests + 1, dtype=torch.int32, device=device)
+        mapping = tuple(mappings)
         return StepRows(header, ids, positions, mapping, slots, lens, start, sampled, **counts)
 
     def first_rows(self, count: int) -> StepRows:
         """Return a view of all requests and the first `count` rows of a step without decodes."""
-        rows = {name: getattr(self, name)[:count] for name in _PER_ROW}
-        return replace(self, **rows, num_chunk_rows=count, longest_chunk=count)
+        return replace(
+            self,
+            input_ids=self.input_ids[:count],
+            positions=self.positions[:count],
+            slot_mapping=tuple(mapping[:count] for mapping in self.slot_mapping),
+            num_chunk_rows=count,
+            longest_chunk=count,
+        )
 
     def first_decodes(self, count: int) -> StepRows:
         """Return a view of the first `count` decodes. The step must have no prefill chunks."""
         rows = count * self.rows_per_decode
         return replace(
-            self,
+            self.first_rows(rows),
+            num_chunk_rows=0,
+            longest_chunk=0,
             header=self.header[:, :count],
             slots=self.slots[:count],
             context_lens=self.context_lens[:count],
             query_start=self.query_start[: count + 1],
             sampled=self.sampled[:rows],
-            **{name: getattr(self, name)[:rows] for name in _PER_ROW},
         )
 
-    def attention(self, block_tables: Tensor) -> AttentionBatch:
-        """Return the `AttentionBatch` of this step. Its prefills are the prefill chunks."""
+    def attention(self, block_tables: Tensor, window: int | None = None) -> AttentionBatch:
+        """Return the `AttentionBatch` of a cache group. Its prefills are the prefill chunks."""
         start = self.query_start[: self.num_chunks + 1]
         counts = self.num_chunks, self.num_chunk_rows, self.longest_chunk, self.rows_per_decode
         # A CUDA graph of prefill chunks has an extra request for padding rows. Leave it out here.
         decodes = (len(self.input_ids) - self.num_chunk_rows) // self.rows_per_decode
         slots, lens = (x[: self.num_chunks + decodes] for x in (self.slots, self.context_lens))
-        return AttentionBatch(block_tables, slots, lens, start, *counts)
+        return AttentionBatch(block_tables, slots, lens, start, *counts, window)
 
 
 def enter_requests(
@@ -192,7 +204,8 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     ends = torch.add(positions, 1, out=sampled.positions)
     tables.num_computed.index_copy_(0, slots, ends)
     rows.input_ids.copy_(tables.tokens[slots, positions])
-    _cache_rows(tables, slots, positions, rows.slot_mapping)
+    for table, mapping in zip(tables.block_tables, rows.slot_mapping, strict=True):
+        _cache_rows(table, tables.block_size, slots, positions, mapping)
     rows.slots.copy_(slots)
     rows.context_lens.copy_(ends)
     sampled.slots.copy_(slots)
@@ -218,10 +231,12 @@ def fill_any_rows(tables: SlotTables, rows: StepRows) -> None:
     drawn = (live & (num_sampled > 0))[owner]
     sampled_slots = torch.where(drawn, slots[owner], tables.padding_slot)
     behind = num_sampled[owner] - nth
+    for table, mapping in zip(tables.block_tables, rows.slot_mapping, strict=True):
+        places = _cache_rows(table, tables.block_size, row_slots, positions)
+        mapping[: len(places)] = places.where(row_live, -1)
     for out, values in (
         (rows.input_ids, tables.tokens[row_slots, positions] * row_live),
         (rows.positions, positions),
-        (rows.slot_mapping, _cache_rows(tables, row_slots, positions).where(row_live, -1)),
         (rows.slots, slots),
         (rows.context_lens, ends),
         (rows.query_start, torch.cat((first, first[-1:] + counts[-1:]))),
@@ -245,7 +260,9 @@ def write_tokens(tables: SlotTables, sampled: SampledRows, tokens: Tensor) -> No
     tables.tokens[sampled.slots, sampled.positions] = tokens.clamp(min=0).to(tables.tokens.dtype)
 
 
-def _cache_rows(tables: SlotTables, slots: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
+def _cache_rows(
+    table: Tensor, block_size: int, slots: Tensor, at: Tensor, out: Tensor | None = None
+) -> Tensor:
     """Return the index in `KVLayer.flat` of position `at[i]` of the request in slot `slots[i]`."""
-    blocks = tables.block_tables[slots, at // tables.block_size].long()
-    return torch.add(at % tables.block_size, blocks, alpha=tables.block_size, out=out)
+    blocks = table[slots, at // block_size].long()
+    return torch.add(at % block_size, blocks, alpha=block_size, out=out)

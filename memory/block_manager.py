@@ -46,7 +46,7 @@ class PagedBlockManager(BlockManager):
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
         table = self._tables[request_id]
-        wanted = -(-num_tokens // self.block_size) - len(table)
+        wanted = self.wanted(request_id, num_tokens)
         if wanted > self.num_free_blocks:
             return False
         for _ in range(wanted):

@@ -1,16 +1,15 @@
-"""The tensor that holds the KV cache, its views for each layer, and its number of blocks."""
+"""The tensor that holds the KV of a cache group, and its views for each layer."""
 
 from __future__ import annotations
 
 import math
 import mmap
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from config import Config
 from engine.types import KVGeometry
 from utils.errors import OutOfMemoryError
 
@@ -41,7 +40,7 @@ class KVLayer:
 
 
 class KVCache:
-    """KV of all layers in `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
+    """KV of a cache group in `data` [layers, num_blocks, block_size, 2, num_kv_heads, head_dim].
 
     In `data` the V of a position follows its K, so that one indexed write can store both. The
     constructor raises an OutOfMemoryError if the device cannot hold the cache.
@@ -82,27 +81,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
             # The tensor keeps a reference to `area`, so `area` is freed only after the tensor.
             return torch.frombuffer(area, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def kv_blocks(config: Config, geometry: KVGeometry) -> KVGeometry:
-    """Return a copy of `geometry` with the number of KV blocks computed from `config`.
-
-    If num_kvcache_blocks is None, kvcache_memory_bytes bounds the cache. If both options are None,
-    the cache has blocks for max_num_seqs requests of max_model_len tokens, but takes at most 1 GiB.
-    Raises an OutOfMemoryError if not even one block fits in the allowed memory.
-    """
-    if config.num_kvcache_blocks is not None:
-        return replace(geometry, num_blocks=config.num_kvcache_blocks)
-    assert config.max_model_len is not None
-    budget = config.kvcache_memory_bytes
-    num_bytes = 2**30 if budget is None else budget
-    count = num_bytes // geometry.bytes_per_block
-    if count < 1:
-        raise OutOfMemoryError(
-            f"a KV cache of {num_bytes} bytes holds no block: one of {geometry.block_size} tokens "
-            f"takes {geometry.bytes_per_block}. Raise kvcache_memory_bytes, or lower "
-            "kvcache_block_size."
-        )
-    if budget is None:
-        count = min(count, -(-config.max_model_len // geometry.block_size) * config.max_num_seqs)
-    return replace(geometry, num_blocks=count)

@@ -1,4 +1,4 @@
-"""Measures the GPU memory that weights and steps take, and counts the KV blocks that still fit."""
+"""Counts the KV blocks of each cache group; on a GPU, measures what memory is left for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.types import KVGeometry
+from config import Config
+from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from engine.types import FullPages, KVGeometry, WindowPages
+from layers.attention.base import AttentionSpec
+from memory.cache_groups import held_blocks
+from sampling_params import SamplingParams
 from utils.errors import OutOfMemoryError
 
 # Bytes left free for what `measure_usage` does not measure: the CUDA driver's memory for some 70
@@ -78,21 +83,111 @@ def measure_usage(
     return Usage(torch.cuda.mem_get_info(device)[1], free_before, weights, peak)
 
 
-def fit_blocks(utilization: float, geometry: KVGeometry, usage: Usage) -> KVGeometry:
-    """Return a copy of `geometry` with the number of KV blocks that fit besides weights and steps.
+def longest_prefill(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
+    """Return a step of the longest prompts. Each block table lists all blocks of its group."""
+    assert config.max_model_len is not None
+    longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
+    count = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // longest))
+    params = SamplingParams()
+    return StepPlan(
+        step_id=0,
+        new_requests=tuple(NewRequest(s, s, (0,) * longest, params, 0) for s in range(count)),
+        block_updates=tuple(
+            BlockUpdate(slot, 0, tuple(range(group.num_blocks)), index)
+            for slot in range(count)
+            for index, group in enumerate(groups)
+        ),
+        prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
+    )
 
-    The engine may take at most a fraction `utilization` of the GPU's memory, and at most
+
+def cache_groups(
+    layer_groups: tuple[int, ...], windows: tuple[int | None, ...], spec: AttentionSpec
+) -> tuple[KVGeometry, ...]:
+    """Return the cache groups of one rank, with one block each.
+
+    Args:
+        layer_groups: index of each layer's cache group.
+        windows: the sliding window of each cache group; None for full attention.
+    """
+    sizes = spec.num_kv_heads, spec.head_dim, spec.block_size, 1, spec.dtype.itemsize
+    return tuple(
+        KVGeometry(layer_groups.count(i), *sizes, WindowPages(w) if w else FullPages())
+        for i, w in enumerate(windows)
+    )
+
+
+def fit_blocks(
+    config: Config, groups: tuple[KVGeometry, ...], usage: Usage
+) -> tuple[KVGeometry, ...]:
+    """Return copies of `groups` with the KV blocks that fit besides weights and steps.
+
+    The engine may take at most a fraction gpu_memory_utilization of the GPU's memory, and at most
     `usage.free_before` bytes. Raises an OutOfMemoryError if not even one block fits.
     """
+    utilization, gib = config.gpu_memory_utilization, 2**30
     allowed = min(int(utilization * usage.total), usage.free_before)
     left = allowed - usage.weights - usage.peak - _MARGIN_BYTES
-    count, gib = left // geometry.bytes_per_block, 2**30
-    if count < 1:
+    counts = _shares(left, groups, _most_blocks(config, groups))
+    if min(counts) < 1:
+        block = sum(group.bytes_per_block for group in groups)
         raise OutOfMemoryError(
             f"no memory is left for the KV cache: of {usage.total / gib:.2f} GiB, "
             f"{usage.free_before / gib:.2f} were free and gpu_memory_utilization={utilization} "
             f"allows {allowed / gib:.2f}; weights take {usage.weights / gib:.2f}, activations "
-            f"{usage.peak / gib:.2f}, and a block {geometry.bytes_per_block / gib:.4f}. Raise "
+            f"{usage.peak / gib:.2f}, and a block {block / gib:.4f}. Raise "
             "gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs."
         )
-    return replace(geometry, num_blocks=count)
+    return _with_counts(groups, counts)
+
+
+def kv_blocks(config: Config, groups: tuple[KVGeometry, ...]) -> tuple[KVGeometry, ...]:
+    """Return copies of `groups` with the numbers of KV blocks computed from `config`.
+
+    num_kvcache_blocks is the number for the group that needs the most blocks. If it is None,
+    kvcache_memory_bytes bounds the cache. If both options are None, the cache has blocks for
+    max_num_seqs requests of max_model_len tokens, but takes at most 1 GiB. Raises an
+    OutOfMemoryError if not even one block of each group fits in the allowed memory.
+    """
+    most = _most_blocks(config, groups)
+    if config.num_kvcache_blocks is not None:
+        counts = [-(-config.num_kvcache_blocks * count // max(most)) for count in most]
+        return _with_counts(groups, counts)
+    budget = config.kvcache_memory_bytes
+    num_bytes = 2**30 if budget is None else budget
+    counts = _shares(num_bytes, groups, most)
+    if min(counts) < 1:
+        raise OutOfMemoryError(
+            f"a KV cache of {num_bytes} bytes holds no block: one of {groups[0].block_size} tokens "
+            f"takes {sum(group.bytes_per_block for group in groups)}. Raise kvcache_memory_bytes, "
+            "or lower kvcache_block_size."
+        )
+    if budget is None:
+        counts = list(map(min, counts, most))
+    return _with_counts(groups, counts)
+
+
+def _most_blocks(config: Config, groups: tuple[KVGeometry, ...]) -> list[int]:
+    """Return for each group how many blocks max_num_seqs requests of max_model_len tokens hold.
+
+    All of them decode, besides prefill chunks of max_num_batched_tokens tokens in each step.
+    """
+    length, steps = config.max_model_len, (config.pipeline_depth or 0) + 1
+    assert length is not None
+    most = []
+    for group in groups:
+        size, whole = group.block_size, -(-length // group.block_size) * config.max_num_seqs
+        lag = size - 1 + steps * (1 + config.num_speculative_tokens)
+        chunks = -(-steps * config.max_num_batched_tokens // size)
+        most.append(min(whole, held_blocks(group, length, lag) * config.max_num_seqs + chunks))
+    return most
+
+
+def _shares(num_bytes: int, groups: tuple[KVGeometry, ...], most: list[int]) -> list[int]:
+    """Divide memory among groups, so that each can hold the same fraction of its `most` blocks."""
+    total = sum(g.bytes_per_block * count for g, count in zip(groups, most, strict=True))
+    return [num_bytes * count // total for count in most]
+
+
+def _with_counts(groups: tuple[KVGeometry, ...], counts: list[int]) -> tuple[KVGeometry, ...]:
+    return tuple(replace(g, num_blocks=n) for g, n in zip(groups, counts, strict=True))

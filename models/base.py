@@ -19,7 +19,9 @@ from utils.loader import WeightTarget
 class ModelShape:
     """Sizes of a model, on all ranks together. If `tied`, the head uses the embedding's weight.
 
-    `score_scale` multiplies dot products of Q and K; None means 1 / sqrt(head_dim).
+    `score_scale` multiplies dot products of Q and K; None means 1 / sqrt(head_dim). `windows` has
+    each layer's sliding window, or None for full attention. Empty means full attention everywhere.
+    Layers with equal windows are one cache group.
     """
 
     num_layers: int
@@ -28,6 +30,17 @@ class ModelShape:
     head_dim: int
     tied: bool
     score_scale: float | None = None
+    windows: tuple[int | None, ...] = ()
+
+    @property
+    def group_windows(self) -> tuple[int | None, ...]:
+        """The window of each cache group."""
+        return tuple(dict.fromkeys(self.windows or (None,)))
+
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """The index of each layer's cache group."""
+        return tuple(map(self.group_windows.index, self.windows or (None,) * self.num_layers))
 
     @property
     def attention_scale(self) -> float:
@@ -40,17 +53,19 @@ class ForwardBatch:
 
     Attributes:
         input_ids: token ids, int64 [T].
-        slot_mapping: index in `KVLayer.flat` where each token's K and V are stored, int64 [T].
-        rotations, attention: results of `CausalLM.rotary.prepare` and `AttentionBackend.prepare`.
+        slot_mapping: for each cache group the index in `KVLayer.flat` where each token's K and V
+            are stored, int64 [T].
+        rotations: result of `CausalLM.rotary.prepare`.
+        attention: for each cache group the result of `AttentionBackend.prepare`.
         kv: the KV cache of each layer, in the order of the layers.
         sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
         logits: optional buffer for logits, [R, this rank's columns]; a model may ignore the buffer.
     """
 
     input_ids: Tensor
-    slot_mapping: Tensor
+    slot_mapping: tuple[Tensor, ...]
     rotations: tuple[Rotation, ...]
-    attention: Any
+    attention: tuple[Any, ...]
     kv: list[KVLayer]
     sampled_rows: Tensor | None
     logits: Tensor | None = None

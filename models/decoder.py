@@ -62,13 +62,22 @@ class Block(Protocol):
 
 
 class Attention:
-    """Self-attention over the paged KV cache. `rope` is the index of the layer's rotation."""
+    """Self-attention over the paged KV cache.
+
+    `rope` and `group` are the indices of the layer's rotation and of its cache group.
+    """
 
     def __init__(
-        self, spec: DecoderSpec, place: Place, backend: AttentionBackend, rope: int = 0
+        self,
+        spec: DecoderSpec,
+        place: Place,
+        backend: AttentionBackend,
+        rope: int = 0,
+        group: int = 0,
     ) -> None:
         hidden, heads, head_dim = spec.hidden_size, spec.num_heads, spec.head_dim
-        self._backend, self._rope, self._fused = backend, rope, spec.fused_weights
+        self._backend, self._fused = backend, spec.fused_weights
+        self._rope, self._group = rope, group
         sizes = hidden, heads, spec.num_kv_heads, head_dim
         self.qkv_proj = QKVLinear(*sizes, bias=spec.qkv_bias, place=place)
         mine = place.parallel.per_rank("query heads", heads)
@@ -82,8 +91,8 @@ class Attention:
     ) -> Stream:
         """Return stream plus attention output of tokens `rows`, int64 [R], or of all if None."""
         qkv, stream = self.qkv_proj(normed)
-        q = self.store(qkv, batch.rotations[self._rope], batch.slot_mapping, kv)
-        out = self._backend.attend(q, kv, batch.attention)
+        q = self.store(qkv, batch.rotations[self._rope], batch.slot_mapping[self._group], kv)
+        out = self._backend.attend(q, kv, batch.attention[self._group])
         if rows is not None:
             out, stream = out.index_select(0, rows), Stream(stream.total.index_select(0, rows))
         return self.o_proj(out, stream)
@@ -193,7 +202,8 @@ class DecoderLM(CausalLM):
 
     def make_attention(self, index: int) -> Block:
         rope = self._kinds.index(self._ropes[index])
-        return Attention(self.spec, self.place, self.backend, rope)
+        group = self.spec.layer_groups[index]
+        return Attention(self.spec, self.place, self.backend, rope, group)
 
     def make_mlp(self, index: int) -> Block:
         return MLP(self.spec, self.place)

@@ -95,6 +95,51 @@ VARIANTS = {
         Variant("llama-tied", "llama", 4, 2, 64, tied=True, rope=_LLAMA3),
         Variant("llama-bias", "llama", 6, 2, 32, extra={"attention_bias": True}),
         Variant("mistral", "mistral", 4, 2, 64, extra={"sliding_window": None}),
+        # All layers have one window, which is no multiple of a block.
+        Variant("mistral-window", "mistral", 4, 2, 64, extra={"sliding_window": 20}),
+        # Layers 1 and 3 have a window, layers 0 and 2 full attention.
+        Variant(
+            "qwen3-windows",
+            "qwen3",
+            4,
+            2,
+            24,
+            extra={
+                "num_hidden_layers": 4,
+                "use_sliding_window": True,
+                "sliding_window": 37,
+                "layer_types": ["full_attention", "sliding_attention"] * 2,
+            },
+        ),
+        # Layers 0 and 1 have full attention, layer 2 a window.
+        Variant(
+            "qwen2-window",
+            "qwen2",
+            4,
+            1,
+            64,
+            extra={
+                "num_hidden_layers": 3,
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 2,
+            },
+        ),
+        # Layers 1 and 3 do not rotate and have a window.
+        Variant(
+            "smollm3-windows",
+            "smollm3",
+            4,
+            2,
+            24,
+            extra={
+                "num_hidden_layers": 4,
+                "no_rope_layer_interval": 2,
+                "pad_token_id": None,
+                "use_sliding_window": True,
+                "sliding_window": 33,
+            },
+        ),
         # Layers 1 and 3 do not rotate.
         Variant(
             "smollm3-nope",

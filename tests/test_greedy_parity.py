@@ -25,6 +25,7 @@ BLOCK_SIZES = [16, 64, 256]
 MAX_NUM_SEQS = [1, 3, 16]
 # One checkpoint of each family that has no tests of its own here.
 OTHERS = ("llama-tied", "mistral", "smollm3-nope", "granite", "phi3")
+WINDOWED = ("mistral-window", "qwen3-windows", "qwen2-window", "smollm3-windows")
 DEPTHS = [0, 1]
 
 
@@ -86,7 +87,7 @@ def _smallest_cache(block_size: int) -> int:
     return -(-(LONGEST - 1) // block_size) + 1
 
 
-@pytest.mark.parametrize("name", ["qwen3-gqa2-wide-heads", "qwen2-gqa6", *OTHERS])
+@pytest.mark.parametrize("name", ["qwen3-gqa2-wide-heads", "qwen2-gqa6", *OTHERS, *WINDOWED])
 def test_no_token_of_the_reference_is_a_tie(checkpoints: Checkpoints, name: str) -> None:
     """Otherwise a difference below could be rounding; if this fails, choose another seed."""
     assert _reference(checkpoints[name]).smallest_lead > 1e-4
@@ -139,6 +140,47 @@ def test_greedy_tokens_of_other_families(checkpoints: Checkpoints, name: str, de
         max_num_seqs=4,
         max_num_batched_tokens=40,
         num_kvcache_blocks=_smallest_cache(16),
+    )
+
+
+@pytest.mark.parametrize("blocks", [None, 22])
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("name", WINDOWED)
+def test_greedy_tokens_with_windows(
+    checkpoints: Checkpoints, name: str, depth: int, blocks: int | None
+) -> None:
+    """In chunks, with freed blocks full of NaN."""
+    path = checkpoints[name]
+    _check(
+        path,
+        _reference(path),
+        preempts=None if name == "mistral-window" else blocks is not None,
+        pipeline_depth=depth,
+        kvcache_block_size=16,
+        max_num_seqs=4,
+        max_num_batched_tokens=40,
+        num_kvcache_blocks=blocks,
+        kv_sanitizer=True,
+    )
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("blocks", [3, 4, 9])
+def test_a_window_needs_few_blocks_for_a_long_prompt(
+    checkpoints: Checkpoints, blocks: int, depth: int
+) -> None:
+    """3 blocks of 16 are the fewest for a window of 20; the prompts have up to 16 blocks."""
+    path = checkpoints["mistral-window"]
+    _check(
+        path,
+        _reference(path),
+        preempts=None,
+        pipeline_depth=depth,
+        kvcache_block_size=16,
+        max_num_seqs=3,
+        max_num_batched_tokens=64,
+        num_kvcache_blocks=blocks,
+        kv_sanitizer=True,
     )
 
 

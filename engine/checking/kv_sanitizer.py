@@ -68,9 +68,11 @@ class SanitizedBlocks:
         if request_id not in self._unshared:
             self._published.update(before[: num_computed // self._inner.block_size])
         self._inner.commit(request_id, token_ids, num_computed)
-        # For blocks outside the sliding window the wrapped `commit` puts NO_BLOCK into the table.
+        # For blocks outside the sliding window the wrapped `commit` puts NO_BLOCK into the table,
+        # and it may put the same blocks at the end of the table, for later positions.
         after = self._inner.table(request_id)
-        self._drop(request_id, [b for b, a in zip(before, after, strict=True) if a != b])
+        self._drop(request_id, [b for b, a in zip(before, after, strict=False) if a != b])
+        self._hand_out(request_id, after[len(before) :])
 
     def release(self, request_id: int) -> None:
         self._drop(request_id, [b for b in self._inner.table(request_id) if b != NO_BLOCK])
@@ -215,16 +217,18 @@ class KVPoison:
     NaN. So only the keys and values of the last layer are checked.
     """
 
-    def __init__(self, kv: list[KVLayer], tables: SlotTables) -> None:
-        self._kv = kv
+    def __init__(self, kv: list[list[KVLayer]], last: int, tables: SlotTables) -> None:
+        """`kv` has the layers of each cache group; `last` is the group of the last layer."""
+        self._kv, self._last = kv, last
         self._tables = tables
         self._requests: dict[int, int] = {}  # slot -> id of the slot's request
 
     def fill(self, plan: StepPlan) -> None:
-        """Fill the plan's `poisoned_blocks` with NaN. Supports models with one cache group only."""
-        for group in plan.poisoned_blocks:
-            blocks = torch.tensor(group, dtype=torch.int64, device=self._tables.block_tables.device)
-            for layer in self._kv:
+        """Fill the plan's `poisoned_blocks` with NaN."""
+        device = self._tables.num_computed.device
+        for layers, dead in zip(self._kv, plan.poisoned_blocks, strict=False):
+            blocks = torch.tensor(dead, dtype=torch.int64, device=device)
+            for layer in layers:
                 layer.k[blocks] = layer.v[blocks] = float("nan")
 
     def check(self, plan: StepPlan) -> None:
@@ -239,8 +243,8 @@ class KVPoison:
         behind -= torch.arange(len(behind), device=behind.device)
         slots = slots.repeat_interleave(counts)
         positions = tables.num_computed[slots] - behind
-        blocks = tables.block_tables[slots, positions // size].long()
-        written = self._kv[-1].flat[blocks * size + positions % size]
+        blocks = tables.block_tables[self._last][slots, positions // size].long()
+        written = self._kv[self._last][-1].flat[blocks * size + positions % size]
         if len(bad := written.isnan().flatten(1).any(1).nonzero()):
             slot, position, block = (int(x[bad[0]]) for x in (slots, positions, blocks))
             problem = f"position {position} is NaN: the model, or a read of a dead block"

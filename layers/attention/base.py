@@ -45,6 +45,9 @@ class AttentionBatch:
         num_prefills, num_prefill_tokens: number of prefills, and of query rows before the decodes.
         max_query_len: upper bound of a prefill's number of query rows; 0 if there is no prefill.
         rows_per_decode: number of query rows of each decode.
+        window: a token attends to itself and the `window - 1` tokens before it; None for all
+            tokens. Blocks of tokens before the windows of all query rows may hold anything, also
+            NaN, and their block ids have no meaning.
     """
 
     block_tables: Tensor
@@ -55,6 +58,7 @@ class AttentionBatch:
     num_prefill_tokens: int
     max_query_len: int
     rows_per_decode: int = 1
+    window: int | None = None
 
 
 class AttentionBackend(ABC):

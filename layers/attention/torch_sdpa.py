@@ -19,9 +19,10 @@ from memory.kv_cache import KVLayer
 class _Part:
     """One SDPA call for n query rows, `first` to `last` - 1, of one prefill or of all decodes.
 
-    `rows` are the indices of the cache rows. For a prefill of a request with L tokens, `mask` is
-    [n, L], or None for SDPA's own causal mask. For decodes, `rows` has L indices for each query
-    row, where L is the longest request's length, and `mask` is [n, 1, 1, L] or None for no mask.
+    `rows` are the indices of the cache rows that the query rows see. For a prefill that sees L
+    cache rows, `mask` is [n, L], or None for SDPA's own causal mask. For decodes, `rows` has L
+    indices for each query row, where L is the most that any of them sees, and `mask` is
+    [n, 1, 1, L] or None for no mask.
     """
 
     first: int
@@ -50,15 +51,18 @@ class TorchAttention(AttentionBackend):
         self._gathered = torch.empty(0, dtype=spec.dtype, device="cpu") if cpu else None
 
     def prepare(self, batch: AttentionBatch) -> list[_Part]:
-        count, parts = batch.num_prefills, []
+        count, window, parts = batch.num_prefills, batch.window, []
         tables = batch.block_tables[batch.slots]
         starts = batch.query_start.tolist() if count else []
         for i, context in enumerate(batch.context_lens[:count].tolist()):
             n, mask = starts[i + 1] - starts[i], None
-            if n != context:
-                positions = self._columns[context - n : context]
-                mask = self._columns[:context] <= positions.unsqueeze(1)
-            rows = self._request_rows(tables[i : i + 1], context)
+            first = max(0, context - n - window + 1) if window else 0
+            if n != context or (window and n > window):
+                positions = self._columns[context - n : context].unsqueeze(1)
+                mask = self._columns[first:context] <= positions
+                if window:
+                    mask &= self._columns[first:context] > positions - window
+            rows = self._request_rows(tables[i : i + 1], first, context)
             parts.append(_Part(starts[i], starts[i + 1], rows, mask, decodes=False))
         if count < len(batch.slots):
             parts.append(self._decodes(batch, tables[count:]))
@@ -71,11 +75,17 @@ class TorchAttention(AttentionBackend):
             lens = (lens.unsqueeze(1) + torch.arange(1 - count, 1, device=lens.device)).flatten()
             tables = tables.repeat_interleave(count, 0)
         known, mask = lens.tolist(), None
-        longest, first = max(known), batch.num_prefill_tokens
+        longest, first, window = max(known), batch.num_prefill_tokens, batch.window
         if len(known) == 1:
-            rows = self._request_rows(tables, longest)
+            begin = max(0, longest - window) if window else 0
+            rows = self._request_rows(tables, begin, longest)
             return _Part(first, first + 1, rows, mask, decodes=True)
         rows = self._cache_rows(tables, longest)
+        if window and longest > window:
+            begins = (lens - window).clamp(min=0)
+            columns = begins.unsqueeze(1) + self._columns[:window]
+            rows = rows.gather(1, columns.clamp(max=longest - 1))
+            lens, longest = lens - begins, window
         if min(known) < longest:
             visible = self._columns[:longest] < lens.unsqueeze(1)
             # Masked entries read the request's first cache row instead of unused cache rows. Unused
@@ -85,14 +95,15 @@ class TorchAttention(AttentionBackend):
             mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
         return _Part(first, first + len(known), rows.flatten(), mask, decodes=True)
 
-    def _request_rows(self, table: Tensor, length: int) -> Tensor | slice:
-        """Return the indices of the cache rows of one request's first `length` tokens."""
-        blocks = table[0, : -(-length // self._spec.block_size)].tolist()
+    def _request_rows(self, table: Tensor, begin: int, end: int) -> Tensor | slice:
+        """Return the indices of the cache rows of one request's tokens `begin` to `end` - 1."""
+        size = self._spec.block_size
+        blocks = table[0, begin // size : -(-end // size)].tolist()
         first = blocks[0]
         if blocks == list(range(first, first + len(blocks))):
-            start = first * self._spec.block_size
-            return slice(start, start + length)
-        return self._cache_rows(table, length)[0]
+            start = first * size + begin % size
+            return slice(start, start + end - begin)
+        return self._cache_rows(table, end)[0, begin:]
 
     def _cache_rows(self, tables: Tensor, length: int) -> Tensor:
         """Return the cache row indices [B, length] of each request's first `length` tokens."""

@@ -49,7 +49,7 @@ def _rows_kernel(
     SAMPLED: tl.constexpr,
 ):
     tokens_ptr, tables_ptr, computed_ptr, temperature_ptr, seed_ptr = tables
-    ids_out, positions_out, mapping_out, slots_out, lens_out, start_out = rows
+    ids_out, positions_out, mappings_out, slots_out, lens_out, start_out = rows
     drawn_rows_out, drawn_slots_out, next_positions_out, temperature_out, seed_out = sampled
     tokens_stride, tables_stride = strides
     request = tl.program_id(0)
@@ -70,11 +70,13 @@ def _rows_kernel(
     position = tl.where(live, start + at, 0)
     read = mask & live
     token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=read, other=0)
-    block = tl.load(tables_ptr + slot * tables_stride + position // block_size, mask=read, other=0)
-    mapping = block.to(tl.int64) * block_size + position % block_size
+    entry = slot * tables_stride + position // block_size
+    for group in tl.static_range(len(mappings_out)):
+        block = tl.load(tables_ptr[group] + entry, mask=read, other=0)
+        mapping = block.to(tl.int64) * block_size + position % block_size
+        tl.store(mappings_out[group] + first + at, tl.where(live, mapping, -1), mask=mask)
     tl.store(ids_out + first + at, token.to(tl.int64), mask=mask)
     tl.store(positions_out + first + at, position, mask=mask)
-    tl.store(mapping_out + first + at, tl.where(live, mapping, -1), mask=mask)
     if tl.program_id(1) == 0:
         end = start + count
         tl.store(slots_out + request, slot.to(tl.int32))
@@ -146,7 +148,7 @@ def fill_rows(tables: SlotTables, rows: StepRows) -> None:
     _rows_kernel[(rows.header.shape[1], triton.cdiv(max(rows.longest_chunk, 1), block))](
         *(rows.header, rows.header.stride(0), (*known, tables.temperatures, tables.seeds)),
         *((*per_row, *per_request), drawn, tables.padding_slot),
-        *((tables.tokens.stride(0), tables.block_tables.stride(0)), tables.block_size),
+        *((tables.tokens.stride(0), tables.block_tables[0].stride(0)), tables.block_size),
         *(block, triton.next_power_of_2(per_decode)),
         num_warps=1 if block == _FEW else 4,
     )

@@ -55,7 +55,7 @@ class PaddedAttention(TorchAttention):
 def _filled(tables: SlotTables, rows: StepRows) -> None:
     """As the kernel, but padding is stored in the last row of the cache, which nobody reads."""
     fill_any_rows(tables, rows)
-    mapping = rows.slot_mapping
+    (mapping,) = rows.slot_mapping
     mapping[mapping < 0] = NUM_BLOCKS * BLOCK_SIZE - 1
 
 

@@ -55,7 +55,7 @@ def test_prefill_rows_are_tokens_positions_and_pages() -> None:
     assert rows.input_ids.tolist() == [*range(200, 218), *range(5)]
     assert rows.positions.tolist() == [*range(18), *range(5)]
     pages = [*range(7 * 16, 8 * 16), 3 * 16, 3 * 16 + 1, *range(9 * 16, 9 * 16 + 5)]
-    assert rows.slot_mapping.tolist() == pages
+    assert rows.slot_mapping[0].tolist() == pages
     tables = torch.zeros(1)
     attention = rows.attention(tables)
     assert attention.block_tables is tables
@@ -82,7 +82,7 @@ def test_a_sampled_token_is_the_next_input() -> None:
     rows = state.run(plan, [78, 79])
     assert rows.input_ids.tolist() == [218, 219, 77]
     assert rows.positions.tolist() == [18, 19, 5]
-    assert rows.slot_mapping.tolist() == [3 * 16 + 2, 3 * 16 + 3, 9 * 16 + 5]
+    assert rows.slot_mapping[0].tolist() == [3 * 16 + 2, 3 * 16 + 3, 9 * 16 + 5]
     assert rows.context_lens.tolist() == [20, 6]
     assert rows.sampled.rows.tolist() == [1, 2]
     # The second one makes its rows anew of the same header.
@@ -115,7 +115,7 @@ def test_a_new_block_is_used_from_its_first_position() -> None:
     plan = StepPlan(0, (_new(1, 16),), (BlockUpdate(1, 0, (5,)),), (PrefillChunk(1, 0, 16, True),))
     state.run(plan, [1])
     rows = state.staged(StepPlan(1, block_updates=(BlockUpdate(1, 1, (2,)),), decode=(1,)))
-    assert rows.slot_mapping.tolist() == [2 * 16]
+    assert rows.slot_mapping[0].tolist() == [2 * 16]
 
 
 def test_a_slot_is_taken_over_by_another_request() -> None:
@@ -130,7 +130,7 @@ def test_a_slot_is_taken_over_by_another_request() -> None:
     )
     rows = state.run(plan, [43])
     assert rows.input_ids.tolist() == [41, 42]
-    assert rows.slot_mapping.tolist() == [16, 17]
+    assert rows.slot_mapping[0].tolist() == [16, 17]
     assert rows.sampled.seeds.tolist() == [[3, 0]]
     rows = state.staged(StepPlan(3, decode=(0,)))
     assert rows.input_ids.tolist() == [43]
@@ -174,7 +174,7 @@ def test_decodes_of_several_rows_start_where_the_last_step_ended() -> None:
     state.fill(rows)
     assert rows.positions.tolist() == [20, 21, 22, 5, 6, 7]
     assert rows.input_ids.tolist() == [78, 0, 0, 77, 0, 0]
-    assert rows.slot_mapping.tolist() == [52, 53, 54, 149, 150, 151]
+    assert rows.slot_mapping[0].tolist() == [52, 53, 54, 149, 150, 151]
     assert rows.context_lens.tolist() == [23, 8]
     assert rows.sampled.rows.tolist() == list(range(6))
     assert rows.sampled.positions.tolist() == [21, 22, 23, 6, 7, 8]
@@ -197,6 +197,8 @@ def test_of_rows_of_captured_chunks_any_number_may_be_one_chunk() -> None:
     assert len(attention.slots) == len(attention.context_lens) == 2
     for name in ("input_ids", "positions", "slot_mapping"):
         ours, all_of_them = getattr(part, name), getattr(whole, name)
+        if name == "slot_mapping":
+            (ours,), (all_of_them,) = ours, all_of_them
         assert len(ours) == 24
         assert ours.data_ptr() == all_of_them.data_ptr()
 
@@ -204,7 +206,7 @@ def test_of_rows_of_captured_chunks_any_number_may_be_one_chunk() -> None:
 def test_the_first_decodes_have_all_their_rows() -> None:
     whole = StepRows.empty(torch.zeros(6, 5, dtype=torch.int64), 15, 15, rows_per_decode=3)
     part = whole.first_decodes(2)
-    assert [len(part.input_ids), len(part.positions), len(part.slot_mapping)] == [6, 6, 6]
+    assert [len(part.input_ids), len(part.positions), len(part.slot_mapping[0])] == [6, 6, 6]
     assert [len(part.slots), len(part.context_lens), len(part.query_start)] == [2, 2, 3]
     assert len(part.sampled.rows) == len(part.sampled.tokens) == 6
     assert part.header.shape == (6, 2)
@@ -247,7 +249,7 @@ def test_chunks_of_a_captured_step_have_their_samples_at_the_end(samples: Any) -
 def test_a_block_table_beyond_the_length_limit_is_refused() -> None:
     """It would go on in the table of the next slot, which belongs to another request."""
     state = State()
-    width = state.tables.block_tables.shape[1]
+    width = state.tables.block_tables[0].shape[1]
     state.staged(StepPlan(0, block_updates=(BlockUpdate(1, width - 1, (5,)),)))
     with pytest.raises(ContractError, match=f"more than {width} entries"):
         state.staged(StepPlan(1, block_updates=(BlockUpdate(1, width - 1, (5, 6)),)))

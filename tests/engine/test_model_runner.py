@@ -191,15 +191,13 @@ def test_the_cache_leaves_room_for_the_heaviest_steps_and_for_sampling_options(
     runner._run = plans.append
     runner._device = torch.device("cuda")
     vocab_size = 10**8
-    geometry = runner._sized(usage.free_before, vocab_size)
+    (geometry,) = runner._sized(usage.free_before, vocab_size)
     (plan,) = plans
     assert [(c.start, c.num_tokens, c.samples) for c in plan.prefill] == [(0, 32, True)] * 3
     assert plan.sampled_slots == [0, 1, 2]
     assert [len(new.token_ids) for new in plan.new_requests] == [32] * 3
     special = special_bytes(config.max_num_seqs, vocab_size, 4, 1)
-    left = fit_blocks(
-        config.gpu_memory_utilization, geometry, replace(usage, peak=usage.peak + special)
-    )
+    (left,) = fit_blocks(config, (geometry,), replace(usage, peak=usage.peak + special))
     assert geometry.num_blocks == left.num_blocks
 
 

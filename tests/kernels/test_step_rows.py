@@ -41,10 +41,11 @@ if INTERPRET and HAS_TRITON:
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, WIDTH, NUM_SLOTS = 8, 96, 40
+GROUPS = 2  # cache groups, each of which has block tables and a slot mapping
 POISON = -7
 # A read at this position would leave the tables, and the process.
 FAR = 1 << 40
-PER_REQUEST = ("input_ids", "positions", "slot_mapping", "slots", "context_lens", "query_start")
+PER_REQUEST = ("input_ids", "positions", "slots", "context_lens", "query_start")
 PER_SAMPLED = ("rows", "slots", "positions", "temperatures", "seeds")
 
 
@@ -72,30 +73,36 @@ def _random_tables(generator: torch.Generator) -> SlotTables:
         return torch.randint(low, high, shape, generator=generator)
 
     rows = NUM_SLOTS + 1
+    groups = (integers(0, 2**31 - 1, rows, WIDTH // BLOCK_SIZE).int() for _ in range(GROUPS))
     made = SlotTables(
         tokens=integers(0, 150_000, rows, WIDTH).int(),
-        block_tables=integers(0, 2**31 - 1, rows, WIDTH // BLOCK_SIZE).int(),
+        block_tables=tuple(groups),
         num_computed=integers(0, WIDTH - 8, rows),
         temperatures=torch.rand(rows, generator=generator),
         seeds=integers(0, 2**63 - 1, rows, 2),
         block_size=BLOCK_SIZE,
     )
-    made.tokens[-1], made.block_tables[-1], made.num_computed[-1] = POISON, POISON, FAR
+    made.tokens[-1], made.num_computed[-1] = POISON, FAR
+    for table in made.block_tables:
+        table[-1] = POISON
     made.temperatures[-1], made.seeds[-1] = float("nan"), POISON
     return made
 
 
 def _columns(tables: SlotTables) -> list[str]:
-    return [f.name for f in fields(tables) if f.name != "block_size"]
+    return [f.name for f in fields(tables) if f.name not in ("block_size", "block_tables")]
 
 
 def _copied(tables: SlotTables) -> SlotTables:
-    return replace(tables, **{name: getattr(tables, name).clone() for name in _columns(tables)})
+    groups = tuple(table.clone() for table in tables.block_tables)
+    copies = {name: getattr(tables, name).clone() for name in _columns(tables)}
+    return replace(tables, block_tables=groups, **copies)
 
 
 def _assert_equal(ours: SlotTables, theirs: SlotTables, *, padding: bool = True) -> None:
-    for name in _columns(ours):
-        got, expected = getattr(ours, name), getattr(theirs, name)
+    pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in _columns(ours)]
+    groups = zip(ours.block_tables, theirs.block_tables, strict=True)
+    for name, got, expected in (*pairs, *(("block_tables", *group) for group in groups)):
         assert torch.equal(got[:-1], expected[:-1]), name
         if padding:
             torch.testing.assert_close(got[-1], expected[-1], rtol=0, atol=0, equal_nan=True)
@@ -188,13 +195,14 @@ def _unset_rows(step: list[Request], per_decode: int) -> StepRows:
         wide[:, : len(step)],
         first + 5,
         place + 2,
+        GROUPS,
         num_chunks=len(chunks),
         num_chunk_rows=sum(r.count for r in chunks),
         longest_chunk=max((r.count for r in chunks), default=0),
         rows_per_decode=per_decode,
     )
-    for name in PER_REQUEST:
-        getattr(rows, name).fill_(POISON)
+    for tensor in (*rows.slot_mapping, *(getattr(rows, name) for name in PER_REQUEST)):
+        tensor.fill_(POISON)
     for name in PER_SAMPLED:
         getattr(rows.sampled, name).fill_(POISON)
     return rows
@@ -206,16 +214,18 @@ def _check_rows(rows: StepRows, step: list[Request], before: SlotTables) -> Slot
     per_request: dict[str, list[Any]] = {name: [] for name in PER_REQUEST}
     per_sampled: dict[str, list[Any]] = {name: [] for name in PER_SAMPLED}
     per_request["query_start"].append(0)
+    mappings: list[list[int]] = [[] for _ in rows.slot_mapping]
     for r in step:
         padding = r.slot == NUM_SLOTS
         start = int(before.num_computed[r.slot]) if r.start is None else r.start
         at = range(start, start + r.count)
-        blocks = [0 if padding else int(before.block_tables[r.slot, p // BLOCK_SIZE]) for p in at]
-        pages = [b * BLOCK_SIZE + p % BLOCK_SIZE for b, p in zip(blocks, at, strict=True)]
         nothing = [0] * r.count
         per_request["input_ids"] += nothing if padding else before.tokens[r.slot, at].tolist()
         per_request["positions"] += nothing if padding else at
-        per_request["slot_mapping"] += [-1] * r.count if padding else pages
+        for mapping, table in zip(mappings, before.block_tables, strict=True):
+            blocks = [0 if padding else int(table[r.slot, p // BLOCK_SIZE]) for p in at]
+            pages = [b * BLOCK_SIZE + p % BLOCK_SIZE for b, p in zip(blocks, at, strict=True)]
+            mapping += [-1] * r.count if padding else pages
         per_request["slots"].append(r.slot)
         per_request["context_lens"].append(0 if padding else at.stop)
         if not padding:
@@ -230,6 +240,8 @@ def _check_rows(rows: StepRows, step: list[Request], before: SlotTables) -> Slot
                 entry = (last - behind, r.slot, at.stop - behind + 1, *keys)
             for name, value in zip(PER_SAMPLED, entry, strict=True):
                 per_sampled[name].append(value)
+    for got, values in zip(rows.slot_mapping, mappings, strict=True):
+        assert got.tolist() == values + [POISON] * (len(got) - len(values))
     for part, wanted in ((rows, per_request), (rows.sampled, per_sampled)):
         for name, values in wanted.items():
             got = getattr(part, name).tolist()
@@ -271,7 +283,8 @@ def test_rows_of_decodes_alone_by_fewer_operations(seed: int) -> None:
     rows = replace(
         made,
         sampled=made.sampled[: len(slots)],
-        **{name: getattr(made, name)[: len(slots)] for name in PER_REQUEST[:3]},
+        slot_mapping=tuple(mapping[: len(slots)] for mapping in made.slot_mapping),
+        **{name: getattr(made, name)[: len(slots)] for name in PER_REQUEST[:2]},
     )
     reference.fill_rows(tables, rows)
     _assert_equal(tables, _check_rows(rows, step, before))
@@ -305,14 +318,15 @@ def test_write_tokens(size: int, seed: int) -> None:
 
 
 def _state(kernels: bool, num_slots: int = 5) -> DeviceState:
-    return DeviceState(SlotTables.zeros(num_slots, WIDTH, 16, CPU), Staging(CPU), kernels)
+    tables = SlotTables.zeros(num_slots, WIDTH, 16, CPU, GROUPS)
+    return DeviceState(tables, Staging(CPU), kernels)
 
 
 @interpreted
 @pytest.mark.usefixtures("_few_tokens_a_program")
 @pytest.mark.parametrize("seed", _seeds(4))
 def test_rows_of_random_plans(seed: int) -> None:
-    check_rows(_state(True), _state(False), random_plans(seed, 5, 90))
+    check_rows(_state(True), _state(False), random_plans(seed, 5, 90, groups=GROUPS))
 
 
 def _store(values: Tensor, slot_mapping: Tensor, kv: KVLayer) -> None:
@@ -331,7 +345,8 @@ def _pages(num_blocks: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_padding_writes_no_keys_and_values(kind: str) -> None:
     tables = _random_tables(torch.Generator().manual_seed(0))
-    tables.block_tables[:-1] = torch.randperm(NUM_SLOTS * 12).view(NUM_SLOTS, 12).int() + 1
+    table = tables.block_tables[1]
+    table[:-1] = torch.randperm(NUM_SLOTS * 12).view(NUM_SLOTS, 12).int() + 1
     kv = KVLayer.of(_pages(NUM_SLOTS * 12 + 1))
     slots = (3, NUM_SLOTS, 7, NUM_SLOTS)
     if kind == "decode":
@@ -344,9 +359,9 @@ def test_padding_writes_no_keys_and_values(kind: str) -> None:
     rows = _unset_rows(step, 1)
     count = sum(r.count for r in step)
     kernels.fill_rows(tables, rows)
-    _store(torch.arange(count) + 1, rows.slot_mapping[:count], kv)
+    _store(torch.arange(count) + 1, rows.slot_mapping[1][:count], kv)
     written = {
-        int(tables.block_tables[slot, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
+        int(table[slot, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
         for slot, position in zip((3, 7), positions, strict=True)
     }
     there = ~kv.flat.isnan().flatten(1).any(1)
@@ -380,11 +395,11 @@ def test_captured_steps_write_to_their_requests_alone(monkeypatch: pytest.Monkey
 
     def plain_step(rows: StepRows, out: Tensor | None) -> Tensor:
         state.fill(rows)
-        _store(rows.input_ids, rows.slot_mapping, kv)
+        _store(rows.input_ids, rows.slot_mapping[0], kv)
         logits = torch.zeros(len(rows.sampled.rows), VOCAB_SIZE)
         known = zip(rows.sampled.slots.tolist(), rows.sampled.positions.tolist(), strict=True)
         for row, (slot, length) in enumerate(known):
-            seen = state.tables.block_tables[slot, : -(-length // BLOCK_SIZE)].long()
+            seen = state.tables.block_tables[0][slot, : -(-length // BLOCK_SIZE)].long()
             total = kv.k[seen].flatten(0, 1)[:length, 0, 0].sum()
             logits[row, int(total) % VOCAB_SIZE] = 1.0
         state.write(rows.sampled, logits.argmax(1))

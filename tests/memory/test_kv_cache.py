@@ -10,8 +10,8 @@ import torch
 
 from config import Config
 from engine.types import KVGeometry
-from memory.kv_cache import KVCache, kv_blocks
-from memory.sizing import Usage, fit_blocks
+from memory.kv_cache import KVCache
+from memory.sizing import Usage, fit_blocks, kv_blocks
 from utils.errors import OutOfMemoryError
 
 CPU = torch.device("cpu")
@@ -22,6 +22,11 @@ GEOMETRY = KVGeometry(
 
 def _config(**options: Any) -> Config:
     return Config(model="x", **{"max_model_len": 100, "max_num_seqs": 4, **options})
+
+
+def _blocks(**options: Any) -> KVGeometry:
+    (sized,) = kv_blocks(_config(**options), (GEOMETRY,))
+    return sized
 
 
 def test_the_views_of_a_layer_are_the_same_storage() -> None:
@@ -90,28 +95,28 @@ def test_a_cache_that_does_not_fit_says_how_much_it_needs() -> None:
 
 
 def test_the_number_of_blocks_is_the_one_asked_for() -> None:
-    assert kv_blocks(_config(num_kvcache_blocks=77), GEOMETRY).num_blocks == 77
+    assert _blocks(num_kvcache_blocks=77).num_blocks == 77
 
 
 @pytest.mark.parametrize(("spare", "count"), [(-1, 2), (0, 3), (1, 3)])
 def test_a_byte_budget_is_used_and_not_exceeded(spare: int, count: int) -> None:
     budget = 3 * GEOMETRY.bytes_per_block + spare
-    assert kv_blocks(_config(kvcache_memory_bytes=budget), GEOMETRY).num_blocks == count
+    assert _blocks(kvcache_memory_bytes=budget).num_blocks == count
 
 
 def test_a_byte_budget_below_one_block_is_refused_with_its_size() -> None:
     budget = GEOMETRY.bytes_per_block - 1
     with pytest.raises(OutOfMemoryError, match=f"takes {GEOMETRY.bytes_per_block}"):
-        kv_blocks(_config(kvcache_memory_bytes=budget), GEOMETRY)
+        _blocks(kvcache_memory_bytes=budget)
 
 
 def test_without_a_size_every_request_has_room_for_its_context() -> None:
     # 100 tokens are 7 blocks, for each of 4 requests.
-    assert kv_blocks(_config(), GEOMETRY).num_blocks == 28
+    assert _blocks().num_blocks == 28
 
 
 def test_without_a_size_a_gibibyte_is_the_limit() -> None:
-    geometry = kv_blocks(_config(max_model_len=10**6, max_num_seqs=512), GEOMETRY)
+    geometry = _blocks(max_model_len=10**6, max_num_seqs=512)
     taken = geometry.num_blocks * geometry.bytes_per_block
     assert 2**30 - geometry.bytes_per_block < taken <= 2**30
 
@@ -123,17 +128,17 @@ class TestFitBlocks:
 
     def test_the_whole_stays_below_the_utilization(self) -> None:
         usage = Usage(80 * self.GIB, 79 * self.GIB, 10 * self.GIB, 5 * self.GIB)
-        fitted = fit_blocks(0.5, GEOMETRY, usage)
+        (fitted,) = fit_blocks(_config(gpu_memory_utilization=0.5), (GEOMETRY,), usage)
         taken = usage.weights + usage.peak + fitted.num_blocks * GEOMETRY.bytes_per_block
         assert 0.5 * usage.total - self.GIB < taken <= 0.5 * usage.total
 
     def test_what_others_hold_is_neither_used_nor_charged(self) -> None:
         usage = Usage(80 * self.GIB, 20 * self.GIB, 10 * self.GIB, 5 * self.GIB)
-        fitted = fit_blocks(0.9, GEOMETRY, usage)
+        (fitted,) = fit_blocks(_config(gpu_memory_utilization=0.9), (GEOMETRY,), usage)
         taken = usage.weights + usage.peak + fitted.num_blocks * GEOMETRY.bytes_per_block
         assert 19 * self.GIB < taken <= 20 * self.GIB
 
     def test_no_room_is_an_error_with_the_numbers(self) -> None:
         usage = Usage(80 * self.GIB, 79 * self.GIB, 70 * self.GIB, 5 * self.GIB)
         with pytest.raises(OutOfMemoryError, match=r"weights take 70\.00.*gpu_memory_utilization"):
-            fit_blocks(0.9, GEOMETRY, usage)
+            fit_blocks(_config(gpu_memory_utilization=0.9), (GEOMETRY,), usage)

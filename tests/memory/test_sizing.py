@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from config import Config
 from engine.types import KVGeometry
 from llm import LLM
 from memory.sizing import Usage, fit_blocks, measure_usage, memory_errors
@@ -65,7 +66,9 @@ def test_blocks_leave_room_for_weights_steps_and_a_margin(
     assert size == 1 << 20
     usage = Usage(total, free_before, weights=3 * GIB + 77, peak=2 * GIB + 5)
     allowed = min(utilization * total, free_before)
-    blocks = fit_blocks(utilization, GEOMETRY, usage).num_blocks * size
+    config = Config(model="none", max_model_len=4096, gpu_memory_utilization=utilization)
+    (fitted,) = fit_blocks(config, (GEOMETRY,), usage)
+    blocks = fitted.num_blocks * size
     left = allowed - usage.weights - usage.peak - blocks
     assert MARGIN <= left < MARGIN + size
 

@@ -87,7 +87,7 @@ def test_an_architecture_replaces_the_mlp_of_a_layer() -> None:
     positions = torch.arange(TOKENS)
     rows = torch.tensor([4, 1])
     logits = model(
-        ForwardBatch(positions, positions, model.rotary.prepare(positions), None, pages, rows)
+        ForwardBatch(positions, (positions,), model.rotary.prepare(positions), (None,), pages, rows)
     )
 
     def rms(x: Tensor) -> Tensor:

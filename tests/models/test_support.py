@@ -27,22 +27,25 @@ def _shape(model_type: str, **fields: Any) -> Any:
 @pytest.mark.parametrize("model_type", QWEN)
 def test_sliding_windows(model_type: str) -> None:
     fields = {"sliding_window": 128, "max_window_layers": 1}
-    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
-        _shape(model_type, use_sliding_window=True, **fields)
-    _shape(model_type, use_sliding_window=False, **fields)
+    assert _shape(model_type, use_sliding_window=True, **fields).windows == (None, 128)
+    assert _shape(model_type, use_sliding_window=False, **fields).windows == ()
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "phi3"])
-def test_a_window_as_long_as_the_longest_context_hides_nothing(model_type: str) -> None:
-    assert _shape(model_type, max_position_embeddings=64, sliding_window=64).num_layers == 2
-    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
-        _shape(model_type, max_position_embeddings=64, sliding_window=63)
+def test_without_layer_types_all_layers_have_the_window(model_type: str) -> None:
+    shape = _shape(model_type, sliding_window=63)
+    assert shape.windows == (63, 63)
+    assert (shape.group_windows, shape.layer_groups) == ((63,), (0, 0))
+    shape = _shape(model_type, sliding_window=None)
+    assert shape.windows == ()
+    assert (shape.group_windows, shape.layer_groups) == ((None,), (0, 0))
 
 
 def test_sliding_layers_of_smollm3() -> None:
     fields = {"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]}
-    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
-        _shape("smollm3", use_sliding_window=True, **fields)
+    shape = _shape("smollm3", use_sliding_window=True, **fields)
+    assert shape.windows == (None, 32)
+    assert (shape.group_windows, shape.layer_groups) == ((None, 32), (0, 1))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "smollm3", "granite"])
@@ -102,8 +105,10 @@ def _spec(config: Any) -> DecoderSpec:
         ({"head_dim": 15}, "head_dim=15"),
         ({"hidden_size": 60}, "head_dim=15"),
         ({"hidden_size": 3}, "head_dim=0"),
-        # Without layer_types there is one window for all layers.
-        ({"sliding_window": 4096}, "sliding_attention"),
+        ({"sliding_window": 0, "layer_types": ["sliding_attention"]}, "sliding_window=0"),
+        ({"layer_types": ["sliding_attention"]}, "sliding_window=None"),
+        ({"layer_types": ["chunked_attention"]}, "contains chunked_attention"),
+        ({"layer_types": ["full_attention"] * 2}, "2 entries for 1 layers"),
     ],
 )
 def test_sizes_and_windows_of_unchecked_configs(fields: dict[str, Any], problem: str) -> None:
