@@ -49,54 +49,67 @@ MOST_PROGRAMS = 32
 
 
 @triton.jit
-def _tile_pages(table, t, num_tokens, PAGE: tl.constexpr, TILE: tl.constexpr):
+def _tile_pages(table, t, span, PAGE: tl.constexpr, TILE: tl.constexpr):
     """Load the page id of tile `t`, or of each of its tokens if a tile may span several pages."""
+    skipped, hidden, num_tokens = span
     if PAGE % TILE == 0:
-        pages = tl.load(table + t * TILE // PAGE, mask=t * TILE < num_tokens, other=0)
+        there = t * TILE < num_tokens
+        if hidden is not None:
+            there = there & (t * TILE + TILE > hidden)
+        pages = tl.load(table + (skipped + t * TILE) // PAGE, mask=there, other=0)
     else:
         tokens = t * TILE + tl.arange(0, TILE)
-        pages = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
+        there = _seen(tokens, hidden, num_tokens)
+        pages = tl.load(table + (skipped + tokens) // PAGE, mask=there, other=0)
     return pages.to(tl.int64)
 
 
 @triton.jit
-def _tile_rows(page, t, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Return (base, rows): tokens of tile `t` are at offsets base + rows [TILE, 1] in the cache."""
+def _seen(tokens, hidden, num_tokens):
+    """Return which tokens are among the first `num_tokens`, but not among the first `hidden`."""
+    there = tokens < num_tokens
+    if hidden is not None:
+        there = there & (tokens >= hidden)
+    return there
+
+
+@triton.jit
+def _tile_rows(page, first, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Return (base, rows): tokens from `first` on are at base + rows [TILE, 1] in the cache."""
     offsets = tl.arange(0, TILE)
     if PAGE % TILE == 0:
-        base = page * page_stride + t * TILE % PAGE * token_stride
+        base = page * page_stride + first % PAGE * token_stride
         rows = offsets[:, None] * token_stride
     else:
         base = 0
-        rows = (page * page_stride + (t * TILE + offsets) % PAGE * token_stride)[:, None]
+        rows = (page * page_stride + (first + offsets) % PAGE * token_stride)[:, None]
     return base, rows
 
 
 @triton.jit
-def _split_pages(
-    table, split, num_tokens, PAGE: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr
-):
+def _split_pages(table, split, span, PAGE: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr):
     """Load `_tile_pages` of each block of BLOCK keys of a split."""
     pages = ()
     if PAGE % KEYS == 0:
-        page = _tile_pages(table, split, num_tokens, PAGE, KEYS)
+        page = _tile_pages(table, split, span, PAGE, KEYS)
         for _ in tl.static_range(KEYS // BLOCK):
             pages += (page,)
     else:
         for i in tl.static_range(KEYS // BLOCK):
             t = split * (KEYS // BLOCK) + i
-            pages += (_tile_pages(table, t, num_tokens, PAGE, BLOCK),)
+            pages += (_tile_pages(table, t, span, PAGE, BLOCK),)
     return pages
 
 
 @triton.jit
 def _load_tile(
-    src, t, num_tokens, page, strides, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr
+    src, t, span, page, strides, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr
 ):
-    """Load K or V [TILE, DIM_PAD] of a pair's tokens in tile `t`; 0 from `num_tokens` on."""
+    """Load K or V [TILE, DIM_PAD] of a pair's tokens in tile `t`; 0 for tokens outside `span`."""
+    skipped, hidden, num_tokens = span
     dims = tl.arange(0, triton.next_power_of_2(DIM))
-    base, rows = _tile_rows(page, t, strides[0], strides[1], PAGE, TILE)
-    seen = t * TILE + tl.arange(0, TILE) < num_tokens
+    base, rows = _tile_rows(page, skipped + t * TILE, strides[0], strides[1], PAGE, TILE)
+    seen = _seen(t * TILE + tl.arange(0, TILE), hidden, num_tokens)
     return tl.load(
         src + base + rows + dims[None, :], mask=seen[:, None] & (dims < DIM)[None, :], other=0.0
     )
@@ -133,6 +146,7 @@ def _paged_decode_kernel(
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
     APART: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: full attention
 ):
     q_row, q_head, page_stride, token_stride, head_stride, table_row, out_row, out_head = strides
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
@@ -151,6 +165,10 @@ def _paged_decode_kernel(
     lane = tl.arange(0, BATCH_PAD)
     lens = tl.load(len_ptr + lane, mask=lane < batch, other=0)  # [BATCH_PAD]
     slots = tl.load(slot_ptr + lane, mask=lane < batch, other=0)
+    skips = lens  # number of a request's tokens that are skipped: whole splits before the window
+    if WINDOW:
+        skips = tl.maximum(lens - QUERIES + 1 - WINDOW, 0) // KEYS * KEYS
+        lens -= skips  # from here on, the first token is the first one that is not skipped
     # The list is ordered by request, then KV head, then token. A request without tokens counts as
     # one unit for each KV head, so that programs write zeros as the request's output.
     units = tl.where(lane < batch, tl.maximum(tl.cdiv(lens, SIZE), 1), 0)
@@ -185,6 +203,11 @@ def _paged_decode_kernel(
     while at < stop:
         num_tokens = tl.sum(tl.where(lane == seq, lens, 0), 0)
         slot = tl.sum(tl.where(lane == seq, slots, 0), 0).to(tl.int64)
+        skipped, hidden = 0, None
+        if WINDOW:
+            skipped = tl.sum(tl.where(lane == seq, skips, 0), 0)
+            hidden = tl.maximum(num_tokens - QUERIES + 1 - WINDOW, 0)
+        span_all = (skipped, hidden, num_tokens)
         seq_span = tl.sum(tl.where(lane == seq, spans, 0), 0)
         span = seq_span // KV_HEADS
         head = (at - seq_begin) // span
@@ -216,26 +239,28 @@ def _paged_decode_kernel(
             known = tl.maximum(num_tokens - 1, 0) // STEP * STEP
             newest = known // STEP
             has_newest = known // KEYS == begin
-            pages = _split_pages(table, begin, known, PAGE, BLOCK, KEYS)
+            before = (skipped, hidden, known)
+            pages = _split_pages(table, begin, before, PAGE, BLOCK, KEYS)
             keys, values = (), ()
             for i in tl.static_range(BLOCKS):
                 t = begin * BLOCKS + i
-                keys += (_load_tile(k_head, t, known, pages[i], steps, DIM, PAGE, BLOCK),)
+                keys += (_load_tile(k_head, t, before, pages[i], steps, DIM, PAGE, BLOCK),)
             for i in tl.static_range(BLOCKS):
                 t = begin * BLOCKS + i
-                values += (_load_tile(v_head, t, known, pages[i], steps, DIM, PAGE, BLOCK),)
+                values += (_load_tile(v_head, t, before, pages[i], steps, DIM, PAGE, BLOCK),)
             until = tl.where(has_newest, num_tokens, 0)
-            page = _tile_pages(table, newest, until, PAGE, STEP)
+            last_line = (skipped, hidden, until)
+            page = _tile_pages(table, newest, last_line, PAGE, STEP)
             gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
-            k_new = _load_tile(k_head, newest, until, page, steps, DIM, PAGE, STEP)
-            v_new = _load_tile(v_head, newest, until, page, steps, DIM, PAGE, STEP)
+            k_new = _load_tile(k_head, newest, last_line, page, steps, DIM, PAGE, STEP)
+            v_new = _load_tile(v_head, newest, last_line, page, steps, DIM, PAGE, STEP)
             scores = ()
             for i in tl.static_range(BLOCKS):
-                seen = (begin * BLOCKS + i) * BLOCK + offsets < known
+                seen = _seen((begin * BLOCKS + i) * BLOCK + offsets, hidden, known)
                 s = tl.dot(q, tl.trans(keys[i]))
                 scores += (tl.where(seen[None, :], s, float("-inf")),)
-            seen = known + tl.arange(0, STEP) < until
+            seen = _seen(known + tl.arange(0, STEP), hidden, until)
             s_new = tl.where(seen[None, :], tl.dot(q, tl.trans(k_new)), float("-inf"))
             top = top_score(s_new, scale)
             for i in tl.static_range(BLOCKS):
@@ -255,9 +280,9 @@ def _paged_decode_kernel(
             a, b, t_norm, t_top = fold_weights(t_norm, t_top, norm, top)
             t_acc = fold_values(t_acc, a[:, None], b[:, None], acc)
             next_split += 1
-            pages = _split_pages(table, next_split, num_tokens, PAGE, BLOCK, KEYS)
+            pages = _split_pages(table, next_split, span_all, PAGE, BLOCK, KEYS)
         else:
-            pages = _split_pages(table, begin, num_tokens, PAGE, BLOCK, KEYS)
+            pages = _split_pages(table, begin, span_all, PAGE, BLOCK, KEYS)
             if PDL and APART:
                 gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
@@ -266,13 +291,13 @@ def _paged_decode_kernel(
             scores = ()
             for i in tl.static_range(BLOCKS):
                 t = split * BLOCKS + i
-                k = _load_tile(k_head, t, num_tokens, pages[i], steps, DIM, PAGE, BLOCK)
+                k = _load_tile(k_head, t, span_all, pages[i], steps, DIM, PAGE, BLOCK)
                 s = tl.dot(q, tl.trans(k))  # [ROWS, BLOCK]
                 tokens = (t * BLOCK + offsets)[None, :]
-                if QUERIES == 1:
-                    s = tl.where(tokens < num_tokens, s, float("-inf"))
-                else:
-                    s = tl.where(tokens < num_tokens - QUERIES + 1 + query, s, float("-inf"))
+                until_row = num_tokens if QUERIES == 1 else num_tokens - QUERIES + 1 + query
+                s = tl.where(tokens < until_row, s, float("-inf"))
+                if WINDOW:
+                    s = tl.where(tokens >= until_row - WINDOW, s, float("-inf"))
                 scores += (s,)
             highest = scores[0]
             for i in tl.static_range(1, BLOCKS):
@@ -281,11 +306,11 @@ def _paged_decode_kernel(
             acc, bits = tl.zeros([ROWS, DIM_PAD], tl.float32), tl.zeros([ROWS, BLOCK], tl.int32)
             for i in tl.static_range(BLOCKS):
                 t = split * BLOCKS + i
-                v = _load_tile(v_head, t, num_tokens, pages[i], steps, DIM, PAGE, BLOCK)
+                v = _load_tile(v_head, t, span_all, pages[i], steps, DIM, PAGE, BLOCK)
                 p = score_weights(scores[i], scale, top)
                 bits += weight_bits(p)
                 acc = tl.dot(p.to(v.dtype), v, acc)
-            pages = _split_pages(table, split + 1, num_tokens, PAGE, BLOCK, KEYS)
+            pages = _split_pages(table, split + 1, span_all, PAGE, BLOCK, KEYS)
             norm = weight_sum(tl.sum(bits, 1))
             if is_part:
                 part = first_slot + split
@@ -334,6 +359,7 @@ def paged_decode(
     workspace: DecodeWorkspace,
     rows_per_request: int = 1,
     pdl: bool = False,
+    window: int | None = None,
     config: DecodeConfig | None = None,
 ) -> Tensor:
     """Compute attention of the newest n = `rows_per_request` tokens of B requests; return `out`.
@@ -353,12 +379,17 @@ def paged_decode(
         pdl: whether to use programmatic dependent launch: the kernel may start while earlier
             kernels of the stream still run. These earlier kernels must not write `block_tables`,
             `slots`, `context_lens` or, if n is 1, K and V of tokens before the newest token.
+        window: if not None, a token attends to itself and the `window` - 1 tokens before it only.
+            Neither table entries nor pages of tokens before all windows are read.
     """
     num_rows, num_heads, dim = q.shape
     _, page, kv_heads, _ = kv.k.shape
     batch, rest = divmod(num_rows, rows_per_request)
     if rest:
         raise ValueError(f"{num_rows} rows are not {rows_per_request} for each request")
+    if window:
+        # At most as many keys belong to splits with keys in a window.
+        max_context_len = min(max_context_len, window + rows_per_request + SPLIT - 2)
     group, part_rows = num_heads // kv_heads, workspace.norm.shape[1]
     if rows_per_request * group > part_rows:
         raise ValueError(f"the workspace is for {part_rows // group} rows of a request")
@@ -367,7 +398,7 @@ def paged_decode(
 
         if fits_hopper_decode(q, kv, rows_per_request):
             where = q, kv, block_tables, slots, context_lens
-            return hopper_decode(*where, scale, max_context_len, out, workspace, pdl)
+            return hopper_decode(*where, scale, max_context_len, out, workspace, pdl, window)
     pairs = batch * kv_heads
     config = config or decode_config(pairs)
     rows, columns = triton.next_power_of_2(rows_per_request * group), triton.next_power_of_2(dim)
@@ -390,7 +421,7 @@ def paged_decode(
         *(MOST_PROGRAMS, workspace.values.shape[0]),
         (*q.stride()[:2], *kv.k.stride()[:3], block_tables.stride(0), *out.stride()[:2]),
         *(kv_heads, group, rows_per_request, dim, page, SPLIT, UNIT, block, batch_pad),
-        *(max(1, min(config.unroll, 24 // loaded)), pdl, apart),
+        *(max(1, min(config.unroll, 24 // loaded)), pdl, apart, window or 0),
         num_warps=warps,
         num_stages=stages,
         maxnreg=registers,

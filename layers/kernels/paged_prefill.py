@@ -66,6 +66,7 @@ def _paged_prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,  # SPLIT
     BATCH_PAD: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: full attention
 ):
     q_row, q_head, page_stride, token_stride, head_stride, table_row, out_row, out_head = strides
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
@@ -100,21 +101,40 @@ def _paged_prefill_kernel(
     v_ptr += head * head_stride
     t_top, t_norm = tl.full([ROWS], EMPTY, tl.float32), tl.zeros([ROWS], tl.float32)
     t_acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    for masked in tl.static_range(2):
-        begin = all_see if masked else 0
-        end = last_end if masked else all_see
+    if WINDOW:
+        # Tokens before `first_seen` are not loaded, since their pages may be those of others.
+        first_seen = tl.maximum(before + first_row // GROUP - WINDOW + 1, 0)
+        # The first split whose keys all lie in the windows of all rows.
+        windows_begin = tl.maximum(before + last_token - WINDOW + 1, 0)
+        whole = tl.minimum(tl.cdiv(windows_begin, TILE) * TILE, last_end)
+    for part in tl.static_range(3 if WINDOW else 2):
+        # Splits that begin before a window, splits that all rows see, and splits at the end.
+        if WINDOW:
+            begin = first_seen // TILE * TILE if part == 0 else whole
+            end = whole if part == 0 else all_see
+            if part == 2:
+                begin, end = tl.maximum(all_see, whole), last_end
+        else:
+            begin = all_see if part == 1 else 0
+            end = last_end if part == 1 else all_see
         for at in tl.range(begin, end, TILE):
             tokens = at + tl.arange(0, TILE)
-            ids = tl.load(table + tokens // PAGE, mask=tokens < num_tokens, other=0)
+            there = tokens < num_tokens
+            if WINDOW:
+                there = there & (tokens >= first_seen)
+            ids = tl.load(table + tokens // PAGE, mask=there, other=0)
             row = ids.to(tl.int64) * page_stride + tokens % PAGE * token_stride
             where = row[:, None] + dims[None, :]
-            # V after the last token has weight 0 but may be NaN. Zero it: 0 * NaN is NaN.
-            seen = (tokens < num_tokens)[:, None] & (dims < DIM)[None, :]
+            # V of a token that no row sees has weight 0 but may be NaN. Zero it: 0 * NaN is NaN.
+            seen = there[:, None] & (dims < DIM)[None, :]
             k = tl.load(k_ptr + where, mask=seen, other=0.0)
             v = tl.load(v_ptr + where, mask=seen, other=0.0)
             s = tl.dot(q, tl.trans(k))  # [ROWS, TILE]
-            if masked:
-                s = tl.where(positions[:, None] >= tokens[None, :], s, float("-inf"))
+            if (part == 1) != (WINDOW > 0):
+                visible = positions[:, None] >= tokens[None, :]
+                if WINDOW:
+                    visible = visible & (positions[:, None] - WINDOW < tokens[None, :])
+                s = tl.where(visible, s, float("-inf"))
             p, norm, top = split_weights(s, scale)
             acc = tl.dot(p.to(v.dtype), v)
             a, b, t_norm, t_top = fold_weights(t_norm, t_top, norm, top)
@@ -134,6 +154,7 @@ def paged_prefill(
     *,
     scale: float,
     out: Tensor,
+    window: int | None = None,
     config: PrefillConfig | None = None,
 ) -> Tensor:
     """Compute causal attention of the newest tokens of P sequences; return `out`.
@@ -145,6 +166,8 @@ def paged_prefill(
         q, out: [rows, query heads, head_dim]. Rows from `query_start[P]` on are not accessed.
         slots, context_lens: int32 [P]; see `paged_decode` for these and for arguments not listed.
         query_start: int32 [P + 1], ascending; entries p and p + 1 are equal if p has no new tokens.
+        window: if not None, a token attends to itself and the `window` - 1 tokens before it only.
+            Neither table entries nor pages of tokens before all windows are read.
     """
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
     group, batch = num_heads // kv_heads, slots.numel()
@@ -153,7 +176,7 @@ def paged_prefill(
 
         if fits_hopper(q, kv):
             where = q, kv, block_tables, slots, query_start, context_lens
-            return hopper_prefill(*where, scale=scale, out=out)
+            return hopper_prefill(*where, scale=scale, out=out, window=window)
     if config is None:
         config = LARGE_HEAD if dim > 128 else MEDIUM_HEAD
     # Each sequence's last tile may be partly empty, so up to `batch` more tiles are needed.
@@ -163,7 +186,7 @@ def paged_prefill(
         *(q, kv.k, kv.v, block_tables, slots, query_start, context_lens, out),
         *(scale * LOG2_E, batch),
         (*q.stride()[:2], *kv.k.stride()[:3], block_tables.stride(0), *out.stride()[:2]),
-        *(kv_heads, group, dim, page, config.rows, SPLIT, batch_pad),
+        *(kv_heads, group, dim, page, config.rows, SPLIT, batch_pad, window or 0),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -20,22 +20,28 @@ def paged_prefill_reference(
     *,
     scale: float,
     out: Tensor,
+    window: int | None = None,
 ) -> Tensor:
     """`paged_prefill` in plain torch and float32, one sequence at a time."""
     _, page, kv_heads, _ = kv.k.shape
     starts = query_start.tolist()
     for p, (slot, length) in enumerate(zip(slots.tolist(), context_lens.tolist(), strict=True)):
         begin, end = starts[p], starts[p + 1]
-        pages = block_tables[slot, : -(-length // page)].long()
+        known = torch.arange(length, device=q.device)
+        if window is not None:
+            known = known[max(0, length - (end - begin) - window + 1) :]
+        rows = block_tables[slot, known // page].long(), known % page
         keys, values = (
-            cache[pages].flatten(0, 1)[:length].float().repeat_interleave(q.shape[1] // kv_heads, 1)
+            cache[rows].float().repeat_interleave(q.shape[1] // kv_heads, 1)
             for cache in (kv.k, kv.v)
         )
         scores = torch.einsum("qhd,thd->hqt", q[begin:end].float(), keys) * scale
-        positions = torch.arange(length - (end - begin), length, device=q.device)
-        future = torch.arange(length, device=q.device)[None, :] > positions[:, None]
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-        weights = weights.masked_fill(future, 0.0)  # padding sees nothing: its softmax is NaN
+        positions = torch.arange(length - (end - begin), length, device=q.device)[:, None]
+        hidden = known[None, :] > positions
+        if window is not None:
+            hidden |= known[None, :] <= positions - window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        weights = weights.masked_fill(hidden, 0.0)  # padding sees nothing: its softmax is NaN
         out[begin:end] = torch.einsum("hqt,thd->qhd", weights, values).to(out.dtype)
     return out
 
@@ -50,11 +56,12 @@ def paged_decode_reference(
     scale: float,
     out: Tensor,
     rows_per_request: int = 1,
+    window: int | None = None,
 ) -> Tensor:
     """`paged_decode` in plain torch and float32: a prefill of the newest tokens."""
     start = torch.arange(0, q.shape[0] + 1, rows_per_request)
     where = (block_tables, slots, start, context_lens)
-    return paged_prefill_reference(q, kv, *where, scale=scale, out=out)
+    return paged_prefill_reference(q, kv, *where, scale=scale, out=out, window=window)
 
 
 def qk_norm_rope_store_reference(

@@ -182,6 +182,42 @@ def test_bytes_of_a_workspace() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("window", [1, 20, 128, 200])
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_windows_have_the_same_bits_in_decodes_and_chunks(page: int, window: int) -> None:
+    """Each token of a prompt as a decode, in chunks of some lengths, and all tokens at once."""
+    lens, heads, dim = [1, 290, 150], (4, 2), 16
+    torch.manual_seed(0)
+    case = make_case(lens, heads[1], dim, page, torch.float16, "cpu")
+    q = torch.randn(sum(lens), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
+    begins = torch.tensor([0, *lens]).cumsum(0).int()
+    about: dict[str, Any] = {"scale": dim**-0.5, "window": window}
+    whole = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    where = (case.block_tables, case.slots, begins, case.context_lens)
+    paged_prefill(q, case.kv, *where, **about, out=whole)
+    for request, length in enumerate(lens):
+        first = int(begins[request])
+        for size in (7, 64, 100):
+            for start in range(0, length, size):
+                end = min(start + size, length)
+                rows = slice(first + start, first + end)
+                part = torch.full_like(q[rows], float("nan"))
+                counts = torch.tensor([0, end - start]).int()
+                slots, seen = case.slots[[request]], torch.tensor([end]).int()
+                where = (case.block_tables, slots, counts, seen)
+                paged_prefill(q[rows], case.kv, *where, **about, out=part)
+                assert torch.equal(part, whole[rows]), (request, start, end)
+    slots = case.slots.repeat_interleave(torch.tensor(lens))
+    lengths = torch.cat([torch.arange(1, length + 1) for length in lens]).int()
+    rows_of_all = Case(case.kv, case.block_tables, slots, lengths)
+    for programs, pdl, block in ((3, False, 32), (700, True, 128)):
+        work = _workspace(heads, dim, programs)
+        picked = list(range(0, len(q), 3))
+        decoded = _decode(rows_of_all, q, picked, work, pdl=pdl, block=block, window=window)
+        assert torch.equal(decoded, whole[picked])
+
+
+@interpreted
 @pytest.mark.parametrize(("tail", "page"), [(40, 16), (150, 64)])
 def test_a_prefill_has_the_bits_of_decodes(tail: int, page: int) -> None:
     """The last tokens of a prompt, all at once and each as the newest token of a request."""

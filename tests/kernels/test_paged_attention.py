@@ -51,17 +51,29 @@ class Case:
 
 
 def make_case(
-    lens: Sequence[int], kv_heads: int, dim: int, page: int, dtype: torch.dtype, device: str
+    lens: Sequence[int],
+    kv_heads: int,
+    dim: int,
+    page: int,
+    dtype: torch.dtype,
+    device: str,
+    first_reads: Sequence[int] = (),
 ) -> Case:
-    """Free pages and tails are NaN, unused table entries huge."""
+    """Free pages and tails are NaN, unused table entries huge.
+
+    `first_reads`: the first token of each request that is read; pages before it have been freed.
+    """
+    first_reads = first_reads or [0] * len(lens)
     need = [-(-length // page) for length in lens]
     pages = sum(need) + 3
     cache = torch.full((pages, page, 2, kv_heads, dim), float("nan"), dtype=dtype, device=device)
     tables = torch.full((len(lens) + 2, max(need) + 2), 1 << 30, dtype=torch.int32)
     slots = torch.randperm(len(tables))[: len(lens)].int()
     free = torch.randperm(pages).tolist()
-    for slot, length in zip(slots.tolist(), lens, strict=True):
+    for slot, length, first in zip(slots.tolist(), lens, first_reads, strict=True):
         for index, start in enumerate(range(0, length, page)):
+            if start + page <= first:
+                continue
             tables[slot, index] = free.pop()
             filled = min(page, length - start)
             values = torch.randn(filled, 2, kv_heads, dim, device=device)
@@ -299,3 +311,70 @@ def test_prefill(
     paged_prefill_reference(*arguments, scale=dim**-0.5, out=want)
     assert relative_error(out[:count], want[:count]) < 1e-3
     assert out[count:].isnan().all()
+
+
+WINDOWS = [1, 5, 16, 17, 100, 128, 129, 300]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "page", "programs", "early"),
+    [(1, 16, 4, False), (1, 16, 60, True), (1, 256, 60, True), (1, 24, 9, False), (3, 64, 7, True)],
+)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_decode_with_windows(window: int, rows: int, page: int, programs: int, early: bool) -> None:
+    """Pages before the windows have been freed, and nothing may look their ids up."""
+    torch.manual_seed(window)
+    lens, heads, dim = [300, 0, 1, 127, 128, 129, 517], (4, 2), 16
+    first_reads = [max(0, length - rows + 1 - window) for length in lens]
+    case = make_case(lens, heads[1], dim, page, torch.float16, "cpu", first_reads)
+    q = torch.randn(rows * len(lens), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
+    cache = (q, case.kv, case.block_tables, case.slots, case.context_lens)
+    about: dict[str, Any] = {"scale": 0.25, "rows_per_request": rows, "window": window}
+    want = torch.full(q.shape, float("nan"))
+    paged_decode_reference(*cache, **about, out=want)
+    workspace = decode_workspace(
+        torch.device("cpu"), *heads, dim, 1024, programs, rows_per_request=rows
+    )
+    for block in (32, 128):
+        out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+        paged_decode(
+            *cache,
+            **about,
+            max_context_len=1024,
+            out=out,
+            workspace=workspace,
+            pdl=early,
+            config=DecodeConfig(block, 4, 2, per_sm=4, unroll=3),
+        )
+        torch.testing.assert_close(out.float(), want, rtol=1e-2, atol=5e-3)
+        assert not workspace.arrived.any()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("queries", "before", "page", "rows"),
+    [
+        ([5, 1, 0, 140], [0, 300, 3, 0], 16, 32),
+        ([70, 33], [200, 127], 256, 64),
+        ([150], [390], 48, 32),
+    ],
+)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_prefill_with_windows(
+    window: int, queries: list[int], before: list[int], page: int, rows: int
+) -> None:
+    torch.manual_seed(window)
+    heads, dim = (6, 2), 16
+    lens = [new + old for new, old in zip(queries, before, strict=True)]
+    first_reads = [max(0, old - window + 1) for old in before]
+    case = make_case(lens, heads[1], dim, page, torch.float16, "cpu", first_reads)
+    q = torch.randn(sum(queries), heads[0] + 2 * heads[1], dim).half()[:, : heads[0]]
+    start = torch.tensor([0, *queries]).cumsum(0).int()
+    arguments = (q, case.kv, case.block_tables, case.slots, start, case.context_lens)
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    want = torch.full(q.shape, float("nan"))
+    about: dict[str, Any] = {"scale": 0.25, "window": window}
+    paged_prefill(*arguments, **about, out=out, config=PrefillConfig(rows, 4, 2))
+    paged_prefill_reference(*arguments, **about, out=want)
+    torch.testing.assert_close(out.float(), want, rtol=1e-2, atol=5e-3)
