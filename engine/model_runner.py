@@ -244,6 +244,7 @@ class LocalRunner(ModelRunner):
             max_num_seqs=config.max_num_seqs,
             dtype=self._dtype,
             device=self._device,
+            windowed=any(shape.windows),
         )
         self._backend = make_backend(config, spec)
         self._captures = captures_graphs(config, self._backend, self._dtype)

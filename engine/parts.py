@@ -213,16 +213,22 @@ def make_backend(config: Config, spec: AttentionSpec) -> AttentionBackend:
     """Make the attention backend. Raises ConfigError if it cannot run the model on this machine."""
     option, value = "attention_backend", config.attention_backend
     if value == "auto":
-        name = _first(option, lambda part: part.unsupported(spec) is None)
+        name = _first(option, lambda part: _unsupported(part, spec) is None)
         config = replace(config, attention_backend=name)
     part: Any = find(option, config)
     is_class = inspect.isclass(part)
     # A factory function has no method `unsupported`, so the backend is made before the check.
     backend: Any = part if is_class else PART_KINDS[option].make(part, spec)
-    reason = backend.unsupported(spec)
+    reason = _unsupported(backend, spec)
     if reason is not None:
         raise ConfigError(option, value, reason, 'Use "auto".')
     return PART_KINDS[option].make(part, spec) if is_class else backend  # type: ignore[no-any-return]
+
+
+def _unsupported(backend: Any, spec: AttentionSpec) -> str | None:
+    if spec.windowed and not backend.windows:
+        return "it has no sliding windows, and layers of this model have"
+    return backend.unsupported(spec)  # type: ignore[no-any-return]
 
 
 def captures_graphs(config: Config, backend: AttentionBackend, dtype: torch.dtype) -> bool:

@@ -29,6 +29,7 @@ class AttentionSpec:
     dtype: torch.dtype
     device: torch.device
     rows_per_decode: int = 1
+    windowed: bool = False  # whether some layers have a sliding window
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     captures: ClassVar[bool] = False  # whether a CUDA graph can capture the backend's work
+    windows: ClassVar[bool] = False  # whether the backend reads `AttentionBatch.window`
     exact: bool = False  # whether it was measured that no other request changes an output's bits
 
     @staticmethod

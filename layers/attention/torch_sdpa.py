@@ -41,6 +41,7 @@ class TorchAttention(AttentionBackend):
     """
 
     name = "torch"
+    windows = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec

@@ -14,7 +14,7 @@ class TritonAttention(AttentionBackend):
     """Calls `paged_prefill` for prefills and `paged_decode` (split-KV) for decodes."""
 
     name = "triton"
-    captures = True
+    captures = windows = True
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -58,6 +58,7 @@ class TritonAttention(AttentionBackend):
                 batch.context_lens[:prefills],
                 scale=spec.scale,
                 out=out[:rows],
+                window=batch.window,
             )
         if rows < q.shape[0]:
             paged_decode(
@@ -72,5 +73,6 @@ class TritonAttention(AttentionBackend):
                 out=out[rows:],
                 workspace=self._workspace,
                 pdl=self._pdl and not prefills,
+                window=batch.window,
             )
         return out.flatten(1)

@@ -36,6 +36,18 @@ def of_request(pointer, seq, batch):
 
 
 @gluon.jit
+def tokens_left(num_tokens, WINDOW: gl.constexpr):
+    """Return a request's number of tokens without the whole splits before the window.
+
+    All but the copies count tokens from the first one that is left. Of n tokens left, the first
+    n - WINDOW are hidden.
+    """
+    if WINDOW:
+        num_tokens -= gl.maximum(num_tokens - WINDOW, 0) // SPLIT_KEYS * SPLIT_KEYS
+    return num_tokens
+
+
+@gluon.jit
 def divide(
     requests,
     pair_cost,
@@ -44,6 +56,7 @@ def divide(
     SIZE: gl.constexpr,
     APART: gl.constexpr,
     BATCH_PAD: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):
     """Return how the list is divided, and where this program's section begins."""
     _, _, len_ptr, _, batch = requests
@@ -54,7 +67,7 @@ def divide(
     pid, programs = gl.program_id(0), gl.num_programs(0)
     lane = gl.arange(0, BATCH_PAD, LANES)
     live = lane < batch
-    lens = gl.load(len_ptr + lane, mask=live, other=0)
+    lens = tokens_left(gl.load(len_ptr + lane, mask=live, other=0), WINDOW)
     # The list is ordered by request, then KV head, then token. A request without tokens counts as
     # one unit for each KV head, so that programs write zeros as the request's output.
     units = gl.where(live, gl.maximum(gl.cdiv(lens, SIZE), 1), 0)
@@ -103,19 +116,38 @@ def extent(at, stop, pair_begin, num_tokens, plan, SIZE: gl.constexpr, APART: gl
 
 
 @gluon.jit
-def _pages(table, split, num_tokens, BOX: gl.constexpr, PAGE: gl.constexpr):
-    """Load the page id of each box of a split; the table ends at the last token."""
+def _pages(table, split, num_tokens, BOX: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr):
+    """Load the page id of each box of a split; the table ends at the last token.
+
+    `num_tokens` are all tokens of the request. A box before the window has no page of its own.
+    """
+    skipped = num_tokens - tokens_left(num_tokens, WINDOW)
     pages = ()
     for box in gl.static_range(SPLIT_KEYS // BOX):
-        token = split * SPLIT_KEYS + box * BOX
-        page = gl.load(table + token // PAGE, mask=token < num_tokens, other=0)
+        token = skipped + split * SPLIT_KEYS + box * BOX
+        there = token < num_tokens
+        if WINDOW:
+            there = there & (token + BOX > num_tokens - WINDOW)
+        page = gl.load(table + token // PAGE, mask=there, other=0)
         pages = pages + (page,)  # noqa: RUF005
     return pages
 
 
 @gluon.jit
-def _copy_split(desc, tile, ready, pages, split, column, PAGE: gl.constexpr):
-    """Copy K or V of a whole split."""
+def _row(page, token, num_tokens, COUNT: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr):
+    """Return the row of the cache from which COUNT tokens are copied, the first one is `token`."""
+    row = page * PAGE + token % PAGE
+    if WINDOW:
+        # No row has a number below 0, and TMA gives zeros for it.
+        row = gl.where(token + COUNT > num_tokens - WINDOW, row, -COUNT)
+    return row
+
+
+@gluon.jit
+def _copy_split(
+    desc, tile, ready, pages, token, num_tokens, column, PAGE: gl.constexpr, WINDOW: gl.constexpr
+):
+    """Copy K or V of a whole split, whose first token is `token`."""
     DIM: gl.constexpr = tile.shape[1]
     BOX: gl.constexpr = desc.block_type.shape[0]
     BOXES: gl.constexpr = SPLIT_KEYS // BOX
@@ -124,36 +156,58 @@ def _copy_split(desc, tile, ready, pages, split, column, PAGE: gl.constexpr):
     mbarrier.expect(ready, SPLIT_KEYS * DIM * 2)
     mbarrier.arrive(ready, count=3)
     for box in gl.static_range(BOXES):
-        row = pages[box] * PAGE + (split * SPLIT_KEYS + box * BOX) % PAGE
+        row = _row(pages[box], token + box * BOX, num_tokens, BOX, PAGE, WINDOW)
         for panel in gl.static_range(DIM // _PANEL):
             where = [row, column + panel * _PANEL]
             tma.async_copy_global_to_shared(desc, where, ready, boxes.index(panel * BOXES + box))
 
 
 @gluon.jit
-def _copy_line(desc, tile, ready, page, token, column, PAGE: gl.constexpr):
+def _copy_line(
+    desc,
+    tile,
+    ready,
+    page,
+    token,
+    num_tokens,
+    column,
+    PAGE: gl.constexpr,
+    WINDOW: gl.constexpr,
+):
     """Copy K or V of the 16 tokens from `token` on."""
     DIM: gl.constexpr = tile.shape[1]
     lines = tile._reinterpret(tile.dtype, [DIM // _PANEL * _LINES, _LINE, _PANEL], desc.layout)
     line = token % SPLIT_KEYS // _LINE
     for panel in gl.static_range(DIM // _PANEL):
-        where = [page * PAGE + token % PAGE, column + panel * _PANEL]
+        row = _row(page, token, num_tokens, _LINE, PAGE, WINDOW)
+        where = [row, column + panel * _PANEL]
         tma.async_copy_global_to_shared(desc, where, ready, lines.index(panel * _LINES + line))
 
 
 @gluon.jit
 def _copy_lines(
-    desc, tile, ready, pages, split, column, lines, known, BOX: gl.constexpr, PAGE: gl.constexpr
+    desc,
+    tile,
+    ready,
+    pages,
+    first,
+    num_tokens,
+    column,
+    lines,
+    known,
+    BOX: gl.constexpr,
+    PAGE: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):
-    """Expect `lines` lines of K or V and copy the first `known` of them."""
+    """Expect `lines` lines of K or V of a split from token `first`; copy the first `known`."""
     for bit in gl.static_range(4):  # the number of bytes of one `expect` is a constant
         has = ((lines >> bit) & 1) == 1
         mbarrier.expect(ready, _LINE * tile.shape[1] * 2 * 2**bit, pred=has)
         mbarrier.arrive(ready, count=1, pred=((lines >> bit) & 1) == 0)
     for line in gl.static_range(_LINES):
         if line < known:
-            token = split * SPLIT_KEYS + line * _LINE
-            _copy_line(desc, tile, ready, pages[line * _LINE // BOX], token, column, PAGE)
+            token, page = first + line * _LINE, pages[line * _LINE // BOX]
+            _copy_line(desc, tile, ready, page, token, num_tokens, column, PAGE, WINDOW)
 
 
 @gluon.jit
@@ -168,6 +222,7 @@ def produce(
     SIZE: gl.constexpr,
     APART: gl.constexpr,
     PDL: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):
     """Copy K and V of all splits of the program's section, K and V in turn."""
     kv_desc, line_desc = descs
@@ -182,14 +237,16 @@ def produce(
     num_tokens, tokens_1 = of_request(len_ptr, seq, batch), of_request(len_ptr, seq + 1, batch)
     row = of_request(slot_ptr, seq, batch).to(gl.int64) * table_row
     slot_1 = of_request(slot_ptr, seq + 1, batch)
-    pages = _pages(table_ptr + row, 0, num_tokens, BOX, PAGE)
+    pages = _pages(table_ptr + row, 0, num_tokens, BOX, PAGE, WINDOW)
     stage = 0
     phase = 1  # a new mbarrier counts as having completed phase 1
     while at < stop:
-        span, first, last, begin, end = extent(at, stop, pair_begin, num_tokens, plan, SIZE, APART)
+        left_of_all = tokens_left(num_tokens, WINDOW)
+        span, first, last, begin, end = extent(at, stop, pair_begin, left_of_all, plan, SIZE, APART)
         if begin > 0:
-            pages = _pages(table_ptr + row, begin, num_tokens, BOX, PAGE)
+            pages = _pages(table_ptr + row, begin, num_tokens, BOX, PAGE, WINDOW)
         tokens, table = num_tokens, table_ptr + row
+        skipped = tokens - left_of_all
         k_column, v_column = head * DIM, (KV_HEADS + head) * DIM
         head += 1
         if head == KV_HEADS:
@@ -206,6 +263,7 @@ def produce(
                 gl.where(more, tokens, num_tokens),
                 BOX,
                 PAGE,
+                WINDOW,
             )
             k, k_ready, k_free = ring.index(stage), ready.index(stage), free.index(stage)
             k_phase = phase
@@ -213,28 +271,35 @@ def produce(
             v, v_ready, v_free = ring.index(stage), ready.index(stage), free.index(stage)
             v_phase = phase
             stage, phase = next_stage(stage, phase, STAGES)
-            left = tokens - split * SPLIT_KEYS
+            token = skipped + split * SPLIT_KEYS
+            left = tokens - token
             if left > SPLIT_KEYS:
                 mbarrier.wait(k_free, k_phase)
-                _copy_split(kv_desc, k, k_ready, pages, split, k_column, PAGE)
+                _copy_split(kv_desc, k, k_ready, pages, token, tokens, k_column, PAGE, WINDOW)
                 mbarrier.wait(v_free, v_phase)
-                _copy_split(kv_desc, v, v_ready, pages, split, v_column, PAGE)
+                _copy_split(kv_desc, v, v_ready, pages, token, tokens, v_column, PAGE, WINDOW)
             else:
                 newest = (tokens - 1) // _LINE * _LINE
                 page = gl.load(table + newest // PAGE)
                 lines = gl.cdiv(left, _LINE)
                 known = lines - 1 if PDL else lines
                 mbarrier.wait(k_free, k_phase)
-                _copy_lines(line_desc, k, k_ready, pages, split, k_column, lines, known, BOX, PAGE)
+                _copy_lines(
+                    *(line_desc, k, k_ready, pages, token, tokens, k_column),
+                    *(lines, known, BOX, PAGE, WINDOW),
+                )
                 mbarrier.wait(v_free, v_phase)
-                _copy_lines(line_desc, v, v_ready, pages, split, v_column, lines, known, BOX, PAGE)
+                _copy_lines(
+                    *(line_desc, v, v_ready, pages, token, tokens, v_column),
+                    *(lines, known, BOX, PAGE, WINDOW),
+                )
                 if PDL:
                     # Earlier kernels of the stream may still be writing the newest token's K and V.
                     gdc_wait()
-                    _copy_line(line_desc, k, k_ready, page, newest, k_column, PAGE)
-                    _copy_line(line_desc, v, v_ready, page, newest, v_column, PAGE)
+                    _copy_line(line_desc, k, k_ready, page, newest, tokens, k_column, PAGE, WINDOW)
+                    _copy_line(line_desc, v, v_ready, page, newest, tokens, v_column, PAGE, WINDOW)
             pages = later
         if begin >= end:
-            pages = _pages(table_ptr + row, 0, num_tokens, BOX, PAGE)
+            pages = _pages(table_ptr + row, 0, num_tokens, BOX, PAGE, WINDOW)
         at += last - first
         pair_begin += span

@@ -36,7 +36,15 @@ from layers.kernels.attention_parts import (
     weight_sum,
 )
 from layers.kernels.decode_parts import combine, store_part
-from layers.kernels.hopper_copies import SPLIT_KEYS, divide, extent, next_stage, of_request, produce
+from layers.kernels.hopper_copies import (
+    SPLIT_KEYS,
+    divide,
+    extent,
+    next_stage,
+    of_request,
+    produce,
+    tokens_left,
+)
 
 _ROWS = gl.constexpr(16)  # rows of a product, of which the pair's query heads are the first
 _WARPS = gl.constexpr(4)  # of the consumer
@@ -73,6 +81,7 @@ def _consume(
     APART: gl.constexpr,
     UNROLL: gl.constexpr,
     PDL: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):
     """Compute the attention of all splits of the program's section."""
     q_ptr, out_ptr, work, strides, scale = data
@@ -105,7 +114,8 @@ def _consume(
     columns = gl.arange(0, PART_ROWS * DIM, FLAT)
     no_scores = gl.zeros((_ROWS, SPLIT_KEYS), gl.float32, MMA)
     no_values = gl.zeros((_ROWS, DIM), gl.float32, MMA)
-    tokens, tokens_1 = of_request(len_ptr, seq, batch), of_request(len_ptr, seq + 1, batch)
+    tokens = tokens_left(of_request(len_ptr, seq, batch), WINDOW)
+    tokens_1 = tokens_left(of_request(len_ptr, seq + 1, batch), WINDOW)
     if PDL:
         gdc_wait()
     q_next = _query(q_ptr, q_row, q_head, seq, head, batch, DIM, GROUP)
@@ -126,7 +136,7 @@ def _consume(
             head = 0
             seq += 1
             tokens = tokens_1
-            tokens_1 = of_request(len_ptr, seq + 1, batch)
+            tokens_1 = tokens_left(of_request(len_ptr, seq + 1, batch), WINDOW)
         # The next pair's queries arrive while this pair is computed.
         q_next = _query(q_ptr, q_row, q_head, seq, head, batch, DIM, GROUP)
         t_acc = no_values
@@ -143,6 +153,8 @@ def _consume(
             mbarrier.wait(ready.index(stage), phase)
             v = ring.index(stage).load(RIGHT)
             s = gl.where(offsets < left, s, float("-inf"))
+            if WINDOW:
+                s = gl.where(offsets >= left - WINDOW, s, float("-inf"))
             tops.store(gl.max(gl.max(_of_warps(s), 1), 2))
             _barrier()
             mbarrier.arrive(free.index(stage), count=1)
@@ -221,6 +233,7 @@ def hopper_decode_kernel(
     PDL: gl.constexpr,
     APART: gl.constexpr,
     REGISTERS: gl.constexpr,
+    WINDOW: gl.constexpr,  # 0: full attention
 ) -> None:
     """Compute what `paged_decode` does for one new token of each request."""
     if PDL:
@@ -235,7 +248,7 @@ def hopper_decode_kernel(
     _barrier()
     requests = (table_ptr, slot_ptr, len_ptr, table_row, batch)
     bounds = (limit, least, capacity)
-    plan, start = divide(requests, pair_cost, bounds, KV_HEADS, SIZE, APART, BATCH_PAD)
+    plan, start = divide(requests, pair_cost, bounds, KV_HEADS, SIZE, APART, BATCH_PAD, WINDOW)
     descs = (kv_desc, line_desc)
     memory = (ring, ready, free)
     # What the consumer's warps exchange: scores, sums and weights of their columns.
@@ -264,11 +277,12 @@ def hopper_decode_kernel(
                     APART,
                     UNROLL,
                     PDL,
+                    WINDOW,
                 ),
             ),
             (
                 produce,
-                (descs, memory, requests, plan, start, PAGE, KV_HEADS, SIZE, APART, PDL),
+                (descs, memory, requests, plan, start, PAGE, KV_HEADS, SIZE, APART, PDL, WINDOW),
             ),
         ],
         [1],

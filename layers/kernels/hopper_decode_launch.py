@@ -51,6 +51,7 @@ def hopper_decode(
     out: Tensor,
     workspace: DecodeWorkspace,
     pdl: bool,
+    window: int | None = None,
     config: HopperDecodeConfig | None = None,
 ) -> Tensor:
     """Compute what `paged_decode` does, where `fits_hopper_decode` allows it."""
@@ -79,6 +80,7 @@ def hopper_decode(
         *(block_tables.stride(0), (*q.stride()[:2], *out.stride()[:2])),
         *(kv_heads, group, dim, page, config.stages * 128 // dim, SPLIT if apart else UNIT),
         *(batch_pad, max(1, min(config.unroll, 24 // loaded)), pdl, apart, config.registers),
+        window or 0,
         num_warps=4,
         # 8 warps are allocated, as registers are given to groups of four.
         maxnreg=128,  # for two programs, whose threads share the registers unequally

@@ -37,10 +37,24 @@ def _add(x, y):
 
 
 @gluon.jit
-def _produce(kv_desc, memory, tile, PAGE: gl.constexpr, KV_HEADS: gl.constexpr):
+def _first_seen(before, first_row, GROUP: gl.constexpr, WINDOW: gl.constexpr):
+    """Return the first token that a row of the tile sees."""
+    return gl.maximum(before + first_row // GROUP - WINDOW + 1, 0)
+
+
+@gluon.jit
+def _produce(
+    kv_desc,
+    memory,
+    tile,
+    PAGE: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    WINDOW: gl.constexpr,
+):
     """Copy the splits of K and V that the tile's queries see."""
     k, v, k_ready, k_free, v_ready, v_free = memory
-    head, _, _, num_tokens, count, _, _, table = tile
+    head, _, _, num_tokens, count, first, before, table = tile
     DIM: gl.constexpr = k.shape[1]
     BOX: gl.constexpr = kv_desc.block_type.shape[0]
     PANELS: gl.constexpr = DIM // _PANEL
@@ -52,10 +66,20 @@ def _produce(kv_desc, memory, tile, PAGE: gl.constexpr, KV_HEADS: gl.constexpr):
     for split in range(count):
         rows = ()
         for box in gl.static_range(BOXES):
-            token = split * _SPLIT + box * BOX
             # Boxes after the last token are copies of its page, since the table ends there.
-            page = gl.load(table + gl.minimum(token, num_tokens - 1) // PAGE)
-            row = page * PAGE + token % PAGE
+            if WINDOW:
+                first_seen = _first_seen(before, first, GROUP, WINDOW)
+                token = (first_seen // _SPLIT + split) * _SPLIT + box * BOX
+                # Pages before the window may belong to others. TMA copies zeros instead, as no row
+                # of the cache has a number below 0.
+                seen = token + BOX > first_seen
+                at = table + gl.minimum(token, num_tokens - 1) // PAGE
+                page = gl.load(at, mask=seen, other=0)
+                row = gl.where(seen, page * PAGE + token % PAGE, -BOX)
+            else:
+                token = split * _SPLIT + box * BOX
+                page = gl.load(table + gl.minimum(token, num_tokens - 1) // PAGE)
+                row = page * PAGE + token % PAGE
             rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
         free = (split & 1) ^ 1  # a new mbarrier counts as having completed phase 1
         mbarrier.wait(k_free, free)
@@ -92,12 +116,17 @@ def _zero_tail(v, tokens):
 
 
 @gluon.jit
-def _consume(data, GROUP: gl.constexpr):
+def _consume(data, GROUP: gl.constexpr, WINDOW: gl.constexpr):
     """Compute the attention of the tile's 64 rows."""
     q_ptr, out_ptr, strides, q, memory, tile, scale = data
     q_row, q_head, out_row, out_head = strides
     k, v, k_ready, k_free, v_ready, v_free = memory
     head, q_begin, q_len, num_tokens, count, first, before, _ = tile
+    if WINDOW:
+        # From here on, the first token is the first one of the first split that is not skipped.
+        skipped = _first_seen(before, first, GROUP, WINDOW) // _SPLIT * _SPLIT
+        num_tokens -= skipped
+        before -= skipped
     DIM: gl.constexpr = k.shape[1]
     WIDTH: gl.constexpr = 64
     PARTS: gl.constexpr = DIM // WIDTH
@@ -121,6 +150,11 @@ def _consume(data, GROUP: gl.constexpr):
     position = (before + gl.minimum(row // GROUP, q_len - 1))[:, None]
     offset = gl.arange(0, _SPLIT, gl.SliceLayout(0, SCORES))[None, :]
     all_see = gl.minimum((before + first // GROUP + 1) // _SPLIT, count)
+    if WINDOW:
+        # The first split whose keys all lie in the windows of all rows.
+        last_token = gl.minimum((first + _ROWS - 1) // GROUP, q_len - 1)
+        whole = gl.cdiv(gl.maximum(before + last_token - WINDOW + 1, 0), _SPLIT)
+        whole = gl.minimum(whole, count)
 
     no_scores = gl.zeros((_ROWS, _SPLIT), gl.float32, SCORES)
     no_values = gl.zeros((_ROWS, WIDTH), gl.float32, VALUES)
@@ -134,10 +168,22 @@ def _consume(data, GROUP: gl.constexpr):
     _barrier()
     mbarrier.arrive(k_free, count=1)
     s = gl.where(position >= offset, s, float("-inf"))
+    if WINDOW:
+        s = gl.where(position - WINDOW < offset, s, float("-inf"))
     p, norm, top = split_weights(s, scale)
     p = gl.convert_layout(p.to(v.dtype), WEIGHTS)
-    for masked in gl.static_range(2):
-        for split in range(gl.maximum(all_see, 1) if masked else 1, count if masked else all_see):
+    for part in gl.static_range(3 if WINDOW else 2):
+        # Splits that begin before a window, splits that all rows see, and splits at the end.
+        if WINDOW:
+            if part == 0:
+                begin, end = 1, whole
+            elif part == 1:
+                begin, end = gl.maximum(whole, 1), all_see
+            else:
+                begin, end = gl.maximum(gl.maximum(all_see, whole), 1), count
+        else:
+            begin, end = gl.maximum(all_see, 1) if part else 1, count if part else all_see
+        for split in range(begin, end):
             mbarrier.wait(v_ready, (split - 1) & 1)
             a, b, t_norm, t_top = fold_weights(t_norm, t_top, norm, top)
             a = gl.convert_layout(a, gl.SliceLayout(1, VALUES))[:, None]
@@ -167,8 +213,10 @@ def _consume(data, GROUP: gl.constexpr):
             s = hopper.warpgroup_mma_wait(0, [s])
             _barrier()
             mbarrier.arrive(k_free, count=1)
-            if masked:
+            if (part == 1) != (WINDOW > 0):
                 s = gl.where(position >= split * _SPLIT + offset, s, float("-inf"))
+                if WINDOW:
+                    s = gl.where(position - WINDOW < split * _SPLIT + offset, s, float("-inf"))
             p, norm, top = split_weights(s, scale)
             p = gl.convert_layout(p.to(v.dtype), WEIGHTS)
     mbarrier.wait(v_ready, (count - 1) & 1)
@@ -196,7 +244,12 @@ def _consume(data, GROUP: gl.constexpr):
 
 @gluon.jit
 def _find_tile(
-    pointers, batch, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, BATCH_PAD: gl.constexpr
+    pointers,
+    batch,
+    GROUP: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    BATCH_PAD: gl.constexpr,
+    WINDOW: gl.constexpr,
 ):
     """Return what this program has to compute; without a tile the number of splits is 0."""
     table_ptr, slot_ptr, start_ptr, len_ptr, table_row = pointers
@@ -217,6 +270,9 @@ def _find_tile(
     before = num_tokens - q_len
     last_token = gl.minimum((first_row + _ROWS - 1) // GROUP, q_len - 1)
     count = gl.where(seq < batch, gl.cdiv(before + last_token + 1, _SPLIT), 0)
+    if WINDOW:
+        first_split = _first_seen(before, first_row, GROUP, WINDOW) // _SPLIT
+        count = gl.maximum(count - first_split, 0)
     return head, q_begin, q_len, num_tokens, count, first_row, before, table
 
 
@@ -241,6 +297,7 @@ def hopper_prefill_kernel(
     DIM: gl.constexpr,
     PAGE: gl.constexpr,
     BATCH_PAD: gl.constexpr,
+    WINDOW: gl.constexpr,  # 0: full attention
 ) -> None:
     dtype: gl.constexpr = kv_desc.dtype
     q = gl.allocate_shared_memory(dtype, [_ROWS, DIM], kv_desc.layout)
@@ -257,13 +314,16 @@ def hopper_prefill_kernel(
     hopper.fence_async_shared()
     _barrier()
     where = (table_ptr, slot_ptr, start_ptr, len_ptr, table_row)
-    tile = _find_tile(where, batch, GROUP, KV_HEADS, BATCH_PAD)
+    tile = _find_tile(where, batch, GROUP, KV_HEADS, BATCH_PAD, WINDOW)
     memory = (k, v, k_ready, k_free, v_ready, v_free)
     data = (q_ptr, out_ptr, strides, q, memory, tile, scale)
     # Arguments are written out, because a tuple in a variable would lose its constants.
     if tile[4] > 0:
         gl.warp_specialize(
-            [(_consume, (data, GROUP)), (_produce, (kv_desc, memory, tile, PAGE, KV_HEADS))],
+            [
+                (_consume, (data, GROUP, WINDOW)),
+                (_produce, (kv_desc, memory, tile, PAGE, KV_HEADS, GROUP, WINDOW)),
+            ],
             [1],
             [24],
         )

@@ -239,15 +239,15 @@ def _paged_decode_kernel(
             known = tl.maximum(num_tokens - 1, 0) // STEP * STEP
             newest = known // STEP
             has_newest = known // KEYS == begin
-            before = (skipped, hidden, known)
-            pages = _split_pages(table, begin, before, PAGE, BLOCK, KEYS)
+            earlier = (skipped, hidden, known)
+            pages = _split_pages(table, begin, earlier, PAGE, BLOCK, KEYS)
             keys, values = (), ()
             for i in tl.static_range(BLOCKS):
                 t = begin * BLOCKS + i
-                keys += (_load_tile(k_head, t, before, pages[i], steps, DIM, PAGE, BLOCK),)
+                keys += (_load_tile(k_head, t, earlier, pages[i], steps, DIM, PAGE, BLOCK),)
             for i in tl.static_range(BLOCKS):
                 t = begin * BLOCKS + i
-                values += (_load_tile(v_head, t, before, pages[i], steps, DIM, PAGE, BLOCK),)
+                values += (_load_tile(v_head, t, earlier, pages[i], steps, DIM, PAGE, BLOCK),)
             until = tl.where(has_newest, num_tokens, 0)
             last_line = (skipped, hidden, until)
             page = _tile_pages(table, newest, last_line, PAGE, STEP)

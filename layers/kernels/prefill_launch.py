@@ -32,6 +32,7 @@ def hopper_prefill(
     *,
     scale: float,
     out: Tensor,
+    window: int | None = None,
 ) -> Tensor:
     """Compute what `paged_prefill` does, where `fits_hopper` allows it."""
     (rows, num_heads, dim), (_, page, kv_heads, _) = q.shape, kv.k.shape
@@ -45,7 +46,7 @@ def hopper_prefill(
         *(q, kv_desc, block_tables, slots, query_start, context_lens, out),
         *(scale * LOG2_E, batch, block_tables.stride(0)),
         (*q.stride()[:2], *out.stride()[:2]),
-        *(kv_heads, group, dim, page, batch_pad),
+        *(kv_heads, group, dim, page, batch_pad, window or 0),
         num_warps=4,
         # So many registers let two programs run: 232 for a thread of the consumer, 24 for others.
         maxnreg=128,

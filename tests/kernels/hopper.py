@@ -168,19 +168,21 @@ def compile_attention() -> None:
         kv = KVLayer.of(_bf16(4, 256, 2, kv_heads, dim))
         sizes = (16, kv_heads, dim, 4096, 528)
         workspace = decode_workspace(torch.device("cpu"), *sizes)
-        for batch in (1, 24, 256):
+        for batch, window in ((1, None), (24, None), (256, None), (1, 1000)):
             q, lens = _bf16(batch, 16, dim), torch.zeros(batch, dtype=torch.int32)
             about: Any = {"scale": 1.0, "workspace": workspace, "out": q, "max_context_len": 4096}
-            paged_decode(q, kv, tables, lens, lens, **about, pdl=True)
+            paged_decode(q, kv, tables, lens, lens, **about, pdl=True, window=window)
         q, starts = _bf16(128, 16, dim), torch.zeros(9, dtype=torch.int32)
         where = (tables, starts[1:], starts, starts[1:])
-        paged_prefill(q, kv, *where, scale=1.0, out=q)
-        for page in (16, 256):
+        for window in (None, 1000):
+            paged_prefill(q, kv, *where, scale=1.0, out=q, window=window)
+        for page, window in ((16, None), (256, None), (16, 1000), (256, 1000)):
             kv = KVLayer.of(_bf16(4, page, 2, kv_heads, dim))
-            hopper_prefill(q, kv, *where, scale=1.0, out=q)
+            hopper_prefill(q, kv, *where, scale=1.0, out=q, window=window)
             for batch in (1, 256):
                 q, lens = _bf16(batch, 16, dim), torch.zeros(batch, dtype=torch.int32)
-                hopper_decode(q, kv, tables, lens, lens, 1.0, 4096, q, workspace, pdl=batch == 1)
+                options = 1.0, 4096, q, workspace, batch == 1, window
+                hopper_decode(q, kv, tables, lens, lens, *options)
 
 
 PARTS: dict[str, Callable[[], None]] = {
