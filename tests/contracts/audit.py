@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from engine.types import NO_BLOCK, BlockCopy, BlockManager, CacheKind, FullPages, PendingPrefix
+from engine.types import (
+    NO_BLOCK,
+    BlockCopy,
+    BlockManager,
+    CacheKind,
+    FullPages,
+    PendingPrefix,
+    WindowPages,
+)
 from utils.errors import ContractError
 
 
@@ -94,9 +102,15 @@ class AuditedBlocks:
         return cached
 
     def grow(self, request_id: int, num_tokens: int) -> bool:
-        """As many new blocks as needed, held by no one else; or False and no change."""
+        """As many new blocks as needed, held by no one else; or False and no change.
+
+        A window needs no more blocks than the manager says that a request ever holds.
+        """
         mine = self._tables[request_id]
         wanted = max(0, -(-num_tokens // self._size) - len(mine))
+        if isinstance(self._kind, WindowPages):
+            held = len(mine) - mine.count(NO_BLOCK)
+            wanted = min(wanted, max(0, self.inner.most_blocks(num_tokens) - held))
         free = self.inner.num_free_blocks
         grown = self.inner.grow(request_id, num_tokens)
         what = f"grow({request_id}, {num_tokens})"
@@ -128,16 +142,21 @@ class AuditedBlocks:
     def _slide(self, request_id: int, num_computed: int) -> None:
         """Blocks that no later position reads come back, and no others."""
         mine, table = self._tables[request_id], self.inner.table(request_id)
-        first = self._kind.first_read(num_computed) // self._size
+        first, freed = self._kind.first_read(num_computed) // self._size, set[int]()
         for place, block in enumerate(mine[:first]):
             if block != NO_BLOCK:
                 self._holders[block] -= 1
                 if not self._holders[block]:
                     del self._holders[block]
                 mine[place] = NO_BLOCK
-        require(
-            table == mine, f"commit({request_id}) of {num_computed} positions leaves table {table}"
-        )
+                freed.add(block)
+        what = f"commit({request_id}) of {num_computed} positions"
+        # Blocks that left the window may be those of the request's next positions.
+        moved = table[len(mine) :]
+        require(set(moved) <= freed, f"{what} takes other blocks than {freed}: {moved}")
+        for block in moved:
+            self._hand_out(request_id, block, what)
+        require(table == mine, f"{what} leaves table {table}")
 
     def release(self, request_id: int) -> None:
         """Not while a step in flight uses the blocks."""

@@ -131,8 +131,13 @@ class Driver:
         assert params.max_tokens is not None
         total = len(prompt) + (0 if prompt_only else params.max_tokens)
         # The last token is only sampled, never computed.
-        most = min(geometry.num_blocks for geometry in self.setting.groups)
-        fits = max(len(prompt), total - 1) <= most * self.setting.block_size
+        num_computed, size = max(len(prompt), total - 1), self.setting.block_size
+        needed = [-(-num_computed // size)]
+        if window := self.setting.window:
+            # The positions of one window, wherever they begin in a block.
+            needed.append(min(*needed, (min(window, num_computed) + size - 2) // size + 1))
+        there = [geometry.num_blocks for geometry in self.setting.groups]
+        fits = all(count <= most for count, most in zip(needed, there, strict=True))
         seq = Sequence(
             len(self.seqs),
             prompt,

@@ -63,9 +63,11 @@ def test_a_window_that_slid_goes_on_growing() -> None:
 @pytest.mark.parametrize("scarce", [0, 1])
 def test_all_groups_grow_or_none(scarce: int) -> None:
     counts = [8, 8]
-    counts[scarce] = 3
+    counts[scarce] = 4
     blocks = grouped((_paged(counts[0]), _window(6, counts[1])))
-    assert (blocks.num_blocks, blocks.num_free_blocks) == (3, 3)
+    assert (blocks.num_blocks, blocks.num_free_blocks) == (4, 4)
+    blocks.begin(1, [0] * 4)
+    assert blocks.grow(1, 4)
     assert blocks.begin(0, [0] * 9) == 0
     assert blocks.grow(0, 9)
     assert blocks.num_free_blocks == 0
@@ -73,6 +75,7 @@ def test_all_groups_grow_or_none(scarce: int) -> None:
     assert not blocks.grow(0, 13)
     assert [one.table(0) for one in blocks.groups] == before
     blocks.release(0)
+    blocks.release(1)
     assert [one.num_free_blocks for one in blocks.groups] == counts
 
 
