@@ -40,79 +40,13 @@ from layers.kernels.decode_launch import (
     decode_config,
 )
 from layers.kernels.decode_parts import combine, query_and_head, store_part
+from layers.kernels.decode_tiles import load_tile, seen_tokens, split_pages, tile_pages
 from layers.kernels.launch import has_wgmma
 from memory.kv_cache import KVLayer
 
 # The most programs for a pair if each program works on one pair only. With more programs, folding
 # their parts takes more time than the programs save.
 MOST_PROGRAMS = 32
-
-
-@triton.jit
-def _tile_pages(table, t, span, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Load the page id of tile `t`, or of each of its tokens if a tile may span several pages."""
-    skipped, hidden, num_tokens = span
-    if PAGE % TILE == 0:
-        there = t * TILE < num_tokens
-        if hidden is not None:
-            there = there & (t * TILE + TILE > hidden)
-        pages = tl.load(table + (skipped + t * TILE) // PAGE, mask=there, other=0)
-    else:
-        tokens = t * TILE + tl.arange(0, TILE)
-        there = _seen(tokens, hidden, num_tokens)
-        pages = tl.load(table + (skipped + tokens) // PAGE, mask=there, other=0)
-    return pages.to(tl.int64)
-
-
-@triton.jit
-def _seen(tokens, hidden, num_tokens):
-    """Return which tokens are among the first `num_tokens`, but not among the first `hidden`."""
-    there = tokens < num_tokens
-    if hidden is not None:
-        there = there & (tokens >= hidden)
-    return there
-
-
-@triton.jit
-def _tile_rows(page, first, page_stride, token_stride, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Return (base, rows): tokens from `first` on are at base + rows [TILE, 1] in the cache."""
-    offsets = tl.arange(0, TILE)
-    if PAGE % TILE == 0:
-        base = page * page_stride + first % PAGE * token_stride
-        rows = offsets[:, None] * token_stride
-    else:
-        base = 0
-        rows = (page * page_stride + (first + offsets) % PAGE * token_stride)[:, None]
-    return base, rows
-
-
-@triton.jit
-def _split_pages(table, split, span, PAGE: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """Load `_tile_pages` of each block of BLOCK keys of a split."""
-    pages = ()
-    if PAGE % KEYS == 0:
-        page = _tile_pages(table, split, span, PAGE, KEYS)
-        for _ in tl.static_range(KEYS // BLOCK):
-            pages += (page,)
-    else:
-        for i in tl.static_range(KEYS // BLOCK):
-            t = split * (KEYS // BLOCK) + i
-            pages += (_tile_pages(table, t, span, PAGE, BLOCK),)
-    return pages
-
-
-@triton.jit
-def _load_tile(
-    src, t, span, page, strides, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr
-):
-    """Load K or V [TILE, DIM_PAD] of a pair's tokens in tile `t`; 0 for tokens outside `span`."""
-    skipped, hidden, num_tokens = span
-    dims = tl.arange(0, triton.next_power_of_2(DIM))
-    base, rows = _tile_rows(page, skipped + t * TILE, strides[0], strides[1], PAGE, TILE)
-    seen = _seen(t * TILE + tl.arange(0, TILE), hidden, num_tokens)
-    return tl.load(
-        src + base + rows + dims[None, :], mask=seen[:, None] & (dims < DIM)[None, :], other=0.0
-    )
 
 
 @triton.jit(
@@ -240,27 +174,27 @@ def _paged_decode_kernel(
             newest = known // STEP
             has_newest = known // KEYS == begin
             earlier = (skipped, hidden, known)
-            pages = _split_pages(table, begin, earlier, PAGE, BLOCK, KEYS)
+            pages = split_pages(table, begin, earlier, PAGE, BLOCK, KEYS)
             keys, values = (), ()
             for i in tl.static_range(BLOCKS):
                 t = begin * BLOCKS + i
-                keys += (_load_tile(k_head, t, earlier, pages[i], steps, DIM, PAGE, BLOCK),)
+                keys += (load_tile(k_head, t, earlier, pages[i], steps, DIM, PAGE, BLOCK),)
             for i in tl.static_range(BLOCKS):
                 t = begin * BLOCKS + i
-                values += (_load_tile(v_head, t, earlier, pages[i], steps, DIM, PAGE, BLOCK),)
+                values += (load_tile(v_head, t, earlier, pages[i], steps, DIM, PAGE, BLOCK),)
             until = tl.where(has_newest, num_tokens, 0)
             last_line = (skipped, hidden, until)
-            page = _tile_pages(table, newest, last_line, PAGE, STEP)
+            page = tile_pages(table, newest, last_line, PAGE, STEP)
             gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)
-            k_new = _load_tile(k_head, newest, last_line, page, steps, DIM, PAGE, STEP)
-            v_new = _load_tile(v_head, newest, last_line, page, steps, DIM, PAGE, STEP)
+            k_new = load_tile(k_head, newest, last_line, page, steps, DIM, PAGE, STEP)
+            v_new = load_tile(v_head, newest, last_line, page, steps, DIM, PAGE, STEP)
             scores = ()
             for i in tl.static_range(BLOCKS):
-                seen = _seen((begin * BLOCKS + i) * BLOCK + offsets, hidden, known)
+                seen = seen_tokens((begin * BLOCKS + i) * BLOCK + offsets, hidden, known)
                 s = tl.dot(q, tl.trans(keys[i]))
                 scores += (tl.where(seen[None, :], s, float("-inf")),)
-            seen = _seen(known + tl.arange(0, STEP), hidden, until)
+            seen = seen_tokens(known + tl.arange(0, STEP), hidden, until)
             s_new = tl.where(seen[None, :], tl.dot(q, tl.trans(k_new)), float("-inf"))
             top = top_score(s_new, scale)
             for i in tl.static_range(BLOCKS):
@@ -280,9 +214,9 @@ def _paged_decode_kernel(
             a, b, t_norm, t_top = fold_weights(t_norm, t_top, norm, top)
             t_acc = fold_values(t_acc, a[:, None], b[:, None], acc)
             next_split += 1
-            pages = _split_pages(table, next_split, span_all, PAGE, BLOCK, KEYS)
+            pages = split_pages(table, next_split, span_all, PAGE, BLOCK, KEYS)
         else:
-            pages = _split_pages(table, begin, span_all, PAGE, BLOCK, KEYS)
+            pages = split_pages(table, begin, span_all, PAGE, BLOCK, KEYS)
             if PDL and APART:
                 gdc_wait()
             q = tl.load(q_at + dims[None, :], mask=row_ok, other=0.0)  # [ROWS, DIM_PAD]
@@ -291,7 +225,7 @@ def _paged_decode_kernel(
             scores = ()
             for i in tl.static_range(BLOCKS):
                 t = split * BLOCKS + i
-                k = _load_tile(k_head, t, span_all, pages[i], steps, DIM, PAGE, BLOCK)
+                k = load_tile(k_head, t, span_all, pages[i], steps, DIM, PAGE, BLOCK)
                 s = tl.dot(q, tl.trans(k))  # [ROWS, BLOCK]
                 tokens = (t * BLOCK + offsets)[None, :]
                 until_row = num_tokens if QUERIES == 1 else num_tokens - QUERIES + 1 + query
@@ -306,11 +240,11 @@ def _paged_decode_kernel(
             acc, bits = tl.zeros([ROWS, DIM_PAD], tl.float32), tl.zeros([ROWS, BLOCK], tl.int32)
             for i in tl.static_range(BLOCKS):
                 t = split * BLOCKS + i
-                v = _load_tile(v_head, t, span_all, pages[i], steps, DIM, PAGE, BLOCK)
+                v = load_tile(v_head, t, span_all, pages[i], steps, DIM, PAGE, BLOCK)
                 p = score_weights(scores[i], scale, top)
                 bits += weight_bits(p)
                 acc = tl.dot(p.to(v.dtype), v, acc)
-            pages = _split_pages(table, split + 1, span_all, PAGE, BLOCK, KEYS)
+            pages = split_pages(table, split + 1, span_all, PAGE, BLOCK, KEYS)
             norm = weight_sum(tl.sum(bits, 1))
             if is_part:
                 part = first_slot + split
