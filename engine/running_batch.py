@@ -121,10 +121,7 @@ class RunningBatch:
         return min(tables) * self.blocks.block_size
 
     def prefill(self, seq: Sequence, max_tokens: int) -> int:
-        """Plan a prefill chunk of at most `max_tokens` tokens. Returns the size of the chunk.
-
-        The size is 0 if a sliding window has to move before the request has a block for a token.
-        """
+        """Plan up to `max_tokens` prefill tokens. Returns how many; 0 if a window must slide."""
         assert seq.slot is not None
         start = seq.num_scheduled
         num_tokens = min(max_tokens, seq.num_prefill - start, seq.capacity - start)
@@ -215,7 +212,6 @@ class RunningBatch:
         holder, block_size, now = self._holder, self.blocks.block_size, result.ended_at
         if result.prompt_logprobs:
             self._take_prompt_logprobs(plan, result.prompt_logprobs)
-        num_chunks = len(plan.prefill)
         finished: list[Sequence] = []
         for row, (slot, num_planned, new, scores, report) in enumerate(_rows(plan, result)):
             seq = holder[slot]
@@ -233,8 +229,7 @@ class RunningBatch:
                 self.finish(seq, "error")
                 continue
             before, reason = seq.num_committed, None
-            token_ids = seq.token_ids
-            num_known = len(token_ids)
+            token_ids, num_known = seq.token_ids, len(seq.token_ids)
             for token in new:
                 token_ids.append(token)
                 seq.token_times.append(now)
@@ -248,7 +243,7 @@ class RunningBatch:
                 seq.logprobs += scores[: len(token_ids) - num_known]
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
-            if num_planned > 1 and row >= num_chunks:
+            if num_planned > 1 and row >= len(plan.prefill):
                 # A decode row with drafts commits as many positions as it has appended tokens.
                 seq.num_committed = committed = before + len(token_ids) - num_known
                 seq.num_scheduled -= before + num_planned - committed

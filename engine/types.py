@@ -32,7 +32,7 @@ from engine.step import (
     StepResult,
     TokenLogprobs,
 )
-from utils.errors import ContractError
+from memory.cache_kinds import NO_BLOCK, CacheKind, FullPages, WindowPages
 
 if TYPE_CHECKING:
     from engine.requests import Sequence
@@ -47,39 +47,6 @@ __all__ = [
 # fmt: on
 
 Clock = Callable[[], float]  # type of `ModelRunner.now`: returns the seconds since a fixed moment
-
-NO_BLOCK = -1  # block table entry of a freed block: its positions are before the sliding window
-
-
-@dataclass(frozen=True, slots=True)
-class CacheKind(ABC):
-    """Tells which positions a cache group keeps."""
-
-    @abstractmethod
-    def first_read(self, position: int) -> int:
-        """The first position that `position` attends to. Never decreases as `position` grows."""
-
-
-@dataclass(frozen=True, slots=True)
-class FullPages(CacheKind):
-    """Full attention: the group keeps all positions of a request as long as the request runs."""
-
-    def first_read(self, position: int) -> int:
-        return 0
-
-
-@dataclass(frozen=True, slots=True)
-class WindowPages(CacheKind):
-    """Sliding window: each position attends to itself and the `window - 1` positions before it."""
-
-    window: int
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ContractError(f"a window of {self.window} positions")
-
-    def first_read(self, position: int) -> int:
-        return max(0, position - self.window + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,10 +62,7 @@ class Block(Protocol):
 
 
 class Attention:
-    """Self-attention over the paged KV cache.
-
-    `rope` and `group` are the indices of the layer's rotation and of its cache group.
-    """
+    """Self-attention over the paged KV cache. `rope`, `group`: indices of rotation, cache group."""
 
     def __init__(
         self,

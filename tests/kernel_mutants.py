@@ -10,7 +10,7 @@ Edits = tuple[tuple[str, str, str], ...]
 PlainMutant = tuple[str, Edits, tuple[str, ...]]
 
 _ROWS, _STORE = "layers/kernels/step_rows.py", "layers/kernels/rowwise.py"
-_PARTS = "layers/kernels/decode_parts.py"
+_PARTS, _TILES = "layers/kernels/decode_parts.py", "layers/kernels/decode_tiles.py"
 _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_prefill.py"
 _HANDLES, _STAGING = "engine/step_handles.py", "engine/device_state.py"
 _SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"
@@ -19,6 +19,7 @@ _LOGITS, _BOUNDS = "layers/logits.py", "layers/kernels/logit_bounds.py"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 ROWS = (*_PYTEST, "tests/kernels/test_step_rows.py")
+WINDOWS = (*_PYTEST, "tests/kernels/test_paged_attention.py", "-k", "in_interpreter")
 GRAPHS = (*_PYTEST, "tests/engine/test_graphs.py")
 EXACT = (*_PYTEST, "tests/kernels/test_exact_decode.py")
 LARGE_POOL = (*_PYTEST, "tests/kernels/test_large_pool.py")
@@ -40,9 +41,44 @@ _PADDING: tuple[PlainMutant, ...] = (
     _bug(
         "padding: a captured step stores its keys and values in block 0",
         _ROWS,
-        "tl.store(mapping_out + first + at, tl.where(live, mapping, -1), mask=mask)",
-        "tl.store(mapping_out + first + at, tl.where(live, mapping, 0), mask=mask)",
+        "tl.store(mappings_out[group] + first + at, tl.where(live, mapping, -1), mask=mask)",
+        "tl.store(mappings_out[group] + first + at, tl.where(live, mapping, 0), mask=mask)",
         ROWS,
+    ),
+    _bug(
+        "all cache groups store keys and values in the blocks of the first",
+        _ROWS,
+        "tl.load(tables_ptr[group] + entry",
+        "tl.load(tables_ptr[0] + entry",
+        ROWS,
+    ),
+    _bug(
+        "a window of a decode is one token too long",
+        _DECODE,
+        "tokens >= until_row - WINDOW",
+        "tokens >= until_row - WINDOW - 1",
+        WINDOWS,
+    ),
+    _bug(
+        "a window of a prefill is one token too long",
+        _PREFILL,
+        "(positions[:, None] - WINDOW < tokens[None, :])",
+        "(positions[:, None] - WINDOW <= tokens[None, :])",
+        WINDOWS,
+    ),
+    _bug(
+        "decode attention loads what a window has left behind",
+        _TILES,
+        "        there = there & (tokens >= hidden)\n",
+        "",
+        WINDOWS,
+    ),
+    _bug(
+        "prefill attention loads what a window has left behind",
+        _PREFILL,
+        "                there = there & (tokens >= first_seen)\n",
+        "",
+        WINDOWS,
     ),
     _bug(
         "padding: the kernel that stores takes it for the first row of the cache",
@@ -126,7 +162,7 @@ _PADDING: tuple[PlainMutant, ...] = (
 _OFFSETS: tuple[PlainMutant, ...] = (
     _bug(
         "int32 offsets: decode attention, all tiles",
-        _DECODE,
+        _TILES,
         "    return pages.to(tl.int64)\n",
         "    return pages\n",
         LARGE_POOL,

@@ -97,9 +97,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "off by one in the blocks that a table needs",
-        _BLOCKS,
-        "-(-num_tokens // self.block_size)",
-        "num_tokens // self.block_size",
+        "engine/types.py",
+        "return -(-num_tokens // self.block_size) - len(",
+        "return num_tokens // self.block_size - len(",
     ),
     _bug(
         "a failed grow keeps the blocks it got",
@@ -251,7 +251,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "lost block update: a new block is not sent",
         _BATCH,
-        "        self._grown.setdefault(seq.slot, seq.capacity // block_size)\n",
+        "        self._grown.setdefault(seq.slot, seq.capacity // self.blocks.block_size)\n",
         "",
     ),
     _bug(
@@ -299,8 +299,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "a request that can never fit is taken in",
         _BATCH,
-        "        if needed > there:",
-        "        if needed > there + 1:",
+        "if needed > (there := blocks.num_blocks):",
+        "if needed > (there := blocks.num_blocks) + 1:",
     ),
     _bug(
         "an aborted request stays in a queue by key",
@@ -404,12 +404,33 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "a window gives a block back that the next position reads",
         _GROUPS,
-        "first_read = self._kind.first_read(num_computed) // self.block_size",
-        "first_read = self._kind.first_read(num_computed + 1) // self.block_size",
+        "first_read = self._geometry.kind.first_read(num_computed) // self.block_size",
+        "first_read = self._geometry.kind.first_read(num_computed + 1) // self.block_size",
+    ),
+    _bug(
+        "a long prompt loses the blocks that have left its window",
+        _GROUPS,
+        "            if len(table) < self._num_places[request_id]:\n",
+        "            if len(table) < self._num_places[request_id] - 1:\n",
+        GROUPS,
+    ),
+    _bug(
+        "a request with a window takes blocks for all its tokens",
+        _GROUPS,
+        "return max(least, min(most, self.num_blocks))",
+        "return super().most_blocks(num_tokens)",
+        GROUPS,
+    ),
+    _bug(
+        "lost block update: blocks that moved to the end of a table are not sent",
+        _BATCH,
+        "                if seq.capacity < seq.num_prefill:\n",
+        "                if seq.capacity < 0:\n",
+        GROUPS,
     ),
     _bug(
         "a window is one position short",
-        "engine/types.py",
+        "memory/cache_kinds.py",
         "return max(0, position - self.window + 1)",
         "return max(0, position - self.window + 2)",
         GROUPS,
@@ -423,8 +444,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "one group grows and another does not",
         _GROUPS,
-        "        if wanted > self.num_free_blocks:\n",
-        "        if wanted > self.groups[0].num_free_blocks:\n",
+        "> b.num_free_blocks for b in self.groups):",
+        "> b.num_free_blocks for b in self.groups[:1]):",
     ),
     _bug(
         "policies see the group that has the most",
@@ -577,8 +598,22 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "attention: a query sees the position after its own",
         "layers/attention/torch_sdpa.py",
-        "self._columns[:context] <= positions.unsqueeze(1)",
-        "self._columns[:context] <= positions.unsqueeze(1) + 1",
+        "mask = self._columns[first:context] <= positions",
+        "mask = self._columns[first:context] <= positions + 1",
+        ATTENTION,
+    ),
+    _bug(
+        "attention: a window of a prefill is one position too long",
+        "layers/attention/torch_sdpa.py",
+        "self._columns[first:context] > positions - window",
+        "self._columns[first:context] >= positions - window",
+        ATTENTION,
+    ),
+    _bug(
+        "attention: a window of a decode is one position too short",
+        "layers/attention/torch_sdpa.py",
+        "begins = (lens - window).clamp(min=0)",
+        "begins = (lens - window + 1).clamp(min=0)",
         ATTENTION,
     ),
     _bug(

@@ -23,7 +23,6 @@ class FlashAttention(AttentionBackend):
 
     name = "flash_attn"
     captures = True  # each replay of a CUDA graph reads the current lengths from device memory
-    windows = True
 
     @staticmethod
     def unsupported(spec: AttentionSpec) -> str | None:
@@ -50,8 +49,6 @@ class FlashAttention(AttentionBackend):
     def attend(self, q: Tensor, kv: KVLayer, prepared: _Prepared) -> Tensor:
         batch, block_table, key_start = prepared
         prefills, rows, spec, parts = batch.num_prefills, batch.num_prefill_tokens, self._spec, []
-        # How many tokens before itself a token sees, and how many after it; -1 means all.
-        window = (batch.window - 1 if batch.window else -1, 0 if batch.window else -1)
         if prefills:
             out: Tensor = self._package.flash_attn_varlen_func(
                 q[:rows],
@@ -64,7 +61,6 @@ class FlashAttention(AttentionBackend):
                 max_seqlen_k=spec.max_model_len,
                 softmax_scale=spec.scale,
                 causal=True,
-                window_size=window,
                 block_table=block_table[:prefills],
             )
             parts.append(out)
@@ -77,7 +73,6 @@ class FlashAttention(AttentionBackend):
                 block_table=block_table[prefills:],
                 softmax_scale=spec.scale,
                 causal=True,
-                window_size=window,
             )
             parts.append(out.flatten(0, 1))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)

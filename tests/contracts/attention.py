@@ -55,6 +55,7 @@ def make_case(
     dtype: torch.dtype,
     device: torch.device,
     in_order: bool = False,
+    window: int | None = None,
     seed: int = 0,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +66,7 @@ def make_case(
     num_blocks = num_slots * max_blocks
     per_decode = decodes[0].queries if decodes else 1
     sizes = heads, kv_heads, head_dim, 0.11, block_size, max_len, num_slots
-    spec = AttentionSpec(*sizes, dtype, device, per_decode)
+    spec = AttentionSpec(*sizes, dtype, device, per_decode, windowed=window is not None)
     geometry = KVGeometry(1, kv_heads, head_dim, block_size, num_blocks, dtype.itemsize)
     (kv,) = KVCache(geometry, dtype, device).layers()
     kv.flat.fill_(float("nan"))
@@ -84,11 +85,14 @@ def make_case(
         )
         positions = torch.arange(length, device=device)
         pages = tables[slot, positions // block_size].long()
-        kv.k[pages, positions % block_size] = keys
-        kv.v[pages, positions % block_size] = values
+        # Blocks before the windows have been freed: they stay NaN.
+        first_read = 0 if window is None else max(0, length - n - window + 1)
+        kept = positions // block_size >= first_read // block_size
+        kv.k[pages[kept], positions[kept] % block_size] = keys[kept]
+        kv.v[pages[kept], positions[kept] % block_size] = values[kept]
         q = torch.randn(n, heads, head_dim, generator=generator).to(device, dtype)
         queries.append(q)
-        outputs.append(_naive(q, keys, values, spec.scale))
+        outputs.append(_naive(q, keys, values, spec.scale, window))
     counts = [request.queries for request in prefills]
     int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
     batch = AttentionBatch(
@@ -100,15 +104,20 @@ def make_case(
         num_prefill_tokens=sum(counts),
         max_query_len=max(counts, default=0),
         rows_per_decode=per_decode,
+        window=window,
     )
     return Case(spec, batch, kv, torch.cat(queries), torch.cat(outputs).to(dtype))
 
 
-def _naive(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _naive(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None
+) -> Tensor:
     """Causal attention of the last len(q) positions, one head at a time, in float64."""
     n, heads, _ = q.shape
     length, kv_heads, _ = keys.shape
     hidden = torch.ones(n, length, dtype=torch.bool, device=q.device).triu(length - n + 1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(length - n - window)
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     for head in range(heads):
         kv_head = head // (heads // kv_heads)
@@ -190,6 +199,18 @@ class AttentionContract:
         for some in (decodes, decodes[:1], [Request(35, rows)] * 3):
             for prefills in ([], PREFILLS):
                 self.check(self.case(prefills, some, heads=heads, kv_heads=kv_heads))
+
+    @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 100, 500])
+    @pytest.mark.parametrize("name", MIXTURES)
+    def test_windows(self, name: str, window: int) -> None:
+        """A backend whose `windows` is False is skipped."""
+        if not type(self).make_backend.windows:
+            pytest.skip("the backend has no sliding windows")
+        for in_order in (False, True):
+            self.check(self.case(*MIXTURES[name], window=window, in_order=in_order))
+        if not MIXTURES[name][0]:
+            decodes = [Request(max(r.context, 3), 3) for r in MIXTURES[name][1]]
+            self.check(self.case([], decodes, window=window))
 
     def test_rows_of_queries_may_be_strided(self) -> None:
         """They are a part of each row of the QKV projection."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from layers.step_rows import SlotTables, StepRows, fill_any_rows
 from llm import LLM, SamplingParams
+from tests.checkpoints import Checkpoints
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 128
 
@@ -52,21 +53,28 @@ class PaddedAttention(TorchAttention):
         return out
 
 
-def _filled(tables: SlotTables, rows: StepRows) -> None:
-    """As the kernel, but padding is stored in the last row of the cache, which nobody reads."""
-    fill_any_rows(tables, rows)
-    (mapping,) = rows.slot_mapping
-    mapping[mapping < 0] = NUM_BLOCKS * BLOCK_SIZE - 1
+@dataclass
+class Captures:
+    """Counts replays, and knows the number of blocks of each cache group."""
+
+    num_blocks: list[int] = field(default_factory=lambda: [NUM_BLOCKS])
+    replays: int = 0
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Have runners capture their steps; gets an entry for each replay."""
-    made: list[None] = []
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    """Have runners capture their steps."""
+    made = Captures()
+
+    def filled(tables: SlotTables, rows: StepRows) -> None:
+        """As the kernel, but padding is stored in the last row of a cache, which nobody reads."""
+        fill_any_rows(tables, rows)
+        for mapping, count in zip(rows.slot_mapping, made.num_blocks, strict=True):
+            mapping[mapping < 0] = count * BLOCK_SIZE - 1
 
     def captured(work: Callable[[], object], pool: Any) -> Any:
         def replay() -> None:
-            made.append(None)
+            made.replays += 1
             work()
 
         return SimpleNamespace(replay=replay, pool=lambda: None)
@@ -80,12 +88,15 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     stream = SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr("engine.device_state.reference.fill_rows", _filled)
+    monkeypatch.setattr("engine.device_state.reference.fill_rows", filled)
     return made
 
 
-def _outputs(shipped: Path) -> list[list[dict[str, Any]]]:
-    """Of plain requests, of those with options, of both together, and of plain ones again."""
+def _outputs(path: Path) -> tuple[list[list[dict[str, Any]]], list[int]]:
+    """Outputs of plain requests, of those with options, of both together, and of plain ones again.
+
+    Also returns the number of blocks of each cache group.
+    """
     plain: list[dict[str, Any]] = [{"temperature": 0}, {"seed": 1}, {"temperature": 0, "seed": 2}]
     special: list[dict[str, Any]] = [
         {"temperature": 0, "repetition_penalty": 1.5},
@@ -95,35 +106,41 @@ def _outputs(shipped: Path) -> list[list[dict[str, Any]]]:
     ]
     options: dict[str, Any] = {"num_kvcache_blocks": NUM_BLOCKS, "kvcache_block_size": BLOCK_SIZE}
     options |= {"max_num_seqs": 6, "max_num_batched_tokens": 128, "max_model_len": 200}
-    with LLM(shipped, device="cpu", attention_backend=PaddedAttention, **options) as llm:
+    with LLM(path, device="cpu", attention_backend=PaddedAttention, **options) as llm:
         made = []
         for kinds in (plain, special, plain + special, plain):
             params = [
                 SamplingParams(max_tokens=9 + 2 * i, ignore_eos=True, **kind)
                 for i, kind in enumerate(kinds)
             ]
-            prompts = [[7 + 31 * i + 5 * j for j in range(4 + 19 * i)] for i in range(len(kinds))]
+            prompts = [
+                [(7 + 31 * i + 5 * j) % 259 for j in range(4 + 19 * i)] for i in range(len(kinds))
+            ]
             made.append(llm.generate(prompts, params, use_tqdm=False))
-        return made
+        return made, [group.num_blocks for group in llm.engine.runner.kv_groups]
 
 
 def _entries(logprobs: list[dict[int, float] | None] | None) -> list[list[float]]:
     return [[*map(float, entry), *entry.values()] for entry in logprobs or [] if entry]
 
 
+@pytest.mark.parametrize("name", ["", "mistral-window", "qwen3-windows"])
 def test_captured_steps_and_others_make_one_output(
-    shipped: Path, request: pytest.FixtureRequest
+    shipped: Path, checkpoints: Checkpoints, request: pytest.FixtureRequest, name: str
 ) -> None:
     """Prompts whose log-probabilities are wanted are launched in between; options draw anew."""
-    expected = _outputs(shipped)
-    replays: list[None] = request.getfixturevalue("replays")
-    got = _outputs(shipped)
-    assert len(replays) > 50
+    path = checkpoints[name] if name else shipped
+    expected, num_blocks = _outputs(path)
+    captures: Captures = request.getfixturevalue("captures")
+    captures.num_blocks = num_blocks
+    assert len(num_blocks) == 1 + (name == "qwen3-windows")
+    got, _ = _outputs(path)
+    assert captures.replays > 50
     for ours, theirs in zip(got, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one["token_ids"] == other["token_ids"]
-            for name in ("logprobs", "prompt_logprobs"):
-                entries, wanted = _entries(one[name]), _entries(other[name])
+            for kind in ("logprobs", "prompt_logprobs"):
+                entries, wanted = _entries(one[kind]), _entries(other[kind])
                 assert len(entries) == len(wanted)
                 for entry, right in zip(entries, wanted, strict=True):
                     assert entry == pytest.approx(right, abs=1e-3)

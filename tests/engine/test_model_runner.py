@@ -20,10 +20,19 @@ from engine.model_runner import LocalRunner
 from engine.parts import captures_graphs, make_backend, resolve
 from engine.sampling_rows import special_bytes
 from engine.step_handles import StepOutput
-from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
+from engine.types import (
+    BlockUpdate,
+    CacheKind,
+    FullPages,
+    NewRequest,
+    PrefillChunk,
+    StepPlan,
+    WindowPages,
+)
 from layers.attention.base import AttentionSpec
 from layers.attention.torch_sdpa import TorchAttention
 from layers.parallel import ParallelContext
+from llm import LLM
 from memory.kv_cache import KVCache
 from memory.sizing import Usage, fit_blocks
 from models import find_architecture
@@ -105,6 +114,42 @@ def test_what_a_factory_makes_is_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=problem):
             make_backend(_config(attention_backend=make), SPEC)
+
+
+class NoWindows(TorchAttention):
+    """A backend that was written before there were windows."""
+
+    windows = False
+
+
+def test_windows_need_a_backend_that_has_them(checkpoints: Checkpoints) -> None:
+    with pytest.raises(ConfigError, match="no sliding windows"):
+        LLM(checkpoints["qwen3-windows"], device="cpu", attention_backend=NoWindows)
+    with LLM(
+        checkpoints["qwen3-windows"], device="cpu", attention_backend=NoWindows, max_model_len=37
+    ) as llm:
+        assert llm.engine.config.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "groups"),
+    [
+        ("qwen3-windows", 128, [(2, FullPages()), (2, WindowPages(37))]),
+        ("qwen3-windows", 38, [(2, FullPages()), (2, WindowPages(37))]),
+        # The window is as long as the longest request, so it hides nothing.
+        ("qwen3-windows", 37, [(4, FullPages())]),
+        ("mistral-window", 128, [(2, WindowPages(20))]),
+        ("mistral", 128, [(2, FullPages())]),
+    ],
+)
+def test_layers_with_equal_windows_are_a_cache_group(
+    checkpoints: Checkpoints, name: str, length: int, groups: list[tuple[int, CacheKind]]
+) -> None:
+    with LLM(checkpoints[name], device="cpu", max_model_len=length, max_num_seqs=2) as llm:
+        made = llm.engine.runner.kv_groups
+        assert [(group.num_layers, group.kind) for group in made] == groups
+        cached = all(kind == FullPages() for _, kind in groups)
+        assert llm.engine.config.enable_prefix_caching is cached
 
 
 def test_nothing_is_captured_on_a_cpu() -> None:

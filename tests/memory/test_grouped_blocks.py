@@ -7,11 +7,12 @@ import pytest
 from config import Config
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
-from engine.types import NO_BLOCK, BlockUpdate, KVGeometry, StepResult, WindowPages
+from engine.scheduler import StaticScheduler
+from engine.types import NO_BLOCK, BlockUpdate, KVGeometry, StepPlan, StepResult, WindowPages
 from memory.block_manager import PagedBlockManager, PrefixCacheManager
-from memory.cache_groups import GroupedBlockManager, WindowBlockManager, grouped
+from memory.cache_groups import GroupedBlockManager, WindowBlockManager, grouped, held_blocks
 from sampling_params import SamplingParams
-from utils.errors import ContractError
+from utils.errors import ContractError, RequestTooLongError
 
 CONFIG = Config(model="none")
 
@@ -130,3 +131,81 @@ def test_a_window_remembers_nothing_of_who_left() -> None:
     kept = {name: value for name, value in vars(blocks).items() if isinstance(value, dict)}
     assert kept
     assert not any(kept.values())
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_long_prompt_holds_the_blocks_of_its_window_and_of_its_chunks(depth: int) -> None:
+    """8 positions a step, a window of 6, blocks of 4; 100 positions would be 25 blocks."""
+    config = Config(model="none", max_num_batched_tokens=8, max_num_seqs=2, pipeline_depth=depth)
+    geometry = KVGeometry(1, 1, 1, 4, 30, 4, WindowPages(6))
+    blocks = WindowBlockManager(config, geometry)
+    batch = RunningBatch(blocks, 2, lambda: 0.0)
+    seq = Sequence(0, [0] * 90, SamplingParams(), max_total_tokens=110)
+    batch.admit(seq)
+    most = held_blocks(geometry, 100, 3 + 8 * (depth + 1))
+    assert most <= (6 + 3 + 8 * (depth + 1)) // 4 + 2
+    plans: list[StepPlan] = []
+    table: list[int] = []
+    for step in range(40):
+        if seq.request_id in batch.prefilling:
+            expected = min(8, 90 - seq.num_scheduled)
+            assert batch.prefill(seq, 8) == expected
+        elif seq.num_scheduled < 100 and batch.reserve(seq):
+            batch.decode([seq])
+        if plan := batch.build():
+            plans.append(plan)
+            for update in plan.block_updates:
+                table[update.first_index :] = update.block_ids
+            # The runner knows the block of each position that the step reads or writes.
+            first = geometry.kind.first_read(seq.num_committed) // 4
+            known = blocks.table(0)
+            assert table[first : len(known)] == known[first:]
+            assert len(table) * 4 >= seq.num_scheduled
+        held = [block for block in blocks.table(0) if block != NO_BLOCK]
+        assert len(set(held)) == len(held) == 30 - blocks.num_free_blocks <= most
+        if len(plans) > depth or seq.num_scheduled == 100:
+            if not plans:
+                break
+            tokens = [[1]] if plans[0].sampled_slots else []
+            batch.commit(plans.pop(0), StepResult(step - depth, tokens, 0.0))
+    assert seq.num_committed == 100
+    assert blocks.num_free_blocks == 30 - 2, "positions 95 to 99 of the window are in two blocks"
+
+
+def test_a_window_with_few_blocks_shortens_chunks_and_one_with_too_few_refuses() -> None:
+    """A window of 6 positions may lie in 3 blocks of 4."""
+    config = Config(model="none", max_num_batched_tokens=64, max_num_seqs=1)
+    for num_blocks in (2, 3):
+        blocks = WindowBlockManager(config, KVGeometry(1, 1, 1, 4, num_blocks, 4, WindowPages(6)))
+        batch = RunningBatch(blocks, 1, lambda: 0.0)
+        seq = Sequence(0, [0] * 50, SamplingParams(), max_total_tokens=60)
+        if num_blocks == 2:
+            with pytest.raises(RequestTooLongError, match="it needs 3 KV blocks"):
+                batch.check_fits(seq)
+            continue
+        batch.check_fits(seq)
+        batch.admit(seq)
+        sizes = []
+        while seq.num_scheduled < 50:
+            sizes.append(batch.prefill(seq, 64))
+            assert batch.prefill(seq, 64) == 0, "nothing is left until a step is committed"
+            plan = batch.build()
+            assert plan is not None
+            batch.commit(plan, StepResult(plan.step_id, [[1]] * len(plan.sampled_slots), 0.0))
+        assert sizes[0] == 12
+        assert set(sizes[1:-1]) == {4}
+
+
+def test_a_batch_with_a_static_size_counts_each_group() -> None:
+    """Each of the requests needs 25 blocks for all positions, and at most 4 for a window."""
+    options = {"max_num_batched_tokens": 4, "max_num_seqs": 4, "scheduler": "static"}
+    config = Config(model="none", **options)  # type: ignore[arg-type]
+    for num_full, num_window, count in ((100, 16, 4), (75, 16, 3), (100, 8, 2)):
+        full = PagedBlockManager(config, KVGeometry(1, 1, 1, 4, num_full, 4))
+        window = KVGeometry(1, 1, 1, 4, num_window, 4, WindowPages(6))
+        blocks = grouped((full, WindowBlockManager(config, window)))
+        scheduler = StaticScheduler(config, blocks, lambda: 0.0)
+        for i in range(4):
+            scheduler.add(Sequence(i, [0] * 60, SamplingParams(), max_total_tokens=101))
+        scheduler.schedule()
+        assert scheduler.batch.num_running == count

@@ -3,13 +3,13 @@ from __future__ import annotations
 import mmap
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from config import Config
-from engine.types import KVGeometry
+from engine.types import KVGeometry, WindowPages
 from memory.kv_cache import KVCache
 from memory.sizing import Usage, fit_blocks, kv_blocks
 from utils.errors import OutOfMemoryError
@@ -142,3 +142,38 @@ class TestFitBlocks:
         usage = Usage(80 * self.GIB, 79 * self.GIB, 70 * self.GIB, 5 * self.GIB)
         with pytest.raises(OutOfMemoryError, match=r"weights take 70\.00.*gpu_memory_utilization"):
             fit_blocks(_config(gpu_memory_utilization=0.9), (GEOMETRY,), usage)
+
+
+class TestGroups:
+    """Groups share the memory in the ratio of what all requests together may hold."""
+
+    FULL = replace(GEOMETRY, num_layers=1)
+    WINDOW = replace(GEOMETRY, num_layers=5, kind=WindowPages(64))
+    # 4 requests of 1,600 tokens are 400 blocks. A window of 64 tokens, 15 that wait for `commit`
+    # and the newest token take 6 blocks, and a step of 128 tokens takes 8.
+    CONFIG: ClassVar[dict[str, Any]] = {"max_model_len": 1600, "max_num_batched_tokens": 128}
+
+    def test_a_number_of_blocks_is_that_of_the_neediest_group(self) -> None:
+        for num_blocks in (400, 200):
+            config = _config(num_kvcache_blocks=num_blocks, **self.CONFIG)
+            full, window = kv_blocks(config, (self.FULL, self.WINDOW))
+            assert (full.num_blocks, window.num_blocks) == (num_blocks, num_blocks * 32 // 400)
+
+    def test_memory_is_used_and_not_exceeded(self) -> None:
+        for budget in (10**6, 3 * 10**6):
+            groups = kv_blocks(
+                _config(kvcache_memory_bytes=budget, **self.CONFIG), (self.FULL, self.WINDOW)
+            )
+            taken = sum(group.num_blocks * group.bytes_per_block for group in groups)
+            assert budget - 12 * GEOMETRY.bytes_per_block < taken <= budget
+            full, window = (group.num_blocks for group in groups)
+            assert abs(full * 32 / 400 - window) <= 1
+
+    def test_without_a_size_all_requests_have_room(self) -> None:
+        full, window = kv_blocks(_config(**self.CONFIG), (self.FULL, self.WINDOW))
+        assert (full.num_blocks, window.num_blocks) == (400, 32)
+
+    def test_a_group_without_a_block_is_an_error(self) -> None:
+        config = _config(kvcache_memory_bytes=20_000, **self.CONFIG)
+        with pytest.raises(OutOfMemoryError, match="holds no block"):
+            kv_blocks(config, (self.FULL, self.WINDOW))
