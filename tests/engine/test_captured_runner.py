@@ -18,7 +18,7 @@ from layers.attention.base import AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from layers.step_rows import SlotTables, StepRows, fill_any_rows
 from llm import LLM, SamplingParams
-from tests.checkpoints import Checkpoints
+from tests.checkpoints import VOCAB_SIZE, Checkpoints
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 128
 
@@ -113,8 +113,10 @@ def _outputs(path: Path) -> tuple[list[list[dict[str, Any]]], list[int]]:
                 SamplingParams(max_tokens=9 + 2 * i, ignore_eos=True, **kind)
                 for i, kind in enumerate(kinds)
             ]
+            lengths = [4 + 19 * i for i in range(len(kinds))]
             prompts = [
-                [(7 + 31 * i + 5 * j) % 259 for j in range(4 + 19 * i)] for i in range(len(kinds))
+                [(7 + 31 * i + 5 * j) % VOCAB_SIZE for j in range(length)]
+                for i, length in enumerate(lengths)
             ]
             made.append(llm.generate(prompts, params, use_tqdm=False))
         return made, [group.num_blocks for group in llm.engine.runner.kv_groups]
