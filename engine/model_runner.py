@@ -265,7 +265,8 @@ class LocalRunner(ModelRunner):
         self._model.prepare()
         self.exact = type(self) is LocalRunner and self._backend.exact and self._model.exact
         self._windows, self._layer_groups = shape.group_windows, shape.layer_groups
-        self._groups = cache_groups(self._layer_groups, self._windows, spec)
+        sizes = spec.num_kv_heads, spec.head_dim, spec.block_size, self._dtype.itemsize
+        self._groups = cache_groups(self._layer_groups, self._windows, *sizes)
         return spec
 
     def _allocate(self, num_blocks: list[int]) -> None:

@@ -8,7 +8,6 @@ of a prefix that the two requests share.
 from __future__ import annotations
 
 from collections.abc import Collection
-from operator import sub
 from typing import ClassVar
 
 from config import Config
@@ -195,7 +194,7 @@ class StaticScheduler(QueuedScheduler):
         if not batch.num_running:
             left = [blocks.num_blocks for blocks in batch.blocks.groups]
             while seq := self.queue.first():
-                left = [*map(sub, left, batch.most_blocks(seq))]
+                left = [n - k for n, k in zip(left, batch.most_blocks(seq), strict=True)]
                 if min(left) < 0 or not self.admit(seq):
                     break
         if batch.prefilling:

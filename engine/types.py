@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from engine.cache_kinds import NO_BLOCK, CacheKind, FullPages, WindowPages
 from engine.step import (
     NO_LIMIT,
     BlockCopy,
@@ -32,7 +33,6 @@ from engine.step import (
     StepResult,
     TokenLogprobs,
 )
-from memory.cache_kinds import NO_BLOCK, CacheKind, FullPages, WindowPages
 
 if TYPE_CHECKING:
     from engine.requests import Sequence

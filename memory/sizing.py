@@ -10,9 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from config import Config
-from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan
-from engine.types import FullPages, KVGeometry, WindowPages
-from layers.attention.base import AttentionSpec
+from engine.types import (
+    BlockUpdate,
+    FullPages,
+    KVGeometry,
+    NewRequest,
+    PrefillChunk,
+    StepPlan,
+    WindowPages,
+)
 from memory.cache_groups import held_blocks
 from sampling_params import SamplingParams
 from utils.errors import OutOfMemoryError
@@ -102,15 +108,21 @@ def longest_prefill(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
 
 
 def cache_groups(
-    layer_groups: tuple[int, ...], windows: tuple[int | None, ...], spec: AttentionSpec
+    layer_groups: tuple[int, ...],
+    windows: tuple[int | None, ...],
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype_bytes: int,
 ) -> tuple[KVGeometry, ...]:
     """Return the cache groups of one rank, with one block each.
 
     Args:
         layer_groups: index of each layer's cache group.
         windows: the sliding window of each cache group; None for full attention.
+        num_kv_heads, head_dim, block_size, dtype_bytes: see `KVGeometry`.
     """
-    sizes = spec.num_kv_heads, spec.head_dim, spec.block_size, 1, spec.dtype.itemsize
+    sizes = num_kv_heads, head_dim, block_size, 1, dtype_bytes
     return tuple(
         KVGeometry(layer_groups.count(i), *sizes, WindowPages(w) if w else FullPages())
         for i, w in enumerate(windows)

@@ -430,7 +430,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "a window is one position short",
-        "memory/cache_kinds.py",
+        "engine/cache_kinds.py",
         "return max(0, position - self.window + 1)",
         "return max(0, position - self.window + 2)",
         GROUPS,

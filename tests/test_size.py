@@ -35,7 +35,7 @@ def test_the_core_and_its_reading_path_are_short() -> None:
     """The redesign ended at 11,500 and 7,700 lines; docs/LOG.md says what each feature added."""
     core = total(ALL)
     assert core.lines <= 16_190
-    assert core.code <= 10_905
+    assert core.code <= 10_915
     assert total(manifest()[READING_PATH]).lines <= 5_000
 
 
