@@ -44,6 +44,14 @@ _LONG_FACTORS = {
     "long_factor": [1.5 + 0.1 * i for i in range(32)],
 }
 
+# A window as long as the longest context.
+_FULL = {"pad_token_id": None, "num_hidden_layers": 3, "sliding_window": MAX_POSITION} | {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]
+}
+_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100_000.0},
+}
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -119,6 +127,17 @@ VARIANTS = {
             },
         ),
         Variant("phi3", "phi3", 4, 2, 24, extra={"pad_token_id": None}),
+        Variant("olmo2", "olmo2", 4, 2, 24, extra={"pad_token_id": None}),
+        Variant("olmo3", "olmo3", 4, 2, 24, extra=_FULL | {"rope_parameters": _ROPES}),
+        Variant(
+            "gemma3",
+            "gemma3_text",
+            4,
+            2,
+            24,
+            tied=True,
+            extra=_FULL | {"rope_parameters": _ROPES, "query_pre_attn_scalar": 40},
+        ),
         Variant(
             "phi3-longrope",
             "phi3",

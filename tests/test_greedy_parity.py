@@ -24,7 +24,10 @@ LONGEST = max(LENGTHS) + MAX_TOKENS
 BLOCK_SIZES = [16, 64, 256]
 MAX_NUM_SEQS = [1, 3, 16]
 # One checkpoint of each family that has no tests of its own here.
-OTHERS = ("llama-tied", "mistral", "smollm3-nope", "granite", "phi3")
+OTHERS = (
+    *("llama-tied", "mistral", "smollm3-nope", "granite", "phi3"),
+    *("olmo2", "olmo3", "gemma3"),
+)
 DEPTHS = [0, 1]
 
 
