@@ -67,17 +67,36 @@ def rotary_table(
     return table.unsqueeze(2).to(device)
 
 
+def query_scales(hf_config: Any, max_len: int, device: torch.device) -> Tensor:
+    """Return a factor of the queries for each position, float32 [max_len], as Llama 4 has them.
+
+    The factor is 1 + beta * log(1 + floor(position / the length of the first training)). Raises
+    UnsupportedModelError if the config lacks one of the two parameters.
+    """
+    parameters = hf_config.rope_parameters or {}
+    beta = parameters.get("llama_4_scaling_beta")
+    length = parameters.get("original_max_position_embeddings")
+    if beta is None or not length:
+        problem = "must have llama_4_scaling_beta and original_max_position_embeddings"
+        raise UnsupportedModelError(f"rope_parameters={dict(parameters)} {problem}")
+    positions = torch.arange(max_len, dtype=torch.float32, device="cpu")
+    scales: Tensor = 1 + beta * torch.log1p(torch.floor(positions / length))
+    return scales.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """Positions [T] of a step's tokens, and the cosines and sines that rotate Q and K.
 
     For torch, `cos` and `sin` are the rows of `rotary_table` for these positions, [T, 1, head_dim].
     For Triton kernels both have all positions, [max_model_len, head_dim / 2]; no sine is negated.
+    Rotated queries are to be multiplied by `query_scale` [T, 1, 1], if it is not None.
     """
 
     positions: Tensor
     cos: Tensor
     sin: Tensor
+    query_scale: Tensor | None = None
 
 
 class RotaryEmbedding:
@@ -87,8 +106,8 @@ class RotaryEmbedding:
     step needs. Otherwise it returns a `Rotation` for Triton kernels, which find the rows.
     """
 
-    def __init__(self, *tables: Tensor, gather: bool) -> None:
-        self._gather = gather
+    def __init__(self, *tables: Tensor, gather: bool, query_scale: Tensor | None = None) -> None:
+        self._gather, self._scale = gather, query_scale
         self._tables = [(cos, sin) for cos, sin in tables]
         if not gather:
             half = tables[0].shape[-1] // 2
@@ -100,9 +119,11 @@ class RotaryEmbedding:
 
     def prepare(self, positions: Tensor) -> tuple[Rotation, ...]:
         """Return each table's `Rotation` for the `positions` [T] of a step's tokens."""
-        tables = self._tables
+        scale, tables = self._scale, self._tables
+        if scale is not None:
+            scale = scale.index_select(0, positions).view(-1, 1, 1)
         if self._gather:
             tables = [
                 (c.index_select(0, positions), s.index_select(0, positions)) for c, s in tables
             ]
-        return tuple(Rotation(positions, cos, sin) for cos, sin in tables)
+        return tuple(Rotation(positions, cos, sin, scale) for cos, sin in tables)

@@ -13,7 +13,7 @@ from layers.linear import ColumnLinear, QKVLinear, RowLinear, VocabEmbedding, Vo
 from layers.norm_rope import Normed, QKNormRopeStore, RMSNorm, Stream
 from layers.output_norms import NoNorm, WholeNormRopeStore
 from layers.parallel import Place
-from layers.rotary import RotaryEmbedding, rotary_table
+from layers.rotary import RotaryEmbedding, query_scales, rotary_table
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ForwardBatch
 from models.decoder_config import DecoderSpec
@@ -63,7 +63,10 @@ class Attention:
     ) -> Stream:
         """Return stream plus attention output of tokens `rows`, int64 [R], or of all if None."""
         qkv, stream = self.qkv_proj(normed)
-        q = self.store(qkv, batch.rotations[self._rope], batch.slot_mapping, kv)
+        rotation = batch.rotations[self._rope]
+        q = self.store(qkv, rotation, batch.slot_mapping, kv)
+        if rotation.query_scale is not None:
+            q = q.mul_(rotation.query_scale)
         out = self._backend.attend(q, kv, batch.attention)
         if rows is not None:
             out, stream = out.index_select(0, rows), Stream(stream.total.index_select(0, rows))
@@ -181,7 +184,8 @@ class DecoderLM(CausalLM):
         self.lm_head = VocabHead(self._head, place, shape.logit_scale)
         rows = hf_config, shape.head_dim, max_model_len, place.device
         tables = [rotary_table(*rows, kind) for kind in self._kinds]
-        self.rotary = RotaryEmbedding(*tables, gather=not place.fused)
+        scales = query_scales(hf_config, *rows[2:]) if shape.scales_queries else None
+        self.rotary = RotaryEmbedding(*tables, gather=not place.fused, query_scale=scales)
 
     def make_layer(self, index: int) -> DecoderLayer:
         spec, mlp_norm = self.spec, "post_attention"

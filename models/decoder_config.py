@@ -20,6 +20,7 @@ class DecoderSpec(ModelShape):
         norm_offset: what is added to the weights of norms.
         activation: the gate of the MLP, as in `gate_mul`.
         ropes: each layer's `kind` for `rotary_table`. Empty means "" for all layers.
+        scales_queries: whether queries have the factor `query_scales`, which follows the position.
         embedding_scale, logit_scale: factors of the embeddings and of the logits. The embeddings'
             factor is rounded to the model's dtype first if `rounds_scale`.
         fused_weights: whether the checkpoint has one weight `qkv_proj` and one `gate_up_proj`.
@@ -36,6 +37,7 @@ class DecoderSpec(ModelShape):
     norm_offset: float = 0.0
     activation: Literal["silu", "gelu_tanh"] = "silu"
     ropes: tuple[str | None, ...] = ()
+    scales_queries: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     rounds_scale: bool = False

@@ -26,7 +26,7 @@ MAX_NUM_SEQS = [1, 3, 16]
 # One checkpoint of each family that has no tests of its own here.
 OTHERS = (
     *("llama-tied", "mistral", "smollm3-nope", "granite", "phi3"),
-    *("olmo2", "olmo3", "gemma3"),
+    *("olmo2", "olmo3", "gemma3", "ministral", "ministral3"),
 )
 DEPTHS = [0, 1]
 

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import importlib
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from layers.output_norms import WholeNormRopeStore
 from layers.parallel import ParallelContext
+from layers.rotary import query_scales
 from models.decoder_config import DecoderSpec, decoder_spec
 from tests.layers.tensors import place
 from utils.errors import ConfigError, UnsupportedModelError
 
 _ACTIVATION = {"gemma3_text": "hidden_activation"}
 QWEN = ("qwen2", "qwen3")
-OTHERS = ("llama", "mistral", "smollm3", "granite", "phi3", "olmo2", "olmo3", "gemma3_text")
+OTHERS = (
+    "llama",
+    "mistral",
+    "smollm3",
+    "granite",
+    "phi3",
+    "olmo2",
+    "olmo3",
+    "gemma3_text",
+    "ministral",
+    "ministral3",
+)
 FAMILIES = (*QWEN, *OTHERS)
 
 
 def _shape(model_type: str, **fields: Any) -> Any:
     if model_type == "mistral":
         fields = {"sliding_window": None, **fields}
-    if model_type in ("olmo3", "gemma3_text"):
+    if model_type in ("olmo3", "gemma3_text", "ministral"):
         fields = {"layer_types": ["full_attention"] * 2, **fields}
     config = AutoConfig.for_model(model_type, num_hidden_layers=2, **fields)
     return importlib.import_module(f"models.{model_type}").model_shape(config)
@@ -72,6 +86,18 @@ def test_what_gemma3_has_and_nobody_built(fields: dict[str, Any]) -> None:
     problem = "sliding_attention" if name == "layer_types" else name
     with pytest.raises(UnsupportedModelError, match=problem):
         _shape("gemma3_text", **fields)
+
+
+@pytest.mark.parametrize("lost", ["llama_4_scaling_beta", "original_max_position_embeddings"])
+def test_ministral3_scales_queries_by_two_parameters(lost: str) -> None:
+    parameters = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
+    config = SimpleNamespace(rope_parameters=parameters)
+    scales = query_scales(config, 40, torch.device("cpu"))
+    assert scales[:16].tolist() == [1.0] * 16
+    assert scales[33] == pytest.approx(1 + 0.1 * math.log(3))
+    del parameters[lost]
+    with pytest.raises(UnsupportedModelError, match="must have llama_4_scaling_beta and original"):
+        query_scales(config, 40, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("model_type", ["olmo2", "olmo3"])
