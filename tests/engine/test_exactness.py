@@ -40,7 +40,13 @@ from tests.exact_parts import (
     recording_runner,
     when,
 )
-from utils.errors import ConfigError, EngineClosedError, RequestTooLongError, StepError
+from utils.errors import (
+    ConfigError,
+    EngineClosedError,
+    RequestError,
+    RequestTooLongError,
+    StepError,
+)
 
 # Probes have 1, 16, 17, 130 and 194 prompt tokens.
 SMALL: dict[str, Any] = {
@@ -195,6 +201,32 @@ class TestLosses:
         error = refusal(shipped, model_runner=make, **SMALL)
         assert "a request of the test failed (ValueError('a row of the fake model'))" in str(error)
 
+    def test_types_and_order_of_log_probabilities_are_no_bits(self, shipped: Path) -> None:
+        """But all bits of a tensor count: its `repr` shows only some digits."""
+
+        def change(plan: StepPlan, result: StepResult, added: float = 0.0) -> StepResult:
+            if result.logprobs is None or len(plan.decode) < 2:
+                return result
+
+            def other(scores: dict[int, float]) -> dict[int, Any]:
+                pairs = reversed(scores.items())
+                return {t: torch.tensor(x + added, dtype=torch.float64) for t, x in pairs}
+
+            return replace(result, logprobs=[[*map(other, row)] for row in result.logprobs])
+
+        with LLM(shipped, model_runner=recording_runner(change), check_exact=True, **SMALL):
+            pass
+        runner = recording_runner(partial(change, added=1e-12))
+        error = refusal(shipped, model_runner=runner, **SMALL)
+        assert error.problem.startswith("a decode of 7 requests")
+
+    def test_a_chunk_of_one_token(self, shipped: Path) -> None:
+        """Alone, a step has two tokens, so chunks start at even positions."""
+        leaks = when(lambda plan: any(chunk.start % 2 for chunk in plan.prefill), _other_token)
+        options = {**SMALL, "max_num_seqs": 2, "max_num_batched_tokens": 2}
+        error = refusal(shipped, model_runner=recording_runner(leaks), **options)
+        assert error.problem.startswith("a prompt in chunks of 1 token changes ")
+
     def test_a_request_that_fails_in_company(self, shipped: Path) -> None:
         class Fails(FakeRunner):
             def _reports(self, outputs: list[list[int]]) -> Any:
@@ -203,6 +235,7 @@ class TestLosses:
                 return super()._reports(outputs)
 
         error = refusal(shipped, model_runner=Fails, **SMALL)
+        assert str(error.__cause__) == "a row of the fake model"
         assert error.problem.startswith(
             "a prefill of 2048 tokens changes the bits of output token 1"
         )
@@ -460,7 +493,7 @@ class TestSettings:
         assert max(len(plan.decode) for plan in _tried(shipped, max_num_seqs=40)) == 40
 
     def test_two_requests_fill_a_prefill(self, shipped: Path) -> None:
-        plans = _tried(shipped, max_num_seqs=2)
+        plans = _tried(shipped, max_num_seqs=2, max_num_batched_tokens=2000)
         # The other request, whose only output token comes from the prefill.
         others = {
             len(new.token_ids)
@@ -468,7 +501,7 @@ class TestSettings:
             for new in plan.new_requests
             if len(plan.prefill) == 2 and new.max_total_tokens == len(new.token_ids) + 1
         }
-        assert others == {(4096 - length) // 2 for length in (1, 17, 130, 256, 1000)}
+        assert others == {2000 - length for length in (1, 17, 130, 256, 1000)}
 
     def test_max_num_batched_tokens_bounds_prefills(self, shipped: Path) -> None:
         plans = _tried(shipped, max_num_batched_tokens=700)
@@ -505,6 +538,43 @@ class _RefusesInCompany(ContinuousScheduler):
         super().add(seq)
 
 
+class _OwnLimit(ContinuousScheduler):
+    """Refuses by an error that is no RequestTooLongError."""
+
+    name = "own_limit"
+
+    def add(self, seq: Sequence) -> None:
+        if len(seq.token_ids) > 100:
+            raise RequestError("prompt", len(seq.token_ids), "is not for me", "Use less.")
+        super().add(seq)
+
+
+class _Whole(ContinuousScheduler):
+    """Computes no prompt in chunks: it waits for a step that has room for all of it."""
+
+    name = "whole"
+
+    def schedule(self) -> StepPlan | None:
+        decodes = [seq for seq in self.batch.decoding.values() if self.batch.reserve(seq)]
+        left = self.budget - len(decodes)
+        while (seq := self.queue.first()) and len(seq.token_ids) <= left and self.admit(seq):
+            left -= self.batch.prefill(seq, left)
+        self.decode_all(decodes, left + len(decodes))
+        return self.batch.build()
+
+
+class _Pins(ContinuousScheduler):
+    """Takes a block for itself at once, as for a prompt that all requests share."""
+
+    name = "pins"
+
+    def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
+        super().__init__(config, block_manager, clock)
+        assert block_manager.num_free_blocks == block_manager.num_blocks
+        block_manager.begin(-1, [1])
+        block_manager.grow(-1, 1)
+
+
 class _Idle(ContinuousScheduler):
     name = "idle"
 
@@ -530,6 +600,15 @@ class TestSchedulers:
         options = {**SMALL, "scheduler": _RefusesInCompany, "model_runner": runner}
         with LLM(shipped, check_exact=True, **options):
             assert max(len(plan.row_slots) for plan in runner.plans) == 3
+
+    @pytest.mark.parametrize("scheduler", [_OwnLimit, _Whole, _Pins])
+    def test_what_serves_without_the_test_starts_with_it(
+        self, shipped: Path, scheduler: type[ContinuousScheduler]
+    ) -> None:
+        options = {**SMALL, "scheduler": scheduler, "model_runner": recording_runner()}
+        with LLM(shipped, check_exact=True, **options) as llm:
+            (out,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), use_tqdm=False)
+            assert len(out["token_ids"]) == 3
 
     def test_a_scheduler_that_refuses_all(self, shipped: Path) -> None:
         error = refusal(shipped, model_runner=recording_runner(), scheduler=_Refuses, **SMALL)
