@@ -96,7 +96,8 @@ class TensorParallelRunner(ModelRunner):
         except BaseException:
             self._end()
             raise
-        self.exact = type(self) is TensorParallelRunner and all(one for one, _ in self._ready)
+        measured = type(self) is TensorParallelRunner and all(one for one, _ in self._ready)
+        self.exact = type(self).exact or measured
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:

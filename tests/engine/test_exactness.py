@@ -739,6 +739,7 @@ class TestMeasurements:
         monkeypatch.setattr("layers.attention.triton_paged.has_wgmma", lambda device: major == 9)
         assert TritonAttention(case.spec).exact == (major == 9)
         assert not type("Mine", (TritonAttention,), {})(case.spec).exact
+        assert type("Mine", (TritonAttention,), {"exact": True})(case.spec).exact
 
     def test_a_simulated_clock_does_not_move(self, shipped: Path) -> None:
         options = {**SMALL, "model_runner": "simulated"}
@@ -753,6 +754,23 @@ class TestMeasurements:
             )
             with closing(LLMEngine(config)) as engine:
                 assert engine.runner.exact == exact
+
+    def test_a_subclass_that_was_measured_says_so(
+        self, shipped: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        says = {"name": "says", "exact": True}
+        for runner in (SimulatedRunner, FakeRunner, LocalRunner):
+            mine = type("Says", (runner,), says)
+            with LLM(shipped, model_runner=mine, **SMALL) as llm:
+                assert llm.engine.runner.exact, runner
+        ranks = type("Says", (TensorParallelRunner,), says)
+        options = {**SMALL, "tensor_parallel_size": 2}
+        options["model_runner"] = partial(ranks, make_runner=_fake_rank)
+        with LLM(shipped, **options) as llm:
+            assert llm.engine.runner.exact
+        monkeypatch.setattr("models.qwen3.MODEL", type("Says", (DecoderLM,), {"exact": True}))
+        with LLM(shipped, attention_backend=_MeasuredAttention, **SMALL) as llm:
+            assert llm.engine.runner.exact
 
 
 def _measured_rank(config: Config, checkpoint: Any, rank: Rank) -> ModelRunner:
