@@ -22,7 +22,7 @@ from engine.ranks.worker import Rank
 from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.simulated_runner import SimulatedRunner
-from engine.types import BlockManager, Clock, ModelRunner, StepPlan, StepResult
+from engine.types import BlockManager, Clock, ModelRunner, StepHandle, StepPlan, StepResult
 from layers.attention.base import AttentionBackend, AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from layers.attention.triton_paged import TritonAttention
@@ -141,6 +141,22 @@ class TestLosses:
             "a decode of 16 requests changes the bits of output token 2"
         )
 
+    def test_the_first_lost_token_of_all_requests_is_named(self, shipped: Path) -> None:
+        """In the decodes of 16 the probes have the rows 4 to 10."""
+        rows: list[int] = []
+
+        def change(plan: StepPlan, result: StepResult) -> StepResult:
+            if len(plan.decode) != 16:
+                return result
+            rows.append(4 if rows else 5)
+            tokens = [list(row) for row in result.tokens]
+            tokens[rows[-1]][0] ^= 1
+            return replace(result, tokens=tokens)
+
+        error = refusal(shipped, model_runner=recording_runner(change), **SMALL)
+        victim = "output token 2 of a request with prompt length 16"
+        assert error.problem == f"a decode of 16 requests changes the bits of {victim}"
+
     def test_lost_log_probabilities_of_a_prompt(self, shipped: Path) -> None:
         runner = recording_runner(when(lambda plan: len(plan.prefill) > 1, _other_prompt))
         error = refusal(shipped, model_runner=runner, **SMALL)
@@ -196,10 +212,32 @@ class TestLosses:
         with pytest.raises(EngineClosedError):
             made[0].execute(StepPlan(0))
 
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+    def test_the_runner_is_closed_if_the_test_is_interrupted(
+        self, shipped: Path, error: type[BaseException]
+    ) -> None:
+        made: list[ModelRunner] = []
+
+        class Interrupted(FakeRunner):
+            def execute(self, plan: StepPlan) -> StepHandle:
+                made.append(self)
+                if len(made) == 20:
+                    raise error
+                return super().execute(plan)
+
+        for depth in (0, 1):
+            made.clear()
+            options = {**SMALL, "model_runner": Interrupted, "pipeline_depth": depth}
+            with pytest.raises(error):
+                LLM(shipped, check_exact=True, **options)
+            with pytest.raises(EngineClosedError):
+                made[0].execute(StepPlan(0))
+
     def test_a_request_that_fails(self, shipped: Path) -> None:
         make = partial(FakeRunner, model=FakeModel(4096, error_chance=1.0))
         error = refusal(shipped, model_runner=make, **SMALL)
         assert "a request of the test failed (ValueError('a row of the fake model'))" in str(error)
+        assert isinstance(error.__cause__, ValueError)
 
     def test_types_and_order_of_log_probabilities_are_no_bits(self, shipped: Path) -> None:
         """But all bits of a tensor count: its `repr` shows only some digits."""
@@ -443,6 +481,8 @@ class TestSettings:
         assert {one.temperature > 0 for one in params if one.logprobs is not None} == {True, False}
         assert any(one.temperature > 0 and not one.needs_logits for one in params)
         assert all(one.seed is not None for one in params)
+        others = [one for one in params if (one.max_tokens or 0) > 6]
+        assert {one.temperature > 0 for one in others} == {True, False}
 
     @pytest.mark.parametrize(
         "options",
