@@ -554,6 +554,12 @@ class TestSettings:
         # When the last probe has ended, the others end too.
         assert any(plan.prefill for plan in plans[-6:])
 
+    def test_others_do_not_decode_for_ever(self, shipped: Path) -> None:
+        """With 16 tokens a step the prompts take more steps than others may decode."""
+        plans = _tried(shipped, max_num_batched_tokens=16, max_num_seqs=16, max_model_len=200)
+        new = [one for plan in plans for one in plan.new_requests]
+        assert max(one.max_total_tokens - len(one.token_ids) for one in new) == 6 + 1 + 64
+
 
 class _Refuses(ContinuousScheduler):
     """Takes no long prompts, though the cache has room for them."""
