@@ -242,6 +242,15 @@ def test_sample_without_a_choice(vocab: int) -> None:
 
 
 @interpreted
+def test_sample_of_no_rows() -> None:
+    """A step in which no prompt ends draws nothing."""
+    none = torch.zeros(0)
+    best, got = sample_shard(torch.zeros(0, 3000), none, keys(none.long()), none.long())
+    assert (best.shape, best.dtype) == ((0,), torch.float32)
+    assert (got.shape, got.dtype) == ((0,), torch.int64)
+
+
+@interpreted
 def test_sample_takes_the_lowest_of_equals() -> None:
     logits = torch.zeros(2, 3000)
     logits[0, [1500, 2900]] = 1.0
