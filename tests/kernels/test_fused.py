@@ -251,9 +251,12 @@ def test_sample_of_no_rows() -> None:
 
 
 @interpreted
-def test_sample_takes_the_lowest_of_equals() -> None:
+@pytest.mark.parametrize("programs", [2, 4224])
+def test_sample_takes_the_lowest_of_equals(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """Also of equals that one thread of a program meets one after the other, 512 columns apart."""
+    monkeypatch.setattr("layers.kernels.sampling._PROGRAMS", programs)
     logits = torch.zeros(2, 3000)
-    logits[0, [1500, 2900]] = 1.0
+    logits[0, [1500, 1500 + 1024, 2900]] = 1.0
     zero = torch.zeros(2)
     assert sample_shard(logits, zero, keys(zero.long()), zero.long())[1].tolist() == [1500, 0]
 
