@@ -223,9 +223,13 @@ def test_sample_at_or_above_the_least(vocab: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("programs", [8, 4224])
 @pytest.mark.parametrize("vocab", [5, 3000])
-def test_sample_without_a_choice(vocab: int) -> None:
+def test_sample_without_a_choice(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, programs: int
+) -> None:
     """NaN in the first, a middle and the last column, with numbers and with -inf beside it."""
+    monkeypatch.setattr("layers.kernels.sampling._PROGRAMS", programs)
     logits = torch.randn(8, vocab)
     logits[3:7] = float("-inf")
     for row, column in enumerate((0, vocab // 2, vocab - 1, 0, vocab // 2, vocab - 1)):
