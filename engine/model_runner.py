@@ -256,7 +256,8 @@ class LocalRunner(ModelRunner):
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
         self._model.prepare()
-        self.exact = type(self) is LocalRunner and self._backend.exact and self._model.exact
+        measured = type(self) is LocalRunner and self._backend.exact and self._model.exact
+        self.exact = type(self).exact or measured
         heads, width = spec.num_kv_heads, self._dtype.itemsize
         shape_of_one = shape.num_layers, heads, spec.head_dim, spec.block_size, 1, width
         self._one_block = KVGeometry(*shape_of_one)

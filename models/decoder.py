@@ -228,10 +228,13 @@ class DecoderLM(CausalLM):
             after = layer.norm
         self.lm_head.prepare(self.norm)
         # A subclass may have layers that were not measured.
-        self.exact = type(self) is DecoderLM and all(
-            getattr(part, "exact", False)
-            for layer in self.layers
-            for part in (layer.attention, layer.mlp, self.lm_head)
+        self.exact = type(self).exact or (
+            type(self) is DecoderLM
+            and all(
+                getattr(part, "exact", False)
+                for layer in self.layers
+                for part in (layer.attention, layer.mlp, self.lm_head)
+            )
         )
 
     def weight_targets(self) -> dict[str, WeightTarget]:

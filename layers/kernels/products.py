@@ -4,7 +4,7 @@ A product computes N outputs from K inputs of each of T tokens; its weight is [N
 are divided into P equal *parts*. For each part one float32 accumulator adds up the products over
 ascending k, in the tensor cores. Then the accumulators are added up: a0 + a1, or (a0 + a1) +
 (a2 + a3). Every kernel here computes exactly this, so all have the same bits: on an H200, tiles of
-16 to 128 tokens, 32 to 256 outputs and chunks of 16 to 128 inputs, by mma.sync or wgmma, did not
+8 to 128 tokens, 16 to 256 outputs and chunks of 16 to 256 inputs, by mma.sync or wgmma, did not
 change a single bit. P must be a property of the weight, never of T. See docs/exact.md.
 
 A norm before a product is split up. Whoever makes the residual stream also multiplies it by the

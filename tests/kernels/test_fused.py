@@ -237,9 +237,13 @@ def test_sample_at_or_above_the_least(vocab: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("programs", [8, 4224])
 @pytest.mark.parametrize("vocab", [5, 3000])
-def test_sample_without_a_choice(vocab: int) -> None:
+def test_sample_without_a_choice(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, programs: int
+) -> None:
     """NaN in the first, a middle and the last column, with numbers and with -inf beside it."""
+    monkeypatch.setattr("layers.kernels.sampling._PROGRAMS", programs)
     logits = torch.randn(8, vocab)
     logits[3:7] = float("-inf")
     for row, column in enumerate((0, vocab // 2, vocab - 1, 0, vocab // 2, vocab - 1)):
@@ -256,9 +260,21 @@ def test_sample_without_a_choice(vocab: int) -> None:
 
 
 @interpreted
-def test_sample_takes_the_lowest_of_equals() -> None:
+def test_sample_of_no_rows() -> None:
+    """A step in which no prompt ends draws nothing."""
+    none = torch.zeros(0)
+    best, got = sample_shard(torch.zeros(0, 3000), none, keys(none.long()), none.long())
+    assert (best.shape, best.dtype) == ((0,), torch.float32)
+    assert (got.shape, got.dtype) == ((0,), torch.int64)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [2, 4224])
+def test_sample_takes_the_lowest_of_equals(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """Also of equals that one thread of a program meets one after the other, 512 columns apart."""
+    monkeypatch.setattr("layers.kernels.sampling._PROGRAMS", programs)
     logits = torch.zeros(2, 3000)
-    logits[0, [1500, 2900]] = 1.0
+    logits[0, [1500, 1500 + 1024, 2900]] = 1.0
     zero = torch.zeros(2)
     assert sample_shard(logits, zero, keys(zero.long()), zero.long())[1].tolist() == [1500, 0]
 
