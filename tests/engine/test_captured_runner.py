@@ -72,7 +72,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         return SimpleNamespace(replay=replay, pool=lambda: None)
 
     # The reference has -1 in the rows for a moment, which a rehearsal beside it would take.
-    monkeypatch.setattr("engine.model_runner.ThreadPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr("engine.compilation.ThreadPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr("engine.graphs.captured", captured)
     monkeypatch.setattr("engine.model_runner.captures_graphs", lambda *args: True)
     for name in ("synchronize", "set_device"):
