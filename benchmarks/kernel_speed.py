@@ -213,14 +213,15 @@ def _layer(
 def _fused(
     weight: Tensor, place: Place, norm: RMSNorm | None, after: RMSNorm | None, gated: bool
 ) -> Matmul:
-    return make_matmul(weight, None, place, norm, after=after, gated=gated)
+    gate = "silu" if gated else None
+    return make_matmul(weight, None, place, norm, after=after, row=after is not None, gate=gate)
 
 
 def _plain(
     weight: Tensor, place: Place, norm: RMSNorm | None, after: RMSNorm | None, gated: bool
 ) -> Matmul:
     del norm, after
-    return Matmul(weight, None, place, gated=gated)
+    return Matmul(weight, None, place, gate="silu" if gated else None)
 
 
 def _linears(

@@ -48,6 +48,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "eos_token_id": 128001,
+        "dtype": "bfloat16",
+    },
     # The sizes of SmolLM2-135M with Granite's vocabulary, whose odd size aligns rows to nothing.
     "smollm2-49155": {
         **_QWEN3,
@@ -89,7 +114,7 @@ def _tensors(config: dict[str, Any], matrix: Any) -> dict[str, torch.Tensor]:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim") or hidden // heads
-    qwen2 = config["model_type"] == "qwen2"
+    kind = config["model_type"]
     ones = torch.ones(hidden, dtype=torch.bfloat16)
     tensors = {
         "model.embed_tokens.weight": matrix(config["vocab_size"], hidden),
@@ -103,10 +128,10 @@ def _tensors(config: dict[str, Any], matrix: Any) -> dict[str, torch.Tensor]:
             tensors[f"{layer}.{norm}.weight"] = ones.clone()
         for name, rows in (("q", heads * dim), ("k", kv_heads * dim), ("v", kv_heads * dim)):
             tensors[f"{layer}.self_attn.{name}_proj.weight"] = matrix(rows, hidden)
-            if qwen2:
+            if kind == "qwen2":
                 bias = matrix(1, rows).flatten()
                 tensors[f"{layer}.self_attn.{name}_proj.bias"] = bias
-        if not qwen2:
+        if kind == "qwen3":
             for name in ("q_norm", "k_norm"):
                 tensors[f"{layer}.self_attn.{name}.weight"] = ones[:1].repeat(dim)
         tensors[f"{layer}.self_attn.o_proj.weight"] = matrix(hidden, heads * dim)

@@ -263,7 +263,8 @@ class LocalRunner(ModelRunner):
         self._weights_per_layer = total // (shape.num_layers * parallel.size)
         del weights
         self._model.prepare()
-        self.exact = type(self) is LocalRunner and self._backend.exact and self._model.exact
+        measured = type(self) is LocalRunner and self._backend.exact and self._model.exact
+        self.exact = type(self).exact or measured
         self._windows, self._layer_groups = shape.group_windows, shape.layer_groups
         sizes = spec.num_kv_heads, spec.head_dim, spec.block_size, self._dtype.itemsize
         self._groups = cache_groups(self._layer_groups, self._windows, *sizes)

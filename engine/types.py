@@ -284,7 +284,8 @@ class ModelRunner(ABC):
     # the default of a machine without a GPU, so that runs are equal on all machines.
     has_device: ClassVar[bool] = True
     # Whether measurements show that no other request changes a request's bits. If False, the option
-    # `check_exact` runs a test at start. A subclass of a measured runner has to be measured itself.
+    # `check_exact` runs a test at start. A subclass of one of this repository's runners has to be
+    # measured itself, and may then set `exact = True`.
     exact: bool = False
 
     @property

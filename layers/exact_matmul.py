@@ -16,7 +16,7 @@ class ExactMatmul(Matmul):
     """Products on Hopper GPUs by `layers.kernels.products`: their bits depend on no other row.
 
     Args:
-        after: the norm of the stream to which `added` adds the product.
+        row, after: see `make_matmul`.
     """
 
     exact = True
@@ -28,15 +28,16 @@ class ExactMatmul(Matmul):
         place: Place,
         after: RMSNorm | None = None,
         *,
-        gated: bool = False,
+        row: bool = False,
+        gate: str | None = None,
     ) -> None:
-        super().__init__(products.interleaved(weight) if gated else weight, bias, place)
-        self._gated, self._after = gated, after
+        super().__init__(products.interleaved(weight) if gate else weight, bias, place, gate=gate)
+        self._after = after
         self._multiply = functools.partial(products.multiply, pdl=True)
         self._add = functools.partial(products.add_product, pdl=True)
-        self._parts = products.parts_of(*weight.shape) if after is not None else 1
+        self._parts = products.parts_of(*weight.shape) if row or after is not None else 1
         # With several ranks their products are added up before they meet the stream.
-        fuses = self._parts > 1 and place.parallel.size == 1
+        fuses = after is not None and self._parts > 1 and place.parallel.size == 1
         self._most_fused = products.MAX_FUSED_TOKENS if fuses else 0
 
     @staticmethod
@@ -62,4 +63,4 @@ class ExactMatmul(Matmul):
     def normed(self, normed: Normed, out: Tensor | None = None) -> tuple[Tensor, Stream]:
         gained, stream = normed.norm.gained(normed.stream)
         work = gained.values, self.weight, self._bias
-        return self._multiply(*work, scale=gained.scale, swiglu=self._gated, out=out), stream
+        return self._multiply(*work, scale=gained.scale, gate=self._gate, out=out), stream

@@ -68,14 +68,14 @@ class ColumnLinear(_Linear):
         """Return outputs [T, N], and the stream with part added."""
         return self._matmul.normed(normed)
 
-    def prepare(self, norm: RMSNorm | None = None, *, gated: bool = False) -> None:
+    def prepare(self, norm: RMSNorm | None = None, *, gate: str | None = None) -> None:
         """Make the `Matmul` of the loaded weight. `norm` is the norm of the layer's input.
 
-        A layer whose norm is not known here works too. If `gated`, the layer returns
-        silu(first projection) * second projection instead.
+        A layer whose norm is not known here works too. With a `gate` the layer returns `gate_mul`
+        of two projections instead.
         """
         assert self.weight is not None
-        matmul = make_matmul(self.weight, self.bias, self._place, norm, gated=gated)
+        matmul = make_matmul(self.weight, self.bias, self._place, norm, gate=gate)
         self._matmul, self.weight, self.exact = matmul, None, matmul.exact
 
     def weight_targets(self, *names: str) -> dict[str, WeightTarget]:
@@ -131,13 +131,13 @@ class RowLinear(_Linear):
         self._columns = place.parallel.per_rank("input features", input_size)
         super().__init__(output_size, self._columns, bias=bias, place=place)
 
-    def prepare(self, after: RMSNorm) -> None:
-        """Make the `Matmul` of the loaded weight. `after` is the norm of the layer's result."""
+    def prepare(self, after: RMSNorm | None) -> None:
+        """Make the `Matmul` of the loaded weight; for `after` see `make_matmul`."""
         assert self.weight is not None
         if self._place.parallel.rank > 0:
             # The outputs of all ranks are added up, so only rank 0 adds the bias.
             self.bias = None
-        matmul = make_matmul(self.weight, self.bias, self._place, after=after)
+        matmul = make_matmul(self.weight, self.bias, self._place, after=after, row=True)
         self._matmul, self.weight, self.exact = matmul, None, matmul.exact
 
     def __call__(self, x: Tensor, stream: Stream) -> Stream:
@@ -213,18 +213,18 @@ class Matmul:
     """Computes x W^T + b by torch for W [N, K] and b [N]; the reference for fused kernels.
 
     Args:
-        gated: W is [gate | up], and `normed` returns silu(gate) * up [T, N / 2] of the product.
+        gate: if given, W is [g | up], and `normed` returns `gate_mul` [T, N / 2] of the product.
     """
 
     exact = False  # whether it was measured that a row's bits depend on no other row
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, place: Place, *, gated: bool = False
+        self, weight: Tensor, bias: Tensor | None, place: Place, *, gate: str | None = None
     ) -> None:
         self.weight = weight
         self._bias = bias
         self._place = place
-        self._gated = gated
+        self._gate = gate
         self._folded = False  # whether the product includes the preceding norm's weight
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -243,11 +243,14 @@ class Matmul:
         """
         x, stream = normed.norm.compute(normed.stream, scaled=not self._folded)
         y = self(x, out)
-        return (silu_mul(y, self._place) if self._gated else y), stream
+        return (gate_mul(y, self._gate, self._place) if self._gate else y), stream
 
 
 class CPUMatmul(Matmul):
-    """Float32 products on a CPU: `HalfLinear` for up to `few_rows` input rows, oneDNN for more."""
+    """Float32 products on a CPU: `HalfLinear` for up to `few_rows` input rows, oneDNN for more.
+
+    If `fuses`, `added` may add the product to the stream's total.
+    """
 
     def __init__(
         self,
@@ -256,11 +259,12 @@ class CPUMatmul(Matmul):
         place: Place,
         norm: RMSNorm | None,
         *,
-        gated: bool = False,
+        fuses: bool = True,
+        gate: str | None = None,
     ) -> None:
-        super().__init__(weight, bias, place, gated=gated)
-        scale = None if norm is None else norm.scale
-        self._folded = norm is not None
+        super().__init__(weight, bias, place, gate=gate)
+        scale = norm.scale if norm is not None and norm.changes else None
+        self._folded = scale is not None
         self._half = HalfLinear(weight, scale) if HalfLinear.holds(weight) else None
         self.few_rows = self._half.most_rows if self._half else 0
         if self.few_rows == math.inf:
@@ -269,7 +273,7 @@ class CPUMatmul(Matmul):
             folded = weight if scale is None else weight * scale
             self.weight = torch.ops.mkldnn._reorder_linear_weight(folded, _PACK_ROWS)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._adding = self._half if bias is None and place.parallel.size == 1 else None
+        self._adding = self._half if fuses and bias is None and place.parallel.size == 1 else None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self._half is None or x.shape[0] > self.few_rows:
@@ -284,14 +288,18 @@ class CPUMatmul(Matmul):
         return Stream(self._adding.added(x, stream.total))
 
 
-def silu_mul(x: Tensor, place: Place) -> Tensor:
-    """Return silu(gate) * up [T, n] (SwiGLU, Shazeer 2020) for x = [gate | up] [T, 2n]."""
+def gate_mul(x: Tensor, gate: str, place: Place) -> Tensor:
+    """Return f(g) * up [T, n] for x = [g | up] [T, 2n] (gated linear units, Shazeer 2020).
+
+    f is SiLU if `gate` is "silu", and the tanh approximation of GELU if `gate` is "gelu_tanh".
+    """
     if place.fused:
         from layers.kernels import rowwise
 
-        return rowwise.silu_mul(x, pdl=place.pdl)
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+        return rowwise.gate_mul(x, gate, pdl=place.pdl)
+    g, up = x.chunk(2, dim=-1)
+    y = F.silu(g) if gate == "silu" else F.gelu(g, approximate="tanh")
+    return y.mul_(up)
 
 
 def make_matmul(
@@ -301,18 +309,23 @@ def make_matmul(
     norm: RMSNorm | None = None,
     *,
     after: RMSNorm | None = None,
-    gated: bool = False,
+    row: bool = False,
+    gate: str | None = None,
 ) -> Matmul:
-    """Make the `Matmul` for `place`. Its input has the norm `norm`, or its result the norm `after`.
+    """Make the `Matmul` for `place`. Its input has the norm `norm`; for `gate` see `Matmul`.
+
+    If `row`, the product is added to the stream. Then `after` is the norm of the resulting stream,
+    or None if the product itself has a norm first.
 
     If `norm` is given, a `CPUMatmul` multiplies its own weight by the weight of `norm`. Callers of
     this `CPUMatmul` may only use its method `normed`, and only with this norm.
     """
     if place.device.type == "cpu" and place.dtype == torch.float32 and torch._C._has_mkldnn:
-        return CPUMatmul(weight, bias, place, norm, gated=gated)
+        fuses = not row or after is not None
+        return CPUMatmul(weight, bias, place, norm, fuses=fuses, gate=gate)
     if place.fused and has_wgmma(place.device):
         from layers.exact_matmul import ExactMatmul
 
-        if ExactMatmul.holds(weight, bias, gated=gated):
-            return ExactMatmul(weight, bias, place, after, gated=gated)
-    return Matmul(weight, bias, place, gated=gated)
+        if ExactMatmul.holds(weight, bias, gated=gate is not None):
+            return ExactMatmul(weight, bias, place, after, row=row, gate=gate)
+    return Matmul(weight, bias, place, gate=gate)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layers.parallel import Place
+from layers.rotary import Rotation
 from memory.kv_cache import KVLayer
 from utils.loader import WeightTarget
 
@@ -22,7 +23,7 @@ class Gained(NamedTuple):
 
     norm: RMSNorm
     values: Tensor
-    scale: Scale
+    scale: Scale | None  # None if the stream has no norm
 
 
 class Scale(NamedTuple):
@@ -48,11 +49,13 @@ class Stream:
             [T, hidden_size], or S float32 summands of the output, [S, T, hidden_size], S = 2 or 4.
             `part` is None if total already contains the output.
         gained: what one norm makes of total, if the kernel that computed total has done so too.
+        post: the norm of the sum of part over all ranks, if it has one before it is added to total.
     """
 
     total: Tensor
     part: Tensor | None = None
     gained: Gained | None = None
+    post: RMSNorm | None = None
 
 
 @dataclass(slots=True)
@@ -80,10 +83,12 @@ class RMSNormalizer:
 
 
 class RMSNorm:
-    """RMS norm of the residual stream: x / sqrt(mean(x^2) + eps) * weight."""
+    """RMS norm of the residual stream: x / sqrt(mean(x^2) + eps) * (weight + offset)."""
 
-    def __init__(self, hidden_size: int, eps: float, place: Place) -> None:
-        self.eps = eps
+    changes = True  # whether the norm of a stream is anything else than the stream
+
+    def __init__(self, hidden_size: int, eps: float, place: Place, offset: float = 0.0) -> None:
+        self.eps, self._offset = eps, offset
         self.weight = place.empty(hidden_size)
         self._place = place
         self._normalize = RMSNormalizer(hidden_size, eps, place.device)
@@ -91,6 +96,8 @@ class RMSNorm:
 
     def prepare(self) -> None:
         """Set `scale`, the factor for `RMSNormalizer`'s result, to weight * sqrt(hidden_size)."""
+        if self._offset:
+            self.weight = self.weight.float() + self._offset  # not rounded to 16 bits
         self.scale = self.weight.float() * len(self.weight) ** 0.5
 
     def __call__(self, stream: Stream) -> Normed:
@@ -101,21 +108,35 @@ class RMSNorm:
 
         If `scaled` is False, the factor `scale` is left out, since the next weight contains it.
         """
-        total, part, place = stream.total, stream.part, self._place
+        total, part, post, place = stream.total, stream.part, stream.post, self._place
         if part is not None and place.parallel.size > 1:
-            both = place.parallel.add_rms_norm(part, total, self.weight, self.eps)
-            if both is not None:
-                return both[0], Stream(both[1])
-            part = place.parallel.all_reduce(part)
+            if post is None:
+                both = place.parallel.add_rms_norm(part, total, self.weight, self.eps)
+                if both is not None:
+                    return both[0], Stream(both[1])
+            part = self._reduced(part)
         if place.fused:
             from layers.kernels.rowwise import rms_norm
 
-            y, total = rms_norm(total, self.weight, self.eps, part, pdl=place.pdl)
+            of_part = None if post is None else (post.weight, post.eps)
+            y, total = rms_norm(total, self.weight, self.eps, part, of_part, pdl=place.pdl)
             return y, Stream(total)
         if part is not None:
+            part = part if post is None else post.of(part)
             stream = Stream(total := part + total)
-        y = self._normalize(total)
-        return (y * self.scale).to(total.dtype) if scaled else y, stream
+        return self.of(total) if scaled else self._normalize(total), stream
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the norm of x [T, hidden_size], computed by torch."""
+        return (self._normalize(x) * self.scale).to(x.dtype)
+
+    def _reduced(self, part: Tensor) -> Tensor:
+        if part.dim() == 3:
+            # `part.sum(0)` would add in an order that torch chooses by shape.
+            first = part[0] + part[1]
+            part = first if len(part) == 2 else first + (part[2] + part[3])
+            part = part.to(self._place.dtype)
+        return self._place.parallel.all_reduce(part)
 
     def gained(self, stream: Stream) -> tuple[Gained, Stream]:
         """Return what the norm makes of the stream, and the stream with part added to total."""
@@ -123,83 +144,47 @@ class RMSNorm:
             return stream.gained, stream
         from layers.kernels.rowwise import gain_rows
 
-        part, place = stream.part, self._place
+        part, post, place = stream.part, stream.post, self._place
         if part is not None and place.parallel.size > 1:
-            work = part, stream.total, self.weight, self.eps
-            done = place.parallel.add_rms_norm(*work, gained=True)
-            if done is not None and done[2] is not None:
-                return Gained(self, done[0], self.scale_of(done[2])), Stream(done[1])
-            if part.dim() == 3:
-                # `part.sum(0)` would add in an order that torch chooses by shape.
-                first = part[0] + part[1]
-                part = first if len(part) == 2 else first + (part[2] + part[3])
-                part = part.to(stream.total.dtype)
-            part = place.parallel.all_reduce(part)
-        values, squares, total = gain_rows(stream.total, self.weight, part, pdl=place.pdl)
+            if post is None:
+                work = part, stream.total, self.weight, self.eps
+                done = place.parallel.add_rms_norm(*work, gained=True)
+                if done is not None and done[2] is not None:
+                    return Gained(self, done[0], self.scale_of(done[2])), Stream(done[1])
+            part = self._reduced(part)
+        of_part = None if post is None else (post.weight, post.eps)
+        values, squares, total = gain_rows(stream.total, self.weight, part, of_part, pdl=place.pdl)
         return Gained(self, values, self.scale_of(squares)), Stream(total)
 
     def scale_of(self, squares: Tensor) -> Scale:
         """Return the `Scale` of a stream whose sums of squares are `squares` [S, T]."""
-        gain = GAIN[self.weight.dtype] ** 2
+        gain = GAIN[self._place.dtype] ** 2
         return Scale(squares, len(self.weight) / gain, self.eps * gain)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
         return {f"{name}.weight": WeightTarget(self.weight, tuple(self.weight.shape))}
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """Positions [T] of a step's tokens, and the cosines and sines that rotate Q and K.
-
-    For torch, `cos` and `sin` are the rows of `rotary_table` for these positions, [T, 1, head_dim].
-    For Triton kernels both have all positions, [max_model_len, head_dim / 2]; no sine is negated.
-    """
-
-    positions: Tensor
-    cos: Tensor
-    sin: Tensor
-
-
-class RotaryEmbedding:
-    """A model's rotary embeddings (RoFormer), one for each kind of layer, from `rotary_table`.
-
-    If `gather` is True, `prepare` returns a `Rotation` for torch, with the rows of the table that a
-    step needs. Otherwise it returns a `Rotation` for Triton kernels, which find the rows.
-    """
-
-    def __init__(self, *tables: Tensor, gather: bool) -> None:
-        self._gather = gather
-        self._tables = [(cos, sin) for cos, sin in tables]
-        if not gather:
-            half = tables[0].shape[-1] // 2
-            # Triton kernels get half the columns. The others differ only in the sign of the sines.
-            self._tables = [
-                (cos[:, 0, :half].contiguous(), sin[:, 0, half:].contiguous())
-                for cos, sin in self._tables
-            ]
-
-    def prepare(self, positions: Tensor) -> tuple[Rotation, ...]:
-        """Return each table's `Rotation` for the `positions` [T] of a step's tokens."""
-        tables = self._tables
-        if self._gather:
-            tables = [
-                (c.index_select(0, positions), s.index_select(0, positions)) for c, s in tables
-            ]
-        return tuple(Rotation(positions, cos, sin) for cos, sin in tables)
-
-
 class QKNormRopeStore:
     """Normalises Q and K, rotates Q and K, and writes K and V to the paged KV cache.
 
-    The numbers of heads are those of this rank. `eps` is None if Q and K are not normalised.
+    The numbers of heads are those of this rank. `eps` is None if heads are not normalised. `offset`
+    is added to the weights of their norms.
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float | None, place: Place
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float | None,
+        place: Place,
+        offset: float = 0.0,
     ) -> None:
         self._num_heads, self._num_qk = num_heads, num_heads + num_kv_heads
         self._num_all = num_heads + 2 * num_kv_heads
         self._head_dim, self._eps, self._place = head_dim, eps, place
+        self._offset = offset
         self.qk_weight: Tensor | None = None
         self._scale: Tensor
         if eps is not None:
@@ -209,6 +194,8 @@ class QKNormRopeStore:
 
     def prepare(self) -> None:
         if self.qk_weight is not None:
+            if self._offset:
+                self.qk_weight = self.qk_weight.float() + self._offset
             self._scale = self.qk_weight.float() * self._head_dim**0.5
 
     def __call__(

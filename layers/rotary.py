@@ -1,8 +1,9 @@
-"""Tables of cosines and sines for the rotary embedding, with the frequencies of transformers."""
+"""Rotary embedding (Su et al., 2021): tables with the frequencies of transformers, their rows."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +33,11 @@ def rotary_table(
         table[0] = 1
         return table.to(device)
     parameters = dict(hf_config.rope_parameters or {})
-    if any(isinstance(value, dict) for value in parameters.values()):
+    by_kind = any(isinstance(value, dict) for value in parameters.values())
+    if by_kind != bool(kind):
         raise UnsupportedModelError(f"rope_parameters by kind of layer: {', '.join(parameters)}")
+    if kind:
+        parameters = dict(parameters.get(kind) or {})
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
         raise UnsupportedModelError(
@@ -46,7 +50,9 @@ def rotary_table(
             inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
         else:
             make = ROPE_INIT_FUNCTIONS[rope_type]
-            inv_freq, scaling = make(hf_config, torch.device("cpu"), seq_len=max_len)
+            inv_freq, scaling = make(
+                hf_config, torch.device("cpu"), seq_len=max_len, layer_type=kind or None
+            )
         usable = parameters.get("partial_rotary_factor") in (None, 1) and math.isfinite(scaling)
         usable = usable and len(inv_freq) == head_dim // 2 and bool(inv_freq.isfinite().all())
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -59,3 +65,65 @@ def rotary_table(
     cos, sin = angles.cos() * scaling, angles.sin() * scaling
     table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
     return table.unsqueeze(2).to(device)
+
+
+def query_scales(hf_config: Any, max_len: int, device: torch.device) -> Tensor:
+    """Return a factor of the queries for each position, float32 [max_len], as Llama 4 has them.
+
+    The factor is 1 + beta * log(1 + floor(position / the length of the first training)). Raises
+    UnsupportedModelError if the config lacks one of the two parameters.
+    """
+    parameters = hf_config.rope_parameters or {}
+    beta = parameters.get("llama_4_scaling_beta")
+    length = parameters.get("original_max_position_embeddings")
+    if beta is None or not length:
+        problem = "must have llama_4_scaling_beta and original_max_position_embeddings"
+        raise UnsupportedModelError(f"rope_parameters={dict(parameters)} {problem}")
+    positions = torch.arange(max_len, dtype=torch.float32, device="cpu")
+    scales: Tensor = 1 + beta * torch.log1p(torch.floor(positions / length))
+    return scales.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Positions [T] of a step's tokens, and the cosines and sines that rotate Q and K.
+
+    For torch, `cos` and `sin` are the rows of `rotary_table` for these positions, [T, 1, head_dim].
+    For Triton kernels both have all positions, [max_model_len, head_dim / 2]; no sine is negated.
+    Rotated queries are to be multiplied by `query_scale` [T, 1, 1], if it is not None.
+    """
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None = None
+
+
+class RotaryEmbedding:
+    """A model's rotary embeddings (RoFormer), one for each kind of layer, from `rotary_table`.
+
+    If `gather` is True, `prepare` returns a `Rotation` for torch, with the rows of the table that a
+    step needs. Otherwise it returns a `Rotation` for Triton kernels, which find the rows.
+    """
+
+    def __init__(self, *tables: Tensor, gather: bool, query_scale: Tensor | None = None) -> None:
+        self._gather, self._scale = gather, query_scale
+        self._tables = [(cos, sin) for cos, sin in tables]
+        if not gather:
+            half = tables[0].shape[-1] // 2
+            # Triton kernels get half the columns. The others differ only in the sign of the sines.
+            self._tables = [
+                (cos[:, 0, :half].contiguous(), sin[:, 0, half:].contiguous())
+                for cos, sin in self._tables
+            ]
+
+    def prepare(self, positions: Tensor) -> tuple[Rotation, ...]:
+        """Return each table's `Rotation` for the `positions` [T] of a step's tokens."""
+        scale, tables = self._scale, self._tables
+        if scale is not None:
+            scale = scale.index_select(0, positions).view(-1, 1, 1)
+        if self._gather:
+            tables = [
+                (c.index_select(0, positions), s.index_select(0, positions)) for c, s in tables
+            ]
+        return tuple(Rotation(positions, cos, sin, scale) for cos, sin in tables)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
-from layers.norm_rope import RotaryEmbedding, Rotation
 from layers.parallel import Place
+from layers.rotary import RotaryEmbedding, Rotation
 from memory.kv_cache import KVLayer
 from utils.loader import WeightTarget
 

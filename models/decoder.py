@@ -1,44 +1,23 @@
-"""The pre-norm decoder-only transformer of Llama, Mistral, Qwen and other models."""
+"""The decoder-only transformer of Llama, Mistral, Qwen, OLMo, Gemma and other models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend
 from layers.linear import ColumnLinear, QKVLinear, RowLinear, VocabEmbedding, VocabHead
-from layers.norm_rope import Normed, QKNormRopeStore, RMSNorm, RotaryEmbedding, Stream
+from layers.norm_rope import Normed, QKNormRopeStore, RMSNorm, Stream
+from layers.output_norms import NoNorm, WholeNormRopeStore
 from layers.parallel import Place
-from layers.rotary import rotary_table
+from layers.rotary import RotaryEmbedding, query_scales, rotary_table
 from memory.kv_cache import KVLayer
-from models.base import CausalLM, ForwardBatch, ModelShape
+from models.base import CausalLM, ForwardBatch
+from models.decoder_config import DecoderSpec
 from utils.loader import WeightTarget
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderSpec(ModelShape):
-    """Sizes of a decoder, over all ranks, and how its layers differ.
-
-    Attributes:
-        qk_norm: whether each head of Q and K is RMS-normalised.
-        ropes: each layer's `kind` for `rotary_table`. Empty means "" for all layers.
-        embedding_scale, logit_scale: factors of the embeddings and of the logits.
-        fused_weights: whether the checkpoint has one weight `qkv_proj` and one `gate_up_proj`.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    rms_norm_eps: float
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: bool = False
-    ropes: tuple[str | None, ...] = ()
-    embedding_scale: float = 1.0
-    logit_scale: float = 1.0
-    fused_weights: bool = False
 
 
 class Block(Protocol):
@@ -51,10 +30,11 @@ class Block(Protocol):
 
     def __call__(self, normed: Normed, *args: Any, **kwargs: Any) -> Stream: ...
 
-    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
+    def prepare(self, norm: RMSNorm, after: RMSNorm | None) -> None:
         """Prepare this block's layers.
 
         `norm` and `after` are the prepared norms of the block's input and of the resulting stream.
+        `after` is None if the block's output has a norm before it is added to the stream.
         """
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -80,7 +60,8 @@ class Attention:
         mine = place.parallel.per_rank("query heads", heads)
         mine_kv = place.parallel.kv_heads(spec.num_kv_heads)[1]
         eps = spec.rms_norm_eps if spec.qk_norm else None
-        self.store = QKNormRopeStore(mine, mine_kv, head_dim, eps, place)
+        make: Any = WholeNormRopeStore if spec.qk_norm == "all" else QKNormRopeStore
+        self.store = make(mine, mine_kv, head_dim, eps, place, spec.norm_offset)
         self.o_proj = RowLinear(heads * head_dim, hidden, bias=spec.o_bias, place=place)
 
     def __call__(
@@ -88,13 +69,16 @@ class Attention:
     ) -> Stream:
         """Return stream plus attention output of tokens `rows`, int64 [R], or of all if None."""
         qkv, stream = self.qkv_proj(normed)
-        q = self.store(qkv, batch.rotations[self._rope], batch.slot_mapping[self._group], kv)
+        rotation = batch.rotations[self._rope]
+        q = self.store(qkv, rotation, batch.slot_mapping[self._group], kv)
+        if rotation.query_scale is not None:
+            q = q.mul_(rotation.query_scale)
         out = self._backend.attend(q, kv, batch.attention[self._group])
         if rows is not None:
             out, stream = out.index_select(0, rows), Stream(stream.total.index_select(0, rows))
         return self.o_proj(out, stream)
 
-    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
+    def prepare(self, norm: RMSNorm, after: RMSNorm | None) -> None:
         self.qkv_proj.prepare(norm)
         self.store.prepare()
         self.o_proj.prepare(after)
@@ -110,11 +94,11 @@ class Attention:
 
 
 class MLP:
-    """Gated feed-forward block: down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward block: down(f(gate(x)) * up(x)) for the activation f."""
 
     def __init__(self, spec: DecoderSpec, place: Place) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
-        self._fused = spec.fused_weights
+        self._fused, self._activation = spec.fused_weights, spec.activation
         self.gate_up_proj = ColumnLinear(hidden, (inner, inner), bias=False, place=place)
         self.down_proj = RowLinear(inner, hidden, bias=False, place=place)
 
@@ -122,8 +106,8 @@ class MLP:
         y, stream = self.gate_up_proj(normed)
         return self.down_proj(y, stream)
 
-    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
-        self.gate_up_proj.prepare(norm, gated=True)
+    def prepare(self, norm: RMSNorm, after: RMSNorm | None) -> None:
+        self.gate_up_proj.prepare(norm, gate=self._activation)
         self.down_proj.prepare(after)
         self.exact = self.gate_up_proj.exact and self.down_proj.exact
 
@@ -137,31 +121,46 @@ class MLP:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """A layer: norm, attention, norm, MLP."""
+    """A layer: norm, attention, norm, MLP. Outputs may have norms before they are added, too.
 
-    input_norm: RMSNorm
+    `names` has the names of the norms in a checkpoint: of attention, its output, MLP, its output.
+    """
+
+    norm: RMSNorm
     attention: Block
-    post_attention_norm: RMSNorm
+    attention_norm: RMSNorm | None
+    mlp_norm: RMSNorm
     mlp: Block
+    output_norm: RMSNorm | None
+    names: tuple[str, str, str, str]
 
     def __call__(
         self, stream: Stream, batch: ForwardBatch, kv: KVLayer, rows: Tensor | None = None
     ) -> Stream:
         """Return the residual stream of the tokens `rows`, int64 [R], or all if `rows` is None."""
-        stream = self.attention(self.input_norm(stream), batch, kv, rows)
-        return self.mlp(self.post_attention_norm(stream))
+        stream = self.attention(self.norm(stream), batch, kv, rows)
+        stream.post = self.attention_norm
+        stream = self.mlp(self.mlp_norm(stream))
+        stream.post = self.output_norm
+        return stream
+
+    @property
+    def _norms(self) -> tuple[RMSNorm | None, ...]:
+        return self.norm, self.attention_norm, self.mlp_norm, self.output_norm
 
     def prepare(self, after: RMSNorm) -> None:
         """Prepare all parts. `after` is the prepared norm of this layer's result."""
-        self.input_norm.prepare()
-        self.post_attention_norm.prepare()
-        self.attention.prepare(self.input_norm, self.post_attention_norm)
-        self.mlp.prepare(self.post_attention_norm, after)
+        for norm in self._norms:
+            if norm is not None:
+                norm.prepare()
+        self.attention.prepare(self.norm, self.mlp_norm if self.attention_norm is None else None)
+        self.mlp.prepare(self.mlp_norm, after if self.output_norm is None else None)
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
-        slots = self.input_norm.weight_targets(f"{name}.input_layernorm")
-        slots |= self.attention.weight_targets(f"{name}.self_attn")
-        slots |= self.post_attention_norm.weight_targets(f"{name}.post_attention_layernorm")
+        slots = self.attention.weight_targets(f"{name}.self_attn")
+        for norm, theirs in zip(self._norms, self.names, strict=True):
+            if norm is not None:
+                slots |= norm.weight_targets(f"{name}.{theirs}_layernorm")
         return slots | self.mlp.weight_targets(f"{name}.mlp")
 
 
@@ -179,7 +178,10 @@ class DecoderLM(CausalLM):
     ) -> None:
         self.spec, self.place, self.backend = shape, place, backend
         size = shape.vocab_size, shape.hidden_size
-        self.embed_tokens = VocabEmbedding(*size, place, shape.embedding_scale)
+        scale = shape.embedding_scale
+        if shape.rounds_scale:
+            scale = float(torch.tensor(scale, dtype=place.dtype))
+        self.embed_tokens = VocabEmbedding(*size, place, scale)
         self._ropes = shape.ropes or ("",) * shape.num_layers
         self._kinds = list(dict.fromkeys(self._ropes))
         self.layers = [self.make_layer(i) for i in range(shape.num_layers)]
@@ -188,14 +190,24 @@ class DecoderLM(CausalLM):
         self.lm_head = VocabHead(self._head, place, shape.logit_scale)
         rows = hf_config, shape.head_dim, max_model_len, place.device
         tables = [rotary_table(*rows, kind) for kind in self._kinds]
-        self.rotary = RotaryEmbedding(*tables, gather=not place.fused)
+        scales = query_scales(hf_config, *rows[2:]) if shape.scales_queries else None
+        self.rotary = RotaryEmbedding(*tables, gather=not place.fused, query_scale=scales)
 
     def make_layer(self, index: int) -> DecoderLayer:
-        attention, mlp = self.make_attention(index), self.make_mlp(index)
-        return DecoderLayer(self.make_norm(), attention, self.make_norm(), mlp)
+        spec, mlp_norm = self.spec, "post_attention"
+        inputs: list[RMSNorm] = [NoNorm(spec.hidden_size, self.place) for _ in range(2)]
+        outputs: list[RMSNorm | None] = [None, None]
+        if spec.norms != "after":
+            inputs = [self.make_norm(), self.make_norm()]
+        if spec.norms != "before":
+            outputs, mlp_norm = [self.make_norm(), self.make_norm()], "pre_feedforward"
+        names = ("input", "post_attention", mlp_norm, "post_feedforward")
+        attention = inputs[0], self.make_attention(index), outputs[0]
+        return DecoderLayer(*attention, inputs[1], self.make_mlp(index), outputs[1], names)
 
     def make_norm(self) -> RMSNorm:
-        return RMSNorm(self.spec.hidden_size, self.spec.rms_norm_eps, self.place)
+        spec = self.spec
+        return RMSNorm(spec.hidden_size, spec.rms_norm_eps, self.place, spec.norm_offset)
 
     def make_attention(self, index: int) -> Block:
         rope = self._kinds.index(self._ropes[index])
@@ -220,13 +232,16 @@ class DecoderLM(CausalLM):
         after = self.norm
         for layer in reversed(self.layers):
             layer.prepare(after)
-            after = layer.input_norm
+            after = layer.norm
         self.lm_head.prepare(self.norm)
         # A subclass may have layers that were not measured.
-        self.exact = type(self) is DecoderLM and all(
-            getattr(part, "exact", False)
-            for layer in self.layers
-            for part in (layer.attention, layer.mlp, self.lm_head)
+        self.exact = type(self).exact or (
+            type(self) is DecoderLM
+            and all(
+                getattr(part, "exact", False)
+                for layer in self.layers
+                for part in (layer.attention, layer.mlp, self.lm_head)
+            )
         )
 
     def weight_targets(self) -> dict[str, WeightTarget]:

@@ -1,11 +1,51 @@
-"""Reads the sizes of a decoder from a config, and refuses what `DecoderLM` does not build."""
+"""Sizes of a decoder, read from a config. What `DecoderLM` does not build is refused."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from models.decoder import DecoderSpec
+from models.base import ModelShape
 from utils.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec(ModelShape):
+    """Sizes of a decoder, over all ranks, and how its layers differ.
+
+    Attributes:
+        qk_norm: what is RMS-normalised: "" for nothing, "heads" for each head of Q and K, "all"
+            for all heads of Q together and all heads of K together.
+        norms: where norms are: "before" attention and MLP, "after" them (of outputs), or "both".
+        norm_offset: what is added to the weights of norms.
+        activation: the gate of the MLP, as in `gate_mul`.
+        ropes: each layer's `kind` for `rotary_table`. Empty means "" for all layers.
+        scales_queries: whether queries have the factor `query_scales`, which follows the position.
+        embedding_scale, logit_scale: factors of the embeddings and of the logits. The embeddings'
+            factor is rounded to the model's dtype first if `rounds_scale`.
+        fused_weights: whether the checkpoint has one weight `qkv_proj` and one `gate_up_proj`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    rms_norm_eps: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["", "heads", "all"] = ""
+    norms: Literal["before", "after", "both"] = "before"
+    norm_offset: float = 0.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    ropes: tuple[str | None, ...] = ()
+    scales_queries: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    rounds_scale: bool = False
+    fused_weights: bool = False
+
+
+# Names of activations in a config, and as gates (layers/linear.py).
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
@@ -13,13 +53,17 @@ def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
 
     `others` are fields of the `DecoderSpec`. They may replace what is read from the config.
 
-    Raises UnsupportedModelError for activations other than silu, layers with neither full attention
-    nor a sliding window, biases of the MLP, quantised weights, head sizes not divisible by 2, or
-    query heads not divisible by KV heads. The caller must refuse other settings that `DecoderLM`
-    lacks. `open_checkpoint` has already refused numbers that make no sense, such as 0 layers.
+    Raises UnsupportedModelError for activations other than SiLU and GELU by tanh, layers with
+    neither full attention nor a sliding window, biases of the MLP, quantised weights, head sizes
+    not divisible by 2, or query heads not divisible by KV heads. The caller must refuse other
+    settings that `DecoderLM` lacks. `open_checkpoint` has already refused numbers that make no
+    sense, such as 0 layers.
     """
-    if hf_config.hidden_act != "silu":
-        raise UnsupportedModelError(f"hidden_act={hf_config.hidden_act!r}: only 'silu' is built")
+    field = "hidden_act" if hasattr(hf_config, "hidden_act") else "hidden_activation"
+    activation = getattr(hf_config, field)
+    if activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UnsupportedModelError(f"{field}={activation!r}: only {known} are built")
     if getattr(hf_config, "mlp_bias", False):
         raise UnsupportedModelError("mlp_bias=True: only MLPs without biases are built")
     if getattr(hf_config, "quantization_config", None) is not None:
@@ -39,6 +83,7 @@ def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": hf_config.rms_norm_eps,
+        "activation": _ACTIVATIONS[activation],
         "tied": hf_config.tie_word_embeddings,
         "windows": _windows(hf_config),
     }

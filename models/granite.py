@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.decoder import DecoderLM, DecoderSpec
-from models.decoder_config import decoder_spec
+from models.decoder import DecoderLM
+from models.decoder_config import DecoderSpec, decoder_spec
 from utils.errors import UnsupportedModelError
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.decoder import DecoderLM, DecoderSpec
-from models.decoder_config import decoder_spec
+from models.decoder import DecoderLM
+from models.decoder_config import DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
     bias = hf_config.attention_bias
-    return decoder_spec(hf_config, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return decoder_spec(hf_config, qkv_bias=bias, o_bias=bias, qk_norm="heads")
 
 
 MODEL = DecoderLM

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.decoder import DecoderLM, DecoderSpec
-from models.decoder_config import decoder_spec
+from models.decoder import DecoderLM
+from models.decoder_config import DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:

@@ -44,6 +44,24 @@ _LONG_FACTORS = {
     "long_factor": [1.5 + 0.1 * i for i in range(32)],
 }
 
+_MINISTRAL3 = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+# A window as long as the longest context.
+_FULL = {"num_hidden_layers": 3, "sliding_window": MAX_POSITION} | {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]
+}
+_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100_000.0},
+}
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -140,6 +158,10 @@ VARIANTS = {
                 "sliding_window": 33,
             },
         ),
+        Variant("ministral", "ministral", 4, 2, 24, extra=_FULL),
+        Variant(
+            "ministral3", "ministral3", 4, 2, 24, rope=_MINISTRAL3, extra={"pad_token_id": None}
+        ),
         # Layers 1 and 3 do not rotate.
         Variant(
             "smollm3-nope",
@@ -147,7 +169,7 @@ VARIANTS = {
             4,
             2,
             24,
-            extra={"num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": None},
+            extra={"num_hidden_layers": 4, "no_rope_layer_interval": 2},
         ),
         Variant(
             "granite",
@@ -163,7 +185,37 @@ VARIANTS = {
                 "logits_scaling": 8.0,
             },
         ),
-        Variant("phi3", "phi3", 4, 2, 24, extra={"pad_token_id": None}),
+        Variant("phi3", "phi3", 4, 2, 24),
+        Variant("olmo2", "olmo2", 4, 2, 24),
+        Variant("olmo3", "olmo3", 4, 2, 24, extra=_FULL | {"rope_parameters": _ROPES}),
+        Variant(
+            "olmo3-windows",
+            "olmo3",
+            4,
+            2,
+            24,
+            extra=_FULL | {"rope_parameters": _ROPES, "sliding_window": 24},
+        ),
+        Variant(
+            "gemma3-windows",
+            "gemma3_text",
+            4,
+            2,
+            24,
+            tied=True,
+            extra=_FULL
+            | {"rope_parameters": _ROPES, "query_pre_attn_scalar": 40, "sliding_window": 31},
+        ),
+        Variant("ministral-windows", "ministral", 4, 2, 24, extra=_FULL | {"sliding_window": 18}),
+        Variant(
+            "gemma3",
+            "gemma3_text",
+            4,
+            2,
+            24,
+            tied=True,
+            extra=_FULL | {"rope_parameters": _ROPES, "query_pre_attn_scalar": 40},
+        ),
         Variant(
             "phi3-longrope",
             "phi3",
@@ -176,7 +228,7 @@ VARIANTS = {
                 "short_factor": [1.0 + 0.02 * i for i in range(12)],
                 "long_factor": [1.5 + 0.1 * i for i in range(12)],
             },
-            extra={"pad_token_id": None, "original_max_position_embeddings": 64},
+            extra={"original_max_position_embeddings": 64},
         ),
     )
 }
@@ -197,6 +249,7 @@ def write_checkpoint(path: Path, variant: Variant, **config_fields: Any) -> Path
         "tie_word_embeddings": variant.tied,
         "rope_parameters": {"rope_theta": 10000.0, **(variant.rope or {"rope_type": "default"})},
         "eos_token_id": None,
+        "pad_token_id": None,
         "bos_token_id": None,
     }
     # transformers initialises norms to one and biases to zero, which hides their absence.

@@ -24,8 +24,14 @@ LONGEST = max(LENGTHS) + MAX_TOKENS
 BLOCK_SIZES = [16, 64, 256]
 MAX_NUM_SEQS = [1, 3, 16]
 # One checkpoint of each family that has no tests of its own here.
-OTHERS = ("llama-tied", "mistral", "smollm3-nope", "granite", "phi3")
-WINDOWED = ("mistral-window", "qwen3-windows", "qwen2-window", "smollm3-windows")
+OTHERS = (
+    *("llama-tied", "mistral", "smollm3-nope", "granite", "phi3"),
+    *("olmo2", "olmo3", "gemma3", "ministral", "ministral3"),
+)
+WINDOWED = (
+    *("mistral-window", "qwen3-windows", "qwen2-window", "smollm3-windows"),
+    *("olmo3-windows", "gemma3-windows", "ministral-windows"),
+)
 DEPTHS = [0, 1]
 
 

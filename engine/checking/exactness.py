@@ -16,12 +16,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from engine.parts import make_scheduler
 from engine.requests import Sequence
-from engine.step import SeedKind, StepPlan
+from engine.step import SeedKind, StepPlan, TokenLogprobs
 from engine.types import Scheduler, StepHandle
 from sampling_params import SamplingParams
-from utils.errors import ConfigError, RequestTooLongError, StepError, shown
+from utils.errors import ConfigError, RequestError, StepError, shown
 
 if TYPE_CHECKING:
     from engine.llm_engine import LLMEngine
@@ -80,7 +79,7 @@ def check_exact(engine: LLMEngine) -> None:
             length = len(test.probes[index].prompt)
             victim = f"output token {place + 1} of a request with prompt length {length}"
             problem = f"{name or answer.steps[place]} changes the bits of {victim}"
-            raise ConfigError("check_exact", True, problem, _FIX)
+            raise ConfigError("check_exact", True, problem, _FIX) from answer.seq.error
     engine.reset()
 
 
@@ -110,11 +109,12 @@ class _Answer:
 
     @property
     def bits(self) -> list[str]:
-        """For each output token its id and log-probabilities. `repr` tells all bits of a float."""
+        """For each output token its id and log-probabilities."""
         seq = self.seq
-        bits = [repr(one) for one in zip_longest(seq.output_token_ids, seq.logprobs)]
+        scores = map(_bits, seq.logprobs)
+        bits = [repr(one) for one in zip_longest(seq.output_token_ids, scores)]
         # The prefill that gives the first token also gives the prompt's log-probabilities.
-        return [f"{bits[0]} {seq.prompt_logprobs}", *bits[1:]] if bits else []
+        return [f"{bits[0]} {[*map(_bits, seq.prompt_logprobs)]}", *bits[1:]] if bits else []
 
 
 # A setting's name, the indices of its probes, and their answers. Without a name, the step that gave
@@ -172,8 +172,9 @@ class _Test:
         for index, probe in enumerate(self.probes):
             if len(probe.prompt) > size:
                 scheduler = self._scheduler(max_num_batched_tokens=size, max_num_seqs=1)
-                answers = self._serve(scheduler, [probe])
-                yield f"a prompt in chunks of {size} tokens", [index], answers
+                # A scheduler may compute prompts only as a whole.
+                if answers := self._serve(scheduler, [probe], may_idle=True):
+                    yield f"a prompt in chunks of {_number(size, 'token')}", [index], answers
 
     def _after_prefixes(self) -> Iterator[_Setting]:
         for index, probe in enumerate(self.probes):
@@ -182,14 +183,17 @@ class _Test:
                 self._serve(scheduler, [probe])
                 answers = self._serve(scheduler, [probe])
                 if num_cached := answers[0].seq.num_cached:
-                    yield f"a prefix hit of {num_cached} tokens", [index], answers
+                    yield f"a prefix hit of {_number(num_cached, 'token')}", [index], answers
 
     def _others_in_prefill(self, length: int) -> list[_Request]:
         """Return requests that fill up a prefill in which a probe has `length` tokens."""
         others: list[_Request] = []
         left = min(_PREFILL, self._budget) - length
-        while left > 0 and len(others) + 1 < self._engine.config.max_num_seqs:
-            size = max(1, min(left // 2, self._most - 1))
+        most = self._engine.config.max_num_seqs - 1
+        while left > 0 and len(others) < most:
+            # The last request fills up the prefill, since the engine may run only a few requests.
+            size = left // 2 if left > 1 and len(others) + 1 < most else left
+            size = min(size, self._most - 1)
             others.append(self._request(size, max_tokens=1, temperature=0.0))
             left -= size
         return others
@@ -215,15 +219,28 @@ class _Test:
         return _Request(prompt, SamplingParams(seed=length, ignore_eos=True, **params))
 
     def _scheduler(self, **options: int) -> Scheduler:
-        """Return a scheduler with an empty prefix cache. `options` override the engine's."""
-        self._engine.reset()
-        config = replace(self._engine.config, **options)  # type: ignore[arg-type]
-        return make_scheduler(config, self._engine.blocks, self._engine.runner.now)
+        """Return a scheduler with an empty prefix cache. `options` override the engine's.
+
+        The engine makes it as for serving, so no two schedulers share a block manager.
+        """
+        engine, config = self._engine, self._engine.config
+        engine.config = replace(config, **options)  # type: ignore[arg-type]
+        engine.reset()
+        engine.config = config
+        return engine.scheduler
 
     def _serve(
-        self, scheduler: Scheduler, probes: list[_Request], others: list[_Request] | tuple[()] = ()
+        self,
+        scheduler: Scheduler,
+        probes: list[_Request],
+        others: list[_Request] | tuple[()] = (),
+        *,
+        may_idle: bool = False,
     ) -> list[_Answer]:
-        """Return the answers of `probes`. Half of `others` come before the probes, half after."""
+        """Return the answers of `probes`. Half of `others` come before the probes, half after.
+
+        If the scheduler plans nothing, return an empty list or raise a StepError.
+        """
         half = len(others) // 2
         entered = [self._enter(scheduler, one) for one in (*others[:half], *probes, *others[half:])]
         answers = entered[half : half + len(probes)]
@@ -233,6 +250,8 @@ class _Test:
             while len(pipeline) <= depth and (plan := scheduler.schedule()):
                 pipeline.append((plan, runner.execute(plan)))
             if not pipeline:
+                if may_idle:
+                    return []
                 problem = "although requests of the test of check_exact are unfinished"
                 raise StepError(f"{type(scheduler).__name__} planned nothing {problem}")
             plan, handle = pipeline.popleft()
@@ -259,21 +278,30 @@ class _Test:
         seq.added_at = self._engine.runner.now()
         try:
             scheduler.add(seq)
-        except RequestTooLongError:
+        except RequestError:
             seq.finish_reason = "abort"
         return _Answer(seq)
 
 
 def _words(plan: StepPlan) -> str:
     """Return e.g. "a prefill of 17 tokens beside a decode of 1 request"."""
-    parts = []
-    for kind, number, unit in (
+    kinds = (
         ("prefill", plan.num_prefill_tokens, "token"),
         ("decode", len(plan.decode), "request"),
-    ):
-        if number:
-            parts.append(f"a {kind} of {number} {unit}{'s' if number > 1 else ''}")
-    return " beside ".join(parts)
+    )
+    return " beside ".join(f"a {kind} of {_number(n, unit)}" for kind, n, unit in kinds if n)
+
+
+def _number(count: int, unit: str) -> str:
+    return f"{count} {unit}{'s' if count > 1 else ''}"
+
+
+def _bits(scores: TokenLogprobs | None) -> list[tuple[int, str]]:
+    """Return all bits of log-probabilities, whatever their order and type of number.
+
+    The first token of a prompt has None.
+    """
+    return sorted((token, float(value).hex()) for token, value in (scores or {}).items())
 
 
 def _first_difference(expected: _Answer, found: _Answer) -> int | None:

@@ -28,6 +28,8 @@ from engine.types import KVGeometry, ModelRunner, StepHandle, StepPlan, StepResu
 from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
+# Largest number of ranks with which whole requests were compared (docs/exact.md).
+_MEASURED_RANKS = 1
 # If a collective fails because a rank failed, the runner waits this long for that rank's error.
 _CAUSE_SECONDS = 2.0
 # After this many seconds `close` kills ranks that have not ended. A step takes much less time.
@@ -96,7 +98,8 @@ class TensorParallelRunner(ModelRunner):
         except BaseException:
             self._end()
             raise
-        self.exact = type(self) is TensorParallelRunner and all(one for one, _ in self._ready)
+        measured = type(self) is TensorParallelRunner and size <= _MEASURED_RANKS
+        self.exact = type(self).exact or (measured and all(one for one, _ in self._ready))
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:

@@ -31,7 +31,8 @@ class TritonAttention(AttentionBackend):
 
         self._spec = spec
         # Other GPUs have not been measured, and a subclass may compute something else.
-        self.exact = type(self) is TritonAttention and has_wgmma(spec.device)
+        measured = type(self) is TritonAttention and has_wgmma(spec.device)
+        self.exact = type(self).exact or measured
         self._pdl = dependent_launch(spec.device)
         heads, rows = (spec.num_heads, spec.num_kv_heads, spec.head_dim), spec.rows_per_decode
         self._workspace = decode_workspace(

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from layers.kernels.product_kernels import barrier, row_scale, scaled, swiglu
+from layers.kernels.product_kernels import barrier, gated, row_scale, scaled
 
 # Tiles are handed out in groups of this many rows of tiles, so that programs that run at the same
 # time read the same weights and inputs, from the L2 cache. Other numbers were not tried.
@@ -70,7 +70,7 @@ def _consume(
     GROUP: gl.constexpr,
     PARTS: gl.constexpr,
     GROUPS: gl.constexpr,
-    SWIGLU: gl.constexpr,
+    GATE: gl.constexpr,
 ):
     """Multiply the chunks of all tiles of this program; store BM rows of each tile."""
     x_desc, w_desc, out_desc = descs
@@ -139,19 +139,19 @@ def _consume(
             scale = row_scale(square, inverse, eps)[:, None]
         n = col * BN + gl.arange(0, BN, gl.SliceLayout(0, MMA))[None, :]
         acc = scaled(acc, scale, bias_ptr, n, N)
-        _store(acc, out_desc, outs.index(GROUP), first, col, w_desc.dtype, SWIGLU)
+        _store(acc, out_desc, outs.index(GROUP), first, col, w_desc.dtype, GATE)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _store(acc, out_desc, memory, first, col, dtype: gl.constexpr, SWIGLU: gl.constexpr):
-    """Store a tile's outputs, or SwiGLU of them, through shared memory for `COLS` columns."""
+def _store(acc, out_desc, memory, first, col, dtype: gl.constexpr, GATE: gl.constexpr):
+    """Store a tile's outputs, or the gate of them, through shared memory for `COLS` columns."""
     BM: gl.constexpr = acc.shape[0]
     BN: gl.constexpr = acc.shape[1]
     COLS: gl.constexpr = out_desc.block_type.shape[1]
-    if SWIGLU:
+    if GATE is not None:
         gate, up = acc.reshape([BM, BN // 16, 2, 8]).permute([0, 1, 3, 2]).split()
-        out = swiglu(gate, up, dtype).to(dtype).reshape([BM, BN // 2])
+        out = gated(gate, up, dtype, GATE).to(dtype).reshape([BM, BN // 2])
         _store_part(out, out_desc, memory, first, col * COLS)
     elif COLS == BN:
         _store_part(acc.to(dtype), out_desc, memory, first, col * COLS)
@@ -188,10 +188,10 @@ def prefill_kernel(
     PARTS: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
-    SWIGLU: gl.constexpr,
+    GATE: gl.constexpr,
     REGISTERS: gl.constexpr,
 ) -> None:
-    """Compute out = f(x @ w.T * scale + bias) for many tokens; f is SwiGLU or the identity.
+    """Compute out = f(x @ w.T * scale + bias) for many tokens; f is the gate or the identity.
 
     A tile has GROUPS * BM tokens and BN columns, whose numbers are those of the descriptors. A part
     of K has `chunks` chunks, at least two.
@@ -219,7 +219,7 @@ def prefill_kernel(
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consume, (descs, memory, epilogue, grid, chunks, 0, PARTS, GROUPS, SWIGLU)),
+                (_consume, (descs, memory, epilogue, grid, chunks, 0, PARTS, GROUPS, GATE)),
                 (_produce, (descs, memory, grid, chunks, PARTS, GROUPS)),
             ],
             [1],
@@ -228,8 +228,8 @@ def prefill_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (descs, memory, epilogue, grid, chunks, 0, PARTS, GROUPS, SWIGLU)),
-                (_consume, (descs, memory, epilogue, grid, chunks, 1, PARTS, GROUPS, SWIGLU)),
+                (_consume, (descs, memory, epilogue, grid, chunks, 0, PARTS, GROUPS, GATE)),
+                (_consume, (descs, memory, epilogue, grid, chunks, 1, PARTS, GROUPS, GATE)),
                 (_produce, (descs, memory, grid, chunks, PARTS, GROUPS)),
             ],
             [4, 1],

@@ -4,7 +4,7 @@ A product computes N outputs from K inputs of each of T tokens; its weight is [N
 are divided into P equal *parts*. For each part one float32 accumulator adds up the products over
 ascending k, in the tensor cores. Then the accumulators are added up: a0 + a1, or (a0 + a1) +
 (a2 + a3). Every kernel here computes exactly this, so all have the same bits: on an H200, tiles of
-16 to 128 tokens, 32 to 256 outputs and chunks of 16 to 128 inputs, by mma.sync or wgmma, did not
+8 to 128 tokens, 16 to 256 outputs and chunks of 16 to 256 inputs, by mma.sync or wgmma, did not
 change a single bit. P must be a property of the weight, never of T. See docs/exact.md.
 
 A norm before a product is split up. Whoever makes the residual stream also multiplies it by the
@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from layers.kernels.prefill_product import prefill_kernel
-from layers.kernels.product_kernels import rows_kernel, tile_kernel, wide_kernel
+from layers.kernels.product_kernels import rows_kernel
+from layers.kernels.tile_product import tile_kernel, wide_kernel
 from layers.kernels.tma import descriptor
 from layers.norm_rope import GAIN, Scale
 
 MAX_FUSED_TOKENS = 16  # `add_product` takes at most so many tokens
 _WIDE_TOKENS, _TILE_TOKENS = 32, 256
 _MULTIPROCESSORS = 132  # H100 and H200
-# Without SwiGLU, tiles of 128 tokens are used only for weights of at most this many elements. For
+# Without a gate, tiles of 128 tokens are used only for weights of at most this many elements. For
 # 128 tokens with these tiles, on an H200 `tile_kernel` takes 11.7 us for a weight [1536, 8960]
 # (cuBLAS: 12.8 us), and 18.2 us for a weight [4096, 4096] (cuBLAS: 14.5 us).
 _TALL_WEIGHTS = 14 * 2**20
@@ -53,7 +54,7 @@ def supports_products(n: int, k: int) -> bool:
 
 
 def interleaved(gate_up: Tensor) -> Tensor:
-    """Return a weight [2n, K] for SwiGLU, gate then up, as alternate groups of 8 rows of each."""
+    """Return a weight [2n, K] with a gate, gate then up, as alternate groups of 8 rows of each."""
     return gate_up.view(2, -1, 8, gate_up.shape[1]).transpose(0, 1).reshape(gate_up.shape)
 
 
@@ -75,7 +76,7 @@ class _Tile(NamedTuple):
         return _cdiv(tokens, self.BM) * _cdiv(columns, self.BN) * self.SPLITS
 
 
-def _tile_of(tokens: int, columns: int, k: int, parts: int, swiglu: bool) -> _Tile | None:
+def _tile_of(tokens: int, columns: int, k: int, parts: int, gated: bool) -> _Tile | None:
     """Return constants for `tile_kernel`, or None if `prefill_kernel` is to be used."""
     # For each linear layer of Qwen3-0.6B and Qwen2-1.5B, 20 to 150 values of `_Tile` were timed on
     # an H200. With the fastest values all programs run at the same time, on at least half of the
@@ -83,7 +84,7 @@ def _tile_of(tokens: int, columns: int, k: int, parts: int, swiglu: bool) -> _Ti
     bk = 128 if k % (parts * 128) == 0 else 64
     if k % (parts * bk) and parts > 1:
         return None
-    if swiglu:
+    if gated:
         if tokens <= 128:
             small = _Tile(64, 64, 128, 6) if tokens <= 64 else _Tile(128, 64, 128, 4)
             wide = _Tile(64, 128, 64, 4) if tokens <= 64 else _Tile(128, 128, 64, 3)
@@ -130,13 +131,13 @@ _PREFILL = (
 )
 
 
-def _prefill_of(tokens: int, columns: int, k: int, parts: int, swiglu: bool) -> _Prefill:
+def _prefill_of(tokens: int, columns: int, k: int, parts: int, gated: bool) -> _Prefill:
     def time(kind: _Prefill) -> float:
         tiles = _cdiv(tokens, 64 * kind.groups) * _cdiv(columns, kind.BN)
         return _cdiv(tiles, _MULTIPROCESSORS) * kind.cost
 
     # Registers limit tiles of 256 columns to one part; a part must have at least two chunks.
-    kinds = [t for t in _PREFILL if not (t.BN == 256 and parts > 1) and not (swiglu and t.BN < 64)]
+    kinds = [t for t in _PREFILL if not (t.BN == 256 and parts > 1) and not (gated and t.BN < 64)]
     kind = min(kinds, key=time)
     if kind.BK == 128 and (k % (parts * 128) or k < parts * 256):
         kind = kind._replace(BK=64, stages=6)
@@ -150,7 +151,7 @@ def multiply(
     *,
     parts: int = 1,
     scale: Scale | None = None,
-    swiglu: bool = False,
+    gate: str | None = None,
     partial: bool = False,
     out: Tensor | None = None,
     pdl: bool = False,
@@ -160,30 +161,34 @@ def multiply(
     Args:
         x: bf16 or fp16 [T, K]; the stride of rows is a multiple of 8 elements, or of 16
             if ``parts`` > 1.
-        weight: contiguous [N, K]; with ``swiglu`` [2N, K] in the order of ``interleaved``.
-        bias: [N]; not allowed together with ``swiglu`` or ``partial``.
-        parts: P; 1 together with ``scale`` or ``swiglu``.
-        swiglu: f is ``silu(gate) * up``, of gate and up in x's dtype. Else f is the identity.
+        weight: contiguous [N, K]; with ``gate`` [2N, K] in the order of ``interleaved``.
+        bias: [N]; not allowed together with ``gate`` or ``partial``.
+        parts: P; 1 together with ``scale`` or ``gate``.
+        gate: "silu" or "gelu_tanh": f is this function of the gate, times up, both in x's dtype.
+            If None, f is the identity.
         partial: the result may be float32 [S, T, N]: S summands, to be added up in the order of
             parts, S = 2 or 4.
         out: tensor for the result, [T, N] in x's dtype with contiguous rows.
         pdl: use programmatic dependent launch. Earlier kernels must not write the weights or bias.
     """
     tokens, columns = x.shape[0], weight.shape[0]
-    n = columns // 2 if swiglu else columns
+    n = columns if gate is None else columns // 2
     _check(x, weight, parts)
-    if (parts > 1 and (scale is not None or swiglu)) or (bias is not None and (swiglu or partial)):
-        raise ValueError("parts go with neither scale nor swiglu, a bias with neither swiglu")
+    gated = gate is not None
+    if (parts > 1 and (scale is not None or gated)) or (bias is not None and (gated or partial)):
+        raise ValueError(
+            "parts go with neither scale nor gate, a bias with neither gate nor partial"
+        )
     if out is None and not partial:
         out = x.new_empty(tokens, n)
     if not tokens:
         return x.new_empty(0, n) if out is None else out
-    job = _Job(x, weight, bias, parts, scale, swiglu, out, pdl)
+    job = _Job(x, weight, bias, parts, scale, gate, out, pdl)
     if tokens <= MAX_FUSED_TOKENS and parts > 1:
         return job.by_rows(None)[0]
     if tokens <= _WIDE_TOKENS and (parts == 1 or partial):
         return job.wide()
-    tile = _tile_of(tokens, columns, x.shape[1], parts, swiglu) if tokens <= _TILE_TOKENS else None
+    tile = _tile_of(tokens, columns, x.shape[1], parts, gated) if tokens <= _TILE_TOKENS else None
     if tile is not None:
         return job.tiled(tile if partial else tile._replace(SPLITS=1))
     return job.prefill()
@@ -211,7 +216,7 @@ def add_product(
         raise ValueError(f"{parts} parts and {len(x)} tokens: needs 2 or 4 parts, 0 to 16 tokens")
     if not len(x):
         return residual, residual, x.new_empty(len(norm_weight) // 16, 0, dtype=torch.float32)
-    job = _Job(x, weight, bias, parts, None, False, x.new_empty(x.shape[0], weight.shape[0]), pdl)
+    job = _Job(x, weight, bias, parts, None, None, x.new_empty(x.shape[0], weight.shape[0]), pdl)
     return job.by_rows((residual, norm_weight))
 
 
@@ -231,7 +236,7 @@ class _Job(NamedTuple):
     bias: Tensor | None
     parts: int
     scale: Scale | None
-    swiglu: bool
+    gate: str | None
     out: Tensor | None
     pdl: bool
 
@@ -273,7 +278,7 @@ class _Job(NamedTuple):
         wide_kernel[(_cdiv(columns, 64), self.parts)](
             *(descriptor(self.x, bm, bk), descriptor(self.weight, 64, bk)),
             *(*self._epilogue(), out, self._strides(out), tokens, n, *self._norm()),
-            *(bm, bk, chunks, stages, self.swiglu, summands, max(0, summands - 1).bit_length()),
+            *(bm, bk, chunks, stages, self.gate, summands, max(0, summands - 1).bit_length()),
             num_warps=4,
             launch_pdl=self.pdl,
         )
@@ -291,7 +296,7 @@ class _Job(NamedTuple):
             *(descriptor(self.x, tile.BM, tile.BK), descriptor(self.weight, tile.BN, tile.BK)),
             *(*self._epilogue(), out, self._strides(out), tokens, n, *self._norm()),
             *(tile.BM, tile.BN, tile.BK, parts, chunks, min(tile.STAGES, parts * chunks), warps),
-            *(self.swiglu, self.scale is not None),
+            *(self.gate, self.scale is not None),
             num_warps=warps,
             launch_pdl=self.pdl,
         )
@@ -310,18 +315,18 @@ class _Job(NamedTuple):
                 job = self._replace(x=self.x[rows], out=out[rows], scale=scale)
                 job.tiled(_Tile(128, 64, 64, 6))
             return out
-        kind = _prefill_of(tokens, columns, k, self.parts, self.swiglu)
+        kind = _prefill_of(tokens, columns, k, self.parts, self.gate is not None)
         tiles = _cdiv(tokens, 64 * kind.groups), _cdiv(columns, kind.BN)
         threads = 32 * (4 * kind.groups + 4)  # three warps beside the producer are idle
         registers = min(255, 65536 // threads) // 8 * 8
         of_consumer = (registers * threads - 24 * 128) // (128 * kind.groups) // 8 * 8
         squares, bias = self._epilogue()
-        width = kind.BN // 2 if self.swiglu or kind.halves else kind.BN
+        width = kind.BN // 2 if self.gate or kind.halves else kind.BN
         prefill_kernel[(min(tiles[0] * tiles[1], _MULTIPROCESSORS),)](
             *(descriptor(self.x, 64, kind.BK), descriptor(self.weight, kind.BN, kind.BK)),
             *(descriptor(out, 64, width), squares, bias, *tiles),
             *(_cdiv(k, self.parts * kind.BK), tokens, n, *self._norm()),
-            *(self.parts, kind.groups, kind.stages, self.swiglu, min(240, of_consumer)),
+            *(self.parts, kind.groups, kind.stages, self.gate, min(240, of_consumer)),
             num_warps=4,
             maxnreg=registers,
         )
@@ -329,7 +334,7 @@ class _Job(NamedTuple):
 
     def _output(self, splits: int) -> tuple[Tensor, int]:
         """Return the tensor for the result or for its summands, and N."""
-        n = self.weight.shape[0] // (2 if self.swiglu else 1)
+        n = self.weight.shape[0] // (1 if self.gate is None else 2)
         if splits > 1:
             shape = (splits, self.x.shape[0], n)
             return self.x.new_empty(shape, dtype=torch.float32), n

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from layers.norm_rope import GAIN, Rotation
+from layers.norm_rope import GAIN
+from layers.rotary import Rotation
 from memory.kv_cache import KVLayer
 
 _RESIDENT_WARPS = 132 * 64  # warps that an H100 or H200 runs at the same time
@@ -64,9 +65,11 @@ def _norm_kernel(
     out_ptr,
     total_ptr,
     squares_ptr,
+    post_ptr,
     strides,
     size,
     eps,
+    post_eps,
     GAIN: tl.constexpr,
     PARTS: tl.constexpr,
     LOG: tl.constexpr,
@@ -84,6 +87,9 @@ def _norm_kernel(
         gdc_wait()
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     x = sum_parts(x_ptr + row * x_stride + cols, part_stride, mask, PARTS).to(dtype)
+    if post_ptr is not None:
+        post = tl.load(post_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        x = normed(x, post, size, post_eps, None, 1.0, LOG).to(dtype)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
@@ -109,7 +115,13 @@ def _warps_of_norm(tokens: int, size: int) -> int:
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, part: Tensor | None = None, *, pdl: bool = False
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    part: Tensor | None = None,
+    post: tuple[Tensor, float] | None = None,
+    *,
+    pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(s / sqrt(mean(s**2) + eps) * weight, s)``; s is x + part, or x if part is None.
 
@@ -117,29 +129,36 @@ def rms_norm(
         x: residual stream [T, H] of T tokens.
         weight: contiguous RMSNorm weight [H].
         part: [T, H] in x's dtype, or float32 [S, T, H]: S summands, 2 or 4, of a product.
+        post: weight [H] and eps of an RMS norm that part goes through first. Its result is rounded.
         pdl: use CUDA's programmatic dependent launch (compute capability 9.0 or later).
 
     Arithmetic is float32. The product and s are rounded to x's dtype.
     """
-    out, _, total = _norm(x, weight, part, eps, 1.0, None, pdl)
+    out, _, total = _norm(x, weight, part, post, eps, 1.0, None, pdl)
     return out, total
 
 
 def gain_rows(
-    x: Tensor, weight: Tensor, part: Tensor | None = None, *, pdl: bool = False
+    x: Tensor,
+    weight: Tensor,
+    part: Tensor | None = None,
+    post: tuple[Tensor, float] | None = None,
+    *,
+    pdl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(s * weight * GAIN, (s**2).sum(1), s)`` for `rms_norm`'s s; see `norm_rope.Scale`.
 
     The sums of squares are float32 [1, T].
     """
     squares = x.new_empty(1, x.shape[0], dtype=torch.float32)
-    return _norm(x, weight, part, 0.0, GAIN[x.dtype], squares, pdl)
+    return _norm(x, weight, part, post, 0.0, GAIN[x.dtype], squares, pdl)
 
 
 def _norm(
     x: Tensor,
     weight: Tensor,
     part: Tensor | None,
+    post: tuple[Tensor, float] | None,
     eps: float,
     gain: float,
     squares: Tensor | None,
@@ -160,9 +179,9 @@ def _norm(
     parts, part_stride = (source.shape[0], source.stride(0)) if source.dim() == 3 else (1, 0)
     if tokens:
         _norm_kernel[(tokens,)](
-            *(source, residual, weight, out, total, squares),
-            *((source.stride(-2), part_stride, x.stride(0)), size, eps, gain),
-            *(parts, (size - 1).bit_length(), pdl),
+            *(source, residual, weight, out, total, squares, post and post[0]),
+            *((source.stride(-2), part_stride, x.stride(0)), size, eps, post[1] if post else 0.0),
+            *(gain, parts, (size - 1).bit_length(), pdl),
             num_warps=_warps_of_norm(tokens, size),
             launch_pdl=pdl,
         )
@@ -170,7 +189,9 @@ def _norm(
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _gate_kernel(
+    x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < size
@@ -179,14 +200,19 @@ def _silu_mul_kernel(x_ptr, out_ptr, x_stride, size, BLOCK: tl.constexpr, PDL: t
         gdc_wait()
     gate = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + size + cols, mask=mask, other=0.0).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * up
+    x = gate
+    if GATE == "gelu_tanh":
+        # As in `product_kernels.gated`.
+        x = gate * tl.fma(gate * gate, 0.07135481627159, 1.5957691216057308)
+    out = gate * tl.sigmoid(x) * up
     tl.store(out_ptr + row * size + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
-    """Return ``silu(gate_up[:, :I]) * gate_up[:, I:]`` [T, I] for ``gate_up`` [T, 2I], T tokens.
+def gate_mul(gate_up: Tensor, gate: str = "silu", *, pdl: bool = False) -> Tensor:
+    """Return ``f(gate_up[:, :I]) * gate_up[:, I:]`` [T, I] for ``gate_up`` [T, 2I], T tokens.
 
-    Arithmetic is float32; only the result is rounded. For `pdl` see `rms_norm`.
+    `gate` names f: "silu" or "gelu_tanh" (layers/linear.py). Arithmetic is float32; only the result
+    is rounded. For `pdl` see `rms_norm`.
     """
     if gate_up.dim() != 2 or gate_up.stride(1) != 1 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [T, 2I] with contiguous rows: {tuple(gate_up.shape)}")
@@ -195,8 +221,8 @@ def silu_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
     # With 4 warps for 1,024 columns each thread loads 16 bytes of gate and 16 bytes of up.
     block = min(1024, triton.next_power_of_2(size))
     if tokens:
-        _silu_mul_kernel[(tokens, triton.cdiv(size, block))](
-            *(gate_up, out, gate_up.stride(0), size, block, pdl), num_warps=4, launch_pdl=pdl
+        _gate_kernel[(tokens, triton.cdiv(size, block))](
+            *(gate_up, out, gate_up.stride(0), size, block, gate, pdl), num_warps=4, launch_pdl=pdl
         )
     return out
 

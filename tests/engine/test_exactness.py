@@ -22,7 +22,7 @@ from engine.ranks.worker import Rank
 from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.simulated_runner import SimulatedRunner
-from engine.types import BlockManager, Clock, ModelRunner, StepPlan, StepResult
+from engine.types import BlockManager, Clock, ModelRunner, StepHandle, StepPlan, StepResult
 from layers.attention.base import AttentionBackend, AttentionBatch
 from layers.attention.torch_sdpa import TorchAttention
 from layers.attention.triton_paged import TritonAttention
@@ -40,7 +40,13 @@ from tests.exact_parts import (
     recording_runner,
     when,
 )
-from utils.errors import ConfigError, EngineClosedError, RequestTooLongError, StepError
+from utils.errors import (
+    ConfigError,
+    EngineClosedError,
+    RequestError,
+    RequestTooLongError,
+    StepError,
+)
 
 # Probes have 1, 16, 17, 130 and 194 prompt tokens.
 SMALL: dict[str, Any] = {
@@ -135,6 +141,22 @@ class TestLosses:
             "a decode of 16 requests changes the bits of output token 2"
         )
 
+    def test_the_first_lost_token_of_all_requests_is_named(self, shipped: Path) -> None:
+        """In the decodes of 16 the probes have the rows 4 to 10."""
+        rows: list[int] = []
+
+        def change(plan: StepPlan, result: StepResult) -> StepResult:
+            if len(plan.decode) != 16:
+                return result
+            rows.append(4 if rows else 5)
+            tokens = [list(row) for row in result.tokens]
+            tokens[rows[-1]][0] ^= 1
+            return replace(result, tokens=tokens)
+
+        error = refusal(shipped, model_runner=recording_runner(change), **SMALL)
+        victim = "output token 2 of a request with prompt length 16"
+        assert error.problem == f"a decode of 16 requests changes the bits of {victim}"
+
     def test_lost_log_probabilities_of_a_prompt(self, shipped: Path) -> None:
         runner = recording_runner(when(lambda plan: len(plan.prefill) > 1, _other_prompt))
         error = refusal(shipped, model_runner=runner, **SMALL)
@@ -190,10 +212,58 @@ class TestLosses:
         with pytest.raises(EngineClosedError):
             made[0].execute(StepPlan(0))
 
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+    def test_the_runner_is_closed_if_the_test_is_interrupted(
+        self, shipped: Path, error: type[BaseException]
+    ) -> None:
+        made: list[ModelRunner] = []
+
+        class Interrupted(FakeRunner):
+            def execute(self, plan: StepPlan) -> StepHandle:
+                made.append(self)
+                if len(made) == 20:
+                    raise error
+                return super().execute(plan)
+
+        for depth in (0, 1):
+            made.clear()
+            options = {**SMALL, "model_runner": Interrupted, "pipeline_depth": depth}
+            with pytest.raises(error):
+                LLM(shipped, check_exact=True, **options)
+            with pytest.raises(EngineClosedError):
+                made[0].execute(StepPlan(0))
+
     def test_a_request_that_fails(self, shipped: Path) -> None:
         make = partial(FakeRunner, model=FakeModel(4096, error_chance=1.0))
         error = refusal(shipped, model_runner=make, **SMALL)
         assert "a request of the test failed (ValueError('a row of the fake model'))" in str(error)
+        assert isinstance(error.__cause__, ValueError)
+
+    def test_types_and_order_of_log_probabilities_are_no_bits(self, shipped: Path) -> None:
+        """But all bits of a tensor count: its `repr` shows only some digits."""
+
+        def change(plan: StepPlan, result: StepResult, added: float = 0.0) -> StepResult:
+            if result.logprobs is None or len(plan.decode) < 2:
+                return result
+
+            def other(scores: dict[int, float]) -> dict[int, Any]:
+                pairs = reversed(scores.items())
+                return {t: torch.tensor(x + added, dtype=torch.float64) for t, x in pairs}
+
+            return replace(result, logprobs=[[*map(other, row)] for row in result.logprobs])
+
+        with LLM(shipped, model_runner=recording_runner(change), check_exact=True, **SMALL):
+            pass
+        runner = recording_runner(partial(change, added=1e-12))
+        error = refusal(shipped, model_runner=runner, **SMALL)
+        assert error.problem.startswith("a decode of 7 requests")
+
+    def test_a_chunk_of_one_token(self, shipped: Path) -> None:
+        """Alone, a step has two tokens, so chunks start at even positions."""
+        leaks = when(lambda plan: any(chunk.start % 2 for chunk in plan.prefill), _other_token)
+        options = {**SMALL, "max_num_seqs": 2, "max_num_batched_tokens": 2}
+        error = refusal(shipped, model_runner=recording_runner(leaks), **options)
+        assert error.problem.startswith("a prompt in chunks of 1 token changes ")
 
     def test_a_request_that_fails_in_company(self, shipped: Path) -> None:
         class Fails(FakeRunner):
@@ -203,6 +273,7 @@ class TestLosses:
                 return super()._reports(outputs)
 
         error = refusal(shipped, model_runner=Fails, **SMALL)
+        assert str(error.__cause__) == "a row of the fake model"
         assert error.problem.startswith(
             "a prefill of 2048 tokens changes the bits of output token 1"
         )
@@ -410,6 +481,8 @@ class TestSettings:
         assert {one.temperature > 0 for one in params if one.logprobs is not None} == {True, False}
         assert any(one.temperature > 0 and not one.needs_logits for one in params)
         assert all(one.seed is not None for one in params)
+        others = [one for one in params if (one.max_tokens or 0) > 6]
+        assert {one.temperature > 0 for one in others} == {True, False}
 
     @pytest.mark.parametrize(
         "options",
@@ -460,7 +533,7 @@ class TestSettings:
         assert max(len(plan.decode) for plan in _tried(shipped, max_num_seqs=40)) == 40
 
     def test_two_requests_fill_a_prefill(self, shipped: Path) -> None:
-        plans = _tried(shipped, max_num_seqs=2)
+        plans = _tried(shipped, max_num_seqs=2, max_num_batched_tokens=2000)
         # The other request, whose only output token comes from the prefill.
         others = {
             len(new.token_ids)
@@ -468,7 +541,7 @@ class TestSettings:
             for new in plan.new_requests
             if len(plan.prefill) == 2 and new.max_total_tokens == len(new.token_ids) + 1
         }
-        assert others == {(4096 - length) // 2 for length in (1, 17, 130, 256, 1000)}
+        assert others == {2000 - length for length in (1, 17, 130, 256, 1000)}
 
     def test_max_num_batched_tokens_bounds_prefills(self, shipped: Path) -> None:
         plans = _tried(shipped, max_num_batched_tokens=700)
@@ -480,6 +553,12 @@ class TestSettings:
         assert max(len(plan.decode) for plan in plans) >= 64 - 7 + 1
         # When the last probe has ended, the others end too.
         assert any(plan.prefill for plan in plans[-6:])
+
+    def test_others_do_not_decode_for_ever(self, shipped: Path) -> None:
+        """With 16 tokens a step the prompts take more steps than others may decode."""
+        plans = _tried(shipped, max_num_batched_tokens=16, max_num_seqs=16, max_model_len=200)
+        new = [one for plan in plans for one in plan.new_requests]
+        assert max(one.max_total_tokens - len(one.token_ids) for one in new) == 6 + 1 + 64
 
 
 class _Refuses(ContinuousScheduler):
@@ -503,6 +582,43 @@ class _RefusesInCompany(ContinuousScheduler):
         if len(self._waiting) == 3:
             raise RequestTooLongError("prompt", len(seq.token_ids), "is too much", "Wait.")
         super().add(seq)
+
+
+class _OwnLimit(ContinuousScheduler):
+    """Refuses by an error that is no RequestTooLongError."""
+
+    name = "own_limit"
+
+    def add(self, seq: Sequence) -> None:
+        if len(seq.token_ids) > 100:
+            raise RequestError("prompt", len(seq.token_ids), "is not for me", "Use less.")
+        super().add(seq)
+
+
+class _Whole(ContinuousScheduler):
+    """Computes no prompt in chunks: it waits for a step that has room for all of it."""
+
+    name = "whole"
+
+    def schedule(self) -> StepPlan | None:
+        decodes = [seq for seq in self.batch.decoding.values() if self.batch.reserve(seq)]
+        left = self.budget - len(decodes)
+        while (seq := self.queue.first()) and len(seq.token_ids) <= left and self.admit(seq):
+            left -= self.batch.prefill(seq, left)
+        self.decode_all(decodes, left + len(decodes))
+        return self.batch.build()
+
+
+class _Pins(ContinuousScheduler):
+    """Takes a block for itself at once, as for a prompt that all requests share."""
+
+    name = "pins"
+
+    def __init__(self, config: Config, block_manager: BlockManager, clock: Clock) -> None:
+        super().__init__(config, block_manager, clock)
+        assert block_manager.num_free_blocks == block_manager.num_blocks
+        block_manager.begin(-1, [1])
+        block_manager.grow(-1, 1)
 
 
 class _Idle(ContinuousScheduler):
@@ -530,6 +646,15 @@ class TestSchedulers:
         options = {**SMALL, "scheduler": _RefusesInCompany, "model_runner": runner}
         with LLM(shipped, check_exact=True, **options):
             assert max(len(plan.row_slots) for plan in runner.plans) == 3
+
+    @pytest.mark.parametrize("scheduler", [_OwnLimit, _Whole, _Pins])
+    def test_what_serves_without_the_test_starts_with_it(
+        self, shipped: Path, scheduler: type[ContinuousScheduler]
+    ) -> None:
+        options = {**SMALL, "scheduler": scheduler, "model_runner": recording_runner()}
+        with LLM(shipped, check_exact=True, **options) as llm:
+            (out,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3), use_tqdm=False)
+            assert len(out["token_ids"]) == 3
 
     def test_a_scheduler_that_refuses_all(self, shipped: Path) -> None:
         error = refusal(shipped, model_runner=recording_runner(), scheduler=_Refuses, **SMALL)
@@ -660,20 +785,46 @@ class TestMeasurements:
         monkeypatch.setattr("layers.attention.triton_paged.has_wgmma", lambda device: major == 9)
         assert TritonAttention(case.spec).exact == (major == 9)
         assert not type("Mine", (TritonAttention,), {})(case.spec).exact
+        assert type("Mine", (TritonAttention,), {"exact": True})(case.spec).exact
 
     def test_a_simulated_clock_does_not_move(self, shipped: Path) -> None:
         options = {**SMALL, "model_runner": "simulated"}
         with LLM(shipped, check_exact=True, **options) as llm:
             assert llm.now() == 0.0
 
-    def test_ranks_tell(self, shipped: Path) -> None:
-        for make, exact in ((_measured_rank, True), (_half_measured, False)):
+    def test_ranks_tell(self, shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for make, most, exact in (
+            (_measured_rank, 2, True),
+            (_half_measured, 2, False),
+            (_measured_rank, None, False),  # requests on two ranks were not compared
+        ):
+            if most is not None:
+                monkeypatch.setattr("engine.ranks.runner._MEASURED_RANKS", most)
+            else:
+                monkeypatch.undo()
             runner = partial(TensorParallelRunner, make_runner=make)
             config = Config.from_options(
                 shipped, **{**SMALL, "model_runner": runner, "tensor_parallel_size": 2}
             )
             with closing(LLMEngine(config)) as engine:
                 assert engine.runner.exact == exact
+
+    def test_a_subclass_that_was_measured_says_so(
+        self, shipped: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        says = {"name": "says", "exact": True}
+        for runner in (SimulatedRunner, FakeRunner, LocalRunner):
+            mine = type("Says", (runner,), says)
+            with LLM(shipped, model_runner=mine, **SMALL) as llm:
+                assert llm.engine.runner.exact, runner
+        ranks = type("Says", (TensorParallelRunner,), says)
+        options = {**SMALL, "tensor_parallel_size": 2}
+        options["model_runner"] = partial(ranks, make_runner=_fake_rank)
+        with LLM(shipped, **options) as llm:
+            assert llm.engine.runner.exact
+        monkeypatch.setattr("models.qwen3.MODEL", type("Says", (DecoderLM,), {"exact": True}))
+        with LLM(shipped, attention_backend=_MeasuredAttention, **SMALL) as llm:
+            assert llm.engine.runner.exact
 
 
 def _measured_rank(config: Config, checkpoint: Any, rank: Rank) -> ModelRunner:

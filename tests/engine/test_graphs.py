@@ -207,6 +207,20 @@ def test_nothing_is_served_before_it_is_captured(monkeypatch: pytest.MonkeyPatch
     assert (steps.state.tables.num_computed[:-1] == 0).all()
 
 
+def test_rehearsals_run_each_number_of_rows_that_has_kernels_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once and in a list of functions with much in common, so that no two threads compile it."""
+    steps = _Steps(monkeypatch, num_slots=300, max_tokens=1024)
+    ran = []
+    for group in steps.graphs.rehearsals():
+        steps.ran.clear()
+        for run in group:
+            run()
+        ran.append([rows for rows, _ in steps.ran])
+    assert ran == [[1, 16], [24, 48], [128, 256, 300], [512, 1024]]
+
+
 @pytest.mark.parametrize(
     "max_num_seqs", [1, 2, 3, 7, 8, 9, 16, 63, 64, 65, 100, 256, 257, 512, 700]
 )

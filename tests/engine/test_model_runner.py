@@ -16,6 +16,7 @@ import torch
 import models.qwen2
 import models.qwen3
 from config import Config
+from engine.compilation import compile_kernels
 from engine.model_runner import LocalRunner
 from engine.parts import captures_graphs, make_backend, resolve
 from engine.sampling_rows import special_bytes
@@ -275,6 +276,9 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
     def note(event: str) -> None:
         events.setdefault(threading.get_ident(), []).append(event)
 
+    def state() -> tuple[bool, bool]:
+        return rehearses.is_set(), torch.is_inference_mode_enabled()
+
     class Rehearsing(ParallelContext):
         @contextmanager
         def rehearsal(self) -> Iterator[None]:
@@ -286,19 +290,39 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
         def __init__(self, *args: object) -> None: ...
 
         def rehearsals(self) -> list[list[Callable[[], object]]]:
-            return [[lambda: note(f"step, rehearses={rehearses.is_set()}")] * 2]
+            return [[lambda: note(f"step, {state()}")] * 2]
 
         def capture(self) -> None:
-            note(f"capture, rehearses={rehearses.is_set()}")
+            note(f"capture, {state()}")
 
     monkeypatch.setattr("engine.model_runner.captures_graphs", lambda *args: True)
     monkeypatch.setattr("engine.model_runner.StepGraphs", Graphs)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: note(f"on {device}"))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: note("waits"))
     stream = SimpleNamespace(synchronize=lambda: note("end"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     checkpoint = open_checkpoint(str(checkpoints["qwen2-square"]))
     LocalRunner(resolve(_config(), checkpoint), checkpoint, Rehearsing()).close()
-    assert events.pop(threading.get_ident()) == ["capture, rehearses=False"]
-    assert [*events.values()] == [["on cpu", *["step, rehearses=True"] * 2, "end"]]
+    # The threads have streams of their own, which do not wait for what the main stream has to do.
+    assert events.pop(threading.get_ident()) == ["waits", "capture, (False, True)"]
+    assert [*events.values()] == [["on cpu", *["step, (True, True)"] * 2, "end"]]
+
+
+def test_groups_of_kernels_compile_together_and_an_error_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    here = torch.device("cpu"), ParallelContext()
+    both = threading.Barrier(2, timeout=30)
+    compile_kernels([[both.wait], [both.wait]], *here)
+
+    def fail() -> None:
+        raise ValueError("no such kernel")
+
+    with pytest.raises(ValueError, match="no such kernel"):
+        compile_kernels([[lambda: None], [fail]], *here)

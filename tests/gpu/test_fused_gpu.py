@@ -10,21 +10,21 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from layers.kernels.rowwise import (
+    gate_mul,
     qk_norm_rope_store,
     rms_norm,
-    silu_mul,
 )
 from layers.kernels.sampling import sample_shard
-from layers.norm_rope import Rotation
+from layers.rotary import Rotation
 from layers.sampler import gumbel_noise
 from layers.sampler import sample_shard as sample_shard_reference
 from memory.kv_cache import KVLayer
 from tests.kernels.filters import check_bounds, hard_rows
 from tests.kernels.interpreter import poisoned_memory
 from tests.kernels.references import (
+    gate_mul_reference,
     qk_norm_rope_store_reference,
     rms_norm_reference,
-    silu_mul_reference,
 )
 from tests.layers.tensors import keys
 
@@ -68,15 +68,23 @@ def test_norm(case: int, dtype: torch.dtype) -> None:
             assert torch.equal(total, want[1])
         _close(total, want[1])
         _close(out, want[0])
+        if part is not None:
+            post = _randn(size, dtype=torch.float32), 0.5
+            with poisoned_memory():
+                out, total = rms_norm(residual, weight, 1e-6, part, post, pdl=PDL)
+            want = rms_norm_reference(residual, weight, 1e-6, part, post)
+            _close(total, want[1])
+            _close(out, want[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 3072), (64, 8960), (700, 1000)])
-def test_silu_mul(tokens: int, size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_gate_mul(tokens: int, size: int, dtype: torch.dtype, gate: str) -> None:
     x = _randn(tokens, 2 * size, dtype=dtype)
     with poisoned_memory():
-        out = silu_mul(x, pdl=PDL)
-    _close(out, silu_mul_reference(x))
+        out = gate_mul(x, gate, pdl=PDL)
+    _close(out, gate_mul_reference(x, gate))
 
 
 @pytest.mark.parametrize("case", range(8))

@@ -90,15 +90,15 @@ def compile_rows() -> None:
     """Norms, gates, sums over ranks, and what lies between projection and attention."""
     from layers.kernels.ordered_sum import ordered_sum
     from layers.kernels.peer import PeerExchange
-    from layers.kernels.rowwise import qk_norm_rope_store, rms_norm, silu_mul
-    from layers.norm_rope import Rotation
+    from layers.kernels.rowwise import gate_mul, qk_norm_rope_store, rms_norm
+    from layers.rotary import Rotation
     from memory.kv_cache import KVLayer
 
     for width in (1024, 4096):
         x, weight = _bf16(40, width), _bf16(width)
         rms_norm(x, weight, 1e-6, pdl=True)
         rms_norm(x, weight, 1e-6, torch.zeros(4, 40, width), pdl=True)
-        silu_mul(_bf16(40, 2 * width), pdl=True)
+        gate_mul(_bf16(40, 2 * width), pdl=True)
         for size in (2, 4, 8):
             device = torch.device("cpu")
             options: Any = {"rows": 256, "width": width, "dtype": BF16, "device": device}
@@ -138,13 +138,14 @@ def compile_products() -> None:
         x = _bf16(tokens, 1024)
         multiply(x, _bf16(4096, 1024), scale=scale, pdl=True)
         multiply(x, _bf16(2048, 1024), _bf16(2048), scale=scale, pdl=True)
-        multiply(x, _bf16(6144, 1024), scale=scale, swiglu=True, pdl=True)
+        multiply(x, _bf16(6144, 1024), scale=scale, gate="silu", pdl=True)
+        multiply(x, _bf16(6144, 1024), gate="gelu_tanh", pdl=True)
         if tokens <= 16:
             # As many sums of squares as hidden sizes of 4,096 and 8,192 have.
             for size in (4096, 8192):
                 many = Scale(torch.zeros(size // 16, tokens), size, 1e-6)
                 multiply(_bf16(tokens, size), _bf16(6144, size), scale=many, pdl=True)
-                multiply(_bf16(tokens, size), _bf16(8192, size), scale=many, swiglu=True, pdl=True)
+                multiply(_bf16(tokens, size), _bf16(8192, size), scale=many, gate="silu", pdl=True)
         for n, k in ((1024, 3072), (1536, 8960)):
             parts = parts_of(n, k)
             multiply(_bf16(tokens, k), _bf16(n, k), parts=parts, partial=True, pdl=True)

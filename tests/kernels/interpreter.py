@@ -57,6 +57,7 @@ def run_in_interpreter(file: str, marks: str = "not slow") -> None:
 def patch_interpreter() -> None:
     """One-element arrays as integers, products in order, a language patched once for a kernel."""
     _take_one_element_arrays()
+    _ignore_nan()
     _patch_language_once()
     _multiply_as_tensor_cores()
 
@@ -72,6 +73,15 @@ def _take_one_element_arrays() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def _ignore_nan() -> None:
+    """On a GPU a maximum of a number and NaN is the number, unless the kernel asks for NaN."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
 
 
 def _patch_language_once() -> None:

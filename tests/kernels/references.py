@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.norm_rope import Rotation
+from layers.rotary import Rotation
 from memory.kv_cache import KVLayer
 
 
@@ -93,31 +93,35 @@ def qk_norm_rope_store_reference(
 
 
 def rms_norm_reference(
-    x: Tensor, weight: Tensor, eps: float, part: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    part: Tensor | None = None,
+    post: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain torch version of :func:`rms_norm`."""
     if part is not None:
         if part.dim() == 3:
             first = part[0] + part[1]
             part = (first if len(part) == 2 else first + (part[2] + part[3])).to(x.dtype)
+        if post is not None:
+            part = rms_norm_reference(part, *post)[0]
         x = (part.float() + x.float()).to(x.dtype)
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * scale * weight.float()).to(x.dtype), x
 
 
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
-    """Plain torch version of :func:`silu_mul`."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+def gate_mul_reference(gate_up: Tensor, gate: str = "silu") -> Tensor:
+    """Plain torch version of :func:`gate_mul`."""
+    g, up = gate_up.float().chunk(2, dim=-1)
+    y = g * torch.sigmoid(g) if gate == "silu" else F.gelu(g, approximate="tanh")
+    return (y * up).to(gate_up.dtype)
 
 
 def product_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gate: str | None = None
 ) -> Tensor:
     """What `products.multiply` computes of normed inputs, in float32 with one rounding."""
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if swiglu:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
-    return y.to(x.dtype)
+    return (gate_mul_reference(y, gate) if gate else y).to(x.dtype)

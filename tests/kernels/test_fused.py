@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from layers.logits import Filters
-from layers.norm_rope import GAIN, Rotation
+from layers.norm_rope import GAIN
+from layers.rotary import Rotation
 from layers.sampler import NO_TOKEN, gumbel_noise, philox4x32
 from memory.kv_cache import KVLayer
 from tests.kernels.interpreter import (
@@ -22,9 +23,9 @@ from tests.kernels.interpreter import (
     starts_interpreter,
 )
 from tests.kernels.references import (
+    gate_mul_reference,
     qk_norm_rope_store_reference,
     rms_norm_reference,
-    silu_mul_reference,
 )
 from tests.layers.tensors import keys
 from tests.layers.test_sampler import sample
@@ -32,7 +33,7 @@ from tests.layers.test_sampler import sample
 if INTERPRET and HAS_TRITON:
     from layers.kernels import logit_bounds as bounds
     from layers.kernels.logit_bounds import FEW_ROWS_BLOCK, MANY_ROWS_BLOCK, logit_bounds
-    from layers.kernels.rowwise import gain_rows, qk_norm_rope_store, rms_norm, silu_mul
+    from layers.kernels.rowwise import gain_rows, gate_mul, qk_norm_rope_store, rms_norm
     from layers.kernels.sampling import sample_shard
     from tests.kernels.filters import check_bounds, check_filters, hard_rows
 
@@ -110,6 +111,12 @@ def test_norm(size: int) -> None:
         with poisoned_memory():
             got = rms_norm(x, weight, 1e-6, part)
         torch.testing.assert_close(got, rms_norm_reference(x, weight, 1e-6, part))
+    # The part has a norm of its own first; its weight and eps are others.
+    post = torch.randn(size), 0.5
+    for part in (residual, torch.randn(4, 3, size)):
+        with poisoned_memory():
+            got = rms_norm(x, weight, 1e-6, part, post)
+        torch.testing.assert_close(got, rms_norm_reference(x, weight, 1e-6, part, post))
 
 
 @interpreted
@@ -126,6 +133,12 @@ def test_gain(dtype: torch.dtype) -> None:
         torch.testing.assert_close(total, expected, rtol=about, atol=about)
         gain = GAIN[dtype]
         want = (total.float() * weight.float() * gain).to(dtype)
+        if part is not None:
+            post = weight.float() + 1, 0.5
+            with poisoned_memory():
+                _, _, other = gain_rows(x, weight, part, post)
+            expected = rms_norm_reference(x, weight, 1e-6, part, post)[1]
+            torch.testing.assert_close(other, expected, rtol=2e-2, atol=5e-2)
         torch.testing.assert_close(gained, want, rtol=about, atol=about)
         scale = torch.rsqrt(squares[0] / 1000 + 1e-6) / gain
         got = gained.float() * scale[:, None]
@@ -150,11 +163,12 @@ def test_summands_of_a_product_are_two_or_four(summands: int) -> None:
 
 
 @interpreted
-def test_silu_mul() -> None:
-    x = torch.randn(3, 2 * 1500)
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_gate_mul(gate: str) -> None:
+    x = 3 * torch.randn(3, 2 * 1500)
     with poisoned_memory():
-        got = silu_mul(x)
-    torch.testing.assert_close(got, silu_mul_reference(x))
+        got = gate_mul(x, gate)
+    torch.testing.assert_close(got, gate_mul_reference(x, gate))
 
 
 @interpreted
@@ -223,9 +237,13 @@ def test_sample_at_or_above_the_least(vocab: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("programs", [8, 4224])
 @pytest.mark.parametrize("vocab", [5, 3000])
-def test_sample_without_a_choice(vocab: int) -> None:
+def test_sample_without_a_choice(
+    monkeypatch: pytest.MonkeyPatch, vocab: int, programs: int
+) -> None:
     """NaN in the first, a middle and the last column, with numbers and with -inf beside it."""
+    monkeypatch.setattr("layers.kernels.sampling._PROGRAMS", programs)
     logits = torch.randn(8, vocab)
     logits[3:7] = float("-inf")
     for row, column in enumerate((0, vocab // 2, vocab - 1, 0, vocab // 2, vocab - 1)):
@@ -242,9 +260,21 @@ def test_sample_without_a_choice(vocab: int) -> None:
 
 
 @interpreted
-def test_sample_takes_the_lowest_of_equals() -> None:
+def test_sample_of_no_rows() -> None:
+    """A step in which no prompt ends draws nothing."""
+    none = torch.zeros(0)
+    best, got = sample_shard(torch.zeros(0, 3000), none, keys(none.long()), none.long())
+    assert (best.shape, best.dtype) == ((0,), torch.float32)
+    assert (got.shape, got.dtype) == ((0,), torch.int64)
+
+
+@interpreted
+@pytest.mark.parametrize("programs", [2, 4224])
+def test_sample_takes_the_lowest_of_equals(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """Also of equals that one thread of a program meets one after the other, 512 columns apart."""
+    monkeypatch.setattr("layers.kernels.sampling._PROGRAMS", programs)
     logits = torch.zeros(2, 3000)
-    logits[0, [1500, 2900]] = 1.0
+    logits[0, [1500, 1500 + 1024, 2900]] = 1.0
     zero = torch.zeros(2)
     assert sample_shard(logits, zero, keys(zero.long()), zero.long())[1].tolist() == [1500, 0]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.types import KVGeometry
-from layers.norm_rope import Rotation
+from layers.rotary import Rotation
 from memory.kv_cache import KVCache, KVLayer
 from tests.kernels.interpreter import (
     HAS_TRITON,

@@ -19,7 +19,7 @@ from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
 from engine.types import BlockUpdate, NewRequest, PrefillChunk, StepPlan
 from layers import step_rows as reference
-from layers.norm_rope import Rotation
+from layers.rotary import Rotation
 from layers.step_rows import SampledRows, SlotTables, StepRows
 from memory.kv_cache import KVLayer
 from sampling_params import SamplingParams

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from layers.linear import ColumnLinear
 from layers.norm_rope import RMSNorm, RMSNormalizer, Stream
+from layers.output_norms import NoNorm
 from layers.parallel import ParallelContext
 from tests.layers.tensors import CPU, place, rms_norm
 
@@ -136,6 +138,42 @@ def test_parts_of_ranks_are_summed_before_the_residual_is_added() -> None:
     assert torch.equal(norm.compute(Stream(residual))[1].total, residual)
 
 
+@pytest.mark.parametrize("pair", [None, _Pair, _FusedPair])
+def test_a_part_may_have_a_norm_before_it_is_added(pair: type[ParallelContext] | None) -> None:
+    """Of the sum over ranks, so the ranks' fused sum and norm does not do."""
+    here = place(pair(0, 2)) if pair else place()
+    norm, post = RMSNorm(32, EPS, here), RMSNorm(32, 0.5, here, offset=1.0)
+    for one in (norm, post):
+        one.weight.copy_(_random(1, 32, seed=3)[0])
+        one.prepare()
+    part, total = _random(5, 32), _random(5, 32, seed=2)
+    out, stream = norm.compute(Stream(total, part, post=post))
+    added = rms_norm(part * (2 if pair else 1), 1 + _random(1, 32, seed=3)[0], 0.5)
+    torch.testing.assert_close(stream.total, (total.double() + added).float(), rtol=1e-5, atol=1e-5)
+    expected = rms_norm(stream.total, norm.weight, EPS)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (stream.part, stream.post) == (None, None)
+
+
+def test_no_norm_passes_the_stream_on() -> None:
+    norm, post = NoNorm(32, place()), RMSNorm(32, 0.5, place())
+    post.weight.fill_(2.0)
+    for one in (norm, post):
+        one.prepare()
+    part, total = _random(5, 32), _random(5, 32, seed=2)
+    out, stream = norm.compute(Stream(total))
+    assert out is stream.total is total
+    out, stream = norm.compute(Stream(total, part, post=post))
+    torch.testing.assert_close(out, total + post.of(part))
+    assert out is stream.total
+    assert norm.weight_targets("norm") == {}
+    layer = ColumnLinear(32, (4,), bias=False, place=place())
+    assert layer.weight is not None
+    weight = layer.weight.copy_(_random(4, 32, seed=3)).clone()
+    layer.prepare(norm)
+    torch.testing.assert_close(layer(norm(Stream(total)))[0], total @ weight.T)
+
+
 def test_a_fused_sum_takes_the_place_of_everything() -> None:
     norm = RMSNorm(32, EPS, place(_FusedPair(0, 2)))
     part, total = _random(5, 32), _random(5, 32, seed=2)
@@ -152,8 +190,11 @@ def test_a_gained_stream_has_the_sum_over_ranks(
 ) -> None:
     """Summands of a product are added up in the order of the kernels, and rounded."""
 
-    def gain_rows(x: torch.Tensor, weight: torch.Tensor, part: torch.Tensor, *, pdl: bool) -> Any:
+    def gain_rows(
+        x: torch.Tensor, weight: torch.Tensor, part: torch.Tensor, post: object, *, pdl: bool
+    ) -> Any:
         assert not pdl
+        assert post is None
         return x * weight, torch.ones(1, len(x)), x + part
 
     rows = SimpleNamespace(gain_rows=gain_rows)
@@ -166,6 +207,7 @@ def test_a_gained_stream_has_the_sum_over_ranks(
     gained, stream = norm.gained(Stream(total, part))
     assert stream.part is None
     assert gained.norm is norm
+    assert gained.scale is not None
     if pair is _FusedPair:
         assert torch.equal(gained.values, part + total)
         assert torch.equal(gained.scale.squares, norm.weight[None])

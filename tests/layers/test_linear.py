@@ -53,7 +53,7 @@ def _merged(
     parallel: ParallelContext,
     *,
     dtype: torch.dtype = torch.float32,
-    gated: bool = False,
+    gate: str | None = None,
 ) -> tuple[RMSNorm, ColumnLinear]:
     """The layer of all projections in `tensors` and the norm before it, loaded."""
     names = [name.removesuffix(".weight") for name in tensors if name.endswith("weight")][1:]
@@ -63,7 +63,7 @@ def _merged(
     norm = RMSNorm(HIDDEN, EPS, here)
     load(folder, tensors, layer.weight_targets(*names) | norm.weight_targets("norm"))
     norm.prepare()
-    layer.prepare(norm, gated=gated)
+    layer.prepare(norm, gate=gate)
     return norm, layer
 
 
@@ -120,7 +120,7 @@ def test_gated_columns(tmp_path: Path, size: int, dtype: torch.dtype) -> None:
     x = _input(5).to(dtype)
     parts = []
     for parallel in _ranks(size):
-        norm, layer = _merged(tmp_path, tensors, parallel, dtype=dtype, gated=True)
+        norm, layer = _merged(tmp_path, tensors, parallel, dtype=dtype, gate="silu")
         parts.append(layer(norm(Stream(x)))[0])
     expected = F.silu(_normed(tensors, "gate", x)) * _normed(tensors, "up", x)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import layers.kernels
-from layers.linear import Matmul, silu_mul
+from layers.linear import Matmul, gate_mul
 from layers.norm_rope import Gained, RMSNorm, Scale, Stream
 from layers.parallel import ParallelContext
 from tests.layers.tensors import place
@@ -25,7 +25,18 @@ def test_silu_of_the_first_half_times_the_second() -> None:
     x = torch.randn(7, 24, generator=torch.Generator().manual_seed(0)) * 5
     gate, up = x.double()[:, :12], x.double()[:, 12:]
     expected = gate / (1 + torch.exp(-gate)) * up
-    torch.testing.assert_close(silu_mul(x, place()).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gate_mul(x, "silu", place()).double(), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_gelu_of_the_first_half_times_the_second() -> None:
+    x = torch.randn(7, 24, generator=torch.Generator().manual_seed(0)) * 5
+    gate, up = x.double()[:, :12], x.double()[:, 12:]
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    expected = 0.5 * gate * (1 + torch.tanh(inner)) * up
+    got = gate_mul(x, "gelu_tanh", place()).double()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -35,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         made.append({"kernel": "multiply", "bias": bias is not None, **options})
-        n = weight.shape[0] // (2 if options.get("swiglu") else 1)
+        n = weight.shape[0] // (2 if options.get("gate") else 1)
         return torch.zeros((2, len(x), n) if options.get("partial") else (len(x), n))
 
     def add(*work: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,28 +136,28 @@ def test_another_norm_does_not_take_what_one_norm_has_made(
     assert made == [False]
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_norm_scales_in_the_product(
-    calls: list[dict[str, Any]], exact: Any, dtype: torch.dtype, gated: bool
+    calls: list[dict[str, Any]], exact: Any, dtype: torch.dtype, gate: str | None
 ) -> None:
     norm = _norm(K, 2.0, dtype)
-    matmul = exact(torch.ones(N, K), None, place(dtype=dtype), gated=gated)
+    matmul = exact(torch.ones(N, K), None, place(dtype=dtype), gate=gate)
     values = torch.ones(3, K, dtype=dtype)
     squares = torch.full((1, 3), 7.0)
     stream = Stream(values, gained=Gained(norm, values, norm.scale_of(squares)))
     y, after = matmul.normed(norm(stream))
     assert after is stream
-    assert y.shape == (3, N // 2 if gated else N)
+    assert y.shape == (3, N // 2 if gate else N)
     gain = 1.0 if dtype == torch.bfloat16 else 2.0**-8
     [call] = calls
     assert call.pop("scale") == Scale(squares, K / gain, 1e-6 * gain)
-    assert call == {"kernel": "multiply", "bias": False, "swiglu": gated, "out": None, "pdl": True}
+    assert call == {"kernel": "multiply", "bias": False, "gate": gate, "out": None, "pdl": True}
 
 
 def test_a_gate_is_stored_as_the_kernels_read_it(exact: Any) -> None:
     weight = torch.arange(N * K, dtype=torch.float32).view(N, K)
-    assert torch.equal(exact(weight, None, place(), gated=True).weight, weight.flip(0))
+    assert torch.equal(exact(weight, None, place(), gate="silu").weight, weight.flip(0))
     assert torch.equal(exact(weight, None, place()).weight, weight)
 
 
@@ -157,3 +168,18 @@ def test_a_product_goes_where_it_is_wanted(biased: bool) -> None:
     out = torch.empty(9, N)
     assert matmul(torch.ones(9, K), out=out) is out
     assert torch.equal(out, torch.full((9, N), K + (3.0 if biased else 0.0)))
+
+
+def test_a_product_of_no_tokens() -> None:
+    """A step that ends no prompt draws no token. Nothing is launched, so no GPU is needed."""
+    pytest.importorskip("triton")
+    from layers.kernels.products import add_product, multiply
+
+    x, weight = (torch.ones(n, 256, dtype=torch.bfloat16) for n in (0, 32))
+    residual, gain = x.new_empty(0, 32), x.new_ones(32)
+    assert multiply(x, weight, parts=2).shape == (0, 32)
+    total, gained, squares = add_product(x, weight, None, residual, gain, parts=2)
+    assert total.shape == gained.shape == (0, 32)
+    assert total.dtype == gained.dtype == torch.bfloat16
+    # One sum of squares for every 16 columns.
+    assert (squares.shape, squares.dtype) == ((2, 0), torch.float32)

@@ -85,6 +85,8 @@ def _whole(path: Any, depth: int) -> tuple[list[list[int]], Logits, int]:
         ("qwen2-bfloat16", 4),
         ("llama-bias", 2),
         ("mistral", 2),
+        ("ministral3", 2),
+        ("gemma3", 2),
         ("smollm3-nope", 2),
         ("granite", 2),
         # Fused projections, with KV heads divided and replicated.

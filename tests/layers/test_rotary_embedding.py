@@ -15,8 +15,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from engine.types import KVGeometry
-from layers.norm_rope import QKNormRopeStore, RotaryEmbedding
-from layers.rotary import rotary_table
+from layers.norm_rope import QKNormRopeStore
+from layers.rotary import RotaryEmbedding, rotary_table
 from memory.kv_cache import KVCache
 from tests.layers.tensors import CPU, place
 from utils.errors import UnsupportedModelError

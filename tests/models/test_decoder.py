@@ -43,7 +43,7 @@ class _Negate:
         x, stream = normed.norm.compute(normed.stream)
         return Stream(stream.total, -2.0 * x)
 
-    def prepare(self, norm: RMSNorm, after: RMSNorm) -> None:
+    def prepare(self, norm: RMSNorm, after: RMSNorm | None) -> None:
         pass
 
     def weight_targets(self, name: str) -> dict[str, WeightTarget]:
@@ -66,7 +66,7 @@ def test_an_architecture_replaces_the_mlp_of_a_layer() -> None:
         head_dim=16,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    spec = decoder_spec(config, qkv_bias=False, o_bias=False, qk_norm=False)
+    spec = decoder_spec(config, qkv_bias=False, o_bias=False)
     model = _Negating(spec, config, place=place(), backend=_Nothing(), max_model_len=16)
     slots = model.weight_targets()
     assert {name for name in slots if ".mlp." in name} == {

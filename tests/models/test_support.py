@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import importlib
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-from models.decoder import DecoderSpec
-from models.decoder_config import decoder_spec
-from utils.errors import UnsupportedModelError
+from layers.output_norms import WholeNormRopeStore
+from layers.parallel import ParallelContext
+from layers.rotary import query_scales
+from models.decoder_config import DecoderSpec, decoder_spec
+from tests.layers.tensors import place
+from utils.errors import ConfigError, UnsupportedModelError
 
+_ACTIVATION = {"gemma3_text": "hidden_activation"}
 QWEN = ("qwen2", "qwen3")
-FAMILIES = (*QWEN, "llama", "mistral", "smollm3", "granite", "phi3")
+OTHERS = (
+    "llama",
+    "mistral",
+    "smollm3",
+    "granite",
+    "phi3",
+    "olmo2",
+    "olmo3",
+    "gemma3_text",
+    "ministral",
+    "ministral3",
+)
+FAMILIES = (*QWEN, *OTHERS)
 
 
 def _shape(model_type: str, **fields: Any) -> Any:
     if model_type == "mistral":
         fields = {"sliding_window": None, **fields}
+    if model_type in ("olmo3", "gemma3_text", "ministral"):
+        fields = {"layer_types": ["full_attention"] * 2, **fields}
     config = AutoConfig.for_model(model_type, num_hidden_layers=2, **fields)
     return importlib.import_module(f"models.{model_type}").model_shape(config)
 
@@ -52,6 +72,42 @@ def test_sliding_layers_of_smollm3() -> None:
 def test_biases_of_the_mlp(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="mlp_bias=True"):
         _shape(model_type, mlp_bias=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"use_bidirectional_attention": True, "sliding_window": 8},
+        {"layer_types": ["full_attention", "chunked_attention"]},
+    ],
+    ids=str,
+)
+def test_what_gemma3_has_and_nobody_built(fields: dict[str, Any]) -> None:
+    name = next(iter(fields))
+    problem = "chunked_attention" if name == "layer_types" else name
+    with pytest.raises(UnsupportedModelError, match=problem):
+        _shape("gemma3_text", **fields)
+
+
+@pytest.mark.parametrize("lost", ["llama_4_scaling_beta", "original_max_position_embeddings"])
+def test_ministral3_scales_queries_by_two_parameters(lost: str) -> None:
+    parameters = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
+    config = SimpleNamespace(rope_parameters=parameters)
+    scales = query_scales(config, 40, torch.device("cpu"))
+    assert scales[:16].tolist() == [1.0] * 16
+    assert scales[33] == pytest.approx(1 + 0.1 * math.log(3))
+    del parameters[lost]
+    with pytest.raises(UnsupportedModelError, match="must have llama_4_scaling_beta and original"):
+        query_scales(config, 40, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "olmo3"])
+def test_norms_over_all_heads_need_one_rank(model_type: str) -> None:
+    assert _shape(model_type).qk_norm == "all"
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2: is not built for models whose"):
+        WholeNormRopeStore(2, 2, 16, 1e-6, place(ParallelContext(0, 2)))
 
 
 @pytest.mark.parametrize("factor", [0.0, -0.5])
@@ -95,7 +151,7 @@ def _config(**fields: Any) -> SimpleNamespace:
 
 
 def _spec(config: Any) -> DecoderSpec:
-    return decoder_spec(config, qkv_bias=False, o_bias=False, qk_norm=False)
+    return decoder_spec(config, qkv_bias=False, o_bias=False)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +177,7 @@ def test_sizes_and_windows_of_unchecked_configs(fields: dict[str, Any], problem:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_other_activations(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="gelu"):
-        _shape(model_type, hidden_act="gelu")
+        _shape(model_type, **{_ACTIVATION.get(model_type, "hidden_act"): "gelu"})
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -132,12 +188,17 @@ def test_quantised_weights(model_type: str) -> None:
 
 def test_qwen2_has_biased_projections_and_no_norms_of_heads() -> None:
     shape = _shape("qwen2", hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
-    assert (shape.qkv_bias, shape.o_bias, shape.qk_norm) == (True, False, False)
+    assert (shape.qkv_bias, shape.o_bias, shape.qk_norm) == (True, False, "")
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (4, 2, 64)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_qwen3_has_norms_of_heads_and_the_biases_of_its_config(bias: bool) -> None:
     shape = _shape("qwen3", attention_bias=bias, head_dim=32, tie_word_embeddings=bias)
-    assert (shape.qkv_bias, shape.o_bias, shape.qk_norm, shape.head_dim) == (bias, bias, True, 32)
+    assert (shape.qkv_bias, shape.o_bias, shape.qk_norm, shape.head_dim) == (
+        bias,
+        bias,
+        "heads",
+        32,
+    )
     assert shape.tied == bias

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ def test_in_another_process_it_describes_the_same_model(
     assert find_architecture(theirs) is architecture
     shape = architecture.model_shape(ours.hf_config)
     assert architecture.model_shape(theirs.hf_config) == shape
-    for length in (16, ours.max_position):
+    cpu = torch.device("cpu")
+    for length, kind in product((16, ours.max_position), {*shape.ropes} or {""}):
         tables = [
-            rotary_table(one.hf_config, shape.head_dim, length, torch.device("cpu"))
-            for one in (ours, theirs)
+            rotary_table(one.hf_config, shape.head_dim, length, cpu, kind) for one in (ours, theirs)
         ]
         assert torch.equal(*tables)
 
