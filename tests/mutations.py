@@ -452,6 +452,7 @@ MUTANTS: tuple[Mutant, ...] = (
         _GROUPS,
         "return min(blocks.num_free_blocks for blocks in self.groups)",
         "return max(blocks.num_free_blocks for blocks in self.groups)",
+        GROUPS,
     ),
     _bug(
         "of several groups one gets the blocks of the first",

@@ -362,3 +362,50 @@ def test_prefill_is_exact(heads: tuple[int, int], dim: int, page: int, dtype: to
         assert torch.equal(attend(case, parts), want[rows]), chunk
     for other in {16, 48, 64, 256} - {page}:
         assert torch.equal(attend(_in_pages(case, other), whole), want), other
+
+
+@pytest.mark.parametrize("window", [1, 20, 128, 1000])
+@pytest.mark.parametrize(("heads", "dim", "page", "dtype"), CASES)
+def test_windows(
+    heads: tuple[int, int], dim: int, page: int, dtype: torch.dtype, window: int
+) -> None:
+    """Decodes and chunks: near the reference, and with the same bits by the Triton kernels.
+
+    Pages before the windows are NaN, and their entries in the tables lead out of the cache.
+    """
+    scale, config = dim**-0.5, LARGE_HEAD if dim > 128 else MEDIUM_HEAD
+    about: dict[str, Any] = {"scale": scale, "window": window}
+    for lens in ([4000], [1, 0, 700, 129, 128, 127], [300] * 70):
+        first_reads = [max(0, length - window) for length in lens]
+        case = make_case(lens, heads[1], dim, page, dtype, "cuda", first_reads)
+        q = torch.randn(len(lens), heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
+        cache = (q[:, : heads[0]], case.kv, case.block_tables, case.slots, case.context_lens)
+        want = torch.full(cache[0].shape, float("nan"), device="cuda")
+        paged_decode_reference(*cache, **about, out=want)
+        workspace = decode_workspace(q.device, *heads, dim, 4096)
+        outs = []
+        for options in ({}, {"pdl": PDL}, {"config": SMALL}):
+            out = torch.full(want.shape, float("nan"), dtype=dtype, device="cuda")
+            paged_decode(
+                *cache, **about, max_context_len=4096, out=out, workspace=workspace, **options
+            )
+            assert not workspace.arrived.any()
+            outs.append(out)
+        assert relative_error(outs[0], want) < LIMIT[dtype], lens
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[0], outs[2])
+    queries, before = [300, 1, 0, 70, 128], [0, 900, 5, 257, 1024]
+    lens = [new + old for new, old in zip(queries, before, strict=True)]
+    first_reads = [max(0, old - window + 1) for old in before]
+    case = make_case(lens, heads[1], dim, page, dtype, "cuda", first_reads)
+    q = torch.randn(sum(queries), heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
+    q = q[:, : heads[0]]
+    start = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
+    where = (case.kv, case.block_tables, case.slots, start, case.context_lens)
+    want = torch.full(q.shape, float("nan"), device="cuda")
+    paged_prefill_reference(q, *where, **about, out=want)
+    outs = [torch.full(q.shape, float("nan"), dtype=dtype, device="cuda") for _ in range(2)]
+    paged_prefill(q, *where, **about, out=outs[0])
+    paged_prefill(q, *where, **about, out=outs[1], config=config)
+    assert relative_error(outs[0], want) < LIMIT[dtype]
+    assert torch.equal(outs[0], outs[1])
