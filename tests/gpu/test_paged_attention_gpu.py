@@ -384,7 +384,8 @@ def test_windows(
         paged_decode_reference(*cache, **about, out=want)
         workspace = decode_workspace(q.device, *heads, dim, 4096)
         outs = []
-        for options in ({}, {"pdl": PDL}, {"config": SMALL}):
+        variants: list[dict[str, Any]] = [{}, {"pdl": PDL}, {"config": SMALL}]
+        for options in variants:
             out = torch.full(want.shape, float("nan"), dtype=dtype, device="cuda")
             paged_decode(
                 *cache, **about, max_context_len=4096, out=out, workspace=workspace, **options
