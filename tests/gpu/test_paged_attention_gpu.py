@@ -379,17 +379,17 @@ def test_windows(
         first_reads = [max(0, length - window) for length in lens]
         case = make_case(lens, heads[1], dim, page, dtype, "cuda", first_reads)
         q = torch.randn(len(lens), heads[0] + 2 * heads[1], dim, device="cuda").to(dtype)
-        cache = (q[:, : heads[0]], case.kv, case.block_tables, case.slots, case.context_lens)
-        want = torch.full(cache[0].shape, float("nan"), device="cuda")
-        paged_decode_reference(*cache, **about, out=want)
+        q = q[:, : heads[0]]
+        cache = (case.kv, case.block_tables, case.slots, case.context_lens)
+        want = torch.full(q.shape, float("nan"), device="cuda")
+        paged_decode_reference(q, *cache, **about, out=want)
         workspace = decode_workspace(q.device, *heads, dim, 4096)
         outs = []
         variants: list[dict[str, Any]] = [{}, {"pdl": PDL}, {"config": SMALL}]
         for options in variants:
             out = torch.full(want.shape, float("nan"), dtype=dtype, device="cuda")
-            paged_decode(
-                *cache, **about, max_context_len=4096, out=out, workspace=workspace, **options
-            )
+            options |= about | {"max_context_len": 4096, "workspace": workspace}
+            paged_decode(q, *cache, out=out, **options)
             assert not workspace.arrived.any()
             outs.append(out)
         assert relative_error(outs[0], want) < LIMIT[dtype], lens
