@@ -16,7 +16,7 @@ from layers.parallel import Place
 from layers.rotary import RotaryEmbedding, query_scales, rotary_table
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ForwardBatch
-from models.decoder_config import DecoderSpec
+from models.decoder_config import DecoderSpec, measured
 from utils.loader import WeightTarget
 
 
@@ -237,6 +237,7 @@ class DecoderLM(CausalLM):
         # A subclass may have layers that were not measured.
         self.exact = type(self).exact or (
             type(self) is DecoderLM
+            and measured(self.spec)
             and all(
                 getattr(part, "exact", False)
                 for layer in self.layers

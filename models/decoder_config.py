@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from models.base import ModelShape
@@ -48,6 +48,19 @@ class DecoderSpec(ModelShape):
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
+def measured(spec: DecoderSpec) -> bool:
+    """Whether whole requests of a model with such layers were compared on a GPU (docs/exact.md)."""
+    # Models with the layers of Qwen2 or Qwen3 were compared. The other families have other layers.
+    default = {field.name: field.default for field in fields(spec)}
+    return spec.qk_norm != "all" and all(
+        getattr(spec, name) == default[name]
+        for name in (
+            *("ropes", "norms", "norm_offset", "activation", "scales_queries"),
+            *("embedding_scale", "logit_scale", "windows"),
+        )
+    )
+
+
 def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
@@ -74,7 +87,7 @@ def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     if head_dim < 2 or head_dim % 2:
         raise UnsupportedModelError(f"head_dim={head_dim}: rotations need an even number")
-    fields = {
+    sizes = {
         "vocab_size": hf_config.vocab_size,
         "hidden_size": hf_config.hidden_size,
         "intermediate_size": hf_config.intermediate_size,
@@ -87,7 +100,7 @@ def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
         "tied": hf_config.tie_word_embeddings,
         "windows": _windows(hf_config),
     }
-    return DecoderSpec(**(fields | others))
+    return DecoderSpec(**(sizes | others))
 
 
 def _windows(hf_config: Any) -> tuple[int | None, ...]:
