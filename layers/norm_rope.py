@@ -205,7 +205,7 @@ class QKNormRopeStore:
 
         Args:
             qkv: Q, K and V, contiguous [T, (num_heads + 2 * num_kv_heads) * head_dim]; may be
-                overwritten. Triton kernels also take qkv as S float32 summands, [S, T, ...].
+                overwritten.
             slot_mapping: for each token the index in `kv.flat` at which its K and V are stored,
                 [T]. If the index is -1, Triton kernels store no K and V for the token.
         """

@@ -31,10 +31,8 @@ class DecodeConfig:
 
 
 SMALL = DecodeConfig(block=128, warps=8, stages=2, per_sm=1, unroll=16)
-MIDDLE = DecodeConfig(block=128, warps=4, stages=2, per_sm=2, pair_cost=2)
 LARGE = DecodeConfig(block=128, warps=4, stages=2, per_sm=2, pair_cost=2)
 SMALL_PAIRS = 32
-MIDDLE_PAIRS = 448
 MAX_PER_SM = 4
 UNIT = 32  # number of keys by which a pair's share of the work is counted
 # 16/8 heads, 528 programs and contexts of up to 4,096 tokens need 18 MB, 12/2 heads need 72 MB.
@@ -43,9 +41,7 @@ MOST_BYTES = 128 << 20
 
 def decode_config(pairs: int) -> DecodeConfig:
     """Return the launch configuration for `pairs` pairs (number of requests times KV heads)."""
-    if pairs <= SMALL_PAIRS:
-        return SMALL
-    return MIDDLE if pairs <= MIDDLE_PAIRS else LARGE
+    return SMALL if pairs <= SMALL_PAIRS else LARGE
 
 
 class DecodeWorkspace(NamedTuple):

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from layers.kernels import hopper_decode_launch as hopper
-from layers.kernels.decode_launch import LARGE, MIDDLE, SMALL, DecodeConfig, decode_workspace
+from layers.kernels.decode_launch import LARGE, SMALL, DecodeConfig, decode_workspace
 from layers.kernels.hopper_decode_launch import HopperDecodeConfig, hopper_decode
 from layers.kernels.paged_decode import (
     paged_decode,
@@ -159,13 +159,13 @@ def test_decode_is_exact(heads: tuple[int, int], page: int) -> None:
     base = torch.empty((2 * tail, heads[0], dim), dtype=torch.int16, device="cuda")
     base[order] = decode(order)
     for count in (7, 64, 300):
-        for config in (None, SMALL, MIDDLE, LARGE):
+        for config in (None, SMALL, LARGE):
             some = random.sample(range(2 * tail), count)
             assert torch.equal(decode(some, config=config), base[some]), (count, config)
         for programs in (4, 36, 200):
             assert torch.equal(decode(order[:count], programs=programs), base[order[:count]])
     for one in order[:40]:
-        for config in (None, MIDDLE):
+        for config in (None, LARGE):
             assert torch.equal(decode([one], config=config), base[[one]]), (one, config)
         assert torch.equal(decode([one], programs=4 * heads[1]), base[[one]]), one
     for rows in (2, 5):
@@ -276,7 +276,7 @@ def test_decode_graph(batch: int) -> None:
         assert not out[lens == 0].any()
         # The kernel for all devices, without a graph, has the same bits.
         got, q[:] = out.clone(), start
-        chain(MIDDLE)
+        chain(LARGE)
         assert torch.equal(out, got)
 
 
