@@ -213,6 +213,7 @@ def _consume(data, GROUP: gl.constexpr, WINDOW: gl.constexpr):
             s = hopper.warpgroup_mma_wait(0, [s])
             _barrier()
             mbarrier.arrive(k_free, count=1)
+            # All rows see all keys in part 1 with a window, and in part 0 without one.
             if (part == 1) != (WINDOW > 0):
                 s = gl.where(position >= split * _SPLIT + offset, s, float("-inf"))
                 if WINDOW:

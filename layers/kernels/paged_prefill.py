@@ -130,6 +130,7 @@ def _paged_prefill_kernel(
             k = tl.load(k_ptr + where, mask=seen, other=0.0)
             v = tl.load(v_ptr + where, mask=seen, other=0.0)
             s = tl.dot(q, tl.trans(k))  # [ROWS, TILE]
+            # All rows see all keys in part 1 with a window, and in part 0 without one.
             if (part == 1) != (WINDOW > 0):
                 visible = positions[:, None] >= tokens[None, :]
                 if WINDOW:
