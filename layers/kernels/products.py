@@ -16,6 +16,7 @@ weights to shared memory, and wait for the previous kernel: the gaps between sho
 take longer than their memory traffic.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,9 @@ class _Tile(NamedTuple):
         return _cdiv(tokens, self.BM) * _cdiv(columns, self.BN) * self.SPLITS
 
 
-def _tile_of(tokens: int, columns: int, k: int, parts: int, gated: bool) -> _Tile | None:
+def _tile_of(
+    tokens: int, columns: int, k: int, parts: int, gated: bool, partial: bool
+) -> _Tile | None:
     """Return constants for `tile_kernel`, or None if `prefill_kernel` is to be used."""
     # For each linear layer of Qwen3-0.6B and Qwen2-1.5B, 20 to 150 values of `_Tile` were timed on
     # an H200. With the fastest values all programs run at the same time, on at least half of the
@@ -103,7 +106,12 @@ def _tile_of(tokens: int, columns: int, k: int, parts: int, gated: bool) -> _Til
         if splits and k // splits <= 2560 and suits:
             few = parts == 1 and programs < 48
             return tile._replace(BN=32 if few else 64, SPLITS=splits)
-    return None
+    # If the K inputs of a part are no multiple of 128, `prefill_kernel` takes chunks of 64. Then it
+    # takes 29 us for 256 tokens and a weight [1536, 8960], with the sum of parts, and these tiles
+    # take 21 us (cuBLAS without that sum: 18 us). With chunks of 128 it is faster than these tiles.
+    tile = _Tile(128, 128, 64, 6, parts)
+    fits = k // parts <= 2560 and tile.programs(tokens, columns) <= _MULTIPROCESSORS
+    return tile if partial and bk == 64 and fits else None
 
 
 class _Prefill(NamedTuple):
@@ -131,17 +139,43 @@ _PREFILL = (
 )
 
 
-def _prefill_of(tokens: int, columns: int, k: int, parts: int, gated: bool) -> _Prefill:
-    def time(kind: _Prefill) -> float:
-        tiles = _cdiv(tokens, 64 * kind.groups) * _cdiv(columns, kind.BN)
-        return _cdiv(tiles, _MULTIPROCESSORS) * kind.cost
+# Time in ns that a second launch adds: a guess. With it, two launches took 0.80 to 0.99 of the time
+# of one for the 7 products on an H200 for which `_prefill_of` chooses two.
+_LAUNCH = 3000.0
+
+
+# Without the cache, the choice takes a CPU 40 us, more than the launch.
+@functools.lru_cache(maxsize=4096)
+def _prefill_of(
+    tokens: int, columns: int, k: int, parts: int, gated: bool
+) -> list[tuple[_Prefill, int]]:
+    """Return constants for one or two launches, and the number of columns of each.
+
+    Two launches save time where the tiles of one fill a few multiprocessors once more than others.
+    """
+
+    def tiles(kind: _Prefill, width: int) -> int:
+        return _cdiv(tokens, 64 * kind.groups) * _cdiv(width, kind.BN)
+
+    def best(width: int) -> tuple[float, _Prefill]:
+        times = [_cdiv(tiles(t, width), _MULTIPROCESSORS) * t.cost for t in kinds]
+        return min(zip(times, kinds, strict=True), key=lambda found: found[0])
 
     # Registers limit tiles of 256 columns to one part; a part must have at least two chunks.
     kinds = [t for t in _PREFILL if not (t.BN == 256 and parts > 1) and not (gated and t.BN < 64)]
-    kind = min(kinds, key=time)
-    if kind.BK == 128 and (k % (parts * 128) or k < parts * 256):
-        kind = kind._replace(BK=64, stages=6)
-    return kind
+    least, kind = best(columns)
+    launches = [(kind, columns)]
+    for first in kinds:
+        full = tiles(first, columns) // _MULTIPROCESSORS
+        width = full * _MULTIPROCESSORS // _cdiv(tokens, 64 * first.groups) * first.BN
+        if 0 < width < columns:
+            rest, second = best(columns - width)
+            time = full * first.cost + rest + _LAUNCH / k
+            if time < least:
+                least, launches = time, [(first, width), (second, columns - width)]
+    if k % (parts * 128) == 0 and k >= parts * 256:
+        return launches
+    return [(t if t.BK == 64 else t._replace(BK=64, stages=6), width) for t, width in launches]
 
 
 def multiply(
@@ -188,7 +222,8 @@ def multiply(
         return job.by_rows(None)[0]
     if tokens <= _WIDE_TOKENS and (parts == 1 or partial):
         return job.wide()
-    tile = _tile_of(tokens, columns, x.shape[1], parts, gated) if tokens <= _TILE_TOKENS else None
+    about = (tokens, columns, x.shape[1], parts, gated, partial)
+    tile = _tile_of(*about) if tokens <= _TILE_TOKENS else None
     if tile is not None:
         return job.tiled(tile if partial else tile._replace(SPLITS=1))
     return job.prefill()
@@ -315,7 +350,18 @@ class _Job(NamedTuple):
                 job = self._replace(x=self.x[rows], out=out[rows], scale=scale)
                 job.tiled(_Tile(128, 64, 64, 6))
             return out
-        kind = _prefill_of(tokens, columns, k, self.parts, self.gate is not None)
+        start, bias = 0, self.bias
+        for kind, width in _prefill_of(tokens, columns, k, self.parts, self.gate is not None):
+            end = start + width
+            here = slice(start * n // columns, end * n // columns)
+            job = self._replace(weight=self.weight[start:end], out=out[:, here])
+            job._replace(bias=None if bias is None else bias[here]).by_tiles(kind)
+            start = end
+        return out
+
+    def by_tiles(self, kind: _Prefill) -> None:
+        (tokens, k), columns = self.x.shape, self.weight.shape[0]
+        out, n = self._output(1)
         tiles = _cdiv(tokens, 64 * kind.groups), _cdiv(columns, kind.BN)
         threads = 32 * (4 * kind.groups + 4)  # three warps beside the producer are idle
         registers = min(255, 65536 // threads) // 8 * 8
@@ -330,7 +376,6 @@ class _Job(NamedTuple):
             num_warps=4,
             maxnreg=registers,
         )
-        return out
 
     def _output(self, splits: int) -> tuple[Tensor, int]:
         """Return the tensor for the result or for its summands, and N."""

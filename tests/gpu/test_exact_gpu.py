@@ -45,7 +45,11 @@ SHAPES = {
     "odd": {**ODD, "num_hidden_layers": 3},
 }
 # A variant of each family with other layers than Qwen's, of sizes that the kernels take.
-FAMILIES = ("llama-bias", "smollm3-nope", "granite", "phi3", "olmo2", "gemma3")
+FAMILIES = (
+    *("llama-bias", "mistral", "ministral", "ministral3", "smollm3-nope", "phi3", "granite"),
+    *("olmo2", "olmo3", "gemma3"),
+    *("mistral-window", "qwen3-windows", "smollm3-windows", "olmo3-windows", "gemma3-windows"),
+)
 Bits = tuple[list[int], Any]
 
 
@@ -100,8 +104,10 @@ class Requests:
 def _of_family(folder: Path, name: str) -> Path:
     variant = replace(VARIANTS[name], heads=8, kv_heads=2, head_dim=64, hidden=256)
     variant = replace(variant, dtype=torch.bfloat16)
-    sizes = {"intermediate_size": 512, "max_position_embeddings": 1024, "sliding_window": None}
-    if "layer_types" in variant.extra:
+    sizes = {"intermediate_size": 512, "max_position_embeddings": 1024}
+    if name.endswith(("-window", "-windows")):
+        sizes["sliding_window"] = 100
+    elif "layer_types" in variant.extra:
         sizes["sliding_window"] = 1024
     return write_checkpoint(folder, variant, **sizes)
 
@@ -126,7 +132,8 @@ def requests(request: Any, tmp_path_factory: Any, shipped: Path) -> Iterator[Req
 def test_in_company_and_after_prefix_hits(requests: Requests) -> None:
     everyone = list(range(COUNT))
     with LLM(requests.model, **BASE) as llm:
-        assert requests.lost(requests.run(llm, everyone)) == []
+        for _ in range(3):
+            assert requests.lost(requests.run(llm, everyone)) == []
         assert requests.lost(requests.run(llm, everyone[::-1], cached=True)) == []
         assert requests.lost(requests.run(llm, everyone, others=60)) == []
         assert requests.lost(requests.run(llm, everyone[3:9])) == []
