@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config
 from engine.types import BlockManager, Clock, KVGeometry, ModelRunner, Scheduler, WindowPages
-from memory.cache_groups import WindowBlockManager
+from memory.cache_groups import CachingWindowManager, WindowBlockManager
 from utils.errors import ConfigError, ContractError
 from utils.registry import PartKind
 
@@ -181,31 +181,30 @@ def make_block_managers(
 ) -> tuple[Config, tuple[BlockManager, ...]]:
     """Make a block manager for each cache group. Also returns the config to use from now on.
 
-    `asked` is the user's config, and `config` is the result of `resolve` for `asked`. With several
-    cache groups, or with an attention window, prefixes cannot be cached: the returned config has
-    enable_prefix_caching=False. If `asked` demands prefix caching, a ConfigError is raised.
+    `asked` is the user's config, and `config` is the result of `resolve` for `asked`. A group with
+    a sliding window has a manager for windows, and the others have the manager of the config. A
+    ConfigError is raised if the latter caches prefixes and cannot do so for several groups.
     """
     if not groups:
         raise ContractError(f"model_runner={config.model_runner!r} has no cache group")
-
-    def refuse(option: str) -> None:
-        value, fix = getattr(asked, option), f"Leave it at {getattr(Config, option)!r}."
-        problem = "with several cache groups, or a window, prefixes cannot be cached"
-        raise ConfigError(option, value, problem, fix)
-
-    windows = [isinstance(group.kind, WindowPages) for group in groups]
-    if (any(windows) or len(groups) > 1) and config.enable_prefix_caching:
-        for option in ("enable_prefix_caching", "block_manager"):
-            if getattr(asked, option) not in (None, "auto"):
-                refuse(option)
-        config = replace(config, block_manager="paged", enable_prefix_caching=False)
-    specs = [WindowBlockManager if window else config.block_manager for window in windows]
     kind = PART_KINDS["block_manager"]
+    windows = [isinstance(group.kind, WindowPages) for group in groups]
+    full = [
+        kind.make(config.block_manager, config, group)
+        for group, window in zip(groups, windows, strict=True)
+        if not window
+    ]
+    caches = next((blocks.caches_prefixes for blocks in full), config.enable_prefix_caching)
+    able = all(hasattr(blocks, "cached_tokens") for blocks in full)
+    if caches and len(groups) > 1 and not able:
+        problem = "it cannot cache prefixes with several cache groups"
+        fix = f"Leave it at {Config.block_manager!r}, or derive it from CachingBlockManager."
+        raise ConfigError("block_manager", asked.block_manager, problem, fix)
+    of_windows = CachingWindowManager if caches else WindowBlockManager
     managers = tuple(
-        kind.make(spec, config, group) for spec, group in zip(specs, groups, strict=True)
+        kind.make(of_windows, config, group) if window else full.pop(0)
+        for group, window in zip(groups, windows, strict=True)
     )
-    if len(groups) > 1 and any(manager.caches_prefixes for manager in managers):
-        refuse("block_manager")
     return _with_caching(config, managers[0]), managers
 
 

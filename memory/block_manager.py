@@ -85,7 +85,7 @@ _Key = tuple[CachedBlock | str, bytes]
 
 
 @dataclass(slots=True)
-class _Request:
+class RequestRecord:
     """The manager's record of one request. `begin` makes the record, and `release` deletes it."""
 
     tokens: list[int]  # the list given to `begin`, not a copy: the caller appends new tokens to it
@@ -115,7 +115,7 @@ class CachingBlockManager(PagedBlockManager):
         kind = PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",))
         self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, RequestRecord] = {}
         self._pending: dict[_Key, int] = {}  # key of a block -> id of the request that computes it
         # Request id -> copy that `take_copies` will return. Until then the source is not evicted.
         self._copies: dict[int, BlockCopy] = {}
@@ -142,9 +142,18 @@ class CachingBlockManager(PagedBlockManager):
         counts = self._queried_tokens, self._hit_tokens, self._evicted_blocks
         return CacheStats(*counts, len(self._cached))
 
-    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+    def cached_tokens(self, token_ids: list[int], cache_salt: str, most: int) -> int:
+        """Return the length of the longest cached prefix, at most `most`."""
+        return min(most, len(self._match(token_ids, cache_salt)) * self.block_size)
+
+    def begin(
+        self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
+    ) -> int:
+        """Do what the contract says, and use at most `most` cached tokens, a number of blocks."""
         super().begin(request_id, token_ids, cache_salt)
-        hits = self._match(token_ids, cache_salt)
+        hits = self._match(token_ids, cache_salt)[
+            : None if most is None else most // self.block_size
+        ]
         for node in hits:
             if self._references[node.block] == 0:
                 self._idle.remove(node)
@@ -155,7 +164,7 @@ class CachingBlockManager(PagedBlockManager):
             num_cached -= self._give_up_last(request_id, hits)
         num_shared = num_cached // self.block_size
         last = hits[num_shared - 1] if num_shared else cache_salt
-        self._requests[request_id] = _Request(
+        self._requests[request_id] = RequestRecord(
             token_ids, cache_salt, last, num_shared, hits, num_cached
         )
         return num_cached
@@ -278,7 +287,7 @@ class CachingBlockManager(PagedBlockManager):
         self._cached[node.block] = node
         return node
 
-    def _announce(self, request_id: int, request: _Request) -> None:
+    def _announce(self, request_id: int, request: RequestRecord) -> None:
         """Add to `_pending` the block that a request fills next, if the block's tokens are known.
 
         Through `pending` the scheduler finds out which requests should wait for this block.
@@ -288,7 +297,7 @@ class CachingBlockManager(PagedBlockManager):
             if self._pending.setdefault(key, request_id) == request_id:
                 request.next_block = key
 
-    def _withdraw(self, request: _Request) -> None:
+    def _withdraw(self, request: RequestRecord) -> None:
         if request.next_block is not None:
             self._pending.pop(request.next_block, None)
             request.next_block = None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import xxhash
+
 from config import Config
-from engine.types import NO_BLOCK, BlockManager, KVGeometry
-from memory.block_manager import PagedBlockManager
+from engine.types import NO_BLOCK, BlockManager, CacheStats, KVGeometry, PendingPrefix
+from memory.block_manager import PagedBlockManager, PrefixCacheManager, RequestRecord
+from memory.eviction import CachedBlock
 from utils.errors import ContractError
 
 
@@ -21,9 +27,9 @@ class WindowBlockManager(PagedBlockManager):
     """Frees a request's block when no later position attends to the block. Has no prefix cache.
 
     A request holds at most the blocks of its window and of the positions of the steps in flight. A
-    longer prompt gets blocks only for its first positions. `commit` moves blocks that have left the
-    window to the end of the table, until the table has room for the whole prompt. So a request that
-    has begun needs no further blocks for its prompt.
+    longer prompt gets blocks only for its first positions. For each block that has left the window,
+    `commit` adds a block to the end of the table, until the table has room for the whole prompt. So
+    a request that has begun needs no further blocks for its prompt.
     """
 
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
@@ -57,15 +63,14 @@ class WindowBlockManager(PagedBlockManager):
         return True
 
     def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
-        """Free or move the request's blocks to which no position from `num_computed` on attends."""
+        """Free the request's blocks to which no position from `num_computed` on attends."""
         table, freed = self._tables[request_id], self._num_freed[request_id]
-        first_read = self._geometry.kind.first_read(num_computed) // self.block_size
+        first_read = self._first_block(num_computed)
         for place in range(freed, first_read):
-            block, table[place] = table[place], NO_BLOCK
+            self._drop(table[place])
+            table[place] = NO_BLOCK
             if len(table) < self._num_places[request_id]:
-                table.append(block)
-            else:
-                self._drop(block)
+                table.append(self._take())
         self._num_freed[request_id] = max(freed, first_read)
 
     def release(self, request_id: int) -> None:
@@ -73,12 +78,118 @@ class WindowBlockManager(PagedBlockManager):
         del self._num_places[request_id]
         super().release(request_id)
 
+    def _first_block(self, position: int) -> int:
+        """Index of the first block to which `position` attends."""
+        return self._geometry.kind.first_read(position) // self.block_size
+
+
+class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
+    """Keeps the blocks that leave a window in a prefix cache, as long as no request needs them.
+
+    A prefix of n tokens is found if all blocks are cached to which position n attends. Blocks
+    before these may have been evicted. So a block is not found through the block before it, but by
+    its tokens and a hash of all tokens before them, and the salt (vLLM's block hashes, Kwon et al.,
+    SOSP 2023). Hits end at a block's end, and leave at least one token to compute.
+
+    A request whose table has no room for its whole prompt yet shares no blocks: for a block that
+    leaves the window, `commit` must be able to add another one, and a block that others hold does
+    not become free. If the cache has fewer blocks than a request may hold, no blocks are shared.
+    """
+
+    def __init__(self, config: Config, geometry: KVGeometry) -> None:
+        super().__init__(config, geometry)
+        held = held_blocks(geometry, 2**62, self._num_uncommitted)
+        self._shares = held <= self.num_blocks
+
+    def cached_tokens(self, token_ids: list[int], cache_salt: str, most: int) -> int:
+        num_places = -(-len(token_ids) // self.block_size)
+        need = num_places - self.most_blocks(len(token_ids))  # blocks that no longer have a place
+        num_blocks = min(most, len(token_ids) - 1) // self.block_size if self._shares else 0
+        longest = first_cached = 0  # all blocks from `first_cached` on are cached
+        for i, node in enumerate(self._nodes(token_ids, cache_salt, num_blocks)):
+            first = self._first_block((i + 1) * self.block_size)
+            if node is None:
+                first_cached = i + 1
+            elif max(first_cached, need) <= first:
+                longest = i + 1
+        return longest * self.block_size
+
+    def begin(
+        self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
+    ) -> int:
+        most = len(token_ids) if most is None else most
+        num_cached = self.cached_tokens(token_ids, cache_salt, most)
+        num_shared, first = num_cached // self.block_size, self._first_block(num_cached)
+        nodes = list(self._nodes(token_ids, cache_salt, num_shared))[first:]
+        hits = [node for node in nodes if node is not None]
+        table = [NO_BLOCK] * first + [node.block for node in hits]
+        self._tables[request_id], self._num_places[request_id] = table, 0
+        self._num_freed[request_id] = first
+        for node in hits:
+            if self._references[node.block] == 0:
+                self._idle.remove(node)
+            self._references[node.block] += 1
+        self._requests[request_id] = RequestRecord(
+            token_ids,
+            cache_salt,
+            last=self._parents(token_ids, cache_salt, num_shared)[-1],
+            num_published=num_shared,
+            hits=hits,
+            num_cached=num_cached,
+        )
+        return num_cached
+
+    def commit(self, request_id: int, token_ids: list[int], num_computed: int) -> None:
+        had_room = self._has_room(request_id)
+        if not had_room:
+            super().commit(request_id, token_ids, num_computed)
+        request = self._requests[request_id]
+        if self._has_room(request_id) and request.publishes and self._shares:
+            self._publish_blocks(request, self._tables[request_id], token_ids, num_computed)
+        if had_room:
+            super().commit(request_id, token_ids, num_computed)
+
+    def _has_room(self, request_id: int) -> bool:
+        return len(self._tables[request_id]) >= self._num_places[request_id]
+
+    def _publish_blocks(
+        self, request: RequestRecord, table: list[int], token_ids: list[int], num_computed: int
+    ) -> None:
+        for i in range(request.num_published, num_computed // self.block_size):
+            tokens, parent = self._block_tokens(token_ids, i), request.last
+            if table[i] != NO_BLOCK and self.find(parent, tokens) is None:
+                self._publish(CachedBlock(table[i], parent, tokens)).depth = i
+            request.last, request.num_published = _parent_of_next(parent, tokens), i + 1
+
+    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+        return None
+
+    def _parents(self, token_ids: list[int], salt: str, num_blocks: int) -> list[str]:
+        """Return what stands for all tokens before each of the first blocks and the next one."""
+        parents = ["salt " + salt]
+        for i in range(num_blocks):
+            parents.append(_parent_of_next(parents[-1], self._block_tokens(token_ids, i)))
+        return parents
+
+    def _nodes(
+        self, token_ids: list[int], salt: str, num_blocks: int
+    ) -> Iterator[CachedBlock | None]:
+        """Look up each of the first blocks of `token_ids`."""
+        parents = self._parents(token_ids, salt, num_blocks)
+        for i in range(num_blocks):
+            yield self.find(parents[i], self._block_tokens(token_ids, i))
+
+
+def _parent_of_next(parent: CachedBlock | str, tokens: bytes) -> str:
+    """Return a string for the tokens for which `parent` stands, followed by `tokens`."""
+    text = str(parent).encode("utf-8", "surrogatepass")
+    return "hash " + xxhash.xxh128_hexdigest(text + tokens)
+
 
 class GroupedBlockManager(BlockManager):
     """Combines the block managers of all cache groups. `grow` adds blocks in all groups or in none.
 
-    The constructor raises a ContractError if the managers' block sizes differ, or if a manager
-    caches prefixes, since a request could use a cached prefix only if all groups had cached it.
+    The constructor raises a ContractError if the managers' block sizes differ.
     """
 
     groups: tuple[BlockManager, ...] = ()
@@ -88,8 +199,6 @@ class GroupedBlockManager(BlockManager):
         sizes = {blocks.block_size for blocks in managers}
         if len(sizes) != 1:
             raise ContractError(f"cache groups of different block sizes: {sorted(sizes)}")
-        if any(blocks.caches_prefixes for blocks in managers):
-            raise ContractError("several cache groups, and a block manager that caches prefixes")
         self.groups, self.block_size = managers, managers[0].block_size
         self.num_blocks = min(blocks.num_blocks for blocks in managers)
 
@@ -121,6 +230,53 @@ class GroupedBlockManager(BlockManager):
             blocks.release(request_id)
 
 
+class CachingGroups(GroupedBlockManager):
+    """Uses a cached prefix if all groups have cached what the next position attends to.
+
+    Each manager needs `cached_tokens` and the argument `most` of `begin`, as `CachingBlockManager`
+    and `CachingWindowManager` have them. The constructor raises a ContractError without these.
+    """
+
+    caches_prefixes = True
+    groups: tuple[Any, ...] = ()
+
+    def __init__(self, managers: tuple[BlockManager, ...]) -> None:
+        super().__init__(managers)
+        for blocks in managers:
+            if not blocks.caches_prefixes or not hasattr(blocks, "cached_tokens"):
+                name = type(blocks).__name__
+                raise ContractError(f"{name} cannot cache prefixes with several cache groups")
+
+    @property
+    def stats(self) -> CacheStats:
+        """Tokens are counted once, blocks in each group."""
+        first, *others = (blocks.stats for blocks in self.groups)
+        evicted = first.evicted_blocks + sum(other.evicted_blocks for other in others)
+        cached = first.cached_blocks + sum(other.cached_blocks for other in others)
+        return CacheStats(first.queried_tokens, first.hit_tokens, evicted, cached)
+
+    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+        # A hit that ends inside a block would need a copy of a block in each group.
+        most, found = (len(token_ids) - 1) // self.block_size * self.block_size, -1
+        while found != most:
+            found = most
+            for blocks in self.groups:
+                most = blocks.cached_tokens(token_ids, cache_salt, most)
+        for blocks in self.groups:
+            blocks.begin(request_id, token_ids, cache_salt, most)
+        return most
+
+    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+        return next(filter(None, (b.pending(token_ids, cache_salt) for b in self.groups)), None)
+
+    def reset_prefix_cache(self) -> None:
+        for blocks in self.groups:
+            blocks.reset_prefix_cache()
+
+
 def grouped(managers: tuple[BlockManager, ...]) -> BlockManager:
-    """Return the only manager, or a GroupedBlockManager of all managers if there are several."""
-    return managers[0] if len(managers) == 1 else GroupedBlockManager(managers)
+    """Return the only manager, or one that combines all managers."""
+    if len(managers) == 1:
+        return managers[0]
+    caches = any(blocks.caches_prefixes for blocks in managers)
+    return CachingGroups(managers) if caches else GroupedBlockManager(managers)

@@ -45,11 +45,11 @@ class SanitizedBlocks:
     def groups(self) -> tuple[SanitizedBlocks, ...]:
         return (self,)
 
-    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        cached = self._inner.begin(request_id, token_ids, cache_salt)
+    def begin(self, request_id: int, token_ids: list[int], *about: Any) -> int:
+        cached = self._inner.begin(request_id, token_ids, *about)
         table, size = self._inner.table(request_id), self._inner.block_size
         num_shared = len(table) - (cached % size > 0)
-        for block in table[:num_shared]:
+        for block in filter(lambda block: block != NO_BLOCK, table[:num_shared]):
             if (filled := self.filled[block]) < size:
                 problem = f"found in the cache, and {filled} of its {size} positions are written"
                 raise KVSanitizerError(self.step_id, request_id, block, problem)

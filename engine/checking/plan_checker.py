@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from config import Config
 from engine.step import BlockCopy, BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepResult
-from engine.types import KVGeometry, StepHandle
+from engine.types import NO_BLOCK, KVGeometry, StepHandle
 from utils.errors import ContractError, PlanError
 
 
@@ -221,7 +221,8 @@ class PlanChecker:
 
     def _update(self, update: BlockUpdate) -> None:
         group = update.group
-        self._check_ids(group, update.block_ids)
+        # `_check_blocks` makes sure that no row reads the places without a block.
+        self._check_ids(group, tuple(b for b in update.block_ids if b != NO_BLOCK))
         state = self._state(update.slot)
         table = state.tables[group]
         first, end = update.first_index, update.first_index + len(update.block_ids)
@@ -278,8 +279,11 @@ class PlanChecker:
         state, new, size, row_end = row.state, row.state.new, self.block_size, row.end
         if state.ended:
             raise ContractError(f"slot {new.slot} is planned, and its request has ended")
-        for table in state.tables:
-            if row_end > (end := len(table) * size):
+        for table, geometry in zip(state.tables, self.groups, strict=True):
+            end, first = len(table) * size, geometry.kind.first_read(row.start)
+            if NO_BLOCK in table and NO_BLOCK in table[first // size : -(-row_end // size)]:
+                end = table.index(NO_BLOCK, first // size) * size
+            if row_end > end:
                 problem = f"position {end} has no block in slot {new.slot}"
                 raise self.misuse(new.request_id, -1, problem)
         if state.fresh:

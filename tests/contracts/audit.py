@@ -63,7 +63,9 @@ class AuditedBlocks:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+    def begin(
+        self, request_id: int, token_ids: list[int], cache_salt: str = "", *about: Any
+    ) -> int:
         """Hits must be fewer than all tokens, and whole blocks that hold what the request needs.
 
         But for the last one, which may be a block of its own that waits for a copy.
@@ -71,7 +73,7 @@ class AuditedBlocks:
         require(request_id not in self._tables, f"begin({request_id}) of a request that has begun")
         salt = self.salts.get(request_id, cache_salt)
         require(cache_salt == salt, f"begin({request_id}) with salt {cache_salt!r}, not {salt!r}")
-        cached = self.inner.begin(request_id, token_ids, cache_salt)
+        cached = self.inner.begin(request_id, token_ids, cache_salt, *about)
         table = self.inner.table(request_id)
         require(
             0 <= cached < max(len(token_ids), 1),
@@ -83,7 +85,9 @@ class AuditedBlocks:
         )
         shared = table[: cached // self._size]
         keys = self._chain([hash(cache_salt)], token_ids, cached)
-        for index, block in enumerate(shared):
+        first = self._kind.first_read(cached) // self._size if cached else 0
+        require(shared[:first] == [NO_BLOCK] * first, f"begin({request_id}): {shared}, {cached}")
+        for index, block in enumerate(shared[first:], first):
             require(
                 self._content.get(block) == keys[index + 1],
                 f"begin({request_id}): block {block} is not known to hold the tokens before "
@@ -91,7 +95,7 @@ class AuditedBlocks:
             )
         self._tables[request_id] = list(shared)
         self._keys[request_id] = keys
-        self._holders.update(shared)
+        self._holders.update(shared[first:])
         for block in table[len(shared) :]:
             self._hand_out(request_id, block, f"begin({request_id})")
             key = self._chain(list(keys), token_ids, len(table) * self._size)[-1]
@@ -133,10 +137,9 @@ class AuditedBlocks:
         )
         self.inner.commit(request_id, token_ids, num_computed)
         keys = self._chain(self._keys[request_id], token_ids, num_computed)
-        mine = self._tables[request_id]
-        self._slide(request_id, num_computed)
-        for block, key in zip(mine, keys[1:], strict=False):
+        for block, key in zip(self._tables[request_id], keys[1:], strict=False):
             self._content[block] = key
+        self._slide(request_id, num_computed)
         self._check_count(f"commit({request_id})")
 
     def _slide(self, request_id: int, num_computed: int) -> None:

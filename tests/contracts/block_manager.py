@@ -33,8 +33,15 @@ def audited(
 class BlockManagerMachine(RuleBasedStateMachine):
     """Any order of calls that the contract allows; the audit compares each answer."""
 
-    def __init__(self, make_blocks: MakeBlocks, options: dict[str, Any], kind: CacheKind) -> None:
+    def __init__(
+        self,
+        make_blocks: MakeBlocks,
+        options: dict[str, Any],
+        kind: CacheKind,
+        most_uncommitted: int | None,
+    ) -> None:
         super().__init__()
+        self.most_uncommitted = most_uncommitted
         self.make_blocks = make_blocks
         self.options = options
         self.kind = kind
@@ -73,6 +80,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0), generated=st.lists(st.integers(0, 3), min_size=1, max_size=9))
     def generate(self, which: int, generated: list[int]) -> None:
         request_id = self._pick(which)
+        uncommitted = len(self.tokens[request_id]) - self.blocks.written[request_id]
+        if self.most_uncommitted is not None and (
+            uncommitted + len(generated) > self.most_uncommitted
+        ):
+            return
         if self.blocks.grow(request_id, len(self.tokens[request_id]) + len(generated) - 1):
             self.tokens[request_id] += generated
 
@@ -132,14 +144,18 @@ class BlockManagerContract(TogetherContract):
         make_blocks: the class or a factory.
         make_scheduler: what it is driven by in the traces.
         kind: of the cache group whose blocks the manager has in the tests without a scheduler. With
-            a scheduler, i.e. in traces, the manager has a group with full pages. A trace with a
-            second group does not use `make_blocks`: its groups have `PagedBlockManager` and
+            a scheduler, i.e. in traces, the manager has a group with full pages. In a trace with a
+            second group, this group has a `CachingWindowManager` if `make_blocks` can cache
+            prefixes with several groups. Otherwise the groups have `PagedBlockManager` and
             `WindowBlockManager`.
+        most_uncommitted: how many of a request's tokens may be uncommitted when it gets more; None
+            for any number.
     """
 
     make_blocks: ClassVar[Any]
     make_scheduler: ClassVar[Any] = ContinuousScheduler
     kind: ClassVar[CacheKind] = FullPages()
+    most_uncommitted: ClassVar[int | None] = None
 
     def combinations(self, depth: int) -> list[Combination]:
         cls = type(self)
@@ -149,10 +165,9 @@ class BlockManagerContract(TogetherContract):
         ]
 
     def test_no_order_of_calls_breaks_a_rule(self) -> None:
-        make = type(self).make_blocks
-        run_machine(
-            partial(BlockManagerMachine, make, self.options, self.kind), 5 * self.num_examples
-        )
+        make, most = type(self).make_blocks, self.most_uncommitted
+        machine = partial(BlockManagerMachine, make, self.options, self.kind, most)
+        run_machine(machine, 5 * self.num_examples)
 
     def test_an_empty_cache_finds_nothing(self) -> None:
         blocks = self._blocks()

@@ -21,7 +21,7 @@ from engine.types import (
     WindowPages,
 )
 from memory.block_manager import PagedBlockManager
-from memory.cache_groups import WindowBlockManager, grouped
+from memory.cache_groups import CachingWindowManager, WindowBlockManager, grouped
 from sampling_params import SamplingParams
 from tests.contracts.audit import AuditedBlocks, require
 from utils.errors import ContractError, RequestTooLongError
@@ -73,7 +73,8 @@ class Setting:
 class Driver:
     """The parts under test on a fake runner.
 
-    With two cache groups the block manager under test makes way for those without prefix caching.
+    With two cache groups the block manager under test makes way for those without prefix caching,
+    unless it can cache prefixes with several groups.
 
     Attributes:
         blocks: the first cache group's manager, under audit.
@@ -97,7 +98,12 @@ class Driver:
             eos_chance=s.eos_chance, error_chance=s.error_chance, tells=s.tells, kinds=kinds
         )
         self.runner = FakeRunner(config, groups=s.groups, model=self.model)
-        makes = (PagedBlockManager, WindowBlockManager) if s.window else (make_blocks,)
+        makes: tuple[MakeBlocks, ...] = (make_blocks,)
+        if s.window:
+            caches = getattr(make_blocks, "caches_prefixes", False)
+            able = caches and hasattr(make_blocks, "cached_tokens")
+            full = make_blocks if able else PagedBlockManager
+            makes = (full, CachingWindowManager if able else WindowBlockManager)
         self.audits = [
             AuditedBlocks(make(config, geometry), geometry.kind)
             for make, geometry in zip(makes, s.groups, strict=True)

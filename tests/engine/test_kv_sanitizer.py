@@ -119,8 +119,10 @@ class PublishesTooEarly(PrefixCacheManager):
 class SharesTooMuch(PrefixCacheManager):
     """Hides one of the found blocks from the scheduler, which computes it again."""
 
-    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
-        return max(0, super().begin(request_id, token_ids, cache_salt) - SIZE)
+    def begin(
+        self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
+    ) -> int:
+        return max(0, super().begin(request_id, token_ids, cache_salt, most) - SIZE)
 
 
 class ForgetsCopies(PrefixCacheManager):
