@@ -171,6 +171,32 @@ def test_greedy_tokens_with_windows(
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3-windows"])
+def test_windows_with_prefix_hits(checkpoints: Checkpoints, name: str, depth: int) -> None:
+    """One after another and together, longer ones too; freed blocks are full of NaN."""
+    path = checkpoints[name]
+    expected = _reference(path)
+    params = SamplingParams(temperature=0, max_tokens=len(expected.outputs[0]))
+    options: dict[str, Any] = {"kvcache_block_size": 16, "num_kvcache_blocks": 600}
+    options |= {"max_num_seqs": 3, "max_num_batched_tokens": 40, "kv_sanitizer": True}
+    with LLM(path, device="cpu", pipeline_depth=depth, **options) as llm:
+        alone = [
+            llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"]
+            for prompt in [*expected.prompts, *expected.prompts]
+        ]
+        together = llm.generate(expected.prompts, params, use_tqdm=False)
+        hits = llm.cache_stats().hit_tokens
+        more = [p + o for p, o in zip(expected.prompts, expected.outputs, strict=True)]
+        longer = llm.generate(more, params, use_tqdm=False)
+        assert llm.cache_stats().hit_tokens > hits > 0
+        llm.reset_prefix_cache()
+        again = llm.generate(more, params, use_tqdm=False)
+    assert [out["token_ids"] for out in longer] == [out["token_ids"] for out in again]
+    assert alone == expected.outputs * 2
+    assert [out["token_ids"] for out in together] == expected.outputs
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("blocks", [3, 4, 9])
 def test_a_window_needs_few_blocks_for_a_long_prompt(
     checkpoints: Checkpoints, blocks: int, depth: int

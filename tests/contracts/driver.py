@@ -91,7 +91,7 @@ class Driver:
             model="none",
             max_num_seqs=s.max_num_seqs,
             max_num_batched_tokens=s.budget,
-            **s.options,
+            **{"pipeline_depth": s.depth, **s.options},
         )
         kinds = tuple(geometry.kind for geometry in s.groups)
         self.model = FakeModel(

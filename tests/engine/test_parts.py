@@ -30,7 +30,7 @@ from engine.policies import Policy
 from engine.scheduler import ContinuousScheduler, StaticScheduler
 from engine.types import CacheKind, FullPages, KVGeometry, WindowPages
 from memory.block_manager import PagedBlockManager, PrefixCacheManager, RadixCacheManager
-from memory.cache_groups import WindowBlockManager
+from memory.cache_groups import CachingWindowManager, WindowBlockManager
 from memory.eviction import LFUPolicy, LRUPolicy
 from sampling_params import SamplingParams
 from tests.checkpoints import Checkpoints
@@ -248,25 +248,29 @@ class TestBlockManagers:
         assert self._made((_group(),))[1] == [PrefixCacheManager]
 
     @pytest.mark.parametrize("kinds", [(WindowPages(32),), (FullPages(), WindowPages(32))], ids=str)
-    def test_windows_are_not_cached(self, kinds: tuple[CacheKind, ...]) -> None:
-        config, made = self._made(tuple(_group(kind) for kind in kinds))
-        assert (config.block_manager, config.enable_prefix_caching) == ("paged", False)
+    @pytest.mark.parametrize("caching", [None, True, False])
+    def test_windows(self, kinds: tuple[CacheKind, ...], caching: bool | None) -> None:
+        groups = tuple(_group(kind) for kind in kinds)
+        config, made = self._made(groups, enable_prefix_caching=caching)
+        caches = caching is not False
+        assert (config.block_manager, config.enable_prefix_caching) == (
+            "prefix" if caches else "paged",
+            caches,
+        )
+        of_windows = CachingWindowManager if caches else WindowBlockManager
+        full = PrefixCacheManager if caches else PagedBlockManager
         windows = [isinstance(kind, WindowPages) for kind in kinds]
-        assert made == [WindowBlockManager if w else PagedBlockManager for w in windows]
+        assert made == [of_windows if window else full for window in windows]
 
-    def test_nor_are_several_groups_of_full_pages(self) -> None:
-        config, made = self._made((_group(), _group()))
-        assert (config.block_manager, config.enable_prefix_caching) == ("paged", False)
-        assert made == [PagedBlockManager] * 2
-
-    @pytest.mark.parametrize(
-        "option", [{"enable_prefix_caching": True}, {"block_manager": "radix"}]
-    )
-    def test_nor_may_that_be_asked_for(self, option: dict[str, Any]) -> None:
-        with pytest.raises(ConfigError, match="several cache groups") as caught:
-            self._made((_group(), _group(WindowPages(32))), **option)
-        ((field, value),) = option.items()
-        assert (caught.value.field, caught.value.value) == (field, value)
+    @pytest.mark.parametrize("caching", [True, False])
+    def test_a_factory_with_windows(self, caching: bool) -> None:
+        part = PrefixCacheManager if caching else PagedBlockManager
+        for kinds in ((0, 32), (32, 0), (0, 0)):
+            groups = tuple(_group(WindowPages(w) if w else FullPages()) for w in kinds)
+            config, made = self._made(groups, block_manager=lambda *args: part(*args))
+            assert config.enable_prefix_caching is caching
+            of_windows = CachingWindowManager if caching else WindowBlockManager
+            assert made == [of_windows if window else part for window in kinds]
 
     def test_what_a_factory_makes_tells_whether_prefixes_are_cached(self) -> None:
         for part in (PrefixCacheManager, PagedBlockManager):
@@ -285,12 +289,20 @@ class TestBlockManagers:
             self._made((_group(),), block_manager=lambda *args: None)
 
 
+class _CachesAlone(PagedBlockManager):
+    """Caches prefixes, it says, and cannot tell how long they are."""
+
+    caches_prefixes = True
+
+
 @pytest.mark.parametrize("kinds", [(0, 32), (32, 0), (0, 0)])
-def test_a_factory_of_caching_managers_is_refused_with_several_groups(
-    kinds: tuple[int, ...],
+@pytest.mark.parametrize("is_class", [True, False])
+def test_a_manager_that_cannot_agree_with_others_is_refused(
+    kinds: tuple[int, ...], is_class: bool
 ) -> None:
     """Whichever group comes first."""
-    asked = _config(block_manager=lambda *args: PrefixCacheManager(*args))
+    part = _CachesAlone if is_class else lambda *args: _CachesAlone(*args)
+    asked = _config(block_manager=part)
     groups = tuple(_group(WindowPages(window) if window else FullPages()) for window in kinds)
     with pytest.raises(ConfigError, match=r"block_manager=.*several cache groups"):
         make_block_managers(asked, resolve(asked, _checkpoint()), groups)

@@ -8,9 +8,24 @@ from config import Config
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
 from engine.scheduler import StaticScheduler
-from engine.types import NO_BLOCK, BlockUpdate, KVGeometry, StepPlan, StepResult, WindowPages
+from engine.types import (
+    NO_BLOCK,
+    BlockManager,
+    BlockUpdate,
+    KVGeometry,
+    StepPlan,
+    StepResult,
+    WindowPages,
+)
 from memory.block_manager import PagedBlockManager, PrefixCacheManager
-from memory.cache_groups import GroupedBlockManager, WindowBlockManager, grouped, held_blocks
+from memory.cache_groups import (
+    CachingGroups,
+    CachingWindowManager,
+    GroupedBlockManager,
+    WindowBlockManager,
+    grouped,
+    held_blocks,
+)
 from sampling_params import SamplingParams
 from utils.errors import ContractError, RequestTooLongError
 
@@ -90,8 +105,8 @@ def test_groups_that_cannot_be_together() -> None:
     with pytest.raises(ContractError, match="different block sizes"):
         GroupedBlockManager((_paged(), _window(6, size=8)))
     caching = PrefixCacheManager(CONFIG, KVGeometry(1, 1, 1, 4, 8, 4))
-    with pytest.raises(ContractError, match="caches prefixes"):
-        GroupedBlockManager((caching, _window(6)))
+    with pytest.raises(ContractError, match="WindowBlockManager cannot cache prefixes"):
+        grouped((caching, _window(6)))
 
 
 def test_plans_name_the_group_and_windows_slide_by_what_is_committed() -> None:
@@ -209,3 +224,178 @@ def test_a_batch_with_a_static_size_counts_each_group() -> None:
             scheduler.add(Sequence(i, [0] * 60, SamplingParams(), max_total_tokens=101))
         scheduler.schedule()
         assert scheduler.batch.num_running == count
+
+
+STEPS = Config(model="none", max_num_batched_tokens=8, max_num_seqs=8)
+
+
+def _caching_window(num_blocks: int = 12, window: int = 6) -> CachingWindowManager:
+    """Its requests hold at most 5 blocks of 4: window, the 8 tokens of a step, and the ends."""
+    geometry = KVGeometry(1, 1, 1, 4, num_blocks, 4, WindowPages(window))
+    return CachingWindowManager(STEPS, geometry)
+
+
+def _caching_groups(full_blocks: int = 20, window_blocks: int = 12) -> CachingGroups:
+    full = PrefixCacheManager(STEPS, KVGeometry(1, 1, 1, 4, full_blocks, 4))
+    blocks = grouped((full, _caching_window(window_blocks)))
+    assert isinstance(blocks, CachingGroups)
+    return blocks
+
+
+def _serve(blocks: BlockManager, tokens: list[int], request_id: int = 0, salt: str = "") -> int:
+    """Compute a prompt in chunks of 8 and end; return how many tokens were in the cache."""
+    cached = blocks.begin(request_id, tokens, salt)
+    assert blocks.grow(request_id, len(tokens))
+    for end in range(cached + 8, len(tokens) + 8, 8):
+        blocks.commit(request_id, tokens, min(end, len(tokens)))
+    blocks.release(request_id)
+    return cached
+
+
+def test_a_hit_needs_the_blocks_of_the_window_only() -> None:
+    blocks = _caching_window()
+    tokens = [*range(19)]
+    assert _serve(blocks, tokens) == 0
+    assert blocks.stats.cached_blocks == 4
+    # The blocks that left the window first were idle first: two of them are evicted.
+    for request_id in (1, 4):
+        blocks.begin(request_id, [])
+        assert blocks.grow(request_id, 20)
+    assert blocks.stats.evicted_blocks == 2
+    assert blocks.begin(2, tokens) == 16
+    first, second, *rest = blocks.table(2)
+    assert (first, second) == (NO_BLOCK, NO_BLOCK)
+    assert len(set(rest)) == 2
+    assert NO_BLOCK not in rest
+    blocks.release(2)
+    # 12 tokens need positions 7 to 11, so blocks 1 and 2, and block 1 is gone.
+    assert blocks.begin(3, tokens[:13]) == 0
+    for request_id in (3, 1, 4):
+        blocks.release(request_id)
+    assert blocks.num_free_blocks == 12
+
+
+def test_hits_are_counted_and_shared() -> None:
+    blocks = _caching_window()
+    tokens = [*range(17)]
+    _serve(blocks, tokens)
+    assert blocks.begin(1, tokens) == blocks.begin(2, tokens) == 16
+    assert blocks.table(1) == blocks.table(2)
+    assert blocks.num_free_blocks == 10
+    assert blocks.grow(1, 17)
+    assert blocks.grow(2, 17)
+    assert blocks.stats.hit_tokens == 32
+    assert blocks.table(1)[-1] != blocks.table(2)[-1]
+    # Position 22 does not attend to block 3: the first request gives its share of it up.
+    blocks.commit(1, [*range(23)], 17)
+    assert blocks.grow(1, 23)
+    blocks.commit(1, [*range(23)], 22)
+    assert blocks.table(1)[:4] == [NO_BLOCK] * 4
+    assert blocks.table(2)[3] != NO_BLOCK
+    assert blocks.begin(3, tokens) == 16
+    for request_id in (1, 2, 3):
+        blocks.release(request_id)
+    assert blocks.num_free_blocks == 12
+
+
+def test_a_prefix_is_not_that_of_other_tokens_or_salts() -> None:
+    blocks = _caching_window()
+    tokens = [*range(19)]
+    _serve(blocks, tokens, salt="a")
+    assert _serve(blocks, tokens, salt="b") == 0
+    assert _serve(blocks, [99, *tokens[1:]], salt="a") == 0
+    assert _serve(blocks, tokens, salt="a") == 16
+    blocks.reset_prefix_cache()
+    assert _serve(blocks, tokens, salt="a") == 0
+
+
+def test_equal_blocks_of_two_requests_are_cached_once() -> None:
+    blocks = _caching_window()
+    tokens = [*range(9)]
+    for request_id in (0, 1):
+        blocks.begin(request_id, tokens)
+        assert blocks.grow(request_id, 9)
+    for request_id in (0, 1):
+        blocks.commit(request_id, tokens, 9)
+    assert blocks.stats.cached_blocks == 2
+    blocks.release(0)
+    blocks.release(1)
+    assert blocks.num_free_blocks == 12
+    assert blocks.begin(2, tokens) == 8
+
+
+def test_a_request_that_takes_its_own_blocks_again_shares_none() -> None:
+    blocks = _caching_window()
+    tokens = [*range(60)]
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 60)
+    assert len(blocks.table(0)) == 5
+    for end in (8, 16, 24):
+        blocks.commit(0, tokens, end)
+        assert blocks.stats.cached_blocks == 0
+    for end in (32, 40, 48, 56, 60):
+        blocks.commit(0, tokens, end)
+    assert blocks.stats.cached_blocks > 0
+    blocks.release(0)
+    assert blocks.num_free_blocks == 12
+    # All of the rest has a place at once, so the blocks found may be shared.
+    assert blocks.begin(1, tokens) == 56
+    blocks.release(1)
+    # Here it has not.
+    assert blocks.begin(2, [*tokens[:56], *range(100, 140)]) == 0
+
+
+def test_a_small_cache_shares_nothing() -> None:
+    blocks = _caching_window(num_blocks=4)
+    for _ in range(2):
+        assert _serve(blocks, [*range(19)]) == 0
+    assert blocks.stats.cached_blocks == 0
+
+
+def test_groups_agree_on_the_longest_prefix_that_all_have() -> None:
+    blocks = _caching_groups()
+    tokens = [*range(30)]
+    assert _serve(blocks, tokens) == 0
+    assert _serve(blocks, tokens) == 28
+    full, window = blocks.groups
+    assert (full.stats.hit_tokens, blocks.stats.hit_tokens) == (28, 28)
+    assert blocks.stats.cached_blocks == full.stats.cached_blocks + window.stats.cached_blocks
+    # No prefix is found if one group has forgotten it.
+    window.reset_prefix_cache()
+    assert _serve(blocks, tokens) == 0
+    full.reset_prefix_cache()
+    assert _serve(blocks, tokens) == 0
+    assert _serve(blocks, tokens) == 28
+    blocks.reset_prefix_cache()
+    assert _serve(blocks, tokens) == 0
+    # A prompt of whole blocks keeps one of them to compute, and nothing is copied.
+    assert _serve(blocks, tokens[:28]) == 24
+    assert blocks.take_copies() == ()
+
+
+def test_groups_shorten_a_hit_until_all_have_it() -> None:
+    """The window lacks block 3, so 4 blocks of full attention are cut to 3."""
+    blocks = _caching_groups()
+    tokens = [*range(19)]
+    _serve(blocks, tokens)
+    _, window = blocks.groups
+    [last] = [node for node in window._cached.values() if node.depth == 3]
+    window.unlink(last)
+    window._forget(last)
+    assert blocks.begin(1, tokens) == 12
+    full_table, window_table = (one.table(1) for one in blocks.groups)
+    assert (len(full_table), NO_BLOCK in full_table) == (3, False)
+    assert (len(window_table), window_table.count(NO_BLOCK)) == (3, 1)
+    blocks.release(1)
+    assert [one.num_free_blocks for one in blocks.groups] == [20, 12]
+
+
+def test_groups_tell_of_a_prefix_that_is_being_computed() -> None:
+    blocks = _caching_groups()
+    tokens = [*range(30)]
+    blocks.begin(0, tokens)
+    assert blocks.grow(0, 30)
+    found = blocks.pending(tokens)
+    assert found is not None
+    assert (found.request_id, found.num_tokens) == (0, 28)
+    assert blocks.pending([99] * 30) is None
