@@ -50,21 +50,30 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 def measured(spec: DecoderSpec) -> bool:
     """Whether whole requests of a model with such layers were compared on a GPU (docs/exact.md)."""
-    # Models with the layers of Qwen2 or Qwen3 were compared. The other families have other layers.
+    # Models of Qwen2 and Qwen3 were compared. The layers of Llama, and those of Phi-3 and Mistral
+    # without a window, use nothing else.
     default = {field.name: field.default for field in fields(spec)}
-    return spec.qk_norm != "all" and all(
+    if spec.qk_norm == "all" or any(spec.windows):
+        return False
+    return all(
         getattr(spec, name) == default[name]
         for name in (
             *("ropes", "norms", "norm_offset", "activation", "scales_queries"),
-            *("embedding_scale", "logit_scale", "windows"),
+            *("embedding_scale", "logit_scale"),
         )
     )
 
 
-def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
+def decoder_spec(
+    hf_config: Any,
+    windows: Literal["", "sliding_window", "layer_types"] = "",
+    **others: Any,
+) -> DecoderSpec:
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
-    `others` are fields of the `DecoderSpec`. They may replace what is read from the config.
+    `windows` is the field that says which layers have a sliding window: "" for none, whatever the
+    config has, "sliding_window" for all layers, "layer_types" for those that it names. `others` are
+    fields of the `DecoderSpec`. They may replace what is read from the config.
 
     Raises UnsupportedModelError for activations other than SiLU and GELU by tanh, layers with
     neither full attention nor a sliding window, biases of the MLP, quantised weights, head sizes
@@ -98,17 +107,19 @@ def decoder_spec(hf_config: Any, **others: Any) -> DecoderSpec:
         "rms_norm_eps": hf_config.rms_norm_eps,
         "activation": _ACTIVATIONS[activation],
         "tied": hf_config.tie_word_embeddings,
-        "windows": _windows(hf_config),
+        "windows": _windows(hf_config, windows),
     }
     return DecoderSpec(**(sizes | others))
 
 
-def _windows(hf_config: Any) -> tuple[int | None, ...]:
+def _windows(hf_config: Any, field: str) -> tuple[int | None, ...]:
     """Return each layer's window, or () if all layers have full attention."""
+    if not field:
+        return ()
     window, count = getattr(hf_config, "sliding_window", None), hf_config.num_hidden_layers
-    # If a config has no layer_types, its sliding_window applies to all layers.
-    all_layers = "sliding_attention" if window else "full_attention"
-    kinds = list(getattr(hf_config, "layer_types", None) or [all_layers] * count)
+    all_layers = "full_attention" if window is None else "sliding_attention"
+    named = getattr(hf_config, "layer_types", None) if field == "layer_types" else None
+    kinds = list(named or [all_layers] * count)
     known = {"full_attention": None, "sliding_attention": window}
     if others := sorted(set(kinds) - set(known)):
         raise UnsupportedModelError(

@@ -20,6 +20,7 @@ def model_shape(hf_config: Any) -> DecoderSpec:
     bias = hf_config.attention_bias
     return decoder_spec(
         hf_config,
+        windows="layer_types",
         qkv_bias=bias,
         o_bias=bias,
         qk_norm="heads",

@@ -9,7 +9,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
-    return decoder_spec(hf_config, scales_queries=True)
+    return decoder_spec(hf_config, windows="sliding_window", scales_queries=True)
 
 
 MODEL = DecoderLM

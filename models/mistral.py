@@ -1,4 +1,4 @@
-"""Mistral models (Jiang et al., 2023) whose config has no sliding window, as from v0.2 on."""
+"""Mistral models (Jiang et al., 2023). All layers of v0.1 have a window, later ones have none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
-    return decoder_spec(hf_config)
+    return decoder_spec(hf_config, windows="sliding_window")
 
 
 MODEL = DecoderLM

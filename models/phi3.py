@@ -9,7 +9,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
-    return decoder_spec(hf_config, fused_weights=True)
+    return decoder_spec(hf_config, windows="sliding_window", fused_weights=True)
 
 
 MODEL = DecoderLM

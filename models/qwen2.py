@@ -9,7 +9,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 
 
 def model_shape(hf_config: Any) -> DecoderSpec:
-    return decoder_spec(hf_config, qkv_bias=True)
+    return decoder_spec(hf_config, windows="layer_types", qkv_bias=True)
 
 
 MODEL = DecoderLM

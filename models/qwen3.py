@@ -10,7 +10,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 
 def model_shape(hf_config: Any) -> DecoderSpec:
     bias = hf_config.attention_bias
-    return decoder_spec(hf_config, qkv_bias=bias, o_bias=bias, qk_norm="heads")
+    return decoder_spec(hf_config, "layer_types", qkv_bias=bias, o_bias=bias, qk_norm="heads")
 
 
 MODEL = DecoderLM

@@ -11,7 +11,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 def model_shape(hf_config: Any) -> DecoderSpec:
     bias = hf_config.attention_bias
     ropes = tuple("" if rotates else None for rotates in hf_config.no_rope_layers)
-    return decoder_spec(hf_config, qkv_bias=bias, o_bias=bias, ropes=ropes)
+    return decoder_spec(hf_config, "layer_types", qkv_bias=bias, o_bias=bias, ropes=ropes)
 
 
 MODEL = DecoderLM

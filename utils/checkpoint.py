@@ -58,6 +58,8 @@ class Checkpoint:
         if not isinstance(limit, int):
             kind = self.hf_config.model_type
             problem = f"is a {kind!r} model whose config has no max_position_embeddings"
+            if hasattr(self.hf_config, "text_config"):
+                problem = f"is a {kind!r} model with other parts beside text, which are not built"
             raise UnsupportedModelError(f"{self.path} {problem}")
         rope = getattr(self.hf_config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("linear", "dynamic", "yarn"):

@@ -151,7 +151,7 @@ def _config(**fields: Any) -> SimpleNamespace:
 
 
 def _spec(config: Any) -> DecoderSpec:
-    return decoder_spec(config, qkv_bias=False, o_bias=False)
+    return decoder_spec(config, "layer_types", qkv_bias=False, o_bias=False)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,37 @@ def test_sizes_and_windows_of_unchecked_configs(fields: dict[str, Any], problem:
     _spec(_config(sliding_window=None))
     with pytest.raises(UnsupportedModelError, match=problem):
         _spec(_config(**fields))
+
+
+def test_windows_are_read_where_the_family_has_them() -> None:
+    config = _config(
+        num_hidden_layers=2,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    assert decoder_spec(config).windows == ()
+    assert decoder_spec(config, windows="sliding_window").windows == (5, 5)
+    assert decoder_spec(config, windows="layer_types").windows == (None, 5)
+    del config.layer_types
+    assert decoder_spec(config, windows="layer_types").windows == (5, 5)
+    with pytest.raises(UnsupportedModelError, match="sliding_window=0"):
+        decoder_spec(_config(sliding_window=0), windows="sliding_window")
+    # A family without windows ignores what it does not know, as transformers does.
+    config = _config(sliding_window=0, layer_types=["chunked_attention"])
+    assert decoder_spec(config).windows == ()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_window_in_the_config(model_type: str) -> None:
+    """transformers ignores it for some families."""
+    ignores = model_type in ("llama", "granite", "olmo2")
+    about: dict[str, Any] = {"sliding_window": 5, "use_sliding_window": True}
+    about["layer_types"] = ["sliding_attention"] * 2
+    if model_type in ("llama", "granite", "olmo2", "mistral", "ministral3", "phi3"):
+        del about["layer_types"]
+    if model_type in ("qwen2", "qwen3"):
+        about["max_window_layers"] = 0
+    assert _shape(model_type, **about).windows == (() if ignores else (5, 5))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
