@@ -41,6 +41,8 @@ def smollm2(cache: Path | None = None) -> Path:
     folder = cache / FOLDER
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise ConfigError("cache", str(folder), "it is no folder", "Move this file away.")
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         problem = f"it is made from a GGUF file, which needs {' and '.join(missing)}"
         fix = f"Install with `pip install {' '.join(missing)}`, or use `make demo MODEL={NAME}`."

@@ -169,10 +169,15 @@ def check_policies(config: Config, scheduler: object) -> None:
 
 def make_runner(config: Config, checkpoint: Checkpoint) -> ModelRunner:
     """Make the runner and load the model. Raises ConfigError for unsupported options."""
+    refused = _conflict(config, "num_speculative_tokens", "model_runner", "drafts no tokens")
+    part: Any = find("model_runner", config)
+    # A factory function has no `drafts`. Its runner is asked after it has loaded the model.
+    if config.num_speculative_tokens and not getattr(part, "drafts", True):
+        raise refused
     runner: ModelRunner = make("model_runner", config, checkpoint)
     if config.num_speculative_tokens and not runner.drafts:
         runner.close()
-        raise _conflict(config, "num_speculative_tokens", "model_runner", "drafts no tokens")
+        raise refused
     return runner
 
 

@@ -26,7 +26,8 @@ def rotary_table(
     frequencies that transformers uses for a sequence of `max_len` tokens. With the rope types
     "dynamic" and "longrope" transformers changes frequencies as a sequence grows. This engine does
     not, because cached keys are already rotated. Raises UnsupportedModelError for unknown rope
-    types, for parameters of other types or by kind of layer, and if not all of a head is rotated.
+    types, for parameters of wrong types, if not all of a head is rotated, and if `kind` is "" and
+    each kind of layer has its own parameters, or the reverse.
     """
     if kind is None:
         table = torch.zeros(2, max_len, 1, head_dim, dtype=torch.float32)
@@ -44,6 +45,9 @@ def rotary_table(
             f"rope type {rope_type!r} is unknown to the installed transformers, which knows "
             f"default, {', '.join(ROPE_INIT_FUNCTIONS)}"
         )
+    if (share := parameters.get("partial_rotary_factor")) not in (None, 1):
+        problem = "only rotations of whole heads are built"
+        raise UnsupportedModelError(f"rope with partial_rotary_factor={share!r}: {problem}")
     try:
         if rope_type == "default":
             exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
@@ -53,8 +57,8 @@ def rotary_table(
             inv_freq, scaling = make(
                 hf_config, torch.device("cpu"), seq_len=max_len, layer_type=kind or None
             )
-        usable = parameters.get("partial_rotary_factor") in (None, 1) and math.isfinite(scaling)
-        usable = usable and len(inv_freq) == head_dim // 2 and bool(inv_freq.isfinite().all())
+        usable = len(inv_freq) == head_dim // 2 and bool(inv_freq.isfinite().all())
+        usable = usable and math.isfinite(scaling)
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(f"rope_parameters={parameters} fail: {error!r}") from error
     if not usable:

@@ -181,17 +181,18 @@ class DecoderLM(CausalLM):
         scale = shape.embedding_scale
         if shape.rounds_scale:
             scale = float(torch.tensor(scale, dtype=place.dtype))
-        self.embed_tokens = VocabEmbedding(*size, place, scale)
         self._ropes = shape.ropes or ("",) * shape.num_layers
         self._kinds = list(dict.fromkeys(self._ropes))
-        self.layers = [self.make_layer(i) for i in range(shape.num_layers)]
-        self.norm = self.make_norm()
-        self._head = self.embed_tokens if shape.tied else VocabEmbedding(*size, place)
-        self.lm_head = VocabHead(self._head, place, shape.logit_scale)
+        # Before the layers, whose weights take memory: what cannot be rotated is refused here.
         rows = hf_config, shape.head_dim, max_model_len, place.device
         tables = [rotary_table(*rows, kind) for kind in self._kinds]
         scales = query_scales(hf_config, *rows[2:]) if shape.scales_queries else None
         self.rotary = RotaryEmbedding(*tables, gather=not place.fused, query_scale=scales)
+        self.embed_tokens = VocabEmbedding(*size, place, scale)
+        self.layers = [self.make_layer(i) for i in range(shape.num_layers)]
+        self.norm = self.make_norm()
+        self._head = self.embed_tokens if shape.tied else VocabEmbedding(*size, place)
+        self.lm_head = VocabHead(self._head, place, shape.logit_scale)
 
     def make_layer(self, index: int) -> DecoderLayer:
         spec, mlp_norm = self.spec, "post_attention"

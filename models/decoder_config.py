@@ -67,6 +67,7 @@ def measured(spec: DecoderSpec) -> bool:
 def decoder_spec(
     hf_config: Any,
     windows: Literal["", "sliding_window", "layer_types"] = "",
+    activation_field: str = "hidden_act",
     **others: Any,
 ) -> DecoderSpec:
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
@@ -81,11 +82,12 @@ def decoder_spec(
     settings that `DecoderLM` lacks. `open_checkpoint` has already refused numbers that make no
     sense, such as 0 layers.
     """
-    field = "hidden_act" if hasattr(hf_config, "hidden_act") else "hidden_activation"
-    activation = getattr(hf_config, field)
+    if not getattr(hf_config, "is_causal", True):
+        raise UnsupportedModelError("is_causal=False: only causal attention is built")
+    activation = getattr(hf_config, activation_field)
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
-        raise UnsupportedModelError(f"{field}={activation!r}: only {known} are built")
+        raise UnsupportedModelError(f"{activation_field}={activation!r}: only {known} are built")
     if getattr(hf_config, "mlp_bias", False):
         raise UnsupportedModelError("mlp_bias=True: only MLPs without biases are built")
     if getattr(hf_config, "quantization_config", None) is not None:
@@ -109,7 +111,11 @@ def decoder_spec(
         "tied": hf_config.tie_word_embeddings,
         "windows": _windows(hf_config, windows),
     }
-    return DecoderSpec(**(sizes | others))
+    spec = DecoderSpec(**(sizes | others))
+    if spec.ropes and len(spec.ropes) != spec.num_layers:
+        given = f"{len(spec.ropes)} layers of {spec.num_layers}"
+        raise UnsupportedModelError(f"layer_types or no_rope_layers tell the rotation of {given}")
+    return spec
 
 
 def _windows(hf_config: Any, field: str) -> tuple[int | None, ...]:
@@ -129,5 +135,8 @@ def _windows(hf_config: Any, field: str) -> tuple[int | None, ...]:
     if len(kinds) != count:
         raise UnsupportedModelError(f"layer_types has {len(kinds)} entries for {count} layers")
     if "sliding_attention" in kinds and (not isinstance(window, int) or window < 1):
-        raise UnsupportedModelError(f"sliding_window={window!r}: a window is an integer above 0")
+        # Qwen's config classes set sliding_window to None if use_sliding_window is false.
+        used = getattr(hf_config, "use_sliding_window", None)
+        told = "" if used is None else f" with use_sliding_window={used}"
+        raise UnsupportedModelError(f"sliding_window={window!r}{told}: give an integer above 0")
     return tuple(known[kind] for kind in kinds) if "sliding_attention" in kinds else ()

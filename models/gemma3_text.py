@@ -21,6 +21,7 @@ def model_shape(hf_config: Any) -> DecoderSpec:
     return decoder_spec(
         hf_config,
         windows="layer_types",
+        activation_field="hidden_activation",
         qkv_bias=bias,
         o_bias=bias,
         qk_norm="heads",

@@ -10,7 +10,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 
 def model_shape(hf_config: Any) -> DecoderSpec:
     bias, ropes = hf_config.attention_bias, tuple(hf_config.layer_types)
-    about = {"qk_norm": "all", "norms": "after", "ropes": ropes}
+    about: dict[str, Any] = {"qk_norm": "all", "norms": "after", "ropes": ropes}
     return decoder_spec(hf_config, "layer_types", qkv_bias=bias, o_bias=bias, **about)
 
 

@@ -10,7 +10,8 @@ from models.decoder_config import DecoderSpec, decoder_spec
 
 def model_shape(hf_config: Any) -> DecoderSpec:
     bias = hf_config.attention_bias
-    ropes = tuple("" if rotates else None for rotates in hf_config.no_rope_layers)
+    listed = hf_config.no_rope_layers[: hf_config.num_hidden_layers]
+    ropes = tuple("" if rotates else None for rotates in listed) or (None,)
     return decoder_spec(hf_config, "layer_types", qkv_bias=bias, o_bias=bias, ropes=ropes)
 
 

@@ -27,7 +27,9 @@ _FIELDS = {
         (number(1e-9, 1e12, ""), "rope_theta factor original_max_position_embeddings"),
         (number(1e-9, 1e12, ""), "short_factor long_factor low_freq_factor high_freq_factor"),
         (number(1e-9, 1e12, ""), "attention_factor beta_fast beta_slow"),
-        (number(0, 1e12, ""), "mscale mscale_all_dim"),
+        (number(0, 1e12, ""), "mscale mscale_all_dim llama_4_scaling_beta"),
+        (number(1e-6, 1e6, ""), "residual_multiplier embedding_multiplier attention_multiplier"),
+        (number(1e-6, 1e6, ""), "logits_scaling query_pre_attn_scalar"),
         (Rule(lambda value: isinstance(value, str), "must be a text", ""), "dtype torch_dtype"),
         (
             Rule("model.safetensors".__eq__, "must be the file read here", ""),
@@ -61,15 +63,20 @@ class Checkpoint:
             if hasattr(self.hf_config, "text_config"):
                 problem = f"is a {kind!r} model with other parts beside text, which are not built"
             raise UnsupportedModelError(f"{self.path} {problem}")
-        rope = getattr(self.hf_config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("linear", "dynamic", "yarn"):
-            original = rope.get("original_max_position_embeddings") or limit
-            factor = rope.get("factor", 1.0)
-            if not all(isinstance(value, (int, float)) for value in (original, factor)):
-                problem = f"factor={factor!r}, original_max_position_embeddings={original!r}"
-                raise CheckpointError(f"{self.path}: rope_parameters has {problem}")
-            limit = max(limit, int(original * factor))
-        return limit
+        ropes = getattr(self.hf_config, "rope_parameters", None) or {}
+        kinds = [rope for rope in ropes.values() if isinstance(rope, dict)]
+        # Parameters by kind of layer: layers with a window see no position beyond the window.
+        return max(self._extended(limit, rope) for rope in kinds or [ropes])
+
+    def _extended(self, limit: int, rope: Mapping[str, Any]) -> int:
+        if rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+            return limit
+        original = rope.get("original_max_position_embeddings") or limit
+        factor = rope.get("factor", 1.0)
+        if not all(isinstance(value, (int, float)) for value in (original, factor)):
+            problem = f"factor={factor!r}, original_max_position_embeddings={original!r}"
+            raise CheckpointError(f"{self.path}: rope_parameters has {problem}")
+        return max(limit, int(original * factor))
 
 
 def _from_fields(path: Path, fields: dict[str, Any], eos_token_ids: frozenset[int]) -> Checkpoint:
@@ -90,6 +97,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     if not os.path.lexists(config_file):
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
     fields = read_json(config_file, CheckpointError)
+    if fields.get("per_layer_config"):
+        raise UnsupportedModelError(f"{config_file} has per_layer_config, sizes of single layers")
     try:
         _check(fields)
         model_type = fields.get("model_type")

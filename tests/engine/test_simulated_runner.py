@@ -20,6 +20,7 @@ import torch
 from config import Config
 from engine.checking.fake_runner import FakeModel, FakeRunner
 from engine.llm_engine import LLMEngine
+from engine.model_runner import LocalRunner
 from engine.outputs import make_output
 from engine.requests import Sequence
 from engine.simulated_runner import STEP_SECONDS, SimulatedRunner
@@ -151,8 +152,13 @@ def test_it_has_no_devices_to_share_a_model() -> None:
 
 
 def test_who_drafts_nothing_takes_no_speculative_tokens() -> None:
-    with pytest.raises(ConfigError, match=r"num_speculative_tokens=2: .*drafts no tokens"):
-        LLM(SHIPPED, device="cpu", num_speculative_tokens=2)
+    class Loads(LocalRunner):
+        def __init__(self, *args: Any) -> None:
+            raise AssertionError("this takes long")
+
+    for runner in ("local", Loads):
+        with pytest.raises(ConfigError, match=r"num_speculative_tokens=2: .*drafts no tokens"):
+            LLM(SHIPPED, device="cpu", num_speculative_tokens=2, model_runner=runner)
 
 
 @pytest.mark.parametrize("cuda", [False, True])

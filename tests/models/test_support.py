@@ -206,6 +206,34 @@ def test_a_window_in_the_config(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+def test_attention_to_later_tokens(model_type: str) -> None:
+    """transformers reads `is_causal` in the code that all models share."""
+    with pytest.raises(UnsupportedModelError, match="is_causal=False"):
+        _shape(model_type, is_causal=False)
+
+
+def test_gemma_ignores_the_activation_of_other_families() -> None:
+    assert _shape("gemma3_text", hidden_act="gelu").activation == "gelu_tanh"
+
+
+def test_smollm3_lists_whether_each_layer_rotates() -> None:
+    config = AutoConfig.for_model("smollm3", num_hidden_layers=2)
+    make = importlib.import_module("models.smollm3").model_shape
+    config.no_rope_layers = [1, 0, 5]
+    assert make(config).ropes == ("", None)
+    for listed in ([], [1]):
+        config.no_rope_layers = listed
+        with pytest.raises(UnsupportedModelError, match="no_rope_layers tell the rotation of 1"):
+            make(config)
+
+
+def test_a_window_that_qwen_switches_off() -> None:
+    fields = {"sliding_window": 20, "layer_types": ["sliding_attention"] * 2}
+    with pytest.raises(UnsupportedModelError, match="use_sliding_window=False"):
+        _shape("qwen2", use_sliding_window=False, **fields)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_other_activations(model_type: str) -> None:
     with pytest.raises(UnsupportedModelError, match="gelu"):
         _shape(model_type, **{_ACTIVATION.get(model_type, "hidden_act"): "gelu"})

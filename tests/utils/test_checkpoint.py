@@ -18,7 +18,7 @@ from layers.rotary import rotary_table
 from models import find_architecture
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint
-from utils.errors import CheckpointError, CheckpointNotFoundError
+from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError
 from utils.text import TOKENIZER_FILES, load_tokenizer
 
 QWEN3 = {
@@ -268,6 +268,27 @@ def test_the_context_counts_rope_scaling(tmp_path: Path, rope: dict[str, Any], l
     assert _open(tmp_path, rope_parameters=rope).max_position == limit
 
 
+def test_the_context_counts_the_scaling_of_each_kind_of_layer(tmp_path: Path) -> None:
+    """Layers with a window need no scaling."""
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    kinds = {"full_attention": {**YARN, "factor": 8.0}, "sliding_attention": plain}
+    assert _open(tmp_path, rope_parameters=kinds).max_position == 8000
+    kinds["full_attention"] = plain
+    assert _open(tmp_path, rope_parameters=kinds).max_position == 1000
+
+
+def test_layers_of_different_sizes(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="per_layer_config"):
+        _open(tmp_path, per_layer_config={"1": {"intermediate_size": 120}})
+
+
+def test_models_with_other_parts_than_text(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    with pytest.raises(UnsupportedModelError, match="other parts beside text"):
+        _ = open_checkpoint(str(tmp_path)).max_position
+
+
 def test_the_older_names_of_rope_fields_are_understood(tmp_path: Path) -> None:
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
     checkpoint = _open(tmp_path, rope_theta=5e5, rope_scaling=scaling)
@@ -323,6 +344,12 @@ YARN_WITH = (
         *((name, value) for name in SIZES for value in (*TEXTS_AND_SIGNS, 1.5)),
         *(("rms_norm_eps", value) for value in ("1e-6", -1e-6, 1.5, math.nan, math.inf, True)),
         *(("rope_theta", value) for value in TEXTS_AND_SIGNS),
+        *(("logits_scaling", value) for value in TEXTS_AND_SIGNS),
+        *(("residual_multiplier", value) for value in (*TEXTS_AND_SIGNS, 1e-30)),
+        *(("embedding_multiplier", value) for value in TEXTS_AND_SIGNS),
+        *(("attention_multiplier", value) for value in TEXTS_AND_SIGNS),
+        *(("query_pre_attn_scalar", value) for value in TEXTS_AND_SIGNS),
+        *(("llama_4_scaling_beta", value) for value in ("0.1", -1.0, math.nan, math.inf, True)),
         ("tie_word_embeddings", "false"),
         ("tie_word_embeddings", 0),
         ("attention_bias", "false"),
