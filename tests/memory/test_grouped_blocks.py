@@ -390,6 +390,23 @@ def test_groups_shorten_a_hit_until_all_have_it() -> None:
     assert [one.num_free_blocks for one in blocks.groups] == [20, 12]
 
 
+def test_groups_ask_each_other_again() -> None:
+    """The first window has 16 or 4 tokens, the second one 12 or 4: both have 4."""
+    blocks = grouped((_caching_window(), _caching_window()))
+    tokens = [*range(19)]
+    _serve(blocks, tokens)
+    for window, depth in zip(blocks.groups, (1, 3), strict=True):
+        assert isinstance(window, CachingWindowManager)
+        [gone] = [node for node in window._cached.values() if node.depth == depth]
+        window.unlink(gone)
+        window._forget(gone)
+    assert [one.cached_tokens(tokens, "", 16) for one in blocks.groups] == [16, 12]  # type: ignore[attr-defined]
+    assert blocks.begin(1, tokens) == 4
+    assert [len(one.table(1)) for one in blocks.groups] == [1, 1]
+    blocks.release(1)
+    assert [one.num_free_blocks for one in blocks.groups] == [12, 12]
+
+
 def test_groups_tell_of_a_prefix_that_is_being_computed() -> None:
     blocks = _caching_groups()
     tokens = [*range(30)]
