@@ -29,7 +29,10 @@ class FullPages(CacheKind):
 
 @dataclass(frozen=True, slots=True)
 class WindowPages(CacheKind):
-    """Sliding window: each position attends to itself and the `window - 1` positions before it."""
+    """Sliding window: each position attends to itself and the `window - 1` positions before it.
+
+    Raises a ContractError for a window below 1.
+    """
 
     window: int
 

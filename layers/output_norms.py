@@ -13,7 +13,11 @@ from utils.loader import WeightTarget
 
 
 class NoNorm(RMSNorm):
-    """Takes the place of a norm where a block's input is the residual stream itself."""
+    """Takes the place of a norm where a block's input is the residual stream itself.
+
+    `compute` and `gained` return the stream [T, hidden_size] as it is, after adding what the last
+    block has left to add. There are no weights.
+    """
 
     changes = False
 
@@ -38,7 +42,11 @@ class NoNorm(RMSNorm):
 
 
 class WholeNormRopeStore(QKNormRopeStore):
-    """Normalises all heads of Q together, and all heads of K together, before it stores K and V."""
+    """Normalises all heads of Q together, and all heads of K together, before it stores K and V.
+
+    A call overwrites Q and K in `qkv` [T, (num_heads + 2 * num_kv_heads) * head_dim]. `place` must
+    have one rank, since the norms cover all heads: otherwise a ConfigError is raised.
+    """
 
     def __init__(
         self,

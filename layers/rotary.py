@@ -104,10 +104,12 @@ class Rotation:
 
 
 class RotaryEmbedding:
-    """A model's rotary embeddings (RoFormer), one for each kind of layer, from `rotary_table`.
+    """A model's rotary embeddings (RoFormer), one for each kind of layer.
 
-    If `gather` is True, `prepare` returns a `Rotation` for torch, with the rows of the table that a
-    step needs. Otherwise it returns a `Rotation` for Triton kernels, which find the rows.
+    `tables` are results of `rotary_table`, float32 [2, max_model_len, 1, head_dim]. `query_scale`
+    is the result of `query_scales`, float32 [max_model_len], or None. If `gather` is True,
+    `prepare` returns a `Rotation` for torch, with the rows of the table that a step needs.
+    Otherwise it returns a `Rotation` for Triton kernels, which find the rows.
     """
 
     def __init__(self, *tables: Tensor, gather: bool, query_scale: Tensor | None = None) -> None:
@@ -122,7 +124,7 @@ class RotaryEmbedding:
             ]
 
     def prepare(self, positions: Tensor) -> tuple[Rotation, ...]:
-        """Return each table's `Rotation` for the `positions` [T] of a step's tokens."""
+        """Return each table's `Rotation` for the `positions`, int64 [T], of a step's tokens."""
         scale, tables = self._scale, self._tables
         if scale is not None:
             scale = scale.index_select(0, positions).view(-1, 1, 1)

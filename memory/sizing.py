@@ -40,7 +40,7 @@ class Usage:
 
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn out-of-memory errors of torch and NumPy into an error that names options to change."""
+    """Turn out-of-memory errors of torch and NumPy into an OutOfMemoryError that names options."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -90,7 +90,10 @@ def measure_usage(
 
 
 def longest_prefill(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
-    """Return a step of the longest prompts. Each block table lists all blocks of its group."""
+    """Return a step of prompts of max_model_len - 1 tokens, or max_num_batched_tokens if fewer.
+
+    Each block table lists all blocks of its group.
+    """
     assert config.max_model_len is not None
     longest = min(config.max_model_len - 1, config.max_num_batched_tokens)
     count = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // longest))

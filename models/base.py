@@ -77,7 +77,7 @@ class CausalLM(ABC):
     # The runner calls `rotary.prepare` once before each forward pass, with positions [T] int64, and
     # passes the result as `ForwardBatch.rotations`. Models that rotate nothing need a `rotary` too.
     rotary: RotaryEmbedding
-    exact: bool = False  # whether it was measured that no other token changes a product's bits
+    exact: bool = False  # whether it was measured that no other token changes a request's bits
 
     @abstractmethod
     def __init__(

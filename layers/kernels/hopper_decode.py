@@ -2,10 +2,10 @@
 
 The warps of a program have different tasks. One warp, the producer, walks through the section of
 the program and copies K and V of its splits into a ring of tiles in shared memory, by TMA (Tensor
-Memory Accelerator). It does not wait where a pair ends, so memory is busy while the other four
-warps, the consumer, finish a pair. Of a request's last split it copies only the lines of 16 keys
-that hold tokens. It copies all tokens but the newest up to 16 of a request before earlier kernels
-of the stream have ended.
+Memory Accelerator). The producer goes on to the next pair at once, so memory is busy while the
+other four warps, the consumer, finish a pair. Of a request's last split the producer copies only
+the lines of 16 keys that hold tokens. With PDL it copies K and V before earlier kernels of the
+stream have ended, except the last line of a request, whose newest token they may still write.
 
 Each warp of the consumer computes the scores of 32 of a split's keys, then the product of all
 weights with a quarter of V's columns. If each warp had a split of its own, no values would have to

@@ -55,7 +55,7 @@ def supports_products(n: int, k: int) -> bool:
 
 
 def interleaved(gate_up: Tensor) -> Tensor:
-    """Return a weight [2n, K] with a gate, gate then up, as alternate groups of 8 rows of each."""
+    """Return a weight [2n, K], gate then up, as alternate groups of 8 rows of each; 8 divides n."""
     return gate_up.view(2, -1, 8, gate_up.shape[1]).transpose(0, 1).reshape(gate_up.shape)
 
 
@@ -198,12 +198,15 @@ def multiply(
         weight: contiguous [N, K]; with ``gate`` [2N, K] in the order of ``interleaved``.
         bias: [N]; not allowed together with ``gate`` or ``partial``.
         parts: P; 1 together with ``scale`` or ``gate``.
+        scale: what a norm before the product divides by, from ``gain_rows``; None for no norm.
         gate: "silu" or "gelu_tanh": f is this function of the gate, times up, both in x's dtype.
             If None, f is the identity.
         partial: the result may be float32 [S, T, N]: S summands, to be added up in the order of
             parts, S = 2 or 4.
         out: tensor for the result, [T, N] in x's dtype with contiguous rows.
         pdl: use programmatic dependent launch. Earlier kernels must not write the weights or bias.
+
+    Raises a ValueError for other shapes, strides, dtypes or combinations.
     """
     tokens, columns = x.shape[0], weight.shape[0]
     n = columns if gate is None else columns // 2
@@ -241,8 +244,8 @@ def add_product(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add ``multiply(x, weight, bias, parts=parts)`` to the residual [T, N] of T <= 16 tokens.
 
-    T may be 0: a step that only computes a part of a prompt draws no token.
-
+    All tensors are bf16 or fp16. A ValueError is raised for P = 1 and for more tokens. T may be 0:
+    a step that only computes a part of a prompt draws no token.
     Returns the new stream; the stream times the next norm's weight [N] and `GAIN`; and its sums of
     squares, float32 [N / 16, T], for a `Scale`.
     """
