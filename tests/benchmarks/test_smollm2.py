@@ -227,6 +227,17 @@ def test_the_cache_keeps_the_checkpoint_alone(
     assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
+def test_a_relative_cache_home_is_ignored(
+    steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the XDG specification demands: no checkpoint goes into the folder one happens to be in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    assert smollm2() == tmp_path / "home" / ".cache" / "allmos_v2" / FOLDER
+    assert not (tmp_path / "somewhere").exists()
+
+
 def test_an_interrupted_conversion_leaves_nothing(
     steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,6 +212,16 @@ class AttentionContract:
             decodes = [Request(max(r.context, 3), 3) for r in MIXTURES[name][1]]
             self.check(self.case([], decodes, window=window))
 
+    @pytest.mark.parametrize("window", [1, 2, 16, 17, 40])
+    @pytest.mark.parametrize("extra", [-1, 0, 1, 2])
+    def test_prompts_about_as_long_as_a_window(self, window: int, extra: int) -> None:
+        """As a whole, and in two chunks. A backend whose `windows` is False is skipped."""
+        if not type(self).make_backend.windows:
+            pytest.skip("the backend has no sliding windows")
+        length = max(1, window + extra)
+        for num_queries in {length, max(1, length - 1), 1}:
+            self.check(self.case([Request(length, num_queries)], [], window=window))
+
     def test_rows_of_queries_may_be_strided(self) -> None:
         """They are a part of each row of the QKV projection."""
         case = self.case()

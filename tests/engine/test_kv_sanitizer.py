@@ -261,18 +261,26 @@ _CONFIG = Config(model="none", max_num_seqs=3, max_num_batched_tokens=16)
 _SMALL = KVGeometry(1, 1, 1, block_size=4, num_blocks=6, dtype_bytes=4)
 
 
-def _watched() -> tuple[SanitizedRunner, SanitizedBlocks]:
-    """A request with ten positions of a prompt in slot 1, and blocks for sixteen."""
-    runner = SanitizedRunner(FakeRunner(_CONFIG, groups=(_SMALL,)), _CONFIG)
-    (watched,) = runner.watch((PagedBlockManager(_CONFIG, _SMALL),))
-    blocks = cast(SanitizedBlocks, watched)
+def _watched_groups(
+    *groups: KVGeometry,
+) -> tuple[SanitizedRunner, tuple[SanitizedBlocks, ...]]:
+    """A request with ten positions of a prompt in slot 1, and in each group blocks for sixteen."""
+    runner = SanitizedRunner(FakeRunner(_CONFIG, groups=groups), _CONFIG)
+    watched = runner.watch([PagedBlockManager(_CONFIG, group) for group in groups])
+    managers = cast(tuple[SanitizedBlocks, ...], watched)
     tokens = list(range(20, 30))
-    blocks.begin(0, tokens)
-    assert blocks.grow(0, 16)
+    for blocks in managers:
+        blocks.begin(0, tokens)
+        assert blocks.grow(0, 16)
     new = NewRequest(1, 0, tuple(tokens), GREEDY, 5)
-    update = BlockUpdate(1, 0, tuple(blocks.table(0)))
-    plan = StepPlan(0, (new,), (update,), (PrefillChunk(1, 0, 10, True),))
-    runner.execute(plan).result()
+    tables = [tuple(blocks.table(0)) for blocks in managers]
+    updates = tuple(BlockUpdate(1, 0, table, i) for i, table in enumerate(tables))
+    runner.execute(StepPlan(0, (new,), updates, (PrefillChunk(1, 0, 10, True),))).result()
+    return runner, managers
+
+
+def _watched() -> tuple[SanitizedRunner, SanitizedBlocks]:
+    runner, (blocks,) = _watched_groups(_SMALL)
     return runner, blocks
 
 
@@ -287,6 +295,15 @@ def test_drafts_count_as_written_until_they_are_not_kept() -> None:
     ((*tokens,),) = handle.result().tokens
     assert len(tokens) < 5
     assert _num_written(blocks) == 10 + len(tokens)
+
+
+def test_drafts_that_are_not_kept_are_forgotten_in_every_group() -> None:
+    runner, managers = _watched_groups(_SMALL, replace(_SMALL, kind=WindowPages(8)))
+    handle = runner.execute(StepPlan(1, decode=(1,), decode_tokens=(5,)))
+    assert [*map(_num_written, managers)] == [15, 15]
+    ((*tokens,),) = handle.result().tokens
+    assert len(tokens) < 5
+    assert [*map(_num_written, managers)] == [10 + len(tokens)] * 2
 
 
 def test_the_next_step_is_named_while_it_is_planned() -> None:

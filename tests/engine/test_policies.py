@@ -22,13 +22,15 @@ from engine.policies import (
     LookAhead,
     PreemptionPolicy,
     PrefillFirst,
+    ReserveOutput,
     StepPolicy,
 )
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
 from engine.scheduler import ContinuousScheduler
-from engine.types import KVGeometry
+from engine.types import NO_BLOCK, KVGeometry, StepResult, WindowPages
 from memory.block_manager import PagedBlockManager, PrefixCacheManager
+from memory.cache_groups import WindowBlockManager, grouped
 from sampling_params import SamplingParams
 from tests.contracts.driver import Driver, Setting
 
@@ -253,6 +255,30 @@ class TestAdmission:
         # Each may come to 48 positions, which are three blocks.
         assert [len(plan.new_requests) for plan in bench.plans if plan.new_requests] == [2, 2, 2]
         assert bench.num_preemptions == 0
+
+    @pytest.mark.parametrize(
+        ("num_full", "num_window", "fits"), [(24, 8, True), (24, 7, False), (23, 8, False)]
+    )
+    def test_reserve_counts_every_group_and_what_windows_hold(
+        self, num_full: int, num_window: int, fits: bool
+    ) -> None:
+        """Each request comes to 12 blocks, or 4 with a window: 16 positions and 31 uncommitted."""
+        config = Config(model="none", max_num_batched_tokens=16, max_num_seqs=2)
+        window = KVGeometry(1, 1, 1, 16, num_window, 4, WindowPages(16))
+        full = PagedBlockManager(config, KVGeometry(1, 1, 1, 16, num_full, 4))
+        batch = RunningBatch(grouped((full, WindowBlockManager(config, window))), 2, lambda: 0.0)
+        first, second = (
+            Sequence(i, [0] * 80, SamplingParams(), max_total_tokens=193) for i in (0, 1)
+        )
+        batch.admit(first)
+        while batch.prefilling:
+            batch.prefill(first, 16)
+            plan = batch.build()
+            assert plan is not None
+            batch.commit(plan, StepResult(plan.step_id, [[1]] * len(plan.sampled_slots), 0.0))
+        assert batch.blocks.groups[1].table(0).count(NO_BLOCK) == 4
+        assert batch.most_blocks(second) == [12, 4]
+        assert ReserveOutput(config).admits(second, batch) == fits
 
     @pytest.mark.parametrize(("max_tokens", "fits"), [(3, True), (30, False)])
     def test_lookahead_admits_what_fits_at_every_moment(self, max_tokens: int, fits: bool) -> None:

@@ -358,6 +358,8 @@ def test_decode_with_windows(window: int, rows: int, page: int, programs: int, e
         ([5, 1, 0, 140], [0, 300, 3, 0], 16, 32),
         ([70, 33], [200, 127], 256, 64),
         ([150], [390], 48, 32),
+        # Windows of 128 that begin right behind the first token of a split.
+        ([2, 1], [127, 256], 16, 32),
     ],
 )
 @pytest.mark.parametrize("window", WINDOWS)

@@ -208,6 +208,21 @@ def test_a_rotation_is_looked_up_by_position() -> None:
     assert torch.equal(rotation.sin, table[1][positions])
 
 
+@pytest.mark.parametrize("gather", [True, False])
+def test_each_kind_of_layer_has_its_own_rotation(gather: bool) -> None:
+    """In the order of the tables, whether torch or a kernel rotates."""
+    tables = [
+        rotary_table(_config(ROPES[name]), HEAD_DIM, MAX_LEN, CPU) for name in ("default", "theta")
+    ]
+    positions = torch.tensor([7, 150])
+    found = RotaryEmbedding(*tables, gather=gather).prepare(positions)
+    for table, rotation in zip(tables, found, strict=True):
+        (alone,) = RotaryEmbedding(table, gather=gather).prepare(positions)
+        assert torch.equal(rotation.cos, alone.cos)
+        assert torch.equal(rotation.sin, alone.sin)
+    assert not torch.equal(found[0].cos, found[1].cos)
+
+
 def test_a_kernel_gets_the_whole_table_in_halves() -> None:
     config = _config(ROPES["yarn"])
     cos, sin = _reference(config)

@@ -95,6 +95,19 @@ def test_all_groups_grow_or_none(scarce: int) -> None:
     assert [one.num_free_blocks for one in blocks.groups] == counts
 
 
+def test_three_groups_begin_slide_and_end_together() -> None:
+    """As of a runner whose model has two sizes of windows."""
+    blocks = grouped((_paged(8), _window(6, 7), _window(3, 6)))
+    blocks.begin(0, [0] * 12)
+    assert blocks.grow(0, 12)
+    blocks.commit(0, [0] * 13, 12)
+    freed = [one.table(0).count(NO_BLOCK) for one in blocks.groups]
+    assert freed == [0, 1, 2]
+    assert [one.num_free_blocks for one in blocks.groups] == [5, 5, 5]
+    blocks.release(0)
+    assert [one.num_free_blocks for one in blocks.groups] == [8, 7, 6]
+
+
 def test_one_group_is_its_manager() -> None:
     blocks = _paged()
     assert grouped((blocks,)) is blocks

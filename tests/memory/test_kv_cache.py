@@ -159,6 +159,13 @@ class TestGroups:
             full, window = kv_blocks(config, (self.FULL, self.WINDOW))
             assert (full.num_blocks, window.num_blocks) == (num_blocks, num_blocks * 32 // 400)
 
+    def test_a_number_of_blocks_is_rounded_up(self) -> None:
+        """No group is left without a block, nor with fewer than its share."""
+        for num_blocks, expected in ((1, 1), (12, 1), (13, 2), (399, 32)):
+            config = _config(num_kvcache_blocks=num_blocks, **self.CONFIG)
+            full, window = kv_blocks(config, (self.FULL, self.WINDOW))
+            assert (full.num_blocks, window.num_blocks) == (num_blocks, expected)
+
     def test_memory_is_used_and_not_exceeded(self) -> None:
         for budget in (10**6, 3 * 10**6):
             groups = kv_blocks(
@@ -173,7 +180,30 @@ class TestGroups:
         full, window = kv_blocks(_config(**self.CONFIG), (self.FULL, self.WINDOW))
         assert (full.num_blocks, window.num_blocks) == (400, 32)
 
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            # 16 drafts: the window, 15 positions and 17 of the step in flight take 7 blocks.
+            ({"num_speculative_tokens": 16}, 4 * 7 + 8),
+            # Two steps in flight: 2 * 128 tokens of chunks, and 2 positions of each decode.
+            ({"pipeline_depth": 1}, 4 * 6 + 16),
+        ],
+        ids=str,
+    )
+    def test_steps_in_flight_and_drafts_need_room_in_a_window(
+        self, options: dict[str, Any], expected: int
+    ) -> None:
+        groups = kv_blocks(_config(**self.CONFIG, **options), (self.FULL, self.WINDOW))
+        assert [group.num_blocks for group in groups] == [400, expected]
+
     def test_a_group_without_a_block_is_an_error(self) -> None:
         config = _config(kvcache_memory_bytes=20_000, **self.CONFIG)
         with pytest.raises(OutOfMemoryError, match="holds no block"):
             kv_blocks(config, (self.FULL, self.WINDOW))
+
+    def test_a_group_without_a_block_on_a_gpu_is_an_error(self) -> None:
+        """The window's share of twelve blocks' memory is less than one of its own blocks."""
+        margin, gib = 256 << 20, 2**30
+        usage = Usage(80 * gib, margin + 20_000, weights=0, peak=0)
+        with pytest.raises(OutOfMemoryError, match="no memory is left for the KV cache"):
+            fit_blocks(_config(**self.CONFIG), (self.FULL, self.WINDOW), usage)

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import Gemma3TextConfig, Qwen3Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from engine.types import KVGeometry
 from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.norm_rope import Normed, RMSNorm, Stream
 from memory.kv_cache import KVCache
+from models import gemma3_text
 from models.base import ForwardBatch
 from models.decoder import Block, DecoderLM
 from models.decoder_config import decoder_spec
@@ -96,3 +98,25 @@ def test_an_architecture_replaces_the_mlp_of_a_layer() -> None:
     x = embedding[rows]
     expected = rms(x - 2.0 * rms(x)) * norm @ head.t()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gemma3_rounds_the_factor_of_its_embeddings_as_transformers_does() -> None:
+    """In float32 nothing is rounded, so the comparisons of logits cannot tell."""
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=80,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    where = place(dtype=torch.bfloat16)
+    shape = gemma3_text.model_shape(config)
+    model = DecoderLM(shape, config, place=where, backend=_Nothing(), max_model_len=16)
+    weight = torch.randn(VOCAB, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model.weight_targets()["model.embed_tokens.weight"].target.copy_(weight)
+    theirs = Gemma3TextScaledWordEmbedding(VOCAB, 80, 0, embed_scale=80**0.5).bfloat16()
+    theirs.weight.data = weight
+    tokens = torch.arange(VOCAB)
+    assert torch.equal(model.embed_tokens(tokens), theirs(tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -252,6 +253,17 @@ def test_qwen2_has_biased_projections_and_no_norms_of_heads() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "smollm3", "granite", "olmo2", "olmo3", "gemma3_text"]
+)
+def test_biases_of_all_projections_of_attention_are_those_of_the_config(
+    model_type: str, bias: bool
+) -> None:
+    shape = _shape(model_type, attention_bias=bias)
+    assert (shape.qkv_bias, shape.o_bias) == (bias, bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
 def test_qwen3_has_norms_of_heads_and_the_biases_of_its_config(bias: bool) -> None:
     shape = _shape("qwen3", attention_bias=bias, head_dim=32, tie_word_embeddings=bias)
     assert (shape.qkv_bias, shape.o_bias, shape.qk_norm, shape.head_dim) == (
@@ -271,3 +283,26 @@ def test_only_the_layers_of_qwen_were_compared_on_a_gpu() -> None:
     assert not measured(_shape("granite", embedding_multiplier=12.0))
     assert not measured(_shape("granite", logits_scaling=8.0))
     assert not measured(_shape("qwen2", **fields))
+    assert not measured(_shape("llama", hidden_act="gelu_pytorch_tanh"))
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"activation": "gelu_tanh"},
+        {"norms": "after"},
+        {"norms": "both"},
+        {"norm_offset": 1.0},
+        {"qk_norm": "all"},
+        {"ropes": ("", None)},
+        {"scales_queries": True},
+        {"embedding_scale": 2.0},
+        {"logit_scale": 0.5},
+        {"windows": (None, 8)},
+    ],
+    ids=str,
+)
+def test_each_difference_from_the_layers_of_qwen_was_not_compared(field: dict[str, Any]) -> None:
+    spec = _shape("qwen3")
+    assert measured(spec)
+    assert not measured(replace(spec, **field))
