@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from engine.parts import PART_KINDS, POLICIES
 from engine.requests import Sequence
 from llm import LLM, SamplingParams
-from tests.checkpoints import Checkpoints, Greedy, random_prompts, reference_greedy
+from tests.checkpoints import MAX_POSITION, Checkpoints, Greedy, random_prompts, reference_greedy
 
 MAX_TOKENS = 40
 # Answers of the shipped model end after fewer.
@@ -71,6 +71,8 @@ def _check(
         )
         for i in range(len(expected.prompts))
     ]
+    # Rope scaling makes some checkpoints' maximum longer, and windows of MAX_POSITION would count.
+    options = {"max_model_len": MAX_POSITION, **options}
     with LLM(path, device="cpu", **options) as llm:
         seqs: list[Sequence] = []
         add = llm.engine.add_request
@@ -178,7 +180,12 @@ def test_windows_with_prefix_hits(checkpoints: Checkpoints, name: str, depth: in
     expected = _reference(path)
     params = SamplingParams(temperature=0, max_tokens=len(expected.outputs[0]))
     options: dict[str, Any] = {"kvcache_block_size": 16, "num_kvcache_blocks": 600}
-    options |= {"max_num_seqs": 3, "max_num_batched_tokens": 40, "kv_sanitizer": True}
+    options |= {
+        "max_model_len": MAX_POSITION,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 40,
+        "kv_sanitizer": True,
+    }
     with LLM(path, device="cpu", pipeline_depth=depth, **options) as llm:
         alone = [
             llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"]

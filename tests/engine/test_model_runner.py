@@ -149,8 +149,7 @@ def test_layers_with_equal_windows_are_a_cache_group(
     with LLM(checkpoints[name], device="cpu", max_model_len=length, max_num_seqs=2) as llm:
         made = llm.engine.runner.kv_groups
         assert [(group.num_layers, group.kind) for group in made] == groups
-        cached = all(kind == FullPages() for _, kind in groups)
-        assert llm.engine.config.enable_prefix_caching is cached
+        assert llm.engine.config.enable_prefix_caching
 
 
 def test_nothing_is_captured_on_a_cpu() -> None:
