@@ -149,7 +149,7 @@ class CachingBlockManager(PagedBlockManager):
     def begin(
         self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
     ) -> int:
-        """Do what the contract says, and use at most `most` cached tokens, a number of blocks."""
+        """Do what the contract says, with at most `most` cached tokens, which fill blocks."""
         super().begin(request_id, token_ids, cache_salt)
         hits = self._match(token_ids, cache_salt)[
             : None if most is None else most // self.block_size

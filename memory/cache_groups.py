@@ -120,8 +120,12 @@ class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
         most = len(token_ids) if most is None else most
         num_cached = self.cached_tokens(token_ids, cache_salt, most)
         num_shared, first = num_cached // self.block_size, self._first_block(num_cached)
-        nodes = list(self._nodes(token_ids, cache_salt, num_shared))[first:]
-        hits = [node for node in nodes if node is not None]
+        parents = self._parents(token_ids, cache_salt, num_shared)
+        hits = []
+        for i in range(first, num_shared):
+            node = self.find(parents[i], self._block_tokens(token_ids, i))
+            assert node is not None, "a block that `cached_tokens` found"
+            hits.append(node)
         table = [NO_BLOCK] * first + [node.block for node in hits]
         self._tables[request_id], self._num_places[request_id] = table, 0
         self._num_freed[request_id] = first
@@ -132,7 +136,7 @@ class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
         self._requests[request_id] = RequestRecord(
             token_ids,
             cache_salt,
-            last=self._parents(token_ids, cache_salt, num_shared)[-1],
+            last=parents[-1],
             num_published=num_shared,
             hits=hits,
             num_cached=num_cached,
@@ -156,13 +160,13 @@ class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
         self, request: RequestRecord, table: list[int], token_ids: list[int], num_computed: int
     ) -> None:
         for i in range(request.num_published, num_computed // self.block_size):
-            tokens, parent = self._block_tokens(token_ids, i), request.last
+            tokens, parent = self._block_tokens(token_ids, i), str(request.last)
             if table[i] != NO_BLOCK and self.find(parent, tokens) is None:
                 self._publish(CachedBlock(table[i], parent, tokens)).depth = i
             request.last, request.num_published = _parent_of_next(parent, tokens), i + 1
 
-    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
-        return None
+    def _announce(self, request_id: int, request: RequestRecord) -> None:
+        """Do nothing. So `pending` finds no prefix: it may be gone when it is computed."""
 
     def _parents(self, token_ids: list[int], salt: str, num_blocks: int) -> list[str]:
         """Return what stands for all tokens before each of the first blocks and the next one."""
@@ -180,10 +184,9 @@ class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
             yield self.find(parents[i], self._block_tokens(token_ids, i))
 
 
-def _parent_of_next(parent: CachedBlock | str, tokens: bytes) -> str:
+def _parent_of_next(parent: str, tokens: bytes) -> str:
     """Return a string for the tokens for which `parent` stands, followed by `tokens`."""
-    text = str(parent).encode("utf-8", "surrogatepass")
-    return "hash " + xxhash.xxh128_hexdigest(text + tokens)
+    return "hash " + xxhash.xxh128_hexdigest(parent.encode("utf-8", "surrogatepass") + tokens)
 
 
 class GroupedBlockManager(BlockManager):
@@ -257,7 +260,7 @@ class CachingGroups(GroupedBlockManager):
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         # A hit that ends inside a block would need a copy of a block in each group.
-        most, found = (len(token_ids) - 1) // self.block_size * self.block_size, -1
+        most, found = max(0, len(token_ids) - 1) // self.block_size * self.block_size, -1
         while found != most:
             found = most
             for blocks in self.groups:

@@ -73,8 +73,9 @@ def decoder_spec(
     """Read a decoder's sizes from a config whose fields have the names that Qwen and Llama use.
 
     `windows` is the field that says which layers have a sliding window: "" for none, whatever the
-    config has, "sliding_window" for all layers, "layer_types" for those that it names. `others` are
-    fields of the `DecoderSpec`. They may replace what is read from the config.
+    config has, "sliding_window" for all layers, "layer_types" for those that it names.
+    `activation_field` is the field that names the gate of the MLP. `others` are fields of the
+    `DecoderSpec`. They may replace what is read from the config.
 
     Raises UnsupportedModelError for activations other than SiLU and GELU by tanh, layers with
     neither full attention nor a sliding window, biases of the MLP, quantised weights, head sizes
@@ -112,7 +113,7 @@ def decoder_spec(
         "windows": _windows(hf_config, windows),
     }
     spec = DecoderSpec(**(sizes | others))
-    if spec.ropes and len(spec.ropes) != spec.num_layers:
+    if "ropes" in others and len(spec.ropes) != spec.num_layers:
         given = f"{len(spec.ropes)} layers of {spec.num_layers}"
         raise UnsupportedModelError(f"layer_types or no_rope_layers tell the rotation of {given}")
     return spec

@@ -11,7 +11,7 @@ from models.decoder_config import DecoderSpec, decoder_spec
 def model_shape(hf_config: Any) -> DecoderSpec:
     bias = hf_config.attention_bias
     listed = hf_config.no_rope_layers[: hf_config.num_hidden_layers]
-    ropes = tuple("" if rotates else None for rotates in listed) or (None,)
+    ropes = tuple("" if rotates else None for rotates in listed)
     return decoder_spec(hf_config, "layer_types", qkv_bias=bias, o_bias=bias, ropes=ropes)
 
 

@@ -431,7 +431,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "a block of a window is found after other tokens",
         _GROUPS,
-        "xxhash.xxh128_hexdigest(text + tokens)",
+        'xxhash.xxh128_hexdigest(parent.encode("utf-8", "surrogatepass") + tokens)',
         "xxhash.xxh128_hexdigest(tokens)",
         GROUPS,
     ),

@@ -247,8 +247,13 @@ def test_an_interrupt_waits_for_the_function(state: TorchState) -> None:
         time.sleep(0.1)
         seen.append(_FLASH[0]())
 
-    with STATES["no flash"](), torch.device("meta"), pytest.raises(KeyboardInterrupt):
-        state.run(work)
+    # A shell starts background jobs with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with STATES["no flash"](), torch.device("meta"), pytest.raises(KeyboardInterrupt):
+            state.run(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert seen == [True]
 
 

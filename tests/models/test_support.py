@@ -224,7 +224,8 @@ def test_smollm3_lists_whether_each_layer_rotates() -> None:
     assert make(config).ropes == ("", None)
     for listed in ([], [1]):
         config.no_rope_layers = listed
-        with pytest.raises(UnsupportedModelError, match="no_rope_layers tell the rotation of 1"):
+        problem = f"no_rope_layers tell the rotation of {len(listed)} layers of 2"
+        with pytest.raises(UnsupportedModelError, match=problem):
             make(config)
 
 
