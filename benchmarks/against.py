@@ -12,8 +12,7 @@ median over the pairs, the slowest and the fastest pair. Both must give as many 
 ready     construction to ready: with no compiled kernels, one engine after the other, then with
           them, in new processes
 --profile the kernels that take most time in decodes of so many requests, by torch's profiler
-others    as in bench.py. filters: 256 requests (8 on a CPU) of 128 tokens in and 64 out, with each
-          of the options in turn
+others    as in bench.py
 
 On CUDA give `--options '{"num_kvcache_blocks": 1300}'`, so that both engines fit the memory.
 """
@@ -33,20 +32,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.processes import EngineFailedError
 from benchmarks.random_weights import SHAPES, make_checkpoint
+from benchmarks.variants import FILTERS, filters_workload
 from benchmarks.workloads import Workload, random_workload, works_of
 from utils.checkpoint import open_checkpoint
 
 _ROOT = Path(__file__).parents[1]
 _WORKLOADS = ("seeds", "seeds128", "latency", "ttft", "flood", "small", "filters", "ready")
-_FILTERS: dict[str, dict[str, Any]] = {
-    "no filter": {},
-    "top_k": {"top_k": 50},
-    "top_p": {"top_p": 0.9},
-    "min_p": {"min_p": 0.05},
-    "penalty": {"repetition_penalty": 1.1},
-    "logprobs": {"logprobs": 5},
-}
 Job = tuple[Workload, dict[str, Any]]
 
 
@@ -65,7 +58,7 @@ class Engine:
         self.ready_seconds: float = self.ask(options)["seconds"]
 
     def ask(self, question: Any) -> Any:
-        """What the process answers. Raises a RuntimeError if the process has ended."""
+        """What the process answers. Raises an EngineFailedError if the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -76,7 +69,7 @@ class Engine:
         for line in self._process.stdout:
             if line.startswith("ANSWER "):
                 return json.loads(line.removeprefix("ANSWER "))
-        raise RuntimeError(f"the process ended with exit code {self._process.wait()}")
+        raise EngineFailedError(f"the process ended with exit code {self._process.wait()}")
 
     def seconds(self, job: Job) -> tuple[float, str]:
         """How long the requests take, and a digest of all tokens."""
@@ -87,7 +80,7 @@ class Engine:
         ]
         answer = self.ask({"prompts": work.prompts, "params": params})
         if answer["lengths"] != work.lengths:
-            raise RuntimeError(f"{work.name}: other numbers of tokens than {work.lengths}")
+            raise EngineFailedError(f"{work.name}: other numbers of tokens than {work.lengths}")
         return answer["seconds"], answer["digest"]
 
     def close(self) -> None:
@@ -100,10 +93,9 @@ def jobs(names: Sequence[str], vocab_size: int, cuda: bool) -> Iterator[tuple[st
     for work in works_of([name for name in names if name not in ("filters", "ready")], vocab_size):
         yield work.name, (work, {})
     if "filters" in names:
-        count = 256 if cuda else 8
-        work = random_workload("filters", count, (128, 128), (64, 64), vocab_size)
-        for name, params in _FILTERS.items():
-            yield f"{count} x (128, 64), {name}", (work, {"temperature": 0.8, **params})
+        work = filters_workload("cuda" if cuda else "cpu", vocab_size)
+        for variant in FILTERS:
+            yield f"{work.name}, {variant.name}", (work, {**variant.params})
 
 
 def compare(engines: Sequence[Engine], job: Job, pairs: int) -> str:

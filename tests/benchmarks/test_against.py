@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.against import Engine, jobs, main
+from benchmarks.processes import EngineFailedError
+from benchmarks.variants import FILTERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,12 +30,13 @@ def test_this_checkout_gives_the_tokens_of_itself(
 
 
 def test_an_engine_that_does_not_start(shipped: Path) -> None:
-    with pytest.raises(RuntimeError, match="exit code 1"):
+    with pytest.raises(EngineFailedError, match="exit code 1"):
         Engine(ROOT, shipped, {"device": "cpu", "no_such_option": 1}, "")
 
 
 def test_filters_are_jobs_of_their_own() -> None:
     found = dict(jobs(["latency", "filters", "ready"], 100, cuda=False))
     assert [*found][:3] == ["1 x (128, 512)", "8 x (128, 512)", "64 x (128, 512)"]
-    assert found["8 x (128, 64), top_p"][1] == {"temperature": 0.8, "top_p": 0.9}
-    assert len(found) == 3 + 6
+    [(_, params)] = [job for name, job in found.items() if name.endswith(", logprobs=0")]
+    assert params == {"logprobs": 0}
+    assert len(found) == 3 + len(FILTERS)
