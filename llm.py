@@ -16,20 +16,13 @@ from config import Config
 from engine.json_schema import JsonGrammars
 from engine.llm_engine import LLMEngine
 from engine.outputs import OutputStream, Progress, PromptRequests, make_output
-from engine.requests import ParamsForPrompts, params_per_prompt
+from engine.request_checks import ParamsForPrompts, params_per_prompt
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, EngineUseError, RequestError, StepError
-from utils.text import (
-    Decoder,
-    Prompt,
-    Prompts,
-    TextReader,
-    decoder,
-    load_tokenizer,
-    templated,
-    tokenized,
-)
+from utils.prompts import Prompt, Prompts, load_tokenizer, templated, tokenized
+from utils.text import Decoder, decoder
+from utils.text_reader import TextReader
 
 __all__ = ["LLM", "SamplingParams"]
 

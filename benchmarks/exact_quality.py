@@ -29,7 +29,7 @@ from engine.types import ModelRunner
 from llm import LLM
 from sampling_params import SamplingParams
 from utils.checkpoint import open_checkpoint
-from utils.text import load_tokenizer
+from utils.prompts import load_tokenizer
 
 Keep = Callable[[Tensor], object]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.text import TOKENIZER_FILES
+from utils.prompts import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from tokenizers.models import Model

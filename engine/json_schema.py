@@ -20,7 +20,7 @@ from torch import Tensor
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint
 from utils.errors import RequestError
-from utils.text import load_tokenizer
+from utils.prompts import load_tokenizer
 
 # What may stand between the parts of JSON: nothing, a space, or a new line and its indentation. A
 # small model repeats spaces up to `max_tokens` if their number has no limit, which JSON allows.

@@ -12,7 +12,8 @@ from engine.checking.exactness import check_exact
 from engine.checking.kv_sanitizer import SanitizedRunner
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
 from engine.processors import OwnProcessor, own_processors
-from engine.requests import Sequence, check_request
+from engine.request_checks import check_request
+from engine.requests import Sequence
 from engine.step import SeedKind, StepPlan
 from engine.turns import Turns
 from engine.types import BlockManager, EngineStats, ModelRunner, Scheduler, StepHandle
@@ -20,7 +21,7 @@ from memory.cache_groups import grouped
 from sampling_params import SamplingParams
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import EngineClosedError, RequestError, StepError, shown
-from utils.text import TextReader
+from utils.text_reader import TextReader
 
 # Seeds that the engine derives for successive requests differ by this number, modulo 2^63. The
 # number is 2^64 divided by the golden ratio, and odd. So a seed is repeated after 2^63 requests.

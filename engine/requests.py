@@ -1,4 +1,4 @@
-"""State of requests, and checks of requests."""
+"""The state of a request."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from config import Config
 from engine.step import SeedKind, TokenLogprobs
 from sampling_params import SamplingParams
-from utils.errors import RequestError, RequestTooLongError
 
 if TYPE_CHECKING:
-    from utils.text import TextReader
+    from utils.text_reader import TextReader
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -101,55 +99,3 @@ class Sequence:
             f"tokens={len(self.token_ids)}/{self.max_total_tokens}, slot={self.slot}, "
             f"finish_reason={self.finish_reason!r})"
         )
-
-
-ParamsForPrompts = SamplingParams | list[SamplingParams] | None
-
-
-def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
-    """Return `count` SamplingParams. Raises RequestError if type or length of `params` is wrong."""
-    if params is None:
-        params = SamplingParams()
-    per_prompt = params if isinstance(params, list) else [params] * count
-    if len(per_prompt) != count:
-        given, problem = f"{len(per_prompt)} of them", f"there are {count} prompts"
-        fix = "Give one SamplingParams for all prompts or one for each."
-        raise RequestError("sampling_params", given, problem, fix)
-    for one in per_prompt:
-        if not isinstance(one, SamplingParams):
-            fix = "Construct a SamplingParams."
-            raise RequestError("sampling_params", one, "is no SamplingParams", fix)
-    return per_prompt
-
-
-def check_request(
-    prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
-) -> int:
-    """Check the prompt and the parameters of a request. Returns the request's length limit.
-
-    Raises RequestError for an invalid request, RequestTooLongError if max_model_len is too small.
-    """
-    ids = f"Token ids are integers from 0 to {vocab_size - 1}."
-    if not prompt:
-        raise RequestError("prompt", prompt, "is empty", "Give at least one token.")
-    # `isinstance(token, int)` would accept True and False as token ids.
-    for token in prompt:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise RequestError("prompt", token, "is not a token id", ids)
-    limit, most = config.max_model_len, params.max_tokens
-    assert limit is not None
-    if len(prompt) + (most or 1) > limit:
-        problem = f"with max_tokens={most} it exceeds max_model_len={limit}"
-        fix = "Shorten the prompt, lower max_tokens, or raise max_model_len."
-        raise RequestTooLongError("prompt", f"{len(prompt)} tokens", problem, fix)
-    if params.n != 1:
-        raise RequestError("n", params.n, "this call makes one output", "Call it n times.")
-    for name in ("logprobs", "prompt_logprobs"):
-        count = getattr(params, name)
-        if count is not None and count > vocab_size:
-            problem, fix = f"the vocabulary has {vocab_size} tokens", f"Use {vocab_size} or less."
-            raise RequestError(name, count, problem, fix)
-    for token in params.stop_token_ids:
-        if token >= vocab_size:
-            raise RequestError("stop_token_ids", token, "is not a token id", ids)
-    return limit if most is None else len(prompt) + most

@@ -20,7 +20,7 @@ from engine.outputs import OutputStream, make_output
 from llm import LLM, SamplingParams
 from tests.checkpoints import random_prompts
 from utils.errors import EngineClosedError, LogitsError, RequestError, RequestTooLongError
-from utils.text import templated
+from utils.prompts import templated
 
 DEPTHS = [0, 1]
 PROMPTS = ["import os\n", "class Stack:\n", "def main(args):\n    "]

@@ -16,6 +16,7 @@ from layers.attention.triton_paged import TritonAttention
 from llm import LLM, SamplingParams
 from tests.checkpoints import VARIANTS, VOCAB_SIZE, write_checkpoint
 from tests.test_readme import code_of, run
+from utils.errors import ConfigError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,15 +51,17 @@ FAMILIES = (
     *("olmo2", "olmo3", "gemma3"),
     *("mistral-window", "qwen3-windows", "smollm3-windows", "olmo3-windows", "gemma3-windows"),
 )
+# OLMo norms queries over all heads, which the ranks would have to share.
+ONE_RANK = ("olmo2", "olmo3")
 Bits = tuple[list[int], Any]
 
 
 class Requests:
     """Requests of all kinds, and what each of them gives alone."""
 
-    def __init__(self, model: Path, vocab_size: int) -> None:
+    def __init__(self, name: str, model: Path, vocab_size: int) -> None:
         rng = random.Random(1)
-        self.model, self.vocab_size = model, vocab_size
+        self.name, self.model, self.vocab_size = name, model, vocab_size
         self.prompts = [
             [rng.randrange(vocab_size) for _ in range(rng.choice([1, 7, 40, 130, 300, 700]))]
             for _ in range(COUNT)
@@ -76,7 +79,10 @@ class Requests:
             for i in range(COUNT)
         ]
         with LLM(model, **BASE) as llm:
-            self.alone = [self.run(llm, [i])[i] for i in range(COUNT)]
+            self.alone = self.each_alone(llm)
+
+    def each_alone(self, llm: LLM) -> list[Bits]:
+        return [self.run(llm, [i])[i] for i in range(COUNT)]
 
     def run(
         self, llm: LLM, which: list[int], others: int = 0, cached: bool = False
@@ -97,8 +103,9 @@ class Requests:
         mine = [out for out, by in zip(outputs, params, strict=True) if by in self.params]
         return {i: (out["token_ids"], out["logprobs"]) for i, out in zip(which, mine, strict=True)}
 
-    def lost(self, got: dict[int, Bits]) -> list[int]:
-        return [i for i, bits in got.items() if bits != self.alone[i]]
+    def lost(self, got: dict[int, Bits], alone: list[Bits] | None = None) -> list[int]:
+        alone = self.alone if alone is None else alone
+        return [i for i, bits in got.items() if bits != alone[i]]
 
 
 def _of_family(folder: Path, name: str) -> Path:
@@ -115,18 +122,18 @@ def _of_family(folder: Path, name: str) -> Path:
 @pytest.fixture(scope="module", params=[*SHAPES, "shipped", *FAMILIES])
 def requests(request: Any, tmp_path_factory: Any, shipped: Path) -> Iterator[Requests]:
     if request.param == "shipped":
-        yield Requests(shipped, 4096)
+        yield Requests(request.param, shipped, 4096)
         return
     if request.param in FAMILIES:
         folder = tmp_path_factory.mktemp(request.param)
-        yield Requests(_of_family(folder, request.param), VOCAB_SIZE)
+        yield Requests(request.param, _of_family(folder, request.param), VOCAB_SIZE)
         return
     patch = pytest.MonkeyPatch()
     patch.setitem(random_weights.SHAPES, "few layers", SHAPES[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model = random_weights.make_checkpoint("few layers", folder, "cuda")
     patch.undo()
-    yield Requests(model, SHAPES[request.param]["vocab_size"])
+    yield Requests(request.param, model, SHAPES[request.param]["vocab_size"])
 
 
 def test_in_company_and_after_prefix_hits(requests: Requests) -> None:
@@ -158,6 +165,26 @@ def test_with_other_options(requests: Requests, options: dict[str, Any]) -> None
         assert requests.lost(requests.run(llm, everyone, others=20)) == []
         if options.get("num_kvcache_blocks", 300) <= 80:
             assert llm.stats().preemptions > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_with_two_ranks(requests: Requests) -> None:
+    """They add up in another order than one rank does, but always in the same one."""
+    everyone = list(range(COUNT))
+    options = {**BASE, "tensor_parallel_size": 2}
+    if requests.name.startswith(ONE_RANK):
+        with pytest.raises(ConfigError, match="tensor_parallel_size"):
+            LLM(requests.model, **options)
+        return
+    with LLM(requests.model, **options) as llm:
+        alone = requests.each_alone(llm)
+        for others in (0, 60):
+            assert requests.lost(requests.run(llm, everyone, others), alone) == []
+        assert requests.lost(requests.run(llm, everyone[::-1], cached=True), alone) == []
+    options |= {"kvcache_block_size": 16, "num_kvcache_blocks": 80, "max_num_batched_tokens": 64}
+    with LLM(requests.model, enforce_eager=True, pipeline_depth=0, **options) as llm:
+        assert requests.lost(requests.run(llm, everyone, others=20), alone) == []
+        assert llm.stats().preemptions > 0
 
 
 def test_the_engines_own_parts_need_no_test_at_start(shipped: Path) -> None:

@@ -19,7 +19,7 @@ from models import find_architecture
 from tests.checkpoints import VARIANTS, Checkpoints
 from utils.checkpoint import Checkpoint, open_checkpoint
 from utils.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError
-from utils.text import TOKENIZER_FILES, load_tokenizer
+from utils.prompts import TOKENIZER_FILES, load_tokenizer
 
 QWEN3 = {
     "model_type": "qwen3",

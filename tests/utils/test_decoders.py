@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks.tokenizer import byte_letters
 from llm import LLM, SamplingParams
-from utils.text import Decode, TextReader, decoder
+from utils.text import Decode, decoder
+from utils.text_reader import TextReader
 
 WORDS = ["\u2581a", "\u2581b", "b", "a", "\u2581", "\u2581\u2581", "", "\u00e9", "'s", "\u2581."]
 BYTES = [f"<0x{byte:02X}>" for byte in b"\xc3\xa9\xe2\x82\xacA\n\xff"]

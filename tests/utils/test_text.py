@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.text import Decode, TextReader, decoder
+from utils.text import Decode, decoder
+from utils.text_reader import TextReader
 
 # Found by its tests: no fixture may be used under `given` once per example.
 TOKENIZER = Path(__file__).parents[2] / "assets" / "qwen3-tiny-python"
