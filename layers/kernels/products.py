@@ -244,16 +244,16 @@ def add_product(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add ``multiply(x, weight, bias, parts=parts)`` to the residual [T, N] of T <= 16 tokens.
 
-    All tensors are bf16 or fp16. A ValueError is raised for P = 1 and for more tokens. T may be 0:
-    a step that only computes a part of a prompt draws no token.
+    All tensors are bf16 or fp16. T may be 0, with any P: a step that only computes a part of a
+    prompt draws no token. Else a ValueError is raised for P = 1 and for more tokens.
     Returns the new stream; the stream times the next norm's weight [N] and `GAIN`; and its sums of
     squares, float32 [N / 16, T], for a `Scale`.
     """
     _check(x, weight, parts)
-    if parts == 1 or len(x) > MAX_FUSED_TOKENS:
-        raise ValueError(f"{parts} parts and {len(x)} tokens: needs 2 or 4 parts, 0 to 16 tokens")
     if not len(x):
         return residual, residual, x.new_empty(len(norm_weight) // 16, 0, dtype=torch.float32)
+    if parts == 1 or len(x) > MAX_FUSED_TOKENS:
+        raise ValueError(f"{parts} parts and {len(x)} tokens: needs 2 or 4 parts, 1 to 16 tokens")
     job = _Job(x, weight, bias, parts, None, None, x.new_empty(x.shape[0], weight.shape[0]), pdl)
     return job.by_rows((residual, norm_weight))
 

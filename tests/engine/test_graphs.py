@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -198,10 +197,9 @@ def test_a_small_token_budget_has_small_steps(
 def test_nothing_is_served_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = _Steps(monkeypatch)
     assert not steps.graphs.serves(_plan(tokens=0))
-    # Sizes up to the limit, the largest decode and the largest prefill, each once.
-    for run in chain(*steps.graphs.rehearsals()):
+    for run in steps.graphs.rehearsals():
         run()
-    chunks = [(512, True), (1024, True), (4096, True)]
+    chunks = [(768, True), (1536, True), (2176, True), (3712, True)]
     assert sorted(steps.ran) == [(1, False), (16, False), (24, False), *chunks]
     assert (steps.state.tables.tokens[:-1] == 0).all()
     assert (steps.state.tables.num_computed[:-1] == 0).all()
@@ -210,15 +208,10 @@ def test_nothing_is_served_before_it_is_captured(monkeypatch: pytest.MonkeyPatch
 def test_rehearsals_run_each_number_of_rows_that_has_kernels_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once and in a list of functions with much in common, so that no two threads compile it."""
     steps = _Steps(monkeypatch, num_slots=300, max_tokens=1024)
-    ran = []
-    for group in steps.graphs.rehearsals():
-        steps.ran.clear()
-        for run in group:
-            run()
-        ran.append([rows for rows, _ in steps.ran])
-    assert ran == [[1, 16], [24, 48], [128, 256, 300], [512, 1024]]
+    for run in steps.graphs.rehearsals():
+        run()
+    assert [rows for rows, _ in steps.ran] == [768, 1, 16, 24, 40, 80, 208, 288]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,8 +289,8 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
     class Graphs:
         def __init__(self, *args: object) -> None: ...
 
-        def rehearsals(self) -> list[list[Callable[[], object]]]:
-            return [[lambda: note(f"step, {state()}")] * 2]
+        def rehearsals(self) -> list[Callable[[], object]]:
+            return [lambda: note(f"step, {state()}")]
 
         def capture(self) -> None:
             note(f"capture, {state()}")
@@ -305,23 +306,64 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
     LocalRunner(resolve(_config(), checkpoint), checkpoint, Rehearsing()).close()
     # The threads have streams of their own, which do not wait for what the main stream has to do.
     assert events.pop(threading.get_ident()) == ["waits", "capture, (False, True)"]
-    assert [*events.values()] == [["on cpu", *["step, (True, True)"] * 2, "end"]]
+    assert [*events.values()] == [["on cpu", "step, (True, True)", "end"]]
 
 
-def test_groups_of_kernels_compile_together_and_an_error_is_raised(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
     for name in ("set_device", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda device: None)
     stream = SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+
+@pytest.mark.usefixtures("no_device")
+def test_steps_run_together_and_an_error_is_raised() -> None:
     here = torch.device("cpu"), ParallelContext()
     both = threading.Barrier(2, timeout=30)
-    compile_kernels([[both.wait], [both.wait]], *here)
+    compile_kernels([both.wait, both.wait], *here)
 
     def fail() -> None:
         raise ValueError("no such kernel")
 
     with pytest.raises(ValueError, match="no such kernel"):
-        compile_kernels([[lambda: None], [fail]], *here)
+        compile_kernels([lambda: None, fail], *here)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_kernel_of_two_steps_is_compiled_and_loaded_once() -> None:
+    """Also if the second step needs the kernel while the kernel is still compiled."""
+    from triton.runtime._async_compile import active_mode
+
+    events: list[str] = []
+    asked, launched = threading.Event(), threading.Barrier(2, timeout=30)
+
+    class Kernel:
+        @property
+        def run(self) -> None:
+            events.append("loaded")
+
+    def compiled() -> Kernel:
+        assert asked.wait(30)
+        events.append("compiled")
+        return Kernel()
+
+    def step(second: bool) -> None:
+        mode = active_mode.get()
+        assert mode is not None
+        if second:
+            launched.wait()
+        kernel = mode.submit("key", compiled, lambda kernel: None)
+        if second:
+            asked.set()
+        else:
+            launched.wait()
+        kernel.result()
+        events.append("launched")
+
+    here = torch.device("cpu"), ParallelContext()
+    compile_kernels([partial(step, False), partial(step, True)], *here)
+    assert events == ["compiled", "loaded", "launched", "launched"]
+    assert active_mode.get() is None

@@ -51,8 +51,8 @@ FAMILIES = (
     *("olmo2", "olmo3", "gemma3"),
     *("mistral-window", "qwen3-windows", "smollm3-windows", "olmo3-windows", "gemma3-windows"),
 )
-# OLMo norms queries over all heads, which the ranks would have to share.
-ONE_RANK = ("olmo2", "olmo3")
+# OLMo norms queries over all heads, which the ranks would have to share. 2 divides no 9 heads.
+ONE_RANK = ("olmo2", "olmo3", "odd")
 Bits = tuple[list[int], Any]
 
 
@@ -62,6 +62,8 @@ class Requests:
     def __init__(self, name: str, model: Path, vocab_size: int) -> None:
         rng = random.Random(1)
         self.name, self.model, self.vocab_size = name, model, vocab_size
+        # If all layers have windows, requests give back as many blocks as they take.
+        self.preempts = name != "mistral-window"
         self.prompts = [
             [rng.randrange(vocab_size) for _ in range(rng.choice([1, 7, 40, 130, 300, 700]))]
             for _ in range(COUNT)
@@ -163,7 +165,7 @@ def test_with_other_options(requests: Requests, options: dict[str, Any]) -> None
     everyone = list(range(COUNT))
     with LLM(requests.model, **{**BASE, **options}) as llm:
         assert requests.lost(requests.run(llm, everyone, others=20)) == []
-        if options.get("num_kvcache_blocks", 300) <= 80:
+        if options.get("num_kvcache_blocks", 300) <= 80 and requests.preempts:
             assert llm.stats().preemptions > 0
 
 
@@ -184,7 +186,7 @@ def test_with_two_ranks(requests: Requests) -> None:
     options |= {"kvcache_block_size": 16, "num_kvcache_blocks": 80, "max_num_batched_tokens": 64}
     with LLM(requests.model, enforce_eager=True, pipeline_depth=0, **options) as llm:
         assert requests.lost(requests.run(llm, everyone, others=20), alone) == []
-        assert llm.stats().preemptions > 0
+        assert llm.stats().preemptions > 0 or not requests.preempts
 
 
 def test_the_engines_own_parts_need_no_test_at_start(shipped: Path) -> None:

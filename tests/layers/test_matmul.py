@@ -170,15 +170,16 @@ def test_a_product_goes_where_it_is_wanted(biased: bool) -> None:
     assert torch.equal(out, torch.full((9, N), K + (3.0 if biased else 0.0)))
 
 
-def test_a_product_of_no_tokens() -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_product_of_no_tokens(parts: int) -> None:
     """A step that ends no prompt draws no token. Nothing is launched, so no GPU is needed."""
     pytest.importorskip("triton")
     from layers.kernels.products import add_product, multiply
 
     x, weight = (torch.ones(n, 256, dtype=torch.bfloat16) for n in (0, 32))
     residual, gain = x.new_empty(0, 32), x.new_ones(32)
-    assert multiply(x, weight, parts=2).shape == (0, 32)
-    total, gained, squares = add_product(x, weight, None, residual, gain, parts=2)
+    assert multiply(x, weight, parts=parts).shape == (0, 32)
+    total, gained, squares = add_product(x, weight, None, residual, gain, parts=parts)
     assert total.shape == gained.shape == (0, 32)
     assert total.dtype == gained.dtype == torch.bfloat16
     # One sum of squares for every 16 columns.
