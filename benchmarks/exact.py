@@ -132,6 +132,7 @@ def answers_of(
     plain, others = company.serve(llm, requests)
     with tempfile.TemporaryDirectory() as folder:
         hashed, _ = company.serve(llm, requests, folder)
+        company.settle(llm)
         logits = [hashes_of(folder, one.index) for one in requests]
     found = [Answer.of(*one) for one in zip(plain, hashed, logits, strict=True)]
     return found, company.shows(plain, others)

@@ -97,6 +97,16 @@ class Company:
         outputs = [found[order.index(i)] for i in range(len(served))]
         return outputs[: len(requests)], outputs[len(requests) :]
 
+    @staticmethod
+    def settle(llm: LLM) -> None:
+        """Wait until the processes of all ranks have ended all steps so far.
+
+        An output is there once rank 0 has ended its last step, while another rank may still write
+        the hashes of this step. A further step needs all ranks, and each of them begins it after
+        all earlier ones.
+        """
+        llm.generate([[0]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+
 
 def _hashing(one: Request, folder: str) -> Request:
     hasher = HashLogits(folder, one.index)

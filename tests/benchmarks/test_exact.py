@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import os
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from benchmarks.exact_settings import Company, Request, Requests
 from benchmarks.reference import Reference
 from llm import LLM, SamplingParams
 from tests.checkpoints import MAX_POSITION, Checkpoints
+from tests.engine.fake_ranks import rank_pids
 
 
 @pytest.fixture
@@ -279,6 +283,31 @@ def test_a_broken_neighbour_fails_alone(setting: Setting) -> None:
         broken, other = llm.generate([[1, 2], [3, 4]], params, use_tqdm=False)
     assert broken["error"] is not None
     assert other["error"] is None
+
+
+@dataclass(frozen=True)
+class LateHashes(HashLogits):
+    """Hashes that the process `late` takes long for."""
+
+    late: int
+
+    def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if os.getpid() == self.late:
+            time.sleep(0.3)
+        return super().__call__(token_ids, logits)
+
+
+@pytest.mark.slow
+def test_the_hashes_of_all_ranks_are_awaited(
+    monkeypatch: pytest.MonkeyPatch, setting: Setting
+) -> None:
+    request = Requests(setting).request(0, 20, 2, temperature=0)
+    with LLM(setting.model, device="cpu", tensor_parallel_size=2) as llm:
+        # An output is there when rank 0 has ended.
+        hashes = partial(LateHashes, late=rank_pids()[1])
+        monkeypatch.setattr(exact_settings, "HashLogits", hashes)
+        [answer], _ = answers_of(llm, Company("alone", one_by_one=True), [request])
+    assert [len(text.splitlines()) for text in answer.logits] == [2]
 
 
 @pytest.mark.slow
