@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config import Config
+from engine.bad_words import with_bad_words_ids
 from engine.json_schema import JsonGrammars
 from engine.llm_engine import LLMEngine
 from engine.outputs import OutputStream, Progress, PromptRequests, make_output
@@ -308,6 +309,7 @@ class LLM:
         with self._tokenizing:
             own = {id(one): one for one in per_prompt}
             own = {key: self._grammars.applied(one) for key, one in own.items()}
+            own = {key: with_bad_words_ids(one, self.tokenizer) for key, one in own.items()}
         per_prompt = [own[id(one)] for one in per_prompt]
         try:
             with self.engine.turns.turn(), self.engine.all_or_none():

@@ -25,6 +25,16 @@ from utils.rules import (
 # Function of token ids (prompt and output) and float32 logits [vocab_size]; returns new logits.
 LogitsProcessor = Callable[[list[int], Any], Any]
 
+# Maximum of `logprobs` and `prompt_logprobs`. A token's dictionary of 1,024 entries takes 100 KB of
+# host memory. On a GPU, one kernel finds the likeliest tokens of each 1,024 logits.
+MAX_LOGPROBS = 1024
+# Maximum of `n`. The n requests of a prompt are queued at once, each with a copy of the prompt.
+MAX_OUTPUTS = 1024
+# Maximum numbers of entries in `logit_bias` and `bad_words_ids`, and of tokens in a bad word. A
+# request's entries stay on the device while the request runs, and bad words are compared in every
+# step.
+MAX_BIASES, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 1024, 512, 32
+
 _SEED = Rule(
     lambda v: v is None or (is_int(v) and 0 <= v < 2**63),
     "must be an integer in [0, 2**63) or None",
@@ -42,15 +52,53 @@ _PROCESSORS = several(
     "Use () for none.",
 )
 _TOKEN_IDS = several(lambda v: is_int(v) and v >= 0, "token ids", "Use e.g. stop_token_ids=[2].")
+_COUNT = integer(0, MAX_LOGPROBS, "Use None for none.", optional=True)
+_BIAS = Rule(
+    lambda v: v is None or _is_bias(v),
+    f"must be a dict of at most {MAX_BIASES} token ids, with numbers from -100 to 100",
+    "Use e.g. logit_bias={5: -100}, or None for none.",
+)
+_ALLOWED = Rule(
+    lambda v: v is None or (_TOKEN_IDS.allows(v) and len(v) > 0),
+    "must be a list of token ids that is not empty, or None",
+    "Use None to allow all tokens.",
+)
+_WORDS = Rule(
+    lambda v: v is None or (_TEXTS.allows(v) and all(word.strip() for word in v)),
+    "must be a list of str, none of them blank, or None",
+    'Use e.g. bad_words=["foo"], or None for none.',
+)
+_WORDS_IDS = Rule(
+    lambda v: isinstance(v, (list, tuple)) and len(v) <= MAX_BAD_WORDS and all(map(_is_word, v)),
+    f"must be a list of at most {MAX_BAD_WORDS} lists of 1 to {MAX_BAD_WORD_TOKENS} token ids",
+    "Use e.g. bad_words_ids=[[2, 7]].",
+)
 _SCHEMA = Rule(
     lambda v: v is None or _json_schema(v) is not None,
     "must be a JSON schema, as a dict or as JSON text",
     'Use e.g. json_schema={"type": "object"}, or None for none.',
 )
-# A user's salt must not contain \0: the engine makes salts with \0 (`Sequence.cache_salt`).
+# \0 is kept for salts that the engine may make itself.
 _SALT = Rule(
     lambda v: isinstance(v, str) and "\0" not in v, "must be a str without \\0", 'Use "" for none.'
 )
+
+
+def _is_bias(value: Any) -> bool:
+    """Return whether a value is a bias for some tokens, as a dict or as pairs."""
+    try:
+        bias = dict(value)
+    except (TypeError, ValueError):
+        return False
+    return (
+        len(bias) <= MAX_BIASES
+        and _TOKEN_IDS.allows(list(bias))
+        and all(map(number(-100, 100, "").allows, bias.values()))
+    )
+
+
+def _is_word(value: Any) -> bool:
+    return bool(_TOKEN_IDS.allows(value) and 1 <= len(value) <= MAX_BAD_WORD_TOKENS)
 
 
 def _json_schema(value: Any) -> str | None:
@@ -69,7 +117,10 @@ class SamplingParams:
 
     Logits are processed in the order of transformers' `generate`: penalties, `min_tokens` and
     `logits_processors` come first. Then come temperature, top_k, top_p and min_p in this order. If
-    several tokens are equally likely at the border of top_k or top_p, all of them are kept.
+    several tokens are equally likely at the border of top_k or top_p, all of them are kept. As in
+    vLLM, `logit_bias` comes before the penalties. `allowed_token_ids` and `bad_words` forbid tokens
+    before `logits_processors`. If the options forbid all tokens, the request fails with a
+    LogitsError.
 
     Attributes:
         temperature: 0 takes the most likely token (greedy). A value above 0 divides the logits.
@@ -92,12 +143,23 @@ class SamplingParams:
             A stop string may contain names of special tokens, although the text has none.
         stop_token_ids: ids of tokens that end the output, like end-of-sequence tokens.
         ignore_eos: do not end the output at an end-of-sequence token.
+        logit_bias: for some tokens a number from -100 to 100, which is added to the token's logit.
+            At most `MAX_BIASES` tokens. The bias is stored as a tuple of pairs.
+        allowed_token_ids: only these tokens may be generated. None allows all tokens.
+        bad_words: texts that the output must not contain as words. A text is converted to token ids
+            with and without a space before it. The last of these ids is forbidden where the output
+            ends with the others. Other tokens that make the same text are not forbidden.
+        bad_words_ids: like `bad_words`, as lists of token ids. At most `MAX_BAD_WORDS` lists of at
+            most `MAX_BAD_WORD_TOKENS` ids.
         logprobs: for each generated token, return its log-probability and the log-probabilities of
-            the `logprobs` most likely tokens, from logits before penalties, temperature, filters.
+            the `logprobs` most likely tokens, from logits before bias, penalties, temperature and
+            filters. At most `MAX_LOGPROBS`.
         prompt_logprobs: like `logprobs`, for the prompt's tokens except the first. The request uses
-            no cached blocks of other requests, because the prefix cache keeps no logits. If memory
-            is too small for logits of all prompt tokens of a step, lower `max_num_batched_tokens`.
-        n: number of outputs. With prefix caching the outputs can share KV blocks of the prompt.
+            cached blocks only before `prompt_logprobs_start`: the prefix cache keeps no logits.
+        prompt_logprobs_start: position of the first prompt token whose log-probability is returned,
+            if `prompt_logprobs` is given. The entries of earlier tokens are None.
+        n: number of outputs, at most `MAX_OUTPUTS`. With prefix caching the outputs can share KV
+            blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
             them with the ids of all tokens of the request and the logits for its next token. Each
             output has processors of its own: if the object has a method `for_request`, the engine
@@ -138,9 +200,14 @@ class SamplingParams:
     stop: str | list[str] | tuple[str, ...] = ruled((), _STOP)
     stop_token_ids: list[int] | tuple[int, ...] = ruled((), _TOKEN_IDS)
     ignore_eos: bool = ruled(False, boolean())
-    logprobs: int | None = ruled(None, integer(0, fix="Use None for none.", optional=True))
-    prompt_logprobs: int | None = ruled(None, integer(0, fix="Use None for none.", optional=True))
-    n: int = ruled(1, integer(1, fix="Use 1 for one output."))
+    logit_bias: dict[int, float] | tuple[tuple[int, float], ...] | None = ruled(None, _BIAS)
+    allowed_token_ids: list[int] | tuple[int, ...] | None = ruled(None, _ALLOWED)
+    bad_words: list[str] | tuple[str, ...] | None = ruled(None, _WORDS)
+    bad_words_ids: list[list[int]] | tuple[tuple[int, ...], ...] = ruled((), _WORDS_IDS)
+    logprobs: int | None = ruled(None, _COUNT)
+    prompt_logprobs: int | None = ruled(None, _COUNT)
+    prompt_logprobs_start: int = ruled(0, integer(0, fix="Use 0 to score the whole prompt."))
+    n: int = ruled(1, integer(1, MAX_OUTPUTS, "Use 1 for one output."))
     logits_processors: list[Any] | tuple[Any, ...] = ruled((), _PROCESSORS)
     json_schema: dict[str, Any] | str | None = ruled(None, _SCHEMA)
     priority: int = ruled(0, Rule(is_int, "must be an integer", "Use 0, or more to run earlier."))
@@ -162,16 +229,22 @@ class SamplingParams:
         put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         put(self, "stop_token_ids", tuple(self.stop_token_ids))
         put(self, "logits_processors", tuple(self.logits_processors))
+        put(self, "logit_bias", tuple(sorted(dict(self.logit_bias or ()).items())))
+        if self.allowed_token_ids is not None:
+            put(self, "allowed_token_ids", tuple(sorted(set(self.allowed_token_ids))))
+        put(self, "bad_words", tuple(self.bad_words or ()))
+        put(self, "bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
         if self.json_schema is not None:
             put(self, "json_schema", _json_schema(self.json_schema))
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
         put(self, "penalizes", penalties != (1, 0, 0))
         filters = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
         put(self, "filters", self.temperature > 0 and filters)
-        asked = self.filters or self.penalizes or self.min_tokens or self.logits_processors
-        asked = asked or self.json_schema is not None
-        scores = (self.logprobs, self.prompt_logprobs) != (None, None)
-        put(self, "needs_logits", bool(asked or scores))
+        asked = self.filters, self.penalizes, self.min_tokens, self.logits_processors
+        more = self.logit_bias, self.bad_words, self.bad_words_ids
+        given = self.json_schema, self.allowed_token_ids, self.logprobs, self.prompt_logprobs
+        needs = any((*asked, *more)) or any(value is not None for value in given)
+        put(self, "needs_logits", needs)
 
     @staticmethod
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:

@@ -22,6 +22,7 @@ from engine.graphs import StepGraphs
 from engine.parts import captures_graphs, make_backend
 from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
 from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
+from engine.step_scores import PromptStates
 from engine.types import Clock, KVGeometry, ModelRunner, StepHandle, StepPlan
 from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.parallel import ParallelContext, Place
@@ -33,6 +34,7 @@ from memory.sizing import (
     fit_blocks,
     free_bytes,
     kv_blocks,
+    longest_decodes,
     longest_prefill,
     measure_usage,
     memory_errors,
@@ -62,12 +64,13 @@ class StepPass:
 
     def forward(
         self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """Return logits [R + P, this rank's vocabulary] of R sampled rows and P prompt rows.
+    ) -> tuple[Tensor, PromptStates | None]:
+        """Return logits [R, this rank's vocabulary] of R sampled rows, states of P prompt rows.
 
         Args:
             prompt_rows: indices in the step, int64 [P], of rows whose logits are needed for the
-                log-probability of the next prompt token. These rows come last in the result.
+                log-probability of the next prompt token. `draw` computes their logits from the
+                states block by block, because logits of all P rows would take much memory.
             out: tensor in the model's dtype. The model may write the logits to `out` and return it.
         """
         # None means the logits of all rows. Without prefill chunks all rows are sampled rows.
@@ -84,7 +87,11 @@ class StepPass:
             sampled_rows=wanted,
             logits=out,
         )
-        return self.model(batch)
+        if prompt_rows is None:
+            return self.model(batch), None
+        states, count = self.model.states(batch), len(rows.sampled.rows)
+        head = self.model.head
+        return head(states[:count]), PromptStates(head, states[count:])
 
     def draw(
         self,
@@ -92,18 +99,19 @@ class StepPass:
         sampled: SampledRows,
         special: SpecialRows | None = None,
         greedy: bool = False,
+        prompts: PromptStates | None = None,
     ) -> StepOutput:
         """Draw a token for each sampled row, and write the tokens into the device's token table.
 
         Args:
-            logits: the result of `forward`.
+            logits, prompts: the result of `forward`.
             sampled: the R sampled rows. The drawn tokens are also written to `sampled.tokens`.
             special: sampling options besides temperature and seed; None if no sampled row has any.
             greedy: whether every sampled row has temperature 0.
         """
         if special:
             tokens = self.state.tables.tokens
-            output = StepOutput(*special.draw(self.sampler, tokens, logits, sampled))
+            output = StepOutput(*special.draw(self.sampler, tokens, logits, sampled, prompts))
         elif greedy:
             output = StepOutput(self.sampler.greedy(logits))
         else:
@@ -114,7 +122,7 @@ class StepPass:
     def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
         """Enqueue a step with no sampling options but temperature and seed; return its logits."""
         self.state.fill(rows)
-        logits = self.forward(rows, out=out)
+        logits, _ = self.forward(rows, out=out)
         self.draw(logits, rows.sampled)
         return logits
 
@@ -184,7 +192,7 @@ class LocalRunner(ModelRunner):
         with self._staging.group():
             self._state.apply(plan)
             special = self._sampling.of(plan) if self._state.special else None
-            prompt_rows = special.prompt_rows if special and special.prompts else None
+            prompt_rows = special.prompt_rows if special else None
             if self._graphs and prompt_rows is None and self._graphs.serves(plan):
                 logits, sampled = self._graphs.replay(plan)
                 output = StepOutput(sampled.tokens)
@@ -193,9 +201,9 @@ class LocalRunner(ModelRunner):
                     output = self._pass.draw(logits, sampled, special)
             else:
                 rows = self._state.rows(plan)
-                logits = self._pass.forward(rows, prompt_rows)
+                logits, prompts = self._pass.forward(rows, prompt_rows)
                 greedy = self._state.all_greedy(plan)
-                output = self._pass.draw(logits, rows.sampled, special, greedy)
+                output = self._pass.draw(logits, rows.sampled, special, greedy, prompts)
         if self._poison:
             self._poison.check(plan)
         return output
@@ -214,8 +222,9 @@ class LocalRunner(ModelRunner):
             limits = config.max_num_seqs, spec.max_model_len, spec.block_size
             tables = SlotTables.zeros(*limits, self._device, len(self._groups))
             self._state = DeviceState(tables, self._staging)
-            self._sampling = SamplingRows(self._state.special, config.max_num_seqs, self._staging)
-            groups = self._sized(before, vocab_size)
+            slots = self._state.special, config.max_num_seqs
+            self._sampling = SamplingRows(*slots, self._staging, vocab_size)
+            groups = self._sized(before, vocab_size, int(checkpoint.hf_config.hidden_size))
             # All ranks get the same block ids, so all ranks use the smallest of their block counts.
             blocks = torch.tensor([-group.num_blocks for group in groups], device=self._device)
             self._allocate((-self._parallel.all_max(blocks)).tolist())
@@ -283,7 +292,7 @@ class LocalRunner(ModelRunner):
             limits = self._config.max_num_batched_tokens, self._weights_per_layer
             self._graphs = StepGraphs(self._pass.plain, self._state, *limits)
 
-    def _sized(self, free_before: int, vocab_size: int) -> tuple[KVGeometry, ...]:
+    def _sized(self, free_before: int, vocab_size: int, hidden_size: int) -> tuple[KVGeometry, ...]:
         """Return the cache groups. The config or the free memory sets their block counts."""
         config = self._config
         if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
@@ -296,15 +305,20 @@ class LocalRunner(ModelRunner):
         self._graphs = None
         del self._caches, self._pass
         torch.cuda.empty_cache()
-        rows, width = config.max_num_seqs, self._dtype.itemsize
-        special = special_bytes(rows, vocab_size, width, self._parallel.size)
+        special = special_bytes(config, vocab_size, hidden_size, self._dtype.itemsize)
         usage = replace(usage, peak=usage.peak + special)
         return fit_blocks(config, self._groups, usage)
 
     def _heaviest_steps(self) -> list[Callable[[], object]]:
         """Return functions that run large steps, among them the step that needs the most memory."""
-        prefill = longest_prefill(self._config, self._groups)
-        return [lambda: self._run(prefill), *(self._graphs.heaviest() if self._graphs else ())]
+        return [self._longest_steps, *(self._graphs.heaviest() if self._graphs else ())]
+
+    def _longest_steps(self) -> None:
+        self._run(longest_prefill(self._config, self._groups))
+        if not self._graphs:
+            # The requests do not enter slots, so the positions of their decodes are set here.
+            self._state.tables.num_computed[:-1] = self._state.tables.tokens.shape[1] - 2
+            self._run(longest_decodes(self._config, self._groups))
 
 
 def step_launcher(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 from config import Config
 from sampling_params import SamplingParams
 from utils.errors import RequestError, RequestTooLongError
@@ -52,7 +55,17 @@ def check_request(
         if count is not None and count > vocab_size:
             problem, fix = f"the vocabulary has {vocab_size} tokens", f"Use {vocab_size} or less."
             raise RequestError(name, count, problem, fix)
-    for token in params.stop_token_ids:
-        if token >= vocab_size:
-            raise RequestError("stop_token_ids", token, "is not a token id", ids)
+    if params.bad_words:
+        problem, fix = "LLMEngine has no tokenizer to encode them", "Use LLM, or bad_words_ids."
+        raise RequestError("bad_words", params.bad_words, problem, fix)
+    named: dict[str, Iterable[int]] = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": dict(params.logit_bias or ()),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words_ids": chain.from_iterable(params.bad_words_ids),
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if token >= vocab_size:
+                raise RequestError(name, token, "is not a token id", ids)
     return limit if most is None else len(prompt) + most

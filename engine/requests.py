@@ -32,9 +32,9 @@ class Sequence:
     # For each output token, its mapping in `RowReport.values`; empty if the runner returns none.
     values: list[Mapping[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # log-probs of output, if requested
-    # Log-probabilities of the prompt tokens computed so far, if requested. The first entry is None,
-    # because no position predicts the first token.
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    # Log-probabilities of the prompt tokens computed so far, if requested. Before the position
+    # `prompt_logprobs_start` and for the first token, which no position predicts, they are None.
+    prompt_logprobs: list[TokenLogprobs | None] = field(init=False)
     text: TextReader | None = None  # converts output to text, for streaming or stop strings
     added_at: float = 0.0
     admitted_at: float | None = None  # time of the first admission
@@ -55,6 +55,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        unscored = min(max(1, self.sampling.prompt_logprobs_start), self.num_prompt_tokens)
+        self.prompt_logprobs = [None] * unscored
         self.reset()
 
     def reset(self) -> None:
@@ -66,12 +68,16 @@ class Sequence:
     @property
     def cache_salt(self) -> str:
         """A string for the prefix cache: only requests with equal salts share cached prefixes."""
-        salt = self.sampling.cache_salt
-        if self.sampling.prompt_logprobs is None:
-            return salt
-        # The cache does not keep the logits that prompt log-probabilities need. The request id in
-        # the salt ensures that the request computes each prompt position itself, at least once.
-        return f"{salt}\0{self.request_id}"
+        return self.sampling.cache_salt
+
+    @property
+    def most_cached(self) -> int | None:
+        """How many leading tokens may be taken from the prefix cache now; None for no limit."""
+        missing = len(self.prompt_logprobs)
+        if self.sampling.prompt_logprobs is None or missing >= self.num_prompt_tokens:
+            return None
+        # The cache keeps no logits: the token before the first missing entry must be computed.
+        return missing - 1
 
     @property
     def output_token_ids(self) -> list[int]:

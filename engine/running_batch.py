@@ -72,7 +72,8 @@ class RunningBatch:
         """Give a request a slot and blocks. Return False if no slot or too few blocks are free."""
         if not self._free_slots:
             return False
-        cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
+        most = (seq.most_cached,) if self.blocks.caches_prefixes else ()
+        cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt, *most)
         if not self.blocks.grow(seq.request_id, len(seq.token_ids)):
             self.blocks.release(seq.request_id)
             return False
@@ -277,8 +278,8 @@ class RunningBatch:
             seq = self._holder[chunk.slot]
             assert seq is not None
             # After a preemption the prompt is computed again: add only values that `seq` lacks.
-            missing = len(seq.prompt_logprobs) - (chunk.start + 1)
-            seq.prompt_logprobs += found[missing:]
+            first = max(chunk.start + 1, seq.sampling.prompt_logprobs_start)
+            seq.prompt_logprobs += found[max(0, len(seq.prompt_logprobs) - first) :]
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a request. Its slot and blocks become free when no step in flight uses them."""

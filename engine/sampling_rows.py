@@ -2,142 +2,56 @@
 
 In this file a row of a step is one input token. The R sampled rows of a step are the rows whose
 next token is drawn. Filters (top-k, top-p, min-p) give each row a lower bound: tokens with logits
-below the bound are not drawn. Penalties, `min_tokens` and logits processors change the logits of a
-row before its token is drawn. Rows with changed logits are divided into blocks of at most
-`BLOCK_ROWS` rows. Their tokens are drawn block by block, after the tokens of all other rows.
+below the bound are not drawn. Rows whose logits are changed are drawn in blocks
+(`engine.changed_rows`), after the tokens of all other rows. Log-probabilities come last
+(`engine.step_scores`). A row costs nothing here once none of its request's options applies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.device_state import Staging
-from engine.types import NewRequest, StepPlan, TokenLogprobs
-from layers.logits import (
-    SCORED_ROWS,
-    Filters,
-    Penalties,
-    TokenScores,
-    logit_bounds,
-    penalize,
-    score,
+from config import Config
+from engine.changed_rows import (
+    BLOCK_ROWS,
+    Candidate,
+    ChangedRows,
+    OwnOptions,
+    block_bytes,
+    changes,
+    options_bytes,
 )
+from engine.device_state import Staging
+from engine.step_scores import PROMPT_ROWS, PromptStates, ScoredRows, StepScores, group_of
+from engine.types import NO_LIMIT, NewRequest, StepPlan
+from layers.logits import SCORED_ROWS, Filters, logit_bounds
 from layers.sampler import Sampler
 from layers.step_rows import SampledRows
-from sampling_params import LogitsProcessor
-from utils.errors import LogitsError, shown
-
-# Maximum number of rows in a block of rows with changed logits. For 64 rows of 151,936 bfloat16
-# logits each, the logits, a float32 copy and the token counts for penalties take 97 MB together.
-BLOCK_ROWS = 64
+from utils.errors import LogitsError
 
 
-def special_bytes(max_num_seqs: int, vocab_size: int, dtype_bytes: int, num_ranks: int) -> int:
+def special_bytes(config: Config, vocab_size: int, hidden_size: int, dtype_bytes: int) -> int:
     """Return how many bytes of device memory the sampling options of a step take at most.
 
-    A block of rows needs three copies of its logits, two of them in float32. With several ranks,
-    two more copies hold the logits of all rows. Log-probabilities of prompts are not counted.
+    Changed rows are drawn block by block, and rows are scored block by block. Scores need a copy of
+    logits, and up to 8 bytes for each logit to find the likeliest. With several ranks, two more
+    copies hold the logits of all rows, or of a block of prompt rows. If the log-probabilities of a
+    prompt are wanted, the last layer returns the states of all its tokens, in two tensors.
     """
-    copies = 0 if num_ranks == 1 else 2 * max_num_seqs * dtype_bytes
-    block = min(max_num_seqs, max(BLOCK_ROWS, SCORED_ROWS)) * (dtype_bytes + 8)
-    return (copies + block) * vocab_size
-
-
-@dataclass(frozen=True, slots=True)
-class StepScores:
-    """Log-probabilities of tokens of a step, and the rows and chunks to which the tokens belong.
-
-    Attributes:
-        found: log-probabilities of new tokens, then of prompt tokens. Each of these tokens comes
-            with the log-probabilities of the N likeliest tokens. The request's options set N.
-        new: for each new token in `found`: index of its row among the sampled rows, and N.
-        prompts: for each prefill chunk of a request that asks for log-probabilities of its prompt:
-            index of the chunk, number of its prompt tokens in `found`, and N.
-        num_chunks: number of all prefill chunks in the step.
-    """
-
-    found: TokenScores
-    new: list[tuple[int, int]]
-    prompts: list[tuple[int, int, int]]
-    num_chunks: int
-
-    def logprobs(
-        self, num_rows: int
-    ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
-        """Return `StepResult.logprobs` and `.prompt_logprobs`. `found` must be in host memory."""
-        f = self.found
-        columns = (f.tokens, f.values, f.top_tokens, f.top_values)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-
-        def entry(num_top: int) -> TokenLogprobs:
-            token, value, ids, values = next(rows)
-            return {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
-
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in range(num_rows)]
-        for row, num_top in self.new:
-            logprobs[row].append(entry(num_top))
-        prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.num_chunks)]
-        for chunk, count, num_top in self.prompts:
-            prompt_logprobs[chunk] = [entry(num_top) for _ in range(count)]
-        return logprobs, prompt_logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class _ChangedRows:
-    """A block of S sampled rows whose logits are changed before their tokens are drawn.
-
-    Attributes:
-        rows: index of each row among the R sampled rows of the step, int64 [S].
-        filters: whether any row of the block has filters.
-        penalizes: whether any row of the block has penalties.
-        withheld: W pairs of a row and a token that `min_tokens` forbids, int64 [3, W]: index of the
-            row in the block, id of the token, first position at which the row may draw the token.
-        processors: index in the block, and processors, of each row that has logits processors.
-    """
-
-    rows: Tensor
-    filters: bool
-    penalizes: bool
-    withheld: Tensor | None
-    processors: list[tuple[int, tuple[LogitsProcessor, ...]]]
-
-    def draw(
-        self,
-        sampler: Sampler,
-        tokens: Tensor,
-        logits: Tensor,
-        sampled: SampledRows,
-        parameters: Tensor,
-    ) -> tuple[Tensor, dict[int, LogitsError]]:
-        """Draw S tokens, int64 [S]. `logits`, `sampled`, `parameters` have all R sampled rows.
-
-        Also returns the errors of logits processors, by the index of their row in the block. The
-        tokens of these rows are `NO_TOKEN`.
-        """
-        own = sampled[self.rows]
-        *filters, repetition, presence, frequency, num_prompt = parameters[:, self.rows]
-        changed = logits.index_select(0, self.rows).float()
-        errors: dict[int, LogitsError] = {}
-        if self.penalizes:
-            penalties = Penalties(repetition, presence, frequency)
-            known = tokens.index_select(0, own.slots)
-            penalize(changed, known, num_prompt, own.positions, penalties)
-        if self.withheld is not None:
-            row, token, first = self.withheld
-            free = own.positions[row] >= first
-            changed[row, token] = torch.where(free, changed[row, token], float("-inf"))
-        for i, calls in self.processors:
-            ids = tokens[own.slots[i], : own.positions[i]].tolist()
-            if error := _process(calls, ids, changed, i):
-                errors[i] = error
-        least = logit_bounds(changed, Filters(*filters)) if self.filters else None
-        return sampler.whole(changed, own, least=least), errors
+    assert config.max_model_len is not None
+    rows, copies = config.max_num_seqs, 0 if config.tensor_parallel_size == 1 else 2
+    changed = block_bytes(rows, vocab_size, dtype_bytes, config.max_model_len)
+    scored = min(rows, SCORED_ROWS) * vocab_size * (dtype_bytes + 8)
+    prompt_rows = min(PROMPT_ROWS, config.max_num_batched_tokens)
+    prompts = prompt_rows * (1 + copies) * dtype_bytes + min(prompt_rows, SCORED_ROWS) * 8
+    states = 2 * config.max_num_batched_tokens * hidden_size * dtype_bytes
+    work = max(changed, scored, prompts * vocab_size + states)
+    return work + copies * rows * vocab_size * dtype_bytes + rows * options_bytes(vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,60 +65,55 @@ class SpecialRows:
             rows without filters, and for rows in `changed`, which are filtered later.
         changed: blocks of the rows whose logits are changed before their tokens are drawn.
         all_changed: whether every sampled row is in a block of `changed`.
-        new, prompts, num_chunks: values for the fields of `StepScores` with these names.
-        scored_rows: the row index in each entry of `new`, int64 [len(new)].
-        prompt_rows: indices in the step, int64 [P], of rows whose logits give the log-probability
-            of the next prompt token.
-        prompt_tokens: the prompt token that follows each row in `prompt_rows`, int64 [P].
+        scored: the rows that are scored, or None if no request asks for log-probabilities.
     """
 
     parameters: Tensor
     filters: Filters | None
-    changed: list[_ChangedRows]
+    changed: list[ChangedRows]
     all_changed: bool
-    new: list[tuple[int, int]]
-    prompts: list[tuple[int, int, int]]
-    num_chunks: int
-    scored_rows: Tensor
-    prompt_rows: Tensor
-    prompt_tokens: Tensor
+    scored: ScoredRows | None
+
+    @property
+    def prompt_rows(self) -> Tensor | None:
+        """Indices in the step, int64 [P], of the prompt rows to score; None if there are none."""
+        return self.scored.prompt_rows if self.scored and self.scored.prompts else None
 
     def draw(
-        self, sampler: Sampler, tokens: Tensor, logits: Tensor, sampled: SampledRows
+        self,
+        sampler: Sampler,
+        tokens: Tensor,
+        logits: Tensor,
+        sampled: SampledRows,
+        prompts: PromptStates | None = None,
     ) -> tuple[Tensor, StepScores | None, dict[int, LogitsError]]:
         """Draw the step's tokens. Returns the values for the fields of `StepOutput`.
 
         Args:
             tokens: [slots + 1, max_model_len]: prompt and output tokens of each running request.
-            logits: [R + P, this rank's vocabulary], of the R sampled rows, then of `prompt_rows`.
+            logits: [R, this rank's vocabulary], of the R sampled rows.
+            prompts: the states of the step's `prompt_rows`, if there are any.
         """
-        count = len(sampled.slots)
         whole = sampler.gathered(logits)
         if self.all_changed:
-            drawn = torch.empty(count, dtype=torch.int64, device=whole.device)
+            drawn = torch.empty(len(sampled.slots), dtype=torch.int64, device=whole.device)
         else:
-            least = logit_bounds(whole[:count], self.filters) if self.filters else None
-            drawn = sampler(logits[:count], sampled, least=least)
+            least = logit_bounds(whole, self.filters) if self.filters else None
+            drawn = sampler(logits, sampled, least=least)
         errors: dict[int, LogitsError] = {}
         for part in self.changed:
-            anew, failed = part.draw(sampler, tokens, whole[:count], sampled, self.parameters)
+            anew, failed = part.draw(sampler, tokens, whole, sampled, self.parameters)
             drawn.index_copy_(0, part.rows, anew)
             errors |= {int(part.rows[i]): error for i, error in failed.items()}
-        return drawn, self._scored(whole[:count], drawn.clamp(min=0), whole[count:]), errors
-
-    def _scored(self, logits: Tensor, tokens: Tensor, prompt_logits: Tensor) -> StepScores | None:
-        """Return log-probabilities from the unchanged logits; None if no request asks for any."""
-        if not self.new and not self.prompts:
-            return None
-        num_top = max(n for *_, n in (*self.new, *self.prompts))
-        new = score(logits, tokens[self.scored_rows], num_top, self.scored_rows)
-        prompt = score(prompt_logits, self.prompt_tokens, num_top)
-        both = [torch.cat((getattr(new, f.name), getattr(prompt, f.name))) for f in fields(new)]
-        return StepScores(TokenScores(*both), self.new, self.prompts, self.num_chunks)
+        if self.scored is None:
+            return drawn, None, errors
+        # Log-probabilities come from the unchanged logits.
+        scores = self.scored.score(sampler, whole, drawn.clamp(min=0), prompts)
+        return drawn, scores, errors
 
 
 class SamplingRows:
-    """Makes the `SpecialRows` of each plan.
+    """Makes the `SpecialRows` of each plan, for a runner that drafts no tokens.
 
     Args:
         requests: requests with sampling options besides temperature and seed; the keys are slots.
@@ -212,37 +121,67 @@ class SamplingRows:
     """
 
     def __init__(
-        self, requests: Mapping[int, NewRequest], num_slots: int, staging: Staging
+        self,
+        requests: Mapping[int, NewRequest],
+        num_slots: int,
+        staging: Staging,
+        vocab_size: int,
     ) -> None:
-        self._staging = staging
+        self._staging, self._vocab_size = staging, vocab_size
         self._requests = requests
+        self._own: dict[int, OwnOptions] = {}  # of the latest request with options in each slot
         self._parameters = np.zeros((num_slots, 8), dtype=np.float32)
+        # Number of tokens that each slot's request has before its next token is drawn. The tokens
+        # are on the device. Their number is known here: every decode row adds one.
+        self._num_known = np.zeros(num_slots, dtype=np.int64)
         self._decode: tuple[int, ...] | None = None
+        self._slots = np.zeros(0, dtype=np.int64)  # the slots in `_decode`
         self._decode_rows: SpecialRows | None = None
+        self._lasts = 0  # for how many further steps with the same decodes `_decode_rows` is right
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
-        """Return the sampling options of a plan's sampled rows, or None if no row has any.
+        """Return the sampling options of a plan's sampled rows, or None if none applies to any.
 
         `of` stores new requests' options, so call it for every plan while `requests` has entries.
         """
         for new in plan.new_requests:
             self._parameters[new.slot] = _parameters(new)
+            self._num_known[new.slot] = len(new.token_ids)
+            self._own.pop(new.slot, None)
+            if new.slot in self._requests:
+                self._own[new.slot] = OwnOptions.of(new, self._vocab_size, self._staging)
+        same = plan.decode == self._decode
+        if not same:
+            self._decode, self._slots = plan.decode, np.array(plan.decode, dtype=np.int64)
+        self._num_known[self._slots] += 1
+        self._lasts -= 1
         if plan.prefill or plan.new_requests:
-            self._decode = None
-            return self._found(plan)
-        if plan.decode != self._decode:
-            self._decode, self._decode_rows = plan.decode, self._found(plan)
+            found, self._lasts = self._found(plan), -1
+            return found
+        if not same or self._lasts < 0:
+            self._decode_rows = self._found(plan)
         return self._decode_rows
 
     def _found(self, plan: StepPlan) -> SpecialRows | None:
-        slots, known = plan.sampled_slots, self._requests
-        special = [(row, known[slot]) for row, slot in enumerate(slots) if slot in known]
-        prompts, prompt_rows, prompt_tokens = self._of_prompts(plan)
-        if not special and not prompts:
+        slots, num_known = plan.sampled_slots, self._num_known
+        held = [(row, s, new) for row, s in enumerate(slots) if (new := self._requests.get(s))]
+        rows = [Candidate(row, new, self._own[s], int(num_known[s])) for row, s, new in held]
+        changed = [one for one in rows if changes(one.new, one.num_known)]
+        # A block is as wide as its longest row with penalties.
+        changed.sort(key=lambda one: one.num_known if one.new.sampling.penalizes else 0)
+        blocks = [
+            ChangedRows.of(changed[first : first + BLOCK_ROWS], self._staging)
+            for first in range(0, len(changed), BLOCK_ROWS)
+        ]
+        self._lasts = min((block.lasts for block in blocks), default=NO_LIMIT)
+        filtered = [
+            one.row
+            for one in rows
+            if one.new.sampling.filters and not changes(one.new, one.num_known)
+        ]
+        scored = self._scored(rows, plan)
+        if not changed and not filtered and scored is None:
             return None
-        changed = [(row, new) for row, new in special if _changes(new)]
-        filtered = [row for row, new in special if new.sampling.filters and not _changes(new)]
-        scored = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
         parameters = np.ascontiguousarray(self._parameters[slots].T)
         # Only rows in `filtered` get filters. Temperature 0 turns filtering off for all other rows.
         filters = np.zeros_like(parameters[:4])
@@ -250,61 +189,54 @@ class SamplingRows:
         return SpecialRows(
             parameters=self._staging.upload(parameters),
             filters=Filters(*self._staging.upload(filters)) if filtered else None,
-            changed=[
-                self._changed(changed[first : first + BLOCK_ROWS])
-                for first in range(0, len(changed), BLOCK_ROWS)
-            ],
+            changed=blocks,
             all_changed=len(changed) == len(slots),
-            new=scored,
-            prompts=prompts,
-            num_chunks=len(plan.prefill),
-            scored_rows=self._int64([row for row, _ in scored]),
-            prompt_rows=self._int64(prompt_rows),
-            prompt_tokens=self._int64(prompt_tokens),
+            scored=scored,
         )
 
-    def _of_prompts(
-        self, plan: StepPlan
-    ) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
-        prompts: list[tuple[int, int, int]] = []
-        rows: list[int] = []
-        tokens: list[int] = []
+    def _scored(self, rows: list[Candidate], plan: StepPlan) -> ScoredRows | None:
+        wanted = [(one.row, one.new.sampling.logprobs) for one in rows]
+        new = [(row, num_top) for row, num_top in wanted if num_top is not None]
+        prompts = self._of_prompts(plan)
+        if not new and not prompts:
+            return None
+        groups: dict[int, list[int]] = {}
+        for row, num_top in new:
+            groups.setdefault(group_of(num_top), []).append(row)
+        # Of each group the rows of prompts and the tokens after them.
+        parts: dict[int, tuple[list[int], list[int]]] = {}
+        for _, num_top, part_rows, part_tokens in prompts:
+            both = parts.setdefault(group_of(num_top), ([], []))
+            both[0].extend(part_rows)
+            both[1].extend(part_tokens)
+        return ScoredRows(
+            new=new,
+            prompts=[(chunk, len(part), num_top) for chunk, num_top, part, _ in prompts],
+            num_chunks=len(plan.prefill),
+            new_rows={group: self._int64(some) for group, some in groups.items()},
+            prompt_rows=self._int64([row for some, _ in parts.values() for row in some]),
+            prompt_tokens=self._int64([token for _, some in parts.values() for token in some]),
+            prompt_counts={group: len(some) for group, (some, _) in parts.items()},
+        )
+
+    def _of_prompts(self, plan: StepPlan) -> list[tuple[int, int, range, tuple[int, ...]]]:
+        """Return for each chunk with scored prompt rows: its index, N, its rows, their tokens."""
+        found = []
         row = 0
         for i, chunk in enumerate(plan.prefill):
             new = self._requests.get(chunk.slot)
-            if new is not None and new.sampling.prompt_logprobs is not None:
-                last = len(new.token_ids) - new.num_output_tokens - 1
-                count = max(0, min(chunk.num_tokens, last - chunk.start))
-                prompts.append((i, count, new.sampling.prompt_logprobs))
-                rows += range(row, row + count)
-                tokens += new.token_ids[chunk.start + 1 : chunk.start + 1 + count]
+            if new is not None and (num_top := new.sampling.prompt_logprobs) is not None:
+                first = max(chunk.start + 1, new.sampling.prompt_logprobs_start)
+                num_prompt = len(new.token_ids) - new.num_output_tokens
+                end = min(chunk.start + chunk.num_tokens + 1, num_prompt)
+                if first < end:
+                    rows = range(row + first - chunk.start - 1, row + end - chunk.start - 1)
+                    found.append((i, num_top, rows, new.token_ids[first:end]))
             row += chunk.num_tokens
-        return (prompts, rows, tokens) if rows else ([], [], [])
+        return found
 
-    def _changed(self, rows: list[tuple[int, NewRequest]]) -> _ChangedRows:
-        options = [new.sampling for _, new in rows]
-        withheld = [
-            (i, token, len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens)
-            for i, (_, q) in enumerate(rows)
-            for token in q.withheld_token_ids
-        ]
-        calls = [(i, tuple(s.logits_processors)) for i, s in enumerate(options)]
-        return _ChangedRows(
-            rows=self._int64([row for row, _ in rows]),
-            filters=any(s.filters for s in options),
-            penalizes=any(s.penalizes for s in options),
-            withheld=self._int64(list(zip(*withheld, strict=True))) if withheld else None,
-            processors=[(i, some) for i, some in calls if some],
-        )
-
-    def _int64(self, values: Any) -> Tensor:
+    def _int64(self, values: list[int]) -> Tensor:
         return self._staging.upload(np.array(values, dtype=np.int64))
-
-
-def _changes(new: NewRequest) -> bool:
-    """Return whether penalties, `min_tokens` or logits processors change the request's logits."""
-    s = new.sampling
-    return bool(s.penalizes or new.withheld_token_ids or s.logits_processors)
 
 
 def _parameters(new: NewRequest) -> tuple[float, ...]:
@@ -315,28 +247,3 @@ def _parameters(new: NewRequest) -> tuple[float, ...]:
     # would become 0 in float32, and 0 is not a valid top_p.
     filters = (s.temperature, min(s.top_k, 1 << 24), max(s.top_p, 1e-30), s.min_p)
     return *filters, s.repetition_penalty, s.presence_penalty, s.frequency_penalty, num_prompt
-
-
-def _process(
-    calls: tuple[LogitsProcessor, ...], token_ids: list[int], logits: Tensor, row: int
-) -> LogitsError | None:
-    """Let logits processors change a row of `logits`, float32 [rows, vocabulary].
-
-    `token_ids` are the prompt and output tokens of the row's request. If a processor fails, the row
-    is filled with NaN, and the error is returned.
-    """
-    shape = logits[row].shape
-    try:
-        for call in calls:
-            # A copy begins at an aligned address. What torch computes from a tensor may depend on
-            # the alignment, which in the block would depend on the row's place.
-            out = call(list(token_ids), logits[row].clone())
-            if not isinstance(out, Tensor) or out.shape != shape or out.is_complex():
-                raise TypeError(f"it must return a real tensor of shape {tuple(shape)}")
-            logits[row].copy_(out)  # fails for a tensor that is sparse or has no data
-    except (Exception, SystemExit) as error:  # SystemExit would end the process of a rank
-        logits[row] = float("nan")
-        failed = LogitsError(f"logits processor {shown(call)} failed: {shown(error)}")
-        failed.__cause__ = error
-        return failed
-    return None

@@ -154,7 +154,8 @@ class ContinuousScheduler(QueuedScheduler):
         while self.batch.num_free_slots and (seq := self.queue.first()):
             if self.batch.running and not self._admission.admits(seq, self.batch):
                 break
-            prefix = self.batch.blocks.pending(seq.token_ids, seq.cache_salt)
+            known = seq.token_ids[: seq.most_cached]
+            prefix = self.batch.blocks.pending(known, seq.cache_salt)
             if prefix is None:
                 return seq if self.admit(seq) else None
             # A running request is computing the KV of a prefix of `seq`, so `seq` is deferred.

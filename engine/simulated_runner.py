@@ -158,7 +158,8 @@ class SimulatedRunner(ModelRunner):
         """Return the prompt tokens after a chunk's positions, and the option `prompt_logprobs`."""
         new = self._requests[chunk.slot].new
         end = min(chunk.start + 1 + chunk.num_tokens, len(new.token_ids) - new.num_output_tokens)
-        return new.token_ids[chunk.start + 1 : end], new.sampling.prompt_logprobs
+        first = max(chunk.start + 1, new.sampling.prompt_logprobs_start)
+        return new.token_ids[first:end], new.sampling.prompt_logprobs
 
     def _logprobs(
         self, rows: list[tuple[Sequence[int], int | None]]

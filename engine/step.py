@@ -165,7 +165,8 @@ class StepResult:
     # did not ask for them. `logprobs` is None if no request of the step asked for them.
     logprobs: list[list[TokenLogprobs]] | None = None
     # For each prefill chunk, log-probabilities of the prompt tokens at positions start + 1 to
-    # start + num_tokens; empty if not requested. `prompt_logprobs` is None if no request wants any.
+    # start + num_tokens, except before `prompt_logprobs_start`; empty if not requested.
+    # `prompt_logprobs` is None if no request wants any.
     prompt_logprobs: list[list[TokenLogprobs]] | None = None
     device_seconds: float | None = None  # seconds of device work; None unless `StepPlan.timed`
     # Index of a row in `StepPlan.row_slots` -> error or values of the row, if the row has any.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.sampling_rows import StepScores
+from engine.step_scores import StepScores
 from engine.torch_state import Pending, TorchState
 from engine.types import Clock, RowReport, StepHandle, StepPlan, StepResult
 from layers.sampler import NO_TOKEN
@@ -153,8 +153,7 @@ class StreamLauncher:
                 tokens: Any = pinned.numpy()
                 output = replace(output, tokens=tokens)
                 if output.scores is not None:
-                    found = output.scores.found.pinned()
-                    output = replace(output, scores=replace(output.scores, found=found))
+                    output = replace(output, scores=output.scores.pinned())
                 done.record(self.stream)
                 return output
 

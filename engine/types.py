@@ -152,7 +152,9 @@ class BlockManager(ABC):
         the cached tokens end inside a block, the table lists a new block instead of this block, and
         `take_copies` returns the `BlockCopy` from the cached block to the new block. Only requests
         with equal `cache_salt` share blocks. Until `release` the caller may append to `token_ids`.
-        After the request's last `commit` the caller may also remove the last `token_ids`.
+        After the request's last `commit` the caller may also remove the last `token_ids`. If
+        `caches_prefixes` is True, `begin` has a fourth argument `most: int | None = None`: at most
+        this many leading tokens count as cached.
         """
 
     @abstractmethod

@@ -72,9 +72,6 @@ def penalize(
         tokens: token ids of prompt and output, then ignored entries, integers [R, any length].
         num_prompt, num_tokens: length of prompt, and of prompt plus output, integers > 0 [R].
     """
-    if not logits.is_cuda:
-        # Cut off unused columns of `tokens`. On a GPU the host would have to wait for `max`.
-        tokens = tokens[:, : int(num_tokens.max())]
     at = torch.arange(tokens.shape[1], device=tokens.device)
     known = at < num_tokens.unsqueeze(1)
     output = known & (at >= num_prompt.unsqueeze(1))
@@ -86,6 +83,17 @@ def penalize(
     new -= counts * by.frequency.unsqueeze(1)
     new -= (counts > 0) * by.presence.unsqueeze(1)
     logits.scatter_(1, ids, new)
+
+
+def forbid(logits: Tensor, rows: Tensor, tokens: Tensor, when: Tensor) -> None:
+    """Set `logits[rows[i], tokens[i]]` to -inf for each i for which `when[i]` is True, in place.
+
+    `logits` is contiguous [R, V]; `rows` and `tokens` are int64 [N], `when` is bool [N]. Several i
+    may name the same logit. A NaN stays a NaN.
+    """
+    least = torch.where(when, float("-inf"), float("inf")).to(logits.dtype)
+    # Of several values for one logit the smallest is kept, so their order does not matter.
+    logits.view(-1).scatter_reduce_(0, rows * logits.shape[1] + tokens, least, "amin")
 
 
 def logit_bounds(logits: Tensor, filters: Filters) -> Tensor:

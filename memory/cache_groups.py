@@ -258,9 +258,12 @@ class CachingGroups(GroupedBlockManager):
         cached = first.cached_blocks + sum(other.cached_blocks for other in others)
         return CacheStats(first.queried_tokens, first.hit_tokens, evicted, cached)
 
-    def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
+    def begin(
+        self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
+    ) -> int:
         # A hit that ends inside a block would need a copy of a block in each group.
-        most, found = max(0, len(token_ids) - 1) // self.block_size * self.block_size, -1
+        most = max(0, len(token_ids) - 1) if most is None else min(most, len(token_ids) - 1)
+        most, found = most // self.block_size * self.block_size, -1
         while found != most:
             found = most
             for blocks in self.groups:

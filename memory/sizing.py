@@ -101,12 +101,22 @@ def longest_prefill(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
     return StepPlan(
         step_id=0,
         new_requests=tuple(NewRequest(s, s, (0,) * longest, params, 0) for s in range(count)),
-        block_updates=tuple(
-            BlockUpdate(slot, 0, tuple(range(group.num_blocks)), index)
-            for slot in range(count)
-            for index, group in enumerate(groups)
-        ),
+        block_updates=_all_blocks(count, groups),
         prefill=tuple(PrefillChunk(slot, 0, longest, True) for slot in range(count)),
+    )
+
+
+def longest_decodes(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
+    """Return a step of max_num_seqs decodes, whose block tables list all blocks of each group."""
+    slots = tuple(range(config.max_num_seqs))
+    return StepPlan(step_id=0, block_updates=_all_blocks(len(slots), groups), decode=slots)
+
+
+def _all_blocks(num_slots: int, groups: tuple[KVGeometry, ...]) -> tuple[BlockUpdate, ...]:
+    return tuple(
+        BlockUpdate(slot, 0, tuple(range(group.num_blocks)), index)
+        for slot in range(num_slots)
+        for index, group in enumerate(groups)
     )
 
 

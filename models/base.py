@@ -106,3 +106,11 @@ class CausalLM(ABC):
         All ranks have equally many columns. With several ranks, `columns` is a multiple of 4.
         Column c of rank r is for token id r * columns + c. Columns after the vocabulary are -inf.
         """
+
+    @abstractmethod
+    def states(self, batch: ForwardBatch) -> Tensor:
+        """Return what the head needs of the tokens `batch.sampled_rows`, [R, hidden_size]."""
+
+    @abstractmethod
+    def head(self, states: Tensor) -> Tensor:
+        """Return the logits that `__call__` returns for tokens with these states."""

@@ -219,14 +219,22 @@ class DecoderLM(CausalLM):
         return MLP(self.spec, self.place)
 
     def __call__(self, batch: ForwardBatch) -> Tensor:
+        return self.lm_head(self.norm(self._stream(batch)), batch.logits)
+
+    def states(self, batch: ForwardBatch) -> Tensor:
+        return self.norm.compute(self._stream(batch))[1].total
+
+    def head(self, states: Tensor) -> Tensor:
+        return self.lm_head(self.norm(Stream(states)))
+
+    def _stream(self, batch: ForwardBatch) -> Stream:
         stream = Stream(self.embed_tokens(batch.input_ids))
         *layers, last = self.layers
         *caches, last_cache = batch.kv
         for layer, kv in zip(layers, caches, strict=True):
             stream = layer(stream, batch, kv)
         # The last layer stores all K and V, but returns only the stream of `sampled_rows`.
-        stream = last(stream, batch, last_cache, batch.sampled_rows)
-        return self.lm_head(self.norm(stream), batch.logits)
+        return last(stream, batch, last_cache, batch.sampled_rows)
 
     def prepare(self) -> None:
         self.norm.prepare()

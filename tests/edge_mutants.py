@@ -10,7 +10,7 @@ from tests.kernel_mutants import PlainMutant
 _TURNS, _LLM, _ENGINE = "engine/turns.py", "llm.py", "engine/llm_engine.py"
 _PROCESSORS, _CHANNEL = "engine/processors.py", "engine/ranks/channel.py"
 _SCHEMA, _OUTPUTS, _TORCH = "engine/json_schema.py", "engine/outputs.py", "engine/torch_state.py"
-_ROWS = "engine/sampling_rows.py"
+_ROWS = "engine/changed_rows.py"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
 TURNS = (*_PYTEST, "tests/test_threads.py", "-k", "TestTurns")

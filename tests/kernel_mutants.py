@@ -14,6 +14,7 @@ _PARTS, _TILES = "layers/kernels/decode_parts.py", "layers/kernels/decode_tiles.
 _DECODE, _PREFILL = "layers/kernels/paged_decode.py", "layers/kernels/paged_prefill.py"
 _HANDLES, _STAGING = "engine/step_handles.py", "engine/device_state.py"
 _SAMPLING, _SIZING = "engine/sampling_rows.py", "memory/sizing.py"
+_SCORING, _CHANGED = "engine/step_scores.py", "engine/changed_rows.py"
 _STATE, _GRAPHS = "engine/device_state.py", "engine/graphs.py"
 _LOGITS, _BOUNDS = "layers/logits.py", "layers/kernels/logit_bounds.py"
 
@@ -310,10 +311,80 @@ _BUFFERS: tuple[PlainMutant, ...] = (
 
 _SCORES: tuple[PlainMutant, ...] = (
     _bug(
-        "scores: the request that wants the fewest decides for all",
+        "scores: the request of a group that wants the fewest decides for all",
+        _SCORING,
+        "max(num_top.get(group, 0), count)",
+        "min(num_top.get(group, count), count)",
+        SAMPLING,
+    ),
+    _bug(
+        "scores: all rows are one group",
+        _SCORING,
+        "    while group < num_top:\n        group *= 4\n",
+        "",
+        SAMPLING,
+    ),
+    _bug(
+        "scores: the logits of all prompt rows exist at once",
+        _SCORING,
+        "range(start, end, PROMPT_ROWS)",
+        "range(start, end, max(1, end - start))",
+        SAMPLING,
+    ),
+    _bug(
+        "scores: prompt tokens before the start are scored",
         _SAMPLING,
-        "num_top = max(n for *_, n in (*self.new, *self.prompts))",
-        "num_top = min(n for *_, n in (*self.new, *self.prompts))",
+        "first = max(chunk.start + 1, new.sampling.prompt_logprobs_start)",
+        "first = chunk.start + 1",
+        SAMPLING,
+    ),
+    _bug(
+        "penalties: the rows of a block read the whole token table",
+        _CHANGED,
+        "tokens[:, : self.width].index_select",
+        "tokens.index_select",
+        SAMPLING,
+    ),
+    _bug(
+        "penalties: a block keeps its width while its requests grow",
+        _CHANGED,
+        "[width - longest]",
+        "[NO_LIMIT]",
+        SAMPLING,
+    ),
+    _bug(
+        "min_tokens: a row stays among the changed ones for ever",
+        _CHANGED,
+        "or withholds(new, num_known) > 0",
+        "or bool(new.withheld_token_ids)",
+        SAMPLING,
+    ),
+    _bug(
+        "min_tokens: rows found once are used after the minimum",
+        _CHANGED,
+        "[n - 1 for n in left if n > 0]",
+        "[n for n in left if n > 0]",
+        SAMPLING,
+    ),
+    _bug(
+        "bias: it comes after the penalties",
+        _CHANGED,
+        "            changed[row, token] += bias\n        if self.width:",
+        "            pass\n        if self.width:",
+        SAMPLING,
+    ),
+    _bug(
+        "bad words: tokens of the prompt complete a word",
+        _CHANGED,
+        "((same & output) | (before < 0)).all(1)",
+        "(same | (before < 0)).all(1)",
+        SAMPLING,
+    ),
+    _bug(
+        "bad words: one that does not match allows what another one forbids",
+        _LOGITS,
+        'least, "amin")',
+        'least, "amax", include_self=False)',
         SAMPLING,
     ),
     (
@@ -332,15 +403,8 @@ _SCORES: tuple[PlainMutant, ...] = (
         EXACT_KERNELS,
     ),
     _bug(
-        "scores: what prompts want is not counted",
-        _SAMPLING,
-        "num_top = max(n for *_, n in (*self.new, *self.prompts))",
-        "num_top = max(n for *_, n in (self.new or self.prompts))",
-        SAMPLING,
-    ),
-    _bug(
         "scores: every request gets as many as the one that wants the most",
-        _SAMPLING,
+        _SCORING,
         "zip(ids[:num_top], values[:num_top], strict=True)",
         "zip(ids, values, strict=True)",
         SAMPLING,

@@ -212,8 +212,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "the cache salt is not passed on by the scheduler",
         _BATCH,
-        "self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)",
-        "self.blocks.begin(seq.request_id, seq.token_ids)",
+        "self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt, *most)",
+        'self.blocks.begin(seq.request_id, seq.token_ids, "", *most)',
     ),
     _bug(
         "who waits for a prefix is not told that it will not come",
@@ -546,9 +546,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "min_tokens after a preemption: counted from the output so far",
-        "engine/sampling_rows.py",
-        "len(q.token_ids) - q.num_output_tokens + q.sampling.min_tokens",
-        "len(q.token_ids) + q.sampling.min_tokens",
+        "engine/changed_rows.py",
+        "len(new.token_ids) - new.num_output_tokens + new.sampling.min_tokens",
+        "len(new.token_ids) + new.sampling.min_tokens",
         (*_PYTEST[:-1], "tests/test_sampling.py", "-k", "min_tokens"),
     ),
     _bug(

@@ -32,6 +32,11 @@ class _AllRows:
         self._keep(batch, logits)
         return logits if batch.sampled_rows is None else logits[batch.sampled_rows]
 
+    def states(self, batch: ForwardBatch) -> Tensor:
+        states: Tensor = self._model.states(replace(batch, sampled_rows=None))
+        self._keep(batch, self._model.head(states))
+        return states if batch.sampled_rows is None else states[batch.sampled_rows]
+
 
 class RecordingRunner(LocalRunner):
     """The real runner, between whose model and sampler `logits` are copied."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from config import Config
+from engine.request_checks import check_request
 from engine.scheduler import StaticScheduler
 from llm import LLM, SamplingParams
 from tests.custom_parts import OneAtATime
@@ -361,14 +364,42 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": ["2"]}, "list of token ids"),
     ({"stop_token_ids": [True]}, "list of token ids"),
     ({"stop_token_ids": None}, "list of token ids"),
-    ({"logprobs": -1}, "integer >= 0 or None"),
-    ({"logprobs": True}, "integer >= 0 or None"),
-    ({"logprobs": 1.0}, "integer >= 0 or None"),
-    ({"prompt_logprobs": -1}, "integer >= 0 or None"),
-    ({"prompt_logprobs": "all"}, "integer >= 0 or None"),
-    ({"n": 0}, "integer >= 1"),
-    ({"n": None}, "integer >= 1"),
-    ({"n": 2.0}, "integer >= 1"),
+    ({"logprobs": -1}, "integer from 0 to 1024 or None"),
+    ({"logprobs": True}, "integer from 0 to 1024 or None"),
+    ({"logprobs": 1.0}, "integer from 0 to 1024 or None"),
+    ({"logprobs": 1025}, "integer from 0 to 1024 or None"),
+    ({"prompt_logprobs": -1}, "integer from 0 to 1024 or None"),
+    ({"prompt_logprobs": "all"}, "integer from 0 to 1024 or None"),
+    ({"prompt_logprobs": 1025}, "integer from 0 to 1024 or None"),
+    ({"prompt_logprobs_start": -1}, "integer >= 0"),
+    ({"prompt_logprobs_start": None}, "integer >= 0"),
+    ({"n": 0}, "integer from 1 to 1024"),
+    ({"n": None}, "integer from 1 to 1024"),
+    ({"n": 2.0}, "integer from 1 to 1024"),
+    ({"n": 1025}, "integer from 1 to 1024"),
+    ({"logit_bias": {5: 101}}, "numbers from -100 to 100"),
+    ({"logit_bias": {5: float("nan")}}, "numbers from -100 to 100"),
+    ({"logit_bias": {5: "1"}}, "numbers from -100 to 100"),
+    ({"logit_bias": {"5": 1}}, "dict of at most 1024 token ids"),
+    ({"logit_bias": {-1: 1}}, "dict of at most 1024 token ids"),
+    ({"logit_bias": {True: 1}}, "dict of at most 1024 token ids"),
+    ({"logit_bias": [5]}, "dict of at most 1024 token ids"),
+    ({"logit_bias": 5}, "dict of at most 1024 token ids"),
+    ({"logit_bias": dict.fromkeys(range(1025), 1)}, "dict of at most 1024 token ids"),
+    ({"allowed_token_ids": []}, "not empty"),
+    ({"allowed_token_ids": 5}, "list of token ids"),
+    ({"allowed_token_ids": [-1]}, "list of token ids"),
+    ({"allowed_token_ids": ["a"]}, "list of token ids"),
+    ({"bad_words": "word"}, "list of str"),
+    ({"bad_words": [5]}, "list of str"),
+    ({"bad_words": [""]}, "none of them blank"),
+    ({"bad_words": [" "]}, "none of them blank"),
+    ({"bad_words_ids": None}, "lists of 1 to 32 token ids"),
+    ({"bad_words_ids": [5]}, "lists of 1 to 32 token ids"),
+    ({"bad_words_ids": [[]]}, "lists of 1 to 32 token ids"),
+    ({"bad_words_ids": [[-5]]}, "lists of 1 to 32 token ids"),
+    ({"bad_words_ids": [[5] * 33]}, "lists of 1 to 32 token ids"),
+    ({"bad_words_ids": [[5]] * 513}, "list of at most 512 lists"),
     ({"logits_processors": len}, "list of callables"),
     ({"logits_processors": [5]}, "list of callables"),
     ({"logits_processors": None}, "list of callables"),
@@ -399,8 +430,9 @@ def test_bad_sampling_parameters(values: dict[str, Any], message: str) -> None:
     [
         {"stop_token_ids": [2, VOCAB_SIZE]},
         {"stop_token_ids": [2**70]},
-        {"logprobs": VOCAB_SIZE + 1},
-        {"prompt_logprobs": VOCAB_SIZE + 1},
+        {"logit_bias": {VOCAB_SIZE: 1.0}},
+        {"allowed_token_ids": [1, VOCAB_SIZE]},
+        {"bad_words_ids": [[1], [2, VOCAB_SIZE]]},
     ],
     ids=str,
 )
@@ -409,6 +441,15 @@ def test_sampling_parameters_that_this_model_cannot_serve(llm: LLM, values: dict
         llm.generate([[1], [2]], [GREEDY, SamplingParams(max_tokens=4, **values)], use_tqdm=False)
     assert caught.value.field in values
     assert str(VOCAB_SIZE - 1) in str(caught.value) or str(VOCAB_SIZE) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_no_more_log_probabilities_than_the_vocabulary_has_tokens(name: str) -> None:
+    config = Config(model="none", max_model_len=100)
+    for count in (30, 31):
+        with nullcontext() if count == 30 else pytest.raises(RequestError, match="30 tokens"):
+            wanted: dict[str, Any] = {name: count}
+            check_request([1], SamplingParams(**wanted), config, 30)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def drawn(requests: list[NewRequest], logits: Tensor) -> list[Any]:
     count, device = len(requests), logits.device
     news = tuple(replace(q, slot=i) for i, q in enumerate(requests))
     chunks = tuple(PrefillChunk(i, 0, len(q.token_ids), True) for i, q in enumerate(news))
-    rows = _Rows(count, device)
+    rows = _Rows(count, device, VOCAB_SIZE)
     rows.of(StepPlan(0, news, prefill=chunks))
     special = rows.of(StepPlan(1, decode=tuple(range(count))))
     places = torch.arange(count, device=device)

@@ -236,13 +236,18 @@ def test_the_cache_leaves_room_for_the_heaviest_steps_and_for_sampling_options(
     plans: list[StepPlan] = []
     runner._run = plans.append
     runner._device = torch.device("cuda")
-    vocab_size = 10**8
-    (geometry,) = runner._sized(usage.free_before, vocab_size)
-    (plan,) = plans
+    vocab_size, geometry_blocks = 10**7, runner._state.tables.block_tables[0].shape[1]
+    with torch.inference_mode():  # as in a runner's start
+        (geometry,) = runner._sized(usage.free_before, vocab_size, 64)
+    plan, decodes = plans
     assert [(c.start, c.num_tokens, c.samples) for c in plan.prefill] == [(0, 32, True)] * 3
     assert plan.sampled_slots == [0, 1, 2]
     assert [len(new.token_ids) for new in plan.new_requests] == [32] * 3
-    special = special_bytes(config.max_num_seqs, vocab_size, 4, 1)
+    # No decodes are captured, so they are measured too, at the last position but one.
+    assert decodes.decode == tuple(range(config.max_num_seqs))
+    assert {len(update.block_ids) for update in decodes.block_updates} == {geometry_blocks}
+    assert runner._state.tables.num_computed[:-1].tolist() == [31] * config.max_num_seqs
+    special = special_bytes(config, vocab_size, 64, 4)
     (left,) = fit_blocks(config, (geometry,), replace(usage, peak=usage.peak + special))
     assert geometry.num_blocks == left.num_blocks
 

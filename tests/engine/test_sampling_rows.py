@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.sampling_rows
+from config import Config
+from engine.changed_rows import BLOCK_ROWS, block_bytes, options_bytes
 from engine.device_state import DeviceState, Staging
-from engine.sampling_rows import BLOCK_ROWS, SamplingRows, SpecialRows, special_bytes
+from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
+from engine.step_scores import PROMPT_ROWS, PromptStates
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS, Filters, logit_bounds_reference
 from layers.sampler import Sampler, gumbel_noise
@@ -29,11 +32,13 @@ CPU = torch.device("cpu")
 class _Rows:
     """The sampling options of plans, found as a runner finds them."""
 
-    def __init__(self, num_slots: int, device: torch.device = CPU) -> None:
+    def __init__(
+        self, num_slots: int, device: torch.device = CPU, vocab_size: int = VOCAB_SIZE
+    ) -> None:
         self._staging = Staging(device)
         tables = SlotTables.zeros(num_slots, 64, 16, device)
         self._state = DeviceState(tables, self._staging)
-        self._rows = SamplingRows(self._state.special, num_slots, self._staging)
+        self._rows = SamplingRows(self._state.special, num_slots, self._staging, vocab_size)
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
         with self._staging.group():
@@ -90,8 +95,11 @@ def _scored(
     assert special is not None
     tokens = torch.tensor([[i % 7, 5, 0, 0] for i in range(count)], dtype=torch.int32)
     generator = torch.Generator().manual_seed(2)
-    rows = count + len(special.prompt_rows)
-    logits = torch.randn(rows, VOCAB_SIZE, generator=generator).bfloat16() * 3
+    logits = torch.randn(count, VOCAB_SIZE, generator=generator).bfloat16() * 3
+    of_step = torch.randn(2 * count, VOCAB_SIZE, generator=generator).bfloat16() * 3
+    prompt_rows = special.prompt_rows
+    # The states are logits already.
+    states = None if prompt_rows is None else PromptStates(lambda x: x, of_step[prompt_rows])
     sampled = SampledRows(
         rows=torch.arange(count),
         slots=torch.arange(count),
@@ -102,7 +110,7 @@ def _scored(
     )
     sampler = sampler or Sampler(place(dtype=torch.bfloat16))
     with watched or nullcontext():
-        drawn, scored, _ = special.draw(sampler, tokens, logits, sampled)
+        drawn, scored, _ = special.draw(sampler, tokens, logits, sampled, states)
     new, prompts = scored.logprobs(count) if scored else ([], [])
     return drawn.tolist(), new, prompts
 
@@ -135,13 +143,27 @@ def test_special_rows_are_worked_through_in_blocks(special: dict[str, Any]) -> N
     assert numel <= max(BLOCK_ROWS, SCORED_ROWS) * VOCAB_SIZE
 
 
+def _bytes(num_seqs: int, ranks: int = 1, hidden_size: int = 1, max_len: int = 300) -> int:
+    """What options take but for the requests' own entries, with 1,000 bfloat16 logits a row."""
+    sizes: dict[str, Any] = {"max_num_seqs": num_seqs, "max_model_len": max_len}
+    sizes |= {"max_num_batched_tokens": 2048, "tensor_parallel_size": ranks}
+    config = Config(model="m", **sizes)
+    return special_bytes(config, 1000, hidden_size, 2) - num_seqs * options_bytes(1000)
+
+
 def test_what_special_rows_take_is_bounded_but_for_gathered_logits() -> None:
-    one, two = (special_bytes(n, 1000, 2, 1) for n in (512, 1024))
-    # A block of the larger kind, in the logits' type, and twice in float32.
-    assert one == two == max(BLOCK_ROWS, SCORED_ROWS) * 1000 * (2 + 8)
-    assert special_bytes(4, 1000, 2, 1) == 4 * 1000 * (2 + 8)
+    # A block of logits of prompt rows, what it takes to score a part of them, and 2,048 states.
+    prompts = PROMPT_ROWS * 1000 * 2 + SCORED_ROWS * 1000 * 8
+    assert _bytes(512) == _bytes(1024) == prompts + 2 * 2048 * 1 * 2
+    assert _bytes(512, hidden_size=64) == prompts + 2 * 2048 * 64 * 2
     # Ranks gather whole rows, and add them up.
-    assert special_bytes(512, 1000, 2, 2) == one + 2 * 512 * 1000 * 2
+    whole = 2 * 512 * 1000 * 2
+    gathered = 2 * PROMPT_ROWS * 1000 * 2
+    assert _bytes(512, ranks=2) == prompts + gathered + 2 * 2048 * 1 * 2 + whole
+    # Penalties read the tokens of a block.
+    assert _bytes(512, max_len=1 << 17) == block_bytes(512, 1000, 2, 1 << 17)
+    assert block_bytes(4, 1000, 2, 300) == 4 * (1000 * (2 + 8) + 300 * 36)
+    assert block_bytes(512, 1000, 2, 300) == BLOCK_ROWS * (1000 * (2 + 8) + 300 * 36)
 
 
 def _narrowed(entry: dict[int, float], token: int, num_top: int) -> dict[int, float]:
@@ -188,9 +210,10 @@ def test_prompts_are_scored_at_their_own_rows_and_to_their_end() -> None:
     chunks = (PrefillChunk(0, 0, 3, True), PrefillChunk(1, 0, 4, True))
     special = _Rows(2).of(StepPlan(0, news, prefill=chunks))
     assert special is not None
-    assert special.prompts == [(1, 2, 1)]
-    assert special.prompt_rows.tolist() == [3, 4]
-    assert special.prompt_tokens.tolist() == [12, 13]
+    assert special.scored is not None
+    assert special.scored.prompts == [(1, 2, 1)]
+    assert special.scored.prompt_rows.tolist() == [3, 4]
+    assert special.scored.prompt_tokens.tolist() == [12, 13]
 
 
 def test_decodes_have_the_options_of_who_holds_the_slots_now() -> None:
@@ -206,8 +229,12 @@ def test_decodes_have_the_options_of_who_holds_the_slots_now() -> None:
         for later in (1, 2):
             special = rows.of(StepPlan(step + later, decode=(0, 1)))
             assert special is not None
-            assert special.new == expected
-            assert special.scored_rows.tolist() == [row for row, _ in expected]
+            assert special.scored is not None
+            assert special.scored.new == expected
+            rows_of = special.scored.new_rows.values()
+            assert [rows.tolist() for rows in rows_of] == [[n] for n, _ in expected] or [
+                [row for row, _ in expected]
+            ]
         step += 3
 
 
@@ -279,7 +306,11 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     count = random.randint(1, 9)
     news = tuple(_random_request(random, slot) for slot in range(count))
-    known = [[*q.token_ids, *random.choices(range(10), k=random.randint(0, 5))] for q in news]
+    num_drawn = [random.randint(0, 4) for _ in news]
+    known = [
+        [*q.token_ids, *random.choices(range(10), k=1 + extra)]
+        for q, extra in zip(news, num_drawn, strict=True)
+    ]
     chunks = tuple(PrefillChunk(q.slot, 0, len(q.token_ids), True) for q in news)
     rows = _Rows(count)
     # Other requests held the slots before: nothing of theirs may be left.
@@ -288,6 +319,8 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     for request in (*before, *plain, *sorted(news, key=lambda q: q.sampling.needs_logits)):
         rows.of(StepPlan(0, (request,), prefill=(chunks[request.slot],)))
     order = random.sample(range(count), count)
+    for step in range(4):
+        rows.of(StepPlan(1, decode=tuple(slot for slot in order if num_drawn[slot] > step)))
     special = rows.of(StepPlan(1, decode=tuple(order)))
     tokens = torch.full((count, 32), 3, dtype=torch.int32)
     for slot, ids in enumerate(known):

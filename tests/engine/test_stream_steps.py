@@ -11,8 +11,8 @@ import torch
 
 from config import Config
 from engine.model_runner import step_launcher
-from engine.sampling_rows import StepScores
 from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
+from engine.step_scores import StepScores
 from engine.types import StepHandle, StepPlan
 from layers.logits import TokenScores
 from tests.engine import fake_cuda
@@ -154,7 +154,7 @@ def test_scores_arrive_with_their_tokens(stream: FakeStream) -> None:
 
         stream.enqueue(run)
         tokens = torch.full((2,), number)
-        return StepOutput(tokens, StepScores(scores, [(0, 0), (1, 0)], [], 0))
+        return StepOutput(tokens, StepScores({1: scores}, [(0, 0), (1, 0)], [], 0))
 
     handles = [launcher.launch(StepPlan(i), lambda i=i: step(i)) for i in range(3)]  # type: ignore[misc]
     stream.run()

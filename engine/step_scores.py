@@ -1,0 +1,141 @@
+"""Log-probabilities (scores) of the tokens of a step, of new tokens and of prompts.
+
+A request asks for the N likeliest tokens beside each of its tokens. Rows are scored in groups, and
+the rows of a group want similar numbers: a request with a large N does not widen the work for
+others. The group of N is the smallest power of 4 that is at least N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.types import TokenLogprobs
+from layers.logits import TokenScores, score
+from layers.sampler import Sampler
+
+# Maximum number of prompt rows whose logits exist at once. 256 rows of 151,936 bfloat16 logits take
+# 78 MB. The head reads all its weights once for each block, 2 flops for each weight and row. With
+# 128 rows that would be 128 flops for each byte of bfloat16, fewer than a GPU can do meanwhile.
+PROMPT_ROWS = 256
+
+
+class PromptStates(NamedTuple):
+    """States of P prompt rows, [P, hidden_size], and the head that computes logits from states."""
+
+    head: Callable[[Tensor], Tensor]
+    states: Tensor
+
+
+def group_of(num_top: int) -> int:
+    """Return the group of rows that want the `num_top` likeliest tokens."""
+    group = 1
+    while group < num_top:
+        group *= 4
+    return group
+
+
+@dataclass(frozen=True, slots=True)
+class StepScores:
+    """Log-probabilities of tokens of a step, and the rows and chunks to which the tokens belong.
+
+    Attributes:
+        found: for each group the log-probabilities of its new tokens, then of its prompt tokens.
+        new: for each new token: index of its row among the sampled rows, and N.
+        prompts: for each prefill chunk of a request that asks for log-probabilities of its prompt:
+            index of the chunk, number of its scored prompt tokens, and N.
+        num_chunks: number of all prefill chunks in the step.
+    """
+
+    found: dict[int, TokenScores]
+    new: list[tuple[int, int]]
+    prompts: list[tuple[int, int, int]]
+    num_chunks: int
+
+    def pinned(self) -> StepScores:
+        """Return copies in pinned host memory. The host does not wait for them."""
+        return replace(self, found={group: one.pinned() for group, one in self.found.items()})
+
+    def logprobs(
+        self, num_rows: int
+    ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
+        """Return `StepResult.logprobs` and `.prompt_logprobs`. `found` must be in host memory."""
+        rows = {group: _rows(found) for group, found in self.found.items()}
+
+        def entry(num_top: int) -> TokenLogprobs:
+            token, value, ids, values = next(rows[group_of(num_top)])
+            return {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
+
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in range(num_rows)]
+        for row, num_top in self.new:
+            logprobs[row].append(entry(num_top))
+        prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.num_chunks)]
+        for chunk, count, num_top in self.prompts:
+            prompt_logprobs[chunk] = [entry(num_top) for _ in range(count)]
+        return logprobs, prompt_logprobs
+
+
+def _rows(found: TokenScores) -> Iterator[tuple[int, float, list[int], list[float]]]:
+    columns = found.tokens, found.values, found.top_tokens, found.top_values
+    return zip(*(column.tolist() for column in columns), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """The rows of a step whose tokens are scored.
+
+    Attributes:
+        new, prompts, num_chunks: values for the fields of `StepScores` with these names.
+        new_rows: for each group the row index of each of its entries in `new`, int64.
+        prompt_rows: indices in the step, int64 [P], of rows whose logits give the log-probability
+            of the next prompt token, one group after another.
+        prompt_tokens: the prompt token that follows each row in `prompt_rows`, int64 [P].
+        prompt_counts: for each group the number of its rows in `prompt_rows`.
+    """
+
+    new: list[tuple[int, int]]
+    prompts: list[tuple[int, int, int]]
+    num_chunks: int
+    new_rows: dict[int, Tensor]
+    prompt_rows: Tensor
+    prompt_tokens: Tensor
+    prompt_counts: dict[int, int]
+
+    def score(
+        self, sampler: Sampler, logits: Tensor, tokens: Tensor, prompts: PromptStates | None
+    ) -> StepScores:
+        """Return the scores of new `tokens`, int64 [R], and of prompt tokens.
+
+        `logits` are those of all R sampled rows and the whole vocabulary. The logits of prompt rows
+        are computed and dropped block by block.
+        """
+        found: dict[int, list[TokenScores]] = {}
+        num_top: dict[int, int] = {}
+        for *_, count in (*self.new, *self.prompts):
+            group = group_of(count)
+            num_top[group] = max(num_top.get(group, 0), count)
+        for group, rows in self.new_rows.items():
+            found[group] = [score(logits, tokens[rows], num_top[group], rows)]
+        start = 0
+        for group, count in self.prompt_counts.items():
+            end = start + count
+            for first in range(start, end, PROMPT_ROWS):
+                part = slice(first, min(first + PROMPT_ROWS, end))
+                assert prompts is not None
+                whole = sampler.gathered(prompts.head(prompts.states[part]))
+                scores = score(whole, self.prompt_tokens[part], num_top[group])
+                found.setdefault(group, []).append(scores)
+            start = end
+        joined = {group: _joined(parts) for group, parts in found.items()}
+        return StepScores(joined, self.new, self.prompts, self.num_chunks)
+
+
+def _joined(parts: list[TokenScores]) -> TokenScores:
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(TokenScores)]
+    return TokenScores(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
