@@ -46,6 +46,11 @@ _STOP = Rule(
     "must be a str or a list of str, none of them empty",
     'Use e.g. stop="\\n".',
 )
+_LAYER = Rule(
+    lambda v: v is None or v == "last" or is_int(v),
+    'must be "last", an integer or None',
+    "Use None for none.",
+)
 _PROCESSORS = several(
     lambda v: callable(v) or callable(getattr(v, "for_request", None)),
     "callables, or of objects with a method for_request",
@@ -158,6 +163,12 @@ class SamplingParams:
             cached blocks only before `prompt_logprobs_start`: the prefix cache keeps no logits.
         prompt_logprobs_start: position of the first prompt token whose log-probability is returned,
             if `prompt_logprobs` is given. The entries of earlier tokens are None.
+        hidden_states: return hidden states of this layer for each token of prompt and output but
+            the last output token: the input of layer 0, 1, ..., as in transformers. "last", -1 and
+            the number of layers stand for the final norm's output. With n > 1 each output computes
+            those of its prompt. Other layers than "last" run without CUDA graphs.
+        hidden_states_start: hidden states from this position on. Tokens before it may be taken from
+            the prefix cache, tokens from it on are computed.
         n: number of outputs, at most `MAX_OUTPUTS`. With prefix caching the outputs can share KV
             blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
@@ -177,8 +188,8 @@ class SamplingParams:
             actual output may be longer. With None, `max_tokens` is used instead.
         penalizes: True if a penalty can change logits. Set by the constructor.
         filters: True if top_k, top_p or min_p can exclude tokens. Set by the constructor.
-        needs_logits: True if an option other than temperature and seed reads or changes the logits.
-            Set by the constructor.
+        needs_logits: True if an option other than temperature and seed reads or changes the logits,
+            or reads hidden states. Set by the constructor.
 
     Raises a RequestError that names the field if a value is out of range.
     """
@@ -207,6 +218,8 @@ class SamplingParams:
     logprobs: int | None = ruled(None, _COUNT)
     prompt_logprobs: int | None = ruled(None, _COUNT)
     prompt_logprobs_start: int = ruled(0, integer(0, fix="Use 0 to score the whole prompt."))
+    hidden_states: int | str | None = ruled(None, _LAYER)
+    hidden_states_start: int = ruled(0, integer(0, fix="Use 0 for all tokens."))
     n: int = ruled(1, integer(1, MAX_OUTPUTS, "Use 1 for one output."))
     logits_processors: list[Any] | tuple[Any, ...] = ruled((), _PROCESSORS)
     json_schema: dict[str, Any] | str | None = ruled(None, _SCHEMA)
@@ -242,7 +255,8 @@ class SamplingParams:
         put(self, "filters", self.temperature > 0 and filters)
         asked = self.filters, self.penalizes, self.min_tokens, self.logits_processors
         more = self.logit_bias, self.bad_words, self.bad_words_ids
-        given = self.json_schema, self.allowed_token_ids, self.logprobs, self.prompt_logprobs
+        given: tuple[Any, ...] = self.json_schema, self.allowed_token_ids, self.hidden_states
+        given += self.logprobs, self.prompt_logprobs
         needs = any((*asked, *more)) or any(value is not None for value in given)
         put(self, "needs_logits", needs)
 

@@ -13,13 +13,14 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.device_state import DeviceState, chunks_header, header_of
+from engine.hidden_rows import Forwarded
 from engine.types import StepPlan
 from layers.step_rows import SampledRows, StepRows
 
@@ -39,9 +40,10 @@ _LAUNCH_SECONDS = 0.4e-3
 _BYTES_PER_SECOND = 4e12
 _FLOPS = 600e12
 
-# Type of `StepPass.plain`, which enqueues a step and returns logits [R, this rank's vocabulary].
-# Arguments: a `StepRows` whose `header` is filled, and a tensor to store the logits in, or None.
-PlainStep = Callable[[StepRows, "Tensor | None"], Tensor]
+T = TypeVar("T")
+# Type of `StepPass.plain`, which enqueues a step and returns logits [R, this rank's vocabulary] and
+# states. Arguments: a `StepRows` with a filled `header`, and a tensor for the logits, or None.
+PlainStep = Callable[[StepRows, "Tensor | None"], tuple[Tensor, Tensor]]
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -98,6 +100,7 @@ class StepGraphs:
         self._decode: tuple[int, ...] = ()
         self._logits: Tensor | None = None
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._states: dict[tuple[str, int], Tensor] = {}  # last states of each graph's sampled rows
 
     def capture(self) -> None:
         """Capture all graphs, with steps whose rows are all padding."""
@@ -109,12 +112,14 @@ class StepGraphs:
         for kind, size in reversed(steps):
             if kind == "chunks":
                 self._chunks.header.copy_(self._padded(size))
-            logits = self._run(kind, size)
+            logits, _ = self._run(kind, size)
             if self._logits is None:
                 shape = (len(self._sampled.rows), logits.shape[1])
                 self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-            self._graphs[kind, size] = captured(partial(self._run, kind, size, self._logits), pool)
-            pool = self._graphs[kind, size].pool()
+            # No other graph may use the memory of states while the tensor exists.
+            work = partial(self._run, kind, size, self._logits)
+            graph, (_, self._states[kind, size]) = captured(work, pool)
+            self._graphs[kind, size], pool = graph, graph.pool()
 
     def heaviest(self) -> list[Callable[[], object]]:
         """Return functions that launch the kernels of the largest decode and prefill graphs."""
@@ -149,18 +154,20 @@ class StepGraphs:
             most = min(most, self._most_beside_decodes)
         return len(plan.prefill) <= MAX_CHUNKS and plan.num_prefill_tokens <= most
 
-    def replay(self, plan: StepPlan) -> tuple[Tensor, SampledRows]:
+    def replay(self, plan: StepPlan) -> tuple[Forwarded, SampledRows]:
         """Replay the graphs for a plan. The graphs compute logits, draw tokens and store tokens.
 
-        `serves(plan)` must be True, and `DeviceState.apply(plan)` must have been called. Returns
-        logits [R, this rank's vocabulary] and a `SampledRows`. The next replay overwrites both.
+        `serves(plan)` must be True, and `DeviceState.apply(plan)` must have been called. The next
+        replay overwrites what is returned.
         """
         assert self._logits is not None
+        num_chunks, states = sum(chunk.samples for chunk in plan.prefill), []
         if plan.prefill:
             size = self._chunk_sizes[bisect_left(self._chunk_sizes, plan.num_prefill_tokens)]
             header = chunks_header(plan.prefill, MAX_CHUNKS, size, self._padding)
             self._staging.upload(header, out=self._chunks.header)
             self._graphs["chunks", size].replay()
+            states.append(self._states["chunks", size][MAX_CHUNKS - num_chunks :])
         if plan.decode:
             size = self._decode_sizes[bisect_left(self._decode_sizes, len(plan.decode))]
             if plan.decode != self._decode:
@@ -168,28 +175,31 @@ class StepGraphs:
                 slots[: len(plan.decode)] = self._decode = plan.decode
                 self._staging.upload(slots, out=self._decodes.header[0, :size])
             self._graphs["decodes", size].replay()
-        num_chunks = sum(chunk.samples for chunk in plan.prefill)
+            states.append(self._states["decodes", size][: len(plan.decode)])
         part = slice(MAX_CHUNKS - num_chunks, MAX_CHUNKS + len(plan.decode))
-        return self._logits[part], self._sampled[part]
+        return Forwarded(self._logits[part], states), self._sampled[part]
 
-    def _run(self, kind: str, size: int, logits: Tensor | None = None) -> Tensor:
-        """Enqueue a step of `size` rows. Return its logits, in the tensor `logits` if given."""
+    def _run(self, kind: str, size: int, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Enqueue a step of `size` rows. Return logits, in the tensor `logits` if given, states."""
         if kind == "chunks":
             rows, part = self._chunks.first_rows(size), slice(MAX_CHUNKS)
         else:
             rows, part = self._decodes.first_decodes(size), slice(MAX_CHUNKS, MAX_CHUNKS + size)
         out = None if logits is None else logits[part]
-        made = self._step(rows, out)
+        made, states = self._step(rows, out)
         # The model may ignore `out` and return the logits in a new tensor.
         if out is not None and made is not out:
             out.copy_(made)
-        return made
+        return made, states
 
 
-def captured(work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of the kernels that `work` enqueues. Its memory comes from `pool`."""
+def captured(work: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Return a CUDA graph of the kernels that `work` enqueues, and the result of `work`.
+
+    The graph's memory comes from `pool`.
+    """
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-        work()
-    return graph
+        made = work()
+    return graph, made

@@ -91,7 +91,8 @@ class LLMEngine:
         """
         self.check_usable()
         vocab_size = int(self.checkpoint.hf_config.vocab_size)
-        total = check_request(prompt_token_ids, params, self.config, vocab_size)
+        layers = self.runner.hidden_layers
+        total = check_request(prompt_token_ids, params, self.config, vocab_size, layers)
         if params.stop and text is None:
             problem = "there is no tokenizer to find it"
             raise RequestError("stop", params.stop, problem, "Use stop_token_ids.")

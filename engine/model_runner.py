@@ -19,10 +19,10 @@ from engine.checking.kv_sanitizer import KVPoison
 from engine.compilation import compile_kernels
 from engine.device_state import DeviceState, Staging
 from engine.graphs import StepGraphs
+from engine.hidden_rows import Forwarded
 from engine.parts import captures_graphs, make_backend
 from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
 from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
-from engine.step_scores import PromptStates
 from engine.types import Clock, KVGeometry, ModelRunner, StepHandle, StepPlan
 from layers.attention.base import AttentionBackend, AttentionSpec
 from layers.parallel import ParallelContext, Place
@@ -63,20 +63,18 @@ class StepPass:
     windows: tuple[int | None, ...]  # of each cache group
 
     def forward(
-        self, rows: StepRows, prompt_rows: Tensor | None = None, out: Tensor | None = None
-    ) -> tuple[Tensor, PromptStates | None]:
-        """Return logits [R, this rank's vocabulary] of R sampled rows, states of P prompt rows.
+        self, rows: StepRows, special: SpecialRows | None = None, out: Tensor | None = None
+    ) -> Forwarded:
+        """Compute logits and states of the R sampled rows, and what `special` needs besides.
 
         Args:
-            prompt_rows: indices in the step, int64 [P], of rows whose logits are needed for the
-                log-probability of the next prompt token. `draw` computes their logits from the
-                states block by block, because logits of all P rows would take much memory.
             out: tensor in the model's dtype. The model may write the logits to `out` and return it.
         """
         # None means the logits of all rows. Without prefill chunks all rows are sampled rows.
         wanted = rows.sampled.rows if rows.num_chunks else None
-        if prompt_rows is not None:
-            wanted = torch.cat((rows.sampled.rows, prompt_rows))
+        more = special.prompt_rows if special else ()
+        if more:
+            wanted = torch.cat((rows.sampled.rows, *more))
         groups = zip(self.state.tables.block_tables, self.windows, strict=True)
         batch = ForwardBatch(
             input_ids=rows.input_ids,
@@ -86,45 +84,50 @@ class StepPass:
             kv=self.kv,
             sampled_rows=wanted,
             logits=out,
+            inputs=dict.fromkeys(special.layers) if special else {},
         )
-        if prompt_rows is None:
-            return self.model(batch), None
-        states, count = self.model.states(batch), len(rows.sampled.rows)
-        head = self.model.head
-        return head(states[:count]), PromptStates(head, states[count:])
+        if not more:
+            logits, states = self.model(batch)
+            return Forwarded(logits, [states], (), batch.inputs)
+        # `draw` computes logits of prompt rows block by block: all of them would take much memory.
+        counts = [len(rows.sampled.rows), *map(len, more)]
+        states, *prompts = torch.split(self.model.states(batch), counts)
+        return Forwarded(self.model.head(states), [states], prompts, batch.inputs)
 
     def draw(
         self,
-        logits: Tensor,
+        made: Forwarded,
         sampled: SampledRows,
         special: SpecialRows | None = None,
         greedy: bool = False,
-        prompts: PromptStates | None = None,
     ) -> StepOutput:
         """Draw a token for each sampled row, and write the tokens into the device's token table.
 
         Args:
-            logits, prompts: the result of `forward`.
+            made: the result of `forward`.
             sampled: the R sampled rows. The drawn tokens are also written to `sampled.tokens`.
             special: sampling options besides temperature and seed; None if no sampled row has any.
             greedy: whether every sampled row has temperature 0.
         """
-        if special:
+        if special and special.draws:
             tokens = self.state.tables.tokens
-            output = StepOutput(*special.draw(self.sampler, tokens, logits, sampled, prompts))
+            output = StepOutput(*special.draw(self.sampler, tokens, made, sampled, self.model.head))
         elif greedy:
-            output = StepOutput(self.sampler.greedy(logits))
+            output = StepOutput(self.sampler.greedy(made.logits))
         else:
-            output = StepOutput(self.sampler(logits, sampled))
+            output = StepOutput(self.sampler(made.logits, sampled))
         self.state.write(sampled, output.tokens)
         return output
 
-    def plain(self, rows: StepRows, out: Tensor | None = None) -> Tensor:
-        """Enqueue a step with no sampling options but temperature and seed; return its logits."""
+    def plain(self, rows: StepRows, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Enqueue a step with no sampling options but temperature and seed.
+
+        Returns the logits and states of its sampled rows.
+        """
         self.state.fill(rows)
-        logits, _ = self.forward(rows, out=out)
-        self.draw(logits, rows.sampled)
-        return logits
+        made = self.forward(rows, out=out)
+        self.draw(made, rows.sampled)
+        return made.logits, made.states[0]
 
 
 class LocalRunner(ModelRunner):
@@ -192,18 +195,21 @@ class LocalRunner(ModelRunner):
         with self._staging.group():
             self._state.apply(plan)
             special = self._sampling.of(plan) if self._state.special else None
-            prompt_rows = special.prompt_rows if special else None
-            if self._graphs and prompt_rows is None and self._graphs.serves(plan):
-                logits, sampled = self._graphs.replay(plan)
+            captured = not (special and (special.prompt_rows or special.layers))
+            if self._graphs and captured and self._graphs.serves(plan):
+                made, sampled = self._graphs.replay(plan)
                 output = StepOutput(sampled.tokens)
-                if special:
+                if special and special.draws:
                     # The graphs ignored the options in `special`, so all tokens are drawn anew.
-                    output = self._pass.draw(logits, sampled, special)
+                    output = self._pass.draw(made, sampled, special)
             else:
                 rows = self._state.rows(plan)
-                logits, prompts = self._pass.forward(rows, prompt_rows)
+                made = self._pass.forward(rows, special)
                 greedy = self._state.all_greedy(plan)
-                output = self._pass.draw(logits, rows.sampled, special, greedy, prompts)
+                output = self._pass.draw(made, rows.sampled, special, greedy)
+            if special and special.hidden:
+                hidden = special.hidden.states(made, self._model.normed)
+                output = replace(output, hidden=hidden)
         if self._poison:
             self._poison.check(plan)
         return output
@@ -223,7 +229,7 @@ class LocalRunner(ModelRunner):
             tables = SlotTables.zeros(*limits, self._device, len(self._groups))
             self._state = DeviceState(tables, self._staging)
             slots = self._state.special, config.max_num_seqs
-            self._sampling = SamplingRows(*slots, self._staging, vocab_size)
+            self._sampling = SamplingRows(*slots, self._staging, vocab_size, self.hidden_layers)
             groups = self._sized(before, vocab_size, int(checkpoint.hf_config.hidden_size))
             # All ranks get the same block ids, so all ranks use the smallest of their block counts.
             blocks = torch.tensor([-group.num_blocks for group in groups], device=self._device)
@@ -275,6 +281,7 @@ class LocalRunner(ModelRunner):
         measured = type(self) is LocalRunner and self._backend.exact and self._model.exact
         self.exact = type(self).exact or measured
         self._windows, self._layer_groups = shape.group_windows, shape.layer_groups
+        self.hidden_layers = shape.num_layers
         sizes = spec.num_kv_heads, spec.head_dim, spec.block_size, self._dtype.itemsize
         self._groups = cache_groups(self._layer_groups, self._windows, *sizes)
         return spec

@@ -49,6 +49,7 @@ def _one_output(seq: Sequence, decode: Decoder) -> dict[str, Any]:
         "finish_reason": seq.finish_reason,
         "error": seq.error,
         "logprobs": seq.logprobs if seq.sampling.logprobs is not None else None,
+        "hidden_states": _hidden_states(seq),
         "metrics": {
             "queue_time": None if seq.admitted_at is None else seq.admitted_at - added,
             "time_to_first_token": times[0] - added if times else None,
@@ -59,6 +60,17 @@ def _one_output(seq: Sequence, decode: Decoder) -> dict[str, Any]:
             "preemptions": seq.num_preemptions,
         },
     }
+
+
+def _hidden_states(seq: Sequence) -> Any | None:
+    """The hidden states of all tokens but the last output token, as one tensor; None if unknown."""
+    if not seq.hidden_states:
+        return None
+    import torch  # whoever needs no tensors need not import it
+
+    # Tokens after a stop string have been dropped.
+    end = max(len(seq.token_ids) - 1, seq.num_prompt_tokens)
+    return torch.cat(seq.hidden_states)[: max(0, end - seq.sampling.hidden_states_start)]
 
 
 def percentile(rising: list[float], share: float) -> float:

@@ -29,9 +29,11 @@ def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingPara
 
 
 def check_request(
-    prompt: list[int], params: SamplingParams, config: Config, vocab_size: int
+    prompt: list[int], params: SamplingParams, config: Config, vocab_size: int, hidden_layers: int
 ) -> int:
     """Check the prompt and the parameters of a request. Returns the request's length limit.
+
+    `hidden_layers` is `ModelRunner.hidden_layers`.
 
     Raises RequestError for an invalid request, RequestTooLongError if max_model_len is too small.
     """
@@ -58,6 +60,14 @@ def check_request(
     if params.bad_words:
         problem, fix = "LLMEngine has no tokenizer to encode them", "Use LLM, or bad_words_ids."
         raise RequestError("bad_words", params.bad_words, problem, fix)
+    layer = params.hidden_states
+    if layer is not None and not hidden_layers:
+        problem = "the runner returns none"
+        raise RequestError("hidden_states", layer, problem, "Use the runner 'local' or None.")
+    if isinstance(layer, int) and not -hidden_layers - 1 <= layer <= hidden_layers:
+        problem = f"the model has {hidden_layers} layers"
+        fix = f"Use {-hidden_layers - 1} to {hidden_layers}, or 'last'."
+        raise RequestError("hidden_states", layer, problem, fix)
     named: dict[str, Iterable[int]] = {
         "stop_token_ids": params.stop_token_ids,
         "logit_bias": dict(params.logit_bias or ()),

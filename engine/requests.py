@@ -35,6 +35,9 @@ class Sequence:
     # Log-probabilities of the prompt tokens computed so far, if requested. Before the position
     # `prompt_logprobs_start` and for the first token, which no position predicts, they are None.
     prompt_logprobs: list[TokenLogprobs | None] = field(init=False)
+    # Tensors [n, hidden_size], from position `hidden_states_start` on, if requested.
+    hidden_states: list[Any] = field(default_factory=list)
+    num_hidden: int = 0  # number of positions in `hidden_states`
     text: TextReader | None = None  # converts output to text, for streaming or stop strings
     added_at: float = 0.0
     admitted_at: float | None = None  # time of the first admission
@@ -73,11 +76,21 @@ class Sequence:
     @property
     def most_cached(self) -> int | None:
         """How many leading tokens may be taken from the prefix cache now; None for no limit."""
-        missing = len(self.prompt_logprobs)
-        if self.sampling.prompt_logprobs is None or missing >= self.num_prompt_tokens:
-            return None
-        # The cache keeps no logits: the token before the first missing entry must be computed.
-        return missing - 1
+        asked, limits = self.sampling, []
+        if asked.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens:
+            # The cache keeps no logits: the token before the first missing one must be computed.
+            limits.append(len(self.prompt_logprobs) - 1)
+        if asked.hidden_states is not None:
+            limits.append(asked.hidden_states_start + self.num_hidden)
+        return min(limits, default=None)
+
+    def add_hidden_states(self, end: int, found: Any) -> None:
+        """Add hidden states [n, hidden_size] of the last positions before `end`, if not known."""
+        # After a preemption the same positions are computed again.
+        known = self.sampling.hidden_states_start + self.num_hidden
+        new = found[max(0, known - (end - len(found))) :]
+        self.hidden_states.append(new)
+        self.num_hidden += len(new)
 
     @property
     def output_token_ids(self) -> list[int]:

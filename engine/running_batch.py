@@ -244,6 +244,8 @@ class RunningBatch:
                 seq.logprobs += scores[: len(token_ids) - num_known]
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
+                if report.hidden_states is not None:
+                    seq.add_hidden_states(before + num_planned, report.hidden_states)
             if num_planned > 1 and row >= len(plan.prefill):
                 # A decode row with drafts commits as many positions as it has appended tokens.
                 seq.num_committed = committed = before + len(token_ids) - num_known

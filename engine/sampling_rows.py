@@ -9,7 +9,7 @@ below the bound are not drawn. Rows whose logits are changed are drawn in blocks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,8 @@ from engine.changed_rows import (
     options_bytes,
 )
 from engine.device_state import Staging
-from engine.step_scores import PROMPT_ROWS, PromptStates, ScoredRows, StepScores, group_of
+from engine.hidden_rows import Forwarded, HiddenRows
+from engine.step_scores import PROMPT_ROWS, ScoredRows, StepScores, group_of
 from engine.types import NO_LIMIT, NewRequest, StepPlan
 from layers.logits import SCORED_ROWS, Filters, logit_bounds
 from layers.sampler import Sampler
@@ -66,6 +67,7 @@ class SpecialRows:
         changed: blocks of the rows whose logits are changed before their tokens are drawn.
         all_changed: whether every sampled row is in a block of `changed`.
         scored: the rows that are scored, or None if no request asks for log-probabilities.
+        hidden: the rows whose hidden states are wanted, or None if there are none.
     """
 
     parameters: Tensor
@@ -73,27 +75,43 @@ class SpecialRows:
     changed: list[ChangedRows]
     all_changed: bool
     scored: ScoredRows | None
+    hidden: HiddenRows | None
 
     @property
-    def prompt_rows(self) -> Tensor | None:
-        """Indices in the step, int64 [P], of the prompt rows to score; None if there are none."""
-        return self.scored.prompt_rows if self.scored and self.scored.prompts else None
+    def draws(self) -> bool:
+        """Whether an option changes how tokens are drawn, or scores them."""
+        return bool(self.changed or self.filters or self.scored)
+
+    @property
+    def prompt_rows(self) -> list[Tensor]:
+        """Indices in the step, int64 [P], of further rows that the last layer must compute.
+
+        Rows to score come first, then those whose hidden states are wanted. There may be neither.
+        """
+        scored = self.scored.prompt_rows if self.scored and self.scored.prompts else None
+        hidden = self.hidden.prompt_rows if self.hidden else None
+        return [rows for rows in (scored, hidden) if rows is not None]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose inputs are wanted."""
+        return tuple(self.hidden.inner) if self.hidden else ()
 
     def draw(
         self,
         sampler: Sampler,
         tokens: Tensor,
-        logits: Tensor,
+        made: Forwarded,
         sampled: SampledRows,
-        prompts: PromptStates | None = None,
+        head: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, StepScores | None, dict[int, LogitsError]]:
-        """Draw the step's tokens. Returns the values for the fields of `StepOutput`.
+        """Draw the step's tokens. Returns the values for the first fields of `StepOutput`.
 
         Args:
             tokens: [slots + 1, max_model_len]: prompt and output tokens of each running request.
-            logits: [R, this rank's vocabulary], of the R sampled rows.
-            prompts: the states of the step's `prompt_rows`, if there are any.
+            head: computes logits from last states.
         """
+        logits = made.logits
         whole = sampler.gathered(logits)
         if self.all_changed:
             drawn = torch.empty(len(sampled.slots), dtype=torch.int64, device=whole.device)
@@ -108,7 +126,8 @@ class SpecialRows:
         if self.scored is None:
             return drawn, None, errors
         # Log-probabilities come from the unchanged logits.
-        scores = self.scored.score(sampler, whole, drawn.clamp(min=0), prompts)
+        prompts = made.prompts[0] if made.prompts else whole[:0]
+        scores = self.scored.score(sampler, whole, drawn.clamp(min=0), head, prompts)
         return drawn, scores, errors
 
 
@@ -126,8 +145,9 @@ class SamplingRows:
         num_slots: int,
         staging: Staging,
         vocab_size: int,
+        num_layers: int,
     ) -> None:
-        self._staging, self._vocab_size = staging, vocab_size
+        self._staging, self._vocab_size, self._num_layers = staging, vocab_size, num_layers
         self._requests = requests
         self._own: dict[int, OwnOptions] = {}  # of the latest request with options in each slot
         self._parameters = np.zeros((num_slots, 8), dtype=np.float32)
@@ -180,7 +200,8 @@ class SamplingRows:
             if one.new.sampling.filters and not changes(one.new, one.num_known)
         ]
         scored = self._scored(rows, plan)
-        if not changed and not filtered and scored is None:
+        hidden = HiddenRows.of(plan, self._requests, self._num_layers, self._int64)
+        if not (changed or filtered or scored or hidden):
             return None
         parameters = np.ascontiguousarray(self._parameters[slots].T)
         # Only rows in `filtered` get filters. Temperature 0 turns filtering off for all other rows.
@@ -192,6 +213,7 @@ class SamplingRows:
             changed=blocks,
             all_changed=len(changed) == len(slots),
             scored=scored,
+            hidden=hidden,
         )
 
     def _scored(self, rows: list[Candidate], plan: StepPlan) -> ScoredRows | None:

@@ -147,9 +147,11 @@ class RowReport:
 
     # An error ends the request with finish_reason "error", and the row's tokens are dropped.
     error: Exception | None = None
-    # For each new token of the row, a mapping from names to further results of the runner, e.g.
-    # hidden states. The last chunk of a prompt may have a mapping although it has no new token.
+    # For each new token of the row, a mapping from names to further results of the runner. The last
+    # chunk of a prompt may have a mapping although it has no new token.
     values: tuple[Mapping[str, Any], ...] = ()
+    # Tensor [n, hidden_size] in host memory, of the row's last n positions (`hidden_states`).
+    hidden_states: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.hidden_rows import HiddenStates
 from engine.step_scores import StepScores
 from engine.torch_state import Pending, TorchState
 from engine.types import Clock, RowReport, StepHandle, StepPlan, StepResult
@@ -25,6 +26,7 @@ class StepOutput:
         tokens: the R tokens, int64 [R]; `NO_TOKEN` for a row whose logits leave no choice.
         scores: log-probabilities, if a request asks for any.
         errors: why logits processors failed, by the index of the row among the R sampled rows.
+        hidden: hidden states, if a request asks for any.
 
     A `StreamLauncher` replaces the tensors by NumPy arrays, which the caller's torch modes ignore.
     """
@@ -32,16 +34,18 @@ class StepOutput:
     tokens: Tensor
     scores: StepScores | None = None
     errors: dict[int, LogitsError] = field(default_factory=dict)
+    hidden: HiddenStates | None = None
 
     def result(self, plan: StepPlan, ended_at: float, seconds: float | None) -> StepResult:
         """Return the output as the result of `plan`, with an error for each row without a token.
 
-        `tokens` and `scores` must be in host memory. `seconds` is the duration of the step.
+        All tensors must be in host memory. `seconds` is the duration of the step.
         """
         drawn = self.tokens.tolist()
         tokens = [[token] for token in drawn]
         new, prompt = self.scores.logprobs(len(tokens)) if self.scores else (None, None)
-        reports = {}
+        hidden = self.hidden.by_row() if self.hidden else {}
+        reports = {row: RowReport(hidden_states=found) for row, found in hidden.items()}
         if NO_TOKEN in drawn:
             unknown = LogitsError(
                 "the logits have a NaN or are all -inf: there is no token to choose"
@@ -154,6 +158,8 @@ class StreamLauncher:
                 output = replace(output, tokens=tokens)
                 if output.scores is not None:
                     output = replace(output, scores=output.scores.pinned())
+                if output.hidden is not None:
+                    output = replace(output, hidden=output.hidden.pinned())
                 done.record(self.stream)
                 return output
 

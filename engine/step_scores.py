@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +21,6 @@ from layers.sampler import Sampler
 # 78 MB. The head reads all its weights once for each block, 2 flops for each weight and row. With
 # 128 rows that would be 128 flops for each byte of bfloat16, fewer than a GPU can do meanwhile.
 PROMPT_ROWS = 256
-
-
-class PromptStates(NamedTuple):
-    """States of P prompt rows, [P, hidden_size], and the head that computes logits from states."""
-
-    head: Callable[[Tensor], Tensor]
-    states: Tensor
 
 
 def group_of(num_top: int) -> int:
@@ -106,12 +98,17 @@ class ScoredRows:
     prompt_counts: dict[int, int]
 
     def score(
-        self, sampler: Sampler, logits: Tensor, tokens: Tensor, prompts: PromptStates | None
+        self,
+        sampler: Sampler,
+        logits: Tensor,
+        tokens: Tensor,
+        head: Callable[[Tensor], Tensor],
+        states: Tensor,
     ) -> StepScores:
         """Return the scores of new `tokens`, int64 [R], and of prompt tokens.
 
-        `logits` are those of all R sampled rows and the whole vocabulary. The logits of prompt rows
-        are computed and dropped block by block.
+        `logits` are those of all R sampled rows and the whole vocabulary. `head` computes the
+        logits of prompt rows from their `states`, [P, hidden_size], block by block.
         """
         found: dict[int, list[TokenScores]] = {}
         num_top: dict[int, int] = {}
@@ -125,8 +122,7 @@ class ScoredRows:
             end = start + count
             for first in range(start, end, PROMPT_ROWS):
                 part = slice(first, min(first + PROMPT_ROWS, end))
-                assert prompts is not None
-                whole = sampler.gathered(prompts.head(prompts.states[part]))
+                whole = sampler.gathered(head(states[part]))
                 scores = score(whole, self.prompt_tokens[part], num_top[group])
                 found.setdefault(group, []).append(scores)
             start = end

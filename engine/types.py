@@ -289,6 +289,8 @@ class ModelRunner(ABC):
     # `check_exact` runs a test at start. A subclass of one of this repository's runners has to be
     # measured itself, and may then set `exact = True`.
     exact: bool = False
+    # Number of the model's layers, if `SamplingParams.hidden_states` is supported; otherwise 0.
+    hidden_layers: int = 0
 
     @property
     @abstractmethod

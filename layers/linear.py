@@ -198,15 +198,18 @@ class VocabHead:
         self._matmul = make_matmul(self._table.weight, None, self._place, norm)
         self.exact = self._matmul.exact
 
-    def __call__(self, normed: Normed, out: Tensor | None = None) -> Tensor:
-        """Return logits [R, N] of R tokens for this rank's N table rows; -inf for padding rows."""
-        logits = self._matmul.normed(normed, out=out)[0]
+    def __call__(self, normed: Normed, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return logits [R, N] of R tokens for this rank's N table rows, and the tokens' stream.
+
+        The logits of padding rows are -inf.
+        """
+        logits, stream = self._matmul.normed(normed, out=out)
         if self._scale != 1:
             logits.mul_(self._scale)
         length = self._table.length
         if length < logits.shape[1]:
             logits[:, length:] = float("-inf")
-        return logits
+        return logits, stream.total
 
 
 class Matmul:

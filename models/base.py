@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -60,6 +60,7 @@ class ForwardBatch:
         kv: the KV cache of each layer, in the order of the layers.
         sampled_rows: indices of the tokens whose logits are needed, int64 [R]; None for all tokens.
         logits: optional buffer for logits, [R, this rank's columns]; a model may ignore the buffer.
+        inputs: the model stores the input of layer i, [T, hidden_size], here for each key i.
     """
 
     input_ids: Tensor
@@ -69,6 +70,7 @@ class ForwardBatch:
     kv: list[KVLayer]
     sampled_rows: Tensor | None
     logits: Tensor | None = None
+    inputs: dict[int, Tensor | None] = field(default_factory=dict)
 
 
 class CausalLM(ABC):
@@ -100,17 +102,22 @@ class CausalLM(ABC):
         """Prepare every layer for use, after the weights are loaded."""
 
     @abstractmethod
-    def __call__(self, batch: ForwardBatch) -> Tensor:
-        """Return logits [R, columns], in the model's dtype, for the tokens `batch.sampled_rows`.
+    def __call__(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Return logits [R, columns] and `states`, for the tokens `batch.sampled_rows`.
 
-        All ranks have equally many columns. With several ranks, `columns` is a multiple of 4.
-        Column c of rank r is for token id r * columns + c. Columns after the vocabulary are -inf.
+        The logits have the model's dtype. All ranks have equally many columns. With several ranks,
+        `columns` is a multiple of 4. Column c of rank r is for token id r * columns + c. Columns
+        after the vocabulary are -inf.
         """
 
     @abstractmethod
     def states(self, batch: ForwardBatch) -> Tensor:
-        """Return what the head needs of the tokens `batch.sampled_rows`, [R, hidden_size]."""
+        """Return the last layer's output of the tokens `batch.sampled_rows`, [R, hidden_size]."""
+
+    @abstractmethod
+    def normed(self, states: Tensor) -> Tensor:
+        """Return the final norm of `states`, [R, hidden_size]."""
 
     @abstractmethod
     def head(self, states: Tensor) -> Tensor:
-        """Return the logits that `__call__` returns for tokens with these states."""
+        """Return the logits that `__call__` returns for tokens with these `states`."""

@@ -16,7 +16,7 @@ from layers.parallel import Place
 from layers.rotary import RotaryEmbedding, query_scales, rotary_table
 from memory.kv_cache import KVLayer
 from models.base import CausalLM, ForwardBatch
-from models.decoder_config import DecoderSpec, measured
+from models.decoder_config import DecoderSpec
 from utils.loader import WeightTarget
 
 
@@ -218,23 +218,27 @@ class DecoderLM(CausalLM):
     def make_mlp(self, index: int) -> Block:
         return MLP(self.spec, self.place)
 
-    def __call__(self, batch: ForwardBatch) -> Tensor:
+    def __call__(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         return self.lm_head(self.norm(self._stream(batch)), batch.logits)
 
     def states(self, batch: ForwardBatch) -> Tensor:
         return self.norm.compute(self._stream(batch))[1].total
 
+    def normed(self, states: Tensor) -> Tensor:
+        return self.norm.compute(Stream(states))[0]
+
     def head(self, states: Tensor) -> Tensor:
-        return self.lm_head(self.norm(Stream(states)))
+        return self.lm_head(self.norm(Stream(states)))[0]
 
     def _stream(self, batch: ForwardBatch) -> Stream:
         stream = Stream(self.embed_tokens(batch.input_ids))
-        *layers, last = self.layers
-        *caches, last_cache = batch.kv
-        for layer, kv in zip(layers, caches, strict=True):
-            stream = layer(stream, batch, kv)
-        # The last layer stores all K and V, but returns only the stream of `sampled_rows`.
-        return last(stream, batch, last_cache, batch.sampled_rows)
+        for i, (layer, kv) in enumerate(zip(self.layers, batch.kv, strict=True)):
+            if i in batch.inputs:
+                batch.inputs[i] = layer.norm.compute(stream)[1].total * self.spec.stream_scale
+            # The last layer stores all K and V, but returns only the stream of `sampled_rows`.
+            rows = batch.sampled_rows if layer is self.layers[-1] else None
+            stream = layer(stream, batch, kv, rows)
+        return stream
 
     def prepare(self) -> None:
         self.norm.prepare()
@@ -246,7 +250,6 @@ class DecoderLM(CausalLM):
         # A subclass may have layers that were not measured.
         self.exact = type(self).exact or (
             type(self) is DecoderLM
-            and measured(self.spec)
             and all(
                 getattr(part, "exact", False)
                 for layer in self.layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from models.base import ModelShape
@@ -23,6 +23,7 @@ class DecoderSpec(ModelShape):
         scales_queries: whether queries have the factor `query_scales`, which follows the position.
         embedding_scale, logit_scale: factors of the embeddings and of the logits. The embeddings'
             factor is rounded to the model's dtype first if `rounds_scale`.
+        stream_scale: factor between the residual stream and that of the published model.
         fused_weights: whether the checkpoint has one weight `qkv_proj` and one `gate_up_proj`.
     """
 
@@ -41,27 +42,12 @@ class DecoderSpec(ModelShape):
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     rounds_scale: bool = False
+    stream_scale: float = 1.0
     fused_weights: bool = False
 
 
 # Names of activations in a config, and as gates (layers/linear.py).
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-
-
-def measured(spec: DecoderSpec) -> bool:
-    """Whether whole requests of a model with such layers were compared on a GPU (docs/exact.md)."""
-    # Models of Qwen2 and Qwen3 were compared. The layers of Llama, and those of Phi-3 and Mistral
-    # without a window, use nothing else.
-    default = {field.name: field.default for field in fields(spec)}
-    if spec.qk_norm == "all" or any(spec.windows):
-        return False
-    return all(
-        getattr(spec, name) == default[name]
-        for name in (
-            *("ropes", "norms", "norm_offset", "activation", "scales_queries"),
-            *("embedding_scale", "logit_scale"),
-        )
-    )
 
 
 def decoder_spec(

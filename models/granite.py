@@ -27,6 +27,7 @@ def model_shape(hf_config: Any) -> DecoderSpec:
         rms_norm_eps=hf_config.rms_norm_eps / factor**2,
         embedding_scale=hf_config.embedding_multiplier / factor,
         logit_scale=1 / hf_config.logits_scaling,
+        stream_scale=factor,
     )
 
 

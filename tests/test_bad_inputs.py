@@ -449,7 +449,7 @@ def test_no_more_log_probabilities_than_the_vocabulary_has_tokens(name: str) -> 
     for count in (30, 31):
         with nullcontext() if count == 30 else pytest.raises(RequestError, match="30 tokens"):
             wanted: dict[str, Any] = {name: count}
-            check_request([1], SamplingParams(**wanted), config, 30)
+            check_request([1], SamplingParams(**wanted), config, 30, 0)
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ class SanitizedRunner(ModelRunner):
     def __init__(self, inner: ModelRunner, config: Config) -> None:
         self._inner = inner
         self.drafts = inner.drafts  # type: ignore[misc]
-        self.exact = inner.exact
+        self.exact, self.hidden_layers = inner.exact, inner.hidden_layers
         self._checker = KVSanitizer(inner.kv_groups, config)
 
     def watch(self, managers: Iterable[BlockManager]) -> tuple[BlockManager, ...]:

@@ -29,7 +29,7 @@ from utils.checkpoint import Checkpoint
 from utils.errors import AllmosError, ConfigError, EngineClosedError, StepError, WorkerDiedError
 
 # Largest number of ranks with which whole requests were compared (docs/exact.md).
-_MEASURED_RANKS = 1
+_MEASURED_RANKS = 2
 # If a collective fails because a rank failed, the runner waits this long for that rank's error.
 _CAUSE_SECONDS = 2.0
 # After this many seconds `close` kills ranks that have not ended. A step takes much less time.
@@ -70,8 +70,8 @@ class TensorParallelRunner(ModelRunner):
         size = config.tensor_parallel_size
         if getattr(make_runner, "func", make_runner) is local_rank:
             check_divides(config, checkpoint)
-        # What each rank has told of its runner: `exact` and `kv_groups`.
-        self._ready: list[tuple[bool, tuple[KVGeometry, ...]]] = []
+        # What each rank has told of its runner: `exact`, `kv_groups` and `hidden_layers`.
+        self._ready: list[tuple[bool, tuple[KVGeometry, ...], int]] = []
         self._codec = PlanCodec()
         # An empty list for each step without a result, oldest step first. `take_in` appends the
         # result. `StepHandle`s instead of lists would make reference cycles with the runner.
@@ -99,7 +99,8 @@ class TensorParallelRunner(ModelRunner):
             self._end()
             raise
         measured = type(self) is TensorParallelRunner and size <= _MEASURED_RANKS
-        self.exact = type(self).exact or (measured and all(one for one, _ in self._ready))
+        self.exact = type(self).exact or (measured and all(one for one, *_ in self._ready))
+        self.hidden_layers = self._ready[0][2]
 
     @property
     def kv_groups(self) -> tuple[KVGeometry, ...]:
@@ -165,7 +166,7 @@ class TensorParallelRunner(ModelRunner):
                 match self._channels[key.data].receive():
                     case StepResult() as result:
                         self._pending.popleft().append(replace(result, ended_at=self.now()))
-                    case (bool(), tuple()) as told:
+                    case (bool(), tuple(), int()) as told:
                         self._ready.append(told)
                     case None if self._closed and self._processes[key.data].wait() == 0:
                         self._selector.unregister(key.fileobj)

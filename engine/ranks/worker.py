@@ -121,7 +121,7 @@ def main() -> None:
     try:
         make_runner, config, checkpoint, rank = channel.receive()
         runner = make_runner(config, checkpoint, rank)
-        channel.post(encode((runner.exact, runner.kv_groups)))
+        channel.post(encode((runner.exact, runner.kv_groups, runner.hidden_layers)))
         # All ranks compute equal results, so only rank 0 sends results.
         serve(runner, channel, reports=rank.index == 0)
         status = 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.hidden_rows import Forwarded
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.parallel import ParallelContext, Place
 from layers.sampler import Sampler
@@ -70,7 +71,8 @@ def drawn(requests: list[NewRequest], logits: Tensor) -> list[Any]:
     if special is None:
         return [(token, []) for token in sampler(own, sampled).tolist()]
     known = torch.tensor([[*q.token_ids, 0, 0] for q in news], dtype=torch.int32, device=device)
-    tokens, scored, _ = special.draw(sampler, known, own, sampled)
+    made = Forwarded(own, [])
+    tokens, scored, _ = special.draw(sampler, known, made, sampled, lambda x: x)
     logprobs: list[Any] = scored.logprobs(count)[0] if scored else [[]] * count
     return list(zip(tokens.tolist(), logprobs, strict=True))
 

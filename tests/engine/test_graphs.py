@@ -21,16 +21,23 @@ PARAMS = SamplingParams(temperature=0)
 
 
 class _Graph:
-    """A graph whose replay does the work again."""
+    """A graph whose replay does the work again, and stores the states where they were captured."""
 
-    def __init__(self, work: Callable[[], object], pool: Any) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self._work, self.made = work, work()
 
     def replay(self) -> None:
-        self._work()
+        self.made[1].copy_(self._work()[1])
 
     def pool(self) -> None:
         return None
+
+
+def captured(
+    work: Callable[[], tuple[Tensor, Tensor]], pool: Any
+) -> tuple[_Graph, tuple[Tensor, Tensor]]:
+    graph = _Graph(work)
+    return graph, graph.made
 
 
 class _Steps:
@@ -49,7 +56,7 @@ class _Steps:
         weights_per_layer: int = 1 << 20,
         keeps_target: bool = True,
     ) -> None:
-        monkeypatch.setattr("engine.graphs.captured", _Graph)
+        monkeypatch.setattr("engine.graphs.captured", captured)
         staging = Staging(CPU)
         self.state = DeviceState(SlotTables.zeros(num_slots, 4100, 16, CPU), staging)
         self.ran: list[tuple[int, bool]] = []
@@ -57,14 +64,16 @@ class _Steps:
         parts = self._step, self.state
         self.graphs = StepGraphs(*parts, max_tokens, weights_per_layer)
 
-    def _step(self, rows: StepRows, out: Tensor | None) -> Tensor:
+    def _step(self, rows: StepRows, out: Tensor | None) -> tuple[Tensor, Tensor]:
         self.ran.append((len(rows.input_ids), rows.num_chunks > 0))
         fill_any_rows(self.state.tables, rows)
         wanted = rows.sampled.rows
         tokens = (3 * rows.input_ids[wanted] + rows.positions[wanted]) % VOCAB
         logits = torch.nn.functional.one_hot(tokens, VOCAB).float()
         self.state.write(rows.sampled, tokens)
-        return out.copy_(logits) if out is not None and self._keeps_target else logits
+        states = rows.positions[wanted].float().unsqueeze(1)
+        kept = out.copy_(logits) if out is not None and self._keeps_target else logits
+        return kept, states
 
 
 def _plan(tokens: int = 5, decode: tuple[int, ...] = (3, 4)) -> StepPlan:
@@ -101,7 +110,7 @@ def test_what_a_plan_samples_is_one_stretch_in_the_plan_s_order(
         for state in (steps.state, eager):
             state.apply(plan)
         assert steps.graphs.serves(plan)
-        logits, sampled = steps.graphs.replay(plan)
+        made, sampled = steps.graphs.replay(plan)
         rows = eager.rows(plan)
         expected = []
         for chunk in plan.prefill:
@@ -115,7 +124,9 @@ def test_what_a_plan_samples_is_one_stretch_in_the_plan_s_order(
             known[slot].append(token)
         eager.write(rows.sampled, torch.tensor(expected, dtype=torch.int64))
         assert sampled.tokens.tolist() == expected
-        assert logits.argmax(1).tolist() == expected
+        assert made.logits.argmax(1).tolist() == expected
+        at = [computed[slot] - 1 for slot in plan.sampled_slots]
+        assert torch.cat([*made.states]).flatten().tolist() == at
         for name in ("slots", "positions", "temperatures", "seeds"):
             got, wanted = getattr(sampled, name), getattr(rows.sampled, name)
             assert got.tolist() == wanted.tolist(), name

@@ -16,8 +16,9 @@ import engine.sampling_rows
 from config import Config
 from engine.changed_rows import BLOCK_ROWS, block_bytes, options_bytes
 from engine.device_state import DeviceState, Staging
+from engine.hidden_rows import Forwarded
 from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
-from engine.step_scores import PROMPT_ROWS, PromptStates
+from engine.step_scores import PROMPT_ROWS
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS, Filters, logit_bounds_reference
 from layers.sampler import Sampler, gumbel_noise
@@ -38,7 +39,7 @@ class _Rows:
         self._staging = Staging(device)
         tables = SlotTables.zeros(num_slots, 64, 16, device)
         self._state = DeviceState(tables, self._staging)
-        self._rows = SamplingRows(self._state.special, num_slots, self._staging, vocab_size)
+        self._rows = SamplingRows(self._state.special, num_slots, self._staging, vocab_size, 3)
 
     def of(self, plan: StepPlan) -> SpecialRows | None:
         with self._staging.group():
@@ -99,7 +100,7 @@ def _scored(
     of_step = torch.randn(2 * count, VOCAB_SIZE, generator=generator).bfloat16() * 3
     prompt_rows = special.prompt_rows
     # The states are logits already.
-    states = None if prompt_rows is None else PromptStates(lambda x: x, of_step[prompt_rows])
+    made = Forwarded(logits, [], [of_step[rows] for rows in prompt_rows])
     sampled = SampledRows(
         rows=torch.arange(count),
         slots=torch.arange(count),
@@ -110,7 +111,7 @@ def _scored(
     )
     sampler = sampler or Sampler(place(dtype=torch.bfloat16))
     with watched or nullcontext():
-        drawn, scored, _ = special.draw(sampler, tokens, logits, sampled, states)
+        drawn, scored, _ = special.draw(sampler, tokens, made, sampled, lambda x: x)
     new, prompts = scored.logprobs(count) if scored else ([], [])
     return drawn.tolist(), new, prompts
 
@@ -254,7 +255,8 @@ def test_tokens_are_withheld_until_the_output_is_long_enough(position: int, toke
         getattr(sampled, name).zero_()
     sampled.positions.fill_(position)
     sampler = Sampler(place())
-    drawn, scores, _ = special.draw(sampler, torch.zeros(1, 9, dtype=torch.int32), logits, sampled)
+    known, made = torch.zeros(1, 9, dtype=torch.int32), Forwarded(logits, [])
+    drawn, scores, _ = special.draw(sampler, known, made, sampled, lambda x: x)
     assert (drawn.tolist(), scores) == ([token], None)
 
 
@@ -340,7 +342,7 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     drawn = (
         sampler(logits, sampled)
         if special is None
-        else special.draw(sampler, tokens, logits, sampled)[0]
+        else special.draw(sampler, tokens, Forwarded(logits, []), sampled, lambda x: x)[0]
     )
     assert drawn.tolist() == [
         _expected(news[slot], known[slot], logits[row]) for row, slot in enumerate(order)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,12 +369,9 @@ def test_padding_writes_no_keys_and_values(kind: str) -> None:
     assert set(there.nonzero().flatten().tolist()) == written
 
 
-class _Graph:
-    """A graph whose replay does the work again."""
-
-    def __init__(self, work: Callable[[], object], pool: Any) -> None:
-        self.replay = work
-        self.pool = lambda: pool
+def _captured(work: Callable[[], Any], pool: Any) -> Any:
+    """A graph whose replay does the work again, and what the work returns now."""
+    return SimpleNamespace(replay=work, pool=lambda: pool), work()
 
 
 VOCAB_SIZE = 97
@@ -386,14 +384,14 @@ def test_captured_steps_write_to_their_requests_alone(monkeypatch: pytest.Monkey
     The next token is that of the sum of all tokens up to it. Steps read them from the pages, where
     each step has stored its own.
     """
-    monkeypatch.setattr("engine.graphs.captured", _Graph)
+    monkeypatch.setattr("engine.graphs.captured", _captured)
     monkeypatch.setattr("engine.graphs.CHUNK_ROWS", (16,))
     staging = Staging(CPU)
     state = DeviceState(SlotTables.zeros(8, 256, BLOCK_SIZE, CPU), staging, kernels=True)
     pages = _pages(40)
     kv = KVLayer.of(pages)
 
-    def plain_step(rows: StepRows, out: Tensor | None) -> Tensor:
+    def plain_step(rows: StepRows, out: Tensor | None) -> tuple[Tensor, Tensor]:
         state.fill(rows)
         _store(rows.input_ids, rows.slot_mapping[0], kv)
         logits = torch.zeros(len(rows.sampled.rows), VOCAB_SIZE)
@@ -403,7 +401,7 @@ def test_captured_steps_write_to_their_requests_alone(monkeypatch: pytest.Monkey
             total = kv.k[seen].flatten(0, 1)[:length, 0, 0].sum()
             logits[row, int(total) % VOCAB_SIZE] = 1.0
         state.write(rows.sampled, logits.argmax(1))
-        return logits if out is None else out.copy_(logits)
+        return logits if out is None else out.copy_(logits), logits
 
     graphs = StepGraphs(plain_step, state, max_tokens=128, weights_per_layer=1)
     graphs.capture()

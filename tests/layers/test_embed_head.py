@@ -67,9 +67,11 @@ def test_the_logits_of_all_ranks_join_to_the_whole(
         head = VocabHead(table, place())
         head.prepare(norm)
         normed = norm(Stream(residual, x))
-        parts.append(head(normed))
+        logits, states = head(normed)
+        assert torch.equal(states, x + residual)
+        parts.append(logits)
         out = torch.full_like(parts[-1], float("nan"))
-        assert head(normed, out) is out
+        assert head(normed, out)[0] is out
         assert torch.equal(out, parts[-1])
     assert len({part.shape for part in parts}) == 1
     logits = torch.cat(parts, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoConfig
 from layers.output_norms import WholeNormRopeStore
 from layers.parallel import ParallelContext
 from layers.rotary import query_scales
-from models.decoder_config import DecoderSpec, decoder_spec, measured
+from models.decoder_config import DecoderSpec, decoder_spec
 from tests.layers.tensors import place
 from utils.errors import ConfigError, UnsupportedModelError
 
@@ -274,36 +273,3 @@ def test_qwen3_has_norms_of_heads_and_the_biases_of_its_config(bias: bool) -> No
         32,
     )
     assert shape.tied == bias
-
-
-def test_only_the_layers_of_qwen_were_compared_on_a_gpu() -> None:
-    fields = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-    for model_type in FAMILIES:
-        plain = model_type in (*QWEN, "llama", "mistral", "phi3", "ministral", "granite")
-        assert measured(_shape(model_type)) == plain, model_type
-    assert not measured(_shape("granite", embedding_multiplier=12.0))
-    assert not measured(_shape("granite", logits_scaling=8.0))
-    assert not measured(_shape("qwen2", **fields))
-    assert not measured(_shape("llama", hidden_act="gelu_pytorch_tanh"))
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"activation": "gelu_tanh"},
-        {"norms": "after"},
-        {"norms": "both"},
-        {"norm_offset": 1.0},
-        {"qk_norm": "all"},
-        {"ropes": ("", None)},
-        {"scales_queries": True},
-        {"embedding_scale": 2.0},
-        {"logit_scale": 0.5},
-        {"windows": (None, 8)},
-    ],
-    ids=str,
-)
-def test_each_difference_from_the_layers_of_qwen_was_not_compared(field: dict[str, Any]) -> None:
-    spec = _shape("qwen3")
-    assert measured(spec)
-    assert not measured(replace(spec, **field))

@@ -1,0 +1,145 @@
+"""Hidden states of a step's rows, for requests that ask for them.
+
+Layer L has the input of layer L of the model, and the number of layers stands for the final norm's
+output, as in the `hidden_states` of transformers. A *last state* is the residual stream before the
+final norm. A CUDA graph keeps the last states of its sampled rows, so a decode whose requests ask
+for the last layer alone runs as a graph, at no cost for other requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.types import NewRequest, StepPlan
+
+
+class Forwarded(NamedTuple):
+    """What a model has computed in a step with R sampled rows.
+
+    Attributes:
+        logits: [R, this rank's vocabulary].
+        states: tensors that together have the R rows' last states, [R, hidden_size].
+        prompts: for each tensor of `SpecialRows.prompt_rows` the last states of its rows.
+        inputs: for each layer of `SpecialRows.layers` its input of all rows, [T, hidden_size].
+    """
+
+    logits: Tensor
+    states: Sequence[Tensor]
+    prompts: Sequence[Tensor] = ()
+    inputs: Mapping[int, Tensor | None] = MappingProxyType({})
+
+
+# Index of a row in `StepPlan.row_slots`, and the number of its hidden states.
+_Row = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """The hidden states of a step: [N, hidden_size] of each layer, and the rows they belong to."""
+
+    found: tuple[Tensor, ...]
+    rows: tuple[tuple[_Row, ...], ...]
+
+    def pinned(self) -> HiddenStates:
+        """Return copies in pinned host memory. The host does not wait for them."""
+        copies = []
+        for values in self.found:
+            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            copies.append(copy.copy_(values, non_blocking=True))
+        return replace(self, found=tuple(copies))
+
+    def by_row(self) -> dict[int, Tensor]:
+        """Return each row's hidden states, [n, hidden_size]. `found` must be in host memory."""
+        split: dict[int, Tensor] = {}
+        for values, rows in zip(self.found, self.rows, strict=True):
+            parts = torch.split(values, [count for _, count in rows])
+            # A copy: a view would keep the hidden states of all rows in memory.
+            split |= {row: part.clone() for (row, _), part in zip(rows, parts, strict=True)}
+        return split
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenRows:
+    """The rows of a step whose hidden states are wanted.
+
+    Attributes:
+        inner: for each layer but the last the indices in the step, int64 [N], and their rows.
+        prompt_rows: indices in the step, int64 [P], of rows in prefill chunks of the last layer.
+        decodes: indices among the R sampled rows, int64 [N], of decodes of the last layer.
+        last: the rows of the last layer: those of `decodes`, then those of `prompt_rows`.
+    """
+
+    inner: dict[int, tuple[Tensor, tuple[_Row, ...]]]
+    prompt_rows: Tensor | None
+    decodes: Tensor
+    last: tuple[_Row, ...]
+
+    @staticmethod
+    def of(
+        plan: StepPlan,
+        requests: Mapping[int, NewRequest],
+        num_layers: int,
+        upload: Callable[[list[int]], Tensor],
+    ) -> HiddenRows | None:
+        """Return the rows that a plan's requests want, or None if they want none."""
+        inner: dict[int, tuple[list[int], list[_Row]]] = {}
+        prompts: tuple[list[int], list[_Row]] = ([], [])
+        decodes: tuple[list[int], list[_Row]] = ([], [])
+        first, num_drawn = 0, 0
+        for row, slot in enumerate(plan.row_slots):
+            chunk = plan.prefill[row] if row < len(plan.prefill) else None
+            count = chunk.num_tokens if chunk else 1
+            new = requests.get(slot)
+            if new is not None and new.sampling.hidden_states is not None:
+                begin = max(0, new.sampling.hidden_states_start - chunk.start) if chunk else 0
+                layer = layer_of(new.sampling.hidden_states, num_layers)
+                wanted = range(first + begin, first + count)
+                if layer < num_layers:
+                    ids, rows = inner.setdefault(layer, ([], []))
+                elif chunk:
+                    ids, rows = prompts
+                else:
+                    (ids, rows), wanted = decodes, range(num_drawn, num_drawn + 1)
+                if wanted:
+                    ids += wanted
+                    rows.append((row, len(wanted)))
+            first += count
+            num_drawn += chunk is None or chunk.samples
+        if not (inner or prompts[0] or decodes[0]):
+            return None
+        return HiddenRows(
+            {layer: (upload(ids), tuple(rows)) for layer, (ids, rows) in inner.items()},
+            upload(prompts[0]) if prompts[0] else None,
+            upload(decodes[0]),
+            (*decodes[1], *prompts[1]),
+        )
+
+    def states(self, made: Forwarded, norm: Callable[[Tensor], Tensor]) -> HiddenStates:
+        """Return the hidden states of all wanted rows. `norm` is the model's final norm."""
+        found, rows = [], []
+        for layer, (ids, own) in self.inner.items():
+            values = made.inputs[layer]
+            assert values is not None
+            found.append(values.index_select(0, ids))
+            rows.append(own)
+        if self.last:
+            sampled = made.states[0] if len(made.states) == 1 else torch.cat([*made.states])
+            last = sampled.index_select(0, self.decodes)
+            if self.prompt_rows is not None:
+                last = torch.cat((last, made.prompts[-1]))
+            found.append(norm(last))
+            rows.append(self.last)
+        return HiddenStates(tuple(found), tuple(rows))
+
+
+def layer_of(asked: int | str, num_layers: int) -> int:
+    """Return the layer that `SamplingParams.hidden_states` means."""
+    if isinstance(asked, str):
+        return num_layers
+    return asked if asked >= 0 else num_layers + 1 + asked
