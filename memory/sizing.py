@@ -113,8 +113,9 @@ def longest_decodes(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
 
 
 def _all_blocks(num_slots: int, groups: tuple[KVGeometry, ...]) -> tuple[BlockUpdate, ...]:
+    # In falling order: what finds neighbouring blocks in place takes less memory.
     return tuple(
-        BlockUpdate(slot, 0, tuple(range(group.num_blocks)), index)
+        BlockUpdate(slot, 0, tuple(reversed(range(group.num_blocks))), index)
         for slot in range(num_slots)
         for index, group in enumerate(groups)
     )

@@ -6,6 +6,7 @@ A query row: the queries of one token. A cache row: K and V of one position in `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +15,38 @@ from torch import Tensor
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
 from memory.kv_cache import KVLayer
 
+# Maximum number of query rows of a prefill for which a mask exists at once. For 256 query rows and
+# 131,072 cache rows, the mask and the float32 copy that SDPA makes of it take 168 MB.
+_QUERY_ROWS = 256
+# Decodes of which one has more than twice the length of another are one SDPA call only if padding
+# takes less than this number of bytes: gathering as many takes about as long as a further call.
+_PADDING = 1 << 19
+# Maximum number of cache rows that one call for several decodes gathers.
+_CACHE_ROWS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One SDPA call for n query rows, `first` to `last` - 1, of one prefill or of all decodes.
+    """The query rows of one prefill, or n query rows of decodes that are one SDPA call.
 
-    `rows` are the indices of the cache rows that the query rows see. For a prefill that sees L
-    cache rows, `mask` is [n, L], or None for SDPA's own causal mask. For decodes, `rows` has L
-    indices for each query row, where L is the most that any of them sees, and `mask` is
-    [n, 1, 1, L] or None for no mask.
+    `queries` are the indices of the query rows, and `rows` those of the cache rows that they see.
+    For decodes, `rows` has L indices for each query row, where L is the most that any of them sees,
+    and `mask` is [n, 1, 1, L] or None for no mask.
     """
 
-    first: int
-    last: int
+    queries: Tensor | slice
     rows: Tensor | slice
-    mask: Tensor | None
-    decodes: bool
+    mask: Tensor | None = None
+    decodes: bool = True
+    window: int | None = None
 
 
 class TorchAttention(AttentionBackend):
     """Gathers each request's K and V from the cache and calls SDPA, on any device, for any dtype.
 
-    Each prefill is one SDPA call. All decodes together are one SDPA call, with K and V padded to
-    the length of the longest request. If a prefill, or a step's only decode, has consecutive block
-    ids, its K and V are read in place, not gathered.
+    Decodes of similar lengths together are one SDPA call, with K and V padded to the length of the
+    longest. If a prefill, or a call's only decode, has consecutive block ids, its K and V are read
+    in place, not gathered.
     """
 
     name = "torch"
@@ -56,32 +65,58 @@ class TorchAttention(AttentionBackend):
         tables = batch.block_tables[batch.slots]
         starts = batch.query_start.tolist() if count else []
         for i, context in enumerate(batch.context_lens[:count].tolist()):
-            n, mask = starts[i + 1] - starts[i], None
-            first = max(0, context - n - window + 1) if window else 0
-            if n != context or (window and n > window):
-                positions = self._columns[context - n : context].unsqueeze(1)
-                mask = self._columns[first:context] <= positions
-                if window:
-                    mask &= self._columns[first:context] > positions - window
+            queries = slice(starts[i], starts[i + 1])
+            first = max(0, context - (queries.stop - queries.start) - window + 1) if window else 0
             rows = self._request_rows(tables[i : i + 1], first, context)
-            parts.append(_Part(starts[i], starts[i + 1], rows, mask, decodes=False))
+            parts.append(_Part(queries, rows, decodes=False, window=window))
         if count < len(batch.slots):
-            parts.append(self._decodes(batch, tables[count:]))
+            parts += self._decodes(batch, tables[count:])
         return parts
 
-    def _decodes(self, batch: AttentionBatch, tables: Tensor) -> _Part:
+    def _decodes(self, batch: AttentionBatch, tables: Tensor) -> list[_Part]:
         lens, count = batch.context_lens[batch.num_prefills :], batch.rows_per_decode
         if count > 1:
             # Each query row is treated as a separate request that ends with the row's token.
             lens = (lens.unsqueeze(1) + torch.arange(1 - count, 1, device=lens.device)).flatten()
             tables = tables.repeat_interleave(count, 0)
-        known, mask = lens.tolist(), None
+        known = lens.tolist()
+        groups = self._groups([min(n, batch.window or n) for n in known])
+        if len(groups) == 1:
+            return [self._decode_part(batch, lens, known, tables)]
+        parts = []
+        for group in groups:
+            at, some = torch.tensor(group, device=lens.device), [known[i] for i in group]
+            parts.append(self._decode_part(batch, lens[at], some, tables[at], at))
+        return parts
+
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        """Return groups of decodes that see similar numbers of cache rows, as indices."""
+        spec, groups, longest, padding = self._spec, list[list[int]](), 0, 0
+        row_bytes = 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            if 2 * lengths[i] <= longest:
+                padding += (longest - lengths[i]) * row_bytes
+            if not groups or padding > _PADDING or (len(groups[-1]) + 1) * longest > _CACHE_ROWS:
+                groups.append([])
+                longest, padding = lengths[i], 0
+            groups[-1].append(i)
+        return groups
+
+    def _decode_part(
+        self,
+        batch: AttentionBatch,
+        lens: Tensor,
+        known: list[int],
+        tables: Tensor,
+        at: Tensor | None = None,
+    ) -> _Part:
+        """Return the part of some decodes, or of all if their indices `at` are not given."""
         longest, first, window = max(known), batch.num_prefill_tokens, batch.window
+        queries = slice(first, first + len(known)) if at is None else at + first
         if len(known) == 1:
             begin = max(0, longest - window) if window else 0
-            rows = self._request_rows(tables, begin, longest)
-            return _Part(first, first + 1, rows, mask, decodes=True)
-        rows = self._cache_rows(tables, longest)
+            return _Part(queries, self._request_rows(tables, begin, longest))
+        rows, mask = self._cache_rows(tables, longest), None
         if window and longest > window:
             begins = (lens - window).clamp(min=0)
             columns = begins.unsqueeze(1) + self._columns[:window]
@@ -94,7 +129,7 @@ class TorchAttention(AttentionBackend):
             rows = torch.where(visible, rows, rows[:, :1])
             mask = torch.zeros(rows.shape, dtype=self._spec.dtype, device=rows.device)
             mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
-        return _Part(first, first + len(known), rows.flatten(), mask, decodes=True)
+        return _Part(queries, rows.flatten(), mask)
 
     def _request_rows(self, table: Tensor, begin: int, end: int) -> Tensor | slice:
         """Return the indices of the cache rows of one request's tokens `begin` to `end` - 1."""
@@ -113,24 +148,36 @@ class TorchAttention(AttentionBackend):
         return (blocks.unsqueeze(-1) * size + self._offsets).flatten(1)[:, :length]
 
     def attend(self, q: Tensor, kv: KVLayer, prepared: list[_Part]) -> Tensor:
-        parts = []
+        if len(prepared) == 1:
+            return self._computed(q, kv, prepared[0])
+        out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
         for part in prepared:
-            compute = self._decode if part.decodes else self._prefill
-            parts.append(compute(q[part.first : part.last], kv, part))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            out[part.queries] = self._computed(q[part.queries], kv, part)
+        return out
+
+    def _computed(self, q: Tensor, kv: KVLayer, part: _Part) -> Tensor:
+        return (self._decode if part.decodes else self._prefill)(q, kv, part)
 
     def _prefill(self, q: Tensor, kv: KVLayer, part: _Part) -> Tensor:
-        k, v = self._gather(kv, part.rows, 1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1).unsqueeze(0),
-            k,
-            v,
-            attn_mask=part.mask,
-            is_causal=part.mask is None,
-            scale=self._spec.scale,
-            enable_gqa=self._group > 1,
-        )
-        return out[0].transpose(0, 1).reshape(q.shape[0], -1)
+        (k, v), window = self._gather(kv, part.rows, 1), part.window
+        n, length = q.shape[0], k.shape[2]
+        q = q.transpose(0, 1).unsqueeze(0)
+        gqa, scale = self._group > 1, self._spec.scale
+        call = partial(F.scaled_dot_product_attention, enable_gqa=gqa, scale=scale)
+        if n == length and not (window and n > window):
+            return call(q, k, v, is_causal=True)[0].transpose(0, 1).reshape(n, -1)
+        blocks = []
+        for start in range(length - n, length, _QUERY_ROWS):
+            end = min(start + _QUERY_ROWS, length)
+            begin = max(0, start - window + 1) if window else 0
+            columns, own = self._columns[begin:end], self._columns[start:end].unsqueeze(1)
+            mask = columns <= own
+            if window:
+                mask &= columns > own - window
+            rows = slice(start - length + n, end - length + n)
+            pages = k[:, :, begin:end], v[:, :, begin:end]
+            blocks.append(call(q[:, :, rows], *pages, attn_mask=mask))
+        return torch.cat(blocks, dim=2)[0].transpose(0, 1).reshape(n, -1)
 
     def _decode(self, q: Tensor, kv: KVLayer, part: _Part) -> Tensor:
         spec, n = self._spec, q.shape[0]
