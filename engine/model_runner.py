@@ -7,7 +7,6 @@ one request. The R sampled rows of a step are the rows whose next token is drawn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -33,9 +32,8 @@ from memory.sizing import (
     cache_groups,
     fit_blocks,
     free_bytes,
+    heaviest_steps,
     kv_blocks,
-    longest_decodes,
-    longest_prefill,
     measure_usage,
     memory_errors,
     release_device,
@@ -308,24 +306,15 @@ class LocalRunner(ModelRunner):
         self._allocate([tables[0].shape[1]] * len(tables))
         if self._graphs:
             compile_kernels(self._graphs.rehearsals(), self._device, self._parallel)
-        usage = measure_usage(self._device, free_before, self._heaviest_steps())
+        about = config, self._groups, self._state.tables.num_computed
+        steps = heaviest_steps(self._run, *about, self._graphs.heaviest() if self._graphs else [])
+        usage = measure_usage(self._device, free_before, steps)
         self._graphs = None
         del self._caches, self._pass
         torch.cuda.empty_cache()
         special = special_bytes(config, vocab_size, hidden_size, self._dtype.itemsize)
         usage = replace(usage, peak=usage.peak + special)
         return fit_blocks(config, self._groups, usage)
-
-    def _heaviest_steps(self) -> list[Callable[[], object]]:
-        """Return functions that run large steps, among them the step that needs the most memory."""
-        return [self._longest_steps, *(self._graphs.heaviest() if self._graphs else ())]
-
-    def _longest_steps(self) -> None:
-        self._run(longest_prefill(self._config, self._groups))
-        if not self._graphs:
-            # The requests do not enter slots, so the positions of their decodes are set here.
-            self._state.tables.num_computed[:-1] = self._state.tables.tokens.shape[1] - 2
-            self._run(longest_decodes(self._config, self._groups))
 
 
 def step_launcher(

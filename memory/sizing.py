@@ -106,6 +106,34 @@ def longest_prefill(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
     )
 
 
+def heaviest_steps(
+    run: Callable[[StepPlan], object],
+    config: Config,
+    groups: tuple[KVGeometry, ...],
+    positions: torch.Tensor,
+    captured: list[Callable[[], object]],
+) -> list[Callable[[], object]]:
+    """Return functions that run large steps, among them the step that needs the most memory.
+
+    Args:
+        run: runs a step.
+        positions: position of the next decode in each slot, int64 [slots + 1], in the runner's
+            tables.
+        captured: functions that run the largest steps that are captured as CUDA graphs.
+    """
+
+    def longest() -> None:
+        run(longest_prefill(config, groups))
+        if not captured:
+            assert config.max_model_len is not None
+            # The requests do not enter slots, so the positions of their decodes are set here. Each
+            # decode draws the last token of a request.
+            positions[:-1] = config.max_model_len - 2
+            run(longest_decodes(config, groups))
+
+    return [longest, *captured]
+
+
 def longest_decodes(config: Config, groups: tuple[KVGeometry, ...]) -> StepPlan:
     """Return a step of max_num_seqs decodes, whose block tables list all blocks of each group."""
     slots = tuple(range(config.max_num_seqs))

@@ -6,23 +6,14 @@ A query row: the queries of one token. A cache row: K and V of one position in `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from layers.attention.base import AttentionBackend, AttentionBatch, AttentionSpec
+from layers.attention.sdpa_parts import decode_groups, masked_attention
 from memory.kv_cache import KVLayer
-
-# Maximum number of query rows of a prefill for which a mask exists at once. For 256 query rows and
-# 131,072 cache rows, the mask and the float32 copy that SDPA makes of it take 168 MB.
-_QUERY_ROWS = 256
-# Decodes of which one has more than twice the length of another are one SDPA call only if padding
-# takes less than this number of bytes: gathering as many takes about as long as a further call.
-_PADDING = 1 << 19
-# Maximum number of cache rows that one call for several decodes gathers.
-_CACHE_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +46,7 @@ class TorchAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
         self._group = spec.num_heads // spec.num_kv_heads
+        self._row_bytes = 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
         self._offsets = torch.arange(spec.block_size, device=spec.device)
         self._columns = torch.arange(spec.max_model_len, device=spec.device)
         cpu = spec.device.type == "cpu"
@@ -79,40 +71,18 @@ class TorchAttention(AttentionBackend):
             # Each query row is treated as a separate request that ends with the row's token.
             lens = (lens.unsqueeze(1) + torch.arange(1 - count, 1, device=lens.device)).flatten()
             tables = tables.repeat_interleave(count, 0)
-        known = lens.tolist()
-        groups = self._groups([min(n, batch.window or n) for n in known])
+        first, window = batch.num_prefill_tokens, batch.window
+        groups = decode_groups([min(n, window or n) for n in lens.tolist()], self._row_bytes)
         if len(groups) == 1:
-            return [self._decode_part(batch, lens, known, tables)]
-        parts = []
-        for group in groups:
-            at, some = torch.tensor(group, device=lens.device), [known[i] for i in group]
-            parts.append(self._decode_part(batch, lens[at], some, tables[at], at))
-        return parts
-
-    def _groups(self, lengths: list[int]) -> list[list[int]]:
-        """Return groups of decodes that see similar numbers of cache rows, as indices."""
-        spec, groups, longest, padding = self._spec, list[list[int]](), 0, 0
-        row_bytes = 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
-        for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-            if 2 * lengths[i] <= longest:
-                padding += (longest - lengths[i]) * row_bytes
-            if not groups or padding > _PADDING or (len(groups[-1]) + 1) * longest > _CACHE_ROWS:
-                groups.append([])
-                longest, padding = lengths[i], 0
-            groups[-1].append(i)
-        return groups
+            return [self._decode_part(slice(first, None), lens, tables, window)]
+        each = (torch.tensor(group, device=lens.device) for group in groups)
+        return [self._decode_part(at + first, lens[at], tables[at], window) for at in each]
 
     def _decode_part(
-        self,
-        batch: AttentionBatch,
-        lens: Tensor,
-        known: list[int],
-        tables: Tensor,
-        at: Tensor | None = None,
+        self, queries: Tensor | slice, lens: Tensor, tables: Tensor, window: int | None
     ) -> _Part:
-        """Return the part of some decodes, or of all if their indices `at` are not given."""
-        longest, first, window = max(known), batch.num_prefill_tokens, batch.window
-        queries = slice(first, first + len(known)) if at is None else at + first
+        known = lens.tolist()
+        longest = max(known)
         if len(known) == 1:
             begin = max(0, longest - window) if window else 0
             return _Part(queries, self._request_rows(tables, begin, longest))
@@ -149,35 +119,25 @@ class TorchAttention(AttentionBackend):
 
     def attend(self, q: Tensor, kv: KVLayer, prepared: list[_Part]) -> Tensor:
         if len(prepared) == 1:
-            return self._computed(q, kv, prepared[0])
+            return self._part(q, kv, prepared[0])
         out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
         for part in prepared:
-            out[part.queries] = self._computed(q[part.queries], kv, part)
+            out[part.queries] = self._part(q[part.queries], kv, part)
         return out
 
-    def _computed(self, q: Tensor, kv: KVLayer, part: _Part) -> Tensor:
+    def _part(self, q: Tensor, kv: KVLayer, part: _Part) -> Tensor:
         return (self._decode if part.decodes else self._prefill)(q, kv, part)
 
     def _prefill(self, q: Tensor, kv: KVLayer, part: _Part) -> Tensor:
-        (k, v), window = self._gather(kv, part.rows, 1), part.window
-        n, length = q.shape[0], k.shape[2]
-        q = q.transpose(0, 1).unsqueeze(0)
-        gqa, scale = self._group > 1, self._spec.scale
-        call = partial(F.scaled_dot_product_attention, enable_gqa=gqa, scale=scale)
-        if n == length and not (window and n > window):
-            return call(q, k, v, is_causal=True)[0].transpose(0, 1).reshape(n, -1)
-        blocks = []
-        for start in range(length - n, length, _QUERY_ROWS):
-            end = min(start + _QUERY_ROWS, length)
-            begin = max(0, start - window + 1) if window else 0
-            columns, own = self._columns[begin:end], self._columns[start:end].unsqueeze(1)
-            mask = columns <= own
-            if window:
-                mask &= columns > own - window
-            rows = slice(start - length + n, end - length + n)
-            pages = k[:, :, begin:end], v[:, :, begin:end]
-            blocks.append(call(q[:, :, rows], *pages, attn_mask=mask))
-        return torch.cat(blocks, dim=2)[0].transpose(0, 1).reshape(n, -1)
+        k, v = self._gather(kv, part.rows, 1)
+        n = q.shape[0]
+        q, gqa, scale = q.transpose(0, 1).unsqueeze(0), self._group > 1, self._spec.scale
+        if n == k.shape[2] and not (part.window and n > part.window):
+            attention = F.scaled_dot_product_attention
+            out = attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        else:
+            out = masked_attention(q, k, v, self._columns, part.window, scale)
+        return out[0].transpose(0, 1).reshape(n, -1)
 
     def _decode(self, q: Tensor, kv: KVLayer, part: _Part) -> Tensor:
         spec, n = self._spec, q.shape[0]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layers.attention import torch_sdpa
-from layers.attention.torch_sdpa import _QUERY_ROWS, TorchAttention
+from layers.attention import sdpa_parts
+from layers.attention.sdpa_parts import QUERY_ROWS
+from layers.attention.torch_sdpa import TorchAttention
 from tests.contracts.attention import AttentionContract, Case, Request, make_case
 
 
@@ -56,7 +57,7 @@ def test_a_long_request_pads_no_short_ones() -> None:
 def test_a_call_for_decodes_gathers_a_bounded_number_of_cache_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch_sdpa, "_CACHE_ROWS", 1000)
+    monkeypatch.setattr(sdpa_parts, "CACHE_ROWS", 1000)
     sizes = _sizes(_case([], [Request(150)] * 20))
     assert sizes.calls == 4  # of 6, 6, 6 and 2
     assert sizes.gathered == 20 * 150
@@ -66,9 +67,9 @@ def test_a_call_for_decodes_gathers_a_bounded_number_of_cache_rows(
 def test_the_masks_of_a_chunk_exist_for_a_few_hundred_query_rows(window: int | None) -> None:
     num_rows, context = 1500, 2000
     sizes = _sizes(_case([Request(context, num_rows)], [], window=window))
-    seen = context if window is None else window + _QUERY_ROWS
-    assert 0 < sizes.mask <= _QUERY_ROWS * seen
-    assert sizes.calls == -(-num_rows // _QUERY_ROWS)
+    seen = context if window is None else window + QUERY_ROWS
+    assert 0 < sizes.mask <= QUERY_ROWS * seen
+    assert sizes.calls == -(-num_rows // QUERY_ROWS)
 
 
 class TestTorchAttention(AttentionContract):
@@ -98,6 +99,6 @@ class TestSmallParts(AttentionContract):
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch_sdpa, "_QUERY_ROWS", 7)
-        monkeypatch.setattr(torch_sdpa, "_PADDING", 0)
-        monkeypatch.setattr(torch_sdpa, "_CACHE_ROWS", 130)
+        monkeypatch.setattr(sdpa_parts, "QUERY_ROWS", 7)
+        monkeypatch.setattr(sdpa_parts, "PADDING", 0)
+        monkeypatch.setattr(sdpa_parts, "CACHE_ROWS", 130)
