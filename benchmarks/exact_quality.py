@@ -6,6 +6,7 @@ next one is compared with that of transformers in float32.
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -99,14 +100,16 @@ def teacher_forced(setting: Setting) -> Iterator[Callable[[list[int]], Tensor]]:
 
     Row i is computed after token i, in one step with all other rows. The request asks for
     log-probabilities of its prompt, so the engine computes and gathers the logits of all its
-    tokens. They are kept on the way from there to the kernel of log-probabilities.
+    tokens, block by block. They are kept on the way from there to the kernel of log-probabilities.
     """
     kept: list[Tensor] = []
     asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "logits.pt"
+        path = Path(folder)
         ranks = setting.options.get("tensor_parallel_size", 1) > 1
-        make = partial(_keeping_ranks, file=file) if ranks else partial(_keeping, keep=kept.append)
+        make = (
+            partial(_keeping_ranks, folder=path) if ranks else partial(_keeping, keep=kept.append)
+        )
         options = {
             **llm_options(setting),
             "model_runner": make,
@@ -122,9 +125,11 @@ def teacher_forced(setting: Setting) -> Iterator[Callable[[list[int]], Tensor]]:
             def logits_of(prompt: list[int]) -> Tensor:
                 kept.clear()
                 llm.generate([prompt], asked, use_tqdm=False)
-                whole: Tensor = torch.load(file) if ranks else kept[0]
+                for file in sorted(path.iterdir()):
+                    kept.append(torch.load(file))
+                    file.unlink()
                 # The first row is that after the last token, from which a token was drawn.
-                return whole[1:].to(setting.device)
+                return torch.cat(kept)[1:].to(setting.device)
 
             yield logits_of
 
@@ -133,14 +138,18 @@ def _keeping(config: Config, checkpoint: Any, *, keep: Keep) -> ModelRunner:
     return _kept(LocalRunner(config, checkpoint), keep)
 
 
-def _keeping_ranks(config: Config, checkpoint: Any, *, file: Path) -> ModelRunner:
-    return TensorParallelRunner(config, checkpoint, partial(keeping_rank, file=file))
+def _keeping_ranks(config: Config, checkpoint: Any, *, folder: Path) -> ModelRunner:
+    return TensorParallelRunner(config, checkpoint, partial(keeping_rank, folder=folder))
 
 
-def keeping_rank(config: Config, checkpoint: Any, rank: Rank, *, file: Path) -> ModelRunner:
-    """A runner of a rank; the process of rank 0 writes all logits to `file`."""
-    runner = local_rank(config, checkpoint, rank)
-    return runner if rank.index else _kept(runner, partial(torch.save, f=file))
+def keeping_rank(config: Config, checkpoint: Any, rank: Rank, *, folder: Path) -> ModelRunner:
+    """A runner of a rank; the process of rank 0 writes each block of logits to a file."""
+    runner, numbers = local_rank(config, checkpoint, rank), itertools.count()
+
+    def keep(logits: Tensor) -> None:
+        torch.save(logits, folder / f"{next(numbers):06}.pt")
+
+    return runner if rank.index else _kept(runner, keep)
 
 
 def _kept(runner: Any, keep: Keep) -> ModelRunner:

@@ -22,6 +22,7 @@ from benchmarks.exact_processors import HashLogits, break_logits, hash_of, hashe
 from benchmarks.exact_quality import Quality, measure_quality, teacher_forced, teacher_prompts
 from benchmarks.exact_settings import Company, Request, Requests
 from benchmarks.reference import Reference
+from engine.step_scores import PROMPT_ROWS
 from llm import LLM, SamplingParams
 from tests.checkpoints import MAX_POSITION, Checkpoints
 from tests.engine.fake_ranks import rank_pids
@@ -244,7 +245,11 @@ def test_what_is_too_far_from_float32(changed: dict[str, float], count: int) -> 
     assert len(replace(near, **changed).failures()) == count  # type: ignore[arg-type]
 
 
-def test_teacher_forced_logits_are_those_after_each_token(setting: Setting) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_teacher_forced_logits_are_those_after_each_token(setting: Setting, ranks: int) -> None:
+    """Of one rank, and of two, whose logits are gathered; logits come in blocks of rows."""
+    setting = replace(setting, options={"tensor_parallel_size": ranks})
+    assert MAX_POSITION > PROMPT_ROWS + 100
     prompts = teacher_prompts(setting, 900)
     assert {len(prompt) for prompt in prompts} == {MAX_POSITION - 1}
     assert len(prompts) == 2
