@@ -39,6 +39,9 @@ KINDS: list[dict[str, Any]] = [
     {"logits_processors": [_softened], "top_k": 30, "temperature": 0.0},
     {"temperature": 0.0, "logprobs": 1},
     {"min_tokens": 9},
+    {"logit_bias": {i: 0.3 * i for i in range(20)}, "repetition_penalty": 1.1, "logprobs": 2},
+    {"allowed_token_ids": list(range(100, 700)), "top_p": 0.9},
+    {"bad_words_ids": [[i] for i in range(9)] + [[i, j] for i in range(9) for j in range(9)]},
 ]
 
 

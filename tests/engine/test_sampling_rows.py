@@ -21,7 +21,7 @@ from engine.sampling_rows import SamplingRows, SpecialRows, special_bytes
 from engine.step_scores import PROMPT_ROWS
 from engine.types import NewRequest, PrefillChunk, StepPlan
 from layers.logits import SCORED_ROWS, Filters, logit_bounds_reference
-from layers.sampler import Sampler, gumbel_noise
+from layers.sampler import NO_TOKEN, Sampler, gumbel_noise
 from layers.step_rows import SampledRows, SlotTables
 from sampling_params import SamplingParams
 from tests.layers.tensors import keys, place
@@ -34,10 +34,14 @@ class _Rows:
     """The sampling options of plans, found as a runner finds them."""
 
     def __init__(
-        self, num_slots: int, device: torch.device = CPU, vocab_size: int = VOCAB_SIZE
+        self,
+        num_slots: int,
+        device: torch.device = CPU,
+        vocab_size: int = VOCAB_SIZE,
+        max_len: int = 64,
     ) -> None:
         self._staging = Staging(device)
-        tables = SlotTables.zeros(num_slots, 64, 16, device)
+        tables = SlotTables.zeros(num_slots, max_len, 16, device)
         self._state = DeviceState(tables, self._staging)
         self._rows = SamplingRows(self._state.special, num_slots, self._staging, vocab_size, 3)
 
@@ -263,7 +267,9 @@ def test_tokens_are_withheld_until_the_output_is_long_enough(position: int, toke
 def _expected(new: NewRequest, known: list[int], logits: Tensor) -> int:
     """The token of one request by the definition of each option, without any other request."""
     p, num_prompt = new.sampling, len(new.token_ids) - new.num_output_tokens
-    changed = logits.float().clone()
+    changed, output = logits.float().clone(), known[num_prompt:]
+    for token, bias in dict(p.logit_bias or ()).items():
+        changed[token] += bias
     for token in set(known):
         count = known[num_prompt:].count(token)
         by = p.repetition_penalty
@@ -271,13 +277,20 @@ def _expected(new: NewRequest, known: list[int], logits: Tensor) -> int:
         changed[token] -= count * p.frequency_penalty + (count > 0) * p.presence_penalty
     if len(known) - num_prompt < p.min_tokens:
         changed[list(new.withheld_token_ids)] = float("-inf")
+    if p.allowed_token_ids is not None:
+        others = set(range(VOCAB_SIZE)).difference(p.allowed_token_ids)
+        changed[list(others)] = float("-inf")
+    for *before, last in p.bad_words_ids:
+        if before == output[max(0, len(output) - len(before)) :][: len(before)]:
+            changed[last] = float("-inf")
     for call in p.logits_processors:
         changed = call(known, changed)
     filters = Filters(*torch.tensor([[p.temperature], [p.top_k], [p.top_p], [p.min_p]]))
     least = logit_bounds_reference(changed.unsqueeze(0), filters)
     changed[changed < least] = float("-inf")
     noise = gumbel_noise(keys([new.seed]), torch.tensor([len(known)]), VOCAB_SIZE)[0]
-    return int((changed + p.temperature * noise).argmax())
+    best = (changed + p.temperature * noise).max(0)
+    return int(best.indices) if best.values > float("-inf") else NO_TOKEN
 
 
 def _random_request(random: Random, slot: int) -> NewRequest:
@@ -291,9 +304,14 @@ def _random_request(random: Random, slot: int) -> NewRequest:
         "min_p": random.uniform(0.0, 0.3),
         "min_tokens": random.randint(1, 9),
         "logits_processors": [lambda ids, x: x - sum(ids) % 7 * torch.arange(len(x)).cos()],
+        "logit_bias": {random.randrange(VOCAB_SIZE): random.uniform(-9, 9) for _ in range(30)},
+        "allowed_token_ids": random.sample(range(VOCAB_SIZE), 50),
+        "bad_words_ids": [
+            random.choices(range(10), k=random.choice((1, 2, 2, 2, 3))) for _ in range(40)
+        ],
     }
     options = {
-        name: values[name] for name in random.sample(list(values), random.choice((0, 0, 1, 3)))
+        name: values[name] for name in random.sample(list(values), random.choice((0, 0, 1, 4)))
     }
     token_ids = tuple(random.choices(range(10), k=random.randint(3, 12)))
     params = SamplingParams(temperature=random.choice((0.0, 0.6, 1.3)), max_tokens=20, **options)
@@ -302,7 +320,7 @@ def _random_request(random: Random, slot: int) -> NewRequest:
     return NewRequest(slot, slot, token_ids, params, random.getrandbits(40), num_output, withheld)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(80))
 def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(seed: int) -> None:
     """Steps of decodes: up to nine requests, each a few tokens after it was (re)admitted."""
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
