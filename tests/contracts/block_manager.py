@@ -189,6 +189,16 @@ class BlockManagerContract(TogetherContract):
         blocks.release(1)
         blocks.check_idle()
 
+    def test_no_more_tokens_are_found_than_may_be(self) -> None:
+        blocks = self._caching()
+        tokens = [*range(22)]
+        self._serve(blocks, tokens)
+        for most in (*range(24), None):
+            found = blocks.begin(1, tokens, "", most)
+            assert found <= 20 if most is None else found <= most
+            blocks.release(1)
+        blocks.check_idle()
+
     def test_nothing_is_copied_for_a_request_that_was_released(self) -> None:
         blocks = self._caching()
         self._serve(blocks, [*range(8)])
