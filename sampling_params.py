@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils.errors import RequestError
+from utils.errors import CheckpointError, RequestError
+from utils.foreign_names import PARAMETERS, names_checked
 from utils.rules import (
     Rule,
     boolean,
@@ -63,9 +64,12 @@ def _json_schema(value: Any) -> str | None:
         return None
 
 
+@names_checked(PARAMETERS, RequestError, "parameter")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request; immutable and validated on construction.
+
+    Numbers of NumPy are stored as numbers of Python. None means the default, except for True/False.
 
     Logits are processed in the order of transformers' `generate`: penalties, `min_tokens` and
     `logits_processors` come first. Then come temperature, top_k, top_p and min_p in this order. If
@@ -85,18 +89,24 @@ class SamplingParams:
             and the request's id. The n outputs of a prompt use different random numbers.
         max_tokens: maximum number of tokens to generate. With None, prompt and output together may
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
+            With 0 nothing is generated, for example to get `prompt_logprobs` alone.
         min_tokens: minimum number of tokens to generate. Until the output has this length, no token
             that would end the output is sampled, and stop strings are ignored.
         stop: one or several stop strings. The output ends when its text contains a stop string. The
             text is cut before the stop string. The token ids contain all tokens of the stop string.
             A stop string may contain names of special tokens, although the text has none.
+        include_stop_str_in_output: cut the text behind the stop string, not before.
         stop_token_ids: ids of tokens that end the output, like end-of-sequence tokens.
         ignore_eos: do not end the output at an end-of-sequence token.
+        skip_special_tokens: if False, the names of special tokens are in the text.
+        detokenize: if False, the output has no text, and `stop` must be empty.
         logprobs: for each generated token, return its log-probability and the log-probabilities of
             the `logprobs` most likely tokens, from logits before penalties, temperature, filters.
         prompt_logprobs: like `logprobs`, for the prompt's tokens except the first. The request uses
             no cached blocks of other requests, because the prefix cache keeps no logits. If memory
             is too small for logits of all prompt tokens of a step, lower `max_num_batched_tokens`.
+        logprobs_details: return each log-probability as a `Logprob`, a float that also has the
+            token's text and rank.
         n: number of outputs. With prefix caching the outputs can share KV blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
             them with the ids of all tokens of the request and the logits for its next token. Each
@@ -132,14 +142,18 @@ class SamplingParams:
     frequency_penalty: float = ruled(0.0, number(-2, 2, "Use 0 for none."))
     seed: int | None = ruled(None, _SEED)
     max_tokens: int | None = ruled(
-        64, integer(1, fix="Use None to generate up to max_model_len.", optional=True)
+        64, integer(0, fix="Use None to generate up to max_model_len.", optional=True)
     )
     min_tokens: int = ruled(0, integer(0, 2**31, fix="Use 0 for none."))
     stop: str | list[str] | tuple[str, ...] = ruled((), _STOP)
     stop_token_ids: list[int] | tuple[int, ...] = ruled((), _TOKEN_IDS)
     ignore_eos: bool = ruled(False, boolean())
+    include_stop_str_in_output: bool = ruled(False, boolean())
+    skip_special_tokens: bool = ruled(True, boolean())
+    detokenize: bool = ruled(True, boolean())
     logprobs: int | None = ruled(None, integer(0, fix="Use None for none.", optional=True))
     prompt_logprobs: int | None = ruled(None, integer(0, fix="Use None for none.", optional=True))
+    logprobs_details: bool = ruled(False, boolean())
     n: int = ruled(1, integer(1, fix="Use 1 for one output."))
     logits_processors: list[Any] | tuple[Any, ...] = ruled((), _PROCESSORS)
     json_schema: dict[str, Any] | str | None = ruled(None, _SCHEMA)
@@ -154,10 +168,13 @@ class SamplingParams:
     needs_logits: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_rules(self, _RULES, RequestError)
+        check_rules(self, _RULES, RequestError, _DEFAULTS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
             raise RequestError("min_tokens", self.min_tokens, problem, fix)
+        if self.stop and not self.detokenize:
+            problem, fix = "needs the text that detokenize=False leaves out", "Use stop_token_ids."
+            raise RequestError("stop", self.stop, problem, fix)
         put = object.__setattr__
         put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         put(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -177,7 +194,8 @@ class SamplingParams:
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
         """Return parameters with the values of generation_config.json in `folder`, if there is one.
 
-        `overrides` replace values of the file. A CheckpointError is raised if the file is unusable.
+        `overrides` replace values of the file. A CheckpointError is raised if the file is unusable,
+        a RequestError if `overrides` are.
         """
         # Imported here, because `utils.checkpoint` imports transformers, which is slow to import.
         from utils.checkpoint import generation_config
@@ -189,7 +207,12 @@ class SamplingParams:
         if found.get("do_sample") is False:
             ours["temperature"] = 0.0
         ours = {name: value for name, value in ours.items() if value is not None}
-        return SamplingParams(**{**ours, **overrides})
+        try:
+            return SamplingParams(**{**ours, **overrides})
+        except RequestError as error:
+            if error.field in overrides or error.field not in ours:
+                raise
+            raise CheckpointError(f"{folder}: generation_config.json: {error}") from error
 
     def of_output(self, index: int) -> SamplingParams:
         """Return the parameters of the request that computes output `index`. Their n is 1."""
@@ -199,3 +222,10 @@ class SamplingParams:
 
 
 _RULES = rules_of(SamplingParams)
+# The fields that None sets to their default: those for which None has no meaning of its own. For
+# True and False, None is a mistake, since it looks like False where the default is True.
+_DEFAULTS = {
+    one.name: one.default
+    for one in fields(SamplingParams)
+    if not (one.name not in _RULES or _RULES[one.name].allows(None) or one.type == "bool")
+}

@@ -79,7 +79,7 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "edge: step loses what close has ended, if it is streamed",
-        ((_LLM, "if not (self._ended or self._streams):", "if not self._ended:"),),
+        ((_LLM, "if not (self._ended or self._queue.streams):", "if not self._ended:"),),
         OUTPUTS,
     ),
     (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import inspect
 import pickle
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from sampling_params import SamplingParams
+from utils.errors import RequestError
 
 
 def test_frozen() -> None:
@@ -55,9 +58,32 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
     assert getattr(SamplingParams(**values), name) == value
 
 
-def test_unknown_parameters_are_refused() -> None:
-    with pytest.raises(TypeError, match="top_q"):
-        SamplingParams(top_q=0.5)  # type: ignore[call-arg]
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("top_q", "Did you mean 'top_p'?"),
+        ("max_new_tokens", "Did you mean 'max_tokens'?"),
+        ("num_return_sequences", "Did you mean 'n'?"),
+        ("stop_strings", "Did you mean 'stop'?"),
+        ("do_sample", "Use temperature=0"),
+        ("structured_outputs", "json_schema"),
+        ("xyzzy", "Known: cache_salt, detokenize"),
+    ],
+)
+def test_unknown_parameters_are_refused(name: str, fix: str) -> None:
+    values: dict[str, Any] = {"temperature": 0.5, name: False}
+    with pytest.raises(RequestError, match="unknown parameter") as caught:
+        SamplingParams(**values)
+    assert (caught.value.field, caught.value.value) == (name, False)
+    assert fix in caught.value.fix
+    assert "penalizes" not in caught.value.fix  # the constructor sets it
+    assert caught.value.__context__ is None
+
+
+def test_parameters_have_names() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SamplingParams(0.5)  # type: ignore[call-arg]
+    assert list(inspect.signature(SamplingParams).parameters)[:2] == ["temperature", "top_p"]
 
 
 def test_equal_hashable_and_picklable() -> None:
