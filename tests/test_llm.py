@@ -442,7 +442,7 @@ class TestRequestsOneByOne:
 
     @pytest.mark.parametrize("prompt", [5, None, b"text", {1: 2}, True, 1.5, np.int64(5), [], ()])
     def test_no_prompt(self, small: Path, prompt: Any) -> None:
-        with _small_llm(small) as llm, pytest.raises(RequestError, match="^prompts?="):
+        with _small_llm(small) as llm, pytest.raises(RequestError, match=r"^prompts?="):
             llm.add_request(prompt, GREEDY)
 
     def test_an_id_that_is_not_there_yet_is_passed_over(self, small: Path) -> None:
