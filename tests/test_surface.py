@@ -7,7 +7,6 @@ import inspect
 import json
 import math
 import pickle
-import pydoc
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields
@@ -429,7 +428,7 @@ class TestOptions:
         assert list(shown)[:2] == ["model", "preset"]
         assert set(shown) == {"preset", *(one.name for one in fields(Config))}
         assert shown["max_num_seqs"].default == 512
-        text = pydoc.render_doc(LLM.__init__, renderer=pydoc.plaintext)
+        text = inspect.getdoc(LLM.__init__) or ""
         for name in [*shown, *PRESETS]:
             assert name in text
 
