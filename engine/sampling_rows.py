@@ -32,6 +32,7 @@ from layers.sampler import Sampler
 from layers.step_rows import SampledRows
 from sampling_params import LogitsProcessor
 from utils.errors import LogitsError, shown
+from utils.output_types import Logprob
 
 # Maximum number of rows in a block of rows with changed logits. For 64 rows of 151,936 bfloat16
 # logits each, the logits, a float32 copy and the token counts for penalties take 97 MB together.
@@ -56,15 +57,17 @@ class StepScores:
     Attributes:
         found: log-probabilities of new tokens, then of prompt tokens. Each of these tokens comes
             with the log-probabilities of the N likeliest tokens. The request's options set N.
-        new: for each new token in `found`: index of its row among the sampled rows, and N.
+        new: for each new token in `found`: index of its row among the sampled rows, whether its
+            request asks for ranks, and N.
         prompts: for each prefill chunk of a request that asks for log-probabilities of its prompt:
-            index of the chunk, number of its prompt tokens in `found`, and N.
+            index of the chunk, number of its prompt tokens in `found`, whether the request asks for
+            ranks, and N.
         num_chunks: number of all prefill chunks in the step.
     """
 
     found: TokenScores
-    new: list[tuple[int, int]]
-    prompts: list[tuple[int, int, int]]
+    new: list[tuple[int, bool, int]]
+    prompts: list[tuple[int, int, bool, int]]
     num_chunks: int
 
     def logprobs(
@@ -72,19 +75,24 @@ class StepScores:
     ) -> tuple[list[list[TokenLogprobs]], list[list[TokenLogprobs]]]:
         """Return `StepResult.logprobs` and `.prompt_logprobs`. `found` must be in host memory."""
         f = self.found
-        columns = (f.tokens, f.values, f.top_tokens, f.top_values)
+        columns = (f.tokens, f.values, f.top_tokens, f.top_values, f.ranks)
         rows = zip(*(column.tolist() for column in columns), strict=True)
 
-        def entry(num_top: int) -> TokenLogprobs:
-            token, value, ids, values = next(rows)
-            return {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
+        def entry(ranked: bool, num_top: int) -> TokenLogprobs:
+            token, value, ids, values, ranks = next(rows)
+            found = {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
+            if not ranked:
+                return found
+            # The token may be among the likeliest, with the same rank.
+            known = {token: ranks[0], **dict(zip(ids, ranks[1:], strict=True))}
+            return {one: Logprob(value, known[one]) for one, value in found.items()}
 
         logprobs: list[list[TokenLogprobs]] = [[] for _ in range(num_rows)]
-        for row, num_top in self.new:
-            logprobs[row].append(entry(num_top))
+        for row, ranked, num_top in self.new:
+            logprobs[row].append(entry(ranked, num_top))
         prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.num_chunks)]
-        for chunk, count, num_top in self.prompts:
-            prompt_logprobs[chunk] = [entry(num_top) for _ in range(count)]
+        for chunk, count, ranked, num_top in self.prompts:
+            prompt_logprobs[chunk] = [entry(ranked, num_top) for _ in range(count)]
         return logprobs, prompt_logprobs
 
 
@@ -162,8 +170,8 @@ class SpecialRows:
     filters: Filters | None
     changed: list[_ChangedRows]
     all_changed: bool
-    new: list[tuple[int, int]]
-    prompts: list[tuple[int, int, int]]
+    new: list[tuple[int, bool, int]]
+    prompts: list[tuple[int, int, bool, int]]
     num_chunks: int
     scored_rows: Tensor
     prompt_rows: Tensor
@@ -197,8 +205,10 @@ class SpecialRows:
         if not self.new and not self.prompts:
             return None
         num_top = max(n for *_, n in (*self.new, *self.prompts))
-        new = score(logits, tokens[self.scored_rows], num_top, self.scored_rows)
-        prompt = score(prompt_logits, self.prompt_tokens, num_top)
+        ranked = any(asks for *_, asks, _ in (*self.new, *self.prompts))
+        own, rows = tokens[self.scored_rows], self.scored_rows
+        new = score(logits, own, num_top, rows, ranked=ranked)
+        prompt = score(prompt_logits, self.prompt_tokens, num_top, ranked=ranked)
         both = [torch.cat((getattr(new, f.name), getattr(prompt, f.name))) for f in fields(new)]
         return StepScores(TokenScores(*both), self.new, self.prompts, self.num_chunks)
 
@@ -242,7 +252,8 @@ class SamplingRows:
             return None
         changed = [(row, new) for row, new in special if _changes(new)]
         filtered = [row for row, new in special if new.sampling.filters and not _changes(new)]
-        scored = [(r, q.sampling.logprobs) for r, q in special if q.sampling.logprobs is not None]
+        asked = [(row, new.sampling) for row, new in special]
+        scored = [(r, s.logprobs_details, s.logprobs) for r, s in asked if s.logprobs is not None]
         parameters = np.ascontiguousarray(self._parameters[slots].T)
         # Only rows in `filtered` get filters. Temperature 0 turns filtering off for all other rows.
         filters = np.zeros_like(parameters[:4])
@@ -258,15 +269,15 @@ class SamplingRows:
             new=scored,
             prompts=prompts,
             num_chunks=len(plan.prefill),
-            scored_rows=self._int64([row for row, _ in scored]),
+            scored_rows=self._int64([row for row, *_ in scored]),
             prompt_rows=self._int64(prompt_rows),
             prompt_tokens=self._int64(prompt_tokens),
         )
 
     def _of_prompts(
         self, plan: StepPlan
-    ) -> tuple[list[tuple[int, int, int]], list[int], list[int]]:
-        prompts: list[tuple[int, int, int]] = []
+    ) -> tuple[list[tuple[int, int, bool, int]], list[int], list[int]]:
+        prompts: list[tuple[int, int, bool, int]] = []
         rows: list[int] = []
         tokens: list[int] = []
         row = 0
@@ -275,7 +286,8 @@ class SamplingRows:
             if new is not None and new.sampling.prompt_logprobs is not None:
                 last = len(new.token_ids) - new.num_output_tokens - 1
                 count = max(0, min(chunk.num_tokens, last - chunk.start))
-                prompts.append((i, count, new.sampling.prompt_logprobs))
+                ranked, num_top = new.sampling.logprobs_details, new.sampling.prompt_logprobs
+                prompts.append((i, count, ranked, num_top))
                 rows += range(row, row + count)
                 tokens += new.token_ids[chunk.start + 1 : chunk.start + 1 + count]
             row += chunk.num_tokens

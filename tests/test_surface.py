@@ -303,6 +303,33 @@ class TestLogprobs:
         assert plain.logprobs == out.logprobs
         assert {type(one) for entry in plain.logprobs for one in entry.values()} == {float}
 
+    @pytest.mark.parametrize("company", [False, True])
+    def test_ranks(self, llm: LLM, expected: Any, company: bool) -> None:
+        """The tokens with a higher probability in transformers are counted."""
+        values: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
+        values |= {"logprobs": 3, "prompt_logprobs": 2}
+        params = SamplingParams(**values, logprobs_details=True)
+        others = [_greedy(), SamplingParams(**values)] if company else []
+        out, *rest = llm.generate(
+            [PROMPTS[0], *PROMPTS[1 : 1 + len(others)]], [params, *others], use_tqdm=False
+        )
+        tokens = out.prompt_token_ids + out.token_ids
+        with torch.inference_mode():
+            scores = expected(torch.tensor([tokens])).logits[0].float().log_softmax(1)
+        entries = [*out.prompt_logprobs[1:], *out.logprobs]
+        ranks = []
+        for token, row, entry in zip(tokens[1:], scores, entries, strict=False):
+            assert next(iter(entry)) == token
+            # Rounding may swap tokens whose values are within 1e-4 of each other, no others.
+            for one, value in entry.items():
+                surely = int((row > row[one] + 1e-4).sum()) + 1
+                assert surely <= value.rank <= int((row > row[one] - 1e-4).sum())
+            ranks.append(entry[token].rank)
+        assert len(set(ranks)) > 5
+        for other in rest[1:]:
+            plain = [*other.prompt_logprobs[1:], *other.logprobs]
+            assert {type(one) for entry in plain for one in entry.values()} == {float}
+
 
 class TestDefaultsOfTheCheckpoint:
     @pytest.fixture

@@ -188,7 +188,7 @@ def test_prompts_are_scored_at_their_own_rows_and_to_their_end() -> None:
     chunks = (PrefillChunk(0, 0, 3, True), PrefillChunk(1, 0, 4, True))
     special = _Rows(2).of(StepPlan(0, news, prefill=chunks))
     assert special is not None
-    assert special.prompts == [(1, 2, 1)]
+    assert special.prompts == [(1, 2, False, 1)]
     assert special.prompt_rows.tolist() == [3, 4]
     assert special.prompt_tokens.tolist() == [12, 13]
 
@@ -206,7 +206,7 @@ def test_decodes_have_the_options_of_who_holds_the_slots_now() -> None:
         for later in (1, 2):
             special = rows.of(StepPlan(step + later, decode=(0, 1)))
             assert special is not None
-            assert special.new == expected
+            assert special.new == [(row, False, wanted) for row, wanted in expected]
             assert special.scored_rows.tolist() == [row for row, _ in expected]
         step += 3
 

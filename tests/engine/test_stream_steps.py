@@ -145,6 +145,7 @@ def test_scores_arrive_with_their_tokens(stream: FakeStream) -> None:
         values=torch.zeros(2),
         top_tokens=torch.zeros(2, 1, dtype=torch.int64),
         top_values=torch.zeros(2, 1),
+        ranks=torch.zeros(2, 0, dtype=torch.int64),
     )
 
     def step(number: int) -> StepOutput:
@@ -154,7 +155,7 @@ def test_scores_arrive_with_their_tokens(stream: FakeStream) -> None:
 
         stream.enqueue(run)
         tokens = torch.full((2,), number)
-        return StepOutput(tokens, StepScores(scores, [(0, 0), (1, 0)], [], 0))
+        return StepOutput(tokens, StepScores(scores, [(0, False, 0), (1, False, 0)], [], 0))
 
     handles = [launcher.launch(StepPlan(i), lambda i=i: step(i)) for i in range(3)]  # type: ignore[misc]
     stream.run()
