@@ -5,7 +5,9 @@ import pickle
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from sampling_params import SamplingParams
 from utils.errors import RequestError
@@ -83,6 +85,39 @@ def test_parameters_have_names() -> None:
     with pytest.raises(TypeError, match="positional"):
         SamplingParams(0.5)  # type: ignore[call-arg]
     assert list(inspect.signature(SamplingParams).parameters)[:2] == ["temperature", "top_p"]
+
+
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
+OTHERS = ("frequency_penalty", "min_tokens", "n", "priority", "stop", "stop_token_ids")
+LEFT = ("logits_processors", "user", "cache_salt", "seed")
+
+
+def test_none_is_the_default() -> None:
+    values: dict[str, Any] = dict.fromkeys((*NUMBERS, *OTHERS, *LEFT))
+    assert SamplingParams(**values) == SamplingParams()
+    assert SamplingParams(max_tokens=None) != SamplingParams()
+    for name in ("ignore_eos", "detokenize", "skip_special_tokens", "logprobs_details"):
+        with pytest.raises(RequestError, match="must be a bool"):
+            SamplingParams(**{name: None})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scalar", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+def test_numbers_are_those_of_python(scalar: Any) -> None:
+    given: dict[str, Any] = {"temperature": 0.5, "top_k": 3, "seed": 7, "ignore_eos": True}
+    given |= {"max_tokens": 9, "presence_penalty": -1.0, "logprobs": 2}
+    params = SamplingParams(
+        **{name: scalar(value) for name, value in given.items()},
+        stop_token_ids=[scalar(5), 6],
+    )
+    assert params == SamplingParams(**given, stop_token_ids=[5, 6])
+    for name, value in given.items():
+        assert type(getattr(params, name)) is type(value), name
+    assert list(map(type, params.stop_token_ids)) == [int, int]
+    assert SamplingParams(stop_token_ids=scalar([5, 6])) == SamplingParams(stop_token_ids=[5, 6])
+    with pytest.raises(RequestError, match=r"top_k=3\.0: must be an integer"):
+        SamplingParams(top_k=scalar(3.0))
+    with pytest.raises(RequestError, match="temperature=True: must be a number"):
+        SamplingParams(temperature=scalar(True))
 
 
 def test_equal_hashable_and_picklable() -> None:
