@@ -70,11 +70,14 @@ class LLM:
         self.decode: Decoder = decoder(self.tokenizer)
 
     def _loaded_tokenizer(self) -> Any | None:
-        checkpoint, name = self.engine.checkpoint, self.config.tokenizer
-        path = checkpoint.path if name is None else folder_of(name, "tokenizer")
+        checkpoint, path = (
+            self.engine.checkpoint,
+            folder_of(self.config.tokenizer or "", "tokenizer"),
+        )
         tokenizer = load_tokenizer(path)
-        if name is not None and tokenizer is None:
-            raise CheckpointError(f"tokenizer={name!r}: the folder {path} has no tokenizer")
+        # A checkpoint may come without a tokenizer. Another folder is given for its tokenizer.
+        if tokenizer is None and path != checkpoint.path:
+            raise CheckpointError(f"tokenizer={self.config.tokenizer!r}: {path} has no tokenizer")
         self._grammars = JsonGrammars.of(checkpoint, tokenizer, path)
         return tokenizer
 
