@@ -1,6 +1,7 @@
 """Calls as scripts for nano-vLLM, vLLM and transformers make them, on the model that ships.
 
-Each test is such a script: only the import and the path of the model are those of this engine.
+Each test is such a script with the import and the model's path of this engine. What else is changed
+is said there, and in docs/migrating.md.
 """
 
 from __future__ import annotations
