@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from utils.errors import ConfigError, did_you_mean
+from utils.foreign_names import OPTIONS, known_names, names_checked
 from utils.rules import Rule, boolean, check_rules, choice, integer, ruled, rules_of, share
 
 # Type of options that choose a part of the engine, such as `scheduler`. The value is a known name,
 # an import path "package.module:Class", a class, or a function that constructs the part.
 PartSpec = str | type | Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PRESETS: dict[str, dict[str, Any]] = {
     # A long prompt delays other requests less: a step has at most 2,048, not 16,384 tokens.
@@ -38,14 +41,25 @@ _PART = Rule(
 )
 
 
+_TOKENIZER = Rule(
+    lambda v: v is None or (isinstance(v, str) and v != ""),
+    "must be a folder, the name of a model on the Hugging Face hub, or None",
+    "Leave it out for the checkpoint's own tokenizer.",
+)
+# Names of dtypes in torch and vLLM that differ from those of this engine.
+_DTYPES = {"half": "float16", "float": "float32"}
+
+
+@names_checked(OPTIONS, ConfigError, "option")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of one engine; immutable. `LLM.config` has actual values instead of None and "auto".
 
     Attributes:
         model: checkpoint folder, or the name of a model on the Hugging Face hub.
-        dtype: dtype of weights, activations and KV cache. "auto" means the checkpoint's dtype on
-            CUDA, and float32 on a CPU.
+        tokenizer: folder or hub name of the tokenizer. None means the checkpoint's own tokenizer.
+        dtype: dtype of weights, activations and KV cache, as a name or as torch's object. "auto"
+            means the checkpoint's dtype on CUDA, and float32 on a CPU.
         device: "auto" takes CUDA if there is a usable CUDA device, and the CPU otherwise.
         max_model_len: context window in tokens, prompt and output together. None means 4096, or
             the checkpoint's limit if the limit is smaller.
@@ -87,6 +101,7 @@ class Config:
     """
 
     model: str
+    tokenizer: str | None = ruled(None, _TOKENIZER)
     dtype: str = ruled("auto", choice("auto", "float32", "bfloat16", "float16"))
     device: str = ruled("auto", choice("auto", "cpu", "cuda"))
     max_model_len: int | None = ruled(None, integer(2, optional=True))
@@ -125,15 +140,20 @@ class Config:
             fix = did_you_mean(str(preset), PRESETS)
             raise ConfigError("preset", preset, "unknown preset", fix)
         options = PRESETS.get(preset or "", {}) | options
-        known = {f.name for f in fields(Config)}
-        for name, value in options.items():
-            if name not in known:
-                raise ConfigError(name, value, "unknown option", did_you_mean(name, known))
-        return Config(model=str(model), **options)
+        known = [f.name for f in fields(Config)]
+        return Config(
+            model=str(model), **known_names(options, known, OPTIONS, ConfigError, "option")
+        )
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model", self.model, "is empty", "Give a checkpoint folder.")
+        if isinstance(self.tokenizer, Path):
+            object.__setattr__(self, "tokenizer", str(self.tokenizer))
+        # torch.float32 becomes "float32". torch is not imported for this.
+        dtype = str(self.dtype).removeprefix("torch.") if _is_dtype(self.dtype) else self.dtype
+        if isinstance(dtype, str):
+            object.__setattr__(self, "dtype", _DTYPES.get(dtype, dtype))
         check_rules(self, _RULES, ConfigError)
         size, budget = self.kvcache_block_size, self.max_num_batched_tokens
         if size % 16:
@@ -153,3 +173,27 @@ class Config:
 _RULES = rules_of(Config)
 # Pairs of options. A user may set only one option of a pair to True or to a number above 0.
 _EITHER = (("enforce_eager", "enable_cuda_graphs"), ("num_kvcache_blocks", "kvcache_memory_bytes"))
+
+
+def _is_dtype(value: object) -> bool:
+    return (type(value).__module__, type(value).__name__) == ("torch", "dtype")
+
+
+def shows_options(init: Function) -> Function:
+    """Decorator of `LLM.__init__`: `help` and completion show the options that `Config` has."""
+    types = get_type_hints(Config)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    given = [one for one in inspect.signature(init).parameters.values() if one.name != "options"]
+    given.append(inspect.Parameter("preset", kind, default=None, annotation=str | None))
+    given += [
+        inspect.Parameter(one.name, kind, default=one.default, annotation=types[one.name])
+        for one in fields(Config)
+        if one.name != "model"
+    ]
+    options = (Config.__doc__ or "").partition("    Attributes:\n")[2]
+    intro = "Load a model. The options are the fields of `Config`, and a preset.\n\n    Args:\n"
+    preset = f"        preset: name of a set of options: {', '.join(PRESETS)}.\n"
+    model, _, others = options.partition("        tokenizer:")
+    init.__doc__ = f"{intro}{model}{preset}        tokenizer:{others}"
+    setattr(init, "__signature__", inspect.Signature(given))  # noqa: B010
+    return init

@@ -1,31 +1,35 @@
 """The class `LLM`, with which users load a model and generate text: `from llm import LLM`.
 
-Each prompt has `n` outputs, and each output is one request of the engine. A `PromptRequests` holds
-the requests of one prompt.
+`generate`, `chat`, `stream` and `add_request` take sampling parameters. If there are none, they use
+those that the checkpoint recommends in its file generation_config.json.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import Config
+from config import Config, shows_options
 from engine.bad_words import with_bad_words_ids
 from engine.json_schema import JsonGrammars
 from engine.llm_engine import LLMEngine
-from engine.outputs import OutputStream, Progress, PromptRequests, make_output
+from engine.outputs import OutputStream, Progress, PromptRequests
+from engine.prompt_queue import PromptInput, PromptQueue, outputs_of
 from engine.request_checks import ParamsForPrompts, params_per_prompt
-from engine.types import CacheStats, EngineStats, StepPlan
+from engine.types import CacheStats, EngineStats
 from sampling_params import SamplingParams
-from utils.errors import EngineClosedError, EngineUseError, RequestError, StepError
-from utils.prompts import Prompt, Prompts, load_tokenizer, templated, tokenized
+from utils.chats import ChatOptions, Message, check_chat, templated
+from utils.checkpoint import folder_of
+from utils.errors import CheckpointError, EngineClosedError, EngineUseError, RequestError, StepError
+from utils.output_types import Logprob, Output
+from utils.prompts import Prompt, Prompts, as_list, load_tokenizer, tokenized
 from utils.text import Decoder, decoder
-from utils.text_reader import TextReader
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "Logprob", "Output", "SamplingParams"]
 
 
 class LLM:
@@ -33,9 +37,10 @@ class LLM:
 
         with LLM("path/to/Qwen3-0.6B") as llm:
             for out in llm.generate(["def add(a, b):"], SamplingParams(temperature=0)):
-                print(out["text"])
+                print(out.text)
 
-    `options` are fields of `Config`. A further option `preset` names a preset (docs/presets.md).
+    The constructor takes options as keyword arguments: the fields of `Config`. A further option
+    `preset` names a preset (docs/presets.md).
 
     All methods may be called from any thread at any time. One thread at a time runs a step, with
     the requests of all threads. `generate`, `chat` and `stream` return their own requests' outputs.
@@ -48,24 +53,34 @@ class LLM:
     Raises a ConfigError, a CheckpointError or an OutOfMemoryError if the model cannot be loaded.
     """
 
+    @shows_options
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # Request id -> `PromptRequests`, for all unfinished requests except those of `stream`.
-        self._unfinished: dict[int, PromptRequests] = {}
-        # Prompt's request id -> its outputs, for `add_request(..., stream=True)`.
-        self._streams: dict[int, list[OutputStream]] = {}
+        self._queue = PromptQueue(self.engine)
         # Some tokenizers cannot encode in two threads at once. A signal handler may come between.
         self._tokenizing = threading.RLock()
-        self._told: list[dict[str, Any]] = []  # outputs that `step` has made and not returned
+        self._told: list[Output] = []  # outputs that `step` has made and not returned
         # Prompts that `add_request` added and that have ended. `step` will return their outputs.
         self._ended: list[PromptRequests] = []
+        self._defaults: SamplingParams | None = None  # those of the checkpoint, once they are asked
         try:
-            self.tokenizer: Any | None = load_tokenizer(self.engine.checkpoint.path)
+            self.tokenizer: Any | None = self._loaded_tokenizer()
         except BaseException:
             self.engine.close()
             raise
         self.decode: Decoder = decoder(self.tokenizer)
-        self._grammars = JsonGrammars.of(self.engine.checkpoint, self.tokenizer)
+
+    def _loaded_tokenizer(self) -> Any | None:
+        checkpoint, path = (
+            self.engine.checkpoint,
+            folder_of(self.config.tokenizer or "", "tokenizer"),
+        )
+        tokenizer = load_tokenizer(path)
+        # A checkpoint may come without a tokenizer. Another folder is given for its tokenizer.
+        if tokenizer is None and path != checkpoint.path:
+            raise CheckpointError(f"tokenizer={self.config.tokenizer!r}: {path} has no tokenizer")
+        self._grammars = JsonGrammars.of(checkpoint, tokenizer, path)
+        return tokenizer
 
     @property
     def config(self) -> Config:
@@ -83,19 +98,22 @@ class LLM:
         sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
         raise_errors: bool = False,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Output]:
         """Generate the outputs of all prompts.
 
         Args:
-            prompts: a prompt or a list of prompts. A prompt is a text or a list of token ids.
-            sampling_params: a SamplingParams, or a list of one per prompt. None: SamplingParams().
+            prompts: a prompt or a list of prompts. A prompt is a text, a list or an array of token
+                ids, what a tokenizer returns, or a dictionary with the key `prompt` or
+                `prompt_token_ids`. A table of token ids is a list of prompts.
+            sampling_params: a SamplingParams, or a list of one per prompt. None means those that
+                generation_config.json recommends (`default_sampling_params`).
             use_tqdm: show a progress bar with prefill and decode rates in tokens per second.
             raise_errors: if a request fails alone, raise its error once all requests have ended. If
                 False, the output has the finish_reason "error" and the `error`.
 
         Returns:
-            One dictionary per prompt, in the order of the prompts. The page docs/options.md
-            explains the keys of the dictionary, such as `text` and `token_ids`.
+            One `Output` per prompt, in the order of the prompts: a dictionary whose entries, such
+            as `text` and `token_ids`, are attributes too. The page docs/options.md explains them.
 
         Raises:
             RequestError: a prompt or its parameters are wrong. No prompt of this call is run.
@@ -105,25 +123,25 @@ class LLM:
             LogitsError: `raise_errors` is True, and a request failed alone.
         """
         ended: list[PromptRequests] = []
-        outputs: dict[int, dict[str, Any]] = {}
+        outputs: dict[int, Output] = {}
         groups: list[PromptRequests] = []
         try:
-            self._add(groups, prompts, sampling_params, ended)
+            self._queue.add(groups, self._read(prompts, sampling_params), ended)
             with closing(Progress(len(groups), enabled=use_tqdm)) as progress:
                 while len(outputs) < len(groups):
                     with self.engine.turns.until(lambda: bool(ended)) as may_step:
-                        plan = self._advance() if may_step else None
+                        plan = self._queue.advance() if may_step else None
                         progress.update(plan, self.engine.num_new_tokens, len(ended))
                         # While `ended` has an element, no other thread may step. `close` in another
                         # thread may append one.
                         while ended:
-                            outputs[ended[0].index] = make_output(ended[0].seqs, self.decode)
+                            outputs[ended[0].index] = ended[0].output()
                             del ended[0]
             if self.engine.has_unfinished:
                 with self.engine.turns.turn():
                     self.engine.finish_steps()
         except BaseException:
-            self._drop(groups)
+            self._queue.drop(groups)
             raise
         for error in filter(None, (seq.error for group in groups for seq in group.seqs)):
             if isinstance(error, StepError):  # of a step that another thread ran
@@ -134,13 +152,14 @@ class LLM:
 
     def stream(
         self, prompts: Prompts, sampling_params: ParamsForPrompts = None
-    ) -> Generator[dict[str, Any], None, None]:
+    ) -> Generator[Output, None, None]:
         """Generate like `generate`, but return each output in parts while the output grows.
 
         Returns:
-            An iterator of dictionaries. Each dictionary is a part of one output. `index` is the
+            An iterator of `Output`. Each is a part of one output. `index` is the
             index of the prompt, and `sample` is the index of the output among the prompt's `n`
-            outputs. `text` and `token_ids` do not repeat earlier parts of the output. The
+            outputs. `text`, `token_ids` and `logprobs` do not repeat earlier parts of the output.
+            `cumulative_logprob` is the sum over all parts so far. The
             `finish_reason` of a part is None, except in the last part of an output. The last part
             also has the key `error`, whose value is None unless the request failed. No `text` ends
             within a character. The texts of an output's parts, joined, are the text that `generate`
@@ -153,27 +172,62 @@ class LLM:
 
     def chat(
         self,
-        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        messages: list[Message] | list[list[Message]],
         sampling_params: ParamsForPrompts = None,
         use_tqdm: bool = True,
         raise_errors: bool = False,
-    ) -> list[dict[str, Any]]:
+        *,
+        tools: list[Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[Output]:
         """Generate the answer to a conversation, or to each conversation of a list.
 
-        A message is a dictionary with `role` and `content`. The checkpoint's chat template makes
-        prompts from the messages. If the template is missing or fails, a RequestError is raised.
+        A message is a dictionary with `role` and `content`. The content is a text, or a list of
+        OpenAI's content parts of the type "text". The chat template makes prompts from messages.
+
+        Args:
+            sampling_params, use_tqdm, raise_errors: as in `generate`.
+            tools: functions that the model may call, as JSON schemas.
+            chat_template: a template in place of the checkpoint's own.
+            chat_template_kwargs: variables of the template, e.g. {"enable_thinking": False}.
+            add_generation_prompt: end the prompt with the beginning of an answer.
+            continue_final_message: generate the rest of the last message, not a new message. Needs
+                add_generation_prompt=False.
+
+        Raises a RequestError if the template is missing or fails, or options contradict each other.
         """
         self.engine.turns.check()
+        options = ChatOptions(
+            tools=tools,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        check_chat(options)
         kinds = (list, tuple)
         several = isinstance(messages, kinds) and messages and isinstance(messages[0], kinds)
         chats = messages if several else [messages]
         with self._tokenizing:
-            prompts = [templated(self.tokenizer, one) for one in chats]
+            prompts = [templated(self.tokenizer, one, options) for one in chats]
         return self.generate(prompts, sampling_params, use_tqdm, raise_errors)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """Return the SamplingParams of generation_config.json, changed by `overrides`."""
+        """Return the SamplingParams of generation_config.json, changed by `overrides`.
+
+        Raises a CheckpointError if a value of the file is wrong, a RequestError if an override is.
+        """
         return SamplingParams.from_generation_config(self.engine.checkpoint.path, **overrides)
+
+    # The name of this method in vLLM.
+    get_default_sampling_params = default_sampling_params
+
+    def get_tokenizer(self) -> Any | None:
+        """Return the attribute `tokenizer`, as in vLLM."""
+        return self.tokenizer
 
     def stats(self) -> EngineStats:
         """Return counts of steps, requests, tokens and blocks (see `EngineStats`)."""
@@ -198,37 +252,33 @@ class LLM:
         `step`, `generate` or `stream` run the prompt. Raises RequestError, EngineClosedError.
         """
         # `prompt=5` is an error. It must not become [5], which is a valid prompt of one token id.
-        prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
+        inputs = self._read(as_list(prompt), sampling_params)
         groups: list[PromptRequests] = []
-        ended = None if stream else self._ended
-        self._add(groups, prompts, sampling_params, ended, later=True)
+        self._queue.add(groups, inputs, None if stream else self._ended, later=True)
         return groups[0].seqs[0].request_id
 
-    def step(self) -> list[dict[str, Any]]:
+    def step(self) -> list[Output]:
         """Run one step. Return the outputs of prompts queued by `add_request` that have ended.
 
-        There is one dictionary per prompt, as in `generate`, with `request_id` added. Of prompts
-        queued with `stream=True`, all parts that are new are returned, as in `stream`, with
-        `request_id` added. If `step` raises a StepError, all requests have ended, and the next
-        `step` returns their outputs.
+        There is one `Output` per prompt, as in `generate`. Of prompts queued with `stream=True`,
+        all parts that are new are returned, as in `stream`, with `request_id` added. If `step`
+        raises a StepError, all requests have ended, and the next `step` returns their outputs.
         """
         with self.engine.turns.step():
             try:
-                self._advance()
+                self._queue.advance()
             except EngineClosedError:
-                if not (self._ended or self._streams):
+                if not (self._ended or self._queue.streams):
                     raise
             # If an exception interrupts this, the next `step` returns what is in `_told`.
-            for request_id, outputs in list(self._streams.items()):
+            for request_id, outputs in list(self._queue.streams.items()):
                 for one in outputs:
                     if one.ready() and (part := one.take()):
-                        self._told.append({"request_id": request_id, **part})
+                        self._told.append(Output(part, request_id=request_id))
                 if all(one.ended for one in outputs):
-                    del self._streams[request_id]
+                    del self._queue.streams[request_id]
             while self._ended:
-                seqs = self._ended[0].seqs
-                output = make_output(seqs, self.decode)
-                self._told.append({"request_id": seqs[0].request_id, **output})
+                self._told.append(self._ended[0].output())
                 del self._ended[0]
             told, self._told = self._told, []
         return told
@@ -247,7 +297,7 @@ class LLM:
     def has_unfinished(self) -> bool:
         """Whether `step` has requests to run or outputs to return."""
         self.engine.turns.check_process()
-        left = self._unfinished or self._ended or self._streams or self._told
+        left = self._queue.unfinished or self._ended or self._queue.streams or self._told
         return bool(left) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
@@ -260,7 +310,7 @@ class LLM:
         if type(request_id) is not int:
             fix = "Give the number that add_request returned."
             raise RequestError("request_id", request_id, "is not a request id", fix)
-        group = self._unfinished.get(request_id)
+        group = self._queue.unfinished.get(request_id)
         for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
             self.engine.abort(one)
 
@@ -273,7 +323,7 @@ class LLM:
             try:
                 self.engine.close()
             finally:
-                self._collect_ended()
+                self._queue.collect_ended()
 
     def __enter__(self) -> LLM:
         return self
@@ -285,72 +335,39 @@ class LLM:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise EngineUseError("an LLM cannot be copied or pickled: it owns the device's memory")
 
-    def _add(
-        self,
-        groups: list[PromptRequests],
-        prompts: Prompts,
-        params: ParamsForPrompts,
-        ended: list[PromptRequests] | None = None,
-        *,
-        later: bool = False,
-    ) -> None:
-        """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
-
-        Appends the `PromptRequests` of each prompt to `groups`. So the caller can end them, even if
-        Ctrl-C interrupts this method. When all requests of a prompt have ended, its
-        `PromptRequests` is appended to `ended`. If `ended` is None, the outputs are streamed; with
-        `later`, `step` returns their parts.
-        """
+    def _read(self, prompts: Any, params: ParamsForPrompts) -> list[PromptInput]:
+        """Check prompts and parameters, and make token ids of the prompts."""
         self.engine.turns.check()
         with self._tokenizing:
-            token_lists = tokenized(self.tokenizer, prompts)
-        per_prompt = params_per_prompt(params, len(token_lists))
+            found = tokenized(self.tokenizer, prompts)
+        if params is None:
+            self._defaults = self._defaults or self.default_sampling_params()
+            params = [self._fitting(self._defaults, len(one.token_ids)) for one in found]
+        per_prompt = params_per_prompt(params, len(found))
         # Schemas are compiled before the turn, because a large schema and the first one take long.
         with self._tokenizing:
             own = {id(one): one for one in per_prompt}
-            own = {key: self._grammars.applied(one) for key, one in own.items()}
-            own = {key: with_bad_words_ids(one, self.tokenizer) for key, one in own.items()}
-        per_prompt = [own[id(one)] for one in per_prompt]
-        try:
-            with self.engine.turns.turn(), self.engine.all_or_none():
-                for tokens, one in zip(token_lists, per_prompt, strict=True):
-                    groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
-                    self._queue(groups[-1], tokens, one, streamed=ended is None)
-                for group in groups if ended is not None or later else ():
-                    self._unfinished |= dict.fromkeys((s.request_id for s in group.seqs), group)
-                    if ended is None:
-                        self._streams[group.seqs[0].request_id] = self._outputs([group])
-        except BaseException:
-            self._drop(groups)
-            raise
+            made = {k: (self._prepared(v), self._decoder_for(v)) for k, v in own.items()}
+        pairs = zip(found, per_prompt, strict=True)
+        return [PromptInput(prompt, *made[id(one)]) for prompt, one in pairs]
 
-    def _queue(
-        self, group: PromptRequests, tokens: list[int], params: SamplingParams, *, streamed: bool
-    ) -> None:
-        stop = tuple(params.stop)
-        for i in range(params.n):
-            text = None
-            # `engine.add_request` rejects stop strings if there is no tokenizer.
-            if (streamed or stop) and not (stop and self.tokenizer is None):
-                text = TextReader(self.decode, stop, params.min_tokens, tokens)
-            own = params.of_output(i) if params.n > 1 else params
-            group.seqs.append(self.engine.add_request(tokens, own, text, sample=i))
+    def _prepared(self, params: SamplingParams) -> SamplingParams:
+        """Return parameters without what needs a tokenizer, in the engine's terms."""
+        return with_bad_words_ids(self._grammars.applied(params), self.tokenizer)
 
-    def _drop(self, groups: list[PromptRequests]) -> None:
-        seqs = [seq for group in groups for seq in group.seqs]
-        for request_id in [seq.request_id for seq in seqs]:
-            self._unfinished.pop(request_id, None)
-            self._streams.pop(request_id, None)
-        self.engine.drop(seqs)
+    def _fitting(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
+        """Let an output end with the context window if the recommended `max_tokens` exceed it."""
+        limit, most = self.config.max_model_len or 0, params.max_tokens
+        fits = most is None or num_prompt + most <= limit
+        return params if fits else replace(params, max_tokens=None)
 
-    def _outputs(self, groups: list[PromptRequests]) -> list[OutputStream]:
-        has_text = self.tokenizer is not None
-        seqs = [(seq, group.index) for group in groups for seq in group.seqs]
-        return [OutputStream(seq, index, has_text=has_text) for seq, index in seqs]
+    def _decoder_for(self, params: SamplingParams) -> Decoder:
+        if params.detokenize and params.skip_special_tokens:
+            return self.decode
+        tokenizer = self.tokenizer if params.detokenize else None
+        return decoder(tokenizer, skip_special_tokens=False)
 
-    def _parts(
-        self, prompts: Prompts, params: ParamsForPrompts
-    ) -> Generator[dict[str, Any], None, None]:
+    def _parts(self, prompts: Prompts, params: ParamsForPrompts) -> Generator[Output, None, None]:
         groups: list[PromptRequests] = []
         outputs: list[OutputStream] = []
 
@@ -358,34 +375,15 @@ class LLM:
             return any(one.ready() for one in outputs)
 
         try:
-            self._add(groups, prompts, params)
-            outputs += self._outputs(groups)
-            yield {}
+            self._queue.add(groups, self._read(prompts, params))
+            outputs += outputs_of(groups)
+            yield Output()
             while outputs:
                 with self.engine.turns.until(ready) as may_step:
                     if may_step:
-                        self._advance()
+                        self._queue.advance()
                     parts = [one.take() for one in outputs if one.ready()]
                 outputs[:] = [one for one in outputs if not one.ended]
                 yield from filter(None, parts)
         finally:
-            self._drop(groups)
-
-    def _advance(self) -> StepPlan | None:
-        ids = None
-        try:
-            plan, finished = self.engine.step()
-            # If no step was in flight, `plan` is None. Then `LLMEngine.reset` may have ended
-            # requests that are not in `finished`, so `_collect_ended(None)` checks all prompts.
-            ids = [seq.request_id for seq in finished] if plan else None
-        finally:
-            self._collect_ended(ids)
-        return plan
-
-    def _collect_ended(self, request_ids: list[int] | None = None) -> None:
-        for request_id in list(self._unfinished) if request_ids is None else request_ids:
-            group = self._unfinished.get(request_id)
-            if group and all(seq.finish_reason is not None for seq in group.seqs):
-                for seq in group.seqs:
-                    self._unfinished.pop(seq.request_id, None)
-                group.ended.append(group)
+            self._queue.drop(groups)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils.errors import RequestError
+from utils.errors import CheckpointError, RequestError
+from utils.foreign_names import PARAMETERS, names_checked
 from utils.rules import (
     Rule,
     boolean,
@@ -116,9 +117,12 @@ def _json_schema(value: Any) -> str | None:
         return None
 
 
+@names_checked(PARAMETERS, RequestError, "parameter")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request; immutable and validated on construction.
+
+    Numbers of NumPy are stored as numbers of Python. None means the default, except for True/False.
 
     Logits are processed in the order of transformers' `generate`: penalties, `min_tokens` and
     `logits_processors` come first. Then come temperature, top_k, top_p and min_p in this order. If
@@ -141,11 +145,13 @@ class SamplingParams:
             and the request's id. The n outputs of a prompt use different random numbers.
         max_tokens: maximum number of tokens to generate. With None, prompt and output together may
             reach `max_model_len`. Prompt and `max_tokens` together must not exceed `max_model_len`.
+            With 0 nothing is generated, for example to get `prompt_logprobs` alone.
         min_tokens: minimum number of tokens to generate. Until the output has this length, no token
             that would end the output is sampled, and stop strings are ignored.
         stop: one or several stop strings. The output ends when its text contains a stop string. The
             text is cut before the stop string. The token ids contain all tokens of the stop string.
             A stop string may contain names of special tokens, although the text has none.
+        include_stop_str_in_output: cut the text behind the stop string, not before.
         stop_token_ids: ids of tokens that end the output, like end-of-sequence tokens.
         ignore_eos: do not end the output at an end-of-sequence token.
         logit_bias: for some tokens a number from -100 to 100, which is added to the token's logit.
@@ -156,6 +162,8 @@ class SamplingParams:
             ends with the others. Other tokens that make the same text are not forbidden.
         bad_words_ids: like `bad_words`, as lists of token ids. At most `MAX_BAD_WORDS` lists of at
             most `MAX_BAD_WORD_TOKENS` ids.
+        skip_special_tokens: if False, the names of special tokens are in the text.
+        detokenize: if False, the output has no text, and `stop` must be empty.
         logprobs: for each generated token, return its log-probability and the log-probabilities of
             the `logprobs` most likely tokens, from logits before bias, penalties, temperature and
             filters. At most `MAX_LOGPROBS`.
@@ -169,6 +177,8 @@ class SamplingParams:
             those of its prompt. Other layers than "last" run without CUDA graphs.
         hidden_states_start: hidden states from this position on. Tokens before it may be taken from
             the prefix cache, tokens from it on are computed.
+        logprobs_details: return each log-probability as a `Logprob`, a float that also has the
+            token's text and rank.
         n: number of outputs, at most `MAX_OUTPUTS`. With prefix caching the outputs can share KV
             blocks of the prompt.
         logits_processors: callables `(token_ids, logits) -> logits`. In each step the engine calls
@@ -205,12 +215,15 @@ class SamplingParams:
     frequency_penalty: float = ruled(0.0, number(-2, 2, "Use 0 for none."))
     seed: int | None = ruled(None, _SEED)
     max_tokens: int | None = ruled(
-        64, integer(1, fix="Use None to generate up to max_model_len.", optional=True)
+        64, integer(0, fix="Use None to generate up to max_model_len.", optional=True)
     )
     min_tokens: int = ruled(0, integer(0, 2**31, fix="Use 0 for none."))
     stop: str | list[str] | tuple[str, ...] = ruled((), _STOP)
     stop_token_ids: list[int] | tuple[int, ...] = ruled((), _TOKEN_IDS)
     ignore_eos: bool = ruled(False, boolean())
+    include_stop_str_in_output: bool = ruled(False, boolean())
+    skip_special_tokens: bool = ruled(True, boolean())
+    detokenize: bool = ruled(True, boolean())
     logit_bias: dict[int, float] | tuple[tuple[int, float], ...] | None = ruled(None, _BIAS)
     allowed_token_ids: list[int] | tuple[int, ...] | None = ruled(None, _ALLOWED)
     bad_words: list[str] | tuple[str, ...] | None = ruled(None, _WORDS)
@@ -218,6 +231,7 @@ class SamplingParams:
     logprobs: int | None = ruled(None, _COUNT)
     prompt_logprobs: int | None = ruled(None, _COUNT)
     prompt_logprobs_start: int = ruled(0, integer(0, fix="Use 0 to score the whole prompt."))
+    logprobs_details: bool = ruled(False, boolean())
     hidden_states: int | str | None = ruled(None, _LAYER)
     hidden_states_start: int = ruled(0, integer(0, fix="Use 0 for all tokens."))
     n: int = ruled(1, integer(1, MAX_OUTPUTS, "Use 1 for one output."))
@@ -234,10 +248,13 @@ class SamplingParams:
     needs_logits: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_rules(self, _RULES, RequestError)
+        check_rules(self, _RULES, RequestError, _DEFAULTS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
             raise RequestError("min_tokens", self.min_tokens, problem, fix)
+        if self.stop and not self.detokenize:
+            problem, fix = "needs the text that detokenize=False leaves out", "Use stop_token_ids."
+            raise RequestError("stop", self.stop, problem, fix)
         put = object.__setattr__
         put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         put(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -264,7 +281,8 @@ class SamplingParams:
     def from_generation_config(folder: str | Path, **overrides: Any) -> SamplingParams:
         """Return parameters with the values of generation_config.json in `folder`, if there is one.
 
-        `overrides` replace values of the file. A CheckpointError is raised if the file is unusable.
+        `overrides` replace values of the file. A CheckpointError is raised if the file is unusable,
+        a RequestError if `overrides` are.
         """
         # Imported here, because `utils.checkpoint` imports transformers, which is slow to import.
         from utils.checkpoint import generation_config
@@ -276,7 +294,12 @@ class SamplingParams:
         if found.get("do_sample") is False:
             ours["temperature"] = 0.0
         ours = {name: value for name, value in ours.items() if value is not None}
-        return SamplingParams(**{**ours, **overrides})
+        try:
+            return SamplingParams(**{**ours, **overrides})
+        except RequestError as error:
+            if error.field in overrides or error.field not in ours:
+                raise
+            raise CheckpointError(f"{folder}: generation_config.json: {error}") from error
 
     def of_output(self, index: int) -> SamplingParams:
         """Return the parameters of the request that computes output `index`. Their n is 1."""
@@ -286,3 +309,10 @@ class SamplingParams:
 
 
 _RULES = rules_of(SamplingParams)
+# The fields that None sets to their default: those for which None has no meaning of its own. For
+# True and False, None is a mistake, since it looks like False where the default is True.
+_DEFAULTS = {
+    one.name: one.default
+    for one in fields(SamplingParams)
+    if not (one.name not in _RULES or _RULES[one.name].allows(None) or one.type == "bool")
+}

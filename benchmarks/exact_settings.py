@@ -115,7 +115,7 @@ def _hashing(one: Request, folder: str) -> Request:
 
 def _generate(llm: LLM, requests: Sequence[Request]) -> list[Output]:
     prompts = [one.prompt for one in requests]
-    return llm.generate(prompts, [one.params for one in requests], use_tqdm=False)
+    return [*llm.generate(prompts, [one.params for one in requests], use_tqdm=False)]
 
 
 class Requests:

@@ -44,10 +44,10 @@ class JsonGrammars:
         self.vocab_size, self.eos_token_ids, self.path = vocab_size, eos_token_ids, path
 
     @staticmethod
-    def of(checkpoint: Checkpoint, tokenizer: Any | None) -> JsonGrammars:
-        """Return the grammars of a checkpoint and its tokenizer."""
+    def of(checkpoint: Checkpoint, tokenizer: Any | None, path: Path) -> JsonGrammars:
+        """Return the grammars of a checkpoint and of the tokenizer in the folder `path`."""
         eos = tuple(sorted(checkpoint.eos_token_ids))
-        return JsonGrammars(tokenizer, int(checkpoint.hf_config.vocab_size), eos, checkpoint.path)
+        return JsonGrammars(tokenizer, int(checkpoint.hf_config.vocab_size), eos, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _grammars_of_rank, (self.vocab_size, self.eos_token_ids, self.path)

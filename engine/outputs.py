@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.requests import Sequence
-from engine.step import StepPlan
+from engine.step import StepPlan, TokenLogprobs
+from utils.output_types import Logprob, Output
 from utils.text import Decoder
 
 
@@ -24,42 +25,108 @@ class PromptRequests:
     index: int  # index of the prompt among the caller's prompts
     seqs: list[Sequence]  # one request for each output
     ended: list[PromptRequests]  # list of prompts whose requests have all ended
+    decode: Decoder  # converts the tokens of the outputs to text
+    text: str | None = None  # the prompt's text, if the caller gave one
+
+    def output(self) -> Output:
+        """Return what `LLM.generate` returns for the prompt."""
+        return make_output(self.seqs, self.decode, self.text)
 
 
-def make_output(seqs: list[Sequence], decode: Decoder) -> dict[str, Any]:
-    """The dictionary that `LLM.generate` returns for a prompt, made from the prompt's requests."""
-    outputs, first = [_one_output(seq, decode) for seq in seqs], seqs[0]
-    asked = first.sampling.prompt_logprobs is not None
-    out = {
-        **outputs[0],
-        "prompt_token_ids": first.token_ids[: first.num_prompt_tokens],
-        "prompt_logprobs": first.prompt_logprobs if asked else None,
-    }
-    return out if len(outputs) == 1 else {**out, "outputs": outputs}
+def make_output(seqs: list[Sequence], decode: Decoder, prompt: str | None = None) -> Output:
+    """Return what `LLM.generate` returns for a prompt, made from the prompt's ended requests."""
+    outputs, first = [_completion(seq, decode) for seq in seqs], seqs[0]
+    entries = dict(outputs[0])
+    del entries["index"]
+    num_prompt, found = first.num_prompt_tokens, None
+    if first.sampling.prompt_logprobs is not None:
+        found = _scored(first, first.prompt_logprobs, decode)
+    return Output(
+        request_id=first.request_id,
+        prompt=prompt,
+        prompt_token_ids=first.token_ids[:num_prompt],
+        prompt_logprobs=found,
+        finished=all(seq.finish_reason is not None for seq in seqs),
+        outputs=outputs,
+        **entries,
+    )
 
 
-def _one_output(seq: Sequence, decode: Decoder) -> dict[str, Any]:
+def _completion(seq: Sequence, decode: Decoder) -> Output:
     tokens, text = seq.output_token_ids, seq.text
     prompt = seq.token_ids[: seq.num_prompt_tokens]
     times, added = seq.token_times, seq.added_at
     gaps = sorted(b - a for a, b in pairwise(times))
-    return {
-        "text": text.text if text is not None and text.stopped else decode.added(prompt, tokens),
-        "token_ids": tokens,
-        "finish_reason": seq.finish_reason,
-        "error": seq.error,
-        "logprobs": seq.logprobs if seq.sampling.logprobs is not None else None,
-        "hidden_states": _hidden_states(seq),
-        "metrics": {
-            "queue_time": None if seq.admitted_at is None else seq.admitted_at - added,
-            "time_to_first_token": times[0] - added if times else None,
-            "mean_inter_token_time": sum(gaps) / len(gaps) if gaps else None,
-            "p99_inter_token_time": percentile(gaps, 0.99) if gaps else None,
-            "longest_inter_token_time": gaps[-1] if gaps else None,
-            "cached_prompt_tokens": seq.num_cached,
-            "preemptions": seq.num_preemptions,
-        },
+    scores = _logprobs(seq, 0, len(tokens), decode)
+    metrics = {
+        "queue_time": None if seq.admitted_at is None else seq.admitted_at - added,
+        "time_to_first_token": times[0] - added if times else None,
+        "mean_inter_token_time": sum(gaps) / len(gaps) if gaps else None,
+        "p99_inter_token_time": percentile(gaps, 0.99) if gaps else None,
+        "longest_inter_token_time": gaps[-1] if gaps else None,
+        "cached_prompt_tokens": seq.num_cached,
+        "preemptions": seq.num_preemptions,
     }
+    return Output(
+        index=seq.sample,
+        text=text.text if text is not None and text.stopped else decode.added(prompt, tokens),
+        token_ids=tokens,
+        cumulative_logprob=None if scores is None else added_logprobs(0.0, scores),
+        logprobs=scores,
+        hidden_states=_hidden_states(seq),
+        finish_reason=seq.finish_reason,
+        stop_reason=stop_reason(seq),
+        error=seq.error,
+        metrics=Output(metrics),
+    )
+
+
+def stop_reason(seq: Sequence) -> str | int | None:
+    """Return the stop string, or the id in `stop_token_ids`, that ended the request, if one did."""
+    if seq.finish_reason != "stop":
+        return None
+    if seq.text is not None and seq.text.stopped:
+        return seq.text.stop_string
+    last = seq.token_ids[-1]
+    return last if last in seq.sampling.stop_token_ids else None
+
+
+def added_logprobs(total: float, scores: list[TokenLogprobs]) -> float:
+    """Return `total` plus the log-probability of each token, added one after the other.
+
+    In this order a stream adds up to the same bits. The first entry of `scores` is the token's own.
+    """
+    for entry in scores:
+        total += next(iter(entry.values()))
+    return total
+
+
+def _logprobs(seq: Sequence, start: int, stop: int, decode: Decoder) -> list[Any] | None:
+    """Return the log-probabilities of some output tokens, if the request asked for them."""
+    asked = seq.sampling.logprobs is not None
+    return _scored(seq, seq.logprobs[start:stop], decode) if asked else None
+
+
+def _scored(seq: Sequence, scores: list[Any], decode: Decoder) -> list[Any]:
+    """Return the entries of `scores` with the details that the request asked for.
+
+    An entry is a dictionary from token ids to log-probabilities, or None for the first token of a
+    prompt. The text of a token is the text that the token would add to that of the prompt.
+    """
+    if not seq.sampling.logprobs_details:
+        return scores
+    prompt, texts = seq.token_ids[: seq.num_prompt_tokens], dict[int, str | None]()
+
+    def text(token: int) -> str | None:
+        if token not in texts:
+            name = decode.specials.get(token) or decode.added(prompt, [token])
+            texts[token] = name if decode.has_text else None
+        return texts[token]
+
+    def detailed(token: int, value: float) -> Logprob:
+        return Logprob(value, getattr(value, "rank", None), text(token))
+
+    return [entry and {t: detailed(t, value) for t, value in entry.items()} for entry in scores]
 
 
 def _hidden_states(seq: Sequence) -> Any | None:
@@ -89,6 +156,7 @@ class OutputStream:
         self._num_tokens = self._num_chars = 0  # how much the parts so far have
         self._num_seen = 0  # number of output tokens at the last call of `take`
         self.ended = False  # whether `take` has returned the last part
+        self._logprob = 0.0  # sum of the log-probabilities so far
 
     def ready(self) -> bool:
         """Whether there are tokens that `take` has not seen, or the request has ended."""
@@ -101,7 +169,7 @@ class OutputStream:
     def _num_output_tokens(self) -> int:
         return len(self._seq.token_ids) - self._seq.num_prompt_tokens
 
-    def take(self) -> dict[str, Any] | None:
+    def take(self) -> Output | None:
         """Return the next part; None if there is no new text (without a tokenizer: no new token).
 
         The last part has a finish_reason and the key `error`.
@@ -113,16 +181,21 @@ class OutputStream:
         tokens = seq.output_token_ids[self._num_tokens :]
         if reason is None and not (chars > self._num_chars if self._has_text else tokens):
             return None
-        told = {
-            "index": self._index,
-            "sample": seq.sample,
-            "text": text.text[self._num_chars : chars],
-            "token_ids": tokens,
-            "finish_reason": reason,
-        }
-        self._num_tokens, self._num_chars = self._num_tokens + len(tokens), chars
-        self.ended = reason is not None
-        return {**told, "error": seq.error} if self.ended else told
+        first, self._num_tokens = self._num_tokens, self._num_tokens + len(tokens)
+        scores = _logprobs(seq, first, self._num_tokens, text.decoder)
+        self._logprob = added_logprobs(self._logprob, scores or [])
+        told = Output(
+            index=self._index,
+            sample=seq.sample,
+            text=text.text[self._num_chars : chars],
+            token_ids=tokens,
+            cumulative_logprob=None if scores is None else self._logprob,
+            logprobs=scores,
+            finish_reason=reason,
+            stop_reason=stop_reason(seq),
+        )
+        self._num_chars, self.ended = chars, reason is not None
+        return Output(told, error=seq.error) if self.ended else told
 
 
 class _Forgiving:

@@ -73,6 +73,7 @@ def resolve(config: Config, checkpoint: Checkpoint) -> Config:
     if blocks == "auto":
         blocks = _first("block_manager", lambda part: wanted in (None, part.caches_prefixes))
     config = replace(config, max_model_len=length, model_runner=runner, block_manager=blocks)
+    config = replace(config, tokenizer=config.tokenizer or str(checkpoint.path))
     check_policies(config, find("scheduler", config))
     part = find("block_manager", config)
     return _with_caching(config, part) if isinstance(part, type) else config

@@ -12,10 +12,10 @@ from utils.errors import RequestError, RequestTooLongError
 ParamsForPrompts = SamplingParams | list[SamplingParams] | None
 
 
-def params_per_prompt(params: ParamsForPrompts, count: int) -> list[SamplingParams]:
+def params_per_prompt(
+    params: SamplingParams | list[SamplingParams], count: int
+) -> list[SamplingParams]:
     """Return `count` SamplingParams. Raises RequestError if type or length of `params` is wrong."""
-    if params is None:
-        params = SamplingParams()
     per_prompt = params if isinstance(params, list) else [params] * count
     if len(per_prompt) != count:
         given, problem = f"{len(per_prompt)} of them", f"there are {count} prompts"
@@ -46,7 +46,8 @@ def check_request(
             raise RequestError("prompt", token, "is not a token id", ids)
     limit, most = config.max_model_len, params.max_tokens
     assert limit is not None
-    if len(prompt) + (most or 1) > limit:
+    # Without a number there is room for one token at least. With 0 the prompt may fill the window.
+    if len(prompt) + (1 if most is None else most) > limit:
         problem = f"with max_tokens={most} it exceeds max_model_len={limit}"
         fix = "Shorten the prompt, lower max_tokens, or raise max_model_len."
         raise RequestTooLongError("prompt", f"{len(prompt)} tokens", problem, fix)

@@ -28,7 +28,7 @@ from engine.changed_rows import (
 )
 from engine.device_state import Staging
 from engine.hidden_rows import Forwarded, HiddenRows
-from engine.step_scores import PROMPT_ROWS, ScoredRows, StepScores, group_of
+from engine.step_scores import PROMPT_ROWS, Group, ScoredRows, StepScores, group_of
 from engine.types import NO_LIMIT, NewRequest, StepPlan
 from layers.logits import SCORED_ROWS, Filters, logit_bounds
 from layers.sampler import Sampler
@@ -217,23 +217,23 @@ class SamplingRows:
         )
 
     def _scored(self, rows: list[Candidate], plan: StepPlan) -> ScoredRows | None:
-        wanted = [(one.row, one.new.sampling.logprobs) for one in rows]
-        new = [(row, num_top) for row, num_top in wanted if num_top is not None]
+        asked = [(one.row, one.new.sampling) for one in rows]
+        new = [(r, s.logprobs_details, s.logprobs) for r, s in asked if s.logprobs is not None]
         prompts = self._of_prompts(plan)
         if not new and not prompts:
             return None
-        groups: dict[int, list[int]] = {}
-        for row, num_top in new:
-            groups.setdefault(group_of(num_top), []).append(row)
+        groups: dict[Group, list[int]] = {}
+        for row, ranked, num_top in new:
+            groups.setdefault(group_of(num_top, ranked=ranked), []).append(row)
         # Of each group the rows of prompts and the tokens after them.
-        parts: dict[int, tuple[list[int], list[int]]] = {}
-        for _, num_top, part_rows, part_tokens in prompts:
-            both = parts.setdefault(group_of(num_top), ([], []))
+        parts: dict[Group, tuple[list[int], list[int]]] = {}
+        for _, ranked, num_top, part_rows, part_tokens in prompts:
+            both = parts.setdefault(group_of(num_top, ranked=ranked), ([], []))
             both[0].extend(part_rows)
             both[1].extend(part_tokens)
         return ScoredRows(
             new=new,
-            prompts=[(chunk, len(part), num_top) for chunk, num_top, part, _ in prompts],
+            prompts=[(i, len(part), ranked, num_top) for i, ranked, num_top, part, _ in prompts],
             num_chunks=len(plan.prefill),
             new_rows={group: self._int64(some) for group, some in groups.items()},
             prompt_rows=self._int64([row for some, _ in parts.values() for row in some]),
@@ -241,8 +241,11 @@ class SamplingRows:
             prompt_counts={group: len(some) for group, (some, _) in parts.items()},
         )
 
-    def _of_prompts(self, plan: StepPlan) -> list[tuple[int, int, range, tuple[int, ...]]]:
-        """Return for each chunk with scored prompt rows: its index, N, its rows, their tokens."""
+    def _of_prompts(self, plan: StepPlan) -> list[tuple[int, bool, int, range, tuple[int, ...]]]:
+        """Return for each chunk with scored prompt rows what is scored.
+
+        That is the chunk's index, whether ranks are wanted, N, the chunk's rows and their tokens.
+        """
         found = []
         row = 0
         for i, chunk in enumerate(plan.prefill):
@@ -253,7 +256,8 @@ class SamplingRows:
                 end = min(chunk.start + chunk.num_tokens + 1, num_prompt)
                 if first < end:
                     rows = range(row + first - chunk.start - 1, row + end - chunk.start - 1)
-                    found.append((i, num_top, rows, new.token_ids[first:end]))
+                    ranked = new.sampling.logprobs_details
+                    found.append((i, ranked, num_top, rows, new.token_ids[first:end]))
             row += chunk.num_tokens
         return found
 

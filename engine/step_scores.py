@@ -1,8 +1,9 @@
 """Log-probabilities (scores) of the tokens of a step, of new tokens and of prompts.
 
-A request asks for the N likeliest tokens beside each of its tokens. Rows are scored in groups, and
-the rows of a group want similar numbers: a request with a large N does not widen the work for
-others. The group of N is the smallest power of 4 that is at least N.
+A request asks for the N likeliest tokens beside each of its tokens, and maybe for ranks. Rows are
+scored in groups, and the rows of a group want similar numbers: a request with a large N does not
+widen the work for others. A `Group` is the smallest power of 4 that is at least N, and whether its
+rows want ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from engine.types import TokenLogprobs
 from layers.logits import TokenScores, score
 from layers.sampler import Sampler
+from utils.output_types import Logprob
 
 # Maximum number of prompt rows whose logits exist at once. 256 rows of 151,936 bfloat16 logits take
 # 78 MB. The head reads all its weights once for each block, 2 flops for each weight and row. With
@@ -23,12 +25,15 @@ from layers.sampler import Sampler
 PROMPT_ROWS = 256
 
 
-def group_of(num_top: int) -> int:
-    """Return the group of rows that want the `num_top` likeliest tokens."""
-    group = 1
-    while group < num_top:
-        group *= 4
-    return group
+Group = tuple[int, bool]
+
+
+def group_of(num_top: int, *, ranked: bool) -> Group:
+    """Return the group of rows that want the `num_top` likeliest tokens, and maybe ranks."""
+    most = 1
+    while most < num_top:
+        most *= 4
+    return most, ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +42,16 @@ class StepScores:
 
     Attributes:
         found: for each group the log-probabilities of its new tokens, then of its prompt tokens.
-        new: for each new token: index of its row among the sampled rows, and N.
+        new: for each new token: index of its row among the sampled rows, whether its request wants
+            ranks, and N.
         prompts: for each prefill chunk of a request that asks for log-probabilities of its prompt:
-            index of the chunk, number of its scored prompt tokens, and N.
+            index of the chunk, number of its scored prompt tokens, whether it wants ranks, and N.
         num_chunks: number of all prefill chunks in the step.
     """
 
-    found: dict[int, TokenScores]
-    new: list[tuple[int, int]]
-    prompts: list[tuple[int, int, int]]
+    found: dict[Group, TokenScores]
+    new: list[tuple[int, bool, int]]
+    prompts: list[tuple[int, int, bool, int]]
     num_chunks: int
 
     def pinned(self) -> StepScores:
@@ -58,21 +64,26 @@ class StepScores:
         """Return `StepResult.logprobs` and `.prompt_logprobs`. `found` must be in host memory."""
         rows = {group: _rows(found) for group, found in self.found.items()}
 
-        def entry(num_top: int) -> TokenLogprobs:
-            token, value, ids, values = next(rows[group_of(num_top)])
-            return {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
+        def entry(ranked: bool, num_top: int) -> TokenLogprobs:
+            token, value, ids, values, ranks = next(rows[group_of(num_top, ranked=ranked)])
+            found = {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
+            if not ranked:
+                return found
+            # The token may be among the likeliest, with the same rank.
+            known = {token: ranks[0], **dict(zip(ids, ranks[1:], strict=True))}
+            return {one: Logprob(value, known[one]) for one, value in found.items()}
 
         logprobs: list[list[TokenLogprobs]] = [[] for _ in range(num_rows)]
-        for row, num_top in self.new:
-            logprobs[row].append(entry(num_top))
+        for row, ranked, num_top in self.new:
+            logprobs[row].append(entry(ranked, num_top))
         prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self.num_chunks)]
-        for chunk, count, num_top in self.prompts:
-            prompt_logprobs[chunk] = [entry(num_top) for _ in range(count)]
+        for chunk, count, ranked, num_top in self.prompts:
+            prompt_logprobs[chunk] = [entry(ranked, num_top) for _ in range(count)]
         return logprobs, prompt_logprobs
 
 
-def _rows(found: TokenScores) -> Iterator[tuple[int, float, list[int], list[float]]]:
-    columns = found.tokens, found.values, found.top_tokens, found.top_values
+def _rows(found: TokenScores) -> Iterator[tuple[int, float, list[int], list[float], list[int]]]:
+    columns = found.tokens, found.values, found.top_tokens, found.top_values, found.ranks
     return zip(*(column.tolist() for column in columns), strict=True)
 
 
@@ -89,13 +100,13 @@ class ScoredRows:
         prompt_counts: for each group the number of its rows in `prompt_rows`.
     """
 
-    new: list[tuple[int, int]]
-    prompts: list[tuple[int, int, int]]
+    new: list[tuple[int, bool, int]]
+    prompts: list[tuple[int, int, bool, int]]
     num_chunks: int
-    new_rows: dict[int, Tensor]
+    new_rows: dict[Group, Tensor]
     prompt_rows: Tensor
     prompt_tokens: Tensor
-    prompt_counts: dict[int, int]
+    prompt_counts: dict[Group, int]
 
     def score(
         self,
@@ -110,20 +121,22 @@ class ScoredRows:
         `logits` are those of all R sampled rows and the whole vocabulary. `head` computes the
         logits of prompt rows from their `states`, [P, hidden_size], block by block.
         """
-        found: dict[int, list[TokenScores]] = {}
-        num_top: dict[int, int] = {}
-        for *_, count in (*self.new, *self.prompts):
-            group = group_of(count)
+        found: dict[Group, list[TokenScores]] = {}
+        num_top: dict[Group, int] = {}
+        for *_, ranked, count in (*self.new, *self.prompts):
+            group = group_of(count, ranked=bool(ranked))
             num_top[group] = max(num_top.get(group, 0), count)
         for group, rows in self.new_rows.items():
-            found[group] = [score(logits, tokens[rows], num_top[group], rows)]
+            scores = score(logits, tokens[rows], num_top[group], rows, ranked=group[1])
+            found[group] = [scores]
         start = 0
         for group, count in self.prompt_counts.items():
             end = start + count
             for first in range(start, end, PROMPT_ROWS):
                 part = slice(first, min(first + PROMPT_ROWS, end))
                 whole = sampler.gathered(head(states[part]))
-                scores = score(whole, self.prompt_tokens[part], num_top[group])
+                own = self.prompt_tokens[part]
+                scores = score(whole, own, num_top[group], ranked=group[1])
                 found.setdefault(group, []).append(scores)
             start = end
         joined = {group: _joined(parts) for group, parts in found.items()}

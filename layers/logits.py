@@ -43,12 +43,17 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-probabilities of one token per row, [R], and of each row's N likeliest tokens, [R, N]."""
+    """Log-probabilities of one token per row, [R], and of each row's N likeliest tokens, [R, N].
+
+    `ranks` are those of the token and of the N tokens, int64 [R, 1 + N], or [R, 0] if nobody asked.
+    A token's rank is the number of tokens with a larger logit in its row, plus 1.
+    """
 
     tokens: Tensor
     values: Tensor
     top_tokens: Tensor
     top_values: Tensor
+    ranks: Tensor
 
     def pinned(self) -> TokenScores:
         """Return copies in pinned host memory, as NumPy arrays. The host does not wait for them."""
@@ -174,7 +179,14 @@ def top_and_mass(logits: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tens
     return keys, (shares / UNIT + 0.5).long().sum(dim=1)
 
 
-def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = None) -> TokenScores:
+def score(
+    logits: Tensor,
+    tokens: Tensor,
+    num_top: int,
+    rows: Tensor | None = None,
+    *,
+    ranked: bool = False,
+) -> TokenScores:
     """Return log-probabilities of `tokens`, int64 [R], and of the `num_top` likeliest per row.
 
     Token i is scored with row `rows[i]` of `logits`, or with row i if `rows` is None. Of equally
@@ -188,6 +200,12 @@ def score(logits: Tensor, tokens: Tensor, num_top: int, rows: Tensor | None = No
         keys, mass = top_and_mass(logits, at[part], max(1, num_top))
         top, drawn = key_values(keys).double(), logits[at[part], tokens[part]].double()
         total = top[:, 0] + (mass.double() * UNIT).log()
-        parts.append((drawn - total, key_tokens(keys), top - total.unsqueeze(1)))
-    values, ids, best = (torch.cat(part) for part in zip(*parts, strict=True))
-    return TokenScores(tokens, values.float(), ids[:, :num_top], best[:, :num_top].float())
+        ranks = top.new_empty(len(top), 0, dtype=torch.int64)
+        if ranked:
+            larger = logits.index_select(0, at[part]) > drawn.unsqueeze(1)
+            # The values fall. So the place of the first equal value is the number of larger ones.
+            top_larger = torch.searchsorted(-top, -top)[:, :num_top]
+            ranks = torch.cat((larger.sum(1, keepdim=True), top_larger), dim=1) + 1
+        parts.append((drawn - total, key_tokens(keys), top - total.unsqueeze(1), ranks))
+    values, ids, best, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TokenScores(tokens, values.float(), ids[:, :num_top], best[:, :num_top].float(), ranks)

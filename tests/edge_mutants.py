@@ -21,8 +21,83 @@ SCHEMA = (*_PYTEST, "tests/engine/test_json_schema.py")
 TORCH = (*_PYTEST, "tests/engine/test_torch_state.py", "-k", "freed or closed or pending")
 PROGRESS = (*_PYTEST, "tests/test_progress.py")
 EXACT_ROWS = (*_PYTEST, "tests/engine/test_exact_rows.py")
+SURFACE = (*_PYTEST, "tests/test_surface.py")
+PROMPTS = (*_PYTEST, "tests/utils/test_prompts.py")
+PARAMS = (*_PYTEST, "tests/test_sampling_params.py")
 
 EDGE_MUTANTS: tuple[PlainMutant, ...] = (
+    (
+        "surface: an end-of-sequence token is a stop reason",
+        (
+            (
+                _OUTPUTS,
+                "return last if last in seq.sampling.stop_token_ids else None",
+                "return last",
+            ),
+        ),
+        SURFACE,
+    ),
+    (
+        "surface: the last stop string of a token is the reason",
+        (("utils/text_reader.py", "(size, given) if size > cut", "(size, given) if size >= 0"),),
+        SURFACE,
+    ),
+    (
+        "surface: a part has the log-probabilities of all tokens so far",
+        ((_OUTPUTS, "_logprobs(seq, first, self", "_logprobs(seq, 0, self"),),
+        SURFACE,
+    ),
+    (
+        "surface: tokens of equal log-probability count as larger",
+        (("layers/logits.py", "at[part]) > drawn", "at[part]) >= drawn"),),
+        (*_PYTEST, "tests/layers/test_exact_logits.py"),
+    ),
+    (
+        "surface: who asks for no ranks gets them in company",
+        ((_ROWS, "            if not ranked:\n", "            if not f.ranks.numel():\n"),),
+        SURFACE,
+    ),
+    (
+        "surface: max_tokens=0 leaves room for a token",
+        (
+            (
+                "engine/request_checks.py",
+                "len(prompt) + (1 if most is None else most)",
+                "len(prompt) + (most or 1)",
+            ),
+        ),
+        SURFACE,
+    ),
+    (
+        "surface: a recommended length beyond the window is refused",
+        ((_LLM, "return params if fits else", "return params if True else"),),
+        SURFACE,
+    ),
+    (
+        "surface: special tokens have no text, even if asked for",
+        ((_LLM, "decoder(tokenizer, skip_special_tokens=False)", "decoder(tokenizer)"),),
+        SURFACE,
+    ),
+    (
+        "surface: True is accepted in place of 1",
+        (("utils/foreign_names.py", "type(value) is type(one) and value", "value"),),
+        SURFACE,
+    ),
+    (
+        "surface: padding is part of the prompt",
+        (("utils/prompts.py", "for token, used in pairs if used", "for token, _ in pairs"),),
+        PROMPTS,
+    ),
+    (
+        "surface: an argument of chat may be given twice",
+        (("utils/chats.py", "        if name in options:\n", "        if False:\n"),),
+        PROMPTS,
+    ),
+    (
+        "surface: numbers of NumPy in lists stay as they are",
+        (("utils/rules.py", "return value if kinds <= _PLAIN else", "return value if kinds else"),),
+        PARAMS,
+    ),
     (
         "edge: a thread that leaves wakes nobody who may step",
         ((_TURNS, "(first if had_turn else []) or ([] if first else next_step[:1])", "first"),),
@@ -79,7 +154,7 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "edge: step loses what close has ended, if it is streamed",
-        ((_LLM, "if not (self._ended or self._streams):", "if not self._ended:"),),
+        ((_LLM, "if not (self._ended or self._queue.streams):", "if not self._ended:"),),
         OUTPUTS,
     ),
     (

@@ -594,12 +594,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "leak: who asked for a request is remembered for ever",
         (
             Edit(
-                "llm.py",
-                "self._unfinished.pop(seq.request_id, None)",
-                "self._unfinished.get(seq.request_id)",
+                "engine/prompt_queue.py",
+                "self.unfinished.pop(seq.request_id, None)",
+                "self.unfinished.get(seq.request_id)",
             ),
             # Or it would be seen at once: `step` would have something to return for ever.
-            Edit("llm.py", "left = self._unfinished or self._ended", "left = self._ended"),
+            Edit("llm.py", "left = self._queue.unfinished or self._ended", "left = self._ended"),
         ),
         LEAKS,
     ),

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,7 +55,7 @@ def _small_llm(path: Path, **options: Any) -> LLM:
     return LLM(path, **{**defaults, **options})
 
 
-def _tokens(outputs: list[dict[str, Any]]) -> list[list[int]]:
+def _tokens(outputs: Iterable[dict[str, Any]]) -> list[list[int]]:
     return [out["token_ids"] for out in outputs]
 
 
@@ -79,8 +80,9 @@ class TestOutputs:
     def test_have_text_tokens_reason_and_prompt(self, python_llm: LLM) -> None:
         (out,) = python_llm.generate(["import os\n"], GREEDY, use_tqdm=False)
         assert set(out) == {
-            *("text", "token_ids", "finish_reason", "prompt_token_ids"),
-            *("error", "logprobs", "prompt_logprobs", "metrics"),
+            *("request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "finished", "outputs"),
+            *("text", "token_ids", "cumulative_logprob", "logprobs"),
+            *("finish_reason", "stop_reason", "error", "metrics"),
         }
         tokenizer = python_llm.tokenizer
         assert tokenizer is not None
@@ -438,9 +440,9 @@ class TestRequestsOneByOne:
             assert (out["request_id"], out["finish_reason"]) == (ended, "abort")
             assert not llm.has_unfinished
 
-    @pytest.mark.parametrize("prompt", [5, None, b"text", {1: 2}])
+    @pytest.mark.parametrize("prompt", [5, None, b"text", {1: 2}, True, 1.5, np.int64(5), [], ()])
     def test_no_prompt(self, small: Path, prompt: Any) -> None:
-        with _small_llm(small) as llm, pytest.raises(RequestError, match="is no list of prompts"):
+        with _small_llm(small) as llm, pytest.raises(RequestError, match=r"^prompts?="):
             llm.add_request(prompt, GREEDY)
 
     def test_an_id_that_is_not_there_yet_is_passed_over(self, small: Path) -> None:

@@ -19,8 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from engine.outputs import OutputStream, make_output
 from llm import LLM, SamplingParams
 from tests.checkpoints import random_prompts
+from utils.chats import templated
 from utils.errors import EngineClosedError, LogitsError, RequestError, RequestTooLongError
-from utils.prompts import templated
 
 DEPTHS = [0, 1]
 PROMPTS = ["import os\n", "class Stack:\n", "def main(args):\n    "]
@@ -71,7 +71,7 @@ def llm(shipped: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def free(llm: LLM) -> list[dict[str, Any]]:
     """What comes without any stop."""
-    return llm.generate(PROMPTS, FREE, use_tqdm=False)
+    return [*llm.generate(PROMPTS, FREE, use_tqdm=False)]
 
 
 def _greedy(**values: Any) -> SamplingParams:
@@ -178,7 +178,7 @@ class TestSeveralOutputs:
         (alone,) = llm.generate(PROMPTS[0], one, use_tqdm=False)
         (out,) = llm.generate(PROMPTS[0], self.RANDOM, use_tqdm=False)
         assert out["token_ids"] == alone["token_ids"]
-        assert "outputs" not in alone
+        assert [one["token_ids"] for one in alone["outputs"]] == [alone["token_ids"]]
 
     def test_without_a_seed_they_differ_too(self, llm: LLM) -> None:
         params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, n=3)
@@ -387,7 +387,7 @@ class TestStreams:
                 raise KeyboardInterrupt
             return make_output(*given)
 
-        monkeypatch.setattr("llm.make_output", fails_once)
+        monkeypatch.setattr("engine.outputs.make_output", fails_once)
         ids = [llm.add_request(prompt, FREE) for prompt in PROMPTS]
         streamed = llm.add_request(PROMPTS[0], FREE, stream=True)
         got: list[dict[str, Any]] = []

@@ -74,6 +74,12 @@ def test_the_logits_processor(llm: LLM) -> None:
     assert len(set(out["token_ids"])) == len(out["token_ids"]) > 1
 
 
+def test_calls_of_other_engines(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = code_of("docs/migrating.md")
+    run(code, Path(), llm=llm, SamplingParams=SamplingParams)
+    assert len(capsys.readouterr().out.splitlines()) == 3 * 4
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_structured_outputs(shipped: Path, depth: int) -> None:
     check_structured_outputs(shipped, device="cpu", pipeline_depth=depth)
@@ -106,7 +112,7 @@ def check_structured_outputs(model: Path, **options: Any) -> None:
 
 def test_there_is_no_other_code() -> None:
     pages = "README.md", "docs/options.md", "docs/structured-output.md", "docs/exact.md"
-    assert [len(code_of(page)) for page in pages] == [2, 4, 3, 1]
+    assert [len(code_of(page)) for page in (*pages, "docs/migrating.md")] == [2, 4, 3, 1, 1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import inspect
 import pickle
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from sampling_params import SamplingParams
+from utils.errors import RequestError
 
 
 def test_frozen() -> None:
@@ -62,9 +66,65 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
     assert getattr(SamplingParams(**values), name) == value
 
 
-def test_unknown_parameters_are_refused() -> None:
-    with pytest.raises(TypeError, match="top_q"):
-        SamplingParams(top_q=0.5)  # type: ignore[call-arg]
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("top_q", "Did you mean 'top_p'?"),
+        ("max_new_tokens", "Did you mean 'max_tokens'?"),
+        ("num_return_sequences", "Did you mean 'n'?"),
+        ("stop_strings", "Did you mean 'stop'?"),
+        ("do_sample", "Use temperature=0"),
+        ("structured_outputs", "json_schema"),
+        ("xyzzy", "Known: cache_salt, detokenize"),
+    ],
+)
+def test_unknown_parameters_are_refused(name: str, fix: str) -> None:
+    values: dict[str, Any] = {"temperature": 0.5, name: False}
+    with pytest.raises(RequestError, match="unknown parameter") as caught:
+        SamplingParams(**values)
+    assert (caught.value.field, caught.value.value) == (name, False)
+    assert fix in caught.value.fix
+    assert "penalizes" not in caught.value.fix  # the constructor sets it
+    assert caught.value.__context__ is None
+
+
+def test_parameters_have_names() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SamplingParams(0.5)  # type: ignore[call-arg]
+    assert list(inspect.signature(SamplingParams).parameters)[:2] == ["temperature", "top_p"]
+
+
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
+OTHERS = ("frequency_penalty", "min_tokens", "n", "priority", "stop", "stop_token_ids")
+LEFT = ("logits_processors", "user", "cache_salt", "seed")
+
+
+def test_none_is_the_default() -> None:
+    values: dict[str, Any] = dict.fromkeys((*NUMBERS, *OTHERS, *LEFT))
+    assert SamplingParams(**values) == SamplingParams()
+    assert SamplingParams(max_tokens=None) != SamplingParams()
+    for name in ("ignore_eos", "detokenize", "skip_special_tokens", "logprobs_details"):
+        with pytest.raises(RequestError, match="must be a bool"):
+            SamplingParams(**{name: None})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scalar", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+def test_numbers_are_those_of_python(scalar: Any) -> None:
+    given: dict[str, Any] = {"temperature": 0.5, "top_k": 3, "seed": 7, "ignore_eos": True}
+    given |= {"max_tokens": 9, "presence_penalty": -1.0, "logprobs": 2}
+    params = SamplingParams(
+        **{name: scalar(value) for name, value in given.items()},
+        stop_token_ids=[scalar(5), 6],
+    )
+    assert params == SamplingParams(**given, stop_token_ids=[5, 6])
+    for name, value in given.items():
+        assert type(getattr(params, name)) is type(value), name
+    assert list(map(type, params.stop_token_ids)) == [int, int]
+    assert SamplingParams(stop_token_ids=scalar([5, 6])) == SamplingParams(stop_token_ids=[5, 6])
+    with pytest.raises(RequestError, match=r"top_k=3\.0: must be an integer"):
+        SamplingParams(top_k=scalar(3.0))
+    with pytest.raises(RequestError, match="temperature=True: must be a number"):
+        SamplingParams(temperature=scalar(True))
 
 
 def test_equal_hashable_and_picklable() -> None:

@@ -188,7 +188,7 @@ class TestCalls:
             read.append((before, llm.engine.stats.steps))
             return make_output(*given)
 
-        monkeypatch.setattr("llm.make_output", slow)
+        monkeypatch.setattr("engine.outputs.make_output", slow)
         ended = threading.Event()
 
         def step() -> None:

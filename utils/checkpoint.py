@@ -89,10 +89,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 
     Raises a CheckpointError if the model does not exist or has no usable config.json.
     """
-    # Unlike methods of `Path`, these functions raise no errors for odd names, e.g. too long names.
-    path = Path(os.path.expanduser(model))
-    # A path that is read later must not depend on the current directory then.
-    path = path.absolute() if os.path.isdir(path) else _from_hub(model)
+    path = folder_of(model)
     config_file = path / "config.json"
     if not os.path.lexists(config_file):
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
@@ -125,11 +122,22 @@ def _check(fields: Mapping[str, Any]) -> None:
                     raise ValueError(f"{name}={one!r:.80} {rule.problem}. Correct the file.")
 
 
-def _from_hub(model: str) -> Path:
+def folder_of(model: str, option: str = "model") -> Path:
+    """Return the folder of this path, or that of a hub model, which is downloaded if necessary.
+
+    Raises a CheckpointNotFoundError that names the `option` if there is none.
+    """
+    # Unlike methods of `Path`, these functions raise no errors for odd names, e.g. too long names.
+    path = Path(os.path.expanduser(model))
+    # A path that is read later must not depend on the current directory then.
+    return path.absolute() if os.path.isdir(path) else _from_hub(model, option)
+
+
+def _from_hub(model: str, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    missing = f"model={model!r}: there is no such folder"
+    missing = f"{option}={model!r}: there is no such folder"
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointNotFoundError(missing)
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]

@@ -11,6 +11,9 @@ from utils.errors import FieldError, did_you_mean
 
 T = TypeVar("T")
 
+_LISTS = frozenset((list, tuple))
+_PLAIN = frozenset((int, float, bool, str, type(None), list, tuple))
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -31,13 +34,38 @@ def rules_of(kind: type) -> dict[str, Rule]:
     return {one.name: one.metadata["rule"] for one in fields(kind) if "rule" in one.metadata}
 
 
-def check_rules(values: object, rules: Mapping[str, Rule], error: type[FieldError]) -> None:
-    """Raise `error` for the first field whose rule does not allow the field's value."""
+def check_rules(
+    values: object,
+    rules: Mapping[str, Rule],
+    error: type[FieldError],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise `error` for the first field whose rule does not allow the field's value.
+
+    Before, None is replaced by the field's value in `defaults`, if there is one, and values of
+    NumPy and torch by values of Python. The fields are changed, even if `values` is frozen.
+    """
     for name, rule in rules.items():
         value = getattr(values, name)
+        if value is None and defaults and name in defaults:
+            value = defaults[name]
+            object.__setattr__(values, name, value)
+        # The types of almost all values are in `_PLAIN`, which is faster than asking the values.
+        elif type(value) not in _PLAIN or (type(value) in _LISTS and value):
+            value = plain(value)
+            object.__setattr__(values, name, value)
         if not rule.allows(value):
             fix = rule.fix if isinstance(rule.fix, str) else rule.fix(value)
             raise error(name, value, rule.problem, fix)
+
+
+def plain(value: Any) -> Any:
+    """Return a scalar, an array or a list of scalars of NumPy or torch in the types of Python."""
+    if type(value) in _LISTS:
+        kinds = set(map(type, value))
+        return value if kinds <= _PLAIN else type(value)(map(plain, value))
+    has_values = hasattr(value, "dtype") and hasattr(value, "tolist")
+    return value.tolist() if has_values and not isinstance(value, type) else value
 
 
 def is_int(value: object) -> bool:

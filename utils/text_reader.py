@@ -29,6 +29,7 @@ class StopStrings:
         self._tail = ""  # the end of the text, with marks
         self._waiting: list[tuple[int, str]] = []  # marks in the new text, and places before them
         self._passed = 0  # no stop string may end in the first so many characters of the new text
+        self.found = ""  # the stop string that `find` has found last
 
     def held(self, text: str) -> int:
         """Return how many of the last characters of `text` may become part of a stop string."""
@@ -47,10 +48,11 @@ class StopStrings:
         cut = 0
         for old, added, stops in views:
             seen, behind = old + added, len(old) + self._passed
-            for stop in stops:
+            for stop, given in zip(stops, self._plain, strict=True):
                 # The operator `in` is faster than `find`. Most texts have no stop string.
                 if stop in seen and (at := seen.find(stop, max(0, behind + 1 - len(stop)))) >= 0:
-                    cut = max(cut, len(_MARK.sub("", seen[at:])) + 1)
+                    size = len(_MARK.sub("", seen[at:])) + 1
+                    cut, self.found = (size, given) if size > cut else (cut, self.found)
         return len(text) + len(new) + 1 - cut if cut else None
 
     def put(self, token: int, place: int) -> None:
@@ -89,7 +91,8 @@ class TextReader:
     bytes become U+FFFD, which is added with the next valid character or at the end of the output.
     Text that later tokens can change is added when they no longer can (`Decoder.is_part`), or at
     the end of the output (`Decoder.grows`). Stop strings within the first `min_tokens` tokens are
-    ignored. `prompt` are the token ids of the prompt.
+    ignored. `prompt` are the token ids of the prompt. If `includes_stop`, the stop string that ends
+    the output is added to the text.
     """
 
     def __init__(
@@ -98,13 +101,17 @@ class TextReader:
         stop: tuple[str, ...] = (),
         min_tokens: int = 0,
         prompt: Sequence[int] = (),
+        *,
+        includes_stop: bool = False,
     ) -> None:
-        self._decoder = decode if isinstance(decode, Decoder) else Decoder(decode)
+        self.decoder = self._decoder = decode if isinstance(decode, Decoder) else Decoder(decode)
         self._prompt, self._min_tokens = prompt, min_tokens
         self._stops = StopStrings(stop, self._decoder.specials) if stop else None
         self.text = ""  # the text so far, without the stop string
         self.num_tokens = 0  # number of tokens read; tokens after a stop string are never read
         self.stopped = False  # whether a stop string was found
+        self.stop_string: str | None = None  # the stop string that was found
+        self._includes_stop = includes_stop
         # A token's text may depend on the tokens before. So `_look` decodes the tokens `_window`
         # together. Their text begins with `_known`, which is already in `text` or in the prompt.
         # The first `_base` of these tokens end with a whole character.
@@ -218,5 +225,6 @@ class TextReader:
         if at < len(counts):
             self.num_tokens, new = counts[at], text(counts[at])
         self.text = (self.text + new)[: stops.find(self.text, new)]
-        self.stopped = True
+        self.stopped, self.stop_string = True, stops.found
+        self.text += stops.found if self._includes_stop else ""
         return True

@@ -112,7 +112,7 @@ def _outputs(path: Path) -> tuple[list[list[dict[str, Any]]], list[int]]:
     options: dict[str, Any] = {"num_kvcache_blocks": NUM_BLOCKS, "kvcache_block_size": BLOCK_SIZE}
     options |= {"max_num_seqs": 6, "max_num_batched_tokens": 128, "max_model_len": 200}
     with LLM(path, device="cpu", attention_backend=PaddedAttention, **options) as llm:
-        made = []
+        made: list[list[dict[str, Any]]] = []
         for kinds in (plain, special, plain + special, plain):
             params = [
                 SamplingParams(max_tokens=9 + 2 * i, ignore_eos=True, **kind)
@@ -123,7 +123,7 @@ def _outputs(path: Path) -> tuple[list[list[dict[str, Any]]], list[int]]:
                 [(7 + 31 * i + 5 * j) % VOCAB_SIZE for j in range(length)]
                 for i, length in enumerate(lengths)
             ]
-            made.append(llm.generate(prompts, params, use_tqdm=False))
+            made.append([*llm.generate(prompts, params, use_tqdm=False)])
         return made, [group.num_blocks for group in llm.engine.runner.kv_groups]
 
 

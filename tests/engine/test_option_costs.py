@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.step_scores
 from engine.changed_rows import BLOCK_ROWS, table_width
+from engine.hidden_rows import Forwarded
 from engine.sampling_rows import SpecialRows
 from engine.step_scores import PROMPT_ROWS, group_of
 from engine.types import NewRequest, PrefillChunk, StepPlan
@@ -62,7 +63,7 @@ def _drawn(special: SpecialRows, table: Tensor, lengths: list[int], logits: Tens
         seeds=keys(torch.arange(count)),
         tokens=torch.zeros(count, dtype=torch.int64),
     )
-    return special.draw(Sampler(place()), table, logits, sampled)
+    return special.draw(Sampler(place()), table, Forwarded(logits, []), sampled, lambda x: x)
 
 
 def _decoded(rows: _Rows, count: int) -> SpecialRows | None:
@@ -160,7 +161,8 @@ def test_tokens_are_the_same_bits_on_both_sides_of_min_tokens(temperature: float
     special = _decoded(rows, 3)
     assert special is not None
     assert len(special.changed) == 1
-    drawn, *_ = special.draw(sampler, torch.zeros(4, 9, dtype=torch.int32), logits, sampled)
+    known, made = torch.zeros(4, 9, dtype=torch.int32), Forwarded(logits, [])
+    drawn, *_ = special.draw(sampler, known, made, sampled, lambda x: x)
     assert torch.equal(drawn, sampler(logits, sampled))
 
 
@@ -188,8 +190,10 @@ def test_a_request_that_wants_many_widens_no_other(monkeypatch: pytest.MonkeyPat
 
 
 def test_groups_are_few() -> None:
-    assert sorted({group_of(n) for n in range(1025)}) == [1, 4, 16, 64, 256, 1024]
-    assert all(group_of(n) >= n for n in range(1025))
+    for ranked in (False, True):
+        groups = [group_of(n, ranked=ranked) for n in range(1025)]
+        assert sorted(set(groups)) == [(n, ranked) for n in (1, 4, 16, 64, 256, 1024)]
+        assert all(most >= n for n, (most, _) in enumerate(groups))
 
 
 def test_the_logits_of_a_prompt_exist_in_blocks_of_rows(shipped: Path) -> None:

@@ -216,7 +216,7 @@ def test_prompts_are_scored_at_their_own_rows_and_to_their_end() -> None:
     special = _Rows(2).of(StepPlan(0, news, prefill=chunks))
     assert special is not None
     assert special.scored is not None
-    assert special.scored.prompts == [(1, 2, 1)]
+    assert special.scored.prompts == [(1, 2, False, 1)]
     assert special.scored.prompt_rows.tolist() == [3, 4]
     assert special.scored.prompt_tokens.tolist() == [12, 13]
 
@@ -235,7 +235,7 @@ def test_decodes_have_the_options_of_who_holds_the_slots_now() -> None:
             special = rows.of(StepPlan(step + later, decode=(0, 1)))
             assert special is not None
             assert special.scored is not None
-            assert special.scored.new == expected
+            assert special.scored.new == [(row, False, wanted) for row, wanted in expected]
             rows_of = special.scored.new_rows.values()
             assert [rows.tolist() for rows in rows_of] == [[n] for n, _ in expected] or [
                 [row for row, _ in expected]

@@ -12,7 +12,7 @@ import torch
 from config import Config
 from engine.model_runner import step_launcher
 from engine.step_handles import HostLauncher, StepOutput, StreamLauncher
-from engine.step_scores import StepScores
+from engine.step_scores import StepScores, group_of
 from engine.types import StepHandle, StepPlan
 from layers.logits import TokenScores
 from tests.engine import fake_cuda
@@ -145,6 +145,7 @@ def test_scores_arrive_with_their_tokens(stream: FakeStream) -> None:
         values=torch.zeros(2),
         top_tokens=torch.zeros(2, 1, dtype=torch.int64),
         top_values=torch.zeros(2, 1),
+        ranks=torch.zeros(2, 0, dtype=torch.int64),
     )
 
     def step(number: int) -> StepOutput:
@@ -154,7 +155,8 @@ def test_scores_arrive_with_their_tokens(stream: FakeStream) -> None:
 
         stream.enqueue(run)
         tokens = torch.full((2,), number)
-        return StepOutput(tokens, StepScores({1: scores}, [(0, 0), (1, 0)], [], 0))
+        groups = {group_of(0, ranked=False): scores}
+        return StepOutput(tokens, StepScores(groups, [(0, False, 0), (1, False, 0)], [], 0))
 
     handles = [launcher.launch(StepPlan(i), lambda i=i: step(i)) for i in range(3)]  # type: ignore[misc]
     stream.run()

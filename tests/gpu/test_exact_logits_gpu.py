@@ -150,20 +150,21 @@ def _scored(found: TokenScores, rows: Tensor) -> TokenScores:
 
 def _same_scores(a: TokenScores, b: TokenScores) -> bool:
     values = _same_bits(a.values, b.values) and _same_bits(a.top_values, b.top_values)
-    return values and torch.equal(a.top_tokens, b.top_tokens)
+    return values and torch.equal(a.top_tokens, b.top_tokens) and torch.equal(a.ranks, b.ranks)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABS)
 def test_log_probabilities(vocab_size: int) -> None:
     pool, _ = _pool(vocab_size)
     tokens = torch.randint(vocab_size, (POOL,), generator=torch.Generator().manual_seed(2)).cuda()
-    found = score(pool, tokens, 20)
+    found = score(pool, tokens, 20, ranked=True)
     for dtype in DTYPES:
         logits = pool.to(dtype)
         for rows in _picks(3):
-            assert _same_scores(score(logits, tokens[rows], 20, rows), _scored(found, rows))
+            own = tokens[rows]
+            assert _same_scores(score(logits, own, 20, rows, ranked=True), _scored(found, rows))
             for view in _placed(logits[rows]):
-                assert _same_scores(score(view, tokens[rows], 20), _scored(found, rows))
+                assert _same_scores(score(view, own, 20, ranked=True), _scored(found, rows))
     for count in (0, 1, 5):
         fewer = score(pool, tokens, count)
         assert _same_bits(fewer.values, found.values)
@@ -173,6 +174,9 @@ def test_log_probabilities(vocab_size: int) -> None:
     for row in range(0, POOL, 25):
         ordered = pool[row].float().sort(descending=True, stable=True)
         assert torch.equal(found.top_tokens[row], ordered.indices[:20])
+        asked = [int(tokens[row]), *found.top_tokens[row].tolist()]
+        larger = [int((pool[row] > pool[row, token]).sum()) for token in asked]
+        assert found.ranks[row].tolist() == [count + 1 for count in larger]
         expected = pool[row].double().log_softmax(0)
         torch.testing.assert_close(
             found.top_values[row].double(), expected[ordered.indices[:20]], rtol=2e-6, atol=2e-6

@@ -60,6 +60,34 @@ def test_a_row_has_the_same_scores_alone_in_any_place_and_dtype(vocab_size: int)
     assert torch.equal(fewer.top_values, found.top_values[:, :2])
 
 
+@pytest.mark.parametrize("vocab_size", VOCABS)
+@pytest.mark.parametrize("num_top", [0, 1, 5, 64])
+def test_a_rank_is_the_number_of_larger_logits_plus_one(vocab_size: int, num_top: int) -> None:
+    count = 150 if vocab_size < 2000 else 9
+    logits = _logits(count, vocab_size)
+    logits[0, ::2] = -INF
+    num_top = min(num_top, vocab_size)
+    tokens = torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(2))
+    found = score(logits, tokens, num_top, order, ranked=True)
+    rows = logits[order].float()
+    asked = torch.cat((tokens.unsqueeze(1), found.top_tokens), dim=1)
+    expected = [
+        [int((row > row[token]).sum()) + 1 for token in some]
+        for row, some in zip(rows, asked, strict=True)
+    ]
+    assert found.ranks.tolist() == expected
+    plain = score(logits, tokens, num_top, order)
+    assert plain.ranks.shape == (count, 0)
+    assert all(
+        torch.equal(getattr(plain, name), getattr(found, name))
+        for name in TokenScores.__slots__
+        if name != "ranks"
+    )
+    none = score(logits[:0], tokens[:0], num_top, ranked=True)
+    assert none.ranks.shape == (0, 1 + num_top)
+
+
 def test_of_equal_logits_the_lowest_id_comes_first() -> None:
     logits = torch.zeros(2, 1000)
     logits[0, [3, 500, 999]] = 1.0
