@@ -53,8 +53,8 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
         (*_PYTEST, "tests/layers/test_exact_logits.py"),
     ),
     (
-        "surface: who asks for no ranks gets them in company",
-        ((_ROWS, "            if not ranked:\n", "            if not f.ranks.numel():\n"),),
+        "surface: ranks are wanted by all or by none",
+        (("engine/step_scores.py", "    return most, ranked\n", "    return most, False\n"),),
         SURFACE,
     ),
     (

@@ -133,8 +133,8 @@ _PADDING: tuple[PlainMutant, ...] = (
     _bug(
         "captured steps: a chunk without a sample counts as one with",
         _GRAPHS,
-        "num_chunks = sum(chunk.samples for chunk in plan.prefill)",
-        "num_chunks = len(plan.prefill)",
+        "num_chunks, states = sum(chunk.samples for chunk in plan.prefill), []",
+        "num_chunks, states = len(plan.prefill), []",
         GRAPHS,
     ),
     _bug(
@@ -320,7 +320,7 @@ _SCORES: tuple[PlainMutant, ...] = (
     _bug(
         "scores: all rows are one group",
         _SCORING,
-        "    while group < num_top:\n        group *= 4\n",
+        "    while most < num_top:\n        most *= 4\n",
         "",
         SAMPLING,
     ),

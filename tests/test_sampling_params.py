@@ -75,7 +75,7 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
         ("stop_strings", "Did you mean 'stop'?"),
         ("do_sample", "Use temperature=0"),
         ("structured_outputs", "json_schema"),
-        ("xyzzy", "Known: cache_salt, detokenize"),
+        ("xyzzy", "Known: allowed_token_ids, bad_words"),
     ],
 )
 def test_unknown_parameters_are_refused(name: str, fix: str) -> None:

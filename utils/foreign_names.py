@@ -175,7 +175,6 @@ PARAMETERS: Mapping[str, Foreign] = {
     "regex": Foreign(_SCHEMA),
     "grammar": Foreign(_SCHEMA),
     "logits_processor": _meant("logits_processors"),
-    "bad_words_ids": Foreign("Use logits_processors (docs/options.md)."),
     "no_repeat_ngram_size": Foreign("Use logits_processors (docs/options.md)."),
     "extra_args": Foreign("Use logits_processors: an object with for_request has its own values."),
     "output_kind": Foreign("Use llm.stream for outputs in parts."),

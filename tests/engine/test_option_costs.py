@@ -169,9 +169,11 @@ def test_tokens_are_the_same_bits_on_both_sides_of_min_tokens(temperature: float
 def test_a_request_that_wants_many_widens_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     work: list[tuple[int, int]] = []
 
-    def counted(logits: Tensor, tokens: Tensor, num_top: int, *rows: Tensor) -> TokenScores:
+    def counted(
+        logits: Tensor, tokens: Tensor, num_top: int, *rows: Tensor, ranked: bool
+    ) -> TokenScores:
         work.append((len(tokens), num_top))
-        return score(logits, tokens, num_top, *rows)
+        return score(logits, tokens, num_top, *rows, ranked=ranked)
 
     wanted = [1] * 60 + [90] + [0, 3, 4, 90, 17]
     news = [_new(i, SamplingParams(temperature=0.0, logprobs=n)) for i, n in enumerate(wanted)]
