@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.graphs import StepGraphs
+from engine.types import StepPlan
 from llm import LLM, SamplingParams
 
 pytestmark = [
@@ -47,11 +48,14 @@ def alone(llm: LLM) -> list[Any]:
 
 
 def test_bits_are_equal_in_any_company(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replays = []
+    replays: list[StepPlan] = []
     replay = StepGraphs.replay
-    monkeypatch.setattr(
-        StepGraphs, "replay", lambda self, plan: (replays.append(plan), replay(self, plan))[1]
-    )
+
+    def counted(self: StepGraphs, plan: StepPlan) -> Any:
+        replays.append(plan)
+        return replay(self, plan)
+
+    monkeypatch.setattr(StepGraphs, "replay", counted)
     with LLM(shipped, **SMALL) as llm:
         expected = alone(llm)
         # All decodes of the last layer alone ran as graphs.
