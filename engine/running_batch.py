@@ -70,7 +70,7 @@ class RunningBatch:
 
     def admit(self, seq: Sequence) -> bool:
         """Give a request a slot and blocks. Return False if no slot or too few blocks are free."""
-        if not self._free_slots:
+        if not self._free_slots or not self.blocks.fits(seq.token_ids, seq.cache_salt):
             return False
         cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)
         if not self.blocks.grow(seq.request_id, len(seq.token_ids)):
@@ -283,6 +283,7 @@ class RunningBatch:
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a request. Its slot and blocks become free when no step in flight uses them."""
         seq.finish_reason = reason
+        self.blocks.abandon(seq.token_ids)
         self._stop(seq)
 
     def _stop(self, seq: Sequence) -> None:

@@ -155,6 +155,18 @@ class BlockManager(ABC):
         After the request's last `commit` the caller may also remove the last `token_ids`.
         """
 
+    def fits(self, token_ids: list[int], cache_salt: str = "", most: int | None = None) -> bool:
+        """Whether `begin` and then `grow` to the length of `token_ids` find enough blocks now.
+
+        False must be right. A manager that does not know returns True, and `grow` tells. `pending`
+        and `fits` may remember what they found for a list, to which the caller may only append. At
+        most `most` tokens, which fill blocks, count as cached.
+        """
+        return True
+
+    def abandon(self, token_ids: list[int]) -> None:  # noqa: B027  (nothing is remembered)
+        """Forget what `pending` and `fits` found for a list whose request will not begin."""
+
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
         """Add blocks to the request's table until the table has room for `num_tokens` tokens.
@@ -170,6 +182,10 @@ class BlockManager(ABC):
     def wanted(self, request_id: int, num_tokens: int) -> int:
         """Number of blocks that `grow` would add to the request's table; negative for none."""
         return -(-num_tokens // self.block_size) - len(self.table(request_id))
+
+    def held(self, request_id: int) -> int:
+        """Number of blocks in the request's table."""
+        return len(self.table(request_id)) - self.table(request_id).count(NO_BLOCK)
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:

@@ -29,6 +29,7 @@ _BATCH, _SCHEDULER, _POLICIES = (
     "engine/policies.py",
 )
 _BLOCKS, _GROUPS = "memory/block_manager.py", "memory/cache_groups.py"
+_RECORDS = "memory/prefix_records.py"
 
 # What is run on the copy: it has to fail.
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contracts/test_shipped.py")
@@ -40,6 +41,7 @@ ATTENTION = (*_PYTEST[:-1], "tests/layers/attention/test_torch_sdpa.py")
 BATCH = (*_PYTEST[:-1], "tests/engine/test_running_batch.py")
 GROUPS = (*_PYTEST[:-1], "tests/memory/test_grouped_blocks.py")
 SIMULATED = (*_PYTEST[:-1], "tests/engine/test_simulated_runner.py")
+WAITING = (*_PYTEST[:-1], "tests/memory/test_waiting_prefixes.py")
 LEAKS = (*_PYTEST[:-1], "tests/engine/test_leaks.py")
 
 
@@ -126,7 +128,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "hash without parent, and a hit is trusted without comparing the parent",
         (
             Edit(_BLOCKS, "xxh128_digest(parent.digest + tokens)", "xxh128_digest(tokens)"),
-            Edit(_BLOCKS, "node.parent != parent or ", ""),
+            Edit(_BLOCKS, "node.parent != sought.parent or ", ""),
         ),
     ),
     _bug(
@@ -205,15 +207,71 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "the cache salt is ignored by the manager",
-        _BLOCKS,
-        "        parent: CachedBlock | str = salt\n",
-        '        parent: CachedBlock | str = ""\n',
+        _RECORDS,
+        "parent = blocks[i - 1] if i else salt",
+        'parent = blocks[i - 1] if i else ""',
     ),
     _bug(
         "the cache salt is not passed on by the scheduler",
         _BATCH,
         "self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt)",
         "self.blocks.begin(seq.request_id, seq.token_ids)",
+    ),
+    _bug(
+        "a waiting request keeps blocks that were evicted",
+        _RECORDS,
+        "        if match.num_lost != self.num_lost:\n",
+        "        if not blocks:\n",
+        WAITING,
+    ),
+    _bug(
+        "a waiting request does not see what was published",
+        _RECORDS,
+        "if match.num_published == self.num_published else 0",
+        "if blocks else 0",
+        WAITING,
+    ),
+    _bug(
+        "a waiting request is hashed in every step",
+        _RECORDS,
+        "        if match is None or match.salt != salt:\n",
+        "        if match is not None or match is None:\n",
+        WAITING,
+    ),
+    _bug(
+        "a waiting request is given what another salt has found",
+        _RECORDS,
+        "        if match is None or match.salt != salt:\n",
+        "        if match is None:\n",
+        WAITING,
+    ),
+    _bug(
+        "leak: the cache remembers requests that were aborted while they waited",
+        _BATCH,
+        "        self.blocks.abandon(seq.token_ids)\n",
+        "",
+        WAITING,
+    ),
+    _bug(
+        "blocks that a waiting request would take out of the cache count as free",
+        _BLOCKS,
+        "return sum(self._references[node.block] == 0 for node in hits) <= left",
+        "return True",
+        WAITING,
+    ),
+    _bug(
+        "a window does not see what was published",
+        _RECORDS,
+        "            if blocks[i].block < 0 and (node := find(blocks[i])):\n",
+        "            if not i and (node := find(blocks[i])):\n",
+        WAITING,
+    ),
+    _bug(
+        "a window keeps blocks that were evicted",
+        _GROUPS,
+        "        if longest is None or any(node.block < 0 for node in self._read(blocks, longest)):\n",
+        "        if longest is None:\n",
+        WAITING,
     ),
     _bug(
         "who waits for a prefix is not told that it will not come",
