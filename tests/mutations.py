@@ -29,7 +29,8 @@ _BATCH, _SCHEDULER, _POLICIES = (
     "engine/policies.py",
 )
 _BLOCKS, _GROUPS = "memory/block_manager.py", "memory/cache_groups.py"
-_RECORDS = "memory/prefix_records.py"
+_RECORDS, _FAIR = "memory/prefix_records.py", "engine/fair_share.py"
+_ADMISSION = "engine/admission.py"
 
 # What is run on the copy: it has to fail.
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contracts/test_shipped.py")
@@ -269,15 +270,15 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "a window keeps blocks that were evicted",
         _GROUPS,
-        "        if longest is None or any(node.block < 0 for node in self._read(blocks, longest)):\n",
-        "        if longest is None:\n",
+        "longest is None or any(node.block < 0 for node in self._read(blocks, longest)):",
+        "longest is None:",
         WAITING,
     ),
     _bug(
         "who waits for a prefix is not told that it will not come",
         _SCHEDULER,
-        "if leader is not None and leader.num_committed",
         "if leader is None or leader.num_committed",
+        "if leader is not None and leader.num_committed",
     ),
     Mutant(
         "victim in flight: blocks run out, and no one waits for the step under way",
@@ -371,7 +372,7 @@ MUTANTS: tuple[Mutant, ...] = (
         _POLICIES,
         "        if not self._arrived.pop(seq.request_id, None):\n"
         "            self._back.remove(seq)\n",
-        "        if self._back:\n            self._back.pop(0)\n        else:\n"
+        "        if self._back:\n            self._back.pop()\n        else:\n"
         "            self._arrived.popitem(last=False)\n",
     ),
     _bug(
@@ -635,7 +636,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "leak: the policy of fair shares keeps what it charged",
-        _POLICIES,
+        _FAIR,
         "self.charged.pop(seq.request_id)",
         "self.charged[seq.request_id]",
         LEAKS,
