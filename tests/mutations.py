@@ -43,6 +43,8 @@ BATCH = (*_PYTEST[:-1], "tests/engine/test_running_batch.py")
 GROUPS = (*_PYTEST[:-1], "tests/memory/test_grouped_blocks.py")
 SIMULATED = (*_PYTEST[:-1], "tests/engine/test_simulated_runner.py")
 WAITING = (*_PYTEST[:-1], "tests/memory/test_waiting_prefixes.py")
+POLICIES = (*_PYTEST[:-1], "tests/engine/test_policies.py")
+GROWTH = (*_PYTEST[:-1], "tests/engine/test_scheduling_growth.py")
 LEAKS = (*_PYTEST[:-1], "tests/engine/test_leaks.py")
 
 
@@ -273,6 +275,76 @@ MUTANTS: tuple[Mutant, ...] = (
         "longest is None or any(node.block < 0 for node in self._read(blocks, longest)):",
         "longest is None:",
         WAITING,
+    ),
+    _bug(
+        "lookahead takes prompts to be computed at once",
+        _ADMISSION,
+        "steps = -(-(length - 1) // rate) + max(1, end - length)",
+        "steps = max(1, end - length)",
+        (*POLICIES, "-k", "right_predictions"),
+    ),
+    _bug(
+        "lookahead lets a request that decodes end a step too early",
+        _ADMISSION,
+        "seq.num_scheduled, end - seq.num_scheduled\n",
+        "seq.num_scheduled, end - seq.num_scheduled - 1\n",
+        (*POLICIES, "-k", "right_predictions"),
+    ),
+    _bug(
+        "lookahead counts a request as it is at the beginning of a range of steps",
+        _ADMISSION,
+        "min(2 << i, new.steps + 1) - 2",
+        "min(1 << i, new.steps) - 1",
+        (*POLICIES, "-k", "step_by_step"),
+    ),
+    _bug(
+        "lookahead forgets who joined in this step",
+        _ADMISSION,
+        "            self._courses.append(new)\n",
+        "",
+        (*POLICIES, "-k", "step_by_step"),
+    ),
+    _bug(
+        "lookahead checks all ends for each request",
+        _ADMISSION,
+        "        if max(bounds) > most:\n            if self.num_checks >= self.max_checks:\n",
+        "        if most > 0:\n            if self.num_checks < 0:\n",
+        GROWTH,
+    ),
+    _bug(
+        "reserve forgets who joined in this step",
+        _ADMISSION,
+        "lacking + most - there for",
+        "lacking for",
+        POLICIES,
+    ),
+    _bug(
+        "policies are not told of a new step",
+        _SCHEDULER,
+        "        self._admission.begin_step(self.batch)\n",
+        "",
+        POLICIES,
+    ),
+    _bug(
+        "a user who has had more than a share is forgotten at once",
+        _FAIR,
+        "            if self._counts and self.levels[idle] > self.fair_level:\n",
+        "            if not idle:\n",
+        GROWTH,
+    ),
+    _bug(
+        "users are never forgotten while others have requests",
+        _FAIR,
+        "self.fair_level += len(seq.token_ids) / len(self._counts)",
+        "self.fair_level += 0 / len(self._counts)",
+        GROWTH,
+    ),
+    _bug(
+        "an aborted request goes on waiting for a prefix",
+        _SCHEDULER,
+        "                del self.deferred[prefix][request_id]\n",
+        "",
+        (*_PYTEST[:-1], "tests/engine/test_shared_prefixes.py"),
     ),
     _bug(
         "who waits for a prefix is not told that it will not come",
