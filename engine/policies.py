@@ -79,10 +79,10 @@ class PreemptionPolicy(Policy):
 
     @abstractmethod
     def victims(self, running: list[Sequence]) -> Iterable[Sequence]:
-        """Return `running` in the order in which to preempt them, as many as it takes.
+        """Return all of `running` in the order in which to preempt them, as many as it takes.
 
-        `running` is in order of admission, and the method may change the list. Called at most once
-        in a step.
+        Called at most once in a step. `running` is in order of admission. The method may reorder
+        this list, which is a copy.
         """
 
 

@@ -184,7 +184,7 @@ class BlockManager(ABC):
         return -(-num_tokens // self.block_size) - len(self.table(request_id))
 
     def held(self, request_id: int) -> int:
-        """Number of blocks in the request's table."""
+        """Number of blocks in the request's table, without the entries `NO_BLOCK`."""
         return len(self.table(request_id)) - self.table(request_id).count(NO_BLOCK)
 
     @abstractmethod

@@ -18,8 +18,9 @@ from memory.eviction import CachedBlock
 Key = tuple[CachedBlock | str, bytes]
 # Returns the cached block with the parent and the tokens of the given block, or None.
 Find = Callable[[CachedBlock], CachedBlock | None]
-# How many of the blocks that were published last are remembered by name. If more were published
-# since a match was read, all blocks of the match are looked up. A step rarely publishes as many.
+# How many of the blocks that were published last are remembered by digest. If more were published
+# since a match was read, all blocks of the match are looked up. A step of 16,384 prompt tokens in
+# blocks of 16 publishes as many.
 _NUM_NEWS = 1024
 
 
