@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from benchmarks.scheduling_growth import measure_growth
 from config import Config
 from engine.parts import PART_KINDS
 from engine.requests import Sequence
@@ -23,7 +24,11 @@ _NUM_USERS = 1_000
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall seconds of each step with a queue policy and so many requests waiting."""
+    """Wall seconds of each step with a queue policy and so many requests waiting.
+
+    For what `benchmarks.scheduling_growth` measures, `policy` says what that is, and `num_waiting`
+    how many there were of what the cost may grow with.
+    """
 
     policy: str
     num_waiting: int
@@ -129,6 +134,14 @@ def measure_scheduling(num_steps: int) -> list[Cost]:
         flat = new[-1].median / new[0].median
         print(f"{policy:<16}{times} ms with {queues} waiting: {flat:.3f} times", flush=True)
         costs += new
+    return costs + _measure_growth(num_steps)
+
+
+def _measure_growth(num_steps: int) -> list[Cost]:
+    """Median CPU seconds of a step or of a burst, or those of all steps together."""
+    costs = [Cost(*measured) for measured in measure_growth(num_steps)]
+    for cost in costs:
+        print(f"{cost.policy}, {cost.num_waiting:,}: {1e3 * cost.median:.3f} ms", flush=True)
     return costs
 
 

@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 POLICIES = ("queue_policy", "admission_policy", "preemption_policy", "step_policy")
 _RUNNERS = ("engine", "engine.ranks", "engine.checking")
 _ATTENTION = "layers.attention"
+# The modules of policies. `policies` has the base classes and the short ones.
+_POLICIES, _ADMISSION, _FAIR = "engine.policies", "engine.admission", "engine.fair_share"
 _KINDS = (
     PartKind("scheduler", "engine.types:Scheduler", ("engine",)),
-    PartKind("queue_policy", "engine.policies:QueuePolicy", ("engine.policies",)),
-    PartKind("admission_policy", "engine.policies:AdmissionPolicy", ("engine.policies",)),
-    PartKind("preemption_policy", "engine.policies:PreemptionPolicy", ("engine.policies",)),
-    PartKind("step_policy", "engine.policies:StepPolicy", ("engine.policies",)),
+    PartKind("queue_policy", f"{_POLICIES}:QueuePolicy", (_POLICIES, _FAIR)),
+    PartKind("admission_policy", f"{_POLICIES}:AdmissionPolicy", (_POLICIES, _ADMISSION)),
+    PartKind("preemption_policy", f"{_POLICIES}:PreemptionPolicy", (_POLICIES,)),
+    PartKind("step_policy", f"{_POLICIES}:StepPolicy", (_POLICIES,)),
     # "auto" never selects "radix", because "radix" finds no more cached tokens than "prefix".
     PartKind("block_manager", "engine.types:BlockManager", ("memory",), ("prefix", "paged")),
     PartKind("eviction_policy", "memory.eviction:EvictionPolicy", ("memory",)),

@@ -7,16 +7,13 @@ length* is the prompt's length plus `SamplingParams.predicted_tokens`, by defaul
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
-from collections import OrderedDict, defaultdict
-from collections.abc import Collection
-from operator import attrgetter
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from config import Config
 from engine.requests import Sequence
 from engine.running_batch import RunningBatch
-from engine.types import NO_BLOCK
 from utils.lazy_heap import LazyHeap
 
 
@@ -54,7 +51,15 @@ class QueuePolicy(Policy):
 
 
 class AdmissionPolicy(Policy):
-    """Decides whether a waiting request may join the running requests."""
+    """Decides whether a waiting request may join the running requests.
+
+    `begin_step` and `admitted` let a policy look at all running requests once in a step, and not
+    for each request that it admits in this step. `engine.admission` has examples.
+    """
+
+    def begin_step(self, batch: RunningBatch) -> None:
+        """Called before `admits` in each step. All requests may have changed."""
+        del batch
 
     @abstractmethod
     def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
@@ -64,13 +69,21 @@ class AdmissionPolicy(Policy):
         are free. If no request runs, the scheduler admits `seq` without calling this method.
         """
 
+    def admitted(self, seq: Sequence, batch: RunningBatch) -> None:
+        """Called when `seq` has joined, after the call of `admits` for `seq` if there was one."""
+        del seq, batch
+
 
 class PreemptionPolicy(Policy):
     """Chooses which running request to preempt when a decode row needs a block but none is free."""
 
     @abstractmethod
-    def victim(self, running: Collection[Sequence]) -> Sequence:
-        """Return the request to preempt. `running` is not empty and is in order of admission."""
+    def victims(self, running: list[Sequence]) -> Iterable[Sequence]:
+        """Return all of `running` in the order in which to preempt them, as many as it takes.
+
+        Called at most once in a step. `running` is in order of admission. The method may reorder
+        this list, which is a copy.
+        """
 
 
 class StepPolicy(Policy):
@@ -97,19 +110,19 @@ class FirstCome(QueuePolicy):
 
     def __init__(self, config: Config) -> None:
         self._arrived: OrderedDict[int, Sequence] = OrderedDict()
-        self._back: list[Sequence] = []  # requests that were pushed again after a pop, sorted by id
+        self._back: LazyHeap[Sequence] = LazyHeap()  # requests that were pushed again after a pop
 
     def push(self, seq: Sequence) -> None:
         if self._arrived and seq.request_id < next(reversed(self._arrived)):
-            insort(self._back, seq, key=attrgetter("request_id"))
+            self._back.push(seq.request_id, seq)
         else:
             self._arrived[seq.request_id] = seq
 
     def first(self) -> Sequence | None:
-        arrived = next(iter(self._arrived.values()), None)
-        if self._back and (arrived is None or self._back[0].request_id < arrived.request_id):
-            return self._back[0]
-        return arrived
+        arrived, back = next(iter(self._arrived.values()), None), self._back.first()
+        if back is None or (arrived is not None and arrived.request_id < back.request_id):
+            return arrived
+        return back
 
     def pop(self) -> Sequence:
         seq = self.first()
@@ -172,78 +185,6 @@ class ShortestJob(KeyedQueue):
         return seq.num_expected_tokens - len(seq.token_ids)
 
 
-class _UserQueue(QueuePolicy):
-    """Serves the user with the lowest level first. A level is a user's total charge in tokens."""
-
-    def __init__(self, config: Config) -> None:
-        self.levels: defaultdict[str, int] = defaultdict(int)
-        self._queues: defaultdict[str, FirstCome] = defaultdict(lambda: FirstCome(config))
-        self._order: LazyHeap[str] = LazyHeap()
-        self._now = 0
-
-    def push(self, seq: Sequence) -> None:
-        user = seq.sampling.user
-        returns = user not in self._queues
-        self._queues[user].push(seq)
-        if returns:
-            self._raise(user, max(0, self._now - self.levels[user]))
-
-    def first(self) -> Sequence | None:
-        while (user := self._order.first()) is not None:
-            if seq := self._queues[user].first():
-                return seq
-            del self._queues[user]
-            self._order.remove(user)
-        return None
-
-    def pop(self) -> Sequence:
-        user = self._order.first()
-        assert user is not None, "pop() of an empty queue"
-        self._now = self.levels[user]
-        return self._queues[user].pop()
-
-    def discard(self, seq: Sequence) -> None:
-        self._queues[seq.sampling.user].discard(seq)
-
-    def _raise(self, user: str, tokens: int) -> None:
-        self.levels[user] += tokens
-        if user in self._queues:
-            self._order.push((self.levels[user], user), user)
-
-
-class FairShare(_UserQueue):
-    """Serves the waiting user who has been charged the fewest tokens so far.
-
-    Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
-    OSDI 2024). When a request leaves the queue, its user is charged the request's expected length.
-    When the request ends, the charge is changed to the request's real length. If a user without
-    waiting requests adds one, the user's charge is raised at least to that of the last served user.
-    """
-
-    name = "fair_share"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.charged: dict[int, int] = {}
-
-    def push(self, seq: Sequence) -> None:
-        if seq.request_id in self.charged:
-            self._settle(seq, 0)
-        super().push(seq)
-
-    def pop(self) -> Sequence:
-        seq = super().pop()
-        self.charged[seq.request_id] = seq.num_expected_tokens
-        self._raise(seq.sampling.user, seq.num_expected_tokens)
-        return seq
-
-    def ended(self, seq: Sequence) -> None:
-        self._settle(seq, len(seq.token_ids))
-
-    def _settle(self, seq: Sequence, tokens: int) -> None:
-        self._raise(seq.sampling.user, tokens - self.charged.pop(seq.request_id))
-
-
 class Optimistic(AdmissionPolicy):
     """Admits a request if its current tokens find free blocks. Its output may cause preemptions."""
 
@@ -253,55 +194,13 @@ class Optimistic(AdmissionPolicy):
         return True
 
 
-class ReserveOutput(AdmissionPolicy):
-    """Admits a request if it and the running requests fit the cache even at their length limits."""
-
-    name = "reserve"
-
-    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
-        most = map(sum, zip(*map(batch.most_blocks, (*batch.running.values(), seq)), strict=True))
-        for count, blocks in zip(most, batch.blocks.groups, strict=True):
-            tables = map(blocks.table, batch.running)
-            held = sum(len(table) - table.count(NO_BLOCK) for table in tables)
-            if count - held > blocks.num_free_blocks:
-                return False
-        return True
-
-
-class LookAhead(AdmissionPolicy):
-    """Admits a request if it and all running requests fit the cache up to their expected lengths.
-
-    Requests take more and more blocks until one of them ends. So `admits` checks only the steps in
-    which a request ends. The method is from Past-Future (Gong et al., ASPLOS 2025).
-    """
-
-    name = "lookahead"
-
-    def admits(self, seq: Sequence, batch: RunningBatch) -> bool:
-        size, seqs = batch.blocks.block_size, [*batch.running.values(), seq]
-        # Each request's expected number of steps until its end, and its newest token's position.
-        ends = [(s.num_expected_tokens - len(s.token_ids), len(s.token_ids) - 1) for s in seqs]
-        ends.sort(reverse=True)
-        full = 0
-        offsets: list[int] = []
-        for count, (steps, position) in enumerate(ends, 1):
-            full += position // size
-            insort(offsets, position % size)
-            # In this request's last step `count` requests run, with `steps - 1` new tokens each.
-            more, rest = divmod(steps - 1, size)
-            crossed = count - bisect_left(offsets, size - rest)
-            if full + count * (more + 1) + crossed > batch.blocks.num_blocks:
-                return False
-        return True
-
-
 class Latest(PreemptionPolicy):
     """Preempts the request that was admitted last."""
 
     name = "latest"
 
-    def victim(self, running: Collection[Sequence]) -> Sequence:
-        return list(running)[-1]
+    def victims(self, running: list[Sequence]) -> Iterable[Sequence]:
+        return reversed(running)
 
 
 class LowestPriority(PreemptionPolicy):
@@ -309,8 +208,9 @@ class LowestPriority(PreemptionPolicy):
 
     name = "lowest_priority"
 
-    def victim(self, running: Collection[Sequence]) -> Sequence:
-        return min(reversed(list(running)), key=lambda seq: seq.sampling.priority)
+    def victims(self, running: list[Sequence]) -> Iterable[Sequence]:
+        running.reverse()
+        return sorted(running, key=lambda seq: seq.sampling.priority)
 
 
 class FewestComputed(PreemptionPolicy):
@@ -318,8 +218,9 @@ class FewestComputed(PreemptionPolicy):
 
     name = "fewest_computed"
 
-    def victim(self, running: Collection[Sequence]) -> Sequence:
-        return min(reversed(list(running)), key=lambda seq: seq.num_committed)
+    def victims(self, running: list[Sequence]) -> Iterable[Sequence]:
+        running.reverse()
+        return sorted(running, key=lambda seq: seq.num_committed)
 
 
 class DecodeFirst(StepPolicy):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, repeat
+from typing import Any
 
 from engine.requests import Sequence
 from engine.step import BlockUpdate, NewRequest, PrefillChunk, StepPlan, StepResult
@@ -68,12 +69,17 @@ class RunningBatch:
                 fix = f"Lower max_tokens, or give the engine more {more}."
                 raise RequestTooLongError("prompt", f"{seq.num_prompt_tokens} tokens", problem, fix)
 
+    def prefix_of(self, seq: Sequence) -> tuple[Any, ...]:
+        """The last arguments of the block manager's methods `begin`, `fits` and `pending`."""
+        most = seq.most_cached if self.blocks.caches_prefixes else None
+        return seq.token_ids, seq.cache_salt, *(() if most is None else (most,))
+
     def admit(self, seq: Sequence) -> bool:
         """Give a request a slot and blocks. Return False if no slot or too few blocks are free."""
-        if not self._free_slots:
+        where = self.prefix_of(seq)
+        if not self._free_slots or not self.blocks.fits(*where):
             return False
-        most = (seq.most_cached,) if self.blocks.caches_prefixes else ()
-        cached = self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt, *most)
+        cached = self.blocks.begin(seq.request_id, *where)
         if not self.blocks.grow(seq.request_id, len(seq.token_ids)):
             self.blocks.release(seq.request_id)
             return False
@@ -286,6 +292,7 @@ class RunningBatch:
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a request. Its slot and blocks become free when no step in flight uses them."""
         seq.finish_reason = reason
+        self.blocks.abandon(seq.token_ids)
         self._stop(seq)
 
     def _stop(self, seq: Sequence) -> None:

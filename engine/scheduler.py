@@ -7,7 +7,7 @@ of a prefix that the two requests share.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import ClassVar
 
 from config import Config
@@ -28,7 +28,8 @@ class QueuedScheduler(Scheduler):
         self.max_decode_tokens = 1 + config.num_speculative_tokens
         self.batch = RunningBatch(block_manager, config.max_num_seqs, clock)
         self.queue: QueuePolicy = make("queue_policy", config)
-        self.deferred: list[tuple[Sequence, PendingPrefix]] = []
+        self.deferred: dict[PendingPrefix, dict[int, Sequence]] = {}  # by prefix and request id
+        self._awaited: dict[int, PendingPrefix] = {}  # request id -> prefix that it waits for
         self._most_deferred = config.max_num_seqs
         self._waiting: dict[int, Sequence] = {}
 
@@ -55,27 +56,29 @@ class QueuedScheduler(Scheduler):
 
     def defer(self, prefix: PendingPrefix) -> bool:
         """Move the queue's first request to `deferred`. Return False if `deferred` is full."""
-        # `deferred` has a size limit, because `rejoin` reads all of `deferred` in each step.
-        if len(self.deferred) >= self._most_deferred:
+        # `deferred` has a size limit, because `rejoin` reads each prefix in each step.
+        if len(self._awaited) >= self._most_deferred:
             return False
-        self.deferred.append((self.queue.pop(), prefix))
+        seq = self.queue.pop()
+        self._awaited[seq.request_id] = prefix
+        self.deferred.setdefault(prefix, {})[seq.request_id] = seq
         return True
 
     def rejoin(self) -> None:
         """Requeue deferred requests whose prefix is now cached, or is no longer being computed."""
-        deferred, self.deferred = self.deferred, []
-        for seq, prefix in deferred:
+        for prefix in list(self.deferred):
             leader = self.batch.running.get(prefix.request_id)
-            if leader is not None and leader.num_committed < prefix.num_tokens:
-                self.deferred.append((seq, prefix))
-            else:
-                self.queue.push(seq)
+            if leader is None or leader.num_committed >= prefix.num_tokens:
+                for request_id, seq in self.deferred.pop(prefix).items():
+                    del self._awaited[request_id]
+                    self.queue.push(seq)
 
     def prefill_begun(self, left: int) -> int:
         """Plan up to `left` tokens for running prefills. Returns `left` minus planned tokens."""
         for seq in list(self.batch.prefilling.values()):
-            if left > 0:
-                left -= self.batch.prefill(seq, left)
+            if left <= 0:
+                break
+            left -= self.batch.prefill(seq, left)
         return left
 
     def decode_all(self, seqs: list[Sequence], left: int) -> int:
@@ -97,10 +100,11 @@ class QueuedScheduler(Scheduler):
     def abort(self, request_id: int) -> Sequence | None:
         if seq := self._waiting.pop(request_id, None):
             self.batch.finish(seq, "abort")
-            others = [entry for entry in self.deferred if entry[0] is not seq]
-            if len(others) < len(self.deferred):
+            if prefix := self._awaited.pop(request_id, None):
                 # `push` undoes the charge that `FairShare` made when `defer` popped the request.
-                self.deferred = others
+                del self.deferred[prefix][request_id]
+                if not self.deferred[prefix]:
+                    del self.deferred[prefix]
                 self.queue.push(seq)
             self.queue.discard(seq)
         elif seq := self.batch.running.get(request_id):
@@ -146,6 +150,7 @@ class ContinuousScheduler(QueuedScheduler):
         """Plan prefill of running and then of newly admitted requests. Returns the token count."""
         left = self.prefill_begun(budget)
         self.rejoin()
+        self._admission.begin_step(self.batch)
         while left > 0 and may_admit and (admitted := self._admit_first()):
             left -= self.batch.prefill(admitted, left)
         return budget - left
@@ -154,10 +159,12 @@ class ContinuousScheduler(QueuedScheduler):
         while self.batch.num_free_slots and (seq := self.queue.first()):
             if self.batch.running and not self._admission.admits(seq, self.batch):
                 break
-            known = seq.token_ids[: seq.most_cached]
-            prefix = self.batch.blocks.pending(known, seq.cache_salt)
+            prefix = self.batch.blocks.pending(*self.batch.prefix_of(seq))
             if prefix is None:
-                return seq if self.admit(seq) else None
+                if not self.admit(seq):
+                    return None
+                self._admission.admitted(seq, self.batch)
+                return seq
             # A running request is computing the KV of a prefix of `seq`, so `seq` is deferred.
             if not self.defer(prefix):
                 break
@@ -169,12 +176,15 @@ class ContinuousScheduler(QueuedScheduler):
         Returns the number of preemptions, or None if blocks run out while a step is in flight.
         """
         num_preemptions = 0
+        victims: Iterator[Sequence] | None = None
         full = [s for s in self.batch.decoding.values() if s.num_scheduled >= s.capacity]
         for seq in full:
             while seq.slot is not None and not self.batch.reserve(seq):
                 if self.batch.num_in_flight:
                     return None
-                victim = self._preemption.victim(self.batch.running.values())
+                if victims is None:
+                    victims = iter(self._preemption.victims(list(self.batch.running.values())))
+                victim = next(victims)
                 self.batch.preempt(victim)
                 self.wait(victim)
                 num_preemptions += 1

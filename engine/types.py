@@ -153,9 +153,21 @@ class BlockManager(ABC):
         `take_copies` returns the `BlockCopy` from the cached block to the new block. Only requests
         with equal `cache_salt` share blocks. Until `release` the caller may append to `token_ids`.
         After the request's last `commit` the caller may also remove the last `token_ids`. If
-        `caches_prefixes` is True, `begin` has a fourth argument `most: int | None = None`: at most
-        this many leading tokens count as cached.
+        `caches_prefixes` is True, `begin`, `fits` and `pending` have a last argument
+        `most: int | None = None`: at most this many leading tokens count as cached.
         """
+
+    def fits(self, token_ids: list[int], cache_salt: str = "", most: int | None = None) -> bool:
+        """Whether `begin` and then `grow` to the length of `token_ids` find enough blocks now.
+
+        False must be right. A manager that does not know returns True, and `grow` tells. `pending`
+        and `fits` may remember what they found for a list, to which the caller may only append. At
+        most `most` tokens, which fill blocks, count as cached.
+        """
+        return True
+
+    def abandon(self, token_ids: list[int]) -> None:  # noqa: B027  (nothing is remembered)
+        """Forget what `pending` and `fits` found for a list whose request will not begin."""
 
     @abstractmethod
     def grow(self, request_id: int, num_tokens: int) -> bool:
@@ -172,6 +184,10 @@ class BlockManager(ABC):
     def wanted(self, request_id: int, num_tokens: int) -> int:
         """Number of blocks that `grow` would add to the request's table; negative for none."""
         return -(-num_tokens // self.block_size) - len(self.table(request_id))
+
+    def held(self, request_id: int) -> int:
+        """Number of blocks in the request's table, without the entries `NO_BLOCK`."""
+        return len(self.table(request_id)) - self.table(request_id).count(NO_BLOCK)
 
     @abstractmethod
     def table(self, request_id: int) -> list[int]:

@@ -12,14 +12,13 @@ request needs a block and none is free, an idle block is *evicted*: removed from
 from __future__ import annotations
 
 from abc import abstractmethod
-from array import array
-from dataclasses import dataclass, field
 
 import xxhash
 
 from config import Config
 from engine.types import BlockCopy, BlockManager, CacheStats, KVGeometry, PendingPrefix
 from memory.eviction import CachedBlock, EvictionPolicy
+from memory.prefix_records import Key, PrefixMatch, PrefixMatches, RequestRecord, block_tokens
 from utils.registry import PartKind
 
 
@@ -53,6 +52,9 @@ class PagedBlockManager(BlockManager):
             table.append(self._take())
         return True
 
+    def held(self, request_id: int) -> int:
+        return len(self._tables[request_id])
+
     def table(self, request_id: int) -> list[int]:
         return self._tables[request_id]
 
@@ -80,27 +82,6 @@ class PagedBlockManager(BlockManager):
         self._free.append(block)
 
 
-# Key of a block in `CachingBlockManager._pending`: its parent, and its token ids as int32 bytes.
-_Key = tuple[CachedBlock | str, bytes]
-
-
-@dataclass(slots=True)
-class RequestRecord:
-    """The manager's record of one request. `begin` makes the record, and `release` deletes it."""
-
-    tokens: list[int]  # the list given to `begin`, not a copy: the caller appends new tokens to it
-    salt: str
-    last: CachedBlock | str  # parent of the next block that `commit` may add to the prefix cache
-    num_published: int  # number of leading blocks that are cached or equal a cached block
-    hits: list[CachedBlock] | None  # cached blocks found by `begin`; None after `grow` counted them
-    num_cached: int  # result of `begin`: how many leading tokens need not be computed
-    # A twin is a cached block that equals a block of this request, but was computed for another
-    # request. A request does not hold its twins, so a twin may be evicted while the request runs.
-    twins: list[CachedBlock] = field(default_factory=list)
-    next_block: _Key | None = None  # this request's key in `_pending`, added by `_announce`
-    publishes: bool = True  # whether `commit` caches blocks; False after `reset_prefix_cache`
-
-
 class CachingBlockManager(PagedBlockManager):
     """Shares full blocks between requests that have equal cache salts and equal first tokens.
 
@@ -116,14 +97,23 @@ class CachingBlockManager(PagedBlockManager):
         self._idle: EvictionPolicy = kind.make(config.eviction_policy, config, geometry)
         self._cached: dict[int, CachedBlock] = {}
         self._requests: dict[int, RequestRecord] = {}
-        self._pending: dict[_Key, int] = {}  # key of a block -> id of the request that computes it
+        self._pending: dict[Key, int] = {}  # key of a block -> id of the request that computes it
         # Request id -> copy that `take_copies` will return. Until then the source is not evicted.
         self._copies: dict[int, BlockCopy] = {}
+        # The requests that may look for admission in a step: those deferred, and the queue's first.
+        self._matches = PrefixMatches(self.block_size, config.max_num_seqs + 1)
         self._queried_tokens = self._hit_tokens = self._evicted_blocks = 0
 
     @abstractmethod
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
         """Return the cached block with these `tokens` (int32 bytes) and this `parent`, or None."""
+
+    def find_again(self, sought: CachedBlock) -> CachedBlock | None:
+        """Return the cached block with the parent and the tokens of `sought`, or None.
+
+        Called any number of times for one `sought`, in which a subclass may keep its digest.
+        """
+        return self.find(sought.parent, sought.tokens)
 
     @abstractmethod
     def link(self, node: CachedBlock) -> CachedBlock | None:
@@ -144,16 +134,34 @@ class CachingBlockManager(PagedBlockManager):
 
     def cached_tokens(self, token_ids: list[int], cache_salt: str, most: int) -> int:
         """Return the length of the longest cached prefix, at most `most`."""
-        return min(most, len(self._match(token_ids, cache_salt)) * self.block_size)
+        return min(most, self._match(token_ids, cache_salt).num_hits * self.block_size)
+
+    def fits(self, token_ids: list[int], cache_salt: str = "", most: int | None = None) -> bool:
+        match, length = self._match(token_ids, cache_salt), len(token_ids)
+        # The block of the last token is never shared: see `_give_up_last`.
+        most_hits = max(0, length - 1 if most is None else most) // self.block_size
+        hits = match.blocks[: min(match.num_hits, most_hits)]
+        return self._finds_room(-(-length // self.block_size) - len(hits), hits)
+
+    def _finds_room(self, num_new: int, hits: list[CachedBlock]) -> bool:
+        """Whether `num_new` blocks would be free or idle if a request held `hits`."""
+        left = self.num_free_blocks - num_new
+        if not 0 <= left < len(hits):
+            return left >= 0
+        return sum(self._references[node.block] == 0 for node in hits) <= left
+
+    def abandon(self, token_ids: list[int]) -> None:
+        self._matches.forget(token_ids)
 
     def begin(
         self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
     ) -> int:
         """Do what the contract says, with at most `most` cached tokens, which fill blocks."""
         super().begin(request_id, token_ids, cache_salt)
-        hits = self._match(token_ids, cache_salt)[
-            : None if most is None else most // self.block_size
-        ]
+        match = self._match(token_ids, cache_salt)
+        num_hits = len(token_ids) if most is None else most // self.block_size
+        hits = match.blocks[: min(match.num_hits, num_hits)]
+        self._matches.forget(token_ids)
         for node in hits:
             if self._references[node.block] == 0:
                 self._idle.remove(node)
@@ -194,10 +202,11 @@ class CachingBlockManager(PagedBlockManager):
             request.last, request.num_published, request.twins = request.salt, 0, []
         table = self._tables[request_id]
         for i in range(request.num_published, num_computed // self.block_size):
-            tokens = self._block_tokens(token_ids, i)
-            node = self.find(request.last, tokens)
+            tokens = block_tokens(token_ids, i, self.block_size)
+            new = CachedBlock(table[i], request.last, tokens)
+            node = self.find_again(new)
             if node is None:
-                node = self._publish(CachedBlock(table[i], request.last, tokens))
+                node = self._publish(new)
             elif node.block != table[i]:
                 request.twins.append(node)
             request.last, request.num_published = node, i + 1
@@ -218,19 +227,26 @@ class CachingBlockManager(PagedBlockManager):
             self._drop(copy.source)
         return copies
 
-    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+    def pending(
+        self, token_ids: list[int], cache_salt: str = "", most: int | None = None
+    ) -> PendingPrefix | None:
         if not self._pending:
             return None
-        hits = self._match(token_ids, cache_salt)
-        size, end = self.block_size, (len(hits) + 1) * self.block_size
-        if end > len(token_ids):
+        match = self._match(token_ids, cache_salt)
+        limit = len(token_ids) if most is None else min(most, len(token_ids))
+        size, end = self.block_size, (match.num_hits + 1) * self.block_size
+        if end > limit:
             return None
-        key = hits[-1] if hits else cache_salt, self._block_tokens(token_ids, len(hits))
-        if (request_id := self._pending.get(key)) is None:
+        sought = match.blocks[match.num_hits]
+        if (request_id := self._pending.get((sought.parent, sought.tokens))) is None:
             return None
-        theirs = self._requests[request_id].tokens
-        while (last := end + size) <= len(token_ids) and token_ids[end:last] == theirs[end:last]:
+        leader = self._requests[request_id]
+        if match.leader is leader:
+            end = max(end, match.num_shared)
+        theirs = leader.tokens
+        while (last := end + size) <= limit and token_ids[end:last] == theirs[end:last]:
             end = last
+        match.leader, match.num_shared = leader, end
         return PendingPrefix(request_id, end)
 
     def reset_prefix_cache(self) -> None:
@@ -238,6 +254,7 @@ class CachingBlockManager(PagedBlockManager):
             self.unlink(node)
             self._forget(node)
         self._pending.clear()
+        self._matches.clear()
         for request in self._requests.values():
             request.publishes, request.next_block = False, None
 
@@ -260,21 +277,9 @@ class CachingBlockManager(PagedBlockManager):
         self._drop(source)
         return self.block_size
 
-    def _match(self, token_ids: list[int], salt: str) -> list[CachedBlock]:
+    def _match(self, token_ids: list[int], salt: str) -> PrefixMatch:
         """Return the blocks of the longest prefix of `token_ids` that is in the prefix cache."""
-        hits: list[CachedBlock] = []
-        parent: CachedBlock | str = salt
-        for i in range(len(token_ids) // self.block_size):
-            node = self.find(parent, self._block_tokens(token_ids, i))
-            if node is None:
-                break
-            hits.append(node)
-            parent = node
-        return hits
-
-    def _block_tokens(self, token_ids: list[int], index: int) -> bytes:
-        start = index * self.block_size
-        return array("i", token_ids[start : start + self.block_size]).tobytes()
+        return self._matches.match(token_ids, salt, self.find_again)
 
     def _publish(self, node: CachedBlock) -> CachedBlock:
         if stale := self._cached.get(node.block):
@@ -285,6 +290,7 @@ class CachingBlockManager(PagedBlockManager):
         if displaced := self.link(node):
             self._forget(displaced)
         self._cached[node.block] = node
+        self._matches.publish(node)
         return node
 
     def _announce(self, request_id: int, request: RequestRecord) -> None:
@@ -293,7 +299,8 @@ class CachingBlockManager(PagedBlockManager):
         Through `pending` the scheduler finds out which requests should wait for this block.
         """
         if len(request.tokens) >= (request.num_published + 1) * self.block_size:
-            key = request.last, self._block_tokens(request.tokens, request.num_published)
+            tokens = block_tokens(request.tokens, request.num_published, self.block_size)
+            key = request.last, tokens
             if self._pending.setdefault(key, request_id) == request_id:
                 request.next_block = key
 
@@ -310,6 +317,7 @@ class CachingBlockManager(PagedBlockManager):
             del self._cached[node.block]
             node.block = -1
             self._evicted_blocks += 1
+            self._matches.num_lost += 1
         return super()._take()
 
     def _give(self, block: int) -> None:
@@ -325,6 +333,7 @@ class CachingBlockManager(PagedBlockManager):
             self._idle.remove(node)
             self._free.append(node.block)
         node.block = -1
+        self._matches.num_lost += 1
 
 
 class PrefixCacheManager(CachingBlockManager):
@@ -341,13 +350,17 @@ class PrefixCacheManager(CachingBlockManager):
         self._by_digest: dict[bytes, CachedBlock] = {}
 
     def find(self, parent: CachedBlock | str, tokens: bytes) -> CachedBlock | None:
-        node = self._by_digest.get(self.digest(parent, tokens))
-        if node is None or node.parent != parent or node.tokens != tokens:
+        return self.find_again(CachedBlock(-1, parent, tokens))
+
+    def find_again(self, sought: CachedBlock) -> CachedBlock | None:
+        sought.digest = sought.digest or self.digest(sought.parent, sought.tokens)
+        node = self._by_digest.get(sought.digest)
+        if node is None or node.parent != sought.parent or node.tokens != sought.tokens:
             return None
         return node
 
     def link(self, node: CachedBlock) -> CachedBlock | None:
-        node.digest = self.digest(node.parent, node.tokens)
+        node.digest = node.digest or self.digest(node.parent, node.tokens)
         displaced = self._by_digest.get(node.digest)
         self._by_digest[node.digest] = node
         return displaced

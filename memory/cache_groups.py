@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import xxhash
 
 from config import Config
 from engine.types import NO_BLOCK, BlockManager, CacheStats, KVGeometry, PendingPrefix
-from memory.block_manager import PagedBlockManager, PrefixCacheManager, RequestRecord
+from memory.block_manager import PagedBlockManager, PrefixCacheManager
 from memory.eviction import CachedBlock
+from memory.prefix_records import RequestRecord, WindowMatches, block_tokens
 from utils.errors import ContractError
 
 
@@ -51,6 +51,9 @@ class WindowBlockManager(PagedBlockManager):
     def wanted(self, request_id: int, num_tokens: int) -> int:
         last = self._num_freed[request_id] + self.most_blocks(num_tokens)
         return min(super().wanted(request_id, num_tokens), last - len(self._tables[request_id]))
+
+    def held(self, request_id: int) -> int:
+        return len(self._tables[request_id]) - self._num_freed[request_id]
 
     def begin(self, request_id: int, token_ids: list[int], cache_salt: str = "") -> int:
         self._num_freed[request_id] = self._num_places[request_id] = 0
@@ -96,36 +99,70 @@ class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
     not become free. If the cache has fewer blocks than a request may hold, no blocks are shared.
     """
 
+    _matches: WindowMatches
+
     def __init__(self, config: Config, geometry: KVGeometry) -> None:
         super().__init__(config, geometry)
         held = held_blocks(geometry, 2**62, self._num_uncommitted)
         self._shares = held <= self.num_blocks
+        self._matches = WindowMatches(
+            self.block_size, config.max_num_seqs + 1, "salt {}".format, _parent_of_next
+        )
 
     def cached_tokens(self, token_ids: list[int], cache_salt: str, most: int) -> int:
-        num_places = -(-len(token_ids) // self.block_size)
-        need = num_places - self.most_blocks(len(token_ids))  # blocks that no longer have a place
-        num_blocks = min(most, len(token_ids) - 1) // self.block_size if self._shares else 0
+        return self._longest(token_ids, cache_salt, most)[0]
+
+    def _longest(
+        self, token_ids: list[int], salt: str, most: int
+    ) -> tuple[int, int, list[CachedBlock], str]:
+        """Look up the longest cached prefix of at most `most` tokens.
+
+        Returns its length, the index of its first block that the next position attends to, this
+        block and all later blocks of the prefix, and the parent of the block after the prefix.
+        """
+        num_blocks = min(most, len(token_ids) - 1) // self.block_size
+        if num_blocks <= 0 or not self._shares:
+            return 0, 0, [], self._matches.first_parent(salt)
+        match = self._matches.match(token_ids, salt, self.find_again)
+        blocks, key = match.blocks, (num_blocks, len(token_ids))
+        longest = match.longest.get(key)
+        # A block that was lost since may only make the prefix shorter.
+        if longest is None or any(node.block < 0 for node in self._read(blocks, longest)):
+            longest = match.longest[key] = self._find_longest(blocks, *key)
+        parent = blocks[longest].parent if longest < len(blocks) else match.next_parent
+        hits, num_cached = self._read(blocks, longest), longest * self.block_size
+        return num_cached, longest - len(hits), hits, str(parent)
+
+    def _read(self, blocks: list[CachedBlock], num_blocks: int) -> list[CachedBlock]:
+        """Return those of the first blocks to which the position after them attends."""
+        return blocks[self._first_block(num_blocks * self.block_size) : num_blocks]
+
+    def _find_longest(self, blocks: list[CachedBlock], num_blocks: int, num_tokens: int) -> int:
+        """Return for how many of the first blocks all are cached that the next position reads."""
+        # As many blocks at the start of the table no longer have a place.
+        need = -(-num_tokens // self.block_size) - self.most_blocks(num_tokens)
         longest = first_cached = 0  # all blocks from `first_cached` on are cached
-        for i, node in enumerate(self._nodes(token_ids, cache_salt, num_blocks)):
+        for i in range(num_blocks):
             first = self._first_block((i + 1) * self.block_size)
-            if node is None:
+            if blocks[i].block < 0:
                 first_cached = i + 1
             elif max(first_cached, need) <= first:
                 longest = i + 1
-        return longest * self.block_size
+        return longest
+
+    def fits(self, token_ids: list[int], cache_salt: str = "", most: int | None = None) -> bool:
+        length = len(token_ids)
+        found = self._longest(token_ids, cache_salt, length if most is None else most)
+        num_cached, first, hits, _ = found
+        num_places = min(-(-length // self.block_size), first + self.most_blocks(length))
+        return self._finds_room(num_places - num_cached // self.block_size, hits)
 
     def begin(
         self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
     ) -> int:
         most = len(token_ids) if most is None else most
-        num_cached = self.cached_tokens(token_ids, cache_salt, most)
-        num_shared, first = num_cached // self.block_size, self._first_block(num_cached)
-        parents = self._parents(token_ids, cache_salt, num_shared)
-        hits = []
-        for i in range(first, num_shared):
-            node = self.find(parents[i], self._block_tokens(token_ids, i))
-            assert node is not None, "a block that `cached_tokens` found"
-            hits.append(node)
+        num_cached, first, hits, parent = self._longest(token_ids, cache_salt, most)
+        self._matches.forget(token_ids)
         table = [NO_BLOCK] * first + [node.block for node in hits]
         self._tables[request_id], self._num_places[request_id] = table, 0
         self._num_freed[request_id] = first
@@ -136,8 +173,8 @@ class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
         self._requests[request_id] = RequestRecord(
             token_ids,
             cache_salt,
-            last=parents[-1],
-            num_published=num_shared,
+            last=parent,
+            num_published=num_cached // self.block_size,
             hits=hits,
             num_cached=num_cached,
         )
@@ -160,28 +197,14 @@ class CachingWindowManager(WindowBlockManager, PrefixCacheManager):
         self, request: RequestRecord, table: list[int], token_ids: list[int], num_computed: int
     ) -> None:
         for i in range(request.num_published, num_computed // self.block_size):
-            tokens, parent = self._block_tokens(token_ids, i), str(request.last)
-            if table[i] != NO_BLOCK and self.find(parent, tokens) is None:
-                self._publish(CachedBlock(table[i], parent, tokens)).depth = i
+            tokens, parent = block_tokens(token_ids, i, self.block_size), str(request.last)
+            new = CachedBlock(table[i], parent, tokens)
+            if table[i] != NO_BLOCK and self.find_again(new) is None:
+                self._publish(new).depth = i
             request.last, request.num_published = _parent_of_next(parent, tokens), i + 1
 
     def _announce(self, request_id: int, request: RequestRecord) -> None:
         """Do nothing. So `pending` finds no prefix: it may be gone when it is computed."""
-
-    def _parents(self, token_ids: list[int], salt: str, num_blocks: int) -> list[str]:
-        """Return what stands for all tokens before each of the first blocks and the next one."""
-        parents = ["salt " + salt]
-        for i in range(num_blocks):
-            parents.append(_parent_of_next(parents[-1], self._block_tokens(token_ids, i)))
-        return parents
-
-    def _nodes(
-        self, token_ids: list[int], salt: str, num_blocks: int
-    ) -> Iterator[CachedBlock | None]:
-        """Look up each of the first blocks of `token_ids`."""
-        parents = self._parents(token_ids, salt, num_blocks)
-        for i in range(num_blocks):
-            yield self.find(parents[i], self._block_tokens(token_ids, i))
 
 
 def _parent_of_next(parent: str, tokens: bytes) -> str:
@@ -261,6 +284,13 @@ class CachingGroups(GroupedBlockManager):
     def begin(
         self, request_id: int, token_ids: list[int], cache_salt: str = "", most: int | None = None
     ) -> int:
+        most = self._agreed(token_ids, cache_salt, most)
+        for blocks in self.groups:
+            blocks.begin(request_id, token_ids, cache_salt, most)
+        return most
+
+    def _agreed(self, token_ids: list[int], cache_salt: str, most: int | None) -> int:
+        """Return the length of the longest prefix that all groups have cached, at most `most`."""
         # A hit that ends inside a block would need a copy of a block in each group.
         most = max(0, len(token_ids) - 1) if most is None else min(most, len(token_ids) - 1)
         most, found = most // self.block_size * self.block_size, -1
@@ -268,12 +298,21 @@ class CachingGroups(GroupedBlockManager):
             found = most
             for blocks in self.groups:
                 most = blocks.cached_tokens(token_ids, cache_salt, most)
-        for blocks in self.groups:
-            blocks.begin(request_id, token_ids, cache_salt, most)
         return most
 
-    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
-        return next(filter(None, (b.pending(token_ids, cache_salt) for b in self.groups)), None)
+    def fits(self, token_ids: list[int], cache_salt: str = "", most: int | None = None) -> bool:
+        most = self._agreed(token_ids, cache_salt, most)
+        return all(blocks.fits(token_ids, cache_salt, most) for blocks in self.groups)
+
+    def abandon(self, token_ids: list[int]) -> None:
+        for blocks in self.groups:
+            blocks.abandon(token_ids)
+
+    def pending(
+        self, token_ids: list[int], cache_salt: str = "", most: int | None = None
+    ) -> PendingPrefix | None:
+        found = (blocks.pending(token_ids, cache_salt, most) for blocks in self.groups)
+        return next(filter(None, found), None)
 
     def reset_prefix_cache(self) -> None:
         for blocks in self.groups:

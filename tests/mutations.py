@@ -29,6 +29,8 @@ _BATCH, _SCHEDULER, _POLICIES = (
     "engine/policies.py",
 )
 _BLOCKS, _GROUPS = "memory/block_manager.py", "memory/cache_groups.py"
+_RECORDS, _FAIR = "memory/prefix_records.py", "engine/fair_share.py"
+_ADMISSION = "engine/admission.py"
 
 # What is run on the copy: it has to fail.
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/contracts/test_shipped.py")
@@ -40,6 +42,9 @@ ATTENTION = (*_PYTEST[:-1], "tests/layers/attention/test_torch_sdpa.py")
 BATCH = (*_PYTEST[:-1], "tests/engine/test_running_batch.py")
 GROUPS = (*_PYTEST[:-1], "tests/memory/test_grouped_blocks.py")
 SIMULATED = (*_PYTEST[:-1], "tests/engine/test_simulated_runner.py")
+WAITING = (*_PYTEST[:-1], "tests/memory/test_waiting_prefixes.py")
+POLICIES = (*_PYTEST[:-1], "tests/engine/test_policies.py")
+GROWTH = (*_PYTEST[:-1], "tests/engine/test_scheduling_growth.py")
 LEAKS = (*_PYTEST[:-1], "tests/engine/test_leaks.py")
 
 
@@ -126,7 +131,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "hash without parent, and a hit is trusted without comparing the parent",
         (
             Edit(_BLOCKS, "xxh128_digest(parent.digest + tokens)", "xxh128_digest(tokens)"),
-            Edit(_BLOCKS, "node.parent != parent or ", ""),
+            Edit(_BLOCKS, "node.parent != sought.parent or ", ""),
         ),
     ),
     _bug(
@@ -205,9 +210,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "the cache salt is ignored by the manager",
-        _BLOCKS,
-        "        parent: CachedBlock | str = salt\n",
-        '        parent: CachedBlock | str = ""\n',
+        _RECORDS,
+        "parent = blocks[i - 1] if i else salt",
+        'parent = blocks[i - 1] if i else ""',
     ),
     _bug(
         "the cache salt is not passed on by the scheduler",
@@ -216,10 +221,136 @@ MUTANTS: tuple[Mutant, ...] = (
         'self.blocks.begin(seq.request_id, seq.token_ids, "", *most)',
     ),
     _bug(
+        "a waiting request keeps blocks that were evicted",
+        _RECORDS,
+        "        if match.num_lost != self.num_lost:\n",
+        "        if not blocks:\n",
+        WAITING,
+    ),
+    _bug(
+        "a waiting request does not see what was published",
+        _RECORDS,
+        "if match.num_published == self.num_published else 0",
+        "if blocks else 0",
+        WAITING,
+    ),
+    _bug(
+        "a waiting request is hashed in every step",
+        _RECORDS,
+        "        if match is None or match.salt != salt:\n",
+        "        if match is not None or match is None:\n",
+        WAITING,
+    ),
+    _bug(
+        "a waiting request is given what another salt has found",
+        _RECORDS,
+        "        if match is None or match.salt != salt:\n",
+        "        if match is None:\n",
+        WAITING,
+    ),
+    _bug(
+        "leak: the cache remembers requests that were aborted while they waited",
+        _BATCH,
+        "        self.blocks.abandon(seq.token_ids)\n",
+        "",
+        WAITING,
+    ),
+    _bug(
+        "blocks that a waiting request would take out of the cache count as free",
+        _BLOCKS,
+        "return sum(self._references[node.block] == 0 for node in hits) <= left",
+        "return True",
+        WAITING,
+    ),
+    _bug(
+        "a window does not see what was published",
+        _RECORDS,
+        "            if blocks[i].block < 0 and (node := find(blocks[i])):\n",
+        "            if not i and (node := find(blocks[i])):\n",
+        WAITING,
+    ),
+    _bug(
+        "a window keeps blocks that were evicted",
+        _GROUPS,
+        "longest is None or any(node.block < 0 for node in self._read(blocks, longest)):",
+        "longest is None:",
+        WAITING,
+    ),
+    _bug(
+        "lookahead takes prompts to be computed at once",
+        _ADMISSION,
+        "steps = -(-(length - 1) // rate) + max(1, end - length)",
+        "steps = max(1, end - length)",
+        (*POLICIES, "-k", "right_predictions"),
+    ),
+    _bug(
+        "lookahead lets a request that decodes end a step too early",
+        _ADMISSION,
+        "seq.num_scheduled, end - seq.num_scheduled\n",
+        "seq.num_scheduled, end - seq.num_scheduled - 1\n",
+        (*POLICIES, "-k", "right_predictions"),
+    ),
+    _bug(
+        "lookahead counts a request as it is at the beginning of a range of steps",
+        _ADMISSION,
+        "min(2 << i, new.steps + 1) - 2",
+        "min(1 << i, new.steps) - 1",
+        (*POLICIES, "-k", "step_by_step"),
+    ),
+    _bug(
+        "lookahead forgets who joined in this step",
+        _ADMISSION,
+        "            self._courses.append(new)\n",
+        "",
+        (*POLICIES, "-k", "step_by_step"),
+    ),
+    _bug(
+        "lookahead checks all ends for each request",
+        _ADMISSION,
+        "        if max(bounds) > most:\n            if self.num_checks >= self.max_checks:\n",
+        "        if most > 0:\n            if self.num_checks < 0:\n",
+        GROWTH,
+    ),
+    _bug(
+        "reserve forgets who joined in this step",
+        _ADMISSION,
+        "lacking + most - there for",
+        "lacking for",
+        POLICIES,
+    ),
+    _bug(
+        "policies are not told of a new step",
+        _SCHEDULER,
+        "        self._admission.begin_step(self.batch)\n",
+        "",
+        POLICIES,
+    ),
+    _bug(
+        "a user who has had more than a share is forgotten at once",
+        _FAIR,
+        "            if self._counts and self.levels[idle] > self.fair_level:\n",
+        "            if not idle:\n",
+        GROWTH,
+    ),
+    _bug(
+        "users are never forgotten while others have requests",
+        _FAIR,
+        "self.fair_level += len(seq.token_ids) / len(self._counts)",
+        "self.fair_level += 0 / len(self._counts)",
+        GROWTH,
+    ),
+    _bug(
+        "an aborted request goes on waiting for a prefix",
+        _SCHEDULER,
+        "                del self.deferred[prefix][request_id]\n",
+        "",
+        (*_PYTEST[:-1], "tests/engine/test_shared_prefixes.py"),
+    ),
+    _bug(
         "who waits for a prefix is not told that it will not come",
         _SCHEDULER,
-        "if leader is not None and leader.num_committed",
         "if leader is None or leader.num_committed",
+        "if leader is not None and leader.num_committed",
     ),
     Mutant(
         "victim in flight: blocks run out, and no one waits for the step under way",
@@ -313,7 +444,7 @@ MUTANTS: tuple[Mutant, ...] = (
         _POLICIES,
         "        if not self._arrived.pop(seq.request_id, None):\n"
         "            self._back.remove(seq)\n",
-        "        if self._back:\n            self._back.pop(0)\n        else:\n"
+        "        if self._back:\n            self._back.pop()\n        else:\n"
         "            self._arrived.popitem(last=False)\n",
     ),
     _bug(
@@ -577,7 +708,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _bug(
         "leak: the policy of fair shares keeps what it charged",
-        _POLICIES,
+        _FAIR,
         "self.charged.pop(seq.request_id)",
         "self.charged[seq.request_id]",
         LEAKS,

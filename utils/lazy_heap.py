@@ -27,6 +27,9 @@ class LazyHeap(Generic[T]):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __contains__(self, item: T) -> bool:
+        return item in self._numbers
+
     def push(self, key: Any, item: T) -> None:
         """Add an item. If the item is in the heap already, give the item a new key."""
         if item in self._numbers:

@@ -105,6 +105,16 @@ class AuditedBlocks:
         self._check_count(f"begin({request_id})")
         return cached
 
+    def fits(self, token_ids: list[int], cache_salt: str = "", *about: Any) -> bool:
+        """The same for a list that was seen before and for one that was not; changes nothing."""
+        fits: bool = self.inner.fits(token_ids, cache_salt, *about)
+        afresh = [*token_ids]
+        again = self.inner.fits(afresh, cache_salt, *about)
+        self.inner.abandon(afresh)
+        require(fits == again, f"fits({token_ids}) is {fits}, and {again} for an equal list")
+        self._check_count(f"fits({token_ids})")
+        return fits
+
     def grow(self, request_id: int, num_tokens: int) -> bool:
         """As many new blocks as needed, held by no one else; or False and no change.
 
@@ -193,9 +203,15 @@ class AuditedBlocks:
         self._check_count("take_copies()")
         return copies
 
-    def pending(self, token_ids: list[int], cache_salt: str = "") -> PendingPrefix | None:
+    def pending(
+        self, token_ids: list[int], cache_salt: str = "", *about: Any
+    ) -> PendingPrefix | None:
         """Whole blocks that a request which has begun will compute."""
-        prefix: PendingPrefix | None = self.inner.pending(token_ids, cache_salt)
+        prefix: PendingPrefix | None = self.inner.pending(token_ids, cache_salt, *about)
+        afresh = [*token_ids]
+        again = self.inner.pending(afresh, cache_salt, *about)
+        self.inner.abandon(afresh)
+        require(prefix == again, f"pending({token_ids}) is {prefix}, and {again} for an equal list")
         if prefix is not None:
             size, what = self._size, f"pending({token_ids}) is {prefix}"
             require(prefix.request_id in self._tables, f"{what}: that request has not begun")
@@ -221,6 +237,9 @@ class AuditedBlocks:
         return keys
 
     def _check_count(self, what: str) -> None:
+        for request_id, mine in self._tables.items():
+            held, blocks = self.inner.held(request_id), len(mine) - mine.count(NO_BLOCK)
+            require(held == blocks, f"{what}: held({request_id}) is {held}, not {blocks}")
         free, held = self.inner.num_free_blocks, len(self._holders)
         # A block that is still to be copied is not free; nor is it held, as far as one can tell.
         missing = self.inner.num_blocks - free - held

@@ -47,6 +47,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.kind = kind
         self.tokens: dict[int, list[int]] = {}
         self.past: list[list[int]] = []
+        self.waiting: list[tuple[list[int], str]] = []
         self.next_id = 0
 
     @initialize(num_blocks=st.integers(1, 12), block_size=st.sampled_from([1, 2, 4]))
@@ -75,6 +76,35 @@ class BlockManagerMachine(RuleBasedStateMachine):
         known = [*self.past, *self.tokens.values()]
         end = num_blocks * self.blocks.block_size
         self._begin([*known[which % len(known)][:end], *tail], "")
+
+    @precondition(lambda self: self.past or self.tokens)
+    @rule(
+        which=st.integers(0),
+        end=st.integers(1, 30),
+        tail=st.lists(st.integers(0, 3), max_size=2),
+        salt=st.sampled_from(["", "", "salt"]),
+    )
+    def wait(self, which: int, end: int, tail: list[int], salt: str) -> None:
+        known = [*self.past, *self.tokens.values()]
+        self.waiting.append(([*known[which % len(known)][:end], *tail], salt))
+
+    @precondition(lambda self: self.waiting)
+    @rule(which=st.integers(0), further=st.lists(st.integers(0, 3), max_size=3))
+    def look(self, which: int, further: list[int]) -> None:
+        """The audit compares with what a list that was never seen would get."""
+        tokens, salt = self.waiting[which % len(self.waiting)]
+        tokens += further
+        self.blocks.pending(tokens, salt)
+        self.blocks.fits(tokens, salt)
+
+    @precondition(lambda self: self.waiting)
+    @rule(which=st.integers(0), admitted=st.booleans())
+    def wait_no_more(self, which: int, admitted: bool) -> None:
+        tokens, salt = self.waiting.pop(which % len(self.waiting))
+        if admitted:
+            self._begin(tokens, salt)
+        else:
+            self.blocks.abandon(tokens)
 
     @precondition(lambda self: self.tokens)
     @rule(which=st.integers(0), generated=st.lists(st.integers(0, 3), min_size=1, max_size=9))
@@ -123,8 +153,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.blocks.check_idle()
 
     def _begin(self, tokens: list[int], salt: str) -> None:
-        self.blocks.begin(self.next_id, tokens, salt)
+        blocks, fits = self.blocks, self.blocks.fits(tokens, salt)
+        # What is remembered of a list must not change what is found.
+        afresh = blocks.inner.begin(self.next_id, [*tokens], salt)
+        blocks.inner.release(self.next_id)
+        assert blocks.begin(self.next_id, tokens, salt) == afresh
         if self.blocks.grow(self.next_id, len(tokens)):
+            assert fits, f"fits({tokens}) is False, and there are enough blocks"
             self.tokens[self.next_id] = tokens
         else:
             self.blocks.release(self.next_id)

@@ -39,7 +39,7 @@ def _prefill_tokens(driver: Driver) -> int:
 def _deferred(driver: Driver) -> list[Sequence]:
     scheduler = driver.scheduler
     assert isinstance(scheduler, ContinuousScheduler)
-    return [seq for seq, _ in scheduler.deferred]
+    return [seq for followers in scheduler.deferred.values() for seq in followers.values()]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -115,14 +115,14 @@ def test_a_follower_waits_for_the_shared_part_alone() -> None:
         assert plan is not None
         scheduler.commit(plan, StepResult(plan.step_id, [], 0.0))
         scheduler.rejoin()
-        assert scheduler.deferred == [(follower, prefix)]
+        assert scheduler.deferred == {prefix: {1: follower}}
         assert scheduler.queue.first() is None
     batch.prefill(leader, 1)
     plan = batch.build()
     assert plan is not None
     scheduler.commit(plan, StepResult(plan.step_id, [], 0.0))
     scheduler.rejoin()
-    assert scheduler.deferred == []
+    assert scheduler.deferred == {}
     assert scheduler.queue.first() is follower
     assert blocks.pending(follower.token_ids) is None
     assert scheduler.admit(follower)
