@@ -217,8 +217,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "the cache salt is not passed on by the scheduler",
         _BATCH,
-        "self.blocks.begin(seq.request_id, seq.token_ids, seq.cache_salt, *most)",
-        'self.blocks.begin(seq.request_id, seq.token_ids, "", *most)',
+        "return seq.token_ids, seq.cache_salt, *(",
+        'return seq.token_ids, "", *(',
     ),
     _bug(
         "a waiting request keeps blocks that were evicted",

