@@ -27,6 +27,9 @@ LARGE_POOL = (*_PYTEST, "tests/kernels/test_large_pool.py")
 STREAM = (*_PYTEST, "tests/engine/test_stream_steps.py")
 STAGING = (*_PYTEST, "tests/engine/test_staging.py")
 SAMPLING = (*_PYTEST, "tests/engine/test_sampling_rows.py")
+COSTS = (*_PYTEST, "tests/engine/test_option_costs.py", "tests/engine/test_sampling_rows.py")
+WORDS = (*_PYTEST, "tests/test_logit_options.py", "-k", "prompt")
+PROMPTS = (*_PYTEST, "tests/test_prompt_logprobs.py", "-k", "start")
 SIZING = (*_PYTEST, "tests/memory/test_sizing.py")
 PEER = (*_PYTEST, "-m", "not slow", "tests/kernels/test_peer.py")
 COLLECTIVES = (*_PYTEST, "tests/engine/test_collectives.py")
@@ -315,77 +318,98 @@ _SCORES: tuple[PlainMutant, ...] = (
         _SCORING,
         "max(num_top.get(group, 0), count)",
         "min(num_top.get(group, count), count)",
-        SAMPLING,
+        COSTS,
     ),
     _bug(
         "scores: all rows are one group",
         _SCORING,
         "    while most < num_top:\n        most *= 4\n",
         "",
-        SAMPLING,
+        COSTS,
     ),
     _bug(
         "scores: the logits of all prompt rows exist at once",
         _SCORING,
-        "range(start, end, PROMPT_ROWS)",
-        "range(start, end, max(1, end - start))",
-        SAMPLING,
+        "PROMPT_ROWS = 256",
+        "PROMPT_ROWS = 1 << 20",
+        COSTS,
     ),
     _bug(
         "scores: prompt tokens before the start are scored",
         _SAMPLING,
         "first = max(chunk.start + 1, new.sampling.prompt_logprobs_start)",
         "first = chunk.start + 1",
-        SAMPLING,
+        PROMPTS,
     ),
     _bug(
         "penalties: the rows of a block read the whole token table",
         _CHANGED,
         "tokens[:, : self.width].index_select",
         "tokens.index_select",
-        SAMPLING,
+        COSTS,
     ),
     _bug(
         "penalties: a block keeps its width while its requests grow",
         _CHANGED,
         "[width - longest]",
         "[NO_LIMIT]",
-        SAMPLING,
+        COSTS,
     ),
     _bug(
         "min_tokens: a row stays among the changed ones for ever",
         _CHANGED,
         "or withholds(new, num_known) > 0",
         "or bool(new.withheld_token_ids)",
-        SAMPLING,
+        COSTS,
     ),
     _bug(
         "min_tokens: rows found once are used after the minimum",
         _CHANGED,
         "[n - 1 for n in left if n > 0]",
         "[n for n in left if n > 0]",
-        SAMPLING,
+        COSTS,
     ),
     _bug(
-        "bias: it comes after the penalties",
+        "bias: it is not added",
         _CHANGED,
         "            changed[row, token] += bias\n        if self.width:",
         "            pass\n        if self.width:",
-        SAMPLING,
+        COSTS,
+    ),
+    _bug(
+        "prompt_logprobs: a cached block may hold the token before the first one",
+        "engine/requests.py",
+        "return missing - 1",
+        "return missing",
+        PROMPTS,
+    ),
+    _bug(
+        "prompt_logprobs: of all blocks of several groups the cached ones are used",
+        "memory/cache_groups.py",
+        "if most is None else min(most, len(token_ids) - 1)",
+        "if True else min(most, len(token_ids) - 1)",
+        PROMPTS,
+    ),
+    _bug(
+        "allowed_token_ids: the tokens of another request of the block",
+        _CHANGED,
+        "changed[row] = changed[row].masked_fill_(mask",
+        "changed[row] = changed[row].masked_fill_(mask.flip(0)",
+        COSTS,
     ),
     _bug(
         "bad words: tokens of the prompt complete a word",
         _CHANGED,
         "((same & output) | (before < 0)).all(1)",
         "(same | (before < 0)).all(1)",
-        SAMPLING,
+        WORDS,
     ),
     _bug(
         "bad words: one that does not match allows what another one forbids",
         _LOGITS,
         'least, "amin")',
         'least, "amax", include_self=False)',
-        SAMPLING,
+        COSTS,
     ),
     (
         "scores: of equally likely tokens the highest id comes first",
@@ -407,7 +431,7 @@ _SCORES: tuple[PlainMutant, ...] = (
         _SCORING,
         "zip(ids[:num_top], values[:num_top], strict=True)",
         "zip(ids, values, strict=True)",
-        SAMPLING,
+        COSTS,
     ),
 )
 

@@ -793,8 +793,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "attention: the mask of a chunk has all its rows",
         "layers/attention/sdpa_parts.py",
-        "range(length - n, length, QUERY_ROWS)",
-        "range(length - n, length, n)",
+        "QUERY_ROWS = 256",
+        "QUERY_ROWS = 1 << 20",
         ATTENTION,
     ),
     _bug(

@@ -66,6 +66,7 @@ def test_a_call_for_decodes_gathers_a_bounded_number_of_cache_rows(
 @pytest.mark.parametrize("window", [None, 100])
 def test_the_masks_of_a_chunk_exist_for_a_few_hundred_query_rows(window: int | None) -> None:
     num_rows, context = 1500, 2000
+    assert QUERY_ROWS <= 512
     sizes = _sizes(_case([Request(context, num_rows)], [], window=window))
     seen = context if window is None else window + QUERY_ROWS
     assert 0 < sizes.mask <= QUERY_ROWS * seen
