@@ -41,6 +41,8 @@ _NEIGHBOURS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "prompt_logprobs": 2},
     {"temperature": 0.7, "logits_processors": (flatten,)},
     {"temperature": 0.7, "min_tokens": 4},
+    {"temperature": 0.9, "logit_bias": {5: 3.0, 7: -100.0}, "bad_words_ids": [[9], [10, 11]]},
+    {"temperature": 0.9, "allowed_token_ids": tuple(range(100))},
 )
 
 

@@ -74,10 +74,20 @@ class _ForRequest:
 
 
 _WANTED: list[dict[str, Any]] = [
-    {"temperature": 0.9, "top_k": 30, "top_p": 0.8},
-    {"temperature": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.5},
-    {"min_p": 0.1, "min_tokens": 4, "stop_token_ids": list(range(200))},
-    {"logits_processors": [_ForRequest(local=False)], "logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 0.9, "top_k": 30, "top_p": 0.8, "logit_bias": {7: 2.5}},
+    {
+        "temperature": 0,
+        "repetition_penalty": 1.4,
+        "frequency_penalty": 0.5,
+        "allowed_token_ids": list(range(3, 90)),
+    },
+    {"min_p": 0.1, "min_tokens": 4, "stop_token_ids": list(range(200)), "bad_words_ids": [[250]]},
+    {
+        "logits_processors": [_ForRequest(local=False)],
+        "logprobs": 30,
+        "prompt_logprobs": 2,
+        "prompt_logprobs_start": 3,
+    },
 ]
 SPECIAL = [
     SamplingParams(max_tokens=40, ignore_eos=True, seed=i, **values)

@@ -110,15 +110,21 @@ def test_special_requests_beside_plain_ones_in_captured_steps(reference: Any) ->
         {"top_k": 1},
         {"min_p": 1.0},
         {"temperature": 0, "logprobs": 2, "prompt_logprobs": 0},
+        {
+            "temperature": 0,
+            "logit_bias": {5: 0.0},
+            "bad_words_ids": [[4000, 4001], [5, 4003]],
+        },
+        {"temperature": 0, "allowed_token_ids": list(range(4096)), "min_tokens": 3},
     ]
-    params = [SamplingParams(max_tokens=24, ignore_eos=True, **ways[i % 4]) for i in range(16)]
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, **ways[i % 6]) for i in range(16)]
     with LLM(TINY, **SMALL) as llm:
         for count in (16, 16, 8, 2):
             llm.reset_prefix_cache()
             outputs = llm.generate(prompts[:count], params[:count], use_tqdm=False)
             tokens = [out["token_ids"] for out in outputs]
             assert worst_gap(reference, prompts[:count], tokens) < TIE
-            for out in outputs[3::4]:
+            for out in outputs[3::6]:
                 assert [next(iter(entry)) for entry in out["logprobs"]] == out["token_ids"]
                 assert len(out["prompt_logprobs"]) == len(out["prompt_token_ids"])
 

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layers.logits import Filters, Penalties, logit_bounds, penalize, score
+from layers.logits import Filters, Penalties, forbid, logit_bounds, penalize, score
 from tests.layers.test_sampler import _assert_distributed, sample
 
 VOCAB_SIZE = 500
@@ -165,6 +165,19 @@ def test_presence_and_frequency_count_the_output_alone() -> None:
     expected[0, 7] -= 0.5 + 2 * 2
     expected[0, 5] -= 0.5 + 2
     assert torch.allclose(changed, expected)
+
+
+def test_forbidden_tokens_are_minus_infinity_and_others_keep_their_bits() -> None:
+    """Also if several entries name a token, of which only one forbids it."""
+    logits = torch.tensor([[1.0, -0.0, 3.0, float("nan")], [float("inf"), 2.0, -1.0, 5.0]])
+    changed = logits.clone()
+    rows = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    tokens = torch.tensor([2, 2, 1, 3, 0, 1, 3, 3])
+    when = torch.tensor([False, True, False, True, True, False, True, True])
+    forbid(changed, rows, tokens, when)
+    least = float("-inf")
+    expected = torch.tensor([[1.0, -0.0, least, float("nan")], [least, 2.0, -1.0, least]])
+    assert torch.equal(changed.view(torch.int32), expected.view(torch.int32))
 
 
 def test_scores_are_log_probabilities_and_the_largest_of_them() -> None:
