@@ -34,7 +34,7 @@ class WindowPages(CacheKind):
     Raises a ContractError for a window below 1.
     """
 
-    window: int
+    window: int  # how many positions a position attends to, itself included
 
     def __post_init__(self) -> None:
         if self.window < 1:

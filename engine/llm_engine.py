@@ -35,7 +35,7 @@ class LLMEngine:
     engine, each call needs the turn, which `turns` hands out. `LLM` takes the turn for its callers.
     """
 
-    turns: Turns
+    turns: Turns  # hands out the turn to threads
     scheduler: Scheduler  # each `reset` makes a new scheduler and a new block manager
     blocks: BlockManager  # manages the blocks of all cache groups
     num_new_tokens: int  # number of all tokens that were sampled in the last committed step
@@ -304,6 +304,7 @@ class LLMEngine:
 
     @property
     def stats(self) -> EngineStats:
+        """Counts of steps, requests, tokens and blocks."""
         return EngineStats(
             **self._totals,
             unfinished_requests=len(self._live),

@@ -24,9 +24,9 @@ class Sequence:
     max_total_tokens: int  # maximum number of prompt and output tokens together
     stop_token_ids: frozenset[int] = frozenset()  # ids of tokens that end the request
     seed: int = 0  # seed of the random numbers that sampling uses
-    seed_kind: SeedKind = SeedKind.DERIVED
+    seed_kind: SeedKind = SeedKind.DERIVED  # where the seed comes from
     sample: int = 0  # index of this output among the outputs of its prompt
-    num_prompt_tokens: int = field(init=False)
+    num_prompt_tokens: int = field(init=False)  # number of prompt tokens in `token_ids`
     finish_reason: str | None = None  # None while unfinished, or "stop", "length", "abort", "error"
     error: Exception | None = None  # the `RowReport.error` that ended the request, if any
     # For each output token, its mapping in `RowReport.values`; empty if the runner returns none.
@@ -39,11 +39,11 @@ class Sequence:
     hidden_states: list[Any] = field(default_factory=list)
     num_hidden: int = 0  # number of positions in `hidden_states`
     text: TextReader | None = None  # converts output to text, for streaming or stop strings
-    added_at: float = 0.0
+    added_at: float = 0.0  # time of arrival
     admitted_at: float | None = None  # time of the first admission
     token_times: list[float] = field(default_factory=list)  # `StepResult.ended_at` for each token
     num_cached: int = 0  # prompt tokens found in the cache at the first admission
-    num_preemptions: int = 0
+    num_preemptions: int = 0  # how often the request was preempted
 
     # Only the scheduler changes the following fields, from `slot` to `capacity`.
     slot: int | None = field(init=False)  # index in the runner's tables; None while not admitted
@@ -94,6 +94,7 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
+        """A copy of the output tokens so far."""
         return self.token_ids[self.num_prompt_tokens :]
 
     def keep_output(self, num_tokens: int) -> None:

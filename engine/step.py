@@ -30,10 +30,10 @@ class SeedKind(IntEnum):
 class NewRequest:
     """A request that gets a slot. Later plans identify the request by its slot alone."""
 
-    slot: int
-    request_id: int
+    slot: int  # index in the runner's per-request tables
+    request_id: int  # unique in the engine
     token_ids: tuple[int, ...]  # the prompt and, after a preemption, the output so far
-    sampling: SamplingParams
+    sampling: SamplingParams  # sampling parameters of the request
     seed: int  # seed of the random numbers that sampling uses, 0 <= seed < 2**63
     num_output_tokens: int = 0  # how many of `token_ids` are output
     withheld_token_ids: tuple[int, ...] = ()  # ids forbidden in the first `min_tokens` output ids
@@ -51,9 +51,9 @@ class BlockUpdate:
     computes position p, it must not read the KV of positions before `CacheKind.first_read(p)`.
     """
 
-    slot: int
-    first_index: int
-    block_ids: tuple[int, ...]
+    slot: int  # slot of the request
+    first_index: int  # first entry of the block table to write
+    block_ids: tuple[int, ...]  # the new entries
     group: int = 0  # index of the cache group
 
 
@@ -61,8 +61,8 @@ class BlockUpdate:
 class BlockCopy:
     """Copy the KV of block `source` to block `target`, in every layer of the cache group."""
 
-    source: int
-    target: int
+    source: int  # block to read
+    target: int  # block to write
     group: int = 0  # index of the cache group
 
 
@@ -74,10 +74,10 @@ class PrefillChunk:
     the length limit allows a further token. The runner then samples the token after the chunk.
     """
 
-    slot: int
-    start: int
-    num_tokens: int
-    samples: bool
+    slot: int  # slot of the request
+    start: int  # first position to compute
+    num_tokens: int  # number of positions
+    samples: bool  # whether a token is sampled after the chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,10 @@ class StepPlan:
     """
 
     step_id: int  # 0, 1, 2, ... in order of planning; starts at 0 again with each new scheduler
-    new_requests: tuple[NewRequest, ...] = ()
-    block_updates: tuple[BlockUpdate, ...] = ()
-    prefill: tuple[PrefillChunk, ...] = ()
-    decode: tuple[int, ...] = ()
+    new_requests: tuple[NewRequest, ...] = ()  # requests that get a slot
+    block_updates: tuple[BlockUpdate, ...] = ()  # new entries of block tables
+    prefill: tuple[PrefillChunk, ...] = ()  # the prefill chunks
+    decode: tuple[int, ...] = ()  # the slot of each decode row
     # The copies can be made in any order: all targets differ, and no target is a source. Earlier
     # steps wrote the source blocks, and later steps may overwrite the source blocks.
     block_copies: tuple[BlockCopy, ...] = ()
@@ -158,7 +158,7 @@ class RowReport:
 class StepResult:
     """What a step produced."""
 
-    step_id: int
+    step_id: int  # that of the plan
     # New tokens: a list for each slot of `sampled_slots`. A prefill chunk's list has one token. The
     # list of a decode row has a token for each accepted position, but none beyond the length limit.
     tokens: list[list[int]]

@@ -55,14 +55,15 @@ class KVGeometry:
 
     num_layers: int  # number of layers in the cache group
     num_kv_heads: int  # number of KV heads on one rank
-    head_dim: int
+    head_dim: int  # elements of a KV head
     block_size: int  # positions per block
-    num_blocks: int
+    num_blocks: int  # blocks of the cache group
     dtype_bytes: int  # bytes of one element
-    kind: CacheKind = field(default_factory=FullPages)
+    kind: CacheKind = field(default_factory=FullPages)  # which positions it keeps
 
     @property
     def bytes_per_block(self) -> int:
+        """Bytes of K and V of one block, in all layers of the cache group."""
         per_position = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
         return self.block_size * per_position
 
@@ -89,7 +90,7 @@ class EngineStats:
     preemptions: int  # preemptions of all finished requests together
     num_blocks: int  # all blocks of the KV cache, free or not
     num_free_blocks: int  # blocks that no request uses; some may hold cached prefixes
-    cache: CacheStats
+    cache: CacheStats  # counters of the prefix cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,8 @@ class BlockManager(ABC):
     then `grow` and `commit` any number of times, then `release`. Calls never run concurrently.
     """
 
-    name: ClassVar[str]
-    caches_prefixes: ClassVar[bool] = False
+    name: ClassVar[str]  # the value of the option `block_manager`
+    caches_prefixes: ClassVar[bool] = False  # whether requests share cached prefixes
 
     @property
     def groups(self) -> tuple[BlockManager, ...]:
@@ -254,7 +255,7 @@ class Scheduler(ABC):
     `num_cached` and `num_preemptions` of a request. `engine.running_batch` implements these rules.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # the value of the option `scheduler`
     policies: ClassVar[Collection[str]] = ()  # names of the policy options that the scheduler uses
 
     @property
@@ -294,7 +295,7 @@ class ModelRunner(ABC):
     that overrides the clock `now` must also override `wait_until`.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # the value of the option `model_runner`
     # Whether the runner drafts tokens for speculative decoding. If False, every decode row computes
     # one position, and the engine refuses the option `num_speculative_tokens`.
     drafts: ClassVar[bool] = False

@@ -44,7 +44,7 @@ class EvictionPolicy(ABC):
     block last. So a policy that evicts the longest idle block evicts each block before its parent.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # the value of the option `eviction_policy`
 
     @abstractmethod
     def __init__(self, config: Config, geometry: KVGeometry) -> None: ...

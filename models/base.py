@@ -17,20 +17,15 @@ from utils.loader import WeightTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a model, on all ranks together. If `tied`, the head uses the embedding's weight.
+    """Sizes of a model, on all ranks together. Layers with equal windows are one cache group."""
 
-    `score_scale` multiplies dot products of Q and K; None means 1 / sqrt(head_dim). `windows` has
-    each layer's sliding window, or None for full attention. Empty means full attention everywhere.
-    Layers with equal windows are one cache group.
-    """
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    tied: bool
-    score_scale: float | None = None
-    windows: tuple[int | None, ...] = ()
+    num_layers: int  # number of decoder layers
+    num_heads: int  # number of query heads
+    num_kv_heads: int  # number of KV heads
+    head_dim: int  # elements of a head
+    tied: bool  # whether the head uses the embedding's weight
+    score_scale: float | None = None  # factor of dot products of Q and K; None: 1 / sqrt(head_dim)
+    windows: tuple[int | None, ...] = ()  # each layer's sliding window, None for none; () for none
 
     @property
     def group_windows(self) -> tuple[int | None, ...]:
@@ -44,6 +39,7 @@ class ModelShape:
 
     @property
     def attention_scale(self) -> float:
+        """What dot products of Q and K are multiplied by."""
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
 

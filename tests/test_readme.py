@@ -66,8 +66,13 @@ def test_the_loop_by_hand(llm: LLM) -> None:
     assert len(names["outputs"]) == 1
 
 
+def test_hidden_states(shipped: Path) -> None:
+    names = run(code_of("docs/options.md")[3], shipped)
+    assert names["out"].hidden_states.shape[1] == 256
+
+
 def test_the_logits_processor(llm: LLM) -> None:
-    code = code_of("docs/options.md")[3].replace("llm.generate", "outputs = llm.generate")
+    code = code_of("docs/options.md")[4].replace("llm.generate", "outputs = llm.generate")
     names = run(code, Path(), llm=llm, SamplingParams=SamplingParams)
     (out,) = names["outputs"]
     assert out["error"] is None
@@ -112,7 +117,7 @@ def check_structured_outputs(model: Path, **options: Any) -> None:
 
 def test_there_is_no_other_code() -> None:
     pages = "README.md", "docs/options.md", "docs/structured-output.md", "docs/exact.md"
-    assert [len(code_of(page)) for page in (*pages, "docs/migrating.md")] == [2, 4, 3, 1, 1]
+    assert [len(code_of(page)) for page in (*pages, "docs/migrating.md")] == [2, 5, 3, 1, 1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -14,21 +14,18 @@ from memory.kv_cache import KVLayer
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a backend must support: the attention heads of one rank, and the layout of the KV cache.
+    """What a backend must support: the attention heads of one rank, the layout of the KV cache."""
 
-    `scale` multiplies dot products of Q and K. A decode has at most `rows_per_decode` query rows.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    dtype: torch.dtype
-    device: torch.device
-    rows_per_decode: int = 1
+    num_heads: int  # query heads of the rank
+    num_kv_heads: int  # KV heads of the rank
+    head_dim: int  # elements of a head
+    scale: float  # multiplies dot products of Q and K
+    block_size: int  # positions per block of the KV cache
+    max_model_len: int  # maximum number of tokens of a request
+    max_num_seqs: int  # maximum number of requests in a step
+    dtype: torch.dtype  # of Q, K and V
+    device: torch.device  # where all tensors are
+    rows_per_decode: int = 1  # maximum number of query rows of a decode
     windowed: bool = False  # whether some layers have a sliding window
 
 
@@ -65,7 +62,7 @@ class AttentionBatch:
 class AttentionBackend(ABC):
     """Causal attention over a paged KV cache that already contains K and V of the step's tokens."""
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # the value of the option `attention_backend`
     captures: ClassVar[bool] = False  # whether a CUDA graph can capture the backend's work
     windows: ClassVar[bool] = False  # whether the backend reads `AttentionBatch.window`
     exact: bool = False  # whether it was measured that no other request changes an output's bits
