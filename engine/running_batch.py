@@ -235,17 +235,8 @@ class RunningBatch:
                 finished.append(seq)
                 self.finish(seq, "error")
                 continue
-            before, reason = seq.num_committed, None
-            token_ids, num_known = seq.token_ids, len(seq.token_ids)
-            for token in new:
-                token_ids.append(token)
-                seq.token_times.append(now)
-                if token in seq.stop_token_ids:
-                    reason = "stop"
-                    break
-                if len(token_ids) >= seq.max_total_tokens:
-                    reason = "length"
-                    break
+            before, token_ids, num_known = seq.num_committed, seq.token_ids, len(seq.token_ids)
+            reason = _append(seq, new, now)
             if scores:
                 seq.logprobs += scores[: len(token_ids) - num_known]
             if report is not None:
@@ -309,6 +300,18 @@ class RunningBatch:
         self._holder[seq.slot] = None
         self._free_slots.append(seq.slot)
         seq.slot = None
+
+
+def _append(seq: Sequence, tokens: list[int], now: float) -> str | None:
+    """Append tokens, up to the one that ends the request. Return the finish reason, if any."""
+    for token in tokens:
+        seq.token_ids.append(token)
+        seq.token_times.append(now)
+        if token in seq.stop_token_ids:
+            return "stop"
+        if len(seq.token_ids) >= seq.max_total_tokens:
+            return "length"
+    return None
 
 
 def _goes_on(seq: Sequence) -> bool:
