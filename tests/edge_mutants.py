@@ -10,7 +10,7 @@ from tests.kernel_mutants import PlainMutant
 _TURNS, _LLM, _ENGINE = "engine/turns.py", "llm.py", "engine/llm_engine.py"
 _PROCESSORS, _CHANNEL = "engine/processors.py", "engine/ranks/channel.py"
 _SCHEMA, _OUTPUTS, _TORCH = "engine/json_schema.py", "engine/outputs.py", "engine/torch_state.py"
-_ROWS = "engine/changed_rows.py"
+_ROWS, _HIDDEN = "engine/changed_rows.py", "engine/hidden_rows.py"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
 TURNS = (*_PYTEST, "tests/test_threads.py", "-k", "TestTurns")
@@ -21,11 +21,58 @@ SCHEMA = (*_PYTEST, "tests/engine/test_json_schema.py")
 TORCH = (*_PYTEST, "tests/engine/test_torch_state.py", "-k", "freed or closed or pending")
 PROGRESS = (*_PYTEST, "tests/test_progress.py")
 EXACT_ROWS = (*_PYTEST, "tests/engine/test_exact_rows.py")
+HIDDEN = (*_PYTEST, "tests/engine/test_hidden_states.py")
 SURFACE = (*_PYTEST, "tests/test_surface.py")
 PROMPTS = (*_PYTEST, "tests/utils/test_prompts.py")
 PARAMS = (*_PYTEST, "tests/test_sampling_params.py")
 
 EDGE_MUTANTS: tuple[PlainMutant, ...] = (
+    (
+        "hidden states: a cached token may hold the first position",
+        (
+            (
+                "engine/requests.py",
+                "hidden_states_start + self.num_hidden)",
+                "hidden_states_start + 99)",
+            ),
+        ),
+        HIDDEN,
+    ),
+    (
+        "hidden states: positions computed again are added again",
+        (("engine/requests.py", "found[max(0, known - (end - len(found))) :]", "found"),),
+        HIDDEN,
+    ),
+    (
+        "hidden states: a chunk's tokens before the first position are returned",
+        ((_HIDDEN, "hidden_states_start - chunk.start) if chunk else 0", "0) if chunk else 0"),),
+        HIDDEN,
+    ),
+    (
+        "hidden states: decodes count from the first chunk",
+        ((_HIDDEN, "num_drawn += chunk is None or chunk.samples", "num_drawn += 1"),),
+        HIDDEN,
+    ),
+    (
+        "hidden states: -1 is the last layer's input",
+        ((_HIDDEN, "num_layers + 1 + asked", "num_layers + asked"),),
+        HIDDEN,
+    ),
+    (
+        "hidden states: the final norm is left out",
+        ((_HIDDEN, "found.append(norm(last))", "found.append(last)"),),
+        HIDDEN,
+    ),
+    (
+        "hidden states: rows of prompts come before those of decodes",
+        ((_HIDDEN, "(*decodes[1], *prompts[1])", "(*prompts[1], *decodes[1])"),),
+        HIDDEN,
+    ),
+    (
+        "hidden states: Granite's stream is not scaled back",
+        (("models/decoder.py", ".total * self.spec.stream_scale", ".total"),),
+        HIDDEN,
+    ),
     (
         "surface: an end-of-sequence token is a stop reason",
         (

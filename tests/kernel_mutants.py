@@ -379,8 +379,8 @@ _SCORES: tuple[PlainMutant, ...] = (
     _bug(
         "prompt_logprobs: a cached block may hold the token before the first one",
         "engine/requests.py",
-        "return missing - 1",
-        "return missing",
+        "limits.append(len(self.prompt_logprobs) - 1)",
+        "limits.append(len(self.prompt_logprobs))",
         PROMPTS,
     ),
     _bug(

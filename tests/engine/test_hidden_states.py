@@ -78,6 +78,22 @@ def test_however_tokens_are_computed(checkpoints: Checkpoints, options: dict[str
             assert llm.stats().preemptions > 0
 
 
+def test_prompts_beside_decodes(checkpoints: Checkpoints) -> None:
+    """A step has rows of the last layer from chunks, with a draw and without, and from decodes."""
+    path = checkpoints["qwen3-gqa6"]
+    with LLM(path, **SMALL, max_num_batched_tokens=16) as llm:
+        outputs = []
+        for prompt in PROMPTS:
+            llm.add_request(prompt, params("last", max_tokens=9))
+            outputs += llm.step()
+        while llm.has_unfinished:
+            outputs += llm.step()
+        last = llm.engine.runner.hidden_layers
+    assert len(outputs) == len(PROMPTS)
+    for out in outputs:
+        check(path, out, last)
+
+
 def test_nothing_is_taken_from_the_cache_from_the_first_position_on(
     checkpoints: Checkpoints,
 ) -> None:
