@@ -7,6 +7,7 @@ the requests of one prompt.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any, NoReturn
 from config import Config
 from engine.json_schema import JsonGrammars
 from engine.llm_engine import LLMEngine
-from engine.outputs import OutputStream, Progress, PromptRequests, make_output
+from engine.open_prompts import OpenPrompts
+from engine.outputs import OutputStream, Progress, PromptRequests, make_output, new_parts
 from engine.request_checks import ParamsForPrompts, params_per_prompt
 from engine.types import CacheStats, EngineStats, StepPlan
 from sampling_params import SamplingParams
 from utils.errors import EngineClosedError, EngineUseError, RequestError, StepError
 from utils.prompts import Prompt, Prompts, load_tokenizer, templated, tokenized
+from utils.stop_strings import SharedStopStrings, StopStrings
 from utils.text import Decoder, decoder
 from utils.text_reader import TextReader
 
@@ -49,15 +52,16 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
-        # Request id -> `PromptRequests`, for all unfinished requests except those of `stream`.
-        self._unfinished: dict[int, PromptRequests] = {}
-        # Prompt's request id -> its outputs, for `add_request(..., stream=True)`.
-        self._streams: dict[int, list[OutputStream]] = {}
+        self._unfinished = OpenPrompts()
+        # Streams of `add_request(..., stream=True)` that have something new, by request id.
+        self._news: dict[int, OutputStream] = {}
+        self._stops = SharedStopStrings()
+        self._resets: int | None = None  # `engine.num_resets` at the last step; None during a step
         # Some tokenizers cannot encode in two threads at once. A signal handler may come between.
         self._tokenizing = threading.RLock()
         self._told: list[dict[str, Any]] = []  # outputs that `step` has made and not returned
         # Prompts that `add_request` added and that have ended. `step` will return their outputs.
-        self._ended: list[PromptRequests] = []
+        self._ended: deque[PromptRequests] = deque()
         try:
             self.tokenizer: Any | None = load_tokenizer(self.engine.checkpoint.path)
         except BaseException:
@@ -103,7 +107,7 @@ class LLM:
             EngineUseError: the caller is a function that a step runs, or a forked child process.
             LogitsError: `raise_errors` is True, and a request failed alone.
         """
-        ended: list[PromptRequests] = []
+        ended: deque[PromptRequests] = deque()
         outputs: dict[int, dict[str, Any]] = {}
         groups: list[PromptRequests] = []
         try:
@@ -117,7 +121,7 @@ class LLM:
                         # thread may append one.
                         while ended:
                             outputs[ended[0].index] = make_output(ended[0].seqs, self.decode)
-                            del ended[0]
+                            ended.popleft()
             if self.engine.has_unfinished:
                 with self.engine.turns.turn():
                     self.engine.finish_steps()
@@ -199,8 +203,8 @@ class LLM:
         # `prompt=5` is an error. It must not become [5], which is a valid prompt of one token id.
         prompts: Prompts = [prompt] if isinstance(prompt, (str, list, tuple)) else prompt
         groups: list[PromptRequests] = []
-        ended = None if stream else self._ended
-        self._add(groups, prompts, sampling_params, ended, later=True)
+        ended, news = (None, self._news) if stream else (self._ended, None)
+        self._add(groups, prompts, sampling_params, ended, news)
         return groups[0].seqs[0].request_id
 
     def step(self) -> list[dict[str, Any]]:
@@ -215,20 +219,16 @@ class LLM:
             try:
                 self._advance()
             except EngineClosedError:
-                if not (self._ended or self._streams):
+                if not (self._ended or self._news):
                     raise
             # If an exception interrupts this, the next `step` returns what is in `_told`.
-            for request_id, outputs in list(self._streams.items()):
-                for one in outputs:
-                    if one.ready() and (part := one.take()):
-                        self._told.append({"request_id": request_id, **part})
-                if all(one.ended for one in outputs):
-                    del self._streams[request_id]
+            for stream, part in new_parts(self._news):
+                self._told.append({"request_id": stream.prompt_id, **part})
             while self._ended:
                 seqs = self._ended[0].seqs
                 output = make_output(seqs, self.decode)
                 self._told.append({"request_id": seqs[0].request_id, **output})
-                del self._ended[0]
+                self._ended.popleft()
             told, self._told = self._told, []
         return told
 
@@ -246,7 +246,7 @@ class LLM:
     def has_unfinished(self) -> bool:
         """Whether `step` has requests to run or outputs to return."""
         self.engine.turns.check_process()
-        left = self._unfinished or self._ended or self._streams or self._told
+        left = self._unfinished or self._ended or self._news or self._told
         return bool(left) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
@@ -259,8 +259,7 @@ class LLM:
         if type(request_id) is not int:
             fix = "Give the number that add_request returned."
             raise RequestError("request_id", request_id, "is not a request id", fix)
-        group = self._unfinished.get(request_id)
-        for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
+        for one in self._unfinished.ids(request_id):
             self.engine.abort(one)
 
     def close(self) -> None:
@@ -272,7 +271,7 @@ class LLM:
             try:
                 self.engine.close()
             finally:
-                self._collect_ended()
+                self._unfinished.tell()
 
     def __enter__(self) -> LLM:
         return self
@@ -289,101 +288,89 @@ class LLM:
         groups: list[PromptRequests],
         prompts: Prompts,
         params: ParamsForPrompts,
-        ended: list[PromptRequests] | None = None,
-        *,
-        later: bool = False,
+        ended: deque[PromptRequests] | None = None,
+        news: dict[int, OutputStream] | None = None,
     ) -> None:
         """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
 
         Appends the `PromptRequests` of each prompt to `groups`. So the caller can end them, even if
         Ctrl-C interrupts this method. When all requests of a prompt have ended, its
-        `PromptRequests` is appended to `ended`. If `ended` is None, the outputs are streamed; with
-        `later`, `step` returns their parts.
+        `PromptRequests` is appended to `ended`. If `news` is given instead, the outputs are
+        streamed: streams with something new are added to `news`.
         """
         self.engine.turns.check()
+        specials = self.decode.specials
         with self._tokenizing:
             token_lists = tokenized(self.tokenizer, prompts)
         per_prompt = params_per_prompt(params, len(token_lists))
-        # Schemas are compiled before the turn, because a large schema and the first one take long.
+        # Schemas and stop strings are compiled before the turn, because many of them take long.
         with self._tokenizing:
             own = {id(one): one for one in per_prompt}
+            stops = {key: self._stops.of(tuple(one.stop), specials) for key, one in own.items()}
             own = {key: self._grammars.applied(one) for key, one in own.items()}
-        per_prompt = [own[id(one)] for one in per_prompt]
         try:
             with self.engine.turns.turn(), self.engine.all_or_none():
-                for tokens, one in zip(token_lists, per_prompt, strict=True):
-                    groups.append(PromptRequests(len(groups), [], [] if ended is None else ended))
-                    self._queue(groups[-1], tokens, one, streamed=ended is None)
-                for group in groups if ended is not None or later else ():
-                    self._unfinished |= dict.fromkeys((s.request_id for s in group.seqs), group)
-                    if ended is None:
-                        self._streams[group.seqs[0].request_id] = self._outputs([group])
+                for tokens, key in zip(token_lists, map(id, per_prompt), strict=True):
+                    group = PromptRequests(len(groups), [], deque() if ended is None else ended)
+                    groups.append(group)
+                    self._queue(group, tokens, own[key], stops[key], streamed=news is not None)
+                self._unfinished.add(groups, news, has_text=self.tokenizer is not None)
         except BaseException:
             self._drop(groups)
             raise
 
     def _queue(
-        self, group: PromptRequests, tokens: list[int], params: SamplingParams, *, streamed: bool
+        self,
+        group: PromptRequests,
+        tokens: list[int],
+        params: SamplingParams,
+        stop: StopStrings | None,
+        *,
+        streamed: bool,
     ) -> None:
-        stop = tuple(params.stop)
+        # The parameters of output 0 differ from those of the other outputs.
+        own = [params.of_output(i) for i in (0, 1)] if params.n > 1 else [params]
         for i in range(params.n):
             text = None
             # `engine.add_request` rejects stop strings if there is no tokenizer.
             if (streamed or stop) and not (stop and self.tokenizer is None):
                 text = TextReader(self.decode, stop, params.min_tokens, tokens)
-            own = params.of_output(i) if params.n > 1 else params
-            group.seqs.append(self.engine.add_request(tokens, own, text, sample=i))
+            group.seqs.append(self.engine.add_request(tokens, own[min(i, 1)], text, sample=i))
 
     def _drop(self, groups: list[PromptRequests]) -> None:
         seqs = [seq for group in groups for seq in group.seqs]
-        for request_id in [seq.request_id for seq in seqs]:
-            self._unfinished.pop(request_id, None)
-            self._streams.pop(request_id, None)
+        self._unfinished.drop(seq.request_id for seq in seqs)
         self.engine.drop(seqs)
-
-    def _outputs(self, groups: list[PromptRequests]) -> list[OutputStream]:
-        has_text = self.tokenizer is not None
-        seqs = [(seq, group.index) for group in groups for seq in group.seqs]
-        return [OutputStream(seq, index, has_text=has_text) for seq, index in seqs]
 
     def _parts(
         self, prompts: Prompts, params: ParamsForPrompts
     ) -> Generator[dict[str, Any], None, None]:
         groups: list[PromptRequests] = []
-        outputs: list[OutputStream] = []
-
-        def ready() -> bool:
-            return any(one.ready() for one in outputs)
-
+        news: dict[int, OutputStream] = {}
         try:
-            self._add(groups, prompts, params)
-            outputs += self._outputs(groups)
+            self._add(groups, prompts, params, news=news)
+            num_open = sum(len(group.seqs) for group in groups)
             yield {}
-            while outputs:
-                with self.engine.turns.until(ready) as may_step:
+            while num_open:
+                with self.engine.turns.until(lambda: bool(news)) as may_step:
                     if may_step:
                         self._advance()
-                    parts = [one.take() for one in outputs if one.ready()]
-                outputs[:] = [one for one in outputs if not one.ended]
-                yield from filter(None, parts)
+                    parts = [part for _, part in new_parts(news)]
+                num_open -= sum(part["finish_reason"] is not None for part in parts)
+                yield from parts
         finally:
             self._drop(groups)
 
     def _advance(self) -> StepPlan | None:
-        ids = None
+        # The engine says which requests have something new. But if a call was interrupted, or if
+        # `LLMEngine.reset` was called, any request may have ended.
+        before, self._resets, ids = self._resets, None, None
         try:
             plan, finished = self.engine.step()
-            # If no step was in flight, `plan` is None. Then `LLMEngine.reset` may have ended
-            # requests that are not in `finished`, so `_collect_ended(None)` checks all prompts.
-            ids = [seq.request_id for seq in finished] if plan else None
+            if plan and self.engine.num_resets == before:
+                ids = [seq.request_id for seq in finished]
+                ids += self.engine.new_texts if self._unfinished.has_streams else []
         finally:
-            self._collect_ended(ids)
+            self._unfinished.tell(ids)
+        self._resets = self.engine.num_resets
         return plan
-
-    def _collect_ended(self, request_ids: list[int] | None = None) -> None:
-        for request_id in list(self._unfinished) if request_ids is None else request_ids:
-            group = self._unfinished.get(request_id)
-            if group and all(seq.finish_reason is not None for seq in group.seqs):
-                for seq in group.seqs:
-                    self._unfinished.pop(seq.request_id, None)
-                group.ended.append(group)

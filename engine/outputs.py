@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,13 +19,21 @@ from engine.step import StepPlan
 from utils.text import Decoder
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PromptRequests:
-    """A prompt's requests. `LLM` appends this object to the list `ended` when all have ended."""
+    """A prompt's requests. `LLM` appends this object to `ended` when all have ended."""
 
     index: int  # index of the prompt among the caller's prompts
     seqs: list[Sequence]  # one request for each output
-    ended: list[PromptRequests]  # list of prompts whose requests have all ended
+    ended: deque[PromptRequests]  # prompts whose requests have all ended
+    _num_ended: int = 0  # how many of the first `seqs` are known to have ended
+
+    def all_ended(self) -> bool:
+        """Whether all requests have ended. All calls together look at each request about once."""
+        seqs = self.seqs
+        while self._num_ended < len(seqs) and seqs[self._num_ended].finish_reason is not None:
+            self._num_ended += 1
+        return self._num_ended == len(seqs)
 
 
 def make_output(seqs: list[Sequence], decode: Decoder) -> dict[str, Any]:
@@ -70,13 +80,33 @@ class OutputStream:
     """Gives the output of a request in parts, each with the tokens and the text that are new.
 
     Text that may become part of a stop string is held back. Without a tokenizer there is no text.
+
+    Args:
+        seq: the request.
+        prompt: all requests of the request's prompt.
+        news: the caller's streams with something new, by request id. `LLM` adds this stream to
+            `news` when the request has new tokens or has ended.
+        has_text: whether there is a tokenizer.
     """
 
-    def __init__(self, seq: Sequence, index: int, *, has_text: bool) -> None:
-        self._seq, self._index, self._has_text = seq, index, has_text
+    def __init__(
+        self,
+        seq: Sequence,
+        prompt: PromptRequests,
+        news: dict[int, OutputStream],
+        *,
+        has_text: bool,
+    ) -> None:
+        self._seq, self._prompt, self._has_text = seq, prompt, has_text
+        self.news = news
         self._num_tokens = self._num_chars = 0  # how much the parts so far have
         self._num_seen = 0  # number of output tokens at the last call of `take`
         self.ended = False  # whether `take` has returned the last part
+
+    @property
+    def prompt_id(self) -> int:
+        """Id of the prompt's first request, which `LLM.add_request` has returned."""
+        return self._prompt.seqs[0].request_id
 
     def ready(self) -> bool:
         """Whether there are tokens that `take` has not seen, or the request has ended."""
@@ -97,20 +127,37 @@ class OutputStream:
         seq, text, reason = self._seq, self._seq.text, self._seq.finish_reason
         assert text is not None
         self._num_seen = self._num_output_tokens
-        chars = text.settled if reason is None else len(text.text)
-        tokens = seq.output_token_ids[self._num_tokens :]
-        if reason is None and not (chars > self._num_chars if self._has_text else tokens):
+        chars = text.settled if reason is None else text.num_chars
+        is_new = chars > self._num_chars if self._has_text else self._num_seen > self._num_tokens
+        if reason is None and not is_new:
             return None
+        tokens = seq.token_ids[seq.num_prompt_tokens + self._num_tokens :]
         told = {
-            "index": self._index,
+            "index": self._prompt.index,
             "sample": seq.sample,
-            "text": text.text[self._num_chars : chars],
+            "text": text.since(self._num_chars)[: chars - self._num_chars],
             "token_ids": tokens,
             "finish_reason": reason,
         }
         self._num_tokens, self._num_chars = self._num_tokens + len(tokens), chars
         self.ended = reason is not None
         return {**told, "error": seq.error} if self.ended else told
+
+
+def new_parts(news: dict[int, OutputStream]) -> Iterator[tuple[OutputStream, dict[str, Any]]]:
+    """Take the next part of each stream in `news`, and remove the stream from `news`.
+
+    While `news` has an element, no other thread may step (`Turns.until`). So a stream is removed
+    after its part was taken.
+    """
+    for request_id in sorted(news):
+        stream = news[request_id]
+        if stream.ready() and (part := stream.take()):
+            yield stream, part
+        news.pop(request_id, None)
+        # `LLM.close` in another thread may have ended the request meanwhile.
+        if stream.ready():
+            news[request_id] = stream
 
 
 class _Forgiving:
