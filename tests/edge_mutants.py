@@ -11,6 +11,8 @@ _TURNS, _LLM, _ENGINE = "engine/turns.py", "llm.py", "engine/llm_engine.py"
 _PROCESSORS, _CHANNEL = "engine/processors.py", "engine/ranks/channel.py"
 _SCHEMA, _OUTPUTS, _TORCH = "engine/json_schema.py", "engine/outputs.py", "engine/torch_state.py"
 _ROWS = "engine/sampling_rows.py"
+_STOPS, _READER = "utils/stop_strings.py", "utils/text_reader.py"
+_NEW_TEXTS = "ids = [seq.request_id for seq in ended] + [self._slots[slot] for slot in slots]"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
 TURNS = (*_PYTEST, "tests/test_threads.py", "-k", "TestTurns")
@@ -20,9 +22,128 @@ PROCESSORS = (*_PYTEST, "tests/engine/test_processors.py")
 SCHEMA = (*_PYTEST, "tests/engine/test_json_schema.py")
 TORCH = (*_PYTEST, "tests/engine/test_torch_state.py", "-k", "freed or closed or pending")
 PROGRESS = (*_PYTEST, "tests/test_progress.py")
+COSTS = (*_PYTEST, "tests/test_step_costs.py")
+STOPS = (*_PYTEST, "tests/utils/test_stop_strings.py")
+DECODERS = (*_PYTEST, "tests/utils/test_decoders.py", "-k", "special_tokens or SpecialTokens")
+TEXT = (*_PYTEST, "tests/utils/test_text.py")
 EXACT_ROWS = (*_PYTEST, "tests/engine/test_exact_rows.py")
 
 EDGE_MUTANTS: tuple[PlainMutant, ...] = (
+    (
+        "edge: a step reads the texts of requests that wait",
+        ((_ENGINE, _NEW_TEXTS, "ids = list(self._read)"),),
+        COSTS,
+    ),
+    (
+        "edge: a request that ends without a token is not read to its end",
+        ((_ENGINE, _NEW_TEXTS, "ids = [self._slots[slot] for slot in slots]"),),
+        COSTS,
+    ),
+    (
+        "edge: after a reset a step tells of its own requests alone",
+        ((_LLM, "if plan and self.engine.num_resets == before:", "if plan:"),),
+        COSTS,
+    ),
+    (
+        "edge: what a step brought is not told after an interrupt",
+        (
+            (
+                _LLM,
+                "before, self._resets, ids = self._resets, None, None",
+                "before, ids = self._resets, None",
+            ),
+        ),
+        COSTS,
+    ),
+    (
+        "edge: a part taken while the engine is closed is the last one",
+        ((_OUTPUTS, "        if stream.ready():\n            news[request_id] = stream\n", ""),),
+        COSTS,
+    ),
+    (
+        "edge: a group looks at all its outputs when one ends",
+        (
+            (
+                _OUTPUTS,
+                "while self._num_ended < len(seqs)",
+                "self._num_ended = 0\n        while self._num_ended < len(seqs)",
+            ),
+        ),
+        COSTS,
+    ),
+    (
+        "edge: a part copies the whole output",
+        (
+            (
+                _OUTPUTS,
+                "tokens = seq.token_ids[seq.num_prompt_tokens + self._num_tokens :]",
+                "tokens = seq.output_token_ids[self._num_tokens :]",
+            ),
+        ),
+        COSTS,
+    ),
+    (
+        "edge: every thread that leaves asks all others",
+        ((_TURNS, "list(ready if had_turn else islice(ready, 1))", "list(ready)"),),
+        COSTS,
+    ),
+    (
+        "edge: stop strings: a failure forgets shorter beginnings",
+        ((_STOPS, "                state = fail[state]\n", "                state = 0\n"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: one that another one contains is not found",
+        ((_STOPS, "ends[state] = ends[fail[state]]", "pass"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: a complete one holds nothing back",
+        ((_STOPS, "self.held[state] = self.held[fail[state]]", "self.held[state] = 0"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: text that changed is not read again",
+        (
+            (
+                _STOPS,
+                "if self._seen is not None and new.startswith(self._seen):",
+                "if self._seen is not None:",
+            ),
+        ),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: text that stays is read again",
+        (
+            (
+                _STOPS,
+                "if self._seen is not None and new.startswith(self._seen):",
+                "if self._seen is None:",
+            ),
+        ),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: ignored text counts after it was appended",
+        ((_STOPS, "max(0, self._passed - size)", "0"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: a special token ends the output before it came",
+        ((_STOPS, "self._waiting[:-1] if before_special else self._waiting", "self._waiting"),),
+        DECODERS,
+    ),
+    (
+        "edge: stop strings: text is told that a special token may follow",
+        ((_STOPS, "return max(automaton.held", "return min(automaton.held"),),
+        STOPS,
+    ),
+    (
+        "edge: a text is copied with every token",
+        ((_READER, "2 * len(parts[-1]) >= len(parts[-2])", "True"),),
+        TEXT,
+    ),
     (
         "edge: a thread that leaves wakes nobody who may step",
         ((_TURNS, "(first if had_turn else []) or ([] if first else next_step[:1])", "first"),),
@@ -79,12 +200,18 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "edge: step loses what close has ended, if it is streamed",
-        ((_LLM, "if not (self._ended or self._streams):", "if not self._ended:"),),
+        ((_LLM, "if not (self._ended or self._news):", "if not self._ended:"),),
         OUTPUTS,
     ),
     (
         "edge: an error ends all new requests but the first",
-        ((_ENGINE, "if request_id >= first]", "if request_id > first]"),),
+        (
+            (
+                _ENGINE,
+                "ids = range(first, self._next_request_id)",
+                "ids = range(first + 1, self._next_request_id)",
+            ),
+        ),
         OUTPUTS,
     ),
     (
@@ -191,7 +318,7 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "edge: the last part keeps back what may begin a stop string",
-        ((_OUTPUTS, "text.settled if reason is None else len(text.text)", "text.settled"),),
+        ((_OUTPUTS, "text.settled if reason is None else text.num_chars", "text.settled"),),
         OUTPUTS,
     ),
     (

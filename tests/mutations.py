@@ -594,9 +594,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "leak: who asked for a request is remembered for ever",
         (
             Edit(
-                "llm.py",
-                "self._unfinished.pop(seq.request_id, None)",
-                "self._unfinished.get(seq.request_id)",
+                "engine/open_prompts.py",
+                "self._prompts.pop(request_id, None)",
+                "self._prompts.get(request_id)",
             ),
             # Or it would be seen at once: `step` would have something to return for ever.
             Edit("llm.py", "left = self._unfinished or self._ended", "left = self._ended"),

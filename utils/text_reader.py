@@ -138,9 +138,9 @@ class TextReader:
         if new:
             parts.append(new)
             self.num_chars += len(new)
-        # Each part is longer than the part behind it. So there are few parts, and a text of n
-        # characters is made with at most log2(n) copies of a character, not with a copy per token.
-        while len(parts) > 1 and len(parts[-1]) >= len(parts[-2]):
+        # Each part is more than twice as long as the part behind it. So there are few parts, and a
+        # character is copied when its part has grown, and not with each token behind it.
+        while len(parts) > 1 and 2 * len(parts[-1]) >= len(parts[-2]):
             parts[-2:] = [parts[-2] + parts[-1]]
 
     def _decoded(self, window: list[int]) -> str:
