@@ -192,7 +192,7 @@ class TestEnds:
             return part
 
         with monkeypatch.context() as patched:
-            # Another thread runs the step. So this one takes the part without the turn.
+            # `step` brings the stream's token. So the stream takes its part without the turn.
             llm.add_request([5, 6, 7], _params())
             llm.step()
             patched.setattr(OutputStream, "take", closed)
