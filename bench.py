@@ -30,7 +30,8 @@ text      what text costs, and looking for a stop string, against tokens alone: 
 startup   construction to ready in a new process, with a cold and a warm kernel cache
 kernels   attention and the linears alone, against the machine's limits; CUDA
 overlap   what the host does for a decode step of 256 requests while the device works; CUDA
-scheduler schedule and commit alone, for 256 running and up to 100,000 waiting requests; no model
+scheduler schedule and commit alone, for 256 running and up to 100,000 waiting requests; then
+          whole steps on a simulated runner, with streams and stop strings; no model
 exact     how many of 64 requests (8 on a CPU) keep the bits that they have alone in a batch, in
           chunks, after prefix hits and preemptions and other settings; and how far the logits are
           from float32 beside those of transformers. Lost bits or too large a distance fail

@@ -7,6 +7,7 @@ those that the checkpoint recommends in its file generation_config.json.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -17,8 +18,8 @@ from config import Config, shows_options
 from engine.bad_words import with_bad_words_ids
 from engine.json_schema import JsonGrammars
 from engine.llm_engine import LLMEngine
-from engine.outputs import OutputStream, Progress, PromptRequests
-from engine.prompt_queue import PromptInput, PromptQueue, outputs_of
+from engine.outputs import OutputStream, Progress, PromptRequests, new_parts
+from engine.prompt_queue import PromptInput, PromptQueue
 from engine.request_checks import ParamsForPrompts, params_per_prompt
 from engine.types import CacheStats, EngineStats
 from sampling_params import SamplingParams
@@ -27,6 +28,7 @@ from utils.checkpoint import folder_of
 from utils.errors import CheckpointError, EngineClosedError, EngineUseError, RequestError, StepError
 from utils.output_types import Logprob, Output
 from utils.prompts import Prompt, Prompts, as_list, load_tokenizer, tokenized
+from utils.stop_strings import SharedStopStrings, StopStrings
 from utils.text import Decoder, decoder
 
 __all__ = ["LLM", "Logprob", "Output", "SamplingParams"]
@@ -57,11 +59,14 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = LLMEngine(Config.from_options(model, **options))
         self._queue = PromptQueue(self.engine)
+        # Streams of `add_request(..., stream=True)` that have something new, by request id.
+        self._news: dict[int, OutputStream] = {}
+        self._stops = SharedStopStrings()
         # Some tokenizers cannot encode in two threads at once. A signal handler may come between.
         self._tokenizing = threading.RLock()
         self._told: list[Output] = []  # outputs that `step` has made and not returned
         # Prompts that `add_request` added and that have ended. `step` will return their outputs.
-        self._ended: list[PromptRequests] = []
+        self._ended: deque[PromptRequests] = deque()
         self._defaults: SamplingParams | None = None  # those of the checkpoint, once they are asked
         try:
             self.tokenizer: Any | None = self._loaded_tokenizer()
@@ -69,6 +74,8 @@ class LLM:
             self.engine.close()
             raise
         self.decode: Decoder = decoder(self.tokenizer)
+        self._decode_all = decoder(self.tokenizer, skip_special_tokens=False)
+        self._no_text = decoder(None)
 
     def _loaded_tokenizer(self) -> Any | None:
         checkpoint, path = (
@@ -122,7 +129,7 @@ class LLM:
             EngineUseError: the caller is a function that a step runs, or a forked child process.
             LogitsError: `raise_errors` is True, and a request failed alone.
         """
-        ended: list[PromptRequests] = []
+        ended: deque[PromptRequests] = deque()
         outputs: dict[int, Output] = {}
         groups: list[PromptRequests] = []
         try:
@@ -136,7 +143,7 @@ class LLM:
                         # thread may append one.
                         while ended:
                             outputs[ended[0].index] = ended[0].output()
-                            del ended[0]
+                            ended.popleft()
             if self.engine.has_unfinished:
                 with self.engine.turns.turn():
                     self.engine.finish_steps()
@@ -254,7 +261,8 @@ class LLM:
         # `prompt=5` is an error. It must not become [5], which is a valid prompt of one token id.
         inputs = self._read(as_list(prompt), sampling_params)
         groups: list[PromptRequests] = []
-        self._queue.add(groups, inputs, None if stream else self._ended, later=True)
+        ended, news = (None, self._news) if stream else (self._ended, None)
+        self._queue.add(groups, inputs, ended, news)
         return groups[0].seqs[0].request_id
 
     def step(self) -> list[Output]:
@@ -268,18 +276,14 @@ class LLM:
             try:
                 self._queue.advance()
             except EngineClosedError:
-                if not (self._ended or self._queue.streams):
+                if not (self._ended or self._news):
                     raise
             # If an exception interrupts this, the next `step` returns what is in `_told`.
-            for request_id, outputs in list(self._queue.streams.items()):
-                for one in outputs:
-                    if one.ready() and (part := one.take()):
-                        self._told.append(Output(part, request_id=request_id))
-                if all(one.ended for one in outputs):
-                    del self._queue.streams[request_id]
+            for stream, part in new_parts(self._news):
+                self._told.append(Output(part, request_id=stream.prompt_id))
             while self._ended:
                 self._told.append(self._ended[0].output())
-                del self._ended[0]
+                self._ended.popleft()
             told, self._told = self._told, []
         return told
 
@@ -297,7 +301,7 @@ class LLM:
     def has_unfinished(self) -> bool:
         """Whether `step` has requests to run or outputs to return."""
         self.engine.turns.check_process()
-        left = self._queue.unfinished or self._ended or self._queue.streams or self._told
+        left = self._queue or self._ended or self._news or self._told
         return bool(left) or self.engine.has_unfinished
 
     def abort(self, request_id: int) -> None:
@@ -310,8 +314,7 @@ class LLM:
         if type(request_id) is not int:
             fix = "Give the number that add_request returned."
             raise RequestError("request_id", request_id, "is not a request id", fix)
-        group = self._queue.unfinished.get(request_id)
-        for one in [seq.request_id for seq in group.seqs] if group else [request_id]:
+        for one in self._queue.ids(request_id):
             self.engine.abort(one)
 
     def close(self) -> None:
@@ -323,7 +326,7 @@ class LLM:
             try:
                 self.engine.close()
             finally:
-                self._queue.collect_ended()
+                self._queue.tell()
 
     def __enter__(self) -> LLM:
         return self
@@ -344,16 +347,19 @@ class LLM:
             self._defaults = self._defaults or self.default_sampling_params()
             params = [self._fitting(self._defaults, len(one.token_ids)) for one in found]
         per_prompt = params_per_prompt(params, len(found))
-        # Schemas are compiled before the turn, because a large schema and the first one take long.
+        # Schemas and stop strings are compiled before the turn, because many of them take long.
         with self._tokenizing:
-            own = {id(one): one for one in per_prompt}
-            made = {k: (self._prepared(v), self._decoder_for(v)) for k, v in own.items()}
+            made = {key: self._prepared(one) for key, one in {id(p): p for p in per_prompt}.items()}
         pairs = zip(found, per_prompt, strict=True)
         return [PromptInput(prompt, *made[id(one)]) for prompt, one in pairs]
 
-    def _prepared(self, params: SamplingParams) -> SamplingParams:
-        """Return parameters without what needs a tokenizer, in the engine's terms."""
-        return with_bad_words_ids(self._grammars.applied(params), self.tokenizer)
+    def _prepared(
+        self, params: SamplingParams
+    ) -> tuple[SamplingParams, Decoder, StopStrings | None]:
+        """Return parameters in terms of token ids, and what makes and ends the text."""
+        own = with_bad_words_ids(self._grammars.applied(params), self.tokenizer)
+        decode = self._decoder_for(params)
+        return own, decode, self._stops.of(tuple(params.stop), decode.specials)
 
     def _fitting(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
         """Let an output end with the context window if the recommended `max_tokens` exceed it."""
@@ -362,28 +368,23 @@ class LLM:
         return params if fits else replace(params, max_tokens=None)
 
     def _decoder_for(self, params: SamplingParams) -> Decoder:
-        if params.detokenize and params.skip_special_tokens:
-            return self.decode
-        tokenizer = self.tokenizer if params.detokenize else None
-        return decoder(tokenizer, skip_special_tokens=False)
+        if not params.detokenize:
+            return self._no_text
+        return self.decode if params.skip_special_tokens else self._decode_all
 
     def _parts(self, prompts: Prompts, params: ParamsForPrompts) -> Generator[Output, None, None]:
         groups: list[PromptRequests] = []
-        outputs: list[OutputStream] = []
-
-        def ready() -> bool:
-            return any(one.ready() for one in outputs)
-
+        news: dict[int, OutputStream] = {}
         try:
-            self._queue.add(groups, self._read(prompts, params))
-            outputs += outputs_of(groups)
+            self._queue.add(groups, self._read(prompts, params), news=news)
+            num_open = sum(len(group.seqs) for group in groups)
             yield Output()
-            while outputs:
-                with self.engine.turns.until(ready) as may_step:
+            while num_open:
+                with self.engine.turns.until(lambda: bool(news)) as may_step:
                     if may_step:
                         self._queue.advance()
-                    parts = [one.take() for one in outputs if one.ready()]
-                outputs[:] = [one for one in outputs if not one.ended]
-                yield from filter(None, parts)
+                    parts = [part for _, part in new_parts(news)]
+                num_open -= sum(part.finish_reason is not None for part in parts)
+                yield from parts
         finally:
             self._queue.drop(groups)

@@ -1,11 +1,12 @@
-"""What a step costs on the CPU beside the model: `schedule` and `commit`, with no model at all."""
+"""What a step costs on the CPU beside the model: planning and texts, with no model at all."""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.scheduling_growth import measure_growth
 from config import Config
@@ -13,13 +14,16 @@ from engine.parts import PART_KINDS
 from engine.requests import Sequence
 from engine.scheduler import ContinuousScheduler
 from engine.types import KVGeometry, StepResult
+from llm import LLM
 from memory.block_manager import PrefixCacheManager
 from sampling_params import SamplingParams
 
 NUM_RUNNING = 256
 NUM_WAITING = (1_000, 10_000, 100_000)
+NUM_WAITING_TEXTS = (0, 20_000)
 _VOCAB_SIZE = 151_936
 _NUM_USERS = 1_000
+MODEL = Path(__file__).parents[1] / "assets" / "qwen3-tiny-python"  # for its tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Cost:
 
     For what `benchmarks.scheduling_growth` measures, `policy` says what that is, and `num_waiting`
     how many there were of what the cost may grow with.
+    In place of a policy, the costs of texts have the kind of the requests.
     """
 
     policy: str
@@ -119,11 +124,76 @@ class Load:
         )
 
 
+@dataclass(frozen=True)
+class Texts:
+    """A kind of requests: whether they are streamed, and how many stop strings they have."""
+
+    name: str
+    stream: bool = False
+    num_stops: int = 0
+
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings that begin like the text, and that no output has."""
+        rng = random.Random(0)
+        letters = "aeinorst"
+        return tuple("".join(rng.choices(letters, k=12)) + "\x7f" for _ in range(self.num_stops))
+
+
+KINDS = (
+    Texts("tokens alone"),
+    Texts("streams", stream=True),
+    Texts("streams with 2 stop strings", stream=True, num_stops=2),
+    Texts("streams with 1,000 stop strings", stream=True, num_stops=1_000),
+)
+
+
+class TextLoad:
+    """`LLM.step` on a simulated runner, with 256 running requests, and as many waiting as asked.
+
+    A step costs what the engine, the scheduler and the simulated runner need, and what the texts
+    need. The queue keeps its length: requests are added between the steps.
+    """
+
+    def __init__(
+        self, kind: Texts, num_waiting: int, model: Path = MODEL, num_running: int = NUM_RUNNING
+    ) -> None:
+        self.kind, self.num_waiting = kind, num_waiting
+        self.seconds: list[float] = []
+        options = {"max_num_seqs": num_running, "num_kvcache_blocks": 4 * num_running}
+        self.llm = LLM(model, model_runner="simulated", pipeline_depth=0, **options)
+        self._params = SamplingParams(
+            max_tokens=256, stop=kind.stops(), seed=0, ignore_eos=True, temperature=0
+        )
+        self._rng = random.Random(0)
+        # The first ones have 1 to 256 tokens to go, so that they do not end together.
+        for i in range(num_running):
+            self._add(1 + i * 256 // num_running)
+        self.llm.step()
+        self._fill()
+
+    def step(self) -> None:
+        begin = time.perf_counter()
+        self.llm.step()
+        self.seconds.append(time.perf_counter() - begin)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Add requests until all slots are used and as many requests wait as asked."""
+        most = (self.llm.config.max_num_seqs or 0) + self.num_waiting
+        while self.llm.engine.stats.unfinished_requests < most:
+            self._add(256)
+
+    def _add(self, max_tokens: int) -> None:
+        prompt = [self._rng.randrange(260, 4_000) for _ in range(56)]
+        params = replace(self._params, max_tokens=max_tokens, seed=self._rng.randrange(2**31))
+        self.llm.add_request(prompt, params, stream=self.kind.stream)
+
+
 def measure_scheduling(num_steps: int) -> list[Cost]:
     """Median step for 256 running requests, then for long queues under every queue policy.
 
     Prefix caching is on. The queues of one policy take turns, so that a slow phase of the
-    machine hits all of them.
+    machine hits all of them. Then follow the median steps of `measure_texts`.
     """
     costs = _measure([Load("fcfs", 0)], num_steps)
     print(f"{NUM_RUNNING} running, none waiting: {1e3 * costs[0].median:.3f} ms per step")
@@ -134,7 +204,7 @@ def measure_scheduling(num_steps: int) -> list[Cost]:
         flat = new[-1].median / new[0].median
         print(f"{policy:<16}{times} ms with {queues} waiting: {flat:.3f} times", flush=True)
         costs += new
-    return costs + _measure_growth(num_steps)
+    return costs + measure_texts(num_steps) + _measure_growth(num_steps)
 
 
 def _measure_growth(num_steps: int) -> list[Cost]:
@@ -142,6 +212,24 @@ def _measure_growth(num_steps: int) -> list[Cost]:
     costs = [Cost(*measured) for measured in measure_growth(num_steps)]
     for cost in costs:
         print(f"{cost.policy}, {cost.num_waiting:,}: {1e3 * cost.median:.3f} ms", flush=True)
+    return costs
+
+
+def measure_texts(num_steps: int) -> list[Cost]:
+    """Median `LLM.step` for each kind of requests, with no and with 20,000 requests waiting."""
+    costs = []
+    for kind in KINDS:
+        loads = [TextLoad(kind, n) for n in NUM_WAITING_TEXTS]
+        for _ in range(num_steps):
+            for load in loads:
+                load.step()
+        for load in loads:
+            load.llm.close()
+        new = [Cost(kind.name, load.num_waiting, load.seconds) for load in loads]
+        times = " / ".join(f"{1e3 * cost.median:.3f}" for cost in new)
+        queues = " / ".join(f"{cost.num_waiting:,}" for cost in new)
+        print(f"step of {NUM_RUNNING} {kind.name}: {times} ms with {queues} waiting", flush=True)
+        costs += new
     return costs
 
 

@@ -39,6 +39,7 @@ class LLMEngine:
     scheduler: Scheduler  # each `reset` makes a new scheduler and a new block manager
     blocks: BlockManager  # manages the blocks of all cache groups
     num_new_tokens: int  # number of all tokens that were sampled in the last committed step
+    num_resets: int  # number of calls of `reset`, each of which ended all requests
 
     def __init__(self, config: Config) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(config.model)
@@ -47,10 +48,12 @@ class LLMEngine:
         self._pipeline: deque[tuple[StepPlan, StepHandle]] = deque()
         self._live: dict[int, Sequence] = {}  # all unfinished requests, by request id
         self._read: dict[int, Sequence] = {}  # unfinished requests with a TextReader, by id
+        self._slots: dict[int, int] = {}  # id of the last request that got a slot, by slot
         self._aborts: deque[int] = deque()
         names = ("steps", "finished_requests", "prompt_tokens", "output_tokens", "preemptions")
         self._totals = dict.fromkeys(names, 0)
-        self._next_request_id = self.num_new_tokens = 0
+        self._next_request_id = self.num_new_tokens = self.num_resets = 0
+        self.new_texts: list[int] = []  # ids of requests whose text the last step has read
         self._closed = self._stale = False
         self._failure: BaseException | None = None  # why `_stale` is True
         self._dropped: deque[Sequence] = deque()
@@ -139,7 +142,8 @@ class LLMEngine:
             yield
         except BaseException:
             # Ctrl-C may have come before the caller stored what `add_request` returned.
-            self.drop([seq for request_id, seq in self._live.items() if request_id >= first])
+            ids = range(first, self._next_request_id)
+            self.drop([self._live[one] for one in ids if one in self._live])
             raise
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
@@ -163,10 +167,11 @@ class LLMEngine:
                 ended = [seq for one in asked if (seq := self.scheduler.abort(one))]
                 while len(self._pipeline) <= depth and (plan := self.scheduler.schedule()):
                     self._pipeline.append((plan, self.runner.execute(plan)))
+                    self._slots.update((new.slot, new.request_id) for new in plan.new_requests)
                 committed, finished = self._commit_oldest()
                 ended += finished
-                if self._read:
-                    ended += self._read_texts()
+                slots = committed.sampled_slots if committed and self._read else []
+                ended += self._read_texts(ended, slots)
                 # `_read_texts` has dropped the tokens after stop strings, so `stats` excludes them.
                 self._forget(ended)
             except BaseException as error:
@@ -205,12 +210,16 @@ class LLMEngine:
         self._totals["steps"] += 1
         return plan, finished
 
-    def _read_texts(self) -> list[Sequence]:
+    def _read_texts(self, ended: list[Sequence], slots: list[int]) -> list[Sequence]:
         """Convert new tokens to text. End and return requests whose text has a stop string."""
-        stopped = []
-        for request_id, seq in list(self._read.items()):
+        stopped: list[Sequence] = []
+        ids = [seq.request_id for seq in ended] + [self._slots[slot] for slot in slots]
+        self.new_texts = [one for one in dict.fromkeys(ids) if one in self._read]
+        for request_id in self.new_texts:
+            seq = self._read[request_id]
+            start, is_ended = seq.num_prompt_tokens, seq.finish_reason is not None
             assert seq.text is not None
-            if seq.text.read(seq.output_token_ids, ended=seq.finish_reason is not None):
+            if seq.text.read(seq.token_ids, start=start, ended=is_ended):
                 if seq.finish_reason is None:
                     self.scheduler.abort(request_id)
                     seq.finish_reason = "stop"
@@ -269,6 +278,7 @@ class LLMEngine:
 
         The requests get the finish_reason `reason`, and a StepError if `cause` is given.
         """
+        self.num_resets += 1
         with self._inside():
             # All requests end, so the results and errors of the steps in flight are ignored.
             while self._pipeline:

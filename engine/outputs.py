@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,22 +17,31 @@ from tqdm import tqdm
 from engine.requests import Sequence
 from engine.step import StepPlan, TokenLogprobs
 from utils.output_types import Logprob, Output
+from utils.prompts import TokenizedPrompt
 from utils.text import Decoder
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PromptRequests:
-    """A prompt's requests. `LLM` appends this object to the list `ended` when all have ended."""
+    """A prompt's requests. `PromptQueue` appends this object to `ended` when all have ended."""
 
     index: int  # index of the prompt among the caller's prompts
     seqs: list[Sequence]  # one request for each output
-    ended: list[PromptRequests]  # list of prompts whose requests have all ended
+    ended: deque[PromptRequests]  # prompts whose requests have all ended
     decode: Decoder  # converts the tokens of the outputs to text
-    text: str | None = None  # the prompt's text, if the caller gave one
+    prompt: TokenizedPrompt
+    _num_ended: int = 0  # how many of the first `seqs` are known to have ended
+
+    def all_ended(self) -> bool:
+        """Whether all requests have ended. All calls together look at each request about once."""
+        seqs = self.seqs
+        while self._num_ended < len(seqs) and seqs[self._num_ended].finish_reason is not None:
+            self._num_ended += 1
+        return self._num_ended == len(seqs)
 
     def output(self) -> Output:
         """Return what `LLM.generate` returns for the prompt."""
-        return make_output(self.seqs, self.decode, self.text)
+        return make_output(self.seqs, self.decode, self.prompt.text)
 
 
 def make_output(seqs: list[Sequence], decode: Decoder, prompt: str | None = None) -> Output:
@@ -38,13 +49,13 @@ def make_output(seqs: list[Sequence], decode: Decoder, prompt: str | None = None
     outputs, first = [_completion(seq, decode) for seq in seqs], seqs[0]
     entries = dict(outputs[0])
     del entries["index"]
-    num_prompt, found = first.num_prompt_tokens, None
+    tokens, found = first.token_ids[: first.num_prompt_tokens], None
     if first.sampling.prompt_logprobs is not None:
-        found = _scored(first, first.prompt_logprobs, decode)
+        found = _scored(first, first.prompt_logprobs, decode, tokens)
     return Output(
         request_id=first.request_id,
         prompt=prompt,
-        prompt_token_ids=first.token_ids[:num_prompt],
+        prompt_token_ids=tokens,
         prompt_logprobs=found,
         finished=all(seq.finish_reason is not None for seq in seqs),
         outputs=outputs,
@@ -57,7 +68,7 @@ def _completion(seq: Sequence, decode: Decoder) -> Output:
     prompt = seq.token_ids[: seq.num_prompt_tokens]
     times, added = seq.token_times, seq.added_at
     gaps = sorted(b - a for a, b in pairwise(times))
-    scores = _logprobs(seq, 0, len(tokens), decode)
+    scores = _logprobs(seq, 0, len(tokens), decode, prompt)
     metrics = {
         "queue_time": None if seq.admitted_at is None else seq.admitted_at - added,
         "time_to_first_token": times[0] - added if times else None,
@@ -101,13 +112,15 @@ def added_logprobs(total: float, scores: list[TokenLogprobs]) -> float:
     return total
 
 
-def _logprobs(seq: Sequence, start: int, stop: int, decode: Decoder) -> list[Any] | None:
+def _logprobs(
+    seq: Sequence, start: int, stop: int, decode: Decoder, prompt: list[int]
+) -> list[Any] | None:
     """Return the log-probabilities of some output tokens, if the request asked for them."""
     asked = seq.sampling.logprobs is not None
-    return _scored(seq, seq.logprobs[start:stop], decode) if asked else None
+    return _scored(seq, seq.logprobs[start:stop], decode, prompt) if asked else None
 
 
-def _scored(seq: Sequence, scores: list[Any], decode: Decoder) -> list[Any]:
+def _scored(seq: Sequence, scores: list[Any], decode: Decoder, prompt: list[int]) -> list[Any]:
     """Return the entries of `scores` with the details that the request asked for.
 
     An entry is a dictionary from token ids to log-probabilities, or None for the first token of a
@@ -115,7 +128,7 @@ def _scored(seq: Sequence, scores: list[Any], decode: Decoder) -> list[Any]:
     """
     if not seq.sampling.logprobs_details:
         return scores
-    prompt, texts = seq.token_ids[: seq.num_prompt_tokens], dict[int, str | None]()
+    texts = dict[int, str | None]()
 
     def text(token: int) -> str | None:
         if token not in texts:
@@ -149,14 +162,27 @@ class OutputStream:
     """Gives the output of a request in parts, each with the tokens and the text that are new.
 
     Text that may become part of a stop string is held back. Without a tokenizer there is no text.
+
+    Args:
+        seq: the request.
+        prompt: all requests of the request's prompt.
+        news: the caller's streams with something new, by request id. `PromptQueue` adds this stream
+            to `news` when the request has new tokens or has ended.
     """
 
-    def __init__(self, seq: Sequence, index: int, *, has_text: bool) -> None:
-        self._seq, self._index, self._has_text = seq, index, has_text
+    def __init__(
+        self, seq: Sequence, prompt: PromptRequests, news: dict[int, OutputStream]
+    ) -> None:
+        self._seq, self._prompt, self.news = seq, prompt, news
         self._num_tokens = self._num_chars = 0  # how much the parts so far have
         self._num_seen = 0  # number of output tokens at the last call of `take`
         self.ended = False  # whether `take` has returned the last part
         self._logprob = 0.0  # sum of the log-probabilities so far
+
+    @property
+    def prompt_id(self) -> int:
+        """Id of the prompt's first request, which `LLM.add_request` has returned."""
+        return self._prompt.seqs[0].request_id
 
     def ready(self) -> bool:
         """Whether there are tokens that `take` has not seen, or the request has ended."""
@@ -177,17 +203,19 @@ class OutputStream:
         seq, text, reason = self._seq, self._seq.text, self._seq.finish_reason
         assert text is not None
         self._num_seen = self._num_output_tokens
-        chars = text.settled if reason is None else len(text.text)
-        tokens = seq.output_token_ids[self._num_tokens :]
-        if reason is None and not (chars > self._num_chars if self._has_text else tokens):
+        chars, first = text.settled if reason is None else text.num_chars, self._num_tokens
+        has_text = self._prompt.decode.has_text
+        if reason is None and not (chars > self._num_chars if has_text else self._num_seen > first):
             return None
-        first, self._num_tokens = self._num_tokens, self._num_tokens + len(tokens)
-        scores = _logprobs(seq, first, self._num_tokens, text.decoder)
+        tokens = seq.token_ids[seq.num_prompt_tokens + first :]
+        self._num_tokens = first + len(tokens)
+        given = self._prompt.prompt.token_ids
+        scores = _logprobs(seq, first, self._num_tokens, self._prompt.decode, given)
         self._logprob = added_logprobs(self._logprob, scores or [])
         told = Output(
-            index=self._index,
+            index=self._prompt.index,
             sample=seq.sample,
-            text=text.text[self._num_chars : chars],
+            text=text.since(self._num_chars)[: chars - self._num_chars],
             token_ids=tokens,
             cumulative_logprob=None if scores is None else self._logprob,
             logprobs=scores,
@@ -196,6 +224,22 @@ class OutputStream:
         )
         self._num_chars, self.ended = chars, reason is not None
         return Output(told, error=seq.error) if self.ended else told
+
+
+def new_parts(news: dict[int, OutputStream]) -> Iterator[tuple[OutputStream, Output]]:
+    """Take the next part of each stream in `news`, and remove the stream from `news`.
+
+    While `news` has an element, no other thread may step (`Turns.until`). So a stream is removed
+    after its part was taken.
+    """
+    for request_id in sorted(news):
+        stream = news[request_id]
+        if stream.ready() and (part := stream.take()):
+            yield stream, part
+        news.pop(request_id, None)
+        # `LLM.close` in another thread may have ended the request meanwhile.
+        if stream.ready():
+            news[request_id] = stream
 
 
 class _Forgiving:

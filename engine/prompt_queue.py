@@ -1,4 +1,4 @@
-"""The prompts of `LLM`: queues their requests, runs steps, and finds the prompts that have ended.
+"""The prompts of `LLM`: queues their requests, runs steps, and tells who waits for the outputs.
 
 Each prompt has `n` outputs, and each output is one request of the engine. A `PromptRequests` holds
 the requests of one prompt.
@@ -6,7 +6,8 @@ the requests of one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from engine.llm_engine import LLMEngine
@@ -14,6 +15,7 @@ from engine.outputs import OutputStream, PromptRequests
 from engine.types import StepPlan
 from sampling_params import SamplingParams
 from utils.prompts import TokenizedPrompt
+from utils.stop_strings import StopStrings
 from utils.text import Decoder
 from utils.text_reader import TextReader
 
@@ -24,100 +26,114 @@ class PromptInput(NamedTuple):
     prompt: TokenizedPrompt
     params: SamplingParams
     decode: Decoder
+    stops: StopStrings | None  # the stop strings of `params`
 
 
 class PromptQueue:
-    """The prompts whose requests are queued or running.
+    """The prompts whose requests are queued or running. All threads share them.
 
-    Attributes:
-        unfinished: request id -> `PromptRequests`, for all unfinished requests except those of
-            `LLM.stream`.
-        streams: prompt's request id -> its outputs, for `LLM.add_request(..., stream=True)`.
+    After a step `tell` looks at the requests that got tokens or ended, and at no other ones. So a
+    step costs the same however many requests wait.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
-        self.unfinished: dict[int, PromptRequests] = {}
-        self.streams: dict[int, list[OutputStream]] = {}
+        self._prompts: dict[int, PromptRequests] = {}  # by the id of each of the prompt's requests
+        self._streams: dict[int, OutputStream] = {}  # by request id
+        self._resets: int | None = None  # `engine.num_resets` at the last step; None during a step
+
+    def __bool__(self) -> bool:
+        return bool(self._prompts)
 
     def add(
         self,
         groups: list[PromptRequests],
-        inputs: Sequence[PromptInput],
-        ended: list[PromptRequests] | None = None,
-        *,
-        later: bool = False,
+        inputs: Iterable[PromptInput],
+        ended: deque[PromptRequests] | None = None,
+        news: dict[int, OutputStream] | None = None,
     ) -> None:
         """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
 
         Appends the `PromptRequests` of each prompt to `groups`. So the caller can end them, even if
         Ctrl-C interrupts this method. When all requests of a prompt have ended, its
-        `PromptRequests` is appended to `ended`. If `ended` is None, the outputs are streamed; with
-        `later`, `LLM.step` returns their parts.
+        `PromptRequests` is appended to `ended`. If `news` is given instead, the outputs are
+        streamed: streams with something new are added to `news`.
         """
-        told = [] if ended is None else ended
+        told = deque[PromptRequests]() if ended is None else ended
         try:
             with self._engine.turns.turn(), self._engine.all_or_none():
                 for one in inputs:
-                    group = PromptRequests(len(groups), [], told, one.decode, one.prompt.text)
+                    group = PromptRequests(len(groups), [], told, one.decode, one.prompt)
                     groups.append(group)
-                    self._queue(group, one, streamed=ended is None)
-                for group in groups if ended is not None or later else ():
-                    self.unfinished |= dict.fromkeys((s.request_id for s in group.seqs), group)
-                    if ended is None:
-                        self.streams[group.seqs[0].request_id] = outputs_of([group])
+                    self._queue(group, one, streamed=news is not None)
+                for group in groups:
+                    for seq in group.seqs:
+                        if news is not None:
+                            self._streams[seq.request_id] = OutputStream(seq, group, news)
+                        self._prompts[seq.request_id] = group
         except BaseException:
             self.drop(groups)
             raise
 
     def _queue(self, group: PromptRequests, one: PromptInput, *, streamed: bool) -> None:
-        tokens, params = one.prompt.token_ids, one.params
-        stop = tuple(params.stop)
+        tokens, params, stops = one.prompt.token_ids, one.params, one.stops
+        # The parameters of output 0 differ from those of the other outputs.
+        own = [params.of_output(i) for i in (0, 1)] if params.n > 1 else [params]
+        includes = params.include_stop_str_in_output
         for i in range(params.n):
             text = None
             # `engine.add_request` rejects stop strings if there is no tokenizer.
-            if (streamed or stop) and not (stop and not one.decode.has_text):
-                included = params.include_stop_str_in_output
+            if (streamed or stops) and not (stops and not one.decode.has_text):
                 text = TextReader(
-                    one.decode, stop, params.min_tokens, tokens, includes_stop=included
+                    one.decode, stops, params.min_tokens, tokens, includes_stop=includes
                 )
-            own = params.of_output(i) if params.n > 1 else params
-            group.seqs.append(self._engine.add_request(tokens, own, text, sample=i))
+            group.seqs.append(self._engine.add_request(tokens, own[min(i, 1)], text, sample=i))
 
     def drop(self, groups: list[PromptRequests]) -> None:
         """End the requests of these prompts. Nobody gets their outputs."""
-        seqs = [seq for group in groups for seq in group.seqs]
-        for request_id in [seq.request_id for seq in seqs]:
-            self.unfinished.pop(request_id, None)
-            self.streams.pop(request_id, None)
-        self._engine.drop(seqs)
+        for group in groups:
+            self._forget(group)
+        self._engine.drop([seq for group in groups for seq in group.seqs])
+
+    def _forget(self, group: PromptRequests) -> None:
+        for seq in group.seqs:
+            self._prompts.pop(seq.request_id, None)
+            self._streams.pop(seq.request_id, None)
+
+    def ids(self, request_id: int) -> list[int]:
+        """Return the ids of all requests of the prompt that has this request."""
+        group = self._prompts.get(request_id)
+        return [seq.request_id for seq in group.seqs] if group else [request_id]
 
     def advance(self) -> StepPlan | None:
         """Run a step of the engine. Return the plan of the step that was committed."""
-        ids = None
+        # The engine says which requests have something new. But if a call was interrupted, or if
+        # `LLMEngine.reset` was called, any request may have ended.
+        before, self._resets, ids = self._resets, None, None
         try:
             plan, finished = self._engine.step()
-            # If no step was in flight, `plan` is None. Then `LLMEngine.reset` may have ended
-            # requests that are not in `finished`, so `collect_ended(None)` checks all prompts.
-            ids = [seq.request_id for seq in finished] if plan else None
+            if plan and self._engine.num_resets == before:
+                ids = [seq.request_id for seq in finished]
+                ids += self._engine.new_texts if self._streams else []
         finally:
-            self.collect_ended(ids)
+            self.tell(ids)
+        self._resets = self._engine.num_resets
         return plan
 
-    def collect_ended(self, request_ids: list[int] | None = None) -> None:
-        """Move prompts whose requests have all ended to `PromptRequests.ended`.
+    def tell(self, request_ids: list[int] | None = None) -> None:
+        """Tell the callers which streams have something new, and which prompts have ended.
 
-        `request_ids` are requests that have ended; None if it is unknown which ones.
+        Args:
+            request_ids: ids of all requests that got tokens or ended since the last call. None: any
+                request may have.
         """
-        for request_id in list(self.unfinished) if request_ids is None else request_ids:
-            group = self.unfinished.get(request_id)
-            if group and all(seq.finish_reason is not None for seq in group.seqs):
-                for seq in group.seqs:
-                    self.unfinished.pop(seq.request_id, None)
+        ids = [*self._prompts] if request_ids is None else request_ids
+        for request_id in ids:
+            stream = self._streams.get(request_id)
+            if stream is not None and stream.ready():
+                stream.news[request_id] = stream
+        for request_id in ids:
+            group = self._prompts.get(request_id)
+            if group is not None and group.all_ended():
+                self._forget(group)
                 group.ended.append(group)
-
-
-def outputs_of(groups: list[PromptRequests]) -> list[OutputStream]:
-    """Return a stream for each output of these prompts."""
-    seqs = [(seq, group) for group in groups for seq in group.seqs]
-    return [OutputStream(seq, own.index, has_text=own.decode.has_text) for seq, own in seqs]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from threading import get_ident
 from typing import Any
 
@@ -150,7 +151,10 @@ class Turns:
     def _wake(self, had_turn: bool) -> None:
         with self._lock:
             waiting = list(self._waiting.values())
-            first = [one for one in waiting if one.done is None or one.done()]
+            ready = (one for one in waiting if one.done is None or one.done())
+            # Only the thread that had the turn wakes all of them. Each thread leaves after a step,
+            # so a look at all others would cost the square of the number of threads.
+            first = list(ready if had_turn else islice(ready, 1))
             # If this thread had the turn, wake all threads that need no step: nobody else does. If
             # there are none, wake one thread to run the next step. To wake one takes some 10 us.
             next_step = [one for one in waiting if one.wants_step] or waiting

@@ -11,6 +11,9 @@ _TURNS, _LLM, _ENGINE = "engine/turns.py", "llm.py", "engine/llm_engine.py"
 _PROCESSORS, _CHANNEL = "engine/processors.py", "engine/ranks/channel.py"
 _SCHEMA, _OUTPUTS, _TORCH = "engine/json_schema.py", "engine/outputs.py", "engine/torch_state.py"
 _ROWS, _HIDDEN = "engine/changed_rows.py", "engine/hidden_rows.py"
+_QUEUE = "engine/prompt_queue.py"
+_STOPS, _READER = "utils/stop_strings.py", "utils/text_reader.py"
+_NEW_TEXTS = "ids = [seq.request_id for seq in ended] + [self._slots[slot] for slot in slots]"
 
 _PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
 TURNS = (*_PYTEST, "tests/test_threads.py", "-k", "TestTurns")
@@ -20,6 +23,10 @@ PROCESSORS = (*_PYTEST, "tests/engine/test_processors.py")
 SCHEMA = (*_PYTEST, "tests/engine/test_json_schema.py")
 TORCH = (*_PYTEST, "tests/engine/test_torch_state.py", "-k", "freed or closed or pending")
 PROGRESS = (*_PYTEST, "tests/test_progress.py")
+COSTS = (*_PYTEST, "tests/test_step_costs.py")
+STOPS = (*_PYTEST, "tests/utils/test_stop_strings.py")
+DECODERS = (*_PYTEST, "tests/utils/test_decoders.py", "-k", "special_tokens or SpecialTokens")
+TEXT = (*_PYTEST, "tests/utils/test_text.py")
 EXACT_ROWS = (*_PYTEST, "tests/engine/test_exact_rows.py")
 HIDDEN = (*_PYTEST, "tests/engine/test_hidden_states.py")
 SURFACE = (*_PYTEST, "tests/test_surface.py")
@@ -85,9 +92,9 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
         SURFACE,
     ),
     (
-        "surface: the last stop string of a token is the reason",
-        (("utils/text_reader.py", "(size, given) if size > cut", "(size, given) if size >= 0"),),
-        SURFACE,
+        "surface: the last one given of the stop strings that begin first is the reason",
+        ((_STOPS, "found = place - end[0], -end[1]", "found = place - end[0], end[1]"),),
+        STOPS,
     ),
     (
         "surface: a part has the log-probabilities of all tokens so far",
@@ -122,7 +129,13 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "surface: special tokens have no text, even if asked for",
-        ((_LLM, "decoder(tokenizer, skip_special_tokens=False)", "decoder(tokenizer)"),),
+        (
+            (
+                _LLM,
+                "decoder(self.tokenizer, skip_special_tokens=False)",
+                "decoder(self.tokenizer)",
+            ),
+        ),
         SURFACE,
     ),
     (
@@ -144,6 +157,137 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
         "surface: numbers of NumPy in lists stay as they are",
         (("utils/rules.py", "return value if kinds <= _PLAIN else", "return value if kinds else"),),
         PARAMS,
+    ),
+    (
+        "edge: a step reads the texts of requests that wait",
+        ((_ENGINE, _NEW_TEXTS, "ids = list(self._read)"),),
+        COSTS,
+    ),
+    (
+        "edge: a request that ends without a token is not read to its end",
+        ((_ENGINE, _NEW_TEXTS, "ids = [self._slots[slot] for slot in slots]"),),
+        COSTS,
+    ),
+    (
+        "edge: after a reset a step tells of its own requests alone",
+        ((_QUEUE, "if plan and self._engine.num_resets == before:", "if plan:"),),
+        COSTS,
+    ),
+    (
+        "edge: what a step brought is not told after an interrupt",
+        (
+            (
+                _QUEUE,
+                "before, self._resets, ids = self._resets, None, None",
+                "before, ids = self._resets, None",
+            ),
+        ),
+        COSTS,
+    ),
+    (
+        "edge: a part taken while the engine is closed is the last one",
+        ((_OUTPUTS, "        if stream.ready():\n            news[request_id] = stream\n", ""),),
+        COSTS,
+    ),
+    (
+        "edge: a group looks at all its outputs when one ends",
+        (
+            (
+                _OUTPUTS,
+                "while self._num_ended < len(seqs)",
+                "self._num_ended = 0\n        while self._num_ended < len(seqs)",
+            ),
+        ),
+        COSTS,
+    ),
+    (
+        "edge: a part copies the whole output",
+        (
+            (
+                _OUTPUTS,
+                "tokens = seq.token_ids[seq.num_prompt_tokens + first :]",
+                "tokens = seq.output_token_ids[first :]",
+            ),
+        ),
+        COSTS,
+    ),
+    (
+        "edge: a part with the details of log-probabilities copies the prompt",
+        (
+            (
+                _OUTPUTS,
+                "given = self._prompt.prompt.token_ids",
+                "given = seq.token_ids[: seq.num_prompt_tokens]",
+            ),
+        ),
+        COSTS,
+    ),
+    (
+        "edge: requests with and without special tokens in the text share no automata",
+        ((_LLM, "else self._decode_all", "else decoder(self.tokenizer)"),),
+        COSTS,
+    ),
+    (
+        "edge: every thread that leaves asks all others",
+        ((_TURNS, "list(ready if had_turn else islice(ready, 1))", "list(ready)"),),
+        COSTS,
+    ),
+    (
+        "edge: stop strings: a failure forgets shorter beginnings",
+        ((_STOPS, "                state = fail[state]\n", "                state = 0\n"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: one that another one contains is not found",
+        ((_STOPS, "both = ends[state], ends[fail[state]]", "both = ends[state], None"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: a complete one holds nothing back",
+        ((_STOPS, "self.held[state] = self.held[fail[state]]", "self.held[state] = 0"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: text that changed is not read again",
+        (
+            (
+                _STOPS,
+                "if self._seen is not None and new.startswith(self._seen):",
+                "if self._seen is not None:",
+            ),
+        ),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: text that stays is read again",
+        (
+            (
+                _STOPS,
+                "if self._seen is not None and new.startswith(self._seen):",
+                "if self._seen is None:",
+            ),
+        ),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: ignored text counts after it was appended",
+        ((_STOPS, "max(0, self._passed - size)", "0"),),
+        STOPS,
+    ),
+    (
+        "edge: stop strings: a special token ends the output before it came",
+        ((_STOPS, "self._waiting[:-1] if before_special else self._waiting", "self._waiting"),),
+        DECODERS,
+    ),
+    (
+        "edge: stop strings: text is told that a special token may follow",
+        ((_STOPS, "return max(automaton.held", "return min(automaton.held"),),
+        STOPS,
+    ),
+    (
+        "edge: a text is copied with every token",
+        ((_READER, "2 * len(parts[-1]) >= len(parts[-2])", "True"),),
+        TEXT,
     ),
     (
         "edge: a thread that leaves wakes nobody who may step",
@@ -201,12 +345,18 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "edge: step loses what close has ended, if it is streamed",
-        ((_LLM, "if not (self._ended or self._queue.streams):", "if not self._ended:"),),
+        ((_LLM, "if not (self._ended or self._news):", "if not self._ended:"),),
         OUTPUTS,
     ),
     (
         "edge: an error ends all new requests but the first",
-        ((_ENGINE, "if request_id >= first]", "if request_id > first]"),),
+        (
+            (
+                _ENGINE,
+                "ids = range(first, self._next_request_id)",
+                "ids = range(first + 1, self._next_request_id)",
+            ),
+        ),
         OUTPUTS,
     ),
     (
@@ -313,7 +463,7 @@ EDGE_MUTANTS: tuple[PlainMutant, ...] = (
     ),
     (
         "edge: the last part keeps back what may begin a stop string",
-        ((_OUTPUTS, "text.settled if reason is None else len(text.text)", "text.settled"),),
+        ((_OUTPUTS, "text.settled if reason is None else text.num_chars", "text.settled"),),
         OUTPUTS,
     ),
     (

@@ -726,11 +726,11 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             Edit(
                 "engine/prompt_queue.py",
-                "self.unfinished.pop(seq.request_id, None)",
-                "self.unfinished.get(seq.request_id)",
+                "self._prompts.pop(seq.request_id, None)",
+                "self._prompts.get(seq.request_id)",
             ),
             # Or it would be seen at once: `step` would have something to return for ever.
-            Edit("llm.py", "left = self._queue.unfinished or self._ended", "left = self._ended"),
+            Edit("llm.py", "left = self._queue or self._ended", "left = self._ended"),
         ),
         LEAKS,
     ),

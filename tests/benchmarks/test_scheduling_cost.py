@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import scheduling_cost
-from benchmarks.scheduling_cost import Load
+from benchmarks.scheduling_cost import KINDS, Load, TextLoad, Texts
 from config import Config
 from engine.parts import PART_KINDS
 from engine.policies import KeyedQueue, QueuePolicy
@@ -63,7 +63,10 @@ def _entries_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _work(policy: object, num_waiting: int) -> float:
     """Median over steps of the lines of Python that one runs."""
-    load = Load(policy, num_waiting)  # type: ignore[arg-type]
+    return _lines(Load(policy, num_waiting))  # type: ignore[arg-type]
+
+
+def _lines(load: Load | TextLoad) -> float:
     lines, work, before = 0, [], sys.gettrace()
 
     def trace(frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
@@ -97,6 +100,28 @@ def test_a_long_queue_does_not_slow_a_step(policy: str) -> None:
 @pytest.mark.parametrize("policy", [Scanning, Listing])
 def test_a_policy_that_looks_at_all_that_wait_is_found_out(policy: type[QueuePolicy]) -> None:
     assert _ratio(policy) > 1.5
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_streams_and_stop_strings_that_wait_do_not_slow_a_step(kind: Texts) -> None:
+    work = []
+    for num_waiting in (20, 400):
+        load = TextLoad(kind, num_waiting, num_running=8)
+        work.append(_lines(load))
+        waiting = load.llm.engine.stats.unfinished_requests - 8
+        assert waiting == num_waiting
+        load.llm.close()
+    assert work[1] < 1.05 * work[0]
+
+
+def test_a_thousand_stop_strings_cost_as_much_as_two() -> None:
+    work = []
+    for kind in KINDS[-2:]:
+        load = TextLoad(kind, 0, num_running=8)
+        work.append(_lines(load))
+        load.llm.close()
+    assert [kind.num_stops for kind in KINDS[-2:]] == [2, 1_000]
+    assert work[1] < 1.5 * work[0]
 
 
 def test_the_queue_keeps_its_length() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.tokenizer import byte_letters
 from llm import LLM, SamplingParams
+from tests.utils.plain_stops import stopped_text
 from utils.text import Decode, decoder
 from utils.text_reader import TextReader
 
@@ -135,6 +137,37 @@ def test_stop_strings(decode: Decode) -> None:
     check()
 
 
+def test_stop_strings_that_name_special_tokens_and_are_ignored(decode: Any) -> None:
+    """Beside a search of the whole text after every token."""
+    stops = ["a", "ab", " a", "a b", "b.", "<|x|>", "a<|x|>", "<|x|> b", "<|x|><|y|>", "b<|y|>a"]
+    compared = 0
+
+    @settings(max_examples=150, deadline=None)
+    @given(TOKENS, STEPS, st.lists(st.sampled_from(stops), min_size=1, max_size=3), st.data())
+    def check(output: list[int], steps: list[int], stops: list[str], data: Any) -> None:
+        nonlocal compared
+        special = st.sampled_from([None, None, *decode.specials])
+        drawn = [data.draw(special) for _ in output]
+        output = [new if old is None else old for new, old in zip(output, drawn, strict=True)]
+        texts = [_expected(decode, output[:count]) for count in range(len(output) + 1)]
+        later = any(not b.startswith(a) for a, b in pairwise(texts))
+        if later or "\ufffd" in "".join(texts):
+            return  # then it is not known which token a character is from
+        compared += 1
+        min_tokens = data.draw(st.integers(0, 4))
+        expected = stopped_text(texts, output, stops, decode.specials, min_tokens)
+        reader = TextReader(decode, tuple(stops), min_tokens, prompt=[0])
+        parts = "".join(_told(reader, output, steps))
+        assert (reader.text, reader.num_tokens, reader.stop_string) == expected
+        assert parts == reader.text
+        whole = TextReader(decode, tuple(stops), min_tokens, prompt=[0], includes_stop=True)
+        parts = "".join(_told(whole, output, steps))
+        assert parts == whole.text == reader.text + (reader.stop_string or "")
+
+    check()
+    assert compared > 15
+
+
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "wordpiece", "llama", "suffix"])
 def test_text_comes_with_its_token(kind: str) -> None:
     output = [0, 1, 0, 1]
@@ -170,6 +203,7 @@ class TestSpecialTokens:
             pytest.param("aXba", ["<|x|> b"], " a", 3, id="before-text"),
             pytest.param("aYbXa", ["<|x|>"], " a b", 4, id="another-one-before"),
             pytest.param("aXb", ["<|x|>a"], " a b", 3, id="not-the-whole"),
+            pytest.param("aYYXb", ["<|x|>"], " a", 4, id="behind-tokens-without-text"),
             pytest.param("aXb", ["a b"], " ", 3, id="skipped-in-text"),
             pytest.param("aXb", ["<|x|>a", "a b"], " ", 3, id="skipped-though-named"),
             pytest.param("anX", ["\n<|x|>"], " a", 3, id="behind-a-byte"),

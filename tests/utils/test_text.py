@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,54 @@ def test_reading_costs_little(decode: Decode) -> None:
     _read(reader, tokens)
     assert len(sizes) <= 2 * len(tokens) + 1
     assert max(sizes) <= 8
+
+
+class Counted(list[int]):
+    """Token ids that count how many of them are read or copied."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__(tokens)
+        self.read = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        self.read += len(found) if isinstance(found, list) else 1
+        return found
+
+
+@pytest.mark.parametrize("stop", [(), ("zz",)])
+@pytest.mark.parametrize("size", [1, 3])
+def test_each_token_is_read_once(decode: Decode, stop: tuple[str, ...], size: int) -> None:
+    prompt = [300] * 50
+    tokens = Counted(prompt)
+    reader = TextReader(decode, stop, prompt=prompt)
+    for start in range(300, 900, size):
+        tokens.extend(range(start, start + size))
+        reader.read(tokens, ended=False, start=len(prompt))
+    assert tokens.read == reader.num_tokens == 600
+
+
+class _Parts(list[str]):
+    """Parts of a text that count how many characters are copied when parts become one."""
+
+    copied = 0
+
+    def __setitem__(self, at: Any, new: Any) -> None:
+        self.copied += sum(map(len, new))
+        super().__setitem__(at, new)
+
+
+def test_the_text_is_kept_in_few_parts(decode: Decode) -> None:
+    """And a character is copied a few times, not once for each token after it."""
+    reader, tokens, told = TextReader(decode), list(range(300, 1300)), ""
+    reader._parts = parts = _Parts()
+    for end in range(1, len(tokens) + 1):
+        before = reader.num_chars
+        reader.read(tokens[:end], ended=end == len(tokens))
+        sizes = [len(part) for part in reader._parts]
+        assert all(a > 2 * b for a, b in pairwise(sizes))
+        told += reader.since(before)
+    assert told == reader.text == decode(tokens)
+    assert parts.copied <= len(told) * len(told).bit_length()
+    for start in (0, 1, 500, len(told) - 1, len(told), len(told) + 1):
+        assert reader.since(start) == told[start:]
