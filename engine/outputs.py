@@ -187,13 +187,9 @@ class OutputStream:
     def ready(self) -> bool:
         """Whether there are tokens that `take` has not seen, or the request has ended."""
         seq = self._seq
-        if self.ended:
-            return False
-        return seq.finish_reason is not None or self._num_output_tokens > self._num_seen
-
-    @property
-    def _num_output_tokens(self) -> int:
-        return len(self._seq.token_ids) - self._seq.num_prompt_tokens
+        if self.ended or seq.finish_reason is not None:
+            return not self.ended
+        return len(seq.token_ids) - seq.num_prompt_tokens > self._num_seen
 
     def take(self) -> Output | None:
         """Return the next part; None if there is no new text (without a tokenizer: no new token).
@@ -202,7 +198,7 @@ class OutputStream:
         """
         seq, text, reason = self._seq, self._seq.text, self._seq.finish_reason
         assert text is not None
-        self._num_seen = self._num_output_tokens
+        self._num_seen = len(seq.token_ids) - seq.num_prompt_tokens
         chars, first = text.settled if reason is None else text.num_chars, self._num_tokens
         has_text = self._prompt.decode.has_text
         if reason is None and not (chars > self._num_chars if has_text else self._num_seen > first):

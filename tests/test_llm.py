@@ -81,7 +81,7 @@ class TestOutputs:
         (out,) = python_llm.generate(["import os\n"], GREEDY, use_tqdm=False)
         assert set(out) == {
             *("request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "finished", "outputs"),
-            *("text", "token_ids", "cumulative_logprob", "logprobs"),
+            *("text", "token_ids", "cumulative_logprob", "logprobs", "hidden_states"),
             *("finish_reason", "stop_reason", "error", "metrics"),
         }
         tokenizer = python_llm.tokenizer
