@@ -65,8 +65,8 @@ class LookAhead(AdmissionPolicy):
     gets one position in the present step, and in each later step what the decode rows of all
     requests that are running leave of the token budget. So its end is not expected too early. For
     its output it may take blocks from now on, because the prompt may be computed sooner. If all
-    expected lengths are right, no request is preempted. This does not hold with drafts, or if
-    logits processors let requests decode in every other step only.
+    expected lengths are right, no request is preempted. This does not hold with drafts, if a prompt
+    waits for its window to slide, or if logits processors let requests decode in every other step.
 
     A bound saves most of the checks. For each of the step ranges [0, 1), [1, 3), [3, 7), ... the
     policy knows a number of blocks that is never exceeded. An admission adds to the bounds what the
