@@ -226,3 +226,50 @@ def test_the_logits_of_a_prompt_exist_in_blocks_of_rows(shipped: Path) -> None:
             assert len(scores) == len(prompt) - 1
             for entry, other in zip(scores, expected, strict=True):
                 assert entry == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_host_counts_the_tokens_that_the_device_has(
+    shipped: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    """In chunks and after preemptions, while plain requests come and go."""
+    options: dict[str, Any] = {"max_num_batched_tokens": 24, "max_num_seqs": 5}
+    options |= {"kvcache_block_size": 16, "num_kvcache_blocks": 12, "max_model_len": 160}
+    with LLM(shipped, device="cpu", pipeline_depth=depth, **options) as llm:
+        runner: Any = llm.engine.runner
+        draw, checked = SpecialRows.draw, list[int]()
+
+        def counted(self: SpecialRows, *about: Any) -> Any:
+            sampled: SampledRows = about[3]
+            slots = [s for s in sampled.slots.tolist() if s in runner._state.special]
+            known = dict(zip(sampled.slots.tolist(), sampled.positions.tolist(), strict=True))
+            assert [runner._sampling._num_known[s] for s in slots] == [known[s] for s in slots]
+            checked.extend(slots)
+            return draw(self, *about)
+
+        monkeypatch.setattr(SpecialRows, "draw", counted)
+        kinds: list[dict[str, Any]] = [{}, {"presence_penalty": 1.0}, {"top_k": 5}, {}]
+        params = [
+            SamplingParams(max_tokens=5 + 7 * i, ignore_eos=True, seed=i, **kinds[i % 4])
+            for i in range(9)
+        ]
+        prompts = random_prompts([3 + 9 * i for i in range(9)], seed=9, vocab_size=4096)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert {out["finish_reason"] for out in outputs} == {"length"}
+        assert llm.stats().preemptions > 0
+    assert len(checked) > 100
+
+
+def test_words_of_one_token_stand_beside_longer_ones() -> None:
+    """Requests with other lengths of words in one block; the first one has none before the last."""
+    words: list[list[list[int]]] = [[[4]], [[1, 1, 5], [2, 5]], [[1, 6]]]
+    params = [SamplingParams(temperature=0.0, bad_words_ids=ids) for ids in words]
+    news = [NewRequest(i, i, (9, 1), one, 0, 1) for i, one in enumerate(params)]
+    special = _decoded(_admitted(*news), 3)
+    assert special is not None
+    table = torch.tensor([[9, 1, 1]] * 4, dtype=torch.int32)
+    logits = torch.zeros(3, VOCAB_SIZE)
+    logits[:, 4], logits[:, 5], logits[:, 6] = 3.0, 2.0, 1.0
+    logits[1, 5], logits[2, 6] = 4.0, 5.0
+    tokens, *_ = _drawn(special, table, [3] * 3, logits)
+    assert tokens.tolist() == [5, 4, 4]
