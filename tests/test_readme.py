@@ -44,18 +44,23 @@ def test_a_part_of_your_own(shipped: Path) -> None:
 
 
 @pytest.fixture
-def llm(shipped: Path, tmp_path: Path) -> Iterator[LLM]:
+def chat_model(shipped: Path, tmp_path: Path) -> Path:
+    """The shipped model, which is no chat model, with a chat template."""
     model = tmp_path / "model"
     shutil.copytree(shipped, model)
-    # The shipped model is no chat model.
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    with LLM(model, device="cpu") as llm:
+    return model
+
+
+@pytest.fixture
+def llm(chat_model: Path) -> Iterator[LLM]:
+    with LLM(chat_model, device="cpu") as llm:
         yield llm
 
 
 def test_outputs_streams_and_chats(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    code = "\n".join(code_of("docs/options.md")[:2])
-    names = run(code, Path(), llm=llm, SamplingParams=SamplingParams)
+    code = "\n".join(code_of("docs/options.md")[:2]).replace('LLM("path/to/Qwen3-0.6B")', "llm")
+    names = run(code, Path(), llm=llm)
     assert llm.stats().finished_requests == 2 + 2 + 1
     assert len(names["out"]["outputs"]) == 2
     assert capsys.readouterr().out
@@ -66,8 +71,8 @@ def test_the_loop_by_hand(llm: LLM) -> None:
     assert len(names["outputs"]) == 1
 
 
-def test_hidden_states(shipped: Path) -> None:
-    names = run(code_of("docs/options.md")[3], shipped)
+def test_hidden_states(llm: LLM) -> None:
+    names = run(code_of("docs/options.md")[3], Path(), llm=llm, SamplingParams=SamplingParams)
     assert names["out"].hidden_states.shape[1] == 256
 
 
@@ -113,6 +118,23 @@ def check_structured_outputs(model: Path, **options: Any) -> None:
         assert 0 <= value["age"] <= 130
     assert all(re.fullmatch(r"\d{1,4}(\+\d{1,4}){1,3}\n", out["text"]) for out in sums)
     assert {(out["finish_reason"], out["error"]) for out in people + sums} == {("stop", None)}
+
+
+# In the order in which README.md and the pages are read. What docs/exact.md asserts needs a GPU.
+SCRIPT = (
+    *("README.md", "docs/options.md", "docs/migrating.md", "docs/life-of-a-request.md"),
+    *("docs/structured-output.md", "docs/caching.md", "docs/scheduling.md"),
+    "docs/testing-your-part.md",
+)
+
+
+def test_all_pages_are_one_script(chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever types one snippet after another never needs a name that was not there yet."""
+    for package in ("llguidance", "xgrammar"):
+        pytest.importorskip(package)
+    names = run("\n".join(code for page in SCRIPT for code in code_of(page)), chat_model)
+    names["llm"].close()
+    assert names["driver"].plans
 
 
 def test_there_is_no_other_code() -> None:
