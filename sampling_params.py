@@ -252,6 +252,13 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problem, fix = f"exceeds max_tokens={self.max_tokens}", "Lower it or raise max_tokens."
             raise RequestError("min_tokens", self.min_tokens, problem, fix)
+        for name, of, whole in (
+            ("prompt_logprobs_start", "prompt_logprobs", self.prompt_logprobs),
+            ("hidden_states_start", "hidden_states", self.hidden_states),
+        ):
+            if getattr(self, name) and whole is None:
+                problem, fix = f"has no effect without {of}", f"Give {of}, or leave it out."
+                raise RequestError(name, getattr(self, name), problem, fix)
         if self.stop and not self.detokenize:
             problem, fix = "needs the text that detokenize=False leaves out", "Use stop_token_ids."
             raise RequestError("stop", self.stop, problem, fix)
@@ -304,8 +311,9 @@ class SamplingParams:
     def of_output(self, index: int) -> SamplingParams:
         """Return the parameters of the request that computes output `index`. Their n is 1."""
         # Log-probabilities of the prompt are equal for all outputs, so only output 0 computes them.
-        scores = None if index else self.prompt_logprobs
-        return replace(self, n=1, prompt_logprobs=scores)
+        if not index or self.prompt_logprobs is None:
+            return replace(self, n=1)
+        return replace(self, n=1, prompt_logprobs=None, prompt_logprobs_start=0)
 
 
 _RULES = rules_of(SamplingParams)

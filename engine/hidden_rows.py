@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config import Config
 from engine.types import NewRequest, StepPlan
+from utils.checkpoint import Checkpoint
 
 
 class Forwarded(NamedTuple):
@@ -136,6 +138,12 @@ class HiddenRows:
             found.append(norm(last))
             rows.append(self.last)
         return HiddenStates(tuple(found), tuple(rows))
+
+
+def no_states(checkpoint: Checkpoint, config: Config) -> Tensor:
+    """Return hidden states of no position, [0, hidden_size], in the model's dtype."""
+    dtype = getattr(torch, config.dtype)
+    return torch.empty(0, int(checkpoint.hf_config.hidden_size), dtype=dtype)
 
 
 def layer_of(asked: int | str, num_layers: int) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from config import Config
 from engine.checking.exactness import check_exact
 from engine.checking.kv_sanitizer import SanitizedRunner
+from engine.hidden_rows import no_states
 from engine.parts import make_block_managers, make_runner, make_scheduler, resolve
 from engine.processors import OwnProcessor, own_processors
 from engine.request_checks import check_request
@@ -121,6 +122,8 @@ class LLMEngine:
             sample=sample,
         )
         seq.text, seq.added_at = text, self.runner.now()
+        if params.hidden_states is not None:
+            seq.hidden_states.append(no_states(self.checkpoint, self.config))
         self._next_request_id += 1
         with self._inside():
             self._live[request_id] = seq

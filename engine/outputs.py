@@ -49,14 +49,12 @@ def make_output(seqs: list[Sequence], decode: Decoder, prompt: str | None = None
     outputs, first = [_completion(seq, decode) for seq in seqs], seqs[0]
     entries = dict(outputs[0])
     del entries["index"]
-    tokens, found = first.token_ids[: first.num_prompt_tokens], None
-    if first.sampling.prompt_logprobs is not None:
-        found = _scored(first, first.prompt_logprobs, decode, tokens)
+    tokens = first.token_ids[: first.num_prompt_tokens]
     return Output(
         request_id=first.request_id,
         prompt=prompt,
         prompt_token_ids=tokens,
-        prompt_logprobs=found,
+        prompt_logprobs=_prompt_logprobs(first, decode, tokens),
         finished=all(seq.finish_reason is not None for seq in seqs),
         outputs=outputs,
         **entries,
@@ -142,9 +140,15 @@ def _scored(seq: Sequence, scores: list[Any], decode: Decoder, prompt: list[int]
     return [entry and {t: detailed(t, value) for t, value in entry.items()} for entry in scores]
 
 
+def _prompt_logprobs(seq: Sequence, decode: Decoder, prompt: list[int]) -> list[Any] | None:
+    """Return the log-probabilities of the prompt's tokens, if the request asked for them."""
+    asked = seq.sampling.prompt_logprobs is not None
+    return _scored(seq, seq.prompt_logprobs, decode, prompt) if asked else None
+
+
 def _hidden_states(seq: Sequence) -> Any | None:
-    """The hidden states of all tokens but the last output token, as one tensor; None if unknown."""
-    if not seq.hidden_states:
+    """The hidden states of all tokens but the last output token, if the request asked for them."""
+    if seq.sampling.hidden_states is None:
         return None
     import torch  # whoever needs no tensors need not import it
 
@@ -194,7 +198,7 @@ class OutputStream:
     def take(self) -> Output | None:
         """Return the next part; None if there is no new text (without a tokenizer: no new token).
 
-        The last part has a finish_reason and the key `error`.
+        The last part has a finish_reason, and `error`, `prompt_logprobs` and `hidden_states`.
         """
         seq, text, reason = self._seq, self._seq.text, self._seq.finish_reason
         assert text is not None
@@ -219,7 +223,12 @@ class OutputStream:
             stop_reason=stop_reason(seq),
         )
         self._num_chars, self.ended = chars, reason is not None
-        return Output(told, error=seq.error) if self.ended else told
+        if not self.ended:
+            return told
+        found = _prompt_logprobs(seq, self._prompt.decode, given)
+        return Output(
+            told, error=seq.error, prompt_logprobs=found, hidden_states=_hidden_states(seq)
+        )
 
 
 def new_parts(news: dict[int, OutputStream]) -> Iterator[tuple[OutputStream, Output]]:

@@ -85,8 +85,7 @@ class Sequence:
         return min(limits, default=None)
 
     def add_hidden_states(self, end: int, found: Any) -> None:
-        """Add hidden states [n, hidden_size] of the last positions before `end`, if not known."""
-        # After a preemption the same positions are computed again.
+        """Add hidden states [n, hidden_size] of positions before `end` that had none so far."""
         known = self.sampling.hidden_states_start + self.num_hidden
         new = found[max(0, known - (end - len(found))) :]
         self.hidden_states.append(new)

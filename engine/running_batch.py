@@ -229,6 +229,8 @@ class RunningBatch:
                 if seq.num_in_flight == 0:
                     self._release(seq)
                 continue
+            if report is not None and report.hidden_states is not None:
+                seq.add_hidden_states(seq.num_committed + num_planned, report.hidden_states)
             if report is not None and report.error is not None:
                 # The row's KV may be wrong. Without `blocks.commit` no other request will use it.
                 seq.error = report.error
@@ -241,8 +243,6 @@ class RunningBatch:
                 seq.logprobs += scores[: len(token_ids) - num_known]
             if report is not None:
                 seq.values += report.values[: max(len(token_ids) - num_known, 1)]
-                if report.hidden_states is not None:
-                    seq.add_hidden_states(before + num_planned, report.hidden_states)
             if num_planned > 1 and row >= len(plan.prefill):
                 # A decode row with drafts commits as many positions as it has appended tokens.
                 seq.num_committed = committed = before + len(token_ids) - num_known
@@ -276,6 +276,8 @@ class RunningBatch:
         for chunk, found in zip(plan.prefill, prompt_logprobs, strict=True):
             seq = self._holder[chunk.slot]
             assert seq is not None
+            if seq.finish_reason is not None:
+                continue  # the request has been aborted
             # After a preemption the prompt is computed again: add only values that `seq` lacks.
             first = max(chunk.start + 1, seq.sampling.prompt_logprobs_start)
             seq.prompt_logprobs += found[max(0, len(seq.prompt_logprobs) - first) :]

@@ -52,7 +52,8 @@ class StepOutput:
             )
             for i, row in enumerate(plan.sampled_rows):
                 if drawn[i] == NO_TOKEN:
-                    tokens[i], reports[row] = [], RowReport(self.errors.get(i, unknown))
+                    error = self.errors.get(i, unknown)
+                    tokens[i], reports[row] = [], RowReport(error, hidden_states=hidden.get(row))
         return StepResult(plan.step_id, tokens, ended_at, new, prompt, seconds, reports)
 
 

@@ -171,13 +171,13 @@ def _split(doc: str) -> tuple[list[str], dict[str, str]]:
             kind = ""
             lines.append(line)
         elif kind == "Attributes":
-            if match := re.match(r"    ([\w, ]+): (.*)", line):
+            if match := re.match(r"    (\w[\w, ]*): (.*)", line):
                 name = match[1]
                 told |= dict.fromkeys(name.split(", "), match[2])
             elif line.strip():
                 for one in name.split(", "):
                     told[one] += " " + line.strip()
-        elif kind and (match := re.match(r"    ([\w, ]+): (.*)", line)):
+        elif kind and (match := re.match(r"    (\w[\w, ]*): (.*)", line)):
             lines.append(f"- `{match[1]}`: {match[2]}")
         elif kind and line.startswith("     "):
             lines.append("  " + line.strip())

@@ -154,3 +154,23 @@ def test_the_outputs_of_one_request_are_requests_with_one_seed() -> None:
     assert [one.prompt_logprobs for one in each] == [1, None, None]
     assert {one.top_k for one in each} == {4}
     assert SamplingParams(n=3).of_output(2).seed is None
+
+
+def test_an_option_that_another_option_needs_is_refused_without_it() -> None:
+    for name, of in (
+        ("prompt_logprobs_start", "prompt_logprobs"),
+        ("hidden_states_start", "hidden_states"),
+    ):
+        with pytest.raises(RequestError, match=f"{name}=3: has no effect without {of}"):
+            SamplingParams(**{name: 3})
+    both = SamplingParams(prompt_logprobs=2, prompt_logprobs_start=3, hidden_states=1, n=2)
+    assert both.of_output(0).prompt_logprobs_start == 3
+    later = both.of_output(1)
+    assert (later.prompt_logprobs, later.prompt_logprobs_start) == (None, 0)
+
+
+def test_numbers_of_numpy_in_a_bias_become_numbers_of_python() -> None:
+    bias = {token: np.float32(-1.5) for token in np.array([6, 5])}
+    stored = SamplingParams(logit_bias=bias).logit_bias
+    assert stored == ((5, -1.5), (6, -1.5))
+    assert {type(x) for pair in stored for x in pair} == {int, float}

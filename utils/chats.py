@@ -78,8 +78,11 @@ def templated(
         token_ids = list(tokenizer.encode(text, add_special_tokens=False))
     # A chat template is a program in the checkpoint. The program may raise any type of error.
     except Exception as error:
-        problem = f"the chat template refuses them ({error})"
-        fix = 'Give a list of {"role": ..., "content": ...}.'
+        problem = f"the chat template fails ({error})"
+        fix = 'Give a list of {"role": ..., "content": ...}'
+        used = [name for name in ("tools", "chat_template") if options[name] is not None]
+        used += others
+        fix += f", and check {', '.join(used)}." if used else "."
         raise RequestError("messages", messages, problem, fix) from error
     return {"prompt": text, "prompt_token_ids": token_ids}
 

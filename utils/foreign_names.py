@@ -139,7 +139,7 @@ OPTIONS: Mapping[str, Foreign] = {
     ),
     "override_generation_config": Foreign("Use llm.default_sampling_params(name=value).", (None,)),
     "hf_overrides": Foreign("Change config.json in the model's folder.", (None,)),
-    "max_logprobs": Foreign("Requests may ask for any number of logprobs. Leave it out."),
+    "max_logprobs": Foreign("Requests may ask for up to 1,024 logprobs. Leave it out."),
     "logprobs_mode": Foreign(
         "Log-probabilities are those of the model's logits. Leave it out.", ("raw_logprobs", None)
     ),
@@ -161,6 +161,7 @@ PARAMETERS: Mapping[str, Foreign] = {
     "do_sample": Foreign("Use temperature=0 instead of do_sample=False, and nothing for True."),
     "stop_strings": _meant("stop"),
     "eos_token_id": Foreign("Use stop_token_ids."),
+    "suppress_tokens": Foreign("Use logit_bias={token: -100} or bad_words_ids=[[token]]."),
     "pad_token_id": Foreign("This engine pads nothing. Leave it out."),
     "top_logprobs": _meant("logprobs"),
     "random_seed": _meant("seed"),

@@ -64,6 +64,8 @@ def plain(value: Any) -> Any:
     if type(value) in _LISTS:
         kinds = set(map(type, value))
         return value if kinds <= _PLAIN else type(value)(map(plain, value))
+    if type(value) is dict and not set(map(type, (*value, *value.values()))) <= _PLAIN:
+        return {plain(key): plain(one) for key, one in value.items()}
     has_values = hasattr(value, "dtype") and hasattr(value, "tolist")
     return value.tolist() if has_values and not isinstance(value, type) else value
 

@@ -159,3 +159,53 @@ def test_in_two_ranks(checkpoints: Checkpoints) -> None:
         outputs = llm.generate(PROMPTS[1:3], [params("last"), params(1)], use_tqdm=False)
     check(path, outputs[0], last)
     check(path, outputs[1], 1)
+
+
+def test_what_no_step_has_computed_is_an_empty_tensor(checkpoints: Checkpoints) -> None:
+    with LLM(checkpoints["qwen3-gqa6"], **SMALL) as llm:
+        for start, num_tokens in ((15, 0), (15, 1), (40, 6)):
+            asked = params("last", hidden_states_start=start, max_tokens=num_tokens)
+            [out] = llm.generate([PROMPTS[1]], asked, use_tqdm=False)
+            assert out["hidden_states"].shape == (0, 96)
+            assert out["hidden_states"].dtype == torch.float32
+
+
+def test_a_request_that_fails_has_those_of_its_prompt(checkpoints: Checkpoints) -> None:
+    """However many chunks the prompt has; also the log-probabilities of an aborted request fit."""
+    path = checkpoints["qwen3-gqa6"]
+    for budget in (16, 100):
+        with LLM(path, max_num_batched_tokens=budget, **SMALL) as llm:
+            broken = params(1, logits_processors=(fails,))
+            [out] = llm.generate([PROMPTS[3]], broken, use_tqdm=False)
+            assert out["finish_reason"] == "error"
+            check(path, out, 1)
+
+
+def fails(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_aborted_request_has_what_was_committed(checkpoints: Checkpoints, depth: int) -> None:
+    path = checkpoints["qwen3-gqa6"]
+    with LLM(path, max_num_batched_tokens=16, pipeline_depth=depth, **SMALL) as llm:
+        request_id = llm.add_request(PROMPTS[3], params(1, prompt_logprobs=0))
+        outputs = llm.step()
+        llm.abort(request_id)
+        while llm.has_unfinished:
+            outputs += llm.step()
+        [out] = outputs
+        assert len(out["hidden_states"]) == 16
+        assert len(out["prompt_logprobs"]) == 17
+
+
+def test_the_last_part_of_a_stream_has_them(checkpoints: Checkpoints) -> None:
+    path = checkpoints["qwen3-gqa6"]
+    with LLM(path, **SMALL) as llm:
+        asked = params("last", prompt_logprobs=1)
+        [out] = llm.generate([PROMPTS[2]], asked, use_tqdm=False)
+        llm.reset_prefix_cache()
+        *parts, last = llm.stream([PROMPTS[2]], asked)
+    assert not any("hidden_states" in part for part in parts)
+    assert torch.equal(last["hidden_states"], out["hidden_states"])
+    assert last["prompt_logprobs"] == out["prompt_logprobs"]

@@ -208,5 +208,5 @@ class TestChats:
         check_chat(_chat(tools=[], chat_template_kwargs={"enable_thinking": True}))
 
     def test_a_template_that_fails(self, tokenizer: Any) -> None:
-        with pytest.raises(RequestError, match="refuses them"):
+        with pytest.raises(RequestError, match="chat template fails"):
             templated(tokenizer, MESSAGES, _chat(chat_template="{{ raise_exception('no') }}"))
