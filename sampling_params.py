@@ -108,10 +108,10 @@ def _is_word(value: Any) -> bool:
 
 
 def _json_schema(value: Any) -> str | None:
-    """Return a JSON schema as JSON text, or None if `value` is none."""
+    """Return a JSON schema as JSON text, or None if `value` is no JSON schema."""
     try:
         text = value if isinstance(value, str) else json.dumps(value)
-        # int("NaN") raises a ValueError: NaN and Infinity are no JSON.
+        # JSON has no NaN and no Infinity. For them `int` raises a ValueError.
         return text if isinstance(json.loads(text, parse_constant=int), dict) else None
     except (TypeError, ValueError, RecursionError):
         return None
@@ -122,14 +122,14 @@ def _json_schema(value: Any) -> str | None:
 class SamplingParams:
     """Sampling parameters of one request; immutable and validated on construction.
 
-    Numbers of NumPy are stored as numbers of Python. None means the default, except for True/False.
+    Numbers of NumPy are stored as numbers of Python. A field of type bool cannot be None. In other
+    fields None means the default, unless the field's text below explains None.
 
-    Logits are processed in the order of transformers' `generate`: penalties, `min_tokens` and
-    `logits_processors` come first. Then come temperature, top_k, top_p and min_p in this order. If
-    several tokens are equally likely at the border of top_k or top_p, all of them are kept. As in
-    vLLM, `logit_bias` comes before the penalties. `allowed_token_ids` and `bad_words` forbid tokens
-    before `logits_processors`. If the options forbid all tokens, the request fails with a
-    LogitsError.
+    Logits are processed in this order: `logit_bias` (as in vLLM), the penalties, the tokens that
+    `allowed_token_ids`, `bad_words`, `bad_words_ids` and `min_tokens` forbid, `logits_processors`,
+    temperature, top_k, top_p, min_p. `generate` of transformers has the same order of the penalties
+    and of all that follows. If several tokens are equally likely at the border of top_k or top_p,
+    all of them are kept. If all tokens are forbidden, the request fails with a LogitsError.
 
     Attributes:
         temperature: 0 takes the most likely token (greedy). A value above 0 divides the logits.
@@ -151,32 +151,34 @@ class SamplingParams:
         stop: one or several stop strings. The output ends when its text contains a stop string. The
             text is cut before the stop string. The token ids contain all tokens of the stop string.
             A stop string may contain names of special tokens, although the text has none.
-        include_stop_str_in_output: cut the text behind the stop string, not before.
+        include_stop_str_in_output: if True, cut the text after the stop string, not before it.
         stop_token_ids: ids of tokens that end the output, like end-of-sequence tokens.
         ignore_eos: do not end the output at an end-of-sequence token.
         logit_bias: for some tokens a number from -100 to 100, which is added to the token's logit.
             At most `MAX_BIASES` tokens. The bias is stored as a tuple of pairs.
         allowed_token_ids: only these tokens may be generated. None allows all tokens.
         bad_words: texts that the output must not contain as words. A text is converted to token ids
-            with and without a space before it. The last of these ids is forbidden where the output
-            ends with the others. Other tokens that make the same text are not forbidden.
-        bad_words_ids: like `bad_words`, as lists of token ids. At most `MAX_BAD_WORDS` lists of at
-            most `MAX_BAD_WORD_TOKENS` ids.
+            with and without a space before it. The last id of each of the two lists is forbidden
+            where the output ends with the other ids of the list. Other tokens that make the same
+            text are not forbidden.
+        bad_words_ids: like `bad_words`, but given as lists of token ids. At most `MAX_BAD_WORDS`
+            lists of at most `MAX_BAD_WORD_TOKENS` ids.
         skip_special_tokens: if False, the names of special tokens are in the text.
         detokenize: if False, the output has no text, and `stop` must be empty.
         logprobs: for each generated token, return its log-probability and the log-probabilities of
-            the `logprobs` most likely tokens, from logits before bias, penalties, temperature and
-            filters. At most `MAX_LOGPROBS`.
+            the `logprobs` most likely tokens, computed from the logits before bias, penalties,
+            temperature and filters. At most `MAX_LOGPROBS`.
         prompt_logprobs: like `logprobs`, for the prompt's tokens except the first. The request uses
             cached blocks only before `prompt_logprobs_start`: the prefix cache keeps no logits.
         prompt_logprobs_start: position of the first prompt token whose log-probability is returned,
             if `prompt_logprobs` is given. The entries of earlier tokens are None.
-        hidden_states: return hidden states of this layer for each token of prompt and output but
-            the last output token: the input of layer 0, 1, ..., as in transformers. "last", -1 and
-            the number of layers stand for the final norm's output. With n > 1 each output computes
-            those of its prompt. Other layers than "last" run without CUDA graphs.
-        hidden_states_start: hidden states from this position on. Tokens before it may be taken from
-            the prefix cache, tokens from it on are computed.
+        hidden_states: number of a layer, counted from 0 as in transformers. The output then has the
+            input of this layer for each token of prompt and output but the last output token.
+            "last", -1 and the number of layers mean the output of the final norm. With n > 1 each
+            output computes the hidden states of the prompt again. Steps that return the input of a
+            layer run without CUDA graphs.
+        hidden_states_start: position of the first token whose hidden states are returned. Only
+            tokens before this position may come from the prefix cache.
         logprobs_details: return each log-probability as a `Logprob`, a float that also has the
             token's text and rank.
         n: number of outputs, at most `MAX_OUTPUTS`. With prefix caching the outputs can share KV

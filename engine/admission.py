@@ -44,7 +44,7 @@ class ReserveOutput(AdmissionPolicy):
 
 
 class _Course(NamedTuple):
-    """How many blocks a request will hold in each step from now on. This step is step 0."""
+    """How many blocks a request will hold in each step from now on. The present step is step 0."""
 
     steps: int  # number of steps in which the request holds blocks
     growth: int  # number of steps in which its positions grow, at most `steps`
@@ -61,31 +61,34 @@ class LookAhead(AdmissionPolicy):
     Requests take more and more blocks until one of them ends. So it is enough to look at the steps
     in which a request ends. The method is from Past-Future (Gong et al., ASPLOS 2025).
 
-    Assumptions: each request that decodes gets one token in a step. A prompt without cached tokens
-    gets one position in the present step, and in each later step what the decode rows of all
-    requests that are running leave of the token budget. So its end is not expected too early. For
-    its output it may take blocks from now on, because the prompt may be computed sooner. If all
-    expected lengths are right, no request is preempted. This does not hold with drafts, if a prompt
-    waits for its window to slide, or if logits processors let requests decode in every other step.
+    The policy assumes that each decoding request gets one token in a step. It assumes that a prompt
+    has no cached tokens, and that the present step computes one position of the prompt. In each
+    later step it assumes as many positions as the budget has left after one position for each
+    running request. So the policy does not expect the prompt to end too early. The policy assumes
+    that the request takes blocks for its output from now on, because the prompt may end sooner than
+    expected. If all expected lengths are right, no request is preempted. There are three
+    exceptions: drafted tokens, prompts that wait until blocks leave their sliding window, and
+    logits processors, with which a request may decode only in every other step.
 
-    A bound saves most of the checks. For each of the step ranges [0, 1), [1, 3), [3, 7), ... the
-    policy knows a number of blocks that is never exceeded. An admission adds to the bounds what the
-    request takes at most in each range. Only if a bound is too high, all ends are checked, and the
-    bounds become exact.
+    Bounds save most of the checks. For each of the step ranges [0, 1), [1, 3), [3, 7), ... the
+    policy keeps a bound: a number of blocks that the running requests never exceed in these steps.
+    An admission adds to each bound the largest number of blocks that the admitted request holds in
+    the range. Only if a bound exceeds the cache, the policy checks the steps in which requests end.
+    This check makes the bounds exact.
     """
 
     name = "lookahead"
-    # Checks of all ends in a step. After them requests are admitted by the bounds alone, so that
-    # the cost of a step does not grow with the square of the number of requests. In 12 simulations
-    # of 1,200 to 3,000 requests, of which at most 1,024 ran, no step needed more than 4.
+    # Maximum number of checks in a step. After them requests are admitted by the bounds alone.
+    # Otherwise the cost of a step would grow with the square of the number of requests. In 12
+    # simulations of 1,200 to 3,000 requests, of which at most 1,024 ran, no step needed over 4.
     max_checks: int = 8
 
     def __init__(self, config: Config) -> None:
         self._budget = config.max_num_batched_tokens
-        self.num_checks = 0  # in this step
+        self.num_checks = 0  # number of checks of all ends in this step
         self._courses: list[_Course] | None = None  # of the running requests
         self._bounds: list[int] = []  # blocks in each range of steps
-        self._candidate: tuple[_Course, list[int]] | None = None  # and the bounds with it
+        self._candidate: tuple[_Course, list[int]] | None = None  # and bounds with it
 
     def begin_step(self, batch: RunningBatch) -> None:
         self._courses = None
@@ -127,9 +130,10 @@ class LookAhead(AdmissionPolicy):
 def _most_blocks(courses: list[_Course], size: int) -> list[int]:
     """Return how many blocks the requests hold at most in each of the step ranges of `LookAhead`.
 
-    Goes back in time, from the last end to now. `held` counts the blocks of the requests that do
-    not grow any more in a step. Those that grow have `full` blocks and one for the rest, and
-    `more` blocks for the tokens since now, or one more if position and tokens cross a block's end.
+    The loop goes back in time, from the last end to now. In a step, `held` is the number of blocks
+    of the requests that no longer grow. The growing requests have `full` full blocks in step 0 and
+    one more block each. Until a later step each of them gets `more` blocks, or `more` + 1 if its
+    offset in a block and the steps since now together cross another block's end.
     """
     ends = sorted(courses, key=attrgetter("steps"))
     grows = sorted(courses, key=attrgetter("growth"))

@@ -55,14 +55,14 @@ def options_bytes(vocab_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OwnOptions:
-    """What one request asks to change in its logits, on the device since it got its slot.
+    """What one request asks to change in its logits. The tensors are uploaded when it gets a slot.
 
     Attributes:
         bias: ids of tokens, int64 [B], and what is added to their logits, float32 [B].
         disallowed: which tokens `allowed_token_ids` forbids, bool [vocabulary].
-        withheld: ids that `min_tokens` forbids, int64 [W].
-        words: Q bad words: the tokens before the last one, int32 [Q, M], right-aligned after
-            entries -1, and the last token, int64 [Q].
+        withheld: ids of the W tokens that `min_tokens` forbids, int64 [W].
+        words: of Q bad words the tokens before the last one, int32 [Q, M], and the last token,
+            int64 [Q]. Words with fewer than M + 1 tokens have entries -1 on the left.
     """
 
     bias: tuple[Tensor, Tensor] | None
@@ -100,7 +100,7 @@ def changes(new: NewRequest, num_known: int) -> bool:
 
 
 def withholds(new: NewRequest, num_known: int) -> int:
-    """Return for how many tokens after `num_known` tokens `min_tokens` still forbids tokens."""
+    """Return for how many tokens after the first `num_known` ones `min_tokens` forbids tokens."""
     return first_free(new) - num_known if new.withheld_token_ids else 0
 
 
@@ -125,8 +125,8 @@ class Candidate(NamedTuple):
 class ChangedRows:
     """A block of S sampled rows whose logits are changed before their tokens are drawn.
 
-    In `bias`, `withheld` and `words` the first tensor has, for each token, the index of its row in
-    the block.
+    In `bias`, `withheld` and `words` the first tensor says to which row each bias, each withheld
+    token or each bad word belongs: it has the index of this row in the block.
 
     Attributes:
         rows: index of each row among the R sampled rows of the step, int64 [S].
@@ -139,8 +139,8 @@ class ChangedRows:
             each int64 [W], or None.
         words: index of the row, tokens before the last one, and last token, of Q bad words: int64
             [Q], int32 [Q, M] right-aligned after entries -1, int64 [Q]; or None.
-        processors: index in the block, and processors, of each row that has logits processors.
-        lasts: for how many further tokens of each row the block stays right.
+        processors: index in the block, and processors, of each row with logits processors.
+        lasts: for how many further steps the same block can be used, if no row leaves it.
     """
 
     rows: Tensor
@@ -238,7 +238,7 @@ class ChangedRows:
 def _joined(
     staging: Staging, parts: list[tuple[int, tuple[Tensor, Tensor]]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors of several rows, one after another, behind the row of each element."""
+    """Return the index of each element's row, and the tensors of all rows, each joined to one."""
     rows = _repeated(staging, [i for i, _ in parts], [len(first) for _, (first, _) in parts])
     return rows, torch.cat([a for _, (a, _) in parts]), torch.cat([b for _, (_, b) in parts])
 

@@ -11,16 +11,16 @@ from utils.lazy_heap import LazyHeap
 
 
 class _UserQueue(QueuePolicy):
-    """Serves the user with the lowest level first. A level is a user's total charge in tokens.
+    """Serves the user with the lowest level first. A user's level is the number of charged tokens.
 
     The *fair level* is the level of a user who has got an equal share: when a request ends, the
     fair level rises by the request's tokens, divided by the number of users with requests. A user
     without waiting requests who adds one is raised at least to the fair level. This is the virtual
     time of fair queueing (Demers, Keshav and Shenker, SIGCOMM 1989).
 
-    A user without requests is forgotten when the fair level has reached the user's level. A return
-    would raise the level anyway, so nothing is lost. When no user has requests, all are forgotten,
-    and the differences of their levels are lost: what one of them got, nobody else waited for.
+    A user without requests is forgotten when the fair level has reached the user's level. If the
+    user returns, the level is raised to the fair level anyway, so nothing is lost. When no user has
+    requests, all users are forgotten, and so are the differences of their levels.
     """
 
     def __init__(self, config: Config) -> None:
@@ -87,7 +87,8 @@ class FairShare(_UserQueue):
 
     Implements the virtual token counter (Sheng et al., Fairness in Serving Large Language Models,
     OSDI 2024). When a request leaves the queue, its user is charged the request's expected length.
-    When the request ends, the charge is changed to the request's real length.
+    When the request ends, the charge is changed to the request's real length. When a request
+    returns to the queue, the charge is taken back.
     """
 
     name = "fair_share"

@@ -1,9 +1,14 @@
-"""Hidden states of a step's rows, for requests that ask for them.
+"""Hidden states of a step's tokens, for requests that ask for them.
 
-Layer L has the input of layer L of the model, and the number of layers stands for the final norm's
-output, as in the `hidden_states` of transformers. A *last state* is the residual stream before the
-final norm. A CUDA graph keeps the last states of its sampled rows, so a decode whose requests ask
-for the last layer alone runs as a graph, at no cost for other requests.
+Hidden states have the numbers of the `hidden_states` of transformers. Numbers below the number of
+the model's layers mean the input of the layer with this number, counted from 0. The number of
+layers means the output of the final norm: these are the *final* hidden states, and the others are
+*inner* ones. A *last state* is the residual stream before the final norm. A CUDA graph keeps the
+last states of its sampled rows. So a decode whose requests ask only for final hidden states runs as
+a graph, at no cost for other requests.
+
+A step has T input tokens, of which R are *sampled rows*: from their logits the next tokens are
+drawn. A *request row* is a prefill chunk or a decode, i.e. an element of `StepPlan.row_slots`.
 """
 
 from __future__ import annotations
@@ -26,9 +31,9 @@ class Forwarded(NamedTuple):
 
     Attributes:
         logits: [R, this rank's vocabulary].
-        states: tensors that together have the R rows' last states, [R, hidden_size].
-        prompts: for each tensor of `SpecialRows.prompt_rows` the last states of its rows.
-        inputs: for each layer of `SpecialRows.layers` its input of all rows, [T, hidden_size].
+        states: tensors that, joined, are the last states of the R rows, [R, hidden_size].
+        prompts: for each tensor of `SpecialRows.prompt_rows` the last states of its tokens.
+        inputs: for each layer of `SpecialRows.layers` its input for all tokens, [T, hidden_size].
     """
 
     logits: Tensor
@@ -37,13 +42,19 @@ class Forwarded(NamedTuple):
     inputs: Mapping[int, Tensor | None] = MappingProxyType({})
 
 
-# Index of a row in `StepPlan.row_slots`, and the number of its hidden states.
+# Index of a request row in `StepPlan.row_slots`, and how many hidden states the row gets.
 _Row = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """The hidden states of a step: [N, hidden_size] of each layer, and the rows they belong to."""
+    """The hidden states of a step.
+
+    Attributes:
+        found: for each wanted number of hidden states, as in transformers, a tensor
+            [N, hidden_size] of all tokens that want it.
+        rows: for each tensor of `found` the request rows that its rows belong to, in this order.
+    """
 
     found: tuple[Tensor, ...]
     rows: tuple[tuple[_Row, ...], ...]
@@ -57,24 +68,30 @@ class HiddenStates:
         return replace(self, found=tuple(copies))
 
     def by_row(self) -> dict[int, Tensor]:
-        """Return each row's hidden states, [n, hidden_size]. `found` must be in host memory."""
+        """Return each request row's hidden states, [n, hidden_size], by the row's index.
+
+        `found` must be in host memory.
+        """
         split: dict[int, Tensor] = {}
         for values, rows in zip(self.found, self.rows, strict=True):
             parts = torch.split(values, [count for _, count in rows])
-            # A copy: a view would keep the hidden states of all rows in memory.
+            # Without the copy, one row's hidden states would keep those of all rows in memory.
             split |= {row: part.clone() for (row, _), part in zip(rows, parts, strict=True)}
         return split
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenRows:
-    """The rows of a step whose hidden states are wanted.
+    """The tokens of a step whose hidden states are wanted.
 
     Attributes:
-        inner: for each layer but the last the indices in the step, int64 [N], and their rows.
-        prompt_rows: indices in the step, int64 [P], of rows in prefill chunks of the last layer.
-        decodes: indices among the R sampled rows, int64 [N], of decodes of the last layer.
-        last: the rows of the last layer: those of `decodes`, then those of `prompt_rows`.
+        inner: for each layer whose input is wanted, the indices of tokens in the step, int64 [N],
+            and the request rows that these tokens belong to.
+        prompt_rows: indices in the step, int64 [P], of tokens of prefill chunks whose final hidden
+            states are wanted; None if there are none.
+        decodes: indices among the R sampled rows, int64 [N], of decodes whose final hidden states
+            are wanted.
+        last: the request rows of `decodes`, then those of `prompt_rows`.
     """
 
     inner: dict[int, tuple[Tensor, tuple[_Row, ...]]]
@@ -89,7 +106,7 @@ class HiddenRows:
         num_layers: int,
         upload: Callable[[list[int]], Tensor],
     ) -> HiddenRows | None:
-        """Return the rows that a plan's requests want, or None if they want none."""
+        """Return the tokens whose hidden states a plan's requests want; None if there are none."""
         inner: dict[int, tuple[list[int], list[_Row]]] = {}
         prompts: tuple[list[int], list[_Row]] = ([], [])
         decodes: tuple[list[int], list[_Row]] = ([], [])
@@ -123,7 +140,7 @@ class HiddenRows:
         )
 
     def states(self, made: Forwarded, norm: Callable[[Tensor], Tensor]) -> HiddenStates:
-        """Return the hidden states of all wanted rows. `norm` is the model's final norm."""
+        """Return all wanted hidden states. `norm` is the model's final norm."""
         found, rows = [], []
         for layer, (ids, own) in self.inner.items():
             values = made.inputs[layer]
@@ -147,7 +164,7 @@ def no_states(checkpoint: Checkpoint, config: Config) -> Tensor:
 
 
 def layer_of(asked: int | str, num_layers: int) -> int:
-    """Return the layer that `SamplingParams.hidden_states` means."""
+    """Return the number, from 0 to `num_layers`, that `SamplingParams.hidden_states` means."""
     if isinstance(asked, str):
         return num_layers
     return asked if asked >= 0 else num_layers + 1 + asked

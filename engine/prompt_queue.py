@@ -1,4 +1,4 @@
-"""The prompts of `LLM`: queues their requests, runs steps, and tells who waits for the outputs.
+"""Queues the prompts of `LLM`, runs steps, and tells callers about new and ended outputs.
 
 Each prompt has `n` outputs, and each output is one request of the engine. A `PromptRequests` holds
 the requests of one prompt.
@@ -21,7 +21,7 @@ from utils.text_reader import TextReader
 
 
 class PromptInput(NamedTuple):
-    """A prompt, the parameters of its outputs, and what converts their tokens to text."""
+    """A prompt, the parameters of its outputs, and the decoder of their tokens."""
 
     prompt: TokenizedPrompt
     params: SamplingParams
@@ -32,15 +32,16 @@ class PromptInput(NamedTuple):
 class PromptQueue:
     """The prompts whose requests are queued or running. All threads share them.
 
-    After a step `tell` looks at the requests that got tokens or ended, and at no other ones. So a
-    step costs the same however many requests wait.
+    After a step, `tell` looks only at the requests that got tokens or ended. So the cost of a step
+    does not grow with the number of waiting requests.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
         self._prompts: dict[int, PromptRequests] = {}  # by the id of each of the prompt's requests
         self._streams: dict[int, OutputStream] = {}  # by request id
-        self._resets: int | None = None  # `engine.num_resets` at the last step; None during a step
+        # `LLMEngine.num_resets` at the last step; None during a step.
+        self._resets: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self._prompts)
@@ -55,9 +56,9 @@ class PromptQueue:
         """Queue `n` requests for each prompt. If one request is wrong, no request is queued.
 
         Appends the `PromptRequests` of each prompt to `groups`. So the caller can end them, even if
-        Ctrl-C interrupts this method. When all requests of a prompt have ended, its
-        `PromptRequests` is appended to `ended`. If `news` is given instead, the outputs are
-        streamed: streams with something new are added to `news`.
+        Ctrl-C interrupts this method. If `ended` is given, `tell` later appends to `ended` the
+        `PromptRequests` whose requests have all ended. If `news` is given, the outputs are
+        streamed: `tell` adds streams with something new to `news`.
         """
         told = deque[PromptRequests]() if ended is None else ended
         try:
@@ -82,7 +83,7 @@ class PromptQueue:
         includes = params.include_stop_str_in_output
         for i in range(params.n):
             text = None
-            # `engine.add_request` rejects stop strings if there is no tokenizer.
+            # Without a text, `LLMEngine.add_request` rejects stop strings: there is no tokenizer.
             if (streamed or stops) and not (stops and not one.decode.has_text):
                 text = TextReader(
                     one.decode, stops, params.min_tokens, tokens, includes_stop=includes

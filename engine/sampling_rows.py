@@ -4,7 +4,7 @@ In this file a row of a step is one input token. The R sampled rows of a step ar
 next token is drawn. Filters (top-k, top-p, min-p) give each row a lower bound: tokens with logits
 below the bound are not drawn. Rows whose logits are changed are drawn in blocks
 (`engine.changed_rows`), after the tokens of all other rows. Log-probabilities come last
-(`engine.step_scores`). A row costs nothing here once none of its request's options applies.
+(`engine.step_scores`). If no option of a request applies any more, its rows cost nothing here.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def special_bytes(config: Config, vocab_size: int, hidden_size: int, dtype_bytes
     """Return how many bytes of device memory the sampling options of a step take at most.
 
     Changed rows are drawn block by block, and rows are scored block by block. Scores need a copy of
-    logits, and up to 8 bytes for each logit to find the likeliest. With several ranks, two more
-    copies hold the logits of all rows, or of a block of prompt rows. If the log-probabilities of a
-    prompt are wanted, the last layer returns the states of all its tokens, in two tensors.
+    the logits of a block, and up to 8 bytes for each logit to find the likeliest tokens. With
+    several ranks, two more copies hold the logits of all rows, or of a block of prompt rows. If the
+    log-probabilities of a prompt are wanted, the last layer returns the states of all its tokens,
+    in two tensors.
     """
     assert config.max_model_len is not None
     rows, copies = config.max_num_seqs, 0 if config.tensor_parallel_size == 1 else 2
@@ -84,9 +85,10 @@ class SpecialRows:
 
     @property
     def prompt_rows(self) -> list[Tensor]:
-        """Indices in the step, int64 [P], of further rows that the last layer must compute.
+        """Indices in the step, int64 [P], of prompt rows for which last states are needed.
 
-        Rows to score come first, then those whose hidden states are wanted. There may be neither.
+        The list has at most two tensors: first the rows to score, then those whose final hidden
+        states are wanted.
         """
         scored = self.scored.prompt_rows if self.scored and self.scored.prompts else None
         hidden = self.hidden.prompt_rows if self.hidden else None
@@ -105,11 +107,12 @@ class SpecialRows:
         sampled: SampledRows,
         head: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, StepScores | None, dict[int, LogitsError]]:
-        """Draw the step's tokens. Returns the values for the first fields of `StepOutput`.
+        """Draw the step's tokens. Returns `tokens`, `scores` and `errors` of `StepOutput`.
 
         Args:
             tokens: [slots + 1, max_model_len]: prompt and output tokens of each running request.
-            head: computes logits from last states.
+            made: the logits, and the last states of prompt rows to score.
+            head: computes logits from last states, which are those before the final norm.
         """
         logits = made.logits
         whole = sampler.gathered(logits)
@@ -225,7 +228,7 @@ class SamplingRows:
         groups: dict[Group, list[int]] = {}
         for row, ranked, num_top in new:
             groups.setdefault(group_of(num_top, ranked=ranked), []).append(row)
-        # Of each group the rows of prompts and the tokens after them.
+        # For each group the scored prompt rows, and the prompt token after each row.
         parts: dict[Group, tuple[list[int], list[int]]] = {}
         for _, ranked, num_top, part_rows, part_tokens in prompts:
             both = parts.setdefault(group_of(num_top, ranked=ranked), ([], []))

@@ -1,9 +1,9 @@
-"""Log-probabilities (scores) of the tokens of a step, of new tokens and of prompts.
+"""Log-probabilities (scores) of the new tokens of a step, and of prompt tokens.
 
-A request asks for the N likeliest tokens beside each of its tokens, and maybe for ranks. Rows are
-scored in groups, and the rows of a group want similar numbers: a request with a large N does not
-widen the work for others. A `Group` is the smallest power of 4 that is at least N, and whether its
-rows want ranks.
+For each of its tokens a request asks for the log-probabilities of the token and of the N likeliest
+tokens, and maybe for ranks. Rows are scored in groups of rows with similar N, so that a request
+with a large N costs nothing for rows of other groups. A `Group` has the smallest power of 4 that is
+at least N, and says whether its rows want ranks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from layers.logits import TokenScores, score
 from layers.sampler import Sampler
 from utils.output_types import Logprob
 
-# Maximum number of prompt rows whose logits exist at once. 256 rows of 151,936 bfloat16 logits take
-# 78 MB. The head reads all its weights once for each block, 2 flops for each weight and row. With
-# 128 rows that would be 128 flops for each byte of bfloat16, fewer than a GPU can do meanwhile.
+# Maximum number of prompt rows whose logits exist at once (a block). 256 rows of 151,936 bfloat16
+# logits take 78 MB. For each block the head reads all its weights, and computes 2 flops for each
+# weight and row. With 128 rows that is 128 flops for each byte of bfloat16 weights. An H200 can do
+# about 180 flops in the time in which it reads a byte, so it would wait for the weights.
 PROMPT_ROWS = 256
 
 
@@ -42,10 +43,10 @@ class StepScores:
 
     Attributes:
         found: for each group the log-probabilities of its new tokens, then of its prompt tokens.
-        new: for each new token: index of its row among the sampled rows, whether its request wants
-            ranks, and N.
-        prompts: for each prefill chunk of a request that asks for log-probabilities of its prompt:
-            index of the chunk, number of its scored prompt tokens, whether it wants ranks, and N.
+        new: for each new token the index of its row among the sampled rows, whether its request
+            wants ranks, and N.
+        prompts: for each prefill chunk with scored prompt tokens the index of the chunk, the number
+            of these tokens, whether the request wants ranks, and N.
         num_chunks: number of all prefill chunks in the step.
     """
 
@@ -69,7 +70,7 @@ class StepScores:
             found = {token: value, **dict(zip(ids[:num_top], values[:num_top], strict=True))}
             if not ranked:
                 return found
-            # The token may be among the likeliest, with the same rank.
+            # If the token is among the likeliest ones, both of its entries have the same rank.
             known = {token: ranks[0], **dict(zip(ids, ranks[1:], strict=True))}
             return {one: Logprob(value, known[one]) for one, value in found.items()}
 
@@ -93,7 +94,7 @@ class ScoredRows:
 
     Attributes:
         new, prompts, num_chunks: values for the fields of `StepScores` with these names.
-        new_rows: for each group the row index of each of its entries in `new`, int64.
+        new_rows: for each group the row indices of its entries in `new`, int64.
         prompt_rows: indices in the step, int64 [P], of rows whose logits give the log-probability
             of the next prompt token, one group after another.
         prompt_tokens: the prompt token that follows each row in `prompt_rows`, int64 [P].

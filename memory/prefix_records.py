@@ -1,7 +1,8 @@
 """What a prefix cache remembers of requests: of those that run, and of those that wait for blocks.
 
-A request may wait for blocks through many steps. Each step asks for the cached prefix of the first
-request in the queue. A `PrefixMatch` keeps the answer, and is brought up to date when it is read.
+A request may wait for blocks through many steps. In each step the scheduler asks for the cached
+prefix of the first request in the queue. A `PrefixMatch` keeps the answer from step to step. When
+the match is read, only the changes since the last step are looked up.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from memory.eviction import CachedBlock
 Key = tuple[CachedBlock | str, bytes]
 # Returns the cached block with the parent and the tokens of the given block, or None.
 Find = Callable[[CachedBlock], CachedBlock | None]
-# How many of the blocks that were published last are remembered by digest. If more were published
-# since a match was read, all blocks of the match are looked up. A step of 16,384 prompt tokens in
-# blocks of 16 publishes as many.
+# Number of blocks whose digests are remembered, those published last. If more blocks were published
+# since a match was read, all missing blocks of the match are looked up. A step of 16,384 prompt
+# tokens publishes 1,024 blocks of 16 tokens.
 _NUM_NEWS = 1024
 
 
@@ -49,7 +50,7 @@ class RequestRecord:
 
 @dataclass(slots=True, eq=False)
 class PrefixMatch:
-    """The blocks of a request that were looked up. Those that are not cached have `block` -1."""
+    """The blocks of a request that were looked up. If a block is not cached, its `block` is -1."""
 
     # The list that was given, not a copy. As long as the match holds the list, no other list has
     # the same `id`. The caller may only append to the list.
@@ -58,7 +59,7 @@ class PrefixMatch:
     blocks: list[CachedBlock] = field(default_factory=list)
     num_hits: int = 0  # how many of the first `blocks` are cached
     num_published: int = 0  # `PrefixMatches.num_published` when the match was read last
-    num_lost: int = 0  # likewise
+    num_lost: int = 0  # `PrefixMatches.num_lost` when the match was read last
     # The record of the running request that `pending` found, and the length of the prefix that both
     # requests share. This prefix never becomes shorter, because both only get further tokens.
     leader: RequestRecord | None = None
@@ -71,11 +72,12 @@ class PrefixMatch:
 
 
 class PrefixMatches:
-    """The matches of the requests that looked for admission last, at most `most` of them.
+    """The matches of the requests that asked for a cached prefix last, at most `most` of them.
 
-    A match holds as long as no block was published or lost. After a loss it is checked which of its
-    blocks are still cached. After a publication the look-up goes on behind the last hit. Digests
-    and tokens of blocks that were not found are kept, because they do not change.
+    A match stays right until a block is published or leaves the cache (is lost). After a loss,
+    `match` checks which blocks of the match are still cached. After a publication, `match` looks up
+    the blocks after the last hit. Digests and tokens of blocks that were not found do not change,
+    so they are kept.
     """
 
     def __init__(self, block_size: int, most: int) -> None:
@@ -106,7 +108,7 @@ class PrefixMatches:
         if match.num_lost != self.num_lost:
             hits = enumerate(islice(blocks, match.num_hits))
             match.num_hits = next((i for i, node in hits if node.block < 0), match.num_hits)
-        # What was not found before is still not there if nothing was published since.
+        # A block that was not found before is still missing if nothing was published since.
         num_missing = len(blocks) if match.num_published == self.num_published else 0
         for i in range(match.num_hits, len(token_ids) // self.size):
             if i < num_missing:
@@ -138,7 +140,9 @@ class PrefixMatches:
 
 
 class WindowMatches(PrefixMatches):
-    """Matches of blocks that are found without the block before them.
+    """Matches for an index that finds a block even if the block before it is not cached.
+
+    A group with a sliding window has such an index (`CachingWindowManager`).
 
     `first_parent` returns the parent of a request's first block, given the salt. `next_parent`
     returns the parent of the next block, given a block's parent and tokens.

@@ -162,7 +162,7 @@ def test_an_option_that_another_option_needs_is_refused_without_it() -> None:
         ("hidden_states_start", "hidden_states"),
     ):
         with pytest.raises(RequestError, match=f"{name}=3: has no effect without {of}"):
-            SamplingParams(**{name: 3})
+            SamplingParams(**dict.fromkeys([name], 3))  # type: ignore[arg-type]
     both = SamplingParams(prompt_logprobs=2, prompt_logprobs_start=3, hidden_states=1, n=2)
     assert both.of_output(0).prompt_logprobs_start == 3
     later = both.of_output(1)

@@ -62,7 +62,7 @@ def check_chat(options: ChatOptions) -> None:
 def templated(
     tokenizer: Any | None, messages: Any, options: ChatOptions = PLAIN_CHAT
 ) -> dict[str, Any]:
-    """Return a conversation as a prompt with text and token ids.
+    """Return a conversation as a prompt: a dictionary with `prompt` and `prompt_token_ids`.
 
     Raises a RequestError if a message is wrong, or the chat template is missing or fails.
     """

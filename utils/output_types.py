@@ -19,7 +19,7 @@ class Output(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            # `copy` and `pickle` ask for methods with such names, which is no mistake.
+            # `copy` and `pickle` look for such names, so the error suggests no entry.
             fix = "" if name.startswith("__") else f". {did_you_mean(name, self)}"
             raise AttributeError(f"this output has no entry {name!r}{fix}") from None
 
@@ -47,7 +47,7 @@ class Logprob(float):
 
     Attributes:
         rank: number of tokens with a higher log-probability, plus 1. None if it was not counted.
-        decoded_token: text of the token; the name of a special token. None without a tokenizer.
+        decoded_token: text of the token, or the name of a special token. None without a tokenizer.
     """
 
     __slots__ = ("decoded_token", "rank")

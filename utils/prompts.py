@@ -1,4 +1,4 @@
-"""Loads the tokenizer, and converts prompts and conversations to token ids."""
+"""Loads the tokenizer, and converts prompts to token ids. `utils.chats` converts conversations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Prompts = Prompt | Sequence[Prompt]
 
 
 class TokenizedPrompt(NamedTuple):
-    """The token ids of a prompt, and its text; None if the caller gave token ids alone."""
+    """The token ids of a prompt, and its text. The text is None if only token ids were given."""
 
     token_ids: list[int]
     text: str | None
@@ -41,7 +41,7 @@ _KEY_FIXES = {
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """Return the folder's tokenizer, or None if there is none. CheckpointError: loading fails."""
+    """Return the tokenizer in a folder, or None. Raises a CheckpointError if loading fails."""
     # Imported here: the import takes seconds, and most tensor-parallel ranks need no tokenizer.
     from transformers import AutoTokenizer
 
@@ -58,12 +58,12 @@ def load_tokenizer(path: Path) -> Any | None:
 
 
 def tokenized(tokenizer: Any | None, prompts: Prompts) -> list[TokenizedPrompt]:
-    """Return the token ids of each prompt. RequestError: a prompt cannot be converted."""
+    """Return the token ids of each prompt. Raises a RequestError if a prompt is wrong."""
     return [_tokenized(tokenizer, prompt) for prompt in _separate(prompts)]
 
 
 def as_list(prompt: Any) -> Any:
-    """Return a list of this one prompt. A number stays a number, which is no prompt."""
+    """Return a list of this one prompt. A number is no prompt, so a number is returned as it is."""
     return prompt if _is_number(prompt) else [prompt]
 
 
@@ -89,7 +89,7 @@ def _separate(prompts: Any) -> Sequence[Any]:
 
 
 def _listed(values: Any) -> Any:
-    """Return an array as a list, anything else as it is."""
+    """Return an array as a list, and anything else as it is."""
     try:
         return values if isinstance(values, (str, list, tuple)) else plain(values)
     except Exception as error:  # an array without data, for example on torch's device "meta"
@@ -152,7 +152,7 @@ def _tokenized(tokenizer: Any | None, prompt: Any) -> TokenizedPrompt:
 
 
 def _ids(ids: Any, prompt: Any) -> list[int]:
-    """Return token ids as a list of int. What is no token id stays: `check_request` names it."""
+    """Return token ids as a list. `check_request` later refuses elements that are no token ids."""
     # Tokenizers return one prompt as a row of a table if they are asked for tensors.
     if isinstance(ids, (list, tuple)) and len(ids) == 1:
         row = _listed(ids[0])

@@ -1,9 +1,9 @@
 """Finds the first of many stop strings in a growing text, a character at a time.
 
 The search is that of Aho and Corasick ("Efficient string matching", CACM 18(6), 1975). One
-automaton has all stop strings of a request. The automaton's state is the longest end of the text
-that begins a stop string. A new character leads from a state to the next one. So the cost of a
-character depends neither on the number of stop strings nor on the length of the text.
+automaton finds all stop strings of a request. The automaton's state stands for the longest suffix
+of the text that is a prefix of a stop string. A new character leads from a state to the next one.
+So the number of operations for a text depends on its length, and not on the number of stop strings.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from weakref import WeakValueDictionary
 
 
 class _Automaton:
-    """The automaton of some strings. A state is a number, and stands for a beginning of a string.
+    """The automaton of some strings. A state is a number that stands for a prefix of a string.
 
-    State 0 is the empty beginning. Characters in `marks` are no text, so they are not counted.
+    State 0 stands for the empty prefix. Characters in `marks` are no text, and are not counted.
     """
 
     def __init__(self, strings: Sequence[str], marks: Collection[str]) -> None:
-        # For each state, the states that are a character longer, by this character.
+        # For each state, the states whose prefixes are one character longer, by this character.
         self._edges: list[dict[str, int]] = [{}]
-        # For each state, the state of its longest proper end that begins a string.
+        # For each state, the state of its longest proper suffix that is a prefix of a string.
         self._fail = [0]
-        # For each state, the length of the longest string at its end, counted in characters of
-        # text, and minus the index of the string. None if no string is there.
+        # For each state, the longest string that is a suffix of the state: its length in
+        # characters of text, and minus its index. None if no string is a suffix.
         self._ends: list[tuple[int, int] | None] = [None]
         # For each state, how many characters of text may become part of a string that is not
         # complete.
@@ -44,7 +44,7 @@ class _Automaton:
         self._link(max(map(len, strings)))
 
     def _link(self, longest: int) -> None:
-        """Set `_fail`, from short beginnings to long ones, and what follows from it."""
+        """Set `_fail`, from short prefixes to long ones. Then complete `_ends` and `held`."""
         edges, fail, ends = self._edges, self._fail, self._ends
         todo = deque((0, char, child, 1) for char, child in edges[0].items())
         while todo:
@@ -54,7 +54,7 @@ class _Automaton:
                 while back and char not in edges[back]:
                     back = fail[back]
                 fail[state] = edges[back].get(char, 0)
-            # With marks, two strings at one end can have equally many characters of text.
+            # With marks, two such strings can have equally many characters of text.
             both = ends[state], ends[fail[state]]
             ends[state] = max(filter(None, both), default=None)
             if length == longest:
@@ -96,7 +96,8 @@ class StopStrings:
 
     def __init__(self, stop: tuple[str, ...], specials: Mapping[int, str]) -> None:
         self.stop, self.specials = stop, specials
-        # No name is found over the border of two stop strings: decoded text has no lone surrogate.
+        # The separator keeps a name from matching across two stop strings. It is a lone surrogate,
+        # which decoded text never contains.
         joined = "\udfff".join(stop)
         named = {token: name for token, name in specials.items() if name and name in joined}
         # Lone surrogates stand for special tokens.
@@ -111,9 +112,9 @@ class StopStrings:
 
 
 class SharedStopStrings:
-    """Makes the `StopStrings` of requests. Requests with the same stop strings share them.
+    """Makes `StopStrings`. Requests with the same stop strings share one `StopStrings` object.
 
-    The automata of 1,000 stop strings are large. They are forgotten with their last request.
+    The automata of 1,000 stop strings are large. They are freed when their last request is freed.
     """
 
     def __init__(self) -> None:
@@ -144,7 +145,7 @@ class StopFinder:
         self._states = self._looked = [0] * len(stops.automata)
         # The new text at the last look; None if `_looked` cannot be used.
         self._seen: str | None = ""
-        self._waiting: list[tuple[int, str]] = []  # marks in the new text, and places before them
+        self._waiting: list[tuple[int, str]] = []  # places in the new text, and the mark at each
         self._passed = 0  # no stop string may end in the first so many characters of the new text
 
     @property
@@ -166,7 +167,8 @@ class StopFinder:
         else:
             found = self._read(self._states, new, self._waiting)
         self._looked, first = found
-        # A mark behind the end of `new` was read too early: `new` lacks text that may still change.
+        # If a mark is after the end of `new`, more text may still come before the mark. Then this
+        # look cannot be continued.
         self._seen = new if all(place <= len(new) for place, _ in self._waiting) else None
         return first is not None
 

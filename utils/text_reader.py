@@ -12,17 +12,17 @@ from utils.text import REPLACEMENT, Decode, Decoder
 class TextReader:
     """Decodes a growing output to text, and finds the first stop string in the text.
 
-    The text of an output is the decoded prompt and output together, without the decoded prompt. So
-    a space between prompt and output is in the text. If a character's bytes are in
-    several tokens, the character is added to `text` after the last of these tokens is read. Invalid
-    bytes become U+FFFD, which is added with the next valid character or at the end of the output.
-    Text that later tokens can change is added when they no longer can (`Decoder.is_part`), or at
-    the end of the output (`Decoder.grows`).
+    Prompt and output are decoded together, and the decoded prompt is removed from the result. So a
+    space between prompt and output is in the text. If a character's bytes are in several tokens,
+    the character is added to `text` after the last of these tokens is read. Invalid bytes become
+    U+FFFD, which is added with the next valid character or at the end of the output. Text that
+    later tokens can change waits until they no longer can (`Decoder.is_part`). If this is never
+    known (`Decoder.grows` is False), all text is added at the end of the output.
 
     Args:
-        decode: the decoder, or its function.
+        decode: a `Decoder`, or a function that decodes token ids.
         stop: the stop strings. Requests can share a `StopStrings`.
-        min_tokens: stop strings within the first so many tokens are ignored.
+        min_tokens: stop strings that end within the first `min_tokens` tokens are ignored.
         prompt: token ids of the prompt.
         includes_stop: whether `text` has the stop string that ends the output.
     """
@@ -60,7 +60,7 @@ class TextReader:
 
     @property
     def text(self) -> str:
-        """The text so far. Whether the stop string is in the text, `includes_stop` says."""
+        """The text so far. It has the stop string only if `includes_stop` is True."""
         return "".join(self._parts)
 
     @property
@@ -70,7 +70,7 @@ class TextReader:
         return self.num_chars - held
 
     def since(self, start: int) -> str:
-        """Return the text behind its first `start` characters. The cost grows with the result."""
+        """Return the text after its first `start` characters. The cost grows with the result."""
         missing, at = self.num_chars - start, len(self._parts)
         while missing > 0:
             at -= 1
@@ -143,8 +143,8 @@ class TextReader:
         if new:
             parts.append(new)
             self.num_chars += len(new)
-        # Each part is more than twice as long as the part behind it. So there are few parts, and a
-        # character is copied when its part has grown, and not with each token behind it.
+        # Short parts at the end are joined until each part is more than twice as long as the next
+        # one. So there are few parts, and a character is not copied for each later token.
         while len(parts) > 1 and 2 * len(parts[-1]) >= len(parts[-2]):
             parts[-2:] = [parts[-2] + parts[-1]]
 
@@ -158,7 +158,8 @@ class TextReader:
     def _move(self, window: list[int]) -> None:
         """Drop the tokens of `window` before `_base`, and move `_base` to the end."""
         rest = window[self._base :]
-        # A window without text would not show that its next token is not the first one.
+        # The window must keep a token with text. Otherwise the decoder would treat the next token
+        # as the first one of a text, for example without its space.
         if rest and (known := self._decoder.decode(rest)):
             self._known, window[:] = known, rest
         self._base = len(window)
