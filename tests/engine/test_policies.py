@@ -236,6 +236,30 @@ class TestFairShare:
         assert scheduler.queue.levels == {"a": 8, "b": 50}
         assert scheduler.queue.fair_level == 4
 
+    def test_users_are_forgotten_when_nobody_has_requests(self) -> None:
+        bench = Bench(max_num_seqs=2, queue_policy="fair_share")
+        first = bench.add(5, 45, user="a")
+        bench.run(until=lambda: len(first.output_token_ids) == 40)
+        bench.add(2, 20, user="b")
+        scheduler: Any = bench.scheduler
+        queue = scheduler.queue
+        bench.run(until=lambda: first.finish_reason is not None)
+        assert queue.levels["a"] == 50 > queue.fair_level
+        bench.run()
+        # The fair level has not reached the level of "a".
+        assert queue.fair_level == 25 + 22
+        assert queue.levels == {}
+
+    def test_a_user_who_returns_keeps_a_level_above_the_fair_one(self) -> None:
+        bench = Bench(max_num_seqs=2, queue_policy="fair_share")
+        first = bench.add(5, 45, user="a")
+        bench.run(until=lambda: len(first.output_token_ids) == 40)
+        bench.add(2, 20, user="b")
+        bench.run(until=lambda: first.finish_reason is not None)
+        bench.add(1, 1, user="a")
+        scheduler: Any = bench.scheduler
+        assert (scheduler.queue.levels["a"], scheduler.queue.fair_level) == (50, 25)
+
     def test_an_aborted_request_that_waited_for_a_prefix_is_charged_nothing(self) -> None:
         setting = Setting(options={"queue_policy": "fair_share"})
         driver = Driver(setting, ContinuousScheduler, PrefixCacheManager)

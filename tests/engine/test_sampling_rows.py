@@ -367,6 +367,52 @@ def test_a_row_of_a_mixed_batch_is_drawn_by_the_definition_of_its_own_options(se
     ]
 
 
+def test_decodes_after_a_mixed_step_have_not_the_options_of_an_earlier_request() -> None:
+    """A prompt that draws nothing shares a step with a decode, and is gone in the next step."""
+    rows, chunk = _Rows(2), PrefillChunk(0, 0, 2, True)
+    for request_id, wanted in ((0, 1), (1, 3)):
+        new = NewRequest(0, request_id, (1, 2), SamplingParams(logprobs=wanted), 0)
+        rows.of(StepPlan(0, (new,), prefill=(chunk,)))
+        if request_id == 0:
+            rows.of(StepPlan(1, decode=(0,)))
+    prompt = NewRequest(1, 2, (1, 2), SamplingParams(max_tokens=0, prompt_logprobs=0), 0)
+    for plan in (
+        StepPlan(2, (prompt,), prefill=(PrefillChunk(1, 0, 2, False),), decode=(0,)),
+        StepPlan(3, decode=(0,)),
+    ):
+        special = rows.of(plan)
+        assert special is not None
+        assert special.scored is not None
+        assert special.scored.new == [(0, False, 3)]
+
+
+@pytest.mark.parametrize("other", [10, 300])
+def test_penalties_count_the_newest_token_of_an_output_of_any_length(other: int) -> None:
+    """Decodes keep a block for several steps, until its table of tokens is too narrow."""
+    rows, start = _Rows(2, max_len=1024), 250
+    params = SamplingParams(temperature=0.0, presence_penalty=2.0)
+    lengths = (start, other)
+    news = tuple(NewRequest(i, i, (1,) * n, params, 0) for i, n in enumerate(lengths))
+    chunks = tuple(PrefillChunk(i, 0, n, True) for i, n in enumerate(lengths))
+    rows.of(StepPlan(0, news, prefill=chunks))
+    logits = torch.zeros(2, VOCAB_SIZE)
+    logits[:, 7], logits[:, 3] = 2.0, 1.0
+    sampled = SampledRows.empty(2, CPU)
+    for name in SampledRows.__slots__:
+        getattr(sampled, name).zero_()
+    sampled.slots.copy_(torch.arange(2))
+    for num_drawn in range(1, 12):
+        special = rows.of(StepPlan(num_drawn, decode=(0, 1)))
+        assert special is not None
+        known = torch.ones(2, 1024, dtype=torch.int32)
+        for i, length in enumerate(lengths):
+            sampled.positions[i] = length + num_drawn
+            known[i, length + num_drawn - 1] = 7
+        made = Forwarded(logits, [])
+        drawn, _, _ = special.draw(Sampler(place()), known, made, sampled, lambda x: x)
+        assert drawn.tolist() == [3, 3]
+
+
 def test_filters_of_an_earlier_request_do_not_hold_for_a_plain_one() -> None:
     """Not even if no request with options was there when the plain one took the slot."""
     rows, filtered, plain = _Rows(2), SamplingParams(top_k=1), SamplingParams()

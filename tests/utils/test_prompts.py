@@ -91,6 +91,24 @@ def test_one_text(tokenizer: Any, prompt: Any) -> None:
     assert tokenized(tokenizer, prompt) == [(tokenizer.encode(TEXTS[0]), TEXTS[0])]
 
 
+class _Begins:
+    """A tokenizer that puts a special token before a text, as those of Llama do."""
+
+    chat_template = SHOWS
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + [ord(char) for char in text]
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        return "".join(f"{one['content']}" for one in messages)
+
+
+def test_texts_begin_with_a_special_token_and_conversations_as_their_template_says() -> None:
+    assert tokenized(_Begins(), "ab") == [([1, 97, 98], "ab")]
+    made = templated(_Begins(), [{"role": "user", "content": "ab"}])
+    assert made == {"prompt": "ab", "prompt_token_ids": [97, 98]}
+
+
 def test_the_text_of_token_ids_is_kept_and_not_encoded() -> None:
     prompt = {"prompt": "anything", "prompt_token_ids": [5, 6, 7]}
     assert tokenized(None, prompt) == tokenized(None, [prompt]) == [([5, 6, 7], "anything")]
@@ -169,6 +187,8 @@ class TestChats:
         made = templated(tokenizer, [{"role": "user", "content": parts}], _chat())
         assert made["prompt"].startswith("[user:a\nb]")
         assert parts == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        again = templated(tokenizer, ({"role": "user", "content": tuple(parts)},), _chat())
+        assert again == made
 
     @pytest.mark.parametrize(
         "part",
@@ -192,6 +212,9 @@ class TestChats:
             ({"chat_template_kwargs": ["enable_thinking"]}, "chat_template_kwargs"),
             ({"chat_template_kwargs": {5: 1}}, "chat_template_kwargs"),
             ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+            ({"chat_template_kwargs": {"conversation": []}}, "chat_template_kwargs"),
+            ({"chat_template_kwargs": {"return_dict": True}}, "chat_template_kwargs"),
+            ({"chat_template_kwargs": {"return_tensors": "pt"}}, "chat_template_kwargs"),
             ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
             ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
         ],
@@ -210,3 +233,11 @@ class TestChats:
     def test_a_template_that_fails(self, tokenizer: Any) -> None:
         with pytest.raises(RequestError, match="chat template fails"):
             templated(tokenizer, MESSAGES, _chat(chat_template="{{ raise_exception('no') }}"))
+
+    def test_a_template_for_a_tokenizer_that_has_none(self, shipped: Path) -> None:
+        bare = load_tokenizer(shipped)
+        assert bare is not None
+        bare.chat_template = None
+        assert templated(bare, MESSAGES, _chat())["prompt"] == "[user:Hello]None||True"
+        with pytest.raises(RequestError, match="no chat template"):
+            templated(bare, MESSAGES)

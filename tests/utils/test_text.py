@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.text import Decode, decoder
+from utils.text import Decode, Decoder, decoder
 from utils.text_reader import TextReader
 
 # Found by its tests: no fixture may be used under `given` once per example.
@@ -162,6 +162,21 @@ class TestStops:
             _read(reader, tokens)
             assert reader.text == expected
             assert reader.stopped == (min_tokens < 4)
+
+
+@pytest.mark.parametrize("grows", [True, False])
+@pytest.mark.parametrize("min_tokens", range(1, 40))
+def test_min_tokens_of_a_long_output(min_tokens: int, grows: bool) -> None:
+    """A long text is not decoded with each token, but the text of the first tokens is."""
+    letters = Decoder(lambda ids: "".join(map(chr, ids)), grows=grows)
+    for place, stopped in ((min_tokens - 1, False), (min_tokens, True)):
+        output = [ord("a")] * 60
+        output[place] = ord("b")
+        reader = TextReader(letters, ("b",), min_tokens)
+        for end in range(1, len(output) + 1):
+            reader.read(output[:end], ended=end == len(output))
+        assert reader.stopped is stopped
+        assert reader.text == ("a" * place if stopped else "".join(map(chr, output)))
 
 
 def test_reading_costs_little(decode: Decode) -> None:

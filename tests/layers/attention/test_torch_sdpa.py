@@ -54,6 +54,12 @@ def test_a_long_request_pads_no_short_ones() -> None:
     assert _sizes(_case([], [Request(20), Request(200), Request(45)])).calls == 1
 
 
+def test_decodes_that_see_equal_windows_are_one_call() -> None:
+    sizes = _sizes(_case([], [Request(9000), Request(40), Request(60)], window=32))
+    assert sizes.calls == 1
+    assert sizes.gathered == 3 * 32
+
+
 def test_a_call_for_decodes_gathers_a_bounded_number_of_cache_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
