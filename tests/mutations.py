@@ -418,8 +418,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _bug(
         "late token: what was computed after the end is appended",
         _BATCH,
-        "            if seq.finish_reason is not None:\n",
-        '            if seq.finish_reason == "abort":\n',
+        "            if seq.finish_reason is not None:\n                # The request ended",
+        '            if seq.finish_reason == "abort":\n                # The request ended',
     ),
     _bug(
         "a stop token does not stop",
