@@ -30,7 +30,7 @@ LogitsProcessor = Callable[[list[int], Any], Any]
 # host memory. On a GPU, one kernel finds the likeliest tokens of each 1,024 logits.
 MAX_LOGPROBS = 1024
 # Maximum of `n`. The n requests of a prompt are queued at once, each with a copy of the prompt.
-MAX_OUTPUTS = 1024
+MAX_OUTPUTS = 16_384
 # Maximum numbers of entries in `logit_bias` and `bad_words_ids`, and of tokens in a bad word. A
 # request's entries stay on the device while the request runs, and bad words are compared in every
 # step.

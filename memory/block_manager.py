@@ -242,7 +242,7 @@ class CachingBlockManager(PagedBlockManager):
             return None
         leader = self._requests[request_id]
         if match.leader is leader:
-            end = max(end, match.num_shared)
+            end = max(end, min(match.num_shared, limit // size * size))
         theirs = leader.tokens
         while (last := end + size) <= limit and token_ids[end:last] == theirs[end:last]:
             end = last

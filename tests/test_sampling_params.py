@@ -46,7 +46,6 @@ def test_frozen() -> None:
         {"logprobs": 0},
         {"prompt_logprobs": 0},
         {"prompt_logprobs": 1024},
-        {"prompt_logprobs": 0, "prompt_logprobs_start": 2**40},
         {"n": 1024},
         {"logit_bias": ((1, -100), (3, 100.0))},
         {"allowed_token_ids": (3, 5)},

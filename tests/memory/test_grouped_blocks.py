@@ -429,8 +429,10 @@ def test_groups_tell_of_a_prefix_that_is_being_computed() -> None:
     assert found is not None
     assert (found.request_id, found.num_tokens) == (0, 28)
     assert blocks.pending([99] * 30) is None
-    # A request that may use fewer tokens of a prefix does not wait for the others.
-    found = blocks.pending([*tokens], "", 9)
-    assert found is not None
-    assert (found.request_id, found.num_tokens) == (0, 8)
-    assert blocks.pending([*tokens], "", 3) is None
+    # A request that may use fewer tokens of a prefix does not wait for the others. `tokens` was
+    # asked for before, without a limit.
+    for same in ([*tokens], tokens):
+        found = blocks.pending(same, "", 9)
+        assert found is not None
+        assert (found.request_id, found.num_tokens) == (0, 8)
+        assert blocks.pending(same, "", 3) is None
