@@ -153,8 +153,7 @@ def test_aborts_of_requests_that_wait_for_a_prefix_take_linear_time() -> None:
         assert not scheduler.deferred
         assert not scheduler._awaited
         assert list(scheduler._waiting) == []
-    # Some lines run once, whatever the count.
-    assert abs(work[1] - 4 * work[0]) <= 20
+    assert 3.8 < work[1] / work[0] < 4.2
 
 
 def test_a_step_does_not_look_at_prompts_beyond_its_budget() -> None:
