@@ -27,10 +27,11 @@ class _AllRows:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def __call__(self, batch: ForwardBatch) -> Tensor:
-        logits: Tensor = self._model(replace(batch, sampled_rows=None))
+    def __call__(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        logits, states = self._model(replace(batch, sampled_rows=None))
         self._keep(batch, logits)
-        return logits if batch.sampled_rows is None else logits[batch.sampled_rows]
+        wanted = slice(None) if batch.sampled_rows is None else batch.sampled_rows
+        return logits[wanted], states[wanted]
 
     def states(self, batch: ForwardBatch) -> Tensor:
         states: Tensor = self._model.states(replace(batch, sampled_rows=None))

@@ -93,7 +93,7 @@ def test_text_is_what_the_tokenizer_makes_of_tokens(without_words: Setting) -> N
 
 def test_a_wrong_text_has_no_rate(without_words: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     spelled = Decoder(lambda ids: "".join(map(str, ids)))
-    monkeypatch.setattr("llm.decoder", lambda tokenizer: spelled)
+    monkeypatch.setattr("llm.decoder", lambda tokenizer, **options: spelled)
     with pytest.raises(WrongOutputError, match="not what the tokenizer makes"):
         measure_text(without_words, WORK, repeats=1)
 

@@ -88,7 +88,7 @@ def test_an_architecture_replaces_the_mlp_of_a_layer() -> None:
     pages = KVCache(KVGeometry(2, 1, 16, 16, 1, 4), torch.float32, CPU).layers()
     positions = torch.arange(TOKENS)
     rows = torch.tensor([4, 1])
-    logits = model(
+    logits, states = model(
         ForwardBatch(positions, (positions,), model.rotary.prepare(positions), (None,), pages, rows)
     )
 
@@ -98,6 +98,7 @@ def test_an_architecture_replaces_the_mlp_of_a_layer() -> None:
     x = embedding[rows]
     expected = rms(x - 2.0 * rms(x)) * norm @ head.t()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states, x - 2.0 * rms(x), rtol=1e-4, atol=1e-4)
 
 
 def test_gemma3_rounds_the_factor_of_its_embeddings_as_transformers_does() -> None:
