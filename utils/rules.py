@@ -65,7 +65,12 @@ def plain(value: Any) -> Any:
         kinds = set(map(type, value))
         return value if kinds <= _PLAIN else type(value)(map(plain, value))
     if type(value) is dict and not set(map(type, (*value, *value.values()))) <= _PLAIN:
-        return {plain(key): plain(one) for key, one in value.items()}
+        # Values in dictionaries within are left as they are, e.g. those of a JSON schema.
+        return {_scalar(key): _scalar(one) for key, one in value.items()}
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
     has_values = hasattr(value, "dtype") and hasattr(value, "tolist")
     return value.tolist() if has_values and not isinstance(value, type) else value
 
