@@ -11,7 +11,8 @@ import torch
 
 from layers.parallel import ParallelContext
 
-# Threads that run steps, and wait for kernels most of the time; threads that compile kernels.
+# Threads that run steps, and wait for kernels most of the time; threads that compile kernels. Other
+# numbers of threads were not tried.
 _STEPS, _COMPILERS = 12, 8
 
 
