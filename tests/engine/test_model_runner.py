@@ -275,6 +275,7 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step of a rehearsal runs in a thread of its own, which begins on device 0."""
+    pytest.importorskip("triton")  # before torch.cuda is patched, which an import of triton reads
     events: dict[int, list[str]] = {}
     rehearses = threading.Event()
 
