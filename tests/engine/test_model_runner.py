@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -275,7 +276,9 @@ def test_kernels_are_compiled_on_the_runner_s_device_and_without_the_other_ranks
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step of a rehearsal runs in a thread of its own, which begins on device 0."""
-    pytest.importorskip("triton")  # before torch.cuda is patched, which an import of triton reads
+    pytest.importorskip("triton")
+    # Imported before torch.cuda is patched: its annotations read `torch.cuda.Stream`.
+    importlib.import_module("transformers.generation.continuous_batching")
     events: dict[int, list[str]] = {}
     rehearses = threading.Event()
 
