@@ -104,7 +104,11 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Capture all graphs, with steps whose rows are all padding."""
-        pool = None
+        for run in self.heaviest():
+            # A first run may allocate memory for all later runs. It must not be a graph's memory.
+            logits, _ = run()
+        pool, shape = None, (len(self._sampled.rows), logits.shape[1])
+        self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
         # The graphs may share a memory pool, since no graph reads what another graph wrote to it.
         # Large graphs are captured first, so that small graphs fit in the pool's memory.
         steps = [("decodes", size) for size in self._decode_sizes]
@@ -112,16 +116,12 @@ class StepGraphs:
         for kind, size in reversed(steps):
             if kind == "chunks":
                 self._chunks.header.copy_(self._padded(size))
-            logits, _ = self._run(kind, size)
-            if self._logits is None:
-                shape = (len(self._sampled.rows), logits.shape[1])
-                self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
             # No other graph may use the memory of states while the tensor exists.
             work = partial(self._run, kind, size, self._logits)
             graph, (_, self._states[kind, size]) = captured(work, pool)
             self._graphs[kind, size], pool = graph, graph.pool()
 
-    def heaviest(self) -> list[Callable[[], object]]:
+    def heaviest(self) -> list[Callable[[], tuple[Tensor, Tensor]]]:
         """Return functions that launch the kernels of the largest decode and prefill graphs."""
         largest = partial(self._run, "decodes", self._decode_sizes[-1])
         return [largest, *(partial(self._run, "chunks", n) for n in self._chunk_sizes[-1:])]
@@ -194,12 +194,10 @@ class StepGraphs:
 
 
 def captured(work: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
-    """Return a CUDA graph of the kernels that `work` enqueues, and the result of `work`.
-
-    The graph's memory comes from `pool`.
-    """
+    """Return a CUDA graph of the work that `work` enqueues, and its result. `pool`: memory pool."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+    # In other modes than "relaxed", kernels that are not loaded yet cannot be captured.
+    with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), "relaxed"):
         made = work()
     return graph, made

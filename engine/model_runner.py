@@ -236,7 +236,6 @@ class LocalRunner(ModelRunner):
                 layers = [cache.layers() for cache in self._caches]
                 self._poison = KVPoison(layers, self._layer_groups[-1], self._state.tables)
             if self._graphs:
-                compile_kernels(self._graphs.rehearsals(), self._device, self._parallel)
                 self._graphs.capture()
 
     def _load(self, checkpoint: Checkpoint) -> AttentionSpec:
@@ -299,13 +298,14 @@ class LocalRunner(ModelRunner):
 
     def _sized(self, free_before: int, vocab_size: int, hidden_size: int) -> tuple[KVGeometry, ...]:
         """Return the cache groups. The config or the free memory sets their block counts."""
-        config = self._config
-        if self._device.type != "cuda" or config.num_kvcache_blocks or config.kvcache_memory_bytes:
-            return kv_blocks(config, self._groups)
-        tables = self._state.tables.block_tables
-        self._allocate([tables[0].shape[1]] * len(tables))
+        config, tables = self._config, self._state.tables.block_tables
+        given = config.num_kvcache_blocks or config.kvcache_memory_bytes
+        if (measures := self._device.type == "cuda" and not given) or self._captures:
+            self._allocate([tables[0].shape[1]] * len(tables))
         if self._graphs:
             compile_kernels(self._graphs.rehearsals(), self._device, self._parallel)
+        if not measures:
+            return kv_blocks(config, self._groups)
         about = config, self._groups, self._state.tables.num_computed
         steps = heaviest_steps(self._run, *about, self._graphs.heaviest() if self._graphs else [])
         usage = measure_usage(self._device, free_before, steps)

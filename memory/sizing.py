@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -111,7 +111,7 @@ def heaviest_steps(
     config: Config,
     groups: tuple[KVGeometry, ...],
     positions: torch.Tensor,
-    captured: list[Callable[[], object]],
+    captured: Sequence[Callable[[], object]],
 ) -> list[Callable[[], object]]:
     """Return functions that run large steps, among them the step that needs the most memory.
 

@@ -34,8 +34,8 @@ def test_no_file_and_no_function_is_long(name: str) -> None:
 def test_the_core_and_its_reading_path_are_short() -> None:
     """The redesign ended at 11,500 and 7,700 lines; docs/LOG.md says what each feature added."""
     core = total(ALL)
-    assert core.lines <= 19_360
-    assert core.code <= 12_950
+    assert core.lines <= 19_390
+    assert core.code <= 12_970
     assert total(manifest()[READING_PATH]).lines <= 5_000
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,8 @@ def open_checkpoint(model: str) -> Checkpoint:
         _check(fields)
         model_type = fields.get("model_type")
         known = model_type in CONFIG_MAPPING_NAMES
-        hf_config = AutoConfig.from_pretrained(path) if known else None
+        with _without_models():
+            hf_config = AutoConfig.from_pretrained(path) if known else None
     # Every Exception is caught: transformers' configuration classes raise many types of errors.
     except Exception as error:
         raise CheckpointError(f"{config_file} is unusable: {error}") from error
@@ -108,6 +111,27 @@ def open_checkpoint(model: str) -> Checkpoint:
         unknown = f"model_type={model_type!r}, which the installed transformers does not know"
         raise UnsupportedModelError(f"{config_file} has {unknown}")
     return Checkpoint(path, hf_config, _eos_token_ids(path, hf_config))
+
+
+@contextmanager
+def _without_models() -> Iterator[None]:
+    """Let imports of transformers' table of model classes fail in the `with` block.
+
+    Some versions of transformers import the table for the docstrings of configuration classes, and
+    the table imports some 2,000 modules, which took 4 to 5 s with transformers 5.17. If the import
+    fails, these versions leave the model's name out of the docstring. Imports of the table by other
+    threads fail too, but the block takes only some milliseconds.
+    """
+    table: dict[str, Any] = sys.modules
+    name = "transformers.models.auto.modeling_auto"
+    hidden = name not in table
+    if hidden:
+        table[name] = None  # None in `sys.modules` makes an import fail
+    try:
+        yield
+    finally:
+        if hidden:
+            table.pop(name, None)
 
 
 def _check(fields: Mapping[str, Any]) -> None:

@@ -87,6 +87,24 @@ def test_another_process_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     assert done.stdout == b"set()\n"
 
 
+def test_opening_imports_no_model_of_transformers(tmp_path: Path) -> None:
+    """The models take seconds to import. They can still be imported later."""
+    code = (
+        "import sys; from utils.checkpoint import open_checkpoint; name = sys.argv[2];"
+        "open_checkpoint(sys.argv[1]); print(name in sys.modules);"
+        "from transformers.models.auto.modeling_auto import AutoModelForCausalLM;"
+        "table = sys.modules[name]; open_checkpoint(sys.argv[1]); print(sys.modules[name] is table)"
+    )
+    table = "transformers.models.auto.modeling_auto"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(_folder(tmp_path, None)), table],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.split() == [b"False", b"True"]
+
+
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is None
 
